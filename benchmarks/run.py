@@ -1,0 +1,303 @@
+"""Time skillvec against plain copying, a naive script and mergekit; print one table.
+
+Hides the schedule, the goals and the table. Invariants: ratios are taken within a round; a goal is
+judged on the median ratio; whatever is made besides the families is deleted at the end; no numpy or
+torch in this process (see measure.py). README.md says what each row is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from contenders import (
+    HERE,
+    LAM,
+    MERGEKIT,
+    PYTHON,
+    SKILLVEC,
+    Job,
+    jobs_of,
+    prepare,
+    repeated,
+    skillvec,
+)
+from measure import Command, nbytes, remove, rounds, sampled
+
+CONTENDERS = ("floor", "skillvec", "naive", "mergekit")
+WEIGHT_JOBS = ("diff", "apply", "apply-lam1", "fused", "orthogonality")
+JOBS = (*WEIGHT_JOBS, "check", "linearity", "startup")
+STARTUP_ROUNDS = 20
+# skillvec's time over the copy floor's, at most; the others' time over skillvec's, at least.
+CEILINGS = {"diff": 0.8, "apply": 0.8, "apply-lam1": 0.8, "fused": 1.4, "orthogonality": 2.0}
+SPEEDUPS = {"naive": 8.0, "mergekit": 15.0}
+SPEEDUP_JOBS = ("diff", "apply", "apply-lam1")
+DURABLE, LINEAR, STARTUP = 0.5, 1.2, 1.5
+MEMORY_MB = {"RssAnon": 150.0, "RssFile": 300.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: `values` are one a round, `goal` is ("<=" or ">=", limit)."""
+
+    what: str
+    who: str
+    values: list[float] = field(default_factory=list)
+    unit: str = ""
+    goal: tuple[str, float] | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.what:<21} {self.who:<24} "
+        if not self.values:
+            return text + self.note
+        middle = statistics.median(self.values)
+        edges = [
+            f"{x:.2f}" if len(self.values) > 1 else "" for x in (min(self.values), max(self.values))
+        ]
+        text += f"{edges[0]:>8}{middle:>9.2f}{edges[1]:>9} {self.unit:<10}"
+        if self.goal:
+            sign, limit = self.goal
+            reached = middle <= limit if sign == "<=" else middle >= limit
+            text += f" {sign} {limit:<5g} {'yes' if reached else 'NO'}"
+        return text.rstrip()
+
+
+def ratios(own: list[float], other: list[float]) -> list[float]:
+    """Divide round by round."""
+    return [a / b for a, b in zip(own, other, strict=True)]
+
+
+def timing_rows(what: str, job: str, seconds: dict[str, list[float]]) -> list[Row]:
+    """Turn one job's rounds into rows: seconds, ratios to the floor, skillvec's advantage."""
+    rows = [Row(what, who, own, "s") for who, own in seconds.items()]
+    for who in (w for w in seconds if w != "floor" and "floor" in seconds):
+        goal = ("<=", CEILINGS[job]) if who == "skillvec" else None
+        rows.append(Row(what, f"{who} / floor", ratios(seconds[who], seconds["floor"]), "x", goal))
+    for who in (w for w in SPEEDUPS if w in seconds and "skillvec" in seconds):
+        goal = (">=", SPEEDUPS[who]) if job in SPEEDUP_JOBS else None
+        rows.append(
+            Row(what, f"{who} / skillvec", ratios(seconds[who], seconds["skillvec"]), "x", goal)
+        )
+    return rows
+
+
+def memory_rows(what: str, who: str, peaks: dict[str, float]) -> list[Row]:
+    """Turn sampled peaks into rows; only skillvec has goals."""
+    own = who == "skillvec"
+    return [
+        Row(what, f"{who} {key}", [peak], "MB", ("<=", MEMORY_MB[key]) if own else None)
+        for key, peak in peaks.items()
+    ]
+
+
+def compared(what: str, who: str, out: Path, reference: list[str]) -> Row:
+    """Compare an output with its reference by check.py."""
+    argv = [PYTHON, str(HERE / "check.py"), str(out), *reference]
+    found = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
+    note = "{differ:,} differ, {beyond_one_step:,} by > 1 step, worst {worst_steps:,}"
+    return Row(what, who, note=note.format(**found))
+
+
+def check_rows(what: str, job: Job, work: Path) -> list[Row]:
+    """Sample every contender's memory and compare the outputs; nothing here is timed."""
+    rows = []
+    for who, command in job.commands.items():
+        if who == "floor":
+            continue
+        rows += memory_rows(what, who, sampled(command, work))
+        if job.reference and command.out:
+            rows.append(compared(what, f"{who} : fp32", command.out, job.reference))
+        exact = job.float32
+        if who == "skillvec" and command.out and exact and "mergekit" in job.commands:
+            kept = command.out.rename(work / "kept")
+            sampled(exact, work)
+            rows.append(
+                compared(what, "skillvec : mergekit fp32", kept, ["--against", str(exact.out)])
+            )
+            remove(exact.out)
+            remove(kept)
+        remove(command.out)
+    return rows
+
+
+def linearity_rows(jobs: dict[str, dict[str, Job]], number: int, work: Path) -> list[Row]:
+    """Compare skillvec's time a byte, read or written, on the two sizes."""
+    rows = []
+    for name in ("diff", "apply"):
+        commands = {size: jobs[size][name].commands["skillvec"] for size in ("big", "small")}
+        moved = {}
+        for size, command in commands.items():
+            sampled(command, work)
+            moved[size] = nbytes([*command.inputs, *filter(None, [command.out])])
+        seconds = rounds(commands, number, work)
+        a_byte = {size: [s / moved[size] for s in own] for size, own in seconds.items()}
+        values = ratios(a_byte["big"], a_byte["small"])
+        rows.append(Row("linearity", f"{name}, big / small", values, "x", ("<=", LINEAR)))
+    return rows
+
+
+def startup_rows(work: Path) -> list[Row]:
+    """Compare `skillvec --help` with importing the packages that any such command line needs."""
+    own, other = "skillvec --help", "import click, rich"
+    commands = {
+        own: Command([str(SKILLVEC), "--help"]),
+        other: Command([PYTHON, "-c", other]),
+    }
+    seconds = rounds(commands, STARTUP_ROUNDS, work)
+    rows = [Row("startup", who, [1e3 * s for s in spent], "ms") for who, spent in seconds.items()]
+    values = ratios(seconds[own], seconds[other])
+    return [*rows, Row("startup", "help / import", values, "x", ("<=", STARTUP))]
+
+
+def durable_rows(family: Path, number: int, work: Path) -> list[Row]:
+    """Apply to a model four times as large and wait until the output is on the disk."""
+    sft, rl = (repeated(family / member, work / f"{member}-x4", 4) for member in ("sft", "rl"))
+    vector, out = work / "x4.safetensors", work / "out"
+    sampled(skillvec("diff", rl, sft, out=vector), work)
+    remove(sft)
+    remove(rl)
+    target = repeated(family / "target", work / "target-x4", 4)
+    apply = skillvec("apply", target, vector, out=out, options=["--lam", LAM])
+    copy = Command(["cp", "-r", str(target), str(out)], (target,), out)
+    commands = {
+        who: Command(["sh", "-c", f'{shlex.join(c.argv)} && sync "{out}"/*'], c.inputs, out)
+        for who, c in (("cp -r, sync", copy), ("skillvec, sync", apply))
+    }
+    seconds = rounds(commands, number, work)
+    rows = [Row("durable", who, own, "s") for who, own in seconds.items()]
+    values = ratios(seconds["skillvec, sync"], seconds["cp -r, sync"])
+    rows.append(Row("durable", "skillvec / cp", values, "x", ("<=", DURABLE)))
+    return rows + memory_rows("durable", "skillvec", sampled(apply, work))
+
+
+def about(place: Path) -> dict[str, str]:
+    """Return the machine and the versions by name."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(": ")[2] for line in cpuinfo if line.startswith("model name")]
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    holding = [(len(at), kind) for at, kind in mounts if place.resolve().is_relative_to(at)]
+    facts = {
+        "cpu": f"{models[0] if models else os.uname().machine}, {os.cpu_count()} cores",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "kernel": os.uname().release,
+        "filesystem": max(holding)[1],
+        "python": sys.version.split()[0],
+    }
+    for package in ("numpy", "numkong", "torch", "safetensors", "skillvec"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "absent"
+    if MERGEKIT.exists():
+        ask = "from importlib.metadata import version as v; print(*map(v, ('mergekit', 'torch')))"
+        argv = [str(MERGEKIT.parent / "python"), "-c", ask]
+        answer = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
+        facts["mergekit"] = "{} with torch {}".format(*answer.split())
+    return facts
+
+
+def show(facts: dict[str, str], rows: list[Row]) -> None:
+    """Print the facts and the table, at most 100 columns wide."""
+    line = ""
+    for fact in (f"{key} {value}" for key, value in facts.items()):
+        if len(line) + len(fact) > 95:
+            print(line)
+            line = ""
+        line += f"{fact}; "
+    print(line.rstrip("; "))
+    print(f"\n{'job':<21} {'who':<24} {'min':>8}{'median':>9}{'max':>9} {'':<10} goal    reached")
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before and before.what != row.what:
+            print()
+        print(row)
+
+
+def families_of(sizes: list[str]) -> dict[str, Path]:
+    """Make the families that are not there and return their folders."""
+    folders = {}
+    for size in sizes:
+        argv = [PYTHON, str(HERE / "family.py"), size]
+        folders[size] = Path(
+            subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        )
+    return folders
+
+
+def measured(given: argparse.Namespace, contenders: list[str], works: dict[str, Path]) -> list[Row]:
+    """Run the jobs asked for; `works` maps a size to an empty folder inside its family's."""
+    jobs, rows = {}, []
+    for size, work in works.items():
+        own = contenders if size in given.sizes else ["skillvec"]
+        prepare(work.parent, work, own)
+        jobs[size] = jobs_of(work.parent, work, own)
+    if "check" in given.jobs:
+        for size in works:
+            for name in (n for n in WEIGHT_JOBS if n in given.jobs):
+                rows += check_rows(f"{name}, {size}", jobs[size][name], works[size])
+    for size in given.sizes:
+        for name in (n for n in WEIGHT_JOBS if n in given.jobs):
+            seconds = rounds(jobs[size][name].commands, given.rounds, works[size])
+            rows += timing_rows(f"{name}, {size}", name, seconds)
+    if "skillvec" in contenders:
+        work = works["big"]
+        if "linearity" in given.jobs:
+            rows += linearity_rows(jobs, given.rounds, work)
+        if "startup" in given.jobs:
+            rows += startup_rows(work)
+        if given.durable:
+            rows += durable_rows(work.parent, given.rounds, work)
+    return rows
+
+
+def main() -> None:
+    """Run what the command line asks for, print the table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser.add_argument("--jobs", type=names, default=list(JOBS), help=f"of {','.join(JOBS)}")
+    parser.add_argument("--sizes", type=names, default=["big"], help="families of the timed jobs")
+    parser.add_argument("--contenders", type=names, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--durable", action="store_true", help="add a 10 GB apply (45 GB of disk)")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    given = parser.parse_args()
+
+    there = {"skillvec": SKILLVEC.exists(), "mergekit": MERGEKIT.exists()}
+    contenders = [c for c in given.contenders if there.get(c, True)]
+    for absent in sorted(set(given.contenders) - set(contenders)):
+        print(f"{absent} is not installed: its rows are left out", file=sys.stderr)
+    both = ["big", "small"] if "skillvec" in contenders else []
+    families = families_of(list(dict.fromkeys([*given.sizes, *both])))
+    works = {s: Path(tempfile.mkdtemp(prefix="work-", dir=f)) for s, f in families.items()}
+    try:
+        facts = about(works[given.sizes[0]])
+        rows = measured(given, contenders, works)
+    finally:
+        for work in works.values():
+            shutil.rmtree(work)
+    show(facts, rows)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
+    path = given.json or HERE / "results" / f"{now}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {k: v for k, v in vars(given).items() if k != "json"}
+    result = {"made": now, "options": options, "facts": facts, "rows": [asdict(r) for r in rows]}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""skillvec: compute, store, analyse and apply skill vectors (PaST, arXiv 2601.11258).
+
+Importing this module imports nothing heavy: names resolve when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "diff": "verbs", "apply": "verbs", "orthogonality": "verbs", "inspect": "verbs",
+    "verify": "verbs", "Checkpoint": "checkpoint", "open_checkpoint": "checkpoint",
+    "SkillVector": "vector", "Report": "report", "SkillvecError": "errors",
+    "FormatError": "errors", "OutputError": "errors", "VerificationError": "errors",
+    "UsageError": "errors", "IncompatibleError": "errors",
+}  # fmt: skip
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from skillvec.checkpoint import Checkpoint, open_checkpoint
+    from skillvec.errors import (
+        FormatError,
+        IncompatibleError,
+        OutputError,
+        SkillvecError,
+        UsageError,
+        VerificationError,
+    )
+    from skillvec.report import Report
+    from skillvec.vector import SkillVector
+    from skillvec.verbs import apply, diff, inspect, orthogonality, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'skillvec' has no attribute {name!r}")
+    return getattr(import_module(f"skillvec.{_HOME[name]}"), name)

@@ -1,0 +1,5 @@
+"""`python -m skillvec` is the command line."""
+
+from skillvec.cli import main
+
+main()

@@ -1,0 +1,207 @@
+"""The command line: every command parses, calls one verb and prints its report.
+
+Only this module imports click. Verbs are imported inside the commands, so that --help is quick.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from skillvec import __version__
+from skillvec.display import Screen, pairs_csv
+from skillvec.errors import SkillvecError
+
+Command = Callable[..., Any]
+GLOBS = {"multiple": True, "metavar": "GLOB"}
+
+
+class _Group(click.Group):
+    """Turns skillvec's errors into a message and the right exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SkillvecError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing was published", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
+            ctx.exit(1)
+
+
+def _shared(*, writes: bool, selects: bool = True) -> Callable[[Command], Command]:
+    options = [
+        click.option("--workers", type=int, help="Threads; one a core by default."),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+        click.option("-q", "--quiet", is_flag=True, help="Print the output's path alone."),
+        click.option("-v", "--verbose", is_flag=True, help="Show every tensor."),
+    ]
+    if selects:
+        options = [
+            click.option("--include", **GLOBS, help="Only tensors that match; repeatable."),
+            click.option("--exclude", **GLOBS, help="Leave tensors out; repeatable."),
+            click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop."),
+            *options,
+        ]
+    if writes:
+        options = [
+            click.option("-o", "--output", required=True, type=click.Path(), help="What to write."),
+            click.option("--force", is_flag=True, help="Overwrite an existing output."),
+            *options,
+        ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _run(verb: Callable[[Screen], Any], *, as_json: bool, quiet: bool, verbose: bool) -> Any:
+    screen = Screen(as_json=as_json, quiet=quiet, verbose=verbose)
+    try:
+        return verb(screen), screen
+    finally:
+        screen.close()
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="skillvec")
+def main() -> None:
+    """Cut a skill out of one model and add it to another.
+
+    \b
+    skillvec diff RL SFT -o skill.safetensors        v = RL - SFT
+    skillvec apply TARGET skill.safetensors -o OUT   OUT = TARGET + lam * v
+    skillvec orthogonality A B                       how related two deltas are
+    skillvec verify OUT                              prove it from the disk
+
+    Exit codes: 0 done, 1 run error, 2 usage, 3 incompatible inputs.
+    """
+
+
+@main.command()
+@click.argument("tuned")
+@click.argument("base")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="auto is exact; bf16, fp16 and fp32 store rounded values.",
+)
+@_shared(writes=True)
+def diff(tuned: str, base: str, output: str, as_json: bool, quiet: bool, verbose: bool,
+         **options: Any) -> None:  # fmt: skip
+    """Write the skill vector v = TUNED - BASE to one file.
+
+    TUNED and BASE are folders with safetensors weights, or single .safetensors files.
+    """
+    from skillvec import verbs
+
+    vector, screen = _run(
+        lambda screen: verbs.diff(tuned, base, output, watcher=screen, **options),
+        as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+    screen.show(vector.report, last_line=vector.report.facts["output"])
+
+
+@main.command(context_settings={"ignore_unknown_options": False})
+@click.argument("target")
+@click.argument("vector", required=False)
+@click.option("--lam", type=float, default=1.0, show_default=True, help="The factor lambda.")
+@click.option("--tuned", help="With --base: take the difference in the same pass.")
+@click.option("--base", help="With --tuned, in place of VECTOR.")
+@click.option("--dtype", help="Dtype of the output; the target's own by default.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="The last rounding; stochastic is right on average.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding.")
+@_shared(writes=True)
+def apply(target: str, vector: str | None, output: str, as_json: bool, quiet: bool, verbose: bool,
+          **options: Any) -> None:  # fmt: skip
+    """Write OUT = TARGET + LAM * VECTOR, in the target's own layout.
+
+    In place of VECTOR, --tuned RL --base SFT adds their difference without storing it.
+    """
+    from skillvec import verbs
+
+    report, screen = _run(
+        lambda screen: verbs.apply(target, vector, output, watcher=screen, **options),
+        as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+    screen.show(report, last_line=report.facts["output"])
+
+
+@main.command()
+@click.argument("vectors", nargs=-1, required=True, metavar="A B [C ...]")
+@click.option("--csv", "csv_file", type=click.File("w"), help="Also write the rows as CSV.")
+@_shared(writes=False)
+def orthogonality(vectors: tuple[str, ...], csv_file: Any, as_json: bool, quiet: bool,
+                  verbose: bool, **options: Any) -> None:  # fmt: skip
+    """Compare deltas: cosine, norms, and z against unrelated directions.
+
+    Each input is a vector file or TUNED::BASE.
+    """
+    from skillvec import verbs
+
+    report, screen = _run(
+        lambda screen: verbs.orthogonality(*vectors, watcher=screen, **options),
+        as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+    last = None
+    if "pairs" in report.facts:
+        last = "\n".join(str(pair["overall"]["cosine"]) for pair in report.facts["pairs"])
+        if csv_file is not None:
+            csv_file.write(pairs_csv(report))
+    screen.show(report, last_line=last)
+
+
+@main.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the resolved path alone.")
+@click.option("-v", "--verbose", is_flag=True, help="Show every tensor.")
+def inspect(path: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Describe a model or a vector from its headers alone."""
+    from skillvec import verbs
+
+    report, screen = _run(
+        lambda screen: verbs.inspect(path), as_json=as_json, quiet=quiet, verbose=verbose
+    )
+    screen.show(report, last_line=report.facts["path"])
+
+
+@main.command()
+@click.argument("path")
+@click.option("--tuned", help="Of a vector: where TUNED is now.")
+@click.option("--base", help="Of a vector: where BASE is now.")
+@click.option("--target", help="Of a merged model: where TARGET is now.")
+@click.option("--vector", help="Of a merged model: where VECTOR is now.")
+@_shared(writes=False, selects=False)
+def verify(path: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Prove a vector or a merged model from the disk, bit for bit.
+
+    A vector: VECTOR + BASE = TUNED. A merged model: OUT = round(TARGET + LAM * VECTOR), by the
+    recipe in its header. Inputs are looked for where they were, unless given.
+    """
+    from skillvec import verbs
+
+    report, screen = _run(
+        lambda screen: verbs.verify(path, watcher=screen, **options),
+        as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+    screen.show(report, last_line=report.facts["path"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

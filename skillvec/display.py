@@ -1,0 +1,305 @@
+"""What a person sees: plans, reports and progress, through rich. Data goes to stdout, talk to stderr.
+
+Only this module imports rich, and only when something is shown, so that a quiet run starts faster.
+"""
+
+import csv
+import io
+import json
+import sys
+from typing import Any
+
+from skillvec.report import Line, Report
+
+
+def human_bytes(nbytes: float) -> str:
+    """Return a byte count in decimal units: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def human_count(count: float) -> str:
+    """Return a number of values: 1.24 B."""
+    for unit in ("", " K", " M", " B"):
+        if count < 1000:
+            return f"{count:.3g}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    return f"{count:.3g} T"
+
+
+def _number(value: float | None, digits: str = ".4f") -> str:
+    return "-" if value is None else format(value, digits)
+
+
+def _dtypes(side: dict[str, Any]) -> str:
+    return "+".join(side["dtypes"])
+
+
+class Screen:
+    """The one sink of the command line: human, json or quiet.
+
+    Implements `Watcher`: prints the plan to stderr and, on a terminal, a progress bar.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
+        self._bar: Any = None
+        self._task: Any = None
+
+    # ------------------------------------------------------------------------------- talking
+
+    def say(self, text: str) -> None:
+        """Print a line of talk to stderr, unless quiet."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def planned(self, report: Report) -> None:
+        """Show the plan before the work."""
+        facts = report.facts
+        if report.verb == "diff":
+            self.say("v = TUNED - BASE")
+            for side in ("tuned", "base"):
+                self.say(f"  {side:7} {facts[side]['path']} ({_dtypes(facts[side])})")
+        elif report.verb == "apply":
+            source = facts["vector"]
+            name = source.get("ref") or f"{source['tuned']} - {source['base']}"
+            self.say("OUT = TARGET + LAM * V")
+            self.say(f"  target  {facts['target']['path']} ({_dtypes(facts['target'])})")
+            self.say(f"  vector  {name} (from {facts['lineage']}), lam {facts['lam']:g}")
+            self.say(f"  verdict {facts['verdict']}")
+        if "output" in facts:
+            self.say(f"  output  {facts['output']}")
+        if self.verbose:
+            self.say(f"  plan    {plan_sentence(report)}")
+
+    def advanced(self, done_nbytes: int, total_nbytes: int) -> None:
+        """Move the bar; only on a terminal, only for work one would notice."""
+        if self.quiet or self.as_json or not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total_nbytes)
+        self._bar.update(self._task, completed=done_nbytes)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    # ------------------------------------------------------------------------------- answers
+
+    def show(self, report: Report, last_line: str | None = None) -> None:
+        """Print the answer: JSON, or the last line alone if quiet, or tables."""
+        self.close()
+        for warning in report.warnings:
+            if not self.as_json:
+                print(f"warning: {warning}", file=sys.stderr)
+        if self.as_json:
+            print(json.dumps(report.to_dict(), indent=2))
+        elif self.quiet:
+            if last_line is not None:
+                print(last_line)
+        else:
+            self._show_human(report)
+
+    def _show_human(self, report: Report) -> None:
+        if "pairs" in report.facts:
+            for pair, lineage in _pairs(report):
+                _print_pair(pair, lineage, self.verbose)
+            return
+        if report.verb == "inspect":
+            _print_inspect(report)
+        elif "nbytes" in report.facts or "gain" in report.facts or "verified" in report.facts:
+            print(done_sentence(report))
+        else:
+            print(plan_sentence(report))
+        if self.verbose or report.verb == "inspect":
+            _print_ledger(report, None if self.verbose else 12)
+        elif report.verb == "apply" and report.facts.get("worst"):
+            worst = report.facts["worst"][0]
+            print(
+                f"worst tensor: {worst['name']}, gain {_number(worst['gain'])},"
+                f" cosine {_number(worst['cosine'])}"
+            )
+
+
+def plan_sentence(report: Report) -> str:
+    """Return what a plan would read, write and hold in memory."""
+    facts = report.facts
+    counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
+    text = (
+        f"reads {human_bytes(facts['nbytes_read'])}, writes {human_bytes(facts['nbytes_written'])},"
+        f" memory about {human_bytes(facts['memory_nbytes'])} with {facts['workers']} workers"
+        f" ({facts['kernels']}); tensors: {counts}"
+    )
+    if facts["files"]:
+        text += f"; {len(facts['files'])} weight files, {len(facts['side_files'])} side files"
+    return text
+
+
+def done_sentence(report: Report) -> str:
+    """Return in a line or two what was done."""
+    facts = report.facts
+    counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
+    if report.verb == "diff":
+        exact = facts["exactness"]
+        claim = {
+            "bitwise": "base + 1 * v is tuned, bit for bit",
+            "partial": f"base + 1 * v is tuned but for {exact['unrestored']} values, rounded in"
+            " fp32",
+            "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
+            f" {exact['unrestored']} values of tuned",
+        }[exact["claim"]]
+        return (
+            f"tensors: {counts}\n"
+            f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values changed"
+            f" ({100 * facts['density']:.3g} %), norm {facts['norm']:.6g},"
+            f" {human_bytes(facts['nbytes'])}\n"
+            f"{claim} ({exact['exceptions']} fp32 exceptions, {exact['replacements']} replacements)"
+        )
+    if report.verb == "apply":
+        return (
+            f"tensors: {counts}; verdict {facts['verdict']}\n"
+            f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values changed;"
+            f" realised gain {_number(facts['gain'])}, cosine {_number(facts['cosine'])}"
+        )
+    return f"{facts['claim']}: holds\ntensors: {counts}"
+
+
+def _pairs(report: Report) -> list[tuple[dict[str, Any], str]]:
+    lineage = dict(zip(report.facts["vectors"], report.facts["lineage"], strict=True))
+    return [
+        (pair, f"A from {lineage[pair['a']]}, B from {lineage[pair['b']]}")
+        for pair in report.facts["pairs"]
+    ]
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        fold = "fold" if i == 0 else "ellipsis"
+        table.add_column(column, justify="left" if i == 0 else "right", overflow=fold)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False, soft_wrap=False).print(table)
+
+
+def _pair_cells(row: dict[str, Any]) -> list[str]:
+    return [
+        _number(row["cosine"], "+.5f"),
+        _number(row["z"], "+.1f"),
+        _number(row["norm_a"], ".4g"),
+        _number(row["norm_b"], ".4g"),
+        _number(row["norm_ratio"], ".3g"),
+        human_count(row["numel"]),
+    ]
+
+
+def _print_pair(pair: dict[str, Any], lineage: str, verbose: bool) -> None:
+    columns = ["", "cosine", "z", "|A|", "|B|", "|A|/|B|", "values"]
+    rows = [["overall", *_pair_cells(pair["overall"])]]
+    for group in ("kinds", "layers", *(["tensors"] if verbose else [])):
+        rows.append([""] * len(columns))
+        rows += [[row["name"], *_pair_cells(row)] for row in pair[group]]
+    print(f"A = {pair['a']}\nB = {pair['b']}\n{lineage}")
+    _table("", columns, rows)
+    print(orthogonality_sentence(pair["overall"]))
+
+
+def orthogonality_sentence(overall: dict[str, Any]) -> str:
+    """Return what the overall cosine means against unrelated directions."""
+    if overall["cosine"] is None:
+        return "one of the deltas is zero: there is no angle"
+    chance = overall["numel"] ** -0.5
+    z = abs(overall["z"])
+    if z < 3:
+        meaning = "no more than unrelated directions show"
+    else:
+        meaning = f"{z:.0f} times what unrelated directions show"
+    return f"cosine {overall['cosine']:+.5f}: {meaning} (their standard deviation is {chance:.2g})"
+
+
+def _print_inspect(report: Report) -> None:
+    facts = report.facts
+    print(f"{facts['kind']} {facts['path']}")
+    if facts["kind"] == "vector":
+        print(f"  {facts['formula']}, made by {facts['tool']}: {facts['command']}")
+        for side in ("tuned", "base"):
+            print(
+                f"  {side:6} {facts[side]['ref']} ({facts[side]['model_type'] or 'no config'},"
+                f" {_dtypes(facts[side])})"
+            )
+        print(
+            f"  {human_count(facts['numel'])} values, {100 * facts['density']:.3g} % changed, norm"
+            f" {facts['norm']:.6g}, {human_bytes(facts['nbytes'])}"
+        )
+        exact = facts["exactness"]
+        print(
+            f"  exactness: {exact['claim']}, {exact['exceptions']} fp32 exceptions,"
+            f" {exact['replacements']} replacements, {exact['unrestored']} values not restored"
+        )
+        return
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
+    print(
+        f"  {facts['model_type'] or 'no config'}, {human_count(facts['numel'])} values in"
+        f" {len(report.ledger)} tensors ({dtypes}), {human_bytes(facts['nbytes'])} in"
+        f" {len(facts['files'])} files"
+    )
+    if facts["ties_embeddings"] is not None:
+        print(f"  embeddings tied: {'yes' if facts['ties_embeddings'] else 'no'}")
+    if "recipe" in facts:
+        recipe = facts["recipe"]
+        print(f"  made by {recipe.get('tool')} from {recipe.get('target', {}).get('ref')}")
+
+
+def _print_ledger(report: Report, limit: int | None) -> None:
+    keys = [k for k in ("changed", "norm", "gain", "cosine", "note")
+            if any(k in line for line in report.ledger)]  # fmt: skip
+    lines = report.ledger if limit is None else report.ledger[:limit]
+    rows = [[*_ledger_cells(line, keys)] for line in lines]
+    _table("", ["tensor", "status", "dtype", "shape", *keys], rows)
+    if len(lines) < len(report.ledger):
+        print(f"... and {len(report.ledger) - len(lines)} more tensors (-v shows all)")
+
+
+def _ledger_cells(line: Line, keys: list[str]) -> list[str]:
+    cells = [line["name"], line["status"], line.get("dtype", ""), ""]
+    cells[3] = "x".join(map(str, line["shape"])) if "shape" in line else ""
+    for key in keys:
+        value = line.get(key)
+        cells.append(f"{value:.4g}" if isinstance(value, float) else str(value or ""))
+    return cells
+
+
+def pairs_csv(report: Report) -> str:
+    """Return the rows of an orthogonality report as CSV: pair, level, name and numbers."""
+    text = io.StringIO()
+    columns = ["name", "numel", "cosine", "z", "norm_a", "norm_b", "norm_ratio"]
+    writer = csv.DictWriter(text, ["a", "b", "level", *columns], lineterminator="\n")
+    writer.writeheader()
+    for pair in report.facts["pairs"]:
+        sides = {"a": pair["a"], "b": pair["b"]}
+        writer.writerow(sides | {"level": "overall", "name": "overall"} | pair["overall"])
+        for level in ("kinds", "layers", "tensors"):
+            for row in pair[level]:
+                writer.writerow(sides | {"level": level[:-1]} | row)
+    return text.getvalue()

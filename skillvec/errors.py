@@ -1,0 +1,45 @@
+"""What can go wrong, as types: one root, each also a standard exception, each with its exit code.
+
+Messages say what, where (tensor, file), what was expected and found, and what to do. All take one
+string, so they pickle.
+"""
+
+from collections.abc import Sequence
+
+
+class SkillvecError(Exception):
+    """Root of every error skillvec raises on purpose; the command line exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class FormatError(SkillvecError, ValueError):
+    """A file breaks the safetensors format, its index, or the vector format."""
+
+
+class OutputError(SkillvecError, OSError):
+    """The output could not be written: disk full, no permission, another run at work."""
+
+
+class VerificationError(SkillvecError, ValueError):
+    """What lies on the disk is not what the arithmetic gives."""
+
+
+class UsageError(SkillvecError, ValueError):
+    """The request cannot be meant: unknown path, output inside an input, existing output."""
+
+    exit_code = 2
+
+
+class IncompatibleError(SkillvecError, ValueError):
+    """The inputs do not belong together, or are of a kind that is not taken."""
+
+    exit_code = 3
+
+
+def up_to_five(lines: Sequence[str]) -> str:
+    """Return the first five of `lines`, one a row, and how many more there are."""
+    shown = [f"  {line}" for line in lines[:5]]
+    if len(lines) > 5:
+        shown.append(f"  ... and {len(lines) - 5} more")
+    return "\n".join(shown)

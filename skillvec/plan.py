@@ -1,0 +1,504 @@
+"""From headers to jobs: what will be read, computed and written, before anything is.
+
+A plan is plain picklable data: addresses, names and numbers, no tensors and no closures. It can be
+printed (`--dry-run`), handed to any engine, and holds the ledger of every tensor that needs no job.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint
+from skillvec.errors import FormatError, IncompatibleError, UsageError, up_to_five
+from skillvec.kernels import FLOATS
+from skillvec.storage import ITEMSIZE, TensorSpec, encode_header
+from skillvec.vector import (
+    BLOCKS,
+    EXCEPTIONS,
+    REPLACEMENTS,
+    DeltaSource,
+    PairDelta,
+    SkillVector,
+    StoredDelta,
+    block_count,
+    find_tied,
+    is_selected,
+    probe_digest,
+    refuse_idle_globs,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All the work on one tensor.
+
+    `operator` is subtract (deltas[0] into a vector file), add (point + lam * deltas[0]), copy
+    (point) or gram (inner products of deltas). The result goes to `output`, a file number and an
+    absolute offset, or is compared with `expected`, or is only measured.
+    """
+
+    name: str
+    operator: str
+    numel: int
+    out_dtype: str = ""
+    point: TensorSpec | None = None
+    deltas: tuple[DeltaSource, ...] = ()
+    output: tuple[int, int] | None = None
+    expected: TensorSpec | None = None
+    base_digest: str | None = None  # of the tensor the stored delta was taken from
+    tuned_dtype: str = ""  # the dtype in which replacements hold
+    delta_digests: tuple[str | None, ...] = ()
+    first_block: int = 0  # row in the block table of the vector being written
+    note: str = ""
+
+    @property
+    def nbytes_read(self) -> int:
+        sides = (self.point, self.expected, *self.deltas)
+        return sum(side.nbytes for side in sides if side is not None)
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """A file to write: its name inside the output, size in bytes and (for models) header."""
+
+    name: str
+    nbytes: int
+    header: bytes = b""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs in the order of their output, files, and lines of the ledger that need no work."""
+
+    verb: str
+    jobs: list[Job]
+    outputs: list[OutputPlan] = field(default_factory=list)
+    copies: list[tuple[str, str]] = field(default_factory=list)  # side files: source, name
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    vectors: dict[str, SkillVector] = field(default_factory=dict)  # by file
+    lam: float = 1.0
+    rounding: str = "nearest"
+    seed: int = 0
+    verdict: str = ""
+    warnings: list[str] = field(default_factory=list)
+    index: dict[str, Any] | None = None  # a new index, where sizes change
+    left_behind: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes_read(self) -> int:
+        return sum(job.nbytes_read for job in self.jobs) + sum(
+            os.path.getsize(source) for source, _ in self.copies
+        )
+
+    @property
+    def nbytes_written(self) -> int:
+        return sum(output.nbytes for output in self.outputs) + sum(
+            os.path.getsize(source) for source, _ in self.copies
+        )
+
+
+def ledger_line(spec: TensorSpec, status: str, note: str = "") -> dict[str, Any]:
+    """Return a line of the ledger for a tensor that needs no job."""
+    line = {"name": spec.name, "status": status, "dtype": spec.dtype, "shape": list(spec.shape)}
+    return line | ({"note": note} if note else {})
+
+
+# --------------------------------------------------------------------------------------- diff
+
+
+@dataclass(frozen=True)
+class VectorLayout:
+    """Where everything lies in a vector file that is about to be written.
+
+    The header is reserved at its largest; values follow, then the block table, then the side
+    records as they come.
+    """
+
+    entries: list[tuple[str, str, tuple[int, ...]]]  # values and block table
+    reserved_nbytes: int
+    blocks_offset: int
+    nbytes: int
+    rows: int
+
+    def header(self, manifest: Mapping[str, Any], exceptions: int, replacements: int) -> bytes:
+        """Return the final header."""
+        entries = [*self.entries]
+        if exceptions:
+            entries.append((EXCEPTIONS, "U8", (exceptions, 8)))
+        if replacements:
+            entries.append((REPLACEMENTS, "U8", (replacements, 12)))
+        return encode_header(entries, vector_metadata(manifest), self.reserved_nbytes)
+
+
+def vector_metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the header metadata of a vector file."""
+    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
+    return {"format": "pt", METADATA_KEY: text}
+
+
+def tensor_entry(
+    delta: PairDelta, base: str, tuned: str, digest: str, changed: int, norm: float, unrestored: int
+) -> dict[str, Any]:
+    """Return the manifest's line on one tensor; the norm in 6 digits, so that it is stable."""
+    entry = {
+        "base": [delta.base.dtype, base],
+        "tuned": [delta.tuned.dtype, tuned],
+        "digest": digest,
+        "changed": changed,
+        "norm": float(f"{norm:.5e}"),
+    }
+    return entry | ({"unrestored": unrestored} if unrestored else {})
+
+
+def plan_diff(vector: SkillVector, manifest: dict[str, Any]) -> tuple[Plan, VectorLayout]:
+    """Plan the writing of a pair vector; `manifest` holds what is known before the data is read."""
+    deltas = {name: delta for name, delta in vector.deltas.items() if isinstance(delta, PairDelta)}
+    names = sorted(deltas, key=lambda name: (-ITEMSIZE[deltas[name].dtype], name))
+    rows = sum(block_count(deltas[name].base.numel) for name in names)
+    entries: list[tuple[str, str, tuple[int, ...]]] = [
+        (name, deltas[name].dtype, deltas[name].base.shape) for name in names
+    ]
+    entries.append((BLOCKS, "U8", (rows, 8)))
+    total = sum(delta.base.numel for delta in deltas.values())
+    hexes = "0" * 32
+    widest = dict(manifest)
+    widest["tensors"] = {
+        name: tensor_entry(d, hexes, hexes, hexes, d.base.numel, -1.23456e-300, d.base.numel)
+        for name, d in deltas.items()
+    }
+    widest["equal"] = {name: [entry[0], hexes] for name, entry in manifest["equal"].items()}
+    widest["differing"] = list(manifest["equal"])
+    widest["side"] = dict.fromkeys((BLOCKS, EXCEPTIONS, REPLACEMENTS), hexes)
+    widest["exactness"] = exactness_entry("rounded", total, total, total)
+    reserved = len(
+        encode_header(
+            [*entries, (EXCEPTIONS, "U8", (total, 8)), (REPLACEMENTS, "U8", (total, 12))],
+            vector_metadata(widest),
+        )
+    )
+    jobs, position, row = [], reserved, 0
+    for name in names:
+        delta = deltas[name]
+        jobs.append(
+            Job(
+                name,
+                "subtract",
+                delta.base.numel,
+                out_dtype=delta.dtype,
+                deltas=(delta,),
+                output=(0, position),
+                first_block=row,
+            )
+        )
+        position += delta.base.numel * ITEMSIZE[delta.dtype]
+        row += block_count(delta.base.numel)
+    layout = VectorLayout(entries, reserved, position, position + 8 * rows, rows)
+    tuned, base = vector.tuned, vector.base
+    assert tuned is not None and base is not None
+    for name in manifest["equal"]:
+        jobs.append(
+            Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name])
+        )
+    ledger = [
+        ledger_line((base.get(name) or tuned[name]), "excluded") for name in manifest["excluded"]
+    ] + [
+        ledger_line((base.get(name) or tuned[name]), "tied", f"copy of {twin}")
+        for name, twin in manifest["tied"].items()
+    ]
+    outputs = [OutputPlan("", layout.nbytes)]
+    return Plan("diff", jobs, outputs, ledger=ledger), layout
+
+
+def exactness_entry(
+    claim: str, exceptions: int, replacements: int, unrestored: int
+) -> dict[str, Any]:
+    """Return the manifest's statement of what base + 1 * v restores."""
+    return {
+        "claim": claim,
+        "exceptions": exceptions,
+        "replacements": replacements,
+        "unrestored": unrestored,
+    }
+
+
+# -------------------------------------------------------------------------------------- apply
+
+
+def _routes(
+    target: Checkpoint, vector: SkillVector, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[dict[str, str], dict[str, tuple[str, str]], list[dict[str, Any]]]:
+    """Decide for every tensor of the target which delta it takes, or why it takes none.
+
+    Returns target name -> delta name, target name -> (status, note) for tensors passed through,
+    and ledger lines for deltas that need no tensor. Raises IncompatibleError for what is left.
+    """
+    refuse_idle_globs([*target, *vector.deltas], include, exclude)
+    routes: dict[str, str] = {}
+    passed: dict[str, tuple[str, str]] = {}
+    lines: list[dict[str, Any]] = []
+    problems: list[str] = []
+    manifest = vector.manifest
+    for name, spec in target.items():
+        if not is_selected(name, include, exclude):
+            passed[name] = ("excluded", "")
+        elif name in vector.deltas:
+            shape = vector.deltas[name].spec.shape
+            if shape != spec.shape:
+                problems.append(f"{name}: target {list(spec.shape)}, vector {list(shape)}")
+            elif spec.dtype not in FLOATS:
+                problems.append(f"{name}: target is {spec.dtype}, the vector's delta is a float")
+            else:
+                routes[name] = name
+        elif name in manifest["excluded"]:
+            passed[name] = ("passed through", "left out when the vector was made")
+        elif spec.dtype not in FLOATS:
+            passed[name] = ("passed through", f"{spec.dtype} takes no delta")
+        else:
+            twin = manifest["tied"].get(name) or find_tied(target, name)
+            if twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
+                routes[name] = twin
+            else:
+                problems.append(f"{name} {list(spec.shape)}: only in the target")
+    for name, delta in vector.deltas.items():
+        if name in target:
+            continue
+        if not is_selected(name, include, exclude):
+            lines.append(ledger_line(delta.spec, "excluded"))
+            continue
+        twin = None if target.ties_embeddings is False else _same_delta(vector, name)
+        if twin is not None and twin in target:
+            lines.append(ledger_line(delta.spec, "tied", f"same delta as {twin}"))
+        else:
+            hint = ""
+            if target.ties_embeddings and name.endswith("lm_head.weight"):
+                hint = " (the target ties it, and the vector holds two different deltas for the pair)"
+            problems.append(f"{name} {list(delta.spec.shape)}: only in the vector{hint}")
+    if not problems and not routes:
+        raise IncompatibleError(f"{vector.ref}: no tensor of {target.ref} is left to add to")
+    if problems:
+        raise IncompatibleError(
+            f"verdict: incompatible: {vector.ref} does not fit {target.ref}"
+            f" (--exclude GLOB leaves tensors out):\n{up_to_five(problems)}"
+        )
+    return routes, passed, lines
+
+
+def _same_delta(vector: SkillVector, name: str) -> str | None:
+    """Return another tensor of the vector with the very same delta."""
+    delta = vector.deltas[name]
+    if isinstance(delta, PairDelta):
+        assert vector.base is not None and vector.tuned is not None
+        twin = find_tied(vector.base, name)
+        return twin if twin is not None and find_tied(vector.tuned, name) == twin else None
+    entries = vector.manifest["tensors"]
+    mine = entries[name]
+    for other, entry in entries.items():
+        if other != name and (entry["base"], entry["tuned"]) == (mine["base"], mine["tuned"]):
+            return str(other)
+    return None
+
+
+def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]:
+    """Return "exact base" or "same family", and warnings, for a target that fits by name and shape."""
+    base = vector.manifest["base"]
+    warnings = []
+    if base["tokenizer"] and target.tokenizer_digest not in (None, base["tokenizer"]):
+        warnings.append(
+            "the target's tokenizer differs from the base's: a token may mean something else"
+        )
+    if base["model_type"] and target.model_type not in (None, base["model_type"]):
+        warnings.append(
+            f"the target is a {target.model_type}, the vector was made on a {base['model_type']}"
+        )
+    exact = target.family_digest == base["family"] and probe_digest(target) == base["probe"]
+    return ("exact base" if exact else "same family"), warnings
+
+
+def _add_job(target: TensorSpec, vector: SkillVector, source: str, out_dtype: str, note: str) -> Job:
+    delta = vector.deltas[source]
+    stored = isinstance(delta, StoredDelta)
+    return Job(
+        target.name,
+        "add",
+        target.numel,
+        out_dtype=out_dtype,
+        point=target,
+        deltas=(delta,),
+        base_digest=vector.base_digest(source),
+        tuned_dtype=vector.tuned_dtype(source),
+        delta_digests=(vector.manifest["tensors"][source]["digest"] if stored else None,),
+        note=note,
+    )
+
+
+def plan_apply(
+    target: Checkpoint,
+    vector: SkillVector,
+    *,
+    lam: float = 1.0,
+    dtype: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan target + lam * vector in the target's own shard layout.
+
+    Raises IncompatibleError with up to five names and both shapes where the vector does not fit.
+    """
+    routes, passed, ledger = _routes(target, vector, include, exclude)
+    verdict, warnings = verdict_on(target, vector)
+    by_file: dict[str, list[TensorSpec]] = {}
+    for spec in target.values():
+        by_file.setdefault(spec.path, []).append(spec)
+    jobs, outputs = [], []
+    for number, (path, specs) in enumerate(by_file.items()):
+        specs.sort(key=lambda spec: (spec.start, spec.nbytes))
+        dtypes = {
+            s.name: (dtype if dtype and s.dtype in FLOATS and s.name in routes else s.dtype)
+            for s in specs
+        }
+        metadata = {"format": "pt"}
+        if recipe is not None:
+            metadata[METADATA_KEY] = json.dumps(recipe, separators=(",", ":"), ensure_ascii=False)
+        header = encode_header([(s.name, dtypes[s.name], s.shape) for s in specs], metadata)
+        position = len(header)
+        for spec in specs:
+            out_dtype = dtypes[spec.name]
+            if spec.name in routes:
+                source = routes[spec.name]
+                note = "" if source == spec.name else f"tied: takes the delta of {source}"
+                job = _add_job(spec, vector, source, out_dtype, note)
+            else:
+                job = Job(spec.name, "copy", spec.numel, out_dtype=out_dtype, point=spec)
+            jobs.append(replace(job, output=(number, position)))
+            position += spec.numel * ITEMSIZE[out_dtype]
+        outputs.append(OutputPlan(Path(path).name, position, header))
+    ledger += [ledger_line(target[name], *why) for name, why in passed.items()]
+    copies: list[tuple[str, str]] = []
+    left: list[str] = []
+    index = None
+    if target.path.is_dir():
+        names, left = target.side_files()
+        copies = [(os.fspath(target.path / name), name) for name in names]
+        if (target.path / INDEX).is_file():
+            index = _new_index(target, outputs)
+            if index is None:
+                copies.append((os.fspath(target.path / INDEX), INDEX))
+    return Plan(
+        "apply", jobs, outputs, copies, ledger, _files_of(vector),
+        lam * vector.scale, rounding, seed, verdict, warnings, index, left,
+    )  # fmt: skip
+
+
+def _new_index(target: Checkpoint, outputs: list[OutputPlan]) -> dict[str, Any] | None:
+    """Return the index with a new total size, or None where the target's own still holds."""
+    total = sum(output.nbytes - len(output.header) for output in outputs)
+    if total == target.nbytes:
+        return None
+    index: dict[str, Any] = json.loads((target.path / INDEX).read_bytes())
+    metadata = index.get("metadata")
+    index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
+    return index
+
+
+def _files_of(*vectors: SkillVector) -> dict[str, SkillVector]:
+    return {os.fspath(v.stored.path): v for v in vectors if v.stored is not None}
+
+
+# ------------------------------------------------------------------------------------- verify
+
+
+def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint) -> Plan:
+    """Plan the proof that vector + base = tuned, bit for bit."""
+    problems, jobs = [], []
+    for name, delta in vector.deltas.items():
+        if name not in tuned or name not in base:
+            problems.append(f"{name}: not in {tuned.ref if name not in tuned else base.ref}")
+        elif not delta.spec.shape == tuned[name].shape == base[name].shape:
+            problems.append(
+                f"{name}: vector {list(delta.spec.shape)}, tuned {list(tuned[name].shape)},"
+                f" base {list(base[name].shape)}"
+            )
+        else:
+            job = _add_job(base[name], vector, name, tuned[name].dtype, "")
+            jobs.append(replace(job, expected=tuned[name]))
+    for name in vector.manifest["equal"]:
+        if name in tuned and name in base:
+            job = Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name])
+            jobs.append(job)
+    if problems:
+        raise IncompatibleError(f"{vector.ref} is not of these models:\n{up_to_five(problems)}")
+    return Plan("verify", jobs, vectors=_files_of(vector))
+
+
+def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
+    """Turn the plan of an apply into the proof that its output lies on the disk."""
+    problems, jobs = [], []
+    names = {job.name for job in applied.jobs}
+    for job in applied.jobs:
+        spec = merged.get(job.name)
+        assert job.point is not None
+        if spec is None:
+            problems.append(f"{job.name}: missing in {merged.ref}")
+        elif (spec.dtype, spec.shape) != (job.out_dtype, job.point.shape):
+            problems.append(
+                f"{job.name}: expected {job.out_dtype} {list(job.point.shape)}, found"
+                f" {spec.dtype} {list(spec.shape)}"
+            )
+        else:
+            jobs.append(replace(job, expected=spec))
+    problems += [f"{name}: not in the target" for name in merged if name not in names]
+    if problems:
+        raise IncompatibleError(f"{merged.ref} is not of this target:\n{up_to_five(problems)}")
+    return replace(applied, verb="verify", jobs=jobs, outputs=[], copies=[])
+
+
+# -------------------------------------------------------------------------------- orthogonality
+
+
+def plan_gram(
+    vectors: Sequence[SkillVector], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Plan:
+    """Plan the inner products of two or more vectors, tensor by tensor."""
+    if len(vectors) < 2:
+        raise UsageError(f"expected at least two vectors, found {len(vectors)}")
+    names = list(dict.fromkeys(name for vector in vectors for name in vector.deltas))
+    refuse_idle_globs(names, include, exclude)
+    jobs, problems, ledger = [], [], []
+    for name in names:
+        holders = [vector for vector in vectors if name in vector.deltas]
+        spec = holders[0].deltas[name].spec
+        if not is_selected(name, include, exclude):
+            ledger.append(ledger_line(spec, "excluded"))
+            continue
+        missing = [vector for vector in vectors if name not in vector.deltas]
+        if missing:
+            twins = {_same_delta(vector, name) for vector in holders}
+            twin = twins.pop() if len(twins) == 1 else None
+            if twin is not None and all(twin in vector.deltas for vector in vectors):
+                ledger.append(ledger_line(spec, "tied", f"same delta as {twin}"))
+            else:
+                problems.append(f"{name} {list(spec.shape)}: not in {missing[0].ref}")
+            continue
+        shapes = [vector.deltas[name].spec.shape for vector in vectors]
+        if len(set(shapes)) > 1:
+            problems.append(f"{name}: " + ", ".join(str(list(shape)) for shape in shapes))
+            continue
+        digests = tuple(
+            v.manifest["tensors"][name]["digest"] if v.stored is not None else None
+            for v in vectors
+        )
+        deltas = tuple(vector.deltas[name] for vector in vectors)
+        jobs.append(Job(name, "gram", spec.numel, deltas=deltas, delta_digests=digests))
+    if problems:
+        raise IncompatibleError(
+            f"the vectors do not match (--exclude GLOB leaves tensors out):\n{up_to_five(problems)}"
+        )
+    if not jobs:
+        raise FormatError("no tensor is left to compare")
+    return Plan("orthogonality", jobs, ledger=ledger, vectors=_files_of(*vectors))

@@ -1,0 +1,46 @@
+"""What happened, tensor by tensor: the one form in which every verb answers."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Line = dict[str, Any]
+
+
+@dataclass
+class Report:
+    """The answer of a verb.
+
+    `facts` are its totals and statements, `ledger` has a line for every tensor of every input
+    (name, status, dtype, shape and what was measured), `warnings` are sentences for the user.
+    """
+
+    verb: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    ledger: list[Line] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of tensors by status."""
+        return dict(sorted(Counter(line["status"] for line in self.ledger).items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data, as `--json` prints it."""
+        return {
+            "verb": self.verb,
+            **self.facts,
+            "counts": self.counts,
+            "warnings": self.warnings,
+            "tensors": self.ledger,
+        }
+
+
+class Watcher(Protocol):
+    """Follows a verb from outside: told of the plan once, then of the bytes read."""
+
+    def planned(self, report: Report) -> None:
+        """Take the plan, before any tensor is read."""
+
+    def advanced(self, done_nbytes: int, total_nbytes: int) -> None:
+        """Take the progress, about ten times a second."""
