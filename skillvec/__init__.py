@@ -8,14 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "diff": "verbs", "apply": "verbs", "orthogonality": "verbs", "inspect": "verbs",
-    "verify": "verbs", "Checkpoint": "checkpoint", "open_checkpoint": "checkpoint",
-    "SkillVector": "vector", "Report": "report", "SkillvecError": "errors",
-    "FormatError": "errors", "OutputError": "errors", "VerificationError": "errors",
-    "UsageError": "errors", "IncompatibleError": "errors",
-}  # fmt: skip
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "Checkpoint",
+    "FormatError",
+    "IncompatibleError",
+    "OutputError",
+    "Report",
+    "SkillVector",
+    "SkillvecError",
+    "UsageError",
+    "VerificationError",
+    "apply",
+    "diff",
+    "inspect",
+    "open_checkpoint",
+    "orthogonality",
+    "verify",
+]
+
+_HOME = dict.fromkeys(__all__, "errors") | {
+    "Checkpoint": "checkpoint",
+    "Report": "report",
+    "SkillVector": "vector",
+    "open_checkpoint": "checkpoint",
+    **dict.fromkeys(("apply", "diff", "inspect", "orthogonality", "verify"), "verbs"),
+}
 
 if TYPE_CHECKING:
     from skillvec.checkpoint import Checkpoint, open_checkpoint

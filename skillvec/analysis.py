@@ -15,14 +15,14 @@ import numpy.typing as npt
 Matrix = npt.NDArray[np.float64]
 
 
-def realised(
-    written_sq: float, written_dot_delta: float, delta_sq: float, lam: float
-) -> tuple[float | None, float | None]:
+def realised(sums: Sequence[float] | Matrix, lam: float) -> tuple[float | None, float | None]:
     """Return gain and cosine of what was written against what was asked, lam * delta.
 
-    The gain is the projection <written, lam v> / |lam v|^2: 1 where everything arrived. None where
-    nothing was asked, and for the cosine where nothing was written.
+    `sums` are |written|^2, <written, delta> and |delta|^2. The gain is the projection
+    <written, lam v> / |lam v|^2: 1 where everything arrived. None where nothing was asked, and for
+    the cosine where nothing was written.
     """
+    written_sq, written_dot_delta, delta_sq = (float(value) for value in sums)
     if lam == 0 or delta_sq == 0:
         return None, None
     gain = written_dot_delta / (lam * delta_sq)

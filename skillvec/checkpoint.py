@@ -210,7 +210,7 @@ def open_tensors(ref: str | os.PathLike[str], role: str) -> Checkpoint:
     path = Path(text).expanduser()
     if not path.exists():
         hint = ""
-        if text.startswith("hf://") or text.count("/") == 1 and not text.startswith((".", "/")):
+        if text.startswith("hf://") or (text.count("/") == 1 and text[0] not in "./~"):
             hint = " (references to the Hub are not read yet: download it first)"
         raise UsageError(f"{role} {text}: no such file or folder{hint}")
     resolved = path.resolve()
@@ -274,7 +274,9 @@ def _open_shards(
     metadata: dict[str, str] | None = None
     missing = sorted({f for f in weight_map.values() if not (folder / f).is_file()})
     if missing:
-        raise FormatError(f"{folder}: shards named by the index are missing:\n{up_to_five(missing)}")
+        raise FormatError(
+            f"{folder}: shards named by the index are missing:\n{up_to_five(missing)}"
+        )
     problems = []
     for file in sorted(set(weight_map.values())):
         header = read_header(folder / file)

@@ -14,7 +14,6 @@ from skillvec.display import Screen, pairs_csv
 from skillvec.errors import SkillvecError
 
 Command = Callable[..., Any]
-GLOBS = {"multiple": True, "metavar": "GLOB"}
 
 
 class _Group(click.Group):
@@ -43,8 +42,8 @@ def _shared(*, writes: bool, selects: bool = True) -> Callable[[Command], Comman
     ]
     if selects:
         options = [
-            click.option("--include", **GLOBS, help="Only tensors that match; repeatable."),
-            click.option("--exclude", **GLOBS, help="Leave tensors out; repeatable."),
+            click.option("--include", multiple=True, metavar="GLOB", help="Only these tensors."),
+            click.option("--exclude", multiple=True, metavar="GLOB", help="Not these tensors."),
             click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop."),
             *options,
         ]
@@ -111,7 +110,7 @@ def diff(tuned: str, base: str, output: str, as_json: bool, quiet: bool, verbose
     screen.show(vector.report, last_line=vector.report.facts["output"])
 
 
-@main.command(context_settings={"ignore_unknown_options": False})
+@main.command()
 @click.argument("target")
 @click.argument("vector", required=False)
 @click.option("--lam", type=float, default=1.0, show_default=True, help="The factor lambda.")

@@ -1,6 +1,6 @@
-"""What a person sees: plans, reports and progress, through rich. Data goes to stdout, talk to stderr.
+"""What a person sees: plans, reports and progress. Data goes to stdout, talk to stderr.
 
-Only this module imports rich, and only when something is shown, so that a quiet run starts faster.
+Only this module imports rich, and only to draw a table or a bar: a quiet run starts faster.
 """
 
 import csv
@@ -44,7 +44,9 @@ class Screen:
     Implements `Watcher`: prints the plan to stderr and, on a terminal, a progress bar.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False
+    ) -> None:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
         self._bar: Any = None
         self._task: Any = None

@@ -92,13 +92,14 @@ class _State:
 
     remaining: int
     sums: npt.NDArray[np.float64]  # a row for each block, added up in order at the end
-    counts: npt.NDArray[np.int64]  # changed, unrestored, exceptions, replacements, mismatches
+    counts: npt.NDArray[np.int64]  # in the order of COUNTS
     leaves: dict[str, bytearray] = field(default_factory=dict)
     postponed: list[int] = field(default_factory=list)
     first_mismatch: int | None = None
 
 
-CHANGED, UNRESTORED, EXCEPTIONS, REPLACEMENTS, MISMATCHES = range(5)
+COUNTS = ("changed", "unrestored", "exceptions", "replacements", "mismatches")
+CHANGED, MISMATCHES = 0, 4
 
 
 def random_bits(seed: int, name: str, block: int, numel: int) -> npt.NDArray[np.uint16]:
@@ -212,7 +213,6 @@ class _Run:
             state.sums[block] = operators.gram(deltas).ravel()
         elif job.operator == "subtract":
             out = deltas[0].values
-            state.sums[block] = operators.gram(deltas[:1]).ravel()
             if self._side is not None:
                 self._side.add(job.first_block + block, _exceptions(deltas[0]), replaced)
         else:
@@ -287,6 +287,7 @@ class _Run:
         if job.operator == "subtract":
             counts = found.changed, found.unrestored, found.delta.positions.size
             tally[:4] = (*counts, found.replaced.size)
+            state.sums[block] = found.delta_sq
         records = np.zeros(found.replaced.size, REPLACEMENT)
         records["position"], records["bits"] = found.replaced, found.bits
         return found.delta, records
@@ -296,9 +297,7 @@ class _Run:
         random16 = None
         if self._plan.rounding == "stochastic":
             random16 = random_bits(self._plan.seed, job.name, block, point.size)
-        operators.add(
-            point, job.point.dtype, delta, self._plan.lam, job.out_dtype, out, random16
-        )
+        operators.add(point, job.point.dtype, delta, self._plan.lam, job.out_dtype, out, random16)
 
     def _may_restore(self, job: Job) -> bool:
         """Return whether replacements hold here, if the target turns out to be the exact base."""
@@ -329,7 +328,7 @@ class _Run:
     def _finish(self, number: int, workspace: _Workspace) -> None:
         """Settle a tensor whose blocks are all read: postponed blocks, sums, digests, checks."""
         job, state = self._plan.jobs[number], self._states[number]
-        roles = {"point": job.point, "output": job.output}
+        roles: dict[str, Any] = {"point": job.point, "output": job.output}
         roles |= {"tuned": job.deltas, "base": job.deltas} if job.operator == "subtract" else {}
         point, base = (fold_digest(state.leaves.get(role, b"")) for role in ("point", "base"))
         stored = bool(job.deltas) and isinstance(job.deltas[0], StoredDelta)
@@ -346,9 +345,13 @@ class _Run:
                     f"{job.deltas[i].spec.path}: {job.deltas[i].spec.name} differs from its digest"
                     " in the manifest: the file was altered"
                 )
-        counts = [int(count) for count in state.counts]
         self._results[number] = JobResult(
-            job, digests, state.sums.sum(axis=0), *counts, state.first_mismatch, exact_base
+            job,
+            digests,
+            state.sums.sum(axis=0),
+            **{key: int(count) for key, count in zip(COUNTS, state.counts, strict=True)},
+            first_mismatch=state.first_mismatch,
+            exact_base=exact_base,
         )
         del self._states[number]
 

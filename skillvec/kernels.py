@@ -8,6 +8,7 @@ slower. BF16 arrays are held as uint16 bit patterns, every other dtype as numpy'
 """
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def narrow(values: Array, dtype: str) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "BF16":
             return values.astype(STORAGE_DTYPE[dtype], copy=False)
-        bits = _to_odd_f32(values).view(np.uint32)
+        bits: npt.NDArray[np.uint32] = _to_odd_f32(values).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     if nan.any():
@@ -66,12 +67,14 @@ def _round_to_odd(rounded: Array, remainder: Array) -> Array:
     would (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
     integer = np.int32 if rounded.dtype == np.float32 else np.int64
-    bits = rounded.view(integer)
+    bits: npt.NDArray[np.int64] = rounded.view(integer)
     inexact = (remainder != 0) & np.isfinite(rounded) & ((bits & 1) == 0)
     if not inexact.any():
         return rounded
     with np.errstate(over="ignore", under="ignore"):
-        toward = np.nextafter(rounded, np.where(remainder > 0, np.inf, -np.inf).astype(rounded.dtype))
+        toward = np.nextafter(
+            rounded, np.where(remainder > 0, np.inf, -np.inf).astype(rounded.dtype)
+        )
     return np.where(inexact, toward, rounded)
 
 
@@ -98,7 +101,7 @@ def numpy_blend(a: Array, b: Array, dtype: str, beta: float, out: Array) -> None
 def _numkong() -> Any:
     """Return the numkong module if it is there and gives the documented bytes, else None."""
     try:
-        import numkong
+        numkong: Any = import_module("numkong")
     except ImportError:  # no build for this platform
         return None
     rng = np.random.Generator(np.random.Philox(2601_11258))
@@ -148,6 +151,9 @@ def dot(a: Array, b: Array, dtype: str) -> float:
         else:
             x32 = widen(x, dtype)
             total += float(np.dot(x32, x32 if a is b else widen(y, dtype)))
+    if not np.isfinite(total):  # values whose squares leave fp32, or NaN
+        with np.errstate(all="ignore"):
+            total = float(np.dot(widen(a, dtype).astype(np.float64), widen(b, dtype)))
     return total
 
 

@@ -199,9 +199,7 @@ def plan_diff(vector: SkillVector, manifest: dict[str, Any]) -> tuple[Plan, Vect
     tuned, base = vector.tuned, vector.base
     assert tuned is not None and base is not None
     for name in manifest["equal"]:
-        jobs.append(
-            Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name])
-        )
+        jobs.append(Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name]))
     ledger = [
         ledger_line((base.get(name) or tuned[name]), "excluded") for name in manifest["excluded"]
     ] + [
@@ -258,7 +256,7 @@ def _routes(
             passed[name] = ("passed through", f"{spec.dtype} takes no delta")
         else:
             twin = manifest["tied"].get(name) or find_tied(target, name)
-            if twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
+            if twin and twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
                 routes[name] = twin
             else:
                 problems.append(f"{name} {list(spec.shape)}: only in the target")
@@ -274,7 +272,9 @@ def _routes(
         else:
             hint = ""
             if target.ties_embeddings and name.endswith("lm_head.weight"):
-                hint = " (the target ties it, and the vector holds two different deltas for the pair)"
+                hint = (
+                    " (the target ties it, and the vector holds two different deltas for the pair)"
+                )
             problems.append(f"{name} {list(delta.spec.shape)}: only in the vector{hint}")
     if not problems and not routes:
         raise IncompatibleError(f"{vector.ref}: no tensor of {target.ref} is left to add to")
@@ -302,7 +302,7 @@ def _same_delta(vector: SkillVector, name: str) -> str | None:
 
 
 def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]:
-    """Return "exact base" or "same family", and warnings, for a target that fits by name and shape."""
+    """Return "exact base" or "same family", and warnings, for a target whose tensors fit."""
     base = vector.manifest["base"]
     warnings = []
     if base["tokenizer"] and target.tokenizer_digest not in (None, base["tokenizer"]):
@@ -317,7 +317,9 @@ def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]
     return ("exact base" if exact else "same family"), warnings
 
 
-def _add_job(target: TensorSpec, vector: SkillVector, source: str, out_dtype: str, note: str) -> Job:
+def _add_job(
+    target: TensorSpec, vector: SkillVector, source: str, out_dtype: str, note: str
+) -> Job:
     delta = vector.deltas[source]
     stored = isinstance(delta, StoredDelta)
     return Job(
@@ -490,8 +492,7 @@ def plan_gram(
             problems.append(f"{name}: " + ", ".join(str(list(shape)) for shape in shapes))
             continue
         digests = tuple(
-            v.manifest["tensors"][name]["digest"] if v.stored is not None else None
-            for v in vectors
+            v.manifest["tensors"][name]["digest"] if v.stored is not None else None for v in vectors
         )
         deltas = tuple(vector.deltas[name] for vector in vectors)
         jobs.append(Job(name, "gram", spec.numel, deltas=deltas, delta_digests=digests))

@@ -131,6 +131,7 @@ def read_header(path: str | Path) -> Header:
         raw = file.read(header_nbytes)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        json.dumps(header, ensure_ascii=False).encode()  # escaped lone surrogates are no text
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: header is not valid JSON: {error}") from None
     if not raw.startswith(b"{") or not isinstance(header, dict):
@@ -179,9 +180,7 @@ def encode_header(
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     nbytes = -(-len(raw) // 8) * 8 if reserved_nbytes is None else reserved_nbytes - 8
     if nbytes > MAX_HEADER_NBYTES:
-        raise OutputError(
-            f"header of {nbytes} bytes, over the format's cap of {MAX_HEADER_NBYTES}"
-        )
+        raise OutputError(f"header of {nbytes} bytes, over the format's cap of {MAX_HEADER_NBYTES}")
     assert len(raw) <= nbytes, "the reserved header is too small"
     return struct.pack("<Q", nbytes) + raw.ljust(nbytes)
 
@@ -194,8 +193,7 @@ def leaf_digests(block: memoryview) -> bytes:
     if len(block) <= LEAF_NBYTES:
         return xxh3_128(block).digest() if len(block) else b""
     return b"".join(
-        xxh3_128(block[at : at + LEAF_NBYTES]).digest()
-        for at in range(0, len(block), LEAF_NBYTES)
+        xxh3_128(block[at : at + LEAF_NBYTES]).digest() for at in range(0, len(block), LEAF_NBYTES)
     )
 
 
@@ -313,7 +311,7 @@ class OutputFile:
 
     def __init__(self, path: str, nbytes: int, windowed: bool) -> None:
         self.path, self.nbytes, self._windowed = path, nbytes, windowed
-        self._lock, self._front, self._started = threading.Lock(), 0, 0
+        self._lock, self._front, self._started, self._fd = threading.Lock(), 0, 0, -1
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             if nbytes:
@@ -324,6 +322,7 @@ class OutputFile:
                         raise
                     os.ftruncate(self._fd, nbytes)
         except OSError as error:
+            self.close()
             raise _explain(error, path) from None
 
     def write(self, offset: int, buffer: memoryview | bytes) -> None:
@@ -394,15 +393,35 @@ class Staging:
     output: Path
     folder: Path
 
+    @property
+    def _replaced(self) -> Path:
+        return self.folder / "replaced"
+
     def publish(self, source: Path) -> None:
-        """Rename `source` (inside the folder) to the output, moving an old output away first."""
+        """Rename `source` (inside the folder) to the output, moving an old folder away first."""
         if source.is_dir():
             fsync_path(os.fspath(source))
-        old = self.folder / "replaced"
-        if self.output.is_dir() and not self.output.is_symlink():
-            os.rename(self.output, old)
-        os.rename(source, self.output)
+        try:
+            if self.output.is_dir() and not self.output.is_symlink():
+                os.rename(self.output, self._replaced)
+            os.rename(source, self.output)
+        except OSError as error:
+            self._restore()
+            raise _explain(error, os.fspath(self.output)) from None
         fsync_path(os.fspath(self.output.parent))
+
+    def clear(self) -> None:
+        """Empty the folder; an output that was moved away and never replaced goes back."""
+        self._restore()
+        for entry in os.scandir(self.folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+    def _restore(self) -> None:
+        if self._replaced.is_dir() and not os.path.lexists(self.output):
+            os.rename(self._replaced, self.output)
 
 
 STAGING_SUFFIX = ".skillvec-unfinished"
@@ -421,30 +440,25 @@ def staging(output: Path) -> Iterator[Staging]:
         raise UsageError(f"{output}: the folder {output.parent} does not exist")
     try:
         folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise _explain(error, os.fspath(folder)) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(folder)):
+            raise BlockingIOError  # the run that held it has just removed it
     except OSError:
         os.close(lock)
         raise OutputError(f"{output}: another run is writing it (lock on {folder})") from None
+    stage = Staging(output, folder)
     try:
-        _clear(folder)
-        yield Staging(output, folder)
+        stage.clear()
+        yield stage
     finally:
-        _clear(folder)
+        stage.clear()
         with contextlib.suppress(OSError):
             folder.rmdir()
         os.close(lock)
-
-
-def _clear(folder: Path) -> None:
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
 
 
 def copy_file(source: str, output: str) -> None:

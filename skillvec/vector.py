@@ -294,7 +294,7 @@ def _match(
         elif name not in tuned or name not in base:
             here, there = (tuned, base) if name in tuned else (base, tuned)
             twin = find_tied(here, name) if there.ties_embeddings is not False else None
-            if twin in there and is_selected(twin, include, exclude):
+            if twin and twin in there and is_selected(twin, include, exclude):
                 found["tied"][name] = twin
             else:
                 hint = ""
@@ -370,7 +370,7 @@ def _stored_deltas(stored: Checkpoint, manifest: dict[str, Any]) -> dict[str, De
 
 
 class SideTable:
-    """Exceptions and replacements of a vector file, found by block row; checked as they are read."""
+    """Exceptions and replacements of a vector file by block row, checked as they are read."""
 
     def __init__(self, stored: Checkpoint, manifest: dict[str, Any]) -> None:
         self._stored = stored

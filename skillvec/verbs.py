@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -26,31 +26,34 @@ from skillvec.checkpoint import (
 from skillvec.engine import JobResult
 from skillvec.errors import UsageError, VerificationError, up_to_five
 from skillvec.operators import subtract
+from skillvec.outputs import PathLike, close_files, output_file, output_model, writing
 from skillvec.plan import (
     Plan,
-    exactness_entry,
+    ledger_line,
     plan_apply,
     plan_diff,
     plan_gram,
     plan_verify_apply,
     plan_verify_vector,
-    tensor_entry,
 )
-from skillvec.report import Line, Report, Watcher
+from skillvec.report import Report, Watcher
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
-    Staging,
-    available_memory_nbytes,
     copy_file,
     digest_bytes,
     forget_open_files,
     read_into,
-    staging,
+)
+from skillvec.summary import (
+    complete_manifest,
+    job_line,
+    mismatch_line,
+    report_apply,
+    report_diff,
 )
 from skillvec.vector import BLOCK_NUMEL, PairDelta, SideWriter, SkillVector
 
-PathLike = str | os.PathLike[str]
 DTYPES = {
     "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32",
     "float32": "F32", "fp64": "F64", "float64": "F64",
@@ -89,7 +92,7 @@ def diff(
         return vector
     left, right = vector.tuned, vector.base
     assert left is not None and right is not None
-    path = _output_file(output, force, [left, right])
+    path = output_file(output, force, [left, right])
     vector = replace(vector, deltas=_affordable(vector))
     manifest = vector.manifest | {
         "tool": f"skillvec {__version__}",
@@ -109,7 +112,7 @@ def diff(
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return replace(vector, report=report)
-    with _writing(plan, path) as (stage, files):
+    with writing(plan, path) as (stage, files):
         side = SideWriter(stage.folder, layout.rows)
         try:
             results = _run(plan, files, workers, watcher, side)
@@ -117,11 +120,11 @@ def diff(
             exceptions, replacements = side.totals
         finally:
             side.close()
-        _complete_manifest(manifest, results, digests, exceptions, replacements)
+        complete_manifest(manifest, results, digests, exceptions, replacements)
         files[0].write(0, layout.header(manifest, exceptions, replacements))
-        _close(files)
+        close_files(files)
         stage.publish(Path(files[0].path))
-    _report_diff(report, plan, results, manifest, os.path.getsize(path))
+    report_diff(report, plan, results, manifest, os.path.getsize(path))
     return replace(SkillVector.open(path), report=report)
 
 
@@ -160,7 +163,7 @@ def apply(
     point = open_checkpoint(target, "target")
     plan, displacement, recipe = _plan_apply(point, vector, tuned, base, request)
     sources = [displacement.stored, displacement.tuned, displacement.base, point]
-    path = _output_model(output, force, point, [c for c in sources if c is not None])
+    path = output_model(output, force, point, [c for c in sources if c is not None])
     facts = {
         "formula": "OUT = TARGET + LAM * V",
         "target": {"ref": point.ref, "path": os.fspath(point.path), "dtypes": point.dtypes},
@@ -177,11 +180,11 @@ def apply(
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    with _writing(plan, path) as (stage, files):
+    with writing(plan, path) as (stage, files):
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
         results = _run(plan, files, workers, watcher)
-        _close(files)
+        close_files(files)
         made = Path(files[0].path).parent
         for source, name in plan.copies:
             (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +192,7 @@ def apply(
         if plan.index is not None:
             (made / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n")
         stage.publish(made if point.path.is_dir() else Path(files[0].path))
-    _report_apply(report, plan, results)
+    report_apply(report, plan, results)
     return report
 
 
@@ -225,7 +228,7 @@ def orthogonality(
             matrix[:, i] *= scale
         grams.append((result.job.name, result.job.numel, matrix))
     report.facts["pairs"] = analysis.compare(grams, labels)
-    report.ledger = [_job_line(result.job, "compared") for result in results] + plan.ledger
+    report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
     if any(len(v.manifest[side]["dtypes"]) > 1 or "BF16" in v.manifest[side]["dtypes"]
            for v in opened for side in ("tuned", "base")):  # fmt: skip
         report.warnings.append(
@@ -260,8 +263,7 @@ def inspect(path: PathLike) -> Report:
         }
         for name, delta in vector.deltas.items():
             entry = entries[name]
-            line = {"name": name, "status": "delta", "dtype": delta.spec.dtype}
-            line |= {"shape": list(delta.spec.shape), "numel": delta.spec.numel}
+            line = ledger_line(delta.spec, "delta") | {"numel": delta.spec.numel}
             report.ledger.append(line | {"changed": entry["changed"], "norm": entry["norm"]})
         report.ledger += [{"name": name, "status": "equal"} for name in manifest["equal"]]
         return report
@@ -283,8 +285,7 @@ def inspect(path: PathLike) -> Report:
     if opened.config.get("quantization_config"):
         report.warnings.append("quantised: diff and apply refuse it; dequantise it first")
     for spec in opened.values():
-        line = {"name": spec.name, "status": "stored", "dtype": spec.dtype}
-        report.ledger.append(line | {"shape": list(spec.shape), "nbytes": spec.nbytes})
+        report.ledger.append(ledger_line(spec, "stored") | {"nbytes": spec.nbytes})
     return report
 
 
@@ -319,17 +320,22 @@ def verify(
             f"{displacement.ref} is not the vector that {opened.ref} was made with"
         )
     plan = plan_verify_apply(replace(plan, lam=recipe["lam"]), opened)
-    facts = {"claim": "OUT = round(TARGET + LAM * V)", "path": os.fspath(opened.path),
-             "target": point.ref, "vector": displacement.ref, "lam": plan.lam}  # fmt: skip
+    facts = {
+        "claim": "OUT = round(TARGET + LAM * V)",
+        "path": os.fspath(opened.path),
+        "target": point.ref,
+        "vector": displacement.ref,
+        "lam": plan.lam,
+    }
     report = _planned(plan, facts, workers, watcher)
     results = _run(plan, [], workers, watcher)
     report.ledger = []
     wrong = []
     for result in results:
         holds = not result.mismatches
-        report.ledger.append(_job_line(result.job, "verified" if holds else "differs"))
+        report.ledger.append(job_line(result.job, "verified" if holds else "differs"))
         if not holds:
-            wrong.append(_mismatch(result, "merged"))
+            wrong.append(mismatch_line(result, "merged"))
     _conclude(report, wrong)
     return report
 
@@ -460,77 +466,6 @@ def _command(verb: str, *positional: str, **options: Any) -> str:
     return shlex.join(words)
 
 
-# ----------------------------------------------------------------------------------- outputs
-
-
-def _refuse_place(path: Path, force: bool, inputs: Sequence[Checkpoint]) -> None:
-    for checkpoint in inputs:
-        at = checkpoint.path
-        if path == at or (at.is_dir() and at in path.parents):
-            raise UsageError(
-                f"output {path}: inside the input {checkpoint.ref}; write it elsewhere"
-            )
-        if path in at.parents:
-            raise UsageError(
-                f"output {path}: holds the input {checkpoint.ref}; write it elsewhere"
-            )
-    if (path.exists() or path.is_symlink()) and not force:
-        raise UsageError(f"output {path}: exists already; --force overwrites it")
-
-
-def _output_file(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> Path:
-    path = Path(os.path.abspath(os.path.expanduser(output)))
-    if path.suffix != ".safetensors":
-        raise UsageError(f"output {path}: the name of a safetensors file ends in .safetensors")
-    if path.name == "model.safetensors":
-        raise UsageError(
-            f"output {path}: a vector must not be called model.safetensors, or from_pretrained"
-            " would load differences as weights"
-        )
-    _refuse_place(path, force, inputs)
-    if path.is_dir():
-        raise UsageError(f"output {path}: is a folder")
-    return path
-
-
-def _output_model(
-    output: PathLike, force: bool, target: Checkpoint, inputs: Sequence[Checkpoint]
-) -> Path:
-    path = Path(os.path.abspath(os.path.expanduser(output)))
-    _refuse_place(path, force, inputs)
-    if not target.path.is_dir():
-        if path.suffix != ".safetensors" or path.is_dir():
-            raise UsageError(
-                f"output {path}: the target is one file, so the output is one .safetensors file"
-            )
-    elif path.exists() and (
-        not path.is_dir() or (any(path.iterdir()) and not any(path.glob("*.safetensors")))
-    ):
-        raise UsageError(f"output {path}: holds no model, so --force does not replace it")
-    return path
-
-
-@contextlib.contextmanager
-def _writing(plan: Plan, path: Path) -> Iterator[tuple[Staging, list[OutputFile]]]:
-    """Yield the staging folder and the plan's files, allocated in full; close what is left open."""
-    windowed = plan.nbytes_written * 10 > available_memory_nbytes()
-    with staging(path) as stage, contextlib.ExitStack() as stack:
-        made = stage.folder / "made"
-        made.mkdir()
-        files = []
-        for output in plan.outputs:
-            name = output.name if plan.verb == "apply" else path.name
-            files.append(OutputFile(os.fspath(made / name), output.nbytes, windowed))
-            stack.callback(files[-1].close)
-        stack.callback(forget_open_files)
-        yield stage, files
-
-
-def _close(files: Sequence[OutputFile]) -> None:
-    for file in files:
-        file.close(durable=True)
-
-
 # ----------------------------------------------------------------------------------- running
 
 
@@ -558,7 +493,7 @@ def _planned(
     report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
     named = {line["name"] for line in plan.ledger}
     report.ledger = [
-        _job_line(job, status[job.operator]) for job in plan.jobs if job.name not in named
+        job_line(job, status[job.operator]) for job in plan.jobs if job.name not in named
     ] + plan.ledger
     if watcher:
         watcher.planned(report)
@@ -584,145 +519,6 @@ def _run(
         forget_open_files()
 
 
-def _job_line(job: Any, status: str) -> Line:
-    side = job.point or job.deltas[0].spec
-    line: Line = {"name": job.name, "status": status, "dtype": job.out_dtype or side.dtype}
-    line["shape"] = list(side.shape)
-    return line | ({"note": job.note} if job.note else {})
-
-
-# ----------------------------------------------------------------------------------- answers
-
-
-def _complete_manifest(
-    manifest: dict[str, Any],
-    results: Sequence[JobResult],
-    side_digests: dict[str, str],
-    exceptions: int,
-    replacements: int,
-) -> None:
-    manifest["tensors"], manifest["differing"], equal = {}, [], {}
-    unrestored = 0
-    for result in results:
-        job = result.job
-        if job.operator == "subtract":
-            delta = job.deltas[0]
-            assert isinstance(delta, PairDelta)
-            unrestored += result.unrestored
-            manifest["tensors"][job.name] = tensor_entry(
-                delta,
-                result.digests["base"],
-                result.digests["tuned"],
-                result.digests["output"],
-                result.changed,
-                float(result.sums[0]) ** 0.5,
-                result.unrestored,
-            )
-        elif result.mismatches:
-            manifest["differing"].append(job.name)
-        else:
-            assert job.point is not None
-            equal[job.name] = [job.point.dtype, result.digests["point"]]
-    manifest["equal"] = equal
-    manifest["side"] = side_digests
-    claim = "partial" if unrestored or manifest["differing"] else "bitwise"
-    if manifest["dtype"] != "auto":
-        claim = "rounded" if unrestored else claim
-    manifest["exactness"] = exactness_entry(claim, exceptions, replacements, unrestored)
-
-
-def _report_diff(
-    report: Report,
-    plan: Plan,
-    results: Sequence[JobResult],
-    manifest: dict[str, Any],
-    nbytes: int,
-) -> None:
-    report.ledger = []
-    for result in results:
-        if result.job.operator == "subtract":
-            entry = manifest["tensors"][result.job.name]
-            line = _job_line(result.job, "delta" if result.changed else "unchanged")
-            line |= {"numel": result.job.numel, "changed": result.changed, "norm": entry["norm"]}
-            line |= {"exceptions": result.exceptions, "replacements": result.replacements}
-            report.ledger.append(line | {"unrestored": result.unrestored})
-        else:
-            status = "differs" if result.mismatches else "equal"
-            report.ledger.append(_job_line(result.job, status))
-    report.ledger += plan.ledger
-    numel = sum(line["numel"] for line in report.ledger if "numel" in line)
-    changed = sum(line["changed"] for line in report.ledger if "changed" in line)
-    report.facts |= {
-        "nbytes": nbytes,
-        "numel": numel,
-        "changed": changed,
-        "density": changed / numel if numel else 0.0,
-        "norm": sum(float(r.sums[0]) for r in results if r.job.operator == "subtract") ** 0.5,
-        "exactness": manifest["exactness"],
-    }
-    if manifest["differing"]:
-        report.warnings.append(
-            "integer or bool tensors differ and are not transferred:\n"
-            + up_to_five(manifest["differing"])
-        )
-    mixed = {result.job.deltas[0].tuned.dtype for result in results
-             if result.job.deltas and result.job.deltas[0].tuned.dtype
-             != result.job.deltas[0].base.dtype}  # fmt: skip
-    if mixed:
-        report.warnings.append(
-            f"tuned is {'+'.join(sorted(mixed))} where base is not: tuned comes back when the"
-            " vector is applied to base with --dtype of the tuned model"
-        )
-
-
-def _report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> None:
-    report.ledger = []
-    passed = {line["name"]: line for line in plan.ledger}
-    added = [result for result in results if result.job.operator == "add"]
-    for result in results:
-        job = result.job
-        if job.operator == "copy":
-            report.ledger.append(_job_line(job, "passed through") | passed.pop(job.name, {}))
-            continue
-        gain, cosine = analysis.realised(*result.sums, plan.lam)
-        line = _job_line(job, "applied" if result.changed else "unchanged")
-        line |= {"numel": job.numel, "changed": result.changed, "gain": gain, "cosine": cosine}
-        if not result.changed and result.sums[2] > 0 and plan.lam:
-            line["note"] = "rounding absorbed the whole delta"
-        report.ledger.append(line)
-    report.ledger += passed.values()
-    if plan.verdict == "exact base" and not all(result.exact_base for result in added):
-        plan_names = [result.job.name for result in added if not result.exact_base]
-        report.facts["verdict"] = "same family"
-        report.warnings.append(
-            "the target looked like the vector's base but differs from it in:\n"
-            + up_to_five(plan_names)
-        )
-    sums = sum((result.sums for result in added), start=0 * added[0].sums)
-    gain, cosine = analysis.realised(*sums, plan.lam)
-    report.facts |= {
-        "numel": sum(result.job.numel for result in added),
-        "changed": sum(result.changed for result in added),
-        "gain": gain,
-        "cosine": cosine,
-        "worst": [
-            {key: line[key] for key in ("name", "gain", "cosine")}
-            for line in sorted(
-                (line for line in report.ledger if line.get("gain") is not None),
-                key=lambda line: line["cosine"] if line["cosine"] is not None else -2.0,
-            )[:5]
-        ],
-    }
-    if gain is not None and not (0.9 <= gain <= 1.1 and (cosine or 0) >= 0.9):
-        stored = sorted({result.job.out_dtype for result in added})
-        report.warnings.append(
-            f"rounding to {'+'.join(stored)} changed the request: of lam {plan.lam:g}, "
-            f"{gain * plan.lam:.3g} arrived (gain {gain:.3g}, cosine {cosine or 0:.3g});"
-            " steps of the target's grid are as large as the delta. --dtype fp32 is exact,"
-            " --rounding stochastic right on average"
-        )
-
-
 def _verify_vector(
     vector: SkillVector,
     tuned: PathLike | Checkpoint | None,
@@ -734,8 +530,13 @@ def _verify_vector(
     left = open_checkpoint(tuned or manifest["tuned"]["ref"], "tuned")
     right = open_checkpoint(base or manifest["base"]["ref"], "base")
     plan = plan_verify_vector(vector, left, right)
-    facts = {"claim": "VECTOR + BASE = TUNED", "path": vector.ref, "tuned": left.ref,
-             "base": right.ref, "exactness": manifest["exactness"]}  # fmt: skip
+    facts = {
+        "claim": "VECTOR + BASE = TUNED",
+        "path": vector.ref,
+        "tuned": left.ref,
+        "base": right.ref,
+        "exactness": manifest["exactness"],
+    }
     report = _planned(plan, facts, workers, watcher)
     results = _run(plan, [], workers, watcher)
     report.ledger, wrong = [], []
@@ -747,20 +548,13 @@ def _verify_vector(
         if entry and result.digests["point"] != entry["base"][1]:
             problem = f"{name}: the base's tensor is not the one the vector was made from"
         elif result.mismatches != stated:
-            problem = _mismatch(result, "tuned")
-        line = _job_line(result.job, "differs" if problem else "verified")
+            problem = mismatch_line(result, "tuned")
+        line = job_line(result.job, "differs" if problem else "verified")
         report.ledger.append(line | ({"unrestored": stated} if stated else {}))
         if problem:
             wrong.append(problem)
     _conclude(report, wrong)
     return report
-
-
-def _mismatch(result: JobResult, side: str) -> str:
-    return (
-        f"{result.job.name}: {result.mismatches} of {result.job.numel} values differ from the"
-        f" {side} model's, the first at flat position {result.first_mismatch}"
-    )
 
 
 def _conclude(report: Report, wrong: list[str]) -> None:

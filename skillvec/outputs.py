@@ -1,0 +1,86 @@
+"""Where output may go, and how it gets there: refused places, staged files, one rename."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from skillvec.checkpoint import Checkpoint
+from skillvec.errors import UsageError
+from skillvec.plan import Plan
+from skillvec.storage import (
+    OutputFile,
+    Staging,
+    available_memory_nbytes,
+    forget_open_files,
+    staging,
+)
+
+PathLike = str | os.PathLike[str]
+
+
+def _refuse_place(path: Path, force: bool, inputs: Sequence[Checkpoint]) -> None:
+    for checkpoint in inputs:
+        at = checkpoint.path
+        if path == at or (at.is_dir() and at in path.parents):
+            raise UsageError(
+                f"output {path}: inside the input {checkpoint.ref}; write it elsewhere"
+            )
+        if path in at.parents:
+            raise UsageError(f"output {path}: holds the input {checkpoint.ref}; write it elsewhere")
+    if (path.exists() or path.is_symlink()) and not force:
+        raise UsageError(f"output {path}: exists already; --force overwrites it")
+
+
+def output_file(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> Path:
+    path = Path(os.path.abspath(os.path.expanduser(output)))
+    if path.suffix != ".safetensors":
+        raise UsageError(f"output {path}: the name of a safetensors file ends in .safetensors")
+    if path.name == "model.safetensors":
+        raise UsageError(
+            f"output {path}: a vector must not be called model.safetensors, or from_pretrained"
+            " would load differences as weights"
+        )
+    _refuse_place(path, force, inputs)
+    if path.is_dir():
+        raise UsageError(f"output {path}: is a folder")
+    return path
+
+
+def output_model(
+    output: PathLike, force: bool, target: Checkpoint, inputs: Sequence[Checkpoint]
+) -> Path:
+    path = Path(os.path.abspath(os.path.expanduser(output)))
+    _refuse_place(path, force, inputs)
+    if not target.path.is_dir():
+        if path.suffix != ".safetensors" or path.is_dir():
+            raise UsageError(
+                f"output {path}: the target is one file, so the output is one .safetensors file"
+            )
+    elif path.exists() and (
+        not path.is_dir() or (any(path.iterdir()) and not any(path.glob("*.safetensors")))
+    ):
+        raise UsageError(f"output {path}: holds no model, so --force does not replace it")
+    return path
+
+
+@contextlib.contextmanager
+def writing(plan: Plan, path: Path) -> Iterator[tuple[Staging, list[OutputFile]]]:
+    """Yield the staging folder and the plan's files, allocated in full; close what is left open."""
+    windowed = plan.nbytes_written * 10 > available_memory_nbytes()
+    with staging(path) as stage, contextlib.ExitStack() as stack:
+        made = stage.folder / "made"
+        made.mkdir()
+        files = []
+        for output in plan.outputs:
+            name = output.name if plan.verb == "apply" else path.name
+            files.append(OutputFile(os.fspath(made / name), output.nbytes, windowed))
+            stack.callback(files[-1].close)
+        stack.callback(forget_open_files)
+        yield stage, files
+
+
+def close_files(files: Sequence[OutputFile]) -> None:
+    """Close every file when its bytes are on the disk."""
+    for file in files:
+        file.close(durable=True)
