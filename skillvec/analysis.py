@@ -41,12 +41,14 @@ def kind_of(name: str) -> str:
     """Return the module kind: the name without its layer, other numbers as *."""
     layer = layer_of(name)
     rest = name[len(layer) :].lstrip(".") if layer else name
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", rest)
+    return re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "*", rest)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a sort key that puts layer 10 behind layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def pair_row(gram: Matrix, i: int, j: int, numel: int) -> dict[str, Any]:

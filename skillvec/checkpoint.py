@@ -160,7 +160,15 @@ class Checkpoint(Mapping[str, TensorSpec]):
         copied: list[str] = []
         left: list[str] = []
         ours = {os.path.realpath(file) for file in self.files}
-        for folder, subfolders, names in os.walk(self.path):
+        seen: set[str] = set()
+
+        def refuse(error: OSError) -> None:
+            raise error
+
+        for folder, subfolders, names in os.walk(self.path, onerror=refuse, followlinks=True):
+            if os.path.realpath(folder) in seen:
+                raise FormatError(f"{folder}: a link back into the checkpoint; it cannot be copied")
+            seen.add(os.path.realpath(folder))
             subfolders[:] = sorted(name for name in subfolders if name not in (".git", ".cache"))
             for name in sorted(names):
                 full = os.path.join(folder, name)
@@ -293,7 +301,9 @@ def _open_shards(
 
 
 def _refuse_quantised(checkpoint: Checkpoint, role: str) -> None:
-    quantization = checkpoint.config.get("quantization_config")
+    nested = [value for value in checkpoint.config.values() if isinstance(value, dict)]
+    found = (config.get("quantization_config") for config in (checkpoint.config, *nested))
+    quantization = next((entry for entry in found if entry), None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise IncompatibleError(

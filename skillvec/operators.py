@@ -146,7 +146,7 @@ def subtract(
     delta = Delta(out, value_dtype, _join(positions, NO_POSITIONS), _join(differences, NO_VALUES))
     return Subtraction(
         delta,
-        _inner(delta, delta),
+        _squared(delta),
         _join(replaced, NO_POSITIONS),
         _join(bits, NO_BITS),
         changed,
@@ -170,13 +170,16 @@ def _subtract_bf16(
     np.bitwise_xor(tuned, base, out=differing)
     changed = int(np.count_nonzero(differing))
     kernels.blend(tuned, base, "BF16", -1.0, out)
-    at = np.flatnonzero(differing >= 128).astype(np.uint32)
+    apart = differing >= 128
+    if tuned.view(np.int16).min() == -0x8000:  # no sum gives -0, however small the step
+        apart |= (tuned == 0x8000) & (differing != 0)
+    at = np.flatnonzero(apart).astype(np.uint32)
     piece = _subtract_piece(tuned[at], "BF16", base[at], "BF16", "BF16", True)
     out[at] = piece.values
     delta = Delta(
         out, "BF16", at[piece.inexact], piece.difference[piece.inexact].astype(np.float32)
     )
-    delta_sq = _inner(delta, delta)
+    delta_sq = _squared(delta)
     if not np.isfinite(delta_sq):  # NaN and infinities on both sides
         return None
     replaced = at[piece.replace]
@@ -209,7 +212,7 @@ def _add_piece(
     else:
         total = np.empty_like(wide)
         kernels.blend(wide, delta, "F32", lam, total)
-    keep = (delta == 0) | ~np.isfinite(wide)
+    keep = (delta == 0) | ~np.isfinite(wide) | (lam == 0)
     total = np.where(keep, wide, total)
     if random16 is None or out_dtype in ("F32", "F64"):
         rounded = narrow(total, out_dtype)
@@ -234,8 +237,9 @@ def add(
     """
     if target_dtype == out_dtype == delta.dtype == "BF16" and random16 is None:
         kernels.blend(target, delta.values, "BF16", lam, out)
-        if has_special(target):
-            keep = ((delta.values & 0x7FFF) == 0) | ((target & 0x7F80) == 0x7F80)
+        still = np.float32(lam) == 0
+        if has_special(target) or still:
+            keep = ((delta.values & 0x7FFF) == 0) | ((target & 0x7F80) == 0x7F80) | still
             np.copyto(out, target, where=keep)
         if delta.positions.size:
             at = delta.positions
@@ -257,32 +261,31 @@ def gram(deltas: list[Delta]) -> npt.NDArray[np.float64]:
     """Return the matrix of inner products of deltas of one length, added up in fp64."""
     count = len(deltas)
     products = np.zeros((count, count))
-    for i, x in enumerate(deltas):
-        for j, y in enumerate(deltas[: i + 1]):
-            products[i, j] = products[j, i] = _inner(x, y)
-    return products
+    for begin in range(0, deltas[0].values.size, kernels.DOT_STEP):
+        wide = [delta.wide(begin, begin + kernels.DOT_STEP) for delta in deltas]
+        for i in range(count):
+            for j in range(i + 1):
+                products[i, j] += _inner(wide[i], wide[j])
+    return np.tril(products) + np.tril(products, -1).T
 
 
-def _inner(x: Delta, y: Delta) -> float:
-    if x.dtype == y.dtype and x.dtype in ("BF16", "F32", "F64"):
-        total = kernels.dot(x.values, y.values, x.dtype)
-        if x.positions.size or y.positions.size:  # put the exceptions in for their rounded values
-            at = np.union1d(x.positions, y.positions)
-            rounded = _wide_at(x, at, False) * _wide_at(y, at, False)
-            total += float(np.sum(_wide_at(x, at, True) * _wide_at(y, at, True) - rounded))
-        return total
-    total = 0.0
-    for begin in range(0, x.values.size, kernels.DOT_STEP):
-        end = min(begin + kernels.DOT_STEP, x.values.size)
-        total += float(np.dot(x.wide(begin, end), y.wide(begin, end)))
-    return total
+def _inner(a: Array, b: Array) -> float:
+    """Return the inner product of two short arrays; in fp64 where squares leave fp32."""
+    with np.errstate(all="ignore"):
+        total = float(np.dot(a, b))
+        return total if np.isfinite(total) else float(np.dot(a.astype(np.float64), b))
 
 
-def _wide_at(delta: Delta, at: U32Array, exact: bool) -> npt.NDArray[np.float64]:
-    values = widen(delta.values[at], delta.dtype).astype(np.float64)
-    if exact:
-        values[np.searchsorted(at, delta.positions)] = delta.exact
-    return values
+def _squared(delta: Delta) -> float:
+    """Return the squared norm of a delta to about 1e-5; not finite where BF16 values are not."""
+    if delta.dtype != "BF16":
+        return float(gram([delta])[0, 0])
+    total = kernels.quick_dot(delta.values, delta.values)
+    if delta.positions.size:
+        rounded = widen(delta.values[delta.positions], "BF16").astype(np.float64)
+        exact = delta.exact.astype(np.float64)
+        total += float(np.sum(exact * exact - rounded * rounded))
+    return total if np.isfinite(total) else float(gram([delta])[0, 0])
 
 
 class Moments(NamedTuple):
@@ -303,14 +306,13 @@ def moments(
     scratch: npt.NDArray[np.uint16],
 ) -> Moments:
     """Measure how much of the delta arrived: sums of written^2, written * delta and delta^2."""
-    delta_sq = _inner(delta, delta)
+    delta_sq = _squared(delta)
     if target_dtype == out_dtype == delta.dtype == "BF16":
         written = scratch[: out.size]
         kernels.blend(out, target, "BF16", -1.0, written)
-        written_delta = Delta(written, "BF16")
-        sums = (_inner(written_delta, written_delta), _inner(written_delta, delta), delta_sq)
-        if np.isfinite(sums[0]):
-            return Moments(int(np.count_nonzero(written)), *sums)
+        sums = kernels.quick_dot(written, written), kernels.quick_dot(written, delta.values)
+        if np.isfinite(sums[0]) and np.isfinite(sums[1]):
+            return Moments(int(np.count_nonzero(written)), *sums, delta_sq)
     changed, totals = 0, np.zeros(2)
     for begin in range(0, out.size, STEP):
         end = min(begin + STEP, out.size)
@@ -320,5 +322,5 @@ def moments(
         moved = np.where(np.isfinite(moved), moved, 0)
         changed += int(np.count_nonzero(moved))
         wide = delta.wide(begin, end)
-        totals += float(np.dot(moved, moved)), float(np.dot(moved, wide))
+        totals += _inner(moved, moved), _inner(moved, wide)
     return Moments(changed, float(totals[0]), float(totals[1]), delta_sq)

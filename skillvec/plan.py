@@ -142,13 +142,13 @@ def vector_metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
 def tensor_entry(
     delta: PairDelta, base: str, tuned: str, digest: str, changed: int, norm: float, unrestored: int
 ) -> dict[str, Any]:
-    """Return the manifest's line on one tensor; the norm in 6 digits, so that it is stable."""
+    """Return the manifest's line on one tensor; the norm in the 5 digits it is good for."""
     entry = {
         "base": [delta.base.dtype, base],
         "tuned": [delta.tuned.dtype, tuned],
         "digest": digest,
         "changed": changed,
-        "norm": float(f"{norm:.5e}"),
+        "norm": float(f"{norm:.4e}"),
     }
     return entry | ({"unrestored": unrestored} if unrestored else {})
 
@@ -166,7 +166,7 @@ def plan_diff(vector: SkillVector, manifest: dict[str, Any]) -> tuple[Plan, Vect
     hexes = "0" * 32
     widest = dict(manifest)
     widest["tensors"] = {
-        name: tensor_entry(d, hexes, hexes, hexes, d.base.numel, -1.23456e-300, d.base.numel)
+        name: tensor_entry(d, hexes, hexes, hexes, d.base.numel, -1.2345e-300, d.base.numel)
         for name, d in deltas.items()
     }
     widest["equal"] = {name: [entry[0], hexes] for name, entry in manifest["equal"].items()}

@@ -10,7 +10,6 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ DTYPES = {
     "float32": "F32", "fp64": "F64", "float64": "F64",
 }  # fmt: skip
 PROBE_NUMEL = 4096
+FP32_MAX = 3.4028234e38
 
 
 def diff(
@@ -393,8 +393,8 @@ def _plan_apply(
 ) -> tuple[Plan, SkillVector, dict[str, Any]]:
     """Plan an apply from the request as it stands in a recipe; return plan, vector and recipe."""
     lam, dtype, rounding, seed = (request[key] for key in ("lam", "dtype", "rounding", "seed"))
-    if not isfinite(lam):
-        raise UsageError(f"lam {lam}: expected a finite number")
+    if not abs(lam) <= FP32_MAX:
+        raise UsageError(f"lam {lam}: expected a finite number that fp32 can hold")
     if rounding not in ("nearest", "stochastic"):
         raise UsageError(f"rounding {rounding!r}: expected nearest or stochastic")
     if vector is not None:
