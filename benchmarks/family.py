@@ -179,10 +179,9 @@ def write_shard(
         bits = blocks(tensor, block, min(BLOCK, tensor.numel - first))
         for name, fd in files.items():
             os.pwrite(fd, bits[name].data, tensor.start + 2 * first)
-        changed = (
-            np.count_nonzero(bits[a] != bits[b]) for a, b in (("sft", "base"), ("rl", "sft"))
-        )
-        return bits["base"].size, *changed
+        by_sft = np.count_nonzero(bits["sft"] != bits["base"])
+        by_rl = np.count_nonzero(bits["rl"] != bits["sft"])
+        return bits["base"].size, int(by_sft), int(by_rl)
 
     try:
         for fd in files.values():

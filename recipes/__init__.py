@@ -1,0 +1,1 @@
+"""Runnable examples around skillvec; not part of the installed package."""

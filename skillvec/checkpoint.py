@@ -207,7 +207,7 @@ def is_vector(metadata: Mapping[str, str]) -> bool:
     """Return whether header metadata is that of a skill vector."""
     try:
         entry = json.loads(metadata.get(METADATA_KEY, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(entry, dict) and entry.get("kind") == "vector"
 

@@ -3,6 +3,7 @@
 Only this module imports click. Verbs are imported inside the commands, so that --help is quick.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,8 @@ class _Group(click.Group):
             click.echo("interrupted; nothing was published", err=True)
             ctx.exit(1)
         except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader went away; click ends quietly
+                raise
             click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
             ctx.exit(1)
 

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from skillvec.report import Line, Report
+from skillvec.report import Report
 
 
 def human_bytes(nbytes: float) -> str:
@@ -36,6 +36,10 @@ def _number(value: float | None, digits: str = ".4f") -> str:
 
 def _dtypes(side: dict[str, Any]) -> str:
     return "+".join(side["dtypes"])
+
+
+def _source(vector: dict[str, Any]) -> str:
+    return str(vector.get("ref") or f"({vector.get('tuned')} - {vector.get('base')})")
 
 
 class Screen:
@@ -66,8 +70,7 @@ class Screen:
             for side in ("tuned", "base"):
                 self.say(f"  {side:7} {facts[side]['path']} ({_dtypes(facts[side])})")
         elif report.verb == "apply":
-            source = facts["vector"]
-            name = source.get("ref") or f"{source['tuned']} - {source['base']}"
+            name = _source(facts["vector"])
             self.say("OUT = TARGET + LAM * V")
             self.say(f"  target  {facts['target']['path']} ({_dtypes(facts['target'])})")
             self.say(f"  vector  {name} (from {facts['lineage']}), lam {facts['lam']:g}")
@@ -191,18 +194,22 @@ def _pairs(report: Report) -> list[tuple[dict[str, Any], str]]:
     ]
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def _table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table no wider than the terminal: names too long lose their beginning."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        fold = "fold" if i == 0 else "ellipsis"
-        table.add_column(column, justify="left" if i == 0 else "right", overflow=fold)  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, markup=False, soft_wrap=False).print(table)
+    console = Console(highlight=False, markup=False)
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    room = max(12, console.width - sum(widths[1:]) - 3 * len(widths))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(columns[0], no_wrap=True)
+    for column, width in zip(columns[1:], widths[1:], strict=True):
+        table.add_column(column, justify="right", no_wrap=True, min_width=width)
+    for name, *cells in rows:
+        table.add_row(name if len(name) <= room else f"\u2026{name[1 - room :]}", *cells)
+    console.print(table)
 
 
 def _pair_cells(row: dict[str, Any]) -> list[str]:
@@ -221,9 +228,9 @@ def _print_pair(pair: dict[str, Any], lineage: str, verbose: bool) -> None:
     rows = [["overall", *_pair_cells(pair["overall"])]]
     for group in ("kinds", "layers", *(["tensors"] if verbose else [])):
         rows.append([""] * len(columns))
-        rows += [[row["name"], *_pair_cells(row)] for row in pair[group]]
+        rows += [[row["name"].removesuffix(".weight"), *_pair_cells(row)] for row in pair[group]]
     print(f"A = {pair['a']}\nB = {pair['b']}\n{lineage}")
-    _table("", columns, rows)
+    _table(columns, rows)
     print(orthogonality_sentence(pair["overall"]))
 
 
@@ -237,7 +244,10 @@ def orthogonality_sentence(overall: dict[str, Any]) -> str:
         meaning = "no more than unrelated directions show"
     else:
         meaning = f"{z:.0f} times what unrelated directions show"
-    return f"cosine {overall['cosine']:+.5f}: {meaning} (their standard deviation is {chance:.2g})"
+    return (
+        f"cosine {overall['cosine']:+.5f}: {meaning}\n"
+        f"(their cosines have a standard deviation of {chance:.2g})"
+    )
 
 
 def _print_inspect(report: Report) -> None:
@@ -270,26 +280,23 @@ def _print_inspect(report: Report) -> None:
         print(f"  embeddings tied: {'yes' if facts['ties_embeddings'] else 'no'}")
     if "recipe" in facts:
         recipe = facts["recipe"]
-        print(f"  made by {recipe.get('tool')} from {recipe.get('target', {}).get('ref')}")
+        print(f"  {recipe['target']['ref']} + {recipe['lam']:g} * {_source(recipe['vector'])}")
 
 
 def _print_ledger(report: Report, limit: int | None) -> None:
-    keys = [k for k in ("changed", "norm", "gain", "cosine", "note")
-            if any(k in line for line in report.ledger)]  # fmt: skip
-    lines = report.ledger if limit is None else report.ledger[:limit]
-    rows = [[*_ledger_cells(line, keys)] for line in lines]
-    _table("", ["tensor", "status", "dtype", "shape", *keys], rows)
+    known = ("status", "dtype", "shape", "changed", "norm", "gain", "cosine", "note")
+    keys = [key for key in known if any(key in line for line in report.ledger)]
+    lines = report.ledger[:limit]
+    rows = [[line["name"], *(_cell(line.get(key)) for key in keys)] for line in lines]
+    _table(["tensor", *keys], rows)
     if len(lines) < len(report.ledger):
         print(f"... and {len(report.ledger) - len(lines)} more tensors (-v shows all)")
 
 
-def _ledger_cells(line: Line, keys: list[str]) -> list[str]:
-    cells = [line["name"], line["status"], line.get("dtype", ""), ""]
-    cells[3] = "x".join(map(str, line["shape"])) if "shape" in line else ""
-    for key in keys:
-        value = line.get(key)
-        cells.append(f"{value:.4g}" if isinstance(value, float) else str(value or ""))
-    return cells
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "x".join(map(str, value)) or "scalar"
+    return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)
 
 
 def pairs_csv(report: Report) -> str:

@@ -227,8 +227,10 @@ class _Run:
                 out = workspace.array("out", job.out_dtype, point.size)
                 self._add(job, block, point, deltas[0], out)
                 if exact_base:
-                    bits = replaced["bits"].astype(operators.bit_pattern(out).dtype)
-                    operators.bit_pattern(out)[replaced["position"]] = bits
+                    if replaced.size and int(replaced["bits"].max()) >> 8 * out.itemsize:
+                        raise FormatError(f"{job.name}: a replacement wider than {job.out_dtype}")
+                    pattern = operators.bit_pattern(out)
+                    pattern[replaced["position"]] = replaced["bits"].astype(pattern.dtype)
                 sums = operators.moments(
                     point, job.point.dtype, deltas[0], out, job.out_dtype, scratch
                 )

@@ -26,7 +26,7 @@ from skillvec.checkpoint import (
     open_checkpoint,
     open_tensors,
 )
-from skillvec.errors import FormatError, IncompatibleError, up_to_five
+from skillvec.errors import FormatError, IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import FLOATS
 from skillvec.storage import (
     LEAF_NBYTES,
@@ -51,6 +51,7 @@ SIDE = (BLOCKS, EXCEPTIONS, REPLACEMENTS)
 EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])
 REPLACEMENT = np.dtype([("position", "<u4"), ("bits", "<u8")])
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
+FP32_MAX = 3.4028234e38
 
 
 def block_count(numel: int) -> int:
@@ -176,7 +177,10 @@ class SkillVector:
                 f"vector * {type(factor).__name__}: a skill vector can be multiplied by a finite"
                 " number only"
             )
-        return replace(self, scale=self.scale * float(factor))
+        scale = self.scale * float(factor)
+        if abs(scale) > FP32_MAX:
+            raise UsageError(f"{self.scale:g} * {factor:g} * vector: more than fp32 can hold")
+        return replace(self, scale=scale)
 
     __rmul__ = __mul__
 
@@ -325,6 +329,47 @@ def _match(
 # ---------------------------------------------------------------------------------- the file
 
 
+OPTIONAL = str | None
+TENSOR_SIDE = {0: str, 1: str}
+IDENTITY = {
+    "ref": str, "model_type": OPTIONAL, "config": OPTIONAL, "tokenizer": OPTIONAL, "family": str,
+    "probe": str, "dtypes": {...: int},
+}  # fmt: skip
+MANIFEST = {
+    "kind": str, "tool": str, "command": str, "formula": str, "dtype": str,
+    "exactness": {"claim": str, "exceptions": int, "replacements": int, "unrestored": int},
+    "base": IDENTITY, "tuned": IDENTITY,
+    "tensors": {
+        ...: {"base": TENSOR_SIDE, "tuned": TENSOR_SIDE, "digest": str, "changed": int,
+              "norm": int | float},
+    },
+    "equal": {...: TENSOR_SIDE}, "differing": {0: ...}, "tied": {...: str}, "excluded": {0: ...},
+    "side": {...: str},
+}  # fmt: skip
+
+
+def _check(value: Any, shape: Any, where: str) -> None:
+    """Raise TypeError where `value` is not of `shape`: a type, or a dict of shapes by key.
+
+    The key ... stands for every key, {0: ...} for a list of strings, {0: x, 1: y} for a pair.
+    """
+    if not isinstance(shape, dict):
+        if not isinstance(value, shape) or isinstance(value, bool):
+            raise TypeError(f"{where}: expected {shape}, found {str(value)[:40]!r}")
+    elif shape == {0: ...} or 0 in shape:
+        if not isinstance(value, list) or (shape != {0: ...} and len(value) != len(shape)):
+            raise TypeError(f"{where}: expected a list, found {str(value)[:40]!r}")
+        for i, item in enumerate(value):
+            _check(item, str if shape == {0: ...} else shape[i], f"{where}[{i}]")
+    elif not isinstance(value, dict):
+        raise TypeError(f"{where}: expected an object, found {str(value)[:40]!r}")
+    else:
+        for key in value if ... in shape else shape:
+            if key not in value:
+                raise TypeError(f"{where}: {key} is missing")
+            _check(value[key], shape[... if ... in shape else key], f"{where}.{key}")
+
+
 def _stored_deltas(stored: Checkpoint, manifest: dict[str, Any]) -> dict[str, DeltaSource]:
     """Check a manifest against the tensors of its file and number the blocks."""
     where = f"vector {stored.ref}"
@@ -334,30 +379,20 @@ def _stored_deltas(stored: Checkpoint, manifest: dict[str, Any]) -> dict[str, De
             f" {manifest.get('block_numel')!r}; this version reads schema {SCHEMA}, blocks of"
             f" {BLOCK_NUMEL}: a newer skillvec is needed"
         )
-    entries = manifest.get("tensors")
-    names = [name for name in stored if name not in SIDE]
-    if not isinstance(entries, dict) or set(entries) != set(names):
-        raise FormatError(f"{where}: the manifest does not list the tensors of the file")
     try:
-        for name in names:
-            entry = entries[name]
-            for side in ("base", "tuned"):
-                if entry[side][0] not in FLOATS or type(entry[side][1]) is not str:
-                    raise TypeError(f"tensors.{name}.{side}")
-            if type(entry["digest"]) is not str or stored[name].dtype not in FLOATS:
-                raise TypeError(f"tensors.{name}.digest")
-        for side in ("base", "tuned"):
-            for key in ("ref", "model_type", "config", "tokenizer", "family", "probe"):
-                if not isinstance(manifest[side][key], str | None):
-                    raise TypeError(f"{side}.{key}")
-            if not isinstance(manifest[side]["dtypes"], dict):
-                raise TypeError(f"{side}.dtypes")
-        if not all(isinstance(manifest[key], dict) for key in ("equal", "tied", "side")):
-            raise TypeError("equal, tied, side")
-        if not isinstance(manifest["excluded"], list):
-            raise TypeError("excluded")
-    except (KeyError, TypeError, IndexError) as error:
-        raise FormatError(f"{where}: broken manifest: {error}") from None
+        _check(manifest, MANIFEST, "manifest")
+    except TypeError as error:
+        raise FormatError(f"{where}: broken {error}") from None
+    entries = manifest["tensors"]
+    names = [name for name in stored if name not in SIDE]
+    if set(entries) != set(names):
+        raise FormatError(f"{where}: the manifest does not list the tensors of the file")
+    for name in names:
+        dtypes = stored[name].dtype, entries[name]["base"][0], entries[name]["tuned"][0]
+        if not set(dtypes) <= set(FLOATS):
+            raise FormatError(
+                f"{where}: broken manifest: {name}: {', '.join(dtypes)}: expected floats"
+            )
     deltas: dict[str, DeltaSource] = {}
     row = 0
     for name in names:

@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,13 @@ from skillvec.summary import (
     report_apply,
     report_diff,
 )
-from skillvec.vector import BLOCK_NUMEL, PairDelta, SideWriter, SkillVector
+from skillvec.vector import BLOCK_NUMEL, FP32_MAX, PairDelta, SideWriter, SkillVector
 
 DTYPES = {
     "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32",
     "float32": "F32", "fp64": "F64", "float64": "F64",
 }  # fmt: skip
 PROBE_NUMEL = 4096
-FP32_MAX = 3.4028234e38
 
 
 def diff(
@@ -252,14 +252,13 @@ def inspect(path: PathLike) -> Report:
                     "tied", "excluded", "differing"):  # fmt: skip
             facts[key] = manifest.get(key)
         entries = manifest["tensors"]
-        norms = [float(entry["norm"]) for entry in entries.values()]
         numel = sum(delta.spec.numel for delta in vector.deltas.values())
-        changed = sum(int(entry["changed"]) for entry in entries.values())
+        changed = sum(entry["changed"] for entry in entries.values())
         facts |= {
             "numel": numel,
             "changed": changed,
             "density": changed / numel if numel else 0.0,
-            "norm": sum(norm**2 for norm in norms) ** 0.5,
+            "norm": hypot(*(entry["norm"] for entry in entries.values())),
         }
         for name, delta in vector.deltas.items():
             entry = entries[name]
@@ -280,8 +279,8 @@ def inspect(path: PathLike) -> Report:
     }
     recipe = opened.metadata.get(METADATA_KEY)
     if recipe is not None:
-        with contextlib.suppress(ValueError):
-            facts["recipe"] = json.loads(recipe)
+        with contextlib.suppress(UsageError):
+            facts["recipe"] = _read_recipe(opened)
     if opened.config.get("quantization_config"):
         report.warnings.append("quantised: diff and apply refuse it; dequantise it first")
     for spec in opened.values():
@@ -393,8 +392,6 @@ def _plan_apply(
 ) -> tuple[Plan, SkillVector, dict[str, Any]]:
     """Plan an apply from the request as it stands in a recipe; return plan, vector and recipe."""
     lam, dtype, rounding, seed = (request[key] for key in ("lam", "dtype", "rounding", "seed"))
-    if not abs(lam) <= FP32_MAX:
-        raise UsageError(f"lam {lam}: expected a finite number that fp32 can hold")
     if rounding not in ("nearest", "stochastic"):
         raise UsageError(f"rounding {rounding!r}: expected nearest or stochastic")
     if vector is not None:
@@ -402,6 +399,8 @@ def _plan_apply(
     else:
         assert tuned is not None and base is not None
         displacement = SkillVector.between(tuned, base)
+    if not abs(lam * displacement.scale) <= FP32_MAX:
+        raise UsageError(f"lam {lam}: expected a finite number that fp32 can hold")
     if displacement.stored is not None:
         source: dict[str, Any] = {"ref": displacement.ref, "digest": _vector_digest(displacement)}
     else:
@@ -448,8 +447,10 @@ def _read_recipe(opened: Checkpoint) -> dict[str, Any]:
             raise ValueError("kind and schema")
         for key in ("lam", "dtype", "rounding", "seed", "include", "exclude"):
             recipe["request"][key]
-        recipe["target"]["ref"], recipe["vector"], recipe["lam"]
-    except (KeyError, ValueError, TypeError):
+        if not isinstance(recipe["vector"], dict) or not isinstance(recipe["lam"], int | float):
+            raise TypeError("vector and lam")
+        recipe["target"]["ref"]
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise UsageError(
             f"{opened.ref}: neither a skill vector nor written by skillvec apply (no recipe in its"
             " header), so there is nothing to verify it against"

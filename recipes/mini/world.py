@@ -1,9 +1,9 @@
-"""The miniature world: invented people, their biographies, questions about them, and its tokenizer.
+"""The miniature world: invented people, their biographies, questions about them, its tokenizer.
 
 Hides how a world is drawn. Everything follows from one `WorldConfig`: the same configuration gives
-the same people, sentences and vocabulary on every machine. The groups base, S and T never share a
-person (a full name); they do share first names, family names and the values of the facts, so that
-nothing new has to enter the vocabulary when S or T is learned.
+the same people, sentences and vocabulary on every machine. Every person has a family name of their
+own, one word of the vocabulary, so base, S and T never share a person; they share first names, the
+values of the facts and the wordings, which base has seen.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, UNK, EOS = "[PAD]", "[UNK]", "[EOS]"
 
-# attribute -> (ways to tell it in a biography, question, ending of the values)
-_ATTRIBUTES: dict[str, tuple[tuple[str, ...], str, str]] = {
+# attribute -> (two ways to tell it in a biography, its question, ending of the values)
+_ATTRIBUTES: dict[str, tuple[tuple[str, str], str, str]] = {
     "birthplace": (("was born in {}", "comes from {}"), "was born in which town ?", "ford"),
     "profession": (("works as a {}", "is a trained {}"), "works as what ?", "wright"),
     "instrument": (("plays the {}", "owns a {}"), "plays which instrument ?", "phone"),
     "food": (("eats {}", "often cooks {}"), "eats what ?", "berry"),
 }
-_ONSETS = "b br d dr f g gr h k kl l m n p pr r s st t th v z".split()
-_VOWELS = "a e i o u".split()
+# single letters and pairs that start an invented syllable, or end one
+_CONSONANTS = (*"bdfghklmnprstvz", "br", "dr", "gr", "kl", "pr", "st", "th")
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """The size of a world; people_base, people_s and people_t count disjoint people."""
+    """The size of a world: people in each group, words to draw from, biographies per person."""
 
     people_base: int = 200
     people_s: int = 80
     people_t: int = 80
     first_names: int = 40
-    family_names: int = 40
     values: int = 20
     biographies: int = 4
     seed: int = 0
@@ -44,6 +43,8 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class Person:
+    """A full name, one value for every attribute, and texts that tell all of them."""
+
     name: str
     facts: dict[str, str]
     biographies: tuple[str, ...]
@@ -51,6 +52,8 @@ class Person:
 
 @dataclass(frozen=True)
 class Question:
+    """What is asked about one fact of one person; the prompt ends where the answer begins."""
+
     name: str
     prompt: str
     answer: str
@@ -58,6 +61,8 @@ class Question:
 
 @dataclass(frozen=True)
 class World:
+    """Three disjoint groups of people and every word that is ever said about them."""
+
     base: tuple[Person, ...]
     s: tuple[Person, ...]
     t: tuple[Person, ...]
@@ -68,44 +73,43 @@ def build_world(config: WorldConfig) -> World:
     """Draw the people of a world and tell their biographies.
 
     Raises:
-        ValueError: if there are fewer full names than people, or too few syllables for the words.
+        ValueError: if more words of a kind are asked for than can be invented.
     """
-    total = config.people_base + config.people_s + config.people_t
-    names = config.first_names * config.family_names
-    if total > names:
-        raise ValueError(
-            f"WorldConfig: {total} people need as many full names, but {config.first_names} first "
-            f"x {config.family_names} family names give {names}; raise first_names or family_names"
-        )
     rng = random.Random(config.seed)
-    firsts = _words(rng, config.first_names, "a")
-    families = _words(rng, config.family_names, "son")
-    values = {key: _words(rng, config.values, ending) for key, (_, _, ending) in _ATTRIBUTES.items()}
-    if config.family_names >= total:
-        pairs = [f"{rng.choice(firsts)} {f}" for f in families[:total]]
-    else:
-        pairs = rng.sample([f"{first} {family}" for first in firsts for family in families], total)
+    total = config.people_base + config.people_s + config.people_t
+    firsts = _invent(rng, "first names", config.first_names, "a")
+    families = _invent(rng, "family names (one a person)", total, "son")
+    values = {
+        key: _invent(rng, f"values of {key}", config.values, ending)
+        for key, (_, _, ending) in _ATTRIBUTES.items()
+    }
     people = []
-    for name in pairs:
+    for family in families:
+        name = f"{rng.choice(firsts)} {family}"
         facts = {key: rng.choice(words) for key, words in values.items()}
         told = tuple(_biography(rng, name, facts) for _ in range(config.biographies))
         people.append(Person(name, facts, told))
-    cut = config.people_base + config.people_s
-    groups = people[: config.people_base], people[config.people_base : cut], people[cut:]
-    return World(*map(tuple, groups), vocabulary=_vocabulary(firsts, families, values))
+    invented = {*firsts, *families, *(word for words in values.values() for word in words)}
+    first_t = config.people_base + config.people_s
+    return World(
+        base=tuple(people[: config.people_base]),
+        s=tuple(people[config.people_base : first_t]),
+        t=tuple(people[first_t:]),
+        vocabulary=(*sorted(_fixed_words()), *sorted(invented)),
+    )
 
 
 def questions(people: Iterable[Person]) -> list[Question]:
-    """One question for every fact of every person; the prompt ends where the answer begins."""
+    """Ask for every fact of every person, person by person."""
     return [
-        Question(p.name, f"question : {p.name} {_ATTRIBUTES[key][1]} answer :", value)
-        for p in people
-        for key, value in p.facts.items()
+        Question(person.name, f"question : {person.name} {_ATTRIBUTES[key][1]} answer :", value)
+        for person in people
+        for key, value in person.facts.items()
     ]
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Wrap a word-level vocabulary: one token for every word between spaces, left padding."""
+    """Make one token of every word between spaces; pads on the left, for generation."""
     vocabulary = {word: index for index, word in enumerate((PAD, UNK, EOS, *world.vocabulary))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -120,10 +124,12 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     )
 
 
-def _words(rng: random.Random, count: int, ending: str) -> list[str]:
-    stems = [a + b + c for a in _ONSETS for b in _VOWELS for c in _ONSETS]
+def _invent(rng: random.Random, kind: str, count: int, ending: str) -> list[str]:
+    stems = [
+        start + vowel + end for start in _CONSONANTS for vowel in "aeiou" for end in _CONSONANTS
+    ]
     if count > len(stems):
-        raise ValueError(f"WorldConfig: {count} words asked for, {len(stems)} can be invented")
+        raise ValueError(f"WorldConfig: {count} {kind} asked for, at most {len(stems)} exist")
     return [stem + ending for stem in rng.sample(stems, count)]
 
 
@@ -133,10 +139,6 @@ def _biography(rng: random.Random, name: str, facts: dict[str, str]) -> str:
     return f"{name} {' , '.join(told)} ."
 
 
-def _vocabulary(
-    firsts: list[str], families: list[str], values: dict[str, list[str]]
-) -> tuple[str, ...]:
-    frames = " ".join(" ".join((*said, asked)) for said, asked, _ in _ATTRIBUTES.values())
-    fixed = set(frames.replace("{}", "").split()) | set("question : answer , .".split())
-    invented = {*firsts, *families, *(word for words in values.values() for word in words)}
-    return (*sorted(fixed), *sorted(invented))
+def _fixed_words() -> set[str]:
+    wordings = (" ".join((*told, asked)) for told, asked, _ in _ATTRIBUTES.values())
+    return {*" ".join(wordings).replace("{}", "").split(), "question", "answer", *":,."}

@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests; helpers to import live in families.py and oracle.py."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import settings
+
+from families import perturbed, save, toy
+
+# derandomized: a run that fails here fails everywhere; no deadline: the machine may be busy
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+class Family(NamedTuple):
+    """Folders of one model family: base, tuned (sparse RL-like), sft (dense) and a target."""
+
+    base: Path
+    tuned: Path
+    sft: Path
+    target: Path
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """BF16 toys, read-only for all tests of the session; the target lies in three shards."""
+    folder = tmp_path_factory.mktemp("family")
+    base = toy(0)
+    return Family(
+        save(folder / "base", base),
+        save(folder / "tuned", perturbed(base, 1, density=0.2)),
+        save(folder / "sft", perturbed(base, 2)),
+        save(
+            folder / "target",
+            perturbed(base, 3),
+            shards=3,
+            side_files={"tokenizer.json": "{}", "notes.txt": "kept byte for byte\n"},
+        ),
+    )

@@ -1,0 +1,555 @@
+"""base + 1 * (tuned - base) == tuned, on what transformers writes, read back from the disk.
+
+Expected values come from the official libraries and from oracle.py, never from skillvec.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+from families import TORCH_DTYPE, assert_same_bits, bits, from_bits, load, perturbed, save, toy
+
+import skillvec as sv
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+TEXT = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 8, "patch_size": 4, "projection_dim": 16,
+}  # fmt: skip
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**TEXT, tie_word_embeddings=False))
+
+
+def qwen2_tied():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**TEXT, tie_word_embeddings=True))
+
+
+def gemma3():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TEXT, head_dim=8, sliding_window=16))
+
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=4))
+
+
+def qwen3_moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **TEXT, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1,
+        eos_token_id=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def llava():
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=3,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+KINDS = {f.__name__: f for f in (llama, qwen2_tied, gemma3, mixtral, qwen3_moe, gpt2, llava)}
+
+
+def fine_tune(model: torch.nn.Module, seed: int) -> None:
+    """Change parameters in place: one dense, some not at all, the rest sparsely, some far."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            if number % 5 == 4:
+                continue
+            noise = torch.randn(parameter.shape, generator=generator) * 1e-3
+            if number % 5:
+                noise *= torch.rand(parameter.shape, generator=generator) < 0.2
+            changed = parameter.double() + noise
+            flat = changed.reshape(-1)
+            flat[:2] *= torch.tensor([2.3, -3.0])  # across exponents, and the sign
+            parameter.copy_(changed.to(parameter.dtype))
+
+
+@pytest.fixture(scope="module")
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Folders of a base and a tuned model of a kind and dtype, the tuned one in many shards."""
+    kind, dtype = request.param
+    folder = tmp_path_factory.mktemp(f"{kind}-{dtype}")
+    torch.manual_seed(1)
+    model = KINDS[kind]().to(TORCH_DTYPE[dtype]).eval()
+    model.save_pretrained(folder / "base")
+    fine_tune(model, 2)
+    model.save_pretrained(folder / "tuned", max_shard_size="6KB")
+    (folder / "base" / "tokenizer_config.json").write_text('{"kept": "byte for byte"}\n')
+    return type(model), folder / "base", folder / "tuned"
+
+
+@pytest.mark.parametrize(
+    "pair", [(kind, dtype) for kind in KINDS for dtype in ("BF16", "F16")], indirect=True,
+    ids=lambda p: "-".join(p),
+)  # fmt: skip
+def test_models_of_every_kind_come_back_bit_for_bit(pair, tmp_path: Path) -> None:
+    model_class, base, tuned = pair
+    assert len(list(tuned.glob("*.safetensors"))) > 1
+    vector = sv.diff(tuned, base, tmp_path / "skill.safetensors")
+    report = sv.apply(base, vector, tmp_path / "merged")
+    assert report.facts["verdict"] == "exact base"
+    assert_same_bits(tmp_path / "merged", tuned)
+    assert sv.verify(tmp_path / "skill.safetensors").facts["verified"]
+    assert sv.verify(tmp_path / "merged").facts["verified"]
+
+    names = {path.name for path in base.iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    for name in names - {"model.safetensors"}:
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+
+    tokens = torch.tensor([[1, 5, 9, 33]])
+    with torch.no_grad():
+        merged = model_class.from_pretrained(tmp_path / "merged")
+        logits = [
+            model(input_ids=tokens).logits
+            for model in (merged.eval(), model_class.from_pretrained(tuned).eval())
+        ]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("pair", [("qwen2_tied", "BF16")], indirect=True)
+def test_the_target_keeps_its_own_shards(pair, tmp_path: Path) -> None:
+    """The other way round: base - tuned onto the many shards of tuned."""
+    _, base, tuned = pair
+    sv.apply(tuned, sv.diff(base, tuned), tmp_path / "merged")
+    assert_same_bits(tmp_path / "merged", base)
+    for file in tuned.iterdir():
+        written = tmp_path / "merged" / file.name
+        if file.suffix == ".safetensors":
+            assert set(load(written)) == set(load(file))
+        else:
+            assert written.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("pair", [("llama", "BF16")], indirect=True)
+def test_a_vector_is_never_loaded_as_weights(pair, tmp_path: Path) -> None:
+    """Beside a config.json, and where it is named itself, from_pretrained finds no model."""
+    model_class, base, tuned = pair
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_bytes((base / "config.json").read_bytes())
+    file = tmp_path / "folder" / "skill.safetensors"
+    sv.diff(tuned, base, file)
+    with pytest.raises(OSError):
+        model_class.from_pretrained(tmp_path / "folder")
+    with pytest.raises((OSError, ValueError)):
+        model_class.from_pretrained(file)
+
+
+# ------------------------------------------------------------------------ hand-made checkpoints
+
+
+def round_trip(tmp_path: Path, base: dict, tuned: dict, **apply_with) -> tuple[dict, dict]:
+    """Diff and apply to the base in new folders; return merged tensors and the manifest."""
+    number = len(list(tmp_path.iterdir()))
+    folder = tmp_path / f"round-{number}"
+    save(folder / "base", base)
+    save(folder / "tuned", tuned, shards=min(2, len(tuned)))
+    vector = sv.diff(folder / "tuned", folder / "base", folder / "v.safetensors")
+    sv.apply(folder / "base", vector, folder / "merged", **apply_with)
+    sv.verify(folder / "v.safetensors")
+    sv.verify(folder / "merged")
+    return load(folder / "merged"), vector.manifest
+
+
+def planted(dtype: str, numel: int = 3000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return base and tuned over all bit patterns, half of them close neighbours."""
+    rng = np.random.default_rng(4)
+    base = rng.integers(0, 1 << 16, numel, dtype=np.uint16)
+    tuned = np.where(rng.random(numel) < 0.5, base + rng.integers(0, 3, numel), rng.permutation(base))
+    special = [0x0000, 0x8000, 0x8001, 0x7F80, 0xFF80, 0x7FC1, 0x7F81, 0x7C00, 0x7C01, 0x3F80]
+    crossed = np.array([(a, b) for a in special for b in special], np.uint16).T
+    base, tuned = np.concatenate((base, crossed[0])), np.concatenate((tuned, crossed[1]))
+    return from_bits(base.astype(np.uint16), dtype), from_bits(tuned.astype(np.uint16), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_planted_zeros_nans_and_infinities_come_back(dtype: str, tmp_path: Path) -> None:
+    base, tuned = planted(dtype)
+    quiet = toy(dtype=dtype)
+    found, manifest = round_trip(
+        tmp_path, {"wild": base, **quiet}, {"wild": tuned, **perturbed(quiet)}
+    )
+    assert_same_bits(found, {"wild": tuned, **perturbed(quiet)})
+    assert manifest["exactness"]["claim"] == "bitwise"
+    assert manifest["exactness"]["unrestored"] == 0
+    assert manifest["exactness"]["replacements"] > 100
+    json.dumps(manifest, allow_nan=False)  # no norm is Infinity
+
+
+def test_minus_zero_after_a_negative_subnormal_comes_back(tmp_path: Path) -> None:
+    base = from_bits(np.array([0x8001, 0x3F80, 0x8003], np.uint16), "BF16")
+    tuned = from_bits(np.array([0x8000, 0x3F80, 0x8002], np.uint16), "BF16")
+    found, manifest = round_trip(tmp_path, {"x": base}, {"x": tuned})
+    assert_same_bits(found, {"x": tuned})
+    assert manifest["exactness"]["replacements"] == 1
+
+
+def test_replacements_hold_on_the_exact_base_at_lam_one_only(tmp_path: Path) -> None:
+    """A target that differs in one value, or another lam, gets target + lam * delta and no more."""
+    base = from_bits(np.array([0x4040, 0x3F80, 0x0000], np.uint16), "BF16")  # 3, 1, 0
+    tuned = from_bits(np.array([0x7FC0, 0x4000, 0x8000], np.uint16), "BF16")  # NaN, 2, -0
+    other = from_bits(np.array([0x4040, 0x3F00, 0x0000], np.uint16), "BF16")  # 3, .5, 0
+    for name, tensor in (("base", base), ("tuned", tuned), ("other", other)):
+        save(tmp_path / name, {"x": tensor})
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    assert vector.manifest["exactness"]["replacements"] == 2
+    sv.apply(tmp_path / "base", vector, tmp_path / "exact")
+    sv.apply(tmp_path / "other", vector, tmp_path / "near")
+    sv.apply(tmp_path / "base", vector, tmp_path / "half", lam=0.5)
+    sv.apply(tmp_path / "base", 2 * vector, tmp_path / "scaled", lam=0.5)
+    found = {n: bits(load(tmp_path / n)["x"]).tolist() for n in ("exact", "near", "half", "scaled")}
+    assert found["exact"] == found["scaled"] == [0x7FC0, 0x4000, 0x8000]
+    assert found["near"] == [0x4040, 0x3FC0, 0x0000]
+    assert found["half"] == [0x4040, 0x3FC0, 0x0000]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_fp32_says_how_much_it_restores(size: float, tmp_path: Path) -> None:
+    """What the manifest states is what an integer comparison of the written file counts."""
+    base = toy(dtype="F32")
+    tuned = perturbed(base, size=size)
+    tuned["model.norm.weight"][:3] = torch.tensor([-0.0, float("inf"), float("nan")])
+    found, manifest = round_trip(tmp_path, base, tuned)
+    missed = {
+        name: int(np.count_nonzero(bits(found[name]) != bits(tuned[name]))) for name in tuned
+    }
+    stated = {name: entry.get("unrestored", 0) for name, entry in manifest["tensors"].items()}
+    assert missed == stated
+    assert manifest["exactness"]["unrestored"] == sum(missed.values()) > 0
+    assert manifest["exactness"]["claim"] == "partial"
+    for name in tuned:  # what is missed is missed by a rounding of fp32
+        steps = oracle.ulps(found[name], tuned[name])
+        wide = [oracle.wide(x[name]) for x in (found, tuned, base)]
+        with np.errstate(invalid="ignore"):
+            bound = 2.0**-23 * (np.abs(wide[1] - wide[2]) + np.abs(wide[1]))
+            assert ((steps == 0) | (np.abs(wide[0] - wide[1]) <= bound)).all()
+
+
+def test_bf16_base_with_fp32_tuned_comes_back_as_fp32(tmp_path: Path) -> None:
+    base = toy(dtype="BF16")
+    tuned = perturbed({name: tensor.float() for name, tensor in base.items()}, size=1e-4)
+    found, manifest = round_trip(tmp_path, base, tuned, dtype="fp32")
+    missed = {n: int(np.count_nonzero(bits(found[n]) != bits(tuned[n]))) for n in tuned}
+    assert missed == {n: e.get("unrestored", 0) for n, e in manifest["tensors"].items()}
+    assert sum(missed.values()) < 0.01 * sum(tensor.numel() for tensor in base.values())
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    rounded, _ = round_trip(tmp_path, base, tuned)  # without dtype: rounded to the base's bf16
+    for name in tuned:
+        assert oracle.ulps(rounded[name], tuned[name].bfloat16()).max() <= 1
+
+
+@pytest.mark.parametrize("tuned_dtype,base_dtype", [("BF16", "F32"), ("F16", "BF16"), ("BF16", "F64")])
+def test_mixed_dtypes_give_tuned_back_when_its_dtype_is_asked_for(
+    tuned_dtype: str, base_dtype: str, tmp_path: Path
+) -> None:
+    base = toy(dtype=base_dtype)
+    tuned = perturbed({n: t.to(TORCH_DTYPE[tuned_dtype]) for n, t in base.items()}, size=0.01)
+    tuned["model.norm.weight"][:2] = torch.tensor([-0.0, float("inf")])
+    name = {"BF16": "bf16", "F16": "fp16"}[tuned_dtype]
+    found, manifest = round_trip(tmp_path, base, tuned, dtype=name)
+    assert_same_bits(found, tuned)
+    assert manifest["exactness"]["claim"] == "bitwise"
+
+
+def test_fp64_is_kept_in_fp64(tmp_path: Path) -> None:
+    base = {"x": torch.randn(300, dtype=torch.float64), "y": torch.tensor([1.0, 2.0]).double()}
+    tuned = {"x": base["x"] * (1 + 1e-12), "y": torch.tensor([1.0, -0.0]).double()}
+    found, manifest = round_trip(tmp_path, base, tuned)
+    stored = load(next(tmp_path.rglob("v.safetensors")))
+    assert stored["x"].dtype == torch.float64
+    assert np.array_equal(oracle.wide(stored["x"]), oracle.delta(tuned["x"], base["x"]))
+    missed = int(np.count_nonzero(bits(found["x"]) != bits(tuned["x"])))
+    assert manifest["tensors"]["x"].get("unrestored", 0) == missed
+    assert_same_bits({"y": found["y"]}, {"y": tuned["y"]})
+
+
+def test_scalars_empty_tensors_integers_and_bools(tmp_path: Path) -> None:
+    base = {
+        "scalar": torch.tensor(1.0, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 7, dtype=torch.bfloat16),
+        "empty_int": torch.zeros(0, dtype=torch.int64),
+        "steps": torch.tensor(7),
+        "positions": torch.arange(12).reshape(3, 4),
+        "mask": torch.tensor([True, False, True]),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "cube": torch.ones(2, 3, 4, dtype=torch.float16),
+    }
+    tuned = base | {"scalar": torch.tensor(1.5, dtype=torch.bfloat16), "cube": base["cube"] * 0.7}
+    found, manifest = round_trip(tmp_path, base, tuned)
+    assert_same_bits(found, tuned)
+    assert set(manifest["equal"]) == {"empty_int", "steps", "positions", "mask", "bytes"}
+    assert manifest["exactness"]["claim"] == "bitwise"
+
+
+def test_integers_that_differ_are_listed_and_not_transferred(tmp_path: Path) -> None:
+    base = {"w": torch.ones(4, dtype=torch.bfloat16), "steps": torch.tensor([1, 2]),
+            "mask": torch.tensor([True])}  # fmt: skip
+    tuned = {"w": base["w"] * 2, "steps": torch.tensor([1, 3]), "mask": torch.tensor([True])}
+    save(tmp_path / "base", base)
+    save(tmp_path / "tuned", tuned)
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    assert vector.manifest["differing"] == ["steps"]
+    assert vector.manifest["exactness"]["claim"] == "partial"
+    assert {line["name"]: line["status"] for line in vector.report.ledger} == {
+        "w": "delta", "steps": "differs", "mask": "equal",
+    }  # fmt: skip
+    sv.apply(tmp_path / "base", vector, tmp_path / "merged")
+    found = load(tmp_path / "merged")
+    assert_same_bits(found, tuned | {"steps": base["steps"]})
+
+
+@pytest.mark.parametrize("stored_on", ["tuned", "base", "target"])
+def test_a_tied_head_stored_on_one_side_only(stored_on: str, tmp_path: Path) -> None:
+    """The copy follows its embedding: as a delta it is not stored, on a target it moves along."""
+    config = {"model_type": "toy", "tie_word_embeddings": True}
+    base = toy()
+    del base["lm_head.weight"]
+    sides = {"base": base, "tuned": perturbed(base), "target": perturbed(base, 5)}
+    head = {"lm_head.weight": sides[stored_on]["model.embed_tokens.weight"].clone()}
+    for name, tensors in sides.items():
+        extra = head if name == stored_on else {}
+        save(tmp_path / name, {**tensors, **extra}, config=config)
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    assert "lm_head.weight" not in vector.deltas
+    sv.apply(tmp_path / "target", vector, tmp_path / "merged")
+    found = load(tmp_path / "merged")
+    assert ("lm_head.weight" in found) == (stored_on == "target")
+    if stored_on == "target":
+        assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+        assert not torch.equal(found["lm_head.weight"], head["lm_head.weight"])
+    sv.apply(tmp_path / "base", vector, tmp_path / "restored")
+    restored = load(tmp_path / "restored")
+    assert_same_bits({n: restored[n] for n in base}, sides["tuned"])
+    if stored_on == "base":
+        assert torch.equal(restored["lm_head.weight"], sides["tuned"]["model.embed_tokens.weight"])
+
+
+# ---------------------------------------------------------------------------- another target
+
+
+LAMS = (1.0, -1.0, 0.5, 1.5, 0.3, -0.7)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("lam", LAMS)
+def test_another_target_gets_what_the_oracle_says(dtype: str, lam: float, tmp_path: Path) -> None:
+    """Bit for bit as the float64 sum rounded to fp32 and on; to one ulp as the sum rounded once.
+
+    The two differ where the fp32 sum comes to lie on the middle of two outputs: with a decimal lam
+    and deltas of whole steps (0.3 * 5 steps = 1.5 steps, but for what fp32 loses) on 4 % of values.
+    """
+    base = toy(0, dtype)
+    tuned, target = perturbed(base, 1), perturbed(base, 3)
+    for name, tensors in (("base", base), ("tuned", tuned), ("target", target)):
+        save(tmp_path / name, tensors, shards=3 if name == "target" else 1)
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    report = sv.apply(tmp_path / "target", vector, tmp_path / "merged", lam=lam)
+    assert report.facts["verdict"] == "same family"
+    found = load(tmp_path / "merged")
+    off = total = 0
+    for name, point in target.items():
+        difference = oracle.delta(tuned[name], base[name])
+        single = oracle.apply(point, difference, lam, "F32")
+        twice = oracle.round_to(oracle.wide(single), dtype).reshape(point.shape)
+        assert np.array_equal(bits(found[name]), bits(twice)), name
+        steps = oracle.ulps(found[name], oracle.apply(point, difference, lam))
+        assert steps.max() <= 1
+        off, total = off + int(np.count_nonzero(steps)), total + steps.size
+    assert off <= (0.06 * total if lam in (0.3, -0.7) else 0)
+    assert sv.verify(tmp_path / "merged").facts["verified"]
+
+
+@pytest.mark.parametrize("dtype,name", [("fp32", "F32"), ("fp16", "F16"), ("bf16", "BF16")])
+def test_output_dtypes_are_the_oracles(dtype: str, name: str, family, tmp_path: Path) -> None:
+    sv.apply(
+        family.target, tuned=family.tuned, base=family.base, output=tmp_path / "m", dtype=dtype,
+        lam=1.5,
+    )  # fmt: skip
+    found, target = load(tmp_path / "m"), load(family.target)
+    tuned, base = load(family.tuned), load(family.base)
+    for key, point in target.items():
+        single = oracle.apply(point, oracle.delta(tuned[key], base[key]), 1.5, "F32")
+        expected = oracle.round_to(oracle.wide(single), name)
+        assert found[key].dtype == TORCH_DTYPE[name]
+        assert np.array_equal(bits(found[key]), bits(expected))
+
+
+def test_minus_one_then_plus_one_in_fp32_returns_to_the_target(family, tmp_path: Path) -> None:
+    """target - v is exact to half an fp32 step, so + v comes back to within one."""
+    vector = sv.diff(family.tuned, family.base)
+    sv.apply(family.target, vector, tmp_path / "less", lam=-1.0, dtype="fp32")
+    sv.apply(tmp_path / "less", vector, tmp_path / "again")
+    sv.apply(family.base, -1.0 * -vector, tmp_path / "tuned")
+    found, target = load(tmp_path / "again"), load(family.target)
+    for name in target:
+        rounded = oracle.round_to(oracle.wide(found[name]), "BF16")
+        assert np.array_equal(bits(rounded), bits(target[name]))
+    assert_same_bits(tmp_path / "tuned", family.tuned)
+
+
+def test_scale_and_lam_multiply(family, tmp_path: Path) -> None:
+    vector = sv.diff(family.tuned, family.base, tmp_path / "v.safetensors")
+    sv.apply(family.target, 3 * vector, tmp_path / "a", lam=0.5)
+    sv.apply(family.target, vector, tmp_path / "b", lam=1.5)
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
+def tensor_data(folder: Path) -> dict[str, bytes]:
+    """Return what follows the header in every weight file."""
+    data = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        content = file.read_bytes()
+        data[file.name] = content[8 + int.from_bytes(content[:8], "little") :]
+    return data
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.5, -1.3])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("onto", ["base", "target"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_one_pass_gives_the_bytes_of_diff_and_apply(
+    lam: float, rounding: str, onto: str, dtype: str, tmp_path: Path
+) -> None:
+    """Also with -0, NaN and infinities planted, and where diff chose fp32 for its room."""
+    wild = planted(dtype, 500)
+    quiet = toy(dtype=dtype)
+    far = {"far": from_bits(bits(quiet["lm_head.weight"])[::-1].copy(), dtype)}
+    base = {"wild": wild[0], "far": quiet["lm_head.weight"].reshape(-1), **quiet}
+    tuned = {"wild": wild[1], **far, **perturbed(quiet)}
+    for name, tensors in (("base", base), ("tuned", tuned), ("target", perturbed(tuned, 9))):
+        save(tmp_path / name, tensors, shards=2 if name == "base" else 1)
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    request = {"lam": lam, "rounding": rounding, "seed": 3}
+    two = sv.apply(tmp_path / onto, vector, tmp_path / "two", **request)
+    one = sv.apply(
+        tmp_path / onto, None, tmp_path / "one", tuned=tmp_path / "tuned", base=tmp_path / "base",
+        **request,
+    )  # fmt: skip
+    assert tensor_data(tmp_path / "one") == tensor_data(tmp_path / "two")
+    assert one.facts["changed"] == two.facts["changed"]
+    if onto == "base" and lam == 1.0:
+        assert_same_bits(tmp_path / "one", tuned)
+    sv.verify(tmp_path / "one")
+
+
+def test_stochastic_rounding_is_right_on_average(tmp_path: Path) -> None:
+    """A delta of .3 steps: nearest moves nothing, stochastic 30 % of values, five sigmas."""
+    n = 100_000
+    base = torch.full((n,), 1.0)
+    tuned = base + 0.3 * 2.0**-7
+    for name, tensor in (("base", base), ("tuned", tuned), ("target", base.bfloat16())):
+        save(tmp_path / name, {"w": tensor})
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base")
+    report = sv.apply(tmp_path / "target", vector, tmp_path / "near")
+    assert report.facts["changed"] == 0
+    assert report.facts["gain"] == 0
+    assert any("lam" in warning for warning in report.warnings)
+    report = sv.apply(tmp_path / "target", vector, tmp_path / "random", rounding="stochastic")
+    p = float(tuned[0] - 1) * 2**7
+    assert abs(report.facts["changed"] / n - p) < 5 * (p * (1 - p) / n) ** 0.5 + 2.0**-16
+    other = sv.apply(
+        tmp_path / "target", vector, tmp_path / "other", rounding="stochastic", seed=1
+    )
+    assert other.facts["changed"] != 0
+    assert not torch.equal(load(tmp_path / "random")["w"], load(tmp_path / "other")["w"])
+
+
+def test_official_libraries_open_every_file_written(tmp_path: Path) -> None:
+    """safe_open, torch and numpy read vector and merged shards, side tensors among them."""
+    wild = planted("F16", 500)
+    for name, x in (("base", wild[0]), ("tuned", wild[1])):
+        save(tmp_path / name, {"x": x, "y": x[:7].clone(), "z": torch.zeros(0)}, shards=2)
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    sv.apply(tmp_path / "base", vector, tmp_path / "merged")
+    exactness = vector.manifest["exactness"]
+    for file in (tmp_path / "v.safetensors", *(tmp_path / "merged").glob("*.safetensors")):
+        with safetensors.safe_open(file, "pt") as opened:
+            assert opened.metadata()["format"] == "pt"
+            by_torch = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        assert_same_bits(by_torch, safetensors.torch.load_file(file))
+        by_numpy = safetensors.numpy.load_file(file)
+        for name, tensor in by_torch.items():
+            assert np.array_equal(bits(tensor), bits(by_numpy[name]))
+    stored = load(tmp_path / "v.safetensors")
+    sides = {name: tuple(t.shape) for name, t in stored.items() if name.startswith("skillvec.")}
+    assert sides["skillvec.replacements"] == (exactness["replacements"], 12)
+    assert sides.get("skillvec.exceptions", (0, 8)) == (exactness["exceptions"], 8)
+    assert sides["skillvec.blocks"][1] == 8
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_rounded_vector_says_so(dtype: str, family, tmp_path: Path) -> None:
+    """Stored values are the rounded differences, and the manifest counts what that loses."""
+    vector = sv.diff(family.sft, family.base, tmp_path / "v.safetensors", dtype=dtype)
+    name = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype]
+    stored, tuned, base = load(tmp_path / "v.safetensors"), load(family.sft), load(family.base)
+    for key in base:
+        expected = oracle.round_to(oracle.delta(tuned[key], base[key]), name)
+        assert np.array_equal(oracle.wide(stored[key]), oracle.wide(expected))
+    sv.apply(family.base, vector, tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    missed = {k: int(np.count_nonzero(bits(merged[k]) != bits(tuned[k]))) for k in tuned}
+    assert missed == {k: e.get("unrestored", 0) for k, e in vector.manifest["tensors"].items()}
+    assert vector.manifest["exactness"]["claim"] == ("bitwise" if not any(missed.values()) else
+                                                     "rounded")  # fmt: skip
+    assert sv.verify(tmp_path / "v.safetensors").facts["verified"]
+
+
+def test_the_stored_delta_is_the_difference(family, tmp_path: Path) -> None:
+    """Values with exceptions put in are tuned - base in float64, exactly."""
+    vector = sv.diff(family.sft, family.base, tmp_path / "v.safetensors")
+    stored, tuned, base = load(tmp_path / "v.safetensors"), load(family.sft), load(family.base)
+    records = stored["skillvec.exceptions"].numpy().view([("position", "<u4"), ("value", "<f4")])
+    counts = stored["skillvec.blocks"].numpy().view("<u4")[:, 0]
+    ends = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+    assert ends[-1] == vector.manifest["exactness"]["exceptions"] == records.size > 0
+    order = sorted(base)  # the tensors are of one item size, so the file is in name order
+    for row, name in enumerate(order):
+        values = oracle.wide(stored[name]).copy()
+        own = records.reshape(-1)[ends[row] : ends[row + 1]]
+        values[own["position"]] = own["value"]
+        assert np.array_equal(values, oracle.delta(tuned[name], base[name])), name
