@@ -42,13 +42,17 @@ class Job:
     float32: Command | None = None
 
 
-def copy(inputs: tuple[Path, ...], out: Path | None) -> Command:
+def copy(inputs: tuple[Path, ...], out: Path | None, *, synced: bool = False) -> Command:
     """Read every input but the last with dd and copy the last; without `out`, read all."""
     read = inputs[:-1] if out else inputs
-    steps = [["dd", "bs=1M", "of=/dev/null", "status=none", f"if={f}"] for f in files(read)]
+    steps = [
+        shlex.join(["dd", "bs=1M", "of=/dev/null", "status=none", f"if={f}"]) for f in files(read)
+    ]
     if out:
-        steps.append(["cp", "-r", str(inputs[-1]), str(out)])
-    return Command(["sh", "-c", " && ".join(map(shlex.join, steps))], inputs, out)
+        steps.append(shlex.join(["cp", "-r", str(inputs[-1]), str(out)]))
+    if synced:
+        steps.append(f"sync {shlex.quote(str(out))}/*")
+    return Command(["sh", "-c", " && ".join(steps)], inputs, out)
 
 
 def skillvec(
@@ -119,6 +123,7 @@ def jobs_of(family: Path, work: Path, contenders: list[str]) -> dict[str, Job]:
 
     commands = {
         "floor": copy((sft, rl), out),
+        "floor+sync": copy((sft, rl), out, synced=True),
         "skillvec": skillvec("diff", rl, sft, out=file),
         "naive": naive("diff", rl, sft, out=file),
         "mergekit": mergekit(work / "out-diff", {rl: 1.0, sft: -1.0}),
@@ -128,6 +133,7 @@ def jobs_of(family: Path, work: Path, contenders: list[str]) -> dict[str, Job]:
         weights = {target: 1.0, work / "mergekit-delta": float(lam)}
         commands = {
             "floor": copy((stored[0], target), out),
+            "floor+sync": copy((stored[0], target), out, synced=True),
             "skillvec": skillvec("apply", target, stored[0], out=out, options=["--lam", lam]),
             "naive": naive("apply", target, plain[0], lam, out=out),
             "mergekit": mergekit(work / f"out-{name}", weights),
@@ -138,6 +144,7 @@ def jobs_of(family: Path, work: Path, contenders: list[str]) -> dict[str, Job]:
     fused = skillvec("apply", target, out=out, options=[*delta, "--lam", LAM])
     commands = {
         "floor": copy((sft, rl, target), out),
+        "floor+sync": copy((sft, rl, target), out, synced=True),
         "skillvec": Command(fused.argv, (target, rl, sft), out),
         "naive": naive("fused", target, rl, sft, LAM, out=out),
         "mergekit": mergekit(work / "out-fused", weights, sft),

@@ -15,10 +15,12 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 SAMPLE_SECONDS = 0.01
 CHUNK_NBYTES = 1 << 20
@@ -32,6 +34,13 @@ class Command:
     argv: list[str]
     inputs: tuple[Path, ...] = ()
     out: Path | None = None
+
+
+class Spent(NamedTuple):
+    """Wall seconds, and user and system seconds of a process and its children."""
+
+    seconds: float
+    cpu_seconds: float
 
 
 def files(places: Iterable[Path]) -> list[Path]:
@@ -78,26 +87,29 @@ def require_success(process: subprocess.Popen[bytes], command: Command, log: Pat
         raise RuntimeError(f"exit {process.returncode}: {shlex.join(command.argv)}\n{tail}")
 
 
-def timed(command: Command, work: Path) -> float:
-    """Return the wall seconds of one run from a settled state; its output is removed."""
+def timed(command: Command, work: Path) -> Spent:
+    """Run once from a settled state and remove the output."""
     log = work / "log"
     settle(command)
     began = time.perf_counter()
     process = start(command, log)
-    process.wait()
+    _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
     require_success(process, command, log)
     remove(command.out)
-    return seconds
+    return Spent(seconds, usage.ru_utime + usage.ru_stime)
 
 
-def rounds(commands: dict[str, Command], number: int, work: Path) -> dict[str, list[float]]:
-    """Run all commands in turn `number` times; returns seconds by name."""
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(number):
+def rounds(commands: dict[str, Command], number: int, work: Path) -> dict[str, list[Spent]]:
+    """Run all commands in turn `number` times."""
+    spent: dict[str, list[Spent]] = {name: [] for name in commands}
+    for turn in range(1, number + 1):
         for name, command in commands.items():
-            seconds[name].append(timed(command, work))
-    return seconds
+            spent[name].append(timed(command, work))
+        last = ", ".join(f"{name} {own[-1].seconds:.2f} s" for name, own in spent.items())
+        print(f"round {turn}: {last}", file=sys.stderr)
+    return spent
 
 
 def tree(pid: int) -> list[int]:

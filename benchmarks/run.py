@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,9 +34,9 @@ from contenders import (
     repeated,
     skillvec,
 )
-from measure import Command, nbytes, remove, rounds, sampled
+from measure import Command, Spent, nbytes, remove, rounds, sampled
 
-CONTENDERS = ("floor", "skillvec", "naive", "mergekit")
+CONTENDERS = ("floor", "floor+sync", "skillvec", "naive", "mergekit")
 WEIGHT_JOBS = ("diff", "apply", "apply-lam1", "fused", "orthogonality")
 JOBS = (*WEIGHT_JOBS, "check", "linearity", "startup")
 STARTUP_ROUNDS = 20
@@ -66,30 +67,35 @@ class Row:
         edges = [
             f"{x:.2f}" if len(self.values) > 1 else "" for x in (min(self.values), max(self.values))
         ]
-        text += f"{edges[0]:>8}{middle:>9.2f}{edges[1]:>9} {self.unit:<10}"
+        text += f"{edges[0]:>8}{middle:>9.2f}{edges[1]:>9} {self.unit:<4}{self.note}"
         if self.goal:
             sign, limit = self.goal
             reached = middle <= limit if sign == "<=" else middle >= limit
-            text += f" {sign} {limit:<5g} {'yes' if reached else 'NO'}"
+            text += f"{sign} {limit:<5g} {'yes' if reached else 'NO'}"
         return text.rstrip()
 
 
-def ratios(own: list[float], other: list[float]) -> list[float]:
-    """Divide round by round."""
-    return [a / b for a, b in zip(own, other, strict=True)]
+def ratios(own: list[Spent], other: list[Spent]) -> list[float]:
+    """Divide the wall seconds round by round."""
+    return [a.seconds / b.seconds for a, b in zip(own, other, strict=True)]
 
 
-def timing_rows(what: str, job: str, seconds: dict[str, list[float]]) -> list[Row]:
+def time_row(what: str, who: str, spent: list[Spent]) -> Row:
+    """Show wall seconds, and the median of CPU seconds, which a busy machine changes less."""
+    cpu = statistics.median(s.cpu_seconds for s in spent)
+    return Row(what, who, [s.seconds for s in spent], "s", note=f"cpu {cpu:.2f} s")
+
+
+def timing_rows(what: str, job: str, spent: dict[str, list[Spent]]) -> list[Row]:
     """Turn one job's rounds into rows: seconds, ratios to the floor, skillvec's advantage."""
-    rows = [Row(what, who, own, "s") for who, own in seconds.items()]
-    for who in (w for w in seconds if w != "floor" and "floor" in seconds):
+    rows = [time_row(what, who, own) for who, own in spent.items()]
+    for who in (w for w in spent if w != "floor" and "floor" in spent):
         goal = ("<=", CEILINGS[job]) if who == "skillvec" else None
-        rows.append(Row(what, f"{who} / floor", ratios(seconds[who], seconds["floor"]), "x", goal))
-    for who in (w for w in SPEEDUPS if w in seconds and "skillvec" in seconds):
+        rows.append(Row(what, f"{who} / floor", ratios(spent[who], spent["floor"]), "x", goal))
+    for who in (w for w in SPEEDUPS if w in spent and "skillvec" in spent):
         goal = (">=", SPEEDUPS[who]) if job in SPEEDUP_JOBS else None
-        rows.append(
-            Row(what, f"{who} / skillvec", ratios(seconds[who], seconds["skillvec"]), "x", goal)
-        )
+        values = ratios(spent[who], spent["skillvec"])
+        rows.append(Row(what, f"{who} / skillvec", values, "x", goal))
     return rows
 
 
@@ -114,7 +120,7 @@ def check_rows(what: str, job: Job, work: Path) -> list[Row]:
     """Sample every contender's memory and compare the outputs; nothing here is timed."""
     rows = []
     for who, command in job.commands.items():
-        if who == "floor":
+        if who.startswith("floor"):
             continue
         rows += memory_rows(what, who, sampled(command, work))
         if job.reference and command.out:
@@ -141,9 +147,9 @@ def linearity_rows(jobs: dict[str, dict[str, Job]], number: int, work: Path) -> 
         for size, command in commands.items():
             sampled(command, work)
             moved[size] = nbytes([*command.inputs, *filter(None, [command.out])])
-        seconds = rounds(commands, number, work)
-        a_byte = {size: [s / moved[size] for s in own] for size, own in seconds.items()}
-        values = ratios(a_byte["big"], a_byte["small"])
+        spent = rounds(commands, number, work)
+        scale = moved["small"] / moved["big"]
+        values = [scale * ratio for ratio in ratios(spent["big"], spent["small"])]
         rows.append(Row("linearity", f"{name}, big / small", values, "x", ("<=", LINEAR)))
     return rows
 
@@ -155,9 +161,9 @@ def startup_rows(work: Path) -> list[Row]:
         own: Command([str(SKILLVEC), "--help"]),
         other: Command([PYTHON, "-c", other]),
     }
-    seconds = rounds(commands, STARTUP_ROUNDS, work)
-    rows = [Row("startup", who, [1e3 * s for s in spent], "ms") for who, spent in seconds.items()]
-    values = ratios(seconds[own], seconds[other])
+    spent = rounds(commands, STARTUP_ROUNDS, work)
+    rows = [time_row("startup", who, took) for who, took in spent.items()]
+    values = ratios(spent[own], spent[other])
     return [*rows, Row("startup", "help / import", values, "x", ("<=", STARTUP))]
 
 
@@ -175,9 +181,9 @@ def durable_rows(family: Path, number: int, work: Path) -> list[Row]:
         who: Command(["sh", "-c", f'{shlex.join(c.argv)} && sync "{out}"/*'], c.inputs, out)
         for who, c in (("cp -r, sync", copy), ("skillvec, sync", apply))
     }
-    seconds = rounds(commands, number, work)
-    rows = [Row("durable", who, own, "s") for who, own in seconds.items()]
-    values = ratios(seconds["skillvec, sync"], seconds["cp -r, sync"])
+    spent = rounds(commands, number, work)
+    rows = [time_row("durable", who, own) for who, own in spent.items()]
+    values = ratios(spent["skillvec, sync"], spent["cp -r, sync"])
     rows.append(Row("durable", "skillvec / cp", values, "x", ("<=", DURABLE)))
     return rows + memory_rows("durable", "skillvec", sampled(apply, work))
 
@@ -192,6 +198,7 @@ def about(place: Path) -> dict[str, str]:
         "cpu": f"{models[0] if models else os.uname().machine}, {os.cpu_count()} cores",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "kernel": os.uname().release,
+        "load": f"{os.getloadavg()[0]:.1f} at the start",
         "filesystem": max(holding)[1],
         "python": sys.version.split()[0],
     }
@@ -217,7 +224,7 @@ def show(facts: dict[str, str], rows: list[Row]) -> None:
             line = ""
         line += f"{fact}; "
     print(line.rstrip("; "))
-    print(f"\n{'job':<21} {'who':<24} {'min':>8}{'median':>9}{'max':>9} {'':<10} goal    reached")
+    print(f"\n{'job':<21} {'who':<24} {'min':>8}{'median':>9}{'max':>9} {'':<4}goal")
     for before, row in zip([None, *rows], rows, strict=False):
         if before and before.what != row.what:
             print()
@@ -248,8 +255,9 @@ def measured(given: argparse.Namespace, contenders: list[str], works: dict[str, 
                 rows += check_rows(f"{name}, {size}", jobs[size][name], works[size])
     for size in given.sizes:
         for name in (n for n in WEIGHT_JOBS if n in given.jobs):
-            seconds = rounds(jobs[size][name].commands, given.rounds, works[size])
-            rows += timing_rows(f"{name}, {size}", name, seconds)
+            print(f"{name}, {size}", file=sys.stderr)
+            spent = rounds(jobs[size][name].commands, given.rounds, works[size])
+            rows += timing_rows(f"{name}, {size}", name, spent)
     if "skillvec" in contenders:
         work = works["big"]
         if "linearity" in given.jobs:
@@ -281,6 +289,8 @@ def main() -> None:
     for absent in sorted(set(given.contenders) - set(contenders)):
         print(f"{absent} is not installed: its rows are left out", file=sys.stderr)
     both = ["big", "small"] if "skillvec" in contenders else []
+    # A terminated run must delete its work folders as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     families = families_of(list(dict.fromkeys([*given.sizes, *both])))
     works = {s: Path(tempfile.mkdtemp(prefix="work-", dir=f)) for s, f in families.items()}
     try:

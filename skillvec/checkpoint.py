@@ -94,6 +94,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return [Path(path) for path in sorted({spec.path for spec in self.values()})]
 
     @property
+    def real_files(self) -> list[Path]:
+        """The weight files that links lead to."""
+        return [file.resolve() for file in self.files]
+
+    @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.values())
 
@@ -159,7 +164,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """Return the relative names of files to copy, and of other weight files left behind."""
         copied: list[str] = []
         left: list[str] = []
-        ours = {os.path.realpath(file) for file in self.files}
+        ours = {os.fspath(file) for file in self.real_files}
         seen: set[str] = set()
 
         def refuse(error: OSError) -> None:

@@ -12,7 +12,7 @@ import click
 
 from skillvec import __version__
 from skillvec.display import Screen, pairs_csv
-from skillvec.errors import SkillvecError
+from skillvec.errors import SkillvecError, printable
 
 Command = Callable[..., Any]
 
@@ -24,7 +24,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SkillvecError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; nothing was published", err=True)
@@ -189,6 +189,7 @@ def inspect(path: str, as_json: bool, quiet: bool, verbose: bool) -> None:
 @click.option("--base", help="Of a vector: where BASE is now.")
 @click.option("--target", help="Of a merged model: where TARGET is now.")
 @click.option("--vector", help="Of a merged model: where VECTOR is now.")
+@click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop.")
 @_shared(writes=False, selects=False)
 def verify(path: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Prove a vector or a merged model from the disk, bit for bit.

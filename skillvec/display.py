@@ -9,7 +9,12 @@ import json
 import sys
 from typing import Any
 
+from skillvec.errors import printable
 from skillvec.report import Report
+
+
+def _print(text: str, to_stderr: bool = False) -> None:
+    print(printable(text), file=sys.stderr if to_stderr else sys.stdout)
 
 
 def human_bytes(nbytes: float) -> str:
@@ -60,7 +65,7 @@ class Screen:
     def say(self, text: str) -> None:
         """Print a line of talk to stderr, unless quiet."""
         if not self.quiet:
-            print(text, file=sys.stderr)
+            _print(text, to_stderr=True)
 
     def planned(self, report: Report) -> None:
         """Show the plan before the work."""
@@ -113,12 +118,12 @@ class Screen:
         self.close()
         for warning in report.warnings:
             if not self.as_json:
-                print(f"warning: {warning}", file=sys.stderr)
+                _print(f"warning: {warning}", to_stderr=True)
         if self.as_json:
-            print(json.dumps(report.to_dict(), indent=2))
+            _print(json.dumps(report.to_dict(), indent=2))
         elif self.quiet:
             if last_line is not None:
-                print(last_line)
+                _print(last_line)
         else:
             self._show_human(report)
 
@@ -130,14 +135,14 @@ class Screen:
         if report.verb == "inspect":
             _print_inspect(report)
         elif "nbytes" in report.facts or "gain" in report.facts or "verified" in report.facts:
-            print(done_sentence(report))
+            _print(done_sentence(report))
         else:
-            print(plan_sentence(report))
+            _print(plan_sentence(report))
         if self.verbose or report.verb == "inspect":
             _print_ledger(report, None if self.verbose else 12)
         elif report.verb == "apply" and report.facts.get("worst"):
             worst = report.facts["worst"][0]
-            print(
+            _print(
                 f"worst tensor: {worst['name']}, gain {_number(worst['gain'])},"
                 f" cosine {_number(worst['cosine'])}"
             )
@@ -201,6 +206,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, markup=False)
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     room = max(12, console.width - sum(widths[1:]) - 3 * len(widths))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -229,9 +235,9 @@ def _print_pair(pair: dict[str, Any], lineage: str, verbose: bool) -> None:
     for group in ("kinds", "layers", *(["tensors"] if verbose else [])):
         rows.append([""] * len(columns))
         rows += [[row["name"].removesuffix(".weight"), *_pair_cells(row)] for row in pair[group]]
-    print(f"A = {pair['a']}\nB = {pair['b']}\n{lineage}")
+    _print(f"A = {pair['a']}\nB = {pair['b']}\n{lineage}")
     _table(columns, rows)
-    print(orthogonality_sentence(pair["overall"]))
+    _print(orthogonality_sentence(pair["overall"]))
 
 
 def orthogonality_sentence(overall: dict[str, Any]) -> str:
@@ -252,35 +258,35 @@ def orthogonality_sentence(overall: dict[str, Any]) -> str:
 
 def _print_inspect(report: Report) -> None:
     facts = report.facts
-    print(f"{facts['kind']} {facts['path']}")
+    _print(f"{facts['kind']} {facts['path']}")
     if facts["kind"] == "vector":
-        print(f"  {facts['formula']}, made by {facts['tool']}: {facts['command']}")
+        _print(f"  {facts['formula']}, made by {facts['tool']}: {facts['command']}")
         for side in ("tuned", "base"):
-            print(
+            _print(
                 f"  {side:6} {facts[side]['ref']} ({facts[side]['model_type'] or 'no config'},"
                 f" {_dtypes(facts[side])})"
             )
-        print(
+        _print(
             f"  {human_count(facts['numel'])} values, {100 * facts['density']:.3g} % changed, norm"
             f" {facts['norm']:.6g}, {human_bytes(facts['nbytes'])}"
         )
         exact = facts["exactness"]
-        print(
+        _print(
             f"  exactness: {exact['claim']}, {exact['exceptions']} fp32 exceptions,"
             f" {exact['replacements']} replacements, {exact['unrestored']} values not restored"
         )
         return
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
-    print(
+    _print(
         f"  {facts['model_type'] or 'no config'}, {human_count(facts['numel'])} values in"
         f" {len(report.ledger)} tensors ({dtypes}), {human_bytes(facts['nbytes'])} in"
         f" {len(facts['files'])} files"
     )
     if facts["ties_embeddings"] is not None:
-        print(f"  embeddings tied: {'yes' if facts['ties_embeddings'] else 'no'}")
+        _print(f"  embeddings tied: {'yes' if facts['ties_embeddings'] else 'no'}")
     if "recipe" in facts:
         recipe = facts["recipe"]
-        print(f"  {recipe['target']['ref']} + {recipe['lam']:g} * {_source(recipe['vector'])}")
+        _print(f"  {recipe['target']['ref']} + {recipe['lam']:g} * {_source(recipe['vector'])}")
 
 
 def _print_ledger(report: Report, limit: int | None) -> None:
@@ -290,7 +296,7 @@ def _print_ledger(report: Report, limit: int | None) -> None:
     rows = [[line["name"], *(_cell(line.get(key)) for key in keys)] for line in lines]
     _table(["tensor", *keys], rows)
     if len(lines) < len(report.ledger):
-        print(f"... and {len(report.ledger) - len(lines)} more tensors (-v shows all)")
+        _print(f"... and {len(report.ledger) - len(lines)} more tensors (-v shows all)")
 
 
 def _cell(value: Any) -> str:

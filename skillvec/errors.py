@@ -37,6 +37,11 @@ class IncompatibleError(SkillvecError, ValueError):
     exit_code = 3
 
 
+def printable(text: str) -> str:
+    """Return text with control characters escaped: names in files may hold any."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def up_to_five(lines: Sequence[str]) -> str:
     """Return the first five of `lines`, one a row, and how many more there are."""
     shown = [f"  {line}" for line in lines[:5]]

@@ -19,21 +19,29 @@ from skillvec.storage import (
 PathLike = str | os.PathLike[str]
 
 
-def _refuse_place(path: Path, force: bool, inputs: Sequence[Checkpoint]) -> None:
+def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> Path:
+    """Return the output's path, links above it resolved, or refuse the place."""
+    path = Path(os.path.abspath(os.path.expanduser(output)))
+    path = path.parent.resolve() / path.name
     for checkpoint in inputs:
-        at = checkpoint.path
-        if path == at or (at.is_dir() and at in path.parents):
+        at, end = checkpoint.path, path.resolve()
+        if at in (path, end) or (at.is_dir() and at in (*path.parents, *end.parents)):
             raise UsageError(
                 f"output {path}: inside the input {checkpoint.ref}; write it elsewhere"
             )
-        if path in at.parents:
+        if any(path == file or path in file.parents for file in (at, *checkpoint.real_files)):
             raise UsageError(f"output {path}: holds the input {checkpoint.ref}; write it elsewhere")
-    if (path.exists() or path.is_symlink()) and not force:
+    if not path.parent.is_dir():
+        raise UsageError(f"output {path}: the folder {path.parent} does not exist")
+    if path.is_symlink():
+        raise UsageError(f"output {path}: is a link; name what it points to")
+    if path.exists() and not force:
         raise UsageError(f"output {path}: exists already; --force overwrites it")
+    return path
 
 
 def output_file(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> Path:
-    path = Path(os.path.abspath(os.path.expanduser(output)))
+    path = _place(output, force, inputs)
     if path.suffix != ".safetensors":
         raise UsageError(f"output {path}: the name of a safetensors file ends in .safetensors")
     if path.name == "model.safetensors":
@@ -41,7 +49,6 @@ def output_file(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> 
             f"output {path}: a vector must not be called model.safetensors, or from_pretrained"
             " would load differences as weights"
         )
-    _refuse_place(path, force, inputs)
     if path.is_dir():
         raise UsageError(f"output {path}: is a folder")
     return path
@@ -50,8 +57,7 @@ def output_file(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> 
 def output_model(
     output: PathLike, force: bool, target: Checkpoint, inputs: Sequence[Checkpoint]
 ) -> Path:
-    path = Path(os.path.abspath(os.path.expanduser(output)))
-    _refuse_place(path, force, inputs)
+    path = _place(output, force, inputs)
     if not target.path.is_dir():
         if path.suffix != ".safetensors" or path.is_dir():
             raise UsageError(
@@ -65,10 +71,10 @@ def output_model(
 
 
 @contextlib.contextmanager
-def writing(plan: Plan, path: Path) -> Iterator[tuple[Staging, list[OutputFile]]]:
+def writing(plan: Plan, path: Path, force: bool) -> Iterator[tuple[Staging, list[OutputFile]]]:
     """Yield the staging folder and the plan's files, allocated in full; close what is left open."""
     windowed = plan.nbytes_written * 10 > available_memory_nbytes()
-    with staging(path) as stage, contextlib.ExitStack() as stack:
+    with staging(path, force) as stage, contextlib.ExitStack() as stack:
         made = stage.folder / "made"
         made.mkdir()
         files = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint
-from skillvec.errors import FormatError, IncompatibleError, UsageError, up_to_five
+from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import FLOATS
 from skillvec.storage import ITEMSIZE, TensorSpec, encode_header
 from skillvec.vector import (
@@ -501,5 +501,5 @@ def plan_gram(
             f"the vectors do not match (--exclude GLOB leaves tensors out):\n{up_to_five(problems)}"
         )
     if not jobs:
-        raise FormatError("no tensor is left to compare")
+        raise IncompatibleError("no tensor is left to compare")
     return Plan("orthogonality", jobs, ledger=ledger, vectors=_files_of(*vectors))

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128
 
-from skillvec.errors import FormatError, OutputError, UsageError
+from skillvec.errors import FormatError, OutputError
 
 MAX_HEADER_NBYTES = 100_000_000  # the cap of the official reader
 LEAF_NBYTES = 1 << 19  # a digest is a tree of leaves, so that blocks can be hashed in any order
@@ -392,6 +392,7 @@ class Staging:
 
     output: Path
     folder: Path
+    force: bool
 
     @property
     def _replaced(self) -> Path:
@@ -399,6 +400,10 @@ class Staging:
 
     def publish(self, source: Path) -> None:
         """Rename `source` (inside the folder) to the output, moving an old folder away first."""
+        if not self.force and os.path.lexists(self.output):
+            raise OutputError(
+                f"{self.output}: exists now, made during the run; nothing was published"
+            )
         if source.is_dir():
             fsync_path(os.fspath(source))
         try:
@@ -428,16 +433,14 @@ STAGING_SUFFIX = ".skillvec-unfinished"
 
 
 @contextlib.contextmanager
-def staging(output: Path) -> Iterator[Staging]:
+def staging(output: Path, force: bool = False) -> Iterator[Staging]:
     """Yield a fresh staging folder for `output`, cleared of what a killed run left.
 
     The folder is named `.NAME.skillvec-unfinished` and locked while a run works in it, so a second
     run with the same output is refused and an abandoned folder is recognised. It is removed
-    whatever happens. Raises OutputError, UsageError.
+    whatever happens. Raises OutputError.
     """
     folder = output.parent / f".{output.name}{STAGING_SUFFIX}"
-    if not output.parent.is_dir():
-        raise UsageError(f"{output}: the folder {output.parent} does not exist")
     try:
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -450,7 +453,7 @@ def staging(output: Path) -> Iterator[Staging]:
     except OSError:
         os.close(lock)
         raise OutputError(f"{output}: another run is writing it (lock on {folder})") from None
-    stage = Staging(output, folder)
+    stage = Staging(output, folder, force)
     try:
         stage.clear()
         yield stage

@@ -178,8 +178,8 @@ class SkillVector:
                 " number only"
             )
         scale = self.scale * float(factor)
-        if abs(scale) > FP32_MAX:
-            raise UsageError(f"{self.scale:g} * {factor:g} * vector: more than fp32 can hold")
+        if not isfinite(scale):
+            raise UsageError(f"{self.scale:g} * {factor:g} * vector: the factor overflows")
         return replace(self, scale=scale)
 
     __rmul__ = __mul__
@@ -348,7 +348,7 @@ MANIFEST = {
 }  # fmt: skip
 
 
-def _check(value: Any, shape: Any, where: str) -> None:
+def check_shape(value: Any, shape: Any, where: str) -> None:
     """Raise TypeError where `value` is not of `shape`: a type, or a dict of shapes by key.
 
     The key ... stands for every key, {0: ...} for a list of strings, {0: x, 1: y} for a pair.
@@ -360,14 +360,14 @@ def _check(value: Any, shape: Any, where: str) -> None:
         if not isinstance(value, list) or (shape != {0: ...} and len(value) != len(shape)):
             raise TypeError(f"{where}: expected a list, found {str(value)[:40]!r}")
         for i, item in enumerate(value):
-            _check(item, str if shape == {0: ...} else shape[i], f"{where}[{i}]")
+            check_shape(item, str if shape == {0: ...} else shape[i], f"{where}[{i}]")
     elif not isinstance(value, dict):
         raise TypeError(f"{where}: expected an object, found {str(value)[:40]!r}")
     else:
         for key in value if ... in shape else shape:
             if key not in value:
                 raise TypeError(f"{where}: {key} is missing")
-            _check(value[key], shape[... if ... in shape else key], f"{where}.{key}")
+            check_shape(value[key], shape[... if ... in shape else key], f"{where}.{key}")
 
 
 def _stored_deltas(stored: Checkpoint, manifest: dict[str, Any]) -> dict[str, DeltaSource]:
@@ -380,7 +380,7 @@ def _stored_deltas(stored: Checkpoint, manifest: dict[str, Any]) -> dict[str, De
             f" {BLOCK_NUMEL}: a newer skillvec is needed"
         )
     try:
-        _check(manifest, MANIFEST, "manifest")
+        check_shape(manifest, MANIFEST, "manifest")
     except TypeError as error:
         raise FormatError(f"{where}: broken {error}") from None
     entries = manifest["tensors"]

@@ -52,7 +52,14 @@ from skillvec.summary import (
     report_apply,
     report_diff,
 )
-from skillvec.vector import BLOCK_NUMEL, FP32_MAX, PairDelta, SideWriter, SkillVector
+from skillvec.vector import (
+    BLOCK_NUMEL,
+    FP32_MAX,
+    PairDelta,
+    SideWriter,
+    SkillVector,
+    check_shape,
+)
 
 DTYPES = {
     "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32",
@@ -112,7 +119,7 @@ def diff(
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return replace(vector, report=report)
-    with writing(plan, path) as (stage, files):
+    with writing(plan, path, force) as (stage, files):
         side = SideWriter(stage.folder, layout.rows)
         try:
             results = _run(plan, files, workers, watcher, side)
@@ -180,7 +187,7 @@ def apply(
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    with writing(plan, path) as (stage, files):
+    with writing(plan, path, force) as (stage, files):
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
         results = _run(plan, files, workers, watcher)
@@ -296,6 +303,7 @@ def verify(
     target: PathLike | Checkpoint | None = None,
     vector: PathLike | SkillVector | None = None,
     workers: int | None = None,
+    dry_run: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
     """Prove from the disk what a file claims, bit for bit.
@@ -306,7 +314,7 @@ def verify(
     """
     opened = open_tensors(path, "input")
     if is_vector(opened.metadata):
-        return _verify_vector(SkillVector.open(path), tuned, base, workers, watcher)
+        return _verify_vector(SkillVector.open(path), tuned, base, workers, dry_run, watcher)
     recipe = _read_recipe(opened)
     if vector is None and tuned is None and recipe["vector"].get("ref"):
         vector = recipe["vector"]["ref"]
@@ -327,6 +335,8 @@ def verify(
         "lam": plan.lam,
     }
     report = _planned(plan, facts, workers, watcher)
+    if dry_run:
+        return report
     results = _run(plan, [], workers, watcher)
     report.ledger = []
     wrong = []
@@ -410,7 +420,7 @@ def _plan_apply(
         "kind": "merged",
         "schema": 1,
         "tool": f"skillvec {__version__}",
-        "target": {"ref": point.ref, "probe": None},
+        "target": {"ref": point.ref},
         "vector": source,
         "lam": lam * displacement.scale,
         "request": request,
@@ -440,16 +450,22 @@ def _vector_digest(vector: SkillVector) -> str:
     return digest_bytes(vector.stored.metadata[METADATA_KEY].encode())
 
 
+NUMBER = int | float
+RECIPE = {
+    "kind": str, "schema": int, "target": {"ref": str}, "vector": {...: str}, "lam": NUMBER,
+    "request": {"lam": NUMBER, "dtype": str | None, "rounding": str, "seed": int,
+                "include": {0: ...}, "exclude": {0: ...}},
+}  # fmt: skip
+
+
 def _read_recipe(opened: Checkpoint) -> dict[str, Any]:
     try:
         recipe = json.loads(opened.metadata[METADATA_KEY])
+        check_shape(recipe, RECIPE, "recipe")
         if recipe["kind"] != "merged" or recipe["schema"] != 1:
-            raise ValueError("kind and schema")
-        for key in ("lam", "dtype", "rounding", "seed", "include", "exclude"):
-            recipe["request"][key]
-        if not isinstance(recipe["vector"], dict) or not isinstance(recipe["lam"], int | float):
-            raise TypeError("vector and lam")
-        recipe["target"]["ref"]
+            raise ValueError("another kind or schema")
+        if not {"ref"} <= set(recipe["vector"]) and not {"tuned", "base"} <= set(recipe["vector"]):
+            raise ValueError("no vector")
     except (KeyError, ValueError, TypeError, RecursionError):
         raise UsageError(
             f"{opened.ref}: neither a skill vector nor written by skillvec apply (no recipe in its"
@@ -525,20 +541,24 @@ def _verify_vector(
     tuned: PathLike | Checkpoint | None,
     base: PathLike | Checkpoint | None,
     workers: int | None,
+    dry_run: bool,
     watcher: Watcher | None,
 ) -> Report:
     manifest = vector.manifest
+    assert vector.stored is not None
     left = open_checkpoint(tuned or manifest["tuned"]["ref"], "tuned")
     right = open_checkpoint(base or manifest["base"]["ref"], "base")
     plan = plan_verify_vector(vector, left, right)
     facts = {
         "claim": "VECTOR + BASE = TUNED",
-        "path": vector.ref,
+        "path": os.fspath(vector.stored.path),
         "tuned": left.ref,
         "base": right.ref,
         "exactness": manifest["exactness"],
     }
     report = _planned(plan, facts, workers, watcher)
+    if dry_run:
+        return report
     results = _run(plan, [], workers, watcher)
     report.ledger, wrong = [], []
     for result in results:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import settings
-
 from families import perturbed, save, toy
+from hypothesis import settings
 
 # derandomized: a run that fails here fails everywhere; no deadline: the machine may be busy
 settings.register_profile("repeatable", derandomize=True, deadline=None)

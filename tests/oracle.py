@@ -32,7 +32,9 @@ def round_to(values: np.ndarray, dtype: str) -> torch.Tensor:
         rounded = np.ldexp(np.rint(np.ldexp(values, -exponent)), exponent)
         rounded = np.where(np.isfinite(values), rounded, values)
         rounded = np.where(
-            np.isfinite(rounded) & (np.abs(rounded) > largest), np.copysign(np.inf, rounded), rounded
+            np.isfinite(rounded) & (np.abs(rounded) > largest),
+            np.copysign(np.inf, rounded),
+            rounded,
         )
         single = rounded.astype(np.float32)  # exact: every value of the grid is one of float32
     if dtype == "F32":

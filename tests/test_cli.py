@@ -82,7 +82,8 @@ def test_exit_codes_and_streams_of_a_real_process(tmp_path: Path, family, vector
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nonsense"], ["diff"], ["diff", "a"], ["diff", "a", "b"], ["apply", "t", "-o", "x", "--lam", "z"],
+    [["nonsense"], ["diff"], ["diff", "a"], ["diff", "a", "b"],
+     ["apply", "t", "-o", "x", "--lam", "z"],
      ["apply", "t", "v", "-o", "x", "--rounding", "up"], ["diff", "a", "b", "-o", "x", "--bogus"],
      ["orthogonality"], ["inspect"], ["inspect", "a", "b"], ["verify"],
      ["diff", "a", "b", "-o", "x.safetensors", "--workers", "many"]],
@@ -95,14 +96,16 @@ def test_what_click_refuses_is_usage(arguments: list[str]):
 def test_usage_errors_exit_2(tmp_path: Path, family, vector):
     out = tmp_path / "out"
     base, tuned, target = family.base, family.tuned, family.target
+    shard = target / "model-00001-of-00003.safetensors"
+    v = tmp_path / "v.safetensors"
     for words, arguments in {
-        "no such file": ("diff", tmp_path / "absent", base, "-o", tmp_path / "v.safetensors"),
+        "no such file": ("diff", tmp_path / "absent", base, "-o", v),
         "Hub": ("inspect", "org/name"),
         "ends in .safetensors": ("diff", tuned, base, "-o", tmp_path / "v.bin"),
         "must not be called": ("diff", tuned, base, "-o", tmp_path / "model.safetensors"),
         "does not exist": ("diff", tuned, base, "-o", tmp_path / "no" / "v.safetensors"),
-        "expected one of": ("diff", tuned, base, "-o", tmp_path / "v.safetensors", "--dtype", "int8"),
-        "auto keeps": ("diff", tuned, base, "-o", tmp_path / "v.safetensors", "--dtype", "fp64"),
+        "expected one of": ("diff", tuned, base, "-o", v, "--dtype", "int8"),
+        "auto keeps": ("diff", tuned, base, "-o", v, "--dtype", "fp64"),
         "at least 1": ("apply", target, vector, "-o", out, "--workers", "0"),
         "expected a finite": ("apply", target, vector, "-o", out, "--lam", "nan"),
         "finite number": ("apply", target, vector, "-o", out, "--lam", "-inf"),
@@ -111,7 +114,7 @@ def test_usage_errors_exit_2(tmp_path: Path, family, vector):
         "both tuned and base": ("apply", target, "-o", out, "--tuned", tuned),
         "at least two": ("orthogonality", vector),
         "nothing to verify": ("verify", target),
-        "one .safetensors file": ("apply", target / "model-00001-of-00003.safetensors", vector, "-o", out,
+        "one .safetensors file": ("apply", shard, vector, "-o", out,
                                   "--include", "model.embed_tokens.weight"),
     }.items():  # fmt: skip
         refused(run(*arguments), 2, words)
@@ -239,20 +242,19 @@ def test_json_lists_every_tensor_of_every_input_whatever_became_of_it(tmp_path: 
     made = strict(run("diff", left, right, "-o", v, "--exclude", "*.bias", "--json").stdout)
     lines = {line["name"]: line["status"] for line in made["tensors"]}
     assert set(lines) == set(base) | set(tuned)
-    assert (
-        lines["lm_head.weight"] == "tied"
-        and lines["model.layers.0.self_attn.q_proj.bias"] == "excluded"
-    )
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    assert lines["lm_head.weight"] == "tied" and lines[bias] == "excluded"
     assert lines["equal"] == "equal" and lines["differs"] == "differs"
     applied = strict(run("apply", left, v, "-o", tmp_path / "out", "--json").stdout)
     lines = {line["name"]: line["status"] for line in applied["tensors"]}
     assert set(lines) == set(tuned)
-    assert lines["model.layers.0.self_attn.q_proj.bias"] == lines["equal"] == "passed through"
+    assert lines[bias] == lines["equal"] == "passed through"
     assert lines["lm_head.weight"] == "applied"
     verified = strict(run("verify", tmp_path / "out", "--json").stdout)
     assert {line["name"] for line in verified["tensors"]} == set(tuned)
     inspected = strict(run("inspect", v, "--json").stdout)
-    assert {line["name"] for line in inspected["tensors"]} == set(base) | set(tuned)
+    told = {line["name"] for line in inspected["tensors"]} | {*inspected["tied"]}
+    assert told | {*inspected["excluded"], *inspected["differing"]} == set(base) | set(tuned)
 
 
 def test_json_stays_json_where_numbers_are_not_finite(tmp_path: Path):
@@ -273,7 +275,8 @@ def test_json_stays_json_where_numbers_are_not_finite(tmp_path: Path):
 def test_quiet_prints_one_line_alone(verb: str, tmp_path: Path, family, vector):
     arguments = each_verb(tmp_path, family, vector)[verb]
     result = run(*arguments, "-q")
-    assert result.exit_code == 0 and result.stderr == ""
+    assert result.exit_code == 0
+    assert all(line.startswith("warning: ") for line in result.stderr.splitlines())
     lines = result.stdout.splitlines()
     assert len(lines) == 1
     if verb in ("diff", "apply"):
@@ -294,9 +297,11 @@ def test_quiet_and_relative_paths_print_the_resolved_path(tmp_path: Path, family
 @pytest.mark.parametrize("verb", ["diff", "apply", "orthogonality"])
 def test_talk_goes_to_stderr_and_data_to_stdout(verb: str, tmp_path: Path, family, vector):
     result = run(*each_verb(tmp_path, family, vector)[verb])
-    words = {"diff": "v = TUNED - BASE", "apply": "verdict", "orthogonality": ""}[verb]
-    assert words in result.stderr
-    assert result.stdout and (not words or words.split()[0] not in result.stdout.splitlines()[0])
+    talk = {"diff": ["v = TUNED - BASE", "output"], "apply": ["OUT = TARGET + LAM * V", "output"]}
+    for words in talk.get(verb, ["warning: "]):
+        assert words in result.stderr and words not in result.stdout
+    answer = {"diff": "values changed", "apply": "realised gain", "orthogonality": "cosine"}[verb]
+    assert answer in result.stdout
 
 
 def test_diff_prints_the_formula_and_both_resolved_paths(tmp_path: Path, family, monkeypatch):
@@ -483,8 +488,8 @@ def test_an_output_that_appears_during_the_run_is_not_overwritten(tmp_path: Path
 
 
 def test_include_and_exclude_choose_tensors(tmp_path: Path, family, vector):
-    result = run("apply", family.target, vector, "-o", tmp_path / "out", "--json",
-                 "--include", "*.layers.*", "--include", "lm_head.*", "--exclude", "*.bias")  # fmt: skip
+    globs = ["--include", "*.layers.*", "--include", "lm_head.*", "--exclude", "*.bias"]
+    result = run("apply", family.target, vector, "-o", tmp_path / "out", "--json", *globs)
     lines = {line["name"]: line["status"] for line in strict(result.stdout)["tensors"]}
     for name in toy():
         chosen = (".layers." in name or name.startswith("lm_head")) and not name.endswith(".bias")
@@ -512,7 +517,7 @@ def test_excluding_everything_is_refused(tmp_path: Path, family, vector):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------- the same words on the command line and in Python
+# ------------------------------------------------- the same words on the command line, in Python
 
 SHOWN_ONLY = {"json", "quiet", "verbose", "csv", "help"}  # how to print, not what to do
 PYTHON_ONLY = {"watcher"}  # an object
@@ -717,8 +722,11 @@ def test_csv_holds_the_numbers_of_json(tmp_path: Path, family, vector):
     assert {row["level"] for row in rows} == {"overall", "kind", "layer", "tensor"}
     overall = next(row for row in rows if row["level"] == "overall")
     assert float(overall["cosine"]) == pair["overall"]["cosine"]
-    tensors = {row["name"]: float(row["cosine"]) for row in rows if row["level"] == "tensor"}
-    assert tensors == {row["name"]: row["cosine"] for row in pair["tensors"]}
+    tensors = {row["name"]: row["cosine"] for row in rows if row["level"] == "tensor"}
+    for row in pair["tensors"]:  # a delta of zero has no angle: null, and an empty cell
+        cell = tensors.pop(row["name"])
+        assert (float(cell) if cell else None) == row["cosine"]
+    assert not tensors
 
 
 def test_a_csv_that_cannot_be_written_leaves_no_traceback(tmp_path: Path, family, vector):
@@ -738,23 +746,26 @@ def test_a_hostile_recipe_is_an_error_of_ours(tmp_path: Path, family, vector):
     true = json.loads(skillvec.open_checkpoint(tmp_path / "out").metadata["skillvec"])
     tensors = load(tmp_path / "out")
     request = true["request"]
-    for number, recipe in enumerate(
-        (
-            None, [], "merged", {}, {"kind": "merged"}, true | {"schema": 2}, true | {"lam": "1"},
-            true | {"lam": None}, true | {"target": {}}, true | {"target": {"ref": 3}},
-            true | {"target": {"ref": None}}, true | {"vector": {}}, true | {"vector": None},
-            true | {"vector": {"ref": 3}}, true | {"vector": {"ref": [1]}},
-            true | {"vector": {"tuned": 3, "base": 4}}, true | {"request": request | {"lam": "x"}},
-            true | {"request": request | {"lam": None}}, true | {"request": request | {"dtype": 3}},
-            true | {"request": request | {"rounding": []}},
-            true | {"request": request | {"include": 3}},
-            true | {"request": request | {"exclude": [3]}},
-            true | {"request": request | {"seed": {}}, "tool": []},
-        )
-    ):  # fmt: skip
+    hostile = [
+        None, [], "merged", {}, {"kind": "merged"}, true | {"schema": 2}, true | {"lam": "1"},
+        true | {"lam": None}, true | {"target": {}}, true | {"target": {"ref": 3}},
+        true | {"target": {"ref": None}}, true | {"target": None}, true | {"vector": {}},
+        true | {"vector": None}, true | {"vector": {"ref": 3}}, true | {"vector": {"ref": [1]}},
+        true | {"vector": {"tuned": 3, "base": 4}}, true | {"request": request | {"lam": "x"}},
+        true | {"request": request | {"lam": None}}, true | {"request": request | {"dtype": 3}},
+        true | {"request": request | {"rounding": []}}, true | {"request": None},
+        true | {"request": request | {"include": 3}},
+        true | {"request": request | {"exclude": [3]}},
+    ]  # fmt: skip
+    failures = []
+    for number, recipe in enumerate(hostile):
         metadata = {"format": "pt", "skillvec": json.dumps(recipe)}
         path = save(tmp_path / str(number), tensors, metadata)
-        assert run("inspect", path).exit_code == 0, recipe
-        result = run("verify", path)
-        if recipe is None or not isinstance(recipe, dict) or recipe.get("request") != request:
-            assert result.exit_code in (1, 2, 3), recipe
+        for verb, codes in (("inspect", (0,)), ("verify", (1, 2, 3))):
+            try:
+                code = run(verb, path).exit_code
+            except Exception as error:  # collected, so that one run shows them all
+                code = repr(error)
+            if code not in codes:
+                failures.append(f"{verb}, recipe {number}: {code}")
+    assert not failures, "\n".join(failures)

@@ -345,9 +345,9 @@ def test_stochastic_rounding_goes_up_as_often_as_keeps_the_mean(dtype, fraction,
     value = np.float32(low + (high - low) * fraction)
     p = (float(value) - low) / (high - low)  # of the value as float32 holds it
     drawn = np.random.default_rng(point).integers(0, 1 << 16, n, dtype=np.uint16)
-    found = kernels.widen(
-        kernels.stochastic_narrow(np.full(n, value), dtype, drawn), dtype
-    ).astype(np.float64)
+    found = kernels.widen(kernels.stochastic_narrow(np.full(n, value), dtype, drawn), dtype).astype(
+        np.float64
+    )
     assert set(np.unique(found)) <= {low, high}
     share = float((found == high).mean())
     assert abs(share - p) <= 5 * sqrt(p * (1 - p) / n) + 2.0**-16

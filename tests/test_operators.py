@@ -6,7 +6,6 @@ import pytest
 from families import bits, from_bits
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as nst
 
 from skillvec import operators
 from skillvec.kernels import STORAGE_DTYPE, narrow, widen

@@ -199,7 +199,9 @@ def planted(dtype: str, numel: int = 3000) -> tuple[torch.Tensor, torch.Tensor]:
     """Return base and tuned over all bit patterns, half of them close neighbours."""
     rng = np.random.default_rng(4)
     base = rng.integers(0, 1 << 16, numel, dtype=np.uint16)
-    tuned = np.where(rng.random(numel) < 0.5, base + rng.integers(0, 3, numel), rng.permutation(base))
+    tuned = np.where(
+        rng.random(numel) < 0.5, base + rng.integers(0, 3, numel), rng.permutation(base)
+    )
     special = [0x0000, 0x8000, 0x8001, 0x7F80, 0xFF80, 0x7FC1, 0x7F81, 0x7C00, 0x7C01, 0x3F80]
     crossed = np.array([(a, b) for a in special for b in special], np.uint16).T
     base, tuned = np.concatenate((base, crossed[0])), np.concatenate((tuned, crossed[1]))
@@ -254,9 +256,7 @@ def test_fp32_says_how_much_it_restores(size: float, tmp_path: Path) -> None:
     tuned = perturbed(base, size=size)
     tuned["model.norm.weight"][:3] = torch.tensor([-0.0, float("inf"), float("nan")])
     found, manifest = round_trip(tmp_path, base, tuned)
-    missed = {
-        name: int(np.count_nonzero(bits(found[name]) != bits(tuned[name]))) for name in tuned
-    }
+    missed = {name: int(np.count_nonzero(bits(found[name]) != bits(tuned[name]))) for name in tuned}
     stated = {name: entry.get("unrestored", 0) for name, entry in manifest["tensors"].items()}
     assert missed == stated
     assert manifest["exactness"]["unrestored"] == sum(missed.values()) > 0
@@ -282,7 +282,9 @@ def test_bf16_base_with_fp32_tuned_comes_back_as_fp32(tmp_path: Path) -> None:
         assert oracle.ulps(rounded[name], tuned[name].bfloat16()).max() <= 1
 
 
-@pytest.mark.parametrize("tuned_dtype,base_dtype", [("BF16", "F32"), ("F16", "BF16"), ("BF16", "F64")])
+@pytest.mark.parametrize(
+    "tuned_dtype,base_dtype", [("BF16", "F32"), ("F16", "BF16"), ("BF16", "F64")]
+)
 def test_mixed_dtypes_give_tuned_back_when_its_dtype_is_asked_for(
     tuned_dtype: str, base_dtype: str, tmp_path: Path
 ) -> None:
@@ -491,9 +493,7 @@ def test_stochastic_rounding_is_right_on_average(tmp_path: Path) -> None:
     report = sv.apply(tmp_path / "target", vector, tmp_path / "random", rounding="stochastic")
     p = float(tuned[0] - 1) * 2**7
     assert abs(report.facts["changed"] / n - p) < 5 * (p * (1 - p) / n) ** 0.5 + 2.0**-16
-    other = sv.apply(
-        tmp_path / "target", vector, tmp_path / "other", rounding="stochastic", seed=1
-    )
+    other = sv.apply(tmp_path / "target", vector, tmp_path / "other", rounding="stochastic", seed=1)
     assert other.facts["changed"] != 0
     assert not torch.equal(load(tmp_path / "random")["w"], load(tmp_path / "other")["w"])
 
@@ -553,3 +553,31 @@ def test_the_stored_delta_is_the_difference(family, tmp_path: Path) -> None:
         own = records.reshape(-1)[ends[row] : ends[row + 1]]
         values[own["position"]] = own["value"]
         assert np.array_equal(values, oracle.delta(tuned[name], base[name])), name
+
+
+@pytest.mark.parametrize("lam", [1e39, -1e300, float("inf"), float("nan")])
+def test_a_lam_that_fp32_cannot_hold_is_refused(lam: float, family, tmp_path: Path) -> None:
+    """As an infinity it would write NaN over weights whose delta is zero."""
+    with pytest.raises(sv.UsageError):
+        sv.apply(family.target, sv.diff(family.tuned, family.base), tmp_path / "m", lam=lam)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("flipped", ["v.safetensors", "merged/model.safetensors", "base"])
+def test_verify_finds_one_flipped_bit(flipped: str, family, tmp_path: Path) -> None:
+    """The last bit of the last value of the last tensor in the file."""
+    for side in ("tuned", "base"):
+        save(tmp_path / side, load(getattr(family, side)))
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    sv.apply(tmp_path / "base", vector, tmp_path / "merged")
+    file = tmp_path / (f"{flipped}/model.safetensors" if flipped == "base" else flipped)
+    content = bytearray(file.read_bytes())
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header.pop("__metadata__")
+    last = max((n for n in header if n[:8] != "skillvec"), key=lambda n: header[n]["data_offsets"])
+    at = 8 + int.from_bytes(content[:8], "little") + header[last]["data_offsets"][1] - 2
+    content[at] ^= 1
+    file.write_bytes(content)
+    which = tmp_path / ("merged" if "merged" in flipped else "v.safetensors")
+    with pytest.raises((sv.VerificationError, sv.FormatError), match=last):
+        sv.verify(which)

@@ -1,4 +1,4 @@
-"""`make demo`: train the miniature, move the skill with the skillvec command line, score the result.
+"""`make demo`: train the miniature, move the skill by the skillvec command line, score it.
 
 Hides nothing of the method: every diff, apply, orthogonality and verify below is the command line a
 user would type, run as its own process. The one piece of arithmetic here is the control's noise.
@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say("\n2. Cut out the skill, look at it, add it to the model that RL never touched")
     try:
         merged = transfer(out)
-        say(
-            f"\n3. A control: noise with the norm of the skill in every tensor (seed {options.seed})"
-        )
+        say("\n3. A control: noise with the norm of the skill, tensor by tensor")
         write_noisy_checkpoint(out, options.seed)
         merged[RANDOM] = transfer_noise(out)
     except subprocess.CalledProcessError as error:

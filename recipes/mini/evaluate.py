@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recipes.mini.world import Question
 
@@ -88,5 +88,6 @@ def accuracy(asked: Sequence[Question], said: Sequence[str]) -> Accuracy:
 def evaluate_checkpoint(folder: Path, asked: Sequence[Question]) -> Accuracy:
     """Load a model and its tokenizer from a folder and score it on the questions."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # AutoTokenizer would see model_type qwen2 and put Qwen's byte-level splitting over our words
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return accuracy(asked, answer_questions(model, tokenizer, asked))

@@ -41,7 +41,7 @@ class MiniConfig:
     base_epochs: int = 14
     base_learning_rate: float = 2e-3
     sft_epochs: int = 20
-    sft_learning_rate: float = 3e-3
+    sft_learning_rate: float = 4e-3
     grpo_steps: int = 80
     grpo_learning_rate: float = 3e-4
     completions_per_step: int = 128

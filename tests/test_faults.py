@@ -1,0 +1,528 @@
+"""Faults: full disks, closed folders, killed runs, runs that meet. Nothing looks finished too soon."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from families import perturbed, save, toy
+
+import skillvec
+from skillvec.errors import OutputError, SkillvecError
+
+UNFINISHED = ".skillvec-unfinished"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of a file (as ""), or of every file of a folder; {} for nothing."""
+    if folder.is_file():
+        return {"": folder.read_bytes()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def vector(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vector") / "skill.safetensors"
+    skillvec.diff(family.tuned, family.base, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(family, vector, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What diff and apply write when nothing goes wrong."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    skillvec.apply(family.target, vector, folder / "out")
+    return {"diff": contents(vector), "apply": contents(folder / "out")}
+
+
+def call(verb: str, output: Path, family, vector, **options) -> None:
+    if verb == "diff":
+        skillvec.diff(family.tuned, family.base, output, workers=1, **options)
+    else:
+        skillvec.apply(family.target, vector, output, workers=1, **options)
+
+
+OUTPUT = {"diff": "v.safetensors", "apply": "out"}
+
+
+# ------------------------------------------------------------------------------------ full disks
+
+# What puts bytes or names on the disk, as (module, function).
+WRITING = [(os, "mkdir"), (os, "posix_fallocate"), (os, "pwrite"), (os, "fsync"), (os, "rename"),
+           (shutil, "copyfile"), (Path, "write_text")]  # fmt: skip
+
+
+def fail_at(monkeypatch, number: int, code: int) -> list[str]:
+    """Make the call `number` (from 0) of all writing functions fail; return the calls seen."""
+    seen: list[str] = []
+
+    def failing(module, name):
+        function = getattr(module, name)
+
+        def wrapped(*arguments, **options):
+            seen.append(name)
+            if len(seen) - 1 == number:
+                raise OSError(code, os.strerror(code))
+            return function(*arguments, **options)
+
+        return wrapped
+
+    for module, name in WRITING:
+        monkeypatch.setattr(module, name, failing(module, name))
+    return seen
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("verb", ["diff", "apply"])
+def test_a_disk_that_is_full_at_any_moment_publishes_nothing(
+    verb: str, old: bool, tmp_path: Path, family, vector, undisturbed
+):
+    before: dict[str, bytes] = {}
+    output = tmp_path / OUTPUT[verb]
+    if old:
+        save(output, toy(9))
+        before = contents(output)
+    dtype = {"dtype": "fp32"} if verb == "apply" else {}  # a new size: the index is written anew
+    failures, reached = [], set()
+    for number in range(200):
+        with pytest.MonkeyPatch.context() as patch:
+            seen = fail_at(patch, number, 28)
+            try:
+                call(verb, output, family, vector, force=old, **dtype)
+            except OutputError as error:
+                if "full" not in str(error):
+                    failures.append(f"{number} {seen[-1]}: message {error}")
+            except OSError as error:
+                failures.append(f"{number} {seen[number]}: {error!r} is no OutputError")
+        if len(seen) <= number:
+            break
+        reached.add(seen[number])
+        if contents(output) != before and number < len(seen) - 1:
+            failures.append(f"{number} {seen[number]}: the output was touched: {names(tmp_path)}")
+        if [name for name in names(tmp_path) if name != OUTPUT[verb]]:
+            failures.append(f"{number} {seen[number]}: left {names(tmp_path)}")
+        if contents(output) != before:  # start every turn from the same state
+            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+            if old:
+                save(output, toy(9))
+    assert {"mkdir", "posix_fallocate", "pwrite", "fsync", "rename"} <= reached
+    assert not failures, "\n".join(failures)
+    if verb == "diff":
+        assert contents(output) == undisturbed[verb]
+
+
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "skillvec-test", str(folder)]
+    try:
+        made = subprocess.run(command, capture_output=True, timeout=20)
+    except OSError:
+        made = None
+    if made is None or made.returncode:
+        pytest.skip("may not mount here; the same is covered with a patched disk above")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True, timeout=20)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    yield from mounted(tmp_path / "disk", "size=2m")
+
+
+@pytest.fixture(scope="module")
+def large_family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pair of 5 MB a model: more than the small disk."""
+    folder = tmp_path_factory.mktemp("large")
+    base = toy(0, width=256, vocabulary=4000)
+    return save(folder / "base", base), save(folder / "tuned", perturbed(base))
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, large_family):
+    base, tuned = large_family
+    command = [sys.executable, "-m", "skillvec"]
+    for arguments in (
+        ["diff", tuned, base, "-o", small_disk / "v.safetensors"],
+        ["apply", base, "--tuned", tuned, "--base", base, "-o", small_disk / "out"],
+    ):
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == ""
+        assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
+        assert names(small_disk) == []
+
+
+def test_a_disk_that_the_side_files_fill(small_disk: Path, tmp_path: Path, family):
+    target = save(tmp_path / "target", toy(3), side_files={"tokenizer.json": b"x" * (3 << 20)})
+    with pytest.raises(OutputError, match=r"tokenizer\.json.*full"):
+        skillvec.apply(target, skillvec.diff(family.tuned, family.base), small_disk / "out")
+    assert names(small_disk) == []
+
+
+# ---------------------------------------------------------------------------------- no permission
+
+
+def test_a_parent_that_is_a_file_is_refused(tmp_path: Path, family):
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(SkillvecError, match="file"):
+        skillvec.diff(family.tuned, family.base, tmp_path / "file" / "v.safetensors")
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("verb", ["diff", "apply"])
+@pytest.mark.parametrize("code", [13, 30, 5])  # EACCES, EROFS, EIO
+def test_what_the_system_refuses_is_an_output_error(
+    verb: str, code: int, tmp_path: Path, family, vector, monkeypatch
+):
+    fail_at(monkeypatch, 0, code)
+    with pytest.raises(OutputError, match=os.strerror(code)):
+        call(verb, tmp_path / OUTPUT[verb], family, vector)
+    monkeypatch.undo()
+    assert names(tmp_path) == []
+
+
+# Everything is imported by a first run; then root is given up, for root may write anywhere.
+UNPRIVILEGED = """
+import os, sys
+from skillvec.cli import main
+tuned, base, open_folder, closed_folder, unreadable = sys.argv[1:]
+def run(*arguments):
+    try:
+        main(list(arguments))
+    except SystemExit as end:
+        print("CODE", end.code, flush=True)
+run("diff", tuned, base, "-o", open_folder + "/warm.safetensors", "-q")
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+run("diff", tuned, base, "-o", closed_folder + "/v.safetensors", "-q")
+run("apply", base, "--tuned", tuned, "--base", base, "-o", closed_folder + "/out", "-q")
+run("diff", unreadable, base, "-o", open_folder + "/v.safetensors", "-q")
+"""
+
+
+def test_no_permission_to_write_or_read(tmp_path: Path):
+    # tmp_path is closed to others, so this needs a folder of its own.
+    folder = Path(tempfile.mkdtemp(prefix="skillvec-test-"))
+    try:
+        folder.chmod(0o755)
+        base, tuned = save(folder / "base", toy()), save(folder / "tuned", perturbed(toy()))
+        unreadable = save(folder / "unreadable", perturbed(toy()))
+        (folder / "open").mkdir()
+        (folder / "open").chmod(0o777)
+        (folder / "closed").mkdir()
+        (folder / "closed").chmod(0o555)
+        for model in (base, tuned, unreadable):
+            for file in (model, *model.iterdir()):
+                file.chmod(0o755 if file.is_dir() else 0o644)
+        (unreadable / "model.safetensors").chmod(0)
+        places = map(str, (tuned, base, folder / "open", folder / "closed", unreadable))
+        done = subprocess.run(
+            [sys.executable, "-c", UNPRIVILEGED, *places],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.count("CODE 1") == 3 and done.stdout.count("CODE 0") == 1, done
+        assert done.stderr.count("Permission denied") == 3 and "Traceback" not in done.stderr
+        assert str(unreadable / "model.safetensors") in done.stderr
+        assert names(folder / "closed") == [] and names(folder / "open") == ["warm.safetensors"]
+    finally:
+        shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------------------- signals
+
+# Stops for a moment at every write, and says on stdout when the given one is reached.
+SLOW = """
+import os, sys, time
+from skillvec.storage import OutputFile
+announced, write, seen = int(sys.argv[1]), OutputFile.write, []
+def slow(self, *arguments):
+    seen.append(None)
+    if len(seen) == announced:
+        os.write(1, b"middle\\n")
+    time.sleep(0.15 if len(seen) >= announced else 0)
+    write(self, *arguments)
+OutputFile.write = slow
+from skillvec.cli import main
+main(sys.argv[2:])
+"""
+
+
+def command_line(verb: str, output: Path, family, vector) -> list[str]:
+    inputs = [family.tuned, family.base] if verb == "diff" else [family.target, vector]
+    return [verb, *map(str, inputs), "-o", str(output), "--workers", "1"]
+
+
+def start_and_wait_for_the_middle(arguments: list[str], announced: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(announced), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "middle\n", process.communicate()
+    return process
+
+
+@pytest.mark.parametrize(("verb", "announced"), [("diff", 4), ("apply", 2), ("apply", 9)])
+def test_ctrl_c_in_the_middle_leaves_nothing(
+    verb: str, announced: int, tmp_path: Path, family, vector
+):
+    output = tmp_path / OUTPUT[verb]
+    process = start_and_wait_for_the_middle(command_line(verb, output, family, vector), announced)
+    assert names(tmp_path) == [f".{output.name}{UNFINISHED}"]
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "interrupted; nothing was published" in talk and "Traceback" not in talk
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("verb", ["diff", "apply"])
+def test_a_killed_run_is_recognisably_unfinished_and_the_next_one_clears_it(
+    verb: str, kill: signal.Signals, tmp_path: Path, family, vector, undisturbed
+):
+    output = tmp_path / OUTPUT[verb]
+    process = start_and_wait_for_the_middle(command_line(verb, output, family, vector), 5)
+    process.send_signal(kill)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert not output.exists()
+    if kill is signal.SIGKILL:  # a polite signal may be answered by clearing up at once
+        assert names(tmp_path) == [f".{output.name}{UNFINISHED}"]
+    call(verb, output, family, vector)
+    assert contents(output) == undisturbed[verb]
+    assert names(tmp_path) == [output.name]
+
+
+def test_an_old_output_survives_a_killed_forced_run(tmp_path: Path, family, vector, undisturbed):
+    output = save(tmp_path / "out", toy(9))
+    before = contents(output)
+    arguments = [*command_line("apply", output, family, vector), "--force"]
+    process = start_and_wait_for_the_middle(arguments, 6)
+    process.kill()
+    process.communicate(timeout=30)
+    assert contents(output) == before
+    call("apply", output, family, vector, force=True)
+    assert contents(output) == undisturbed["apply"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_second_run_is_refused_while_the_first_one_works(
+    tmp_path: Path, family, vector, undisturbed
+):
+    arguments = command_line("apply", tmp_path / "out", family, vector)
+    first = start_and_wait_for_the_middle(arguments, 3)
+    with pytest.raises(OutputError, match="another run is writing it"):
+        call("apply", tmp_path / "out", family, vector)
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert contents(tmp_path / "out") == undisturbed["apply"]
+    assert names(tmp_path) == ["out"]
+
+
+# ------------------------------------------------------------ every moment a run can die at
+
+# Forks a child for every k that kills itself, as kill -9 would, at its k-th change of the disk. The
+# parent imports once; no thread runs while it forks.
+EVERY_MOMENT = """
+import hashlib, json, os, shutil, signal, sys
+from pathlib import Path
+from skillvec import verbs
+request = json.loads(sys.argv[1])
+output, old = Path(request["output"]), request["old"]
+
+def state():
+    if not os.path.lexists(output):
+        return None
+    files = [output] if output.is_file() else sorted(p for p in output.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(output)).encode() + b"\\0" + file.read_bytes())
+    return digest.hexdigest()
+
+def clean():
+    for entry in output.parent.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if old:
+        (shutil.copytree if os.path.isdir(old) else shutil.copyfile)(old, output)
+
+def run(force):
+    options = {"workers": 1, "force": force}
+    if request["verb"] == "diff":
+        verbs.diff(request["tuned"], request["base"], output, **options)
+    else:
+        verbs.apply(request["target"], request["vector"], output, **options)
+
+def dying(function, seen, moment):
+    def wrapped(*arguments, **options):
+        seen.append(function.__name__)
+        if len(seen) - 1 == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return wrapped
+
+def child(moment):
+    seen = []
+    for name in ("mkdir", "posix_fallocate", "pwrite", "fsync", "rename", "unlink", "rmdir",
+                 "close"):
+        setattr(os, name, dying(getattr(os, name), seen, moment))
+    shutil.copyfile = dying(shutil.copyfile, seen, moment)
+    run(force=bool(old))
+
+clean()
+result = {"old": state(), "moments": []}
+run(force=True)
+result["new"] = state()
+for moment in range(400):
+    clean()
+    pid = os.fork()
+    if not pid:
+        try:
+            child(moment)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(3)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    after, left = state(), sorted(os.listdir(output.parent))
+    try:
+        run(force=True)
+        again = state()
+    except Exception as error:
+        again = repr(error)
+    result["moments"].append([status, after, left, again, sorted(os.listdir(output.parent))])
+    if not status:
+        break
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("verb", ["diff", "apply"])
+def test_a_run_may_be_killed_at_every_single_moment(
+    verb: str, old: bool, tmp_path: Path, family, vector
+):
+    (tmp_path / "place").mkdir()
+    earlier: Path | None = None
+    if old and verb == "diff":
+        earlier = tmp_path / "earlier.safetensors"
+        skillvec.diff(family.sft, family.base, earlier)
+    elif old:
+        earlier = save(tmp_path / "earlier", toy(9))
+    request = {
+        "verb": verb, "output": str(tmp_path / "place" / OUTPUT[verb]), "vector": str(vector),
+        "tuned": str(family.tuned), "base": str(family.base), "target": str(family.target),
+        "old": str(earlier) if earlier else None,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_MOMENT, json.dumps(request)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    moments = found["moments"]
+    assert len(moments) > 20 and moments[-1][0] == 0  # the last child lived
+    before, new, name = found["old"], found["new"], OUTPUT[verb]
+    wrong = []
+    for number, (status, after, left, again, left_again) in enumerate(moments):
+        if status not in (0, signal.SIGKILL):
+            wrong.append(f"{number}: ended with {status}: {done.stderr[-300:]}")
+        if after not in (before, new):
+            wrong.append(f"{number}: neither the old output nor the new one: {left}")
+        if not set(left) <= {name, f".{name}{UNFINISHED}"}:
+            wrong.append(f"{number}: left {left}")
+        if again != new or left_again != [name]:
+            wrong.append(f"{number}: the next run gave {again} and left {left_again}")
+    assert not wrong, "\n".join(wrong)
+
+
+# Several runs at once, many times over, in processes forked from one that has imported everything.
+RACE = """
+import json, os, sys
+from skillvec import SkillvecError, verbs
+target, vector, place, rounds, force = sys.argv[1:]
+codes = []
+for number in range(int(rounds)):
+    children = []
+    for _ in range(3):
+        pid = os.fork()
+        if not pid:
+            try:
+                verbs.apply(target, vector, f"{place}/{number}", workers=1, force=force == "True")
+            except SkillvecError as error:
+                os._exit(error.exit_code)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(9)
+            os._exit(0)
+        children.append(pid)
+    codes.append(sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+print(json.dumps(codes))
+"""
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_runs_to_one_output_end_right_or_are_refused_and_never_mix(
+    force: bool, tmp_path: Path, family, vector, undisturbed
+):
+    arguments = [str(family.target), str(vector), str(tmp_path), "25", str(force)]
+    done = subprocess.run(
+        [sys.executable, "-c", RACE, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    rounds = json.loads(done.stdout)
+    for codes in rounds:
+        assert set(codes) <= {0, 1, 2}, done.stderr
+        assert codes.count(0) == 1 or (force and 0 in codes), codes
+    assert names(tmp_path) == sorted(map(str, range(25)))
+    for number in range(25):
+        assert contents(tmp_path / str(number)) == undisturbed["apply"]
+
+
+def test_an_input_cut_short_during_the_run_publishes_nothing(tmp_path: Path, family):
+    base, tuned = save(tmp_path / "base", toy()), save(tmp_path / "tuned", perturbed(toy()))
+
+    class Cutter:
+        def planned(self, report: object) -> None:
+            os.truncate(tuned / "model.safetensors", 3000)
+
+        def advanced(self, done_nbytes: int, total_nbytes: int) -> None: ...
+
+    (tmp_path / "place").mkdir()
+    with pytest.raises(SkillvecError, match=r"tuned/model\.safetensors.*ends at byte 3000"):
+        skillvec.diff(tuned, base, tmp_path / "place" / "v.safetensors", watcher=Cutter())
+    assert names(tmp_path / "place") == []
+
+
+def test_an_error_of_one_worker_stops_the_others_and_is_the_one_raised(
+    tmp_path: Path, family, monkeypatch
+):
+    from skillvec import engine
+
+    read, seen = engine.read_into, []
+
+    def failing(path: str, offset: int, buffer: memoryview) -> None:
+        seen.append(path)
+        if len(seen) == 5:
+            raise MemoryError("the fifth read")
+        read(path, offset, buffer)
+
+    monkeypatch.setattr(engine, "read_into", failing)
+    with pytest.raises(MemoryError, match="the fifth read"):
+        skillvec.diff(family.tuned, family.base, tmp_path / "v.safetensors", workers=2)
+    assert len(seen) < 2 * len(toy())
+    assert names(tmp_path) == []

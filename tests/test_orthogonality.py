@@ -1,0 +1,234 @@
+"""Cosines, norms and z-scores against a plain numpy script, on stored vectors and on pairs."""
+
+import csv
+import io
+import json
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from click.testing import CliRunner
+from families import load, perturbed, save, toy
+
+import skillvec as sv
+from skillvec.cli import main
+from skillvec.display import pairs_csv
+
+NUMBERS = ("cosine", "z", "norm_a", "norm_b", "norm_ratio")
+
+
+def script(tuned_a: dict, base_a: dict, tuned_b: dict, base_b: dict) -> dict[str, dict]:
+    """Return the rows by level and name that a float64 script computes; names grouped by hand."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in base_a:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        layer = "(no layer)" if number is None else ".".join(parts[: number + 1])
+        kind = name if number is None else ".".join(parts[number + 1 :])
+        for key in (("tensors", name), ("layers", layer), ("kinds", kind), ("overall", "")):
+            groups.setdefault(key, []).append(name)
+    rows = {}
+    for key, names in groups.items():
+        a = np.concatenate([oracle.delta(tuned_a[n], base_a[n]) for n in names])
+        b = np.concatenate([oracle.delta(tuned_b[n], base_b[n]) for n in names])
+        norms = sqrt(a @ a), sqrt(b @ b)
+        rows[key] = {"numel": a.size, "norm_a": norms[0], "norm_b": norms[1]}
+        if all(norms):
+            cosine = a @ b / (norms[0] * norms[1])
+            rows[key] |= {"cosine": cosine, "z": cosine * sqrt(a.size)}
+        rows[key]["norm_ratio"] = norms[0] / norms[1] if norms[1] else None
+    return rows
+
+
+def check_pair(pair: dict, expected: dict) -> None:
+    found = {("overall", ""): pair["overall"]}
+    for level in ("tensors", "layers", "kinds"):
+        found |= {(level, row["name"]): row for row in pair[level]}
+    assert set(found) == set(expected)
+    for key, row in expected.items():
+        assert found[key]["numel"] == row["numel"]
+        # fp32 sums within a step: 1e-6 of the norms, so absolute for a cosine
+        if "cosine" in row:
+            assert found[key]["cosine"] == pytest.approx(row["cosine"], abs=2e-6), key
+            assert found[key]["z"] == pytest.approx(row["z"], abs=2e-6 * sqrt(row["numel"])), key
+        else:
+            assert (found[key]["cosine"], found[key]["z"]) == (None, None), key
+        for number in ("norm_a", "norm_b", "norm_ratio"):
+            assert found[key][number] == pytest.approx(row[number], rel=2e-6), key
+
+
+@pytest.mark.parametrize("form", ["stored", "pairs", "mixed"])
+def test_every_number_is_the_scripts(form: str, family, tmp_path: Path) -> None:
+    """RL against SFT delta; stored values and pairs read in one pass say the same."""
+    a: object = f"{family.tuned}::{family.base}"
+    b: object = f"{family.sft}::{family.base}"
+    if form != "pairs":
+        a = sv.diff(family.tuned, family.base, tmp_path / "a.safetensors")
+    if form == "stored":
+        b = tmp_path / "b.safetensors"
+        sv.diff(family.sft, family.base, b)
+    report = sv.orthogonality(a, b)
+    tuned, sft, base = (load(path) for path in (family.tuned, family.sft, family.base))
+    check_pair(report.facts["pairs"][0], script(tuned, base, sft, base))
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("F16", "F16"), ("F32", "F32"), ("BF16", "F32"), ("F64", "F32")]
+)
+def test_other_dtypes_and_mixtures(dtypes: tuple[str, str], tmp_path: Path) -> None:
+    sides = []
+    for number, dtype in enumerate(dtypes):
+        base = toy(0, dtype)
+        tuned = perturbed(base, 10 + number)
+        save(tmp_path / f"base{number}", base)
+        save(tmp_path / f"tuned{number}", tuned)
+        sv.diff(
+            tmp_path / f"tuned{number}", tmp_path / f"base{number}",
+            tmp_path / f"{number}.safetensors",
+        )  # fmt: skip
+        sides += [tuned, base]
+    report = sv.orthogonality(tmp_path / "0.safetensors", tmp_path / "1.safetensors")
+    check_pair(report.facts["pairs"][0], script(*sides))
+
+
+def pair_of(a: dict, b: dict, tmp_path: Path, dtype: torch.dtype = torch.float32) -> dict:
+    """Return the report's pair for two deltas given as tensors."""
+    zero = {name: torch.zeros_like(tensor) for name, tensor in a.items()}
+    for name, tensors in (("a", a), ("b", b), ("zero", zero)):
+        save(tmp_path / name, {n: t.to(dtype) for n, t in tensors.items()})
+    report = sv.orthogonality(*(f"{tmp_path / side}::{tmp_path / 'zero'}" for side in "ab"))
+    return report.facts["pairs"][0]
+
+
+def test_identical_negated_and_scaled_vectors(family, tmp_path: Path) -> None:
+    vector = sv.diff(family.sft, family.base, tmp_path / "v.safetensors")
+    for other, sign, ratio in ((vector, 1, 1), (-vector, -1, 1), (4 * vector, 1, 0.25)):
+        overall = sv.orthogonality(vector, other).facts["pairs"][0]["overall"]
+        assert overall["cosine"] == pytest.approx(sign, abs=1e-12)
+        assert overall["z"] == pytest.approx(sign * sqrt(overall["numel"]))
+        assert overall["norm_ratio"] == pytest.approx(ratio, rel=1e-12)
+    swapped = f"{family.base}::{family.sft}"
+    overall = sv.orthogonality(vector, swapped).facts["pairs"][0]["overall"]
+    assert overall["cosine"] == pytest.approx(-1, abs=1e-12)
+
+
+def test_disjoint_supports_are_orthogonal(tmp_path: Path) -> None:
+    a, b = torch.zeros(100), torch.zeros(100)
+    a[::2], b[1::2] = 1.5, -2.5
+    row = pair_of({"x": a}, {"x": b}, tmp_path)["overall"]
+    assert (row["cosine"], row["z"]) == (0.0, 0.0)
+    assert (row["norm_a"], row["norm_b"]) == (
+        pytest.approx(1.5 * sqrt(50)),
+        pytest.approx(2.5 * sqrt(50)),
+    )
+
+
+def test_a_zero_vector_has_no_cosine(tmp_path: Path) -> None:
+    a = {"x": torch.ones(5), "y": torch.ones(5)}
+    b = {"x": torch.zeros(5), "y": torch.ones(5)}
+    pair = pair_of(a, b, tmp_path)
+    rows = {row["name"]: row for row in pair["tensors"]}
+    assert (rows["x"]["cosine"], rows["x"]["z"], rows["x"]["norm_ratio"]) == (None,) * 3
+    assert (rows["x"]["norm_a"], rows["x"]["norm_b"]) == (pytest.approx(sqrt(5)), 0.0)
+    assert rows["y"]["cosine"] == pytest.approx(1.0, abs=1e-12)
+    assert pair["overall"]["cosine"] == pytest.approx(1 / sqrt(2))
+
+
+def test_exceptions_count_with_their_exact_value(tmp_path: Path) -> None:
+    """1 - 2^-9 is held as 1 and an exception; sums that used the 1 would be .2 % too large."""
+    tuned = torch.ones(2000, dtype=torch.bfloat16)
+    base = tuned.clone()
+    base[::10] = 2.0**-9  # one in ten is below the share at which diff would choose fp32
+    save(tmp_path / "tuned", {"x": tuned})
+    save(tmp_path / "base", {"x": base})
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    assert vector.manifest["exactness"]["exceptions"] == 200
+    stored = load(tmp_path / "v.safetensors")["x"]
+    assert stored.dtype == torch.bfloat16
+    expected = sqrt(200) * (1 - 2.0**-9)
+    for other in (vector, f"{tmp_path / 'tuned'}::{tmp_path / 'base'}"):
+        row = sv.orthogonality(vector, other).facts["pairs"][0]["overall"]
+        assert row["norm_a"] == pytest.approx(expected, rel=1e-6)
+        assert row["norm_b"] == pytest.approx(expected, rel=1e-6)
+        assert row["cosine"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_three_vectors_make_three_pairs(family, tmp_path: Path) -> None:
+    refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft, family.target)]
+    pairs = sv.orthogonality(*refs).facts["pairs"]
+    assert [(p["a"], p["b"]) for p in pairs] == [
+        (refs[0], refs[1]), (refs[0], refs[2]), (refs[1], refs[2]),
+    ]  # fmt: skip
+    for pair in pairs:  # each as if it were alone
+        alone = sv.orthogonality(pair["a"], pair["b"]).facts["pairs"][0]
+        assert alone == pair
+
+
+def test_three_vectors_against_the_script(family) -> None:
+    refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft, family.target)]
+    pairs = sv.orthogonality(*refs).facts["pairs"]
+    base = load(family.base)
+    sides = [load(path) for path in (family.tuned, family.sft, family.target)]
+    for pair, (i, j) in zip(pairs, ((0, 1), (0, 2), (1, 2)), strict=True):
+        check_pair(pair, script(sides[i], base, sides[j], base))
+
+
+def test_z_of_unrelated_vectors_is_standard_normal(tmp_path: Path) -> None:
+    """100 independent pairs of 4096 values: the mean has std .1, the std .07; 4 sigmas each."""
+    rng = np.random.default_rng(20)
+    draws = rng.normal(size=(2, 100, 4096)).astype(np.float32)
+    a, b = ({f"t{i}": torch.from_numpy(row) for i, row in enumerate(side)} for side in draws)
+    pair = pair_of(a, b, tmp_path)
+    z = np.array([row["z"] for row in pair["tensors"]])
+    assert z.size == 100
+    assert abs(z.mean()) < 4 / sqrt(100)
+    assert abs(z.std() - 1) < 4 / sqrt(200)
+    assert abs(pair["overall"]["z"]) < 4
+
+
+def test_globs_choose_tensors(family) -> None:
+    refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
+    report = sv.orthogonality(*refs, include=["model.layers.*"], exclude=["*.bias"])
+    names = {row["name"] for row in report.facts["pairs"][0]["tensors"]}
+    assert names == {
+        n for n in load(family.base) if n.startswith("model.layers.") and not n.endswith(".bias")
+    }
+    assert report.counts["excluded"] == len(load(family.base)) - len(names)
+
+
+def test_csv_holds_every_row(family) -> None:
+    report = sv.orthogonality(*(f"{s}::{family.base}" for s in (family.tuned, family.sft)))
+    (pair,) = report.facts["pairs"]
+    rows = list(csv.DictReader(io.StringIO(pairs_csv(report))))
+    levels = {"overall": [pair["overall"] | {"name": "overall"}]} | {
+        level[:-1]: pair[level] for level in ("kinds", "layers", "tensors")
+    }
+    assert len(rows) == sum(len(expected) for expected in levels.values())
+    for level, expected in levels.items():
+        found = [row for row in rows if row["level"] == level]
+        assert [row["name"] for row in found] == [row["name"] for row in expected]
+        for row, numbers in zip(found, expected, strict=True):
+            assert (row["a"], row["b"]) == (pair["a"], pair["b"])
+            assert int(row["numel"]) == numbers["numel"]
+            read = [float(row[n]) if row[n] else None for n in NUMBERS]
+            assert read == [numbers[n] for n in NUMBERS]
+
+
+def test_command_line_writes_the_same_json_and_csv(family, tmp_path: Path) -> None:
+    refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
+    file = tmp_path / "rows.csv"
+    result = CliRunner().invoke(main, ["orthogonality", *refs, "--json", "--csv", str(file)])
+    assert result.exit_code == 0, result.output
+    report = sv.orthogonality(*refs)
+    assert json.loads(result.stdout)["pairs"] == report.facts["pairs"]
+    assert file.read_text() == pairs_csv(report)
+
+
+def test_bf16_lineage_is_named_beside_the_cosine(family) -> None:
+    """Deltas that share a bf16 checkpoint share its rounding error, which a cosine shows."""
+    report = sv.orthogonality(*(f"{s}::{family.base}" for s in (family.tuned, family.sft)))
+    assert report.facts["lineage"] == ["BF16 - BF16", "BF16 - BF16"]
+    assert any("bf16" in warning for warning in report.warnings)
