@@ -122,6 +122,7 @@ def check_rows(what: str, job: Job, work: Path) -> list[Row]:
     for who, command in job.commands.items():
         if who.startswith("floor"):
             continue
+        print(f"checking {what}, {who}", file=sys.stderr)
         rows += memory_rows(what, who, sampled(command, work))
         if job.reference and command.out:
             rows.append(compared(what, f"{who} : fp32", command.out, job.reference))

@@ -140,7 +140,7 @@ class Screen:
             _print(plan_sentence(report))
         if self.verbose or report.verb == "inspect":
             _print_ledger(report, None if self.verbose else 12)
-        elif report.verb == "apply" and report.facts.get("worst"):
+        elif report.facts.get("worst") and (report.facts["worst"][0]["cosine"] or 0) < 0.999:
             worst = report.facts["worst"][0]
             _print(
                 f"worst tensor: {worst['name']}, gain {_number(worst['gain'])},"
@@ -170,8 +170,8 @@ def done_sentence(report: Report) -> str:
         exact = facts["exactness"]
         claim = {
             "bitwise": "base + 1 * v is tuned, bit for bit",
-            "partial": f"base + 1 * v is tuned but for {exact['unrestored']} values, rounded in"
-            " fp32",
+            "partial": f"base + 1 * v is tuned but for the last fp32 bits of {exact['unrestored']}"
+            " values",
             "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
             f" {exact['unrestored']} values of tuned",
         }[exact["claim"]]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128
 
-from skillvec.errors import FormatError, OutputError
+from skillvec.errors import FormatError, OutputError, SkillvecError
 
 MAX_HEADER_NBYTES = 100_000_000  # the cap of the official reader
 LEAF_NBYTES = 1 << 19  # a digest is a tree of leaves, so that blocks can be hashed in any order
@@ -256,21 +256,27 @@ _identities: dict[str, tuple[int, int, int]] = {}
 
 
 def read_into(path: str, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` from `path` at `offset`; raise FormatError where the file ends before."""
-    status = _identities.get(path)
-    if status is None:
-        stat = os.stat(path)
-        status = _identities[path] = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
-    file = _open_file(path, status)
+    """Fill `buffer` from `path` at `offset`.
+
+    Raises FormatError where the file ends before, SkillvecError where it cannot be read.
+    """
     done = 0
-    while done < len(buffer):
-        count = os.preadv(file.fd, [buffer[done:]], offset + done)
-        if count == 0:
-            raise FormatError(
-                f"{path}: the file ends at byte {offset + done}, expected {offset + len(buffer)}:"
-                " did it change while it was read?"
-            )
-        done += count
+    try:
+        status = _identities.get(path)
+        if status is None:
+            stat = os.stat(path)
+            status = _identities[path] = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
+        file = _open_file(path, status)
+        while done < len(buffer):
+            count = os.preadv(file.fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise FormatError(
+                    f"{path}: the file ends before byte {offset + len(buffer)}: did it change"
+                    " while it was read?"
+                )
+            done += count
+    except OSError as error:
+        raise SkillvecError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def forget_open_files() -> None:
@@ -285,7 +291,7 @@ def forget_open_files() -> None:
 def _explain(error: OSError, path: str) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"{path}: the disk is full ({error.strerror}); nothing was published")
-    return OutputError(f"{path}: cannot write: {error.strerror}")
+    return OutputError(f"{path}: {error.strerror or error}; nothing was published")
 
 
 def available_memory_nbytes() -> int:
@@ -400,20 +406,29 @@ class Staging:
 
     def publish(self, source: Path) -> None:
         """Rename `source` (inside the folder) to the output, moving an old folder away first."""
-        if not self.force and os.path.lexists(self.output):
-            raise OutputError(
-                f"{self.output}: exists now, made during the run; nothing was published"
-            )
+        self.refuse_existing()
         if source.is_dir():
             fsync_path(os.fspath(source))
         try:
-            if self.output.is_dir() and not self.output.is_symlink():
-                os.rename(self.output, self._replaced)
-            os.rename(source, self.output)
+            if not (self.output.is_dir() and _exchange(source, self.output)):
+                if self.output.is_dir():
+                    os.rename(self.output, self._replaced)
+                os.rename(source, self.output)
         except OSError as error:
             self._restore()
             raise _explain(error, os.fspath(self.output)) from None
-        fsync_path(os.fspath(self.output.parent))
+        try:
+            fsync_path(os.fspath(self.output.parent))
+        except OSError as error:
+            raise OutputError(
+                f"{self.output}: whole and in place, but its name may not survive a power failure:"
+                f" {error.strerror or error}"
+            ) from None
+
+    def refuse_existing(self) -> None:
+        """Raise OutputError where another run has published meanwhile."""
+        if not self.force and os.path.lexists(self.output):
+            raise OutputError(f"{self.output}: exists now: another run made it meanwhile")
 
     def clear(self) -> None:
         """Empty the folder; an output that was moved away and never replaced goes back."""
@@ -427,6 +442,18 @@ class Staging:
     def _restore(self) -> None:
         if self._replaced.is_dir() and not os.path.lexists(self.output):
             os.rename(self._replaced, self.output)
+
+
+def _exchange(source: Path, output: Path) -> bool:
+    """Swap two folders in one step, so that no kill finds the name empty; False if unsupported."""
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library without it
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(source), here, os.fsencode(output), swap) == 0)
 
 
 STAGING_SUFFIX = ".skillvec-unfinished"
@@ -456,7 +483,12 @@ def staging(output: Path, force: bool = False) -> Iterator[Staging]:
     stage = Staging(output, folder, force)
     try:
         stage.clear()
+        stage.refuse_existing()
         yield stage
+    except SkillvecError:
+        raise
+    except OSError as error:
+        raise _explain(error, os.fspath(error.filename or output)) from None
     finally:
         stage.clear()
         with contextlib.suppress(OSError):

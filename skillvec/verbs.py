@@ -43,6 +43,7 @@ from skillvec.storage import (
     copy_file,
     digest_bytes,
     forget_open_files,
+    fsync_path,
     read_into,
 )
 from skillvec.summary import (
@@ -198,6 +199,7 @@ def apply(
             copy_file(source, os.fspath(made / name))
         if plan.index is not None:
             (made / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n")
+            fsync_path(os.fspath(made / INDEX))
         stage.publish(made if point.path.is_dir() else Path(files[0].path))
     report_apply(report, plan, results)
     return report

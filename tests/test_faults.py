@@ -1,4 +1,4 @@
-"""Faults: full disks, closed folders, killed runs, runs that meet. Nothing looks finished too soon."""
+"""Faults: full disks, closed folders, killed runs, runs that meet; nothing looks finished early."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from families import perturbed, save, toy
 
 import skillvec
-from skillvec.errors import OutputError, SkillvecError
+from skillvec.errors import FormatError, OutputError, SkillvecError
 
 UNFINISHED = ".skillvec-unfinished"
 
@@ -73,7 +73,8 @@ def fail_at(monkeypatch, number: int, code: int) -> list[str]:
             seen.append(name)
             if len(seen) - 1 == number:
                 raise OSError(code, os.strerror(code))
-            return function(*arguments, **options)
+            # a disk that really syncs proves nothing more here, and takes most of the time
+            return None if name == "fsync" else function(*arguments, **options)
 
         return wrapped
 
@@ -93,21 +94,25 @@ def test_a_disk_that_is_full_at_any_moment_publishes_nothing(
         save(output, toy(9))
         before = contents(output)
     dtype = {"dtype": "fp32"} if verb == "apply" else {}  # a new size: the index is written anew
-    failures, reached = [], set()
+    failures: list[str] = []
+    reached: set[str] = set()
     for number in range(200):
         with pytest.MonkeyPatch.context() as patch:
-            seen = fail_at(patch, number, 28)
+            seen, succeeded = fail_at(patch, number, 28), False
             try:
                 call(verb, output, family, vector, force=old, **dtype)
+                succeeded = True  # mkdir of a folder that is there already may fail
             except OutputError as error:
-                if "full" not in str(error):
+                told = "nothing was published" in str(error)
+                if "full" not in str(error) or told != (contents(output) == before):
                     failures.append(f"{number} {seen[-1]}: message {error}")
             except OSError as error:
                 failures.append(f"{number} {seen[number]}: {error!r} is no OutputError")
         if len(seen) <= number:
             break
         reached.add(seen[number])
-        if contents(output) != before and number < len(seen) - 1:
+        published = succeeded or (seen[number], len(seen)) == ("fsync", number + 1)
+        if contents(output) != before and not published:
             failures.append(f"{number} {seen[number]}: the output was touched: {names(tmp_path)}")
         if [name for name in names(tmp_path) if name != OUTPUT[verb]]:
             failures.append(f"{number} {seen[number]}: left {names(tmp_path)}")
@@ -115,7 +120,8 @@ def test_a_disk_that_is_full_at_any_moment_publishes_nothing(
             shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
             if old:
                 save(output, toy(9))
-    assert {"mkdir", "posix_fallocate", "pwrite", "fsync", "rename"} <= reached
+    assert {"mkdir", "posix_fallocate", "pwrite", "fsync"} <= reached
+    assert "rename" in reached or (old and verb == "apply")  # two folders are exchanged instead
     assert not failures, "\n".join(failures)
     if verb == "diff":
         assert contents(output) == undisturbed[verb]
@@ -383,6 +389,8 @@ def child(moment):
     shutil.copyfile = dying(shutil.copyfile, seen, moment)
     run(force=bool(old))
 
+os.fsync = lambda descriptor: None  # a killed process loses nothing that it wrote
+os.fsync.__name__ = "fsync"
 clean()
 result = {"old": state(), "moments": []}
 run(force=True)
@@ -413,19 +421,22 @@ print(json.dumps(result))
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("verb", ["diff", "apply"])
-def test_a_run_may_be_killed_at_every_single_moment(
-    verb: str, old: bool, tmp_path: Path, family, vector
-):
+def test_a_run_may_be_killed_at_every_single_moment(verb: str, old: bool, tmp_path: Path):
     (tmp_path / "place").mkdir()
+    few = dict(list(toy().items())[:3])  # every tensor is a moment more, and no new kind of one
+    base, tuned = save(tmp_path / "base", few), save(tmp_path / "tuned", perturbed(few))
+    target = save(tmp_path / "target", perturbed(few, 3), shards=2, side_files={"notes.txt": "x"})
+    vector = tmp_path / "vector.safetensors"
+    skillvec.diff(tuned, base, vector)
     earlier: Path | None = None
     if old and verb == "diff":
         earlier = tmp_path / "earlier.safetensors"
-        skillvec.diff(family.sft, family.base, earlier)
+        skillvec.diff(target, base, earlier)
     elif old:
         earlier = save(tmp_path / "earlier", toy(9))
     request = {
         "verb": verb, "output": str(tmp_path / "place" / OUTPUT[verb]), "vector": str(vector),
-        "tuned": str(family.tuned), "base": str(family.base), "target": str(family.target),
+        "tuned": str(tuned), "base": str(base), "target": str(target),
         "old": str(earlier) if earlier else None,
     }  # fmt: skip
     done = subprocess.run(
@@ -435,7 +446,7 @@ def test_a_run_may_be_killed_at_every_single_moment(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     moments = found["moments"]
-    assert len(moments) > 20 and moments[-1][0] == 0  # the last child lived
+    assert len(moments) > 12 and moments[-1][0] == 0  # the last child lived
     before, new, name = found["old"], found["new"], OUTPUT[verb]
     wrong = []
     for number, (status, after, left, again, left_again) in enumerate(moments):
@@ -455,7 +466,7 @@ RACE = """
 import json, os, sys
 from skillvec import SkillvecError, verbs
 target, vector, place, rounds, force = sys.argv[1:]
-codes = []
+codes, os.fsync = [], lambda descriptor: None
 for number in range(int(rounds)):
     children = []
     for _ in range(3):
@@ -479,7 +490,7 @@ print(json.dumps(codes))
 def test_runs_to_one_output_end_right_or_are_refused_and_never_mix(
     force: bool, tmp_path: Path, family, vector, undisturbed
 ):
-    arguments = [str(family.target), str(vector), str(tmp_path), "25", str(force)]
+    arguments = [str(family.target), str(vector), str(tmp_path), "8", str(force)]
     done = subprocess.run(
         [sys.executable, "-c", RACE, *arguments], capture_output=True, text=True, timeout=120
     )
@@ -488,8 +499,8 @@ def test_runs_to_one_output_end_right_or_are_refused_and_never_mix(
     for codes in rounds:
         assert set(codes) <= {0, 1, 2}, done.stderr
         assert codes.count(0) == 1 or (force and 0 in codes), codes
-    assert names(tmp_path) == sorted(map(str, range(25)))
-    for number in range(25):
+    assert names(tmp_path) == sorted(map(str, range(8)))
+    for number in range(8):
         assert contents(tmp_path / str(number)) == undisturbed["apply"]
 
 
@@ -503,9 +514,24 @@ def test_an_input_cut_short_during_the_run_publishes_nothing(tmp_path: Path, fam
         def advanced(self, done_nbytes: int, total_nbytes: int) -> None: ...
 
     (tmp_path / "place").mkdir()
-    with pytest.raises(SkillvecError, match=r"tuned/model\.safetensors.*ends at byte 3000"):
+    with pytest.raises(FormatError, match=r"tuned/model\.safetensors: .*\b3000\b"):
         skillvec.diff(tuned, base, tmp_path / "place" / "v.safetensors", watcher=Cutter())
     assert names(tmp_path / "place") == []
+
+
+def test_an_input_that_cannot_be_read_is_not_called_an_output_that_cannot_be_written(
+    tmp_path: Path, family, monkeypatch
+):
+    from skillvec import engine
+
+    def failing(path: str, offset: int, buffer: memoryview) -> None:
+        raise OSError(5, "Input/output error", path)
+
+    monkeypatch.setattr(engine, "read_into", failing)
+    with pytest.raises(OSError, match="tuned") as caught:
+        skillvec.diff(family.tuned, family.base, tmp_path / "v.safetensors")
+    assert "write" not in str(caught.value)
+    assert names(tmp_path) == []
 
 
 def test_an_error_of_one_worker_stops_the_others_and_is_the_one_raised(

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from families import assert_same_bits, bits, from_bits, load, save
+from families import TORCH_DTYPE, assert_same_bits, bits, from_bits, load, save
 
 import skillvec as sv
 from skillvec.engine import random_bits
@@ -106,6 +106,24 @@ def test_what_is_written_does_not_depend_on_shards(big: Path, tmp_path: Path) ->
     for name, tuned in (("a", tmp_path / "one"), ("b", big / "target")):
         sv.diff(tuned, big / "base", tmp_path / f"{name}.safetensors")
     assert_same_bits(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32", "F64"])
+def test_blocks_of_every_width_land_in_their_place(dtype: str, tmp_path: Path) -> None:
+    """Two blocks of 2, 4 and 8 bytes a value, in a vector and in models of either width."""
+    rng = np.random.default_rng(31)
+    base = torch.from_numpy(rng.normal(size=BLOCK_NUMEL + 5) * 0.02).to(TORCH_DTYPE[dtype])
+    tuned = (base.double() * 1.01).to(base.dtype)
+    target = torch.from_numpy(rng.normal(size=base.numel())).to(torch.bfloat16)
+    for side, tensor in (("base", base), ("tuned", tuned), ("target", target)):
+        save(tmp_path / side, {"w": tensor, "x": tensor[:3].clone()})
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    sv.apply(tmp_path / "target", vector, tmp_path / "out", dtype="fp32")
+    found, difference = load(tmp_path / "out"), oracle.delta(tuned, base)
+    if dtype == "F32":  # stored as the fp32 difference
+        difference = oracle.wide(oracle.round_to(difference, "F32"))
+    expected = oracle.apply(target, difference, 1.0, "F32")
+    assert_same_bits(found, {"w": expected, "x": expected[:3].clone()})
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.5, -1.3])

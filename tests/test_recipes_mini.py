@@ -128,7 +128,9 @@ def test_evaluation_of_a_stub_model(world: World) -> None:
     assert oracle.batches == [5, 5, 5, 1]
     score = accuracy(asked, said)
     # three people all right, one all wrong: sd .5 over 4 people
-    assert score == Accuracy(mean=0.75, standard_error=0.25, questions=16, people=4)
+    assert score == Accuracy(
+        mean=0.75, first_word=0.75, standard_error=0.25, questions=16, people=4
+    )
 
 
 def test_accuracy_of_one_person_is_refused(world: World) -> None:
@@ -208,7 +210,7 @@ def test_a_failing_stage_leaves_no_marker(world: World, tmp_path: Path) -> None:
 
 def test_conclusion_follows_the_numbers() -> None:
     def score(mean: float) -> Accuracy:
-        return Accuracy(mean, 0.02, 320, 80)
+        return Accuracy(mean, mean, 0.02, 320, 80)
 
     on_s = {"theta_sft_S": score(0.2), "theta_rl_S": score(0.9)}
     on_t = {SFT_ONLY: score(0.2), "skill, lambda 1": score(0.8), "skill, lambda -1": score(0.0)}

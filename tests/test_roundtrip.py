@@ -295,6 +295,8 @@ def test_mixed_dtypes_give_tuned_back_when_its_dtype_is_asked_for(
     found, manifest = round_trip(tmp_path, base, tuned, dtype=name)
     assert_same_bits(found, tuned)
     assert manifest["exactness"]["claim"] == "bitwise"
+    stored = load(next(tmp_path.rglob("v.safetensors")))["lm_head.weight"].dtype
+    assert stored == (torch.float64 if base_dtype == "F64" else torch.float32)
 
 
 def test_fp64_is_kept_in_fp64(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128
 
 from skillvec import storage
-from skillvec.errors import FormatError, OutputError, UsageError
+from skillvec.errors import FormatError, OutputError
 from skillvec.storage import (
     LEAF_NBYTES,
     OutputFile,
@@ -427,7 +427,7 @@ def test_staging_replaces_a_folder_whole(tmp_path: Path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").write_bytes(b"old")
-    with staging(output) as stage:
+    with staging(output, force=True) as stage:
         (stage.folder / "made").mkdir()
         (stage.folder / "made" / "new").write_bytes(b"new")
         stage.publish(stage.folder / "made")
@@ -471,9 +471,40 @@ def test_runs_with_other_outputs_do_not_meet(tmp_path: Path):
 
 
 def test_a_missing_parent_folder_is_named(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"absent.*does not exist"), staging(tmp_path / "absent/x"):
+    with pytest.raises(OutputError, match="absent"), staging(tmp_path / "absent" / "x"):
         raise AssertionError("never entered")
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_an_existing_output_is_refused_at_both_ends_without_force(kind: str, tmp_path: Path):
+    def appear() -> None:
+        path = tmp_path / "out"
+        {"file": path.touch, "folder": path.mkdir,
+         "dangling link": lambda: path.symlink_to("nowhere")}[kind]()  # fmt: skip
+
+    with pytest.raises(OutputError, match="exists"), staging(tmp_path / "out") as stage:
+        appear()
+        stage.publish(staged_file(stage, b"new"))
+    with pytest.raises(OutputError, match="exists"), staging(tmp_path / "out"):
+        raise AssertionError("never entered")
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_old_output_that_a_killed_run_had_moved_away_comes_back(force: bool, tmp_path: Path):
+    # Where two folders cannot be exchanged in one step, a run can die between two renames.
+    moved = tmp_path / ".out.skillvec-unfinished" / "replaced"
+    moved.mkdir(parents=True)
+    (moved / "old").write_bytes(b"old")
+    if force:
+        with staging(tmp_path / "out", force=True):
+            assert (tmp_path / "out" / "old").read_bytes() == b"old"
+    else:
+        with pytest.raises(OutputError, match="exists"), staging(tmp_path / "out"):
+            raise AssertionError("never entered")
+    assert (tmp_path / "out" / "old").read_bytes() == b"old"
+    assert names_in(tmp_path) == ["out"]
 
 
 def test_a_link_in_place_of_the_staging_folder_is_not_followed(tmp_path: Path):
@@ -498,11 +529,24 @@ def test_a_failed_publish_gives_the_old_output_back(tmp_path: Path, monkeypatch)
             raise OSError(5, "Input/output error")
         rename(source, destination)  # type: ignore[arg-type]
 
-    with pytest.raises(OSError), staging(output) as stage:
+    # as on a file system that cannot exchange two folders in one step
+    monkeypatch.setattr(storage, "_exchange", lambda *folders: False)
+    with pytest.raises(OutputError), staging(output, force=True) as stage:
         (stage.folder / "made").mkdir()
         monkeypatch.setattr(os, "rename", failing)
         stage.publish(stage.folder / "made")
-    assert (output / "old").read_bytes() == b"old"
+    assert names_in(tmp_path) == ["out"] and (output / "old").read_bytes() == b"old"
+
+
+def test_without_exchange_a_folder_is_replaced_all_the_same(tmp_path: Path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_bytes(b"old")
+    monkeypatch.setattr(storage, "_exchange", lambda *folders: False)
+    with staging(output, force=True) as stage:
+        (stage.folder / "made").mkdir()
+        stage.publish(stage.folder / "made")
+    assert names_in(output) == [] and names_in(tmp_path) == ["out"]
 
 
 def test_the_lock_is_on_the_folder_that_is_there_now(tmp_path: Path, monkeypatch):

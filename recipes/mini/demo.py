@@ -173,8 +173,9 @@ def report(on_t: dict[str, Accuracy], conclusion: str) -> None:
     table.add_column("theta_sft_T +")
     table.add_column("exact match", justify="right")
     table.add_column("std. error", justify="right")
+    table.add_column("first word right", justify="right")
     for name, row in on_t.items():
-        table.add_row(name, f"{row.mean:.3f}", f"{row.standard_error:.3f}")
+        table.add_row(name, f"{row.mean:.3f}", f"{row.standard_error:.3f}", f"{row.first_word:.3f}")
     console = Console()
     console.print(table)
     console.print(conclusion, highlight=False)

@@ -26,10 +26,12 @@ class Accuracy:
     """Share of questions answered exactly, with its standard error over people.
 
     The questions about one person share that person's biographies, so people are the independent
-    units. The error covers the choice of people, not the seed of the training.
+    units. The error covers the choice of people, not the seed of the training. `first_word` is the
+    share of answers that begin rightly, whatever follows: facts found, form aside.
     """
 
     mean: float
+    first_word: float
     standard_error: float
     questions: int
     people: int
@@ -70,6 +72,10 @@ def answer_questions(
 def accuracy(asked: Sequence[Question], said: Sequence[str]) -> Accuracy:
     """Score answers, person by person; needs at least two people."""
     scores: dict[str, list[float]] = {}
+    first_words = [
+        answer.split()[:1] == [question.answer]
+        for question, answer in zip(asked, said, strict=True)
+    ]
     for question, answer in zip(asked, said, strict=True):
         scores.setdefault(question.name, []).append(float(is_correct(answer, question.answer)))
     if len(scores) < 2:
@@ -79,6 +85,7 @@ def accuracy(asked: Sequence[Question], said: Sequence[str]) -> Accuracy:
     by_person = [fmean(marks) for marks in scores.values()]
     return Accuracy(
         mean=fmean(mark for marks in scores.values() for mark in marks),
+        first_word=fmean(first_words),
         standard_error=stdev(by_person) / len(by_person) ** 0.5,
         questions=len(asked),
         people=len(by_person),

@@ -35,14 +35,15 @@ class MiniConfig:
     hidden_size: int = 128
     layers: int = 2
     heads: int = 4
-    # at the usual 0.02 a model this small needs several times the epochs to learn to answer
+    # at the usual 0.02 base learned far slower: with 3 layers, after 12 epochs, it answered .13
+    # about people whose questions it had not seen, against .70 at 0.05
     initializer_range: float = 0.05
     batch: int = 32
     base_epochs: int = 14
     base_learning_rate: float = 2e-3
     sft_epochs: int = 20
-    sft_learning_rate: float = 4e-3
-    grpo_steps: int = 80
+    sft_learning_rate: float = 1.5e-3
+    grpo_steps: int = 100
     grpo_learning_rate: float = 3e-4
     completions_per_step: int = 128
     completions_per_question: int = 16

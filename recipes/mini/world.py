@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, UNK, EOS = "[PAD]", "[UNK]", "[EOS]"
 
-# attribute -> (two ways to tell it in a biography, its question, ending of the values)
-_ATTRIBUTES: dict[str, tuple[tuple[str, str], str, str]] = {
-    "birthplace": (("was born in {}", "comes from {}"), "was born in which town ?", "ford"),
-    "profession": (("works as a {}", "is a trained {}"), "works as what ?", "wright"),
-    "instrument": (("plays the {}", "owns a {}"), "plays which instrument ?", "phone"),
-    "food": (("eats {}", "often cooks {}"), "eats what ?", "berry"),
+# attribute -> (two ways to tell it in a biography, ending of the values); a question names the
+# attribute by a word that no biography uses, so answering needs more than going on with a sentence
+_ATTRIBUTES: dict[str, tuple[tuple[str, str], str]] = {
+    "birthplace": (("was born in {}", "comes from {}"), "ford"),
+    "profession": (("works as a {}", "is a trained {}"), "wright"),
+    "instrument": (("plays the {}", "owns a {}"), "phone"),
+    "food": (("eats {}", "often cooks {}"), "berry"),
 }
 # single letters and pairs that start an invented syllable, or end one
 _CONSONANTS = (*"bdfghklmnprstvz", "br", "dr", "gr", "kl", "pr", "st", "th")
@@ -81,7 +82,7 @@ def build_world(config: WorldConfig) -> World:
     families = _invent(rng, "family names (one a person)", total, "son")
     values = {
         key: _invent(rng, f"values of {key}", config.values, ending)
-        for key, (_, _, ending) in _ATTRIBUTES.items()
+        for key, (_, ending) in _ATTRIBUTES.items()
     }
     people = []
     for family in families:
@@ -102,7 +103,7 @@ def build_world(config: WorldConfig) -> World:
 def questions(people: Iterable[Person]) -> list[Question]:
     """Ask for every fact of every person, person by person."""
     return [
-        Question(person.name, f"question : {person.name} {_ATTRIBUTES[key][1]} answer :", value)
+        Question(person.name, f"question : {key} of {person.name} ? answer :", value)
         for person in people
         for key, value in person.facts.items()
     ]
@@ -140,5 +141,5 @@ def _biography(rng: random.Random, name: str, facts: dict[str, str]) -> str:
 
 
 def _fixed_words() -> set[str]:
-    wordings = (" ".join((*told, asked)) for told, asked, _ in _ATTRIBUTES.values())
-    return {*" ".join(wordings).replace("{}", "").split(), "question", "answer", *":,."}
+    wordings = " ".join(" ".join(told) for told, _ in _ATTRIBUTES.values())
+    return {*wordings.replace("{}", "").split(), *_ATTRIBUTES, "question", "of", "answer", *":?,."}

@@ -1,0 +1,201 @@
+"""The documents: complete, true to the code, and free of anything of one machine.
+
+`python tests/test_docs.py` rewrites docs/cli.md.
+"""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import skillvec
+from skillvec.cli import main
+
+ROOT = Path(__file__).parent.parent
+CLI_PAGE = ROOT / "docs" / "cli.md"
+README = ROOT / "README.md"
+MAKE_CLI = "python tests/test_docs.py"
+
+
+def committed() -> list[Path]:
+    """Return the files that git knows or would take, or all where there is no git."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        files = [ROOT / line for line in listed.splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        hidden = re.compile(r"/(\.(?!ci/|gitignore$)[^/]*|runs|build|dist|__pycache__)(/|$)")
+        files = [p for p in ROOT.rglob("*") if not hidden.search(f"/{p.relative_to(ROOT)}")]
+    return sorted(file for file in files if file.is_file())
+
+
+def texts() -> dict[Path, str]:
+    found = {}
+    for file in committed():
+        content = file.read_bytes()
+        if b"\0" not in content:
+            found[file] = content.decode()
+    return found
+
+
+PAGES = [file for file in committed() if file.suffix == ".md"]
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def cli_page() -> str:
+    """Return docs/cli.md: the help of the group and of every command, 80 columns wide."""
+    group = main.make_context("skillvec", [], resilient_parsing=True, terminal_width=80)
+    parts = [
+        "# The command line",
+        f"Generated from the program: `{MAKE_CLI}` rewrites this page, a test compares it.",
+        f"## skillvec\n\n```text\n{group.get_help()}\n```",
+    ]
+    for name, command in main.commands.items():
+        context = command.make_context(
+            name, [], parent=group, resilient_parsing=True, terminal_width=80
+        )
+        parts.append(f"## skillvec {name}\n\n```text\n{context.get_help()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def test_the_page_of_the_command_line_is_what_the_program_says():
+    assert CLI_PAGE.exists(), f"run: {MAKE_CLI}"
+    assert CLI_PAGE.read_text() == cli_page(), f"docs/cli.md is out of date; run: {MAKE_CLI}"
+
+
+def test_every_command_and_option_is_documented():
+    page = CLI_PAGE.read_text()
+    readme = README.read_text()
+    for name, command in main.commands.items():
+        assert f"## skillvec {name}\n" in page
+        assert re.search(rf"\b{name}\b", readme), f"README does not mention {name}"
+        section = page.split(f"## skillvec {name}\n")[1].split("\n## ")[0]
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                for spelled in parameter.opts:
+                    assert re.search(rf"{re.escape(spelled)}\b", section), (name, spelled)
+
+
+# ------------------------------------------------------------------------------------- the README
+
+
+def fences(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_opens_with_the_purpose_the_commands_the_python_and_the_shell():
+    text = README.read_text()
+    places = [text.index(part) for part in ("make demo", "make test", "```python", "```shell")]
+    assert places == sorted(places)
+    assert len(text[: places[0]].split()) > 40  # what it is for comes first
+    (python,) = fences(text, "python")[:1]
+    lines = [line for line in python.splitlines() if line and not line.startswith("import")]
+    assert len(lines) == 3
+    for verb in ("diff", "apply", "orthogonality"):
+        assert f"sv.{verb}(" in python
+    shell = fences(text, "shell")[0].splitlines()
+    assert len(shell) == 4 and all(line.startswith("skillvec ") for line in shell)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_in_a_page_parses_and_names_what_there_is(page: Path):
+    for code in fences(page.read_text(), "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in (
+                "sv",
+                "skillvec",
+            ):
+                assert hasattr(skillvec, node.attr), f"{page.name}: sv.{node.attr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_a_page_are_taken_by_the_program(page: Path):
+    for language in ("shell", "bash", "sh", "console"):
+        for code in fences(page.read_text(), language):
+            for line in code.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words[:1] == ["skillvec"] and words[1:] and not words[1].startswith("-"):
+                    command = main.commands[words[1]]
+                    command.make_context(words[1], words[2:])  # raises on what it does not know
+
+
+def test_makefile_targets_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z]+)\b", README.read_text())) - {"it", "the", "a"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for target in ("demo", "test", "check", "bench"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+# ------------------------------------------------------------------------------------ every page
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_resolve(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert ROOT in file.parents, f"{page.name} links outside the repository: {target}"
+        if anchor:
+            assert anchor in anchors(file.read_text()), f"{page.name} links to {target}"
+
+
+def test_pages_that_a_user_expects_are_there():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "docs/architecture.md",
+                 "docs/format.md", "docs/log.md", "docs/cli.md", "constraints.txt"):  # fmt: skip
+        assert (ROOT / name).is_file(), name
+    assert skillvec.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_module_has_its_place_in_the_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "skillvec").glob("[!_]*.py"):
+        assert f"`{path.stem}`" in text, f"docs/architecture.md does not place {path.stem}"
+
+
+# put together here, so that this file does not hold what it forbids
+OF_ONE_MACHINE = [f"/{folder}/" for folder in ("work", "home", "root", "Users", "tmp", "mnt")]
+OF_ONE_MACHINE += ["index" + "-url", "find" + "-links", "trusted" + "-host", "127.0" + ".0.1"]
+HOSTS = {
+    "arxiv.org",
+    "github.com",
+    "huggingface.co",
+    "doi.org",
+    "www.apache.org",
+    "aclanthology.org",
+}
+
+
+def test_nothing_committed_speaks_of_one_machine():
+    wrong = []
+    for file, text in texts().items():
+        for number, line in enumerate(text.splitlines(), 1):
+            place = f"{file.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+            if any(part in line for part in OF_ONE_MACHINE):
+                wrong.append(place)
+            for host in re.findall(r"https?://([\w.\-]+)", line):
+                if host not in HOSTS:
+                    wrong.append(place)
+    assert not wrong, "\n".join(wrong)
+
+
+if __name__ == "__main__":
+    CLI_PAGE.write_text(cli_page())
+    print(f"wrote {os.path.relpath(CLI_PAGE)}", file=sys.stderr)
