@@ -115,7 +115,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             return {}
         try:
             config = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{file}: not valid JSON: {error}") from None
         if not isinstance(config, dict):
             raise FormatError(f"{file}: expected a JSON object, found {type(config).__name__}")
@@ -267,7 +267,7 @@ def _open_folder(folder: Path, what: str) -> tuple[dict[str, TensorSpec], dict[s
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{index}: no readable weight_map: {error!r}") from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map is not a map of tensor names to files")

@@ -170,8 +170,8 @@ def done_sentence(report: Report) -> str:
         exact = facts["exactness"]
         claim = {
             "bitwise": "base + 1 * v is tuned, bit for bit",
-            "partial": f"base + 1 * v is tuned but for the last fp32 bits of {exact['unrestored']}"
-            " values",
+            "partial": f"base + 1 * v is tuned but for {exact['unrestored']} values, which differ"
+            " by the fp32 rounding of the difference",
             "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
             f" {exact['unrestored']} values of tuned",
         }[exact["claim"]]

@@ -271,8 +271,8 @@ def read_into(path: str, offset: int, buffer: memoryview) -> None:
             count = os.preadv(file.fd, [buffer[done:]], offset + done)
             if count == 0:
                 raise FormatError(
-                    f"{path}: the file ends before byte {offset + len(buffer)}: did it change"
-                    " while it was read?"
+                    f"{path}: the file ends at byte {os.fstat(file.fd).st_size}, expected"
+                    f" {offset + len(buffer)}: did it change while it was read?"
                 )
             done += count
     except OSError as error:

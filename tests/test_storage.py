@@ -118,7 +118,7 @@ HOSTILE = {
     "offsets are one number": (one(offsets=[8]), ["'w'", "data_offsets"]),
     "offsets are three numbers": (one(offsets=[0, 4, 8]), ["'w'", "data_offsets"]),
     "offsets are a map": (one(offsets={"0": 8}), ["'w'", "data_offsets"]),
-    "offsets reversed": (one(offsets=(8, 0)), ["'w'", "data_offsets"]),
+    "offsets reversed": (one(offsets=(8, 0)), ["'w'", "not [begin, end]"]),
     "offsets negative": (one(offsets=(-8, 0)), ["'w'", "data_offsets"]),
     "offsets as floats": (one(offsets=(0, 8.0)), ["'w'", "data_offsets"]),
     "offsets as booleans": (one("U8", [1], [False, True]), ["'w'", "data_offsets"]),
@@ -268,7 +268,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_that_says_so(tmp_path:
     path.write_bytes(one())
     spec = read_header(path).tensors["w"]
     os.truncate(path, spec.start + 5)
-    with pytest.raises(FormatError, match=f"ends at byte {spec.start + 5}"):
+    with pytest.raises(FormatError, match=rf"\b{spec.start + 5}\b"):
         read_into(spec.path, spec.start, memoryview(bytearray(8)))
     storage.forget_open_files()
 
