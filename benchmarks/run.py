@@ -260,7 +260,7 @@ def measured(given: argparse.Namespace, contenders: list[str], works: dict[str, 
             spent = rounds(jobs[size][name].commands, given.rounds, works[size])
             rows += timing_rows(f"{name}, {size}", name, spent)
     if "skillvec" in contenders:
-        work = works["big"]
+        work = works[given.sizes[0]]
         if "linearity" in given.jobs:
             rows += linearity_rows(jobs, given.rounds, work)
         if "startup" in given.jobs:
@@ -285,11 +285,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results go")
     given = parser.parse_args()
 
+    # an editable install is not byte-compiled as an installed package is; start-up would pay for it
+    subprocess.run(
+        [str(PYTHON), "-m", "compileall", "-q", str(HERE.parent / "skillvec")], check=True
+    )
     there = {"skillvec": SKILLVEC.exists(), "mergekit": MERGEKIT.exists()}
     contenders = [c for c in given.contenders if there.get(c, True)]
     for absent in sorted(set(given.contenders) - set(contenders)):
         print(f"{absent} is not installed: its rows are left out", file=sys.stderr)
-    both = ["big", "small"] if "skillvec" in contenders else []
+    linear = "skillvec" in contenders and "linearity" in given.jobs
+    both = ["big", "small"] if linear else []
     # A terminated run must delete its work folders as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     families = families_of(list(dict.fromkeys([*given.sizes, *both])))

@@ -15,6 +15,7 @@ from skillvec import kernels
 from skillvec.kernels import Array, F32Array, narrow, widen
 
 STEP = 1 << 16  # elements a step of the general path, which bounds its temporary arrays
+SAMPLE = 30 << 10  # values a block that moments looks at; fp32 arrays below malloc's mmap threshold
 U32Array = npt.NDArray[np.uint32]
 NO_POSITIONS: U32Array = np.zeros(0, np.uint32)
 NO_VALUES: F32Array = np.zeros(0, np.float32)
@@ -75,13 +76,14 @@ def _subtract_piece(
     a, b = widen(base, base_dtype), widen(tuned, tuned_dtype)
     with np.errstate(all="ignore"):
         difference = b - a  # fp64 where either is
-        finite = np.isfinite(difference)
-        difference = np.where(finite, difference, 0).astype(difference.dtype) + 0.0
+        difference[~np.isfinite(difference)] = 0
+        difference += 0.0  # no negative zeros
         values = narrow(difference, value_dtype)
         held = widen(values, value_dtype)
-        unheld = ~np.isfinite(held) | (held == 0)
-        if unheld.any():  # stored values are finite, zeros positive; exceptions hold the rest
-            values[unheld] = 0
+        if (
+            not held.all() or not np.isfinite(held).all()
+        ):  # stored values are finite, zeros positive; exceptions hold the rest
+            values[~np.isfinite(held) | (held == 0)] = 0
             held = widen(values, value_dtype)
         inexact = held != difference
         applied = difference if exact else held
@@ -94,7 +96,7 @@ def _subtract_piece(
     else:
         restored = np.where(zero, narrow(a, tuned_dtype), restored)
         changed = int(np.count_nonzero(a != b))
-    missed = bit_pattern(restored) != bit_pattern(np.ascontiguousarray(tuned))
+    missed = bit_pattern(restored) != bit_pattern(tuned)
     if not exact:
         replace = np.zeros_like(missed)
     elif tuned_dtype in ("BF16", "F16"):
@@ -114,16 +116,17 @@ def subtract(
     exact: bool,
     out: Array,
     scratch: npt.NDArray[np.uint16],
+    measure: bool = True,
 ) -> Subtraction:
     """Return tuned - base as a Delta whose values are written to `out`.
 
     All arrays are 1-D, of one length, at most 2^32 elements; `out` is of the storage dtype of
     `value_dtype`, `scratch` holds as many uint16. With `exact` the delta carries exceptions, and
     positions that no difference restores are listed; without, values are rounded to `value_dtype`
-    and that is all.
+    and that is all. Without `measure` the squared norm stays 0.
     """
     if exact and tuned_dtype == base_dtype == value_dtype == "BF16":
-        found = _subtract_bf16(tuned, base, out, scratch)
+        found = _subtract_bf16(tuned, base, out, scratch, measure)
         if found is not None:
             return found
     positions, differences, replaced, bits = [], [], [], []
@@ -146,7 +149,7 @@ def subtract(
     delta = Delta(out, value_dtype, _join(positions, NO_POSITIONS), _join(differences, NO_VALUES))
     return Subtraction(
         delta,
-        _squared(delta),
+        _squared(delta) if measure else 0.0,
         _join(replaced, NO_POSITIONS),
         _join(bits, NO_BITS),
         changed,
@@ -159,41 +162,76 @@ def _join(parts: list[Array], empty: Array) -> Array:
 
 
 def _subtract_bf16(
-    tuned: Array, base: Array, out: Array, scratch: npt.NDArray[np.uint16]
+    tuned: Array, base: Array, out: Array, scratch: npt.NDArray[np.uint16], measure: bool
 ) -> Subtraction | None:
     """Subtract BF16 from BF16; return None where NaN or infinities want the general path.
 
-    Two bf16 of one sign and exponent differ by a bf16 exactly, so only positions where sign or
-    exponent differ (0.2 % after RL) are looked at one by one.
+    Two bf16 at most 127 steps of the grid apart differ by a bf16 exactly: at most 254 of the
+    smaller step. Only the others (0.02 % after RL) are looked at one by one.
     """
-    differing = scratch[: tuned.size]
-    np.bitwise_xor(tuned, base, out=differing)
-    changed = int(np.count_nonzero(differing))
     kernels.blend(tuned, base, "BF16", -1.0, out)
-    apart = differing >= 128
+    at = _far_apart(tuned, base, scratch[: tuned.size])
     if tuned.view(np.int16).min() == -0x8000:  # no sum gives -0, however small the step
-        apart |= (tuned == 0x8000) & (differing != 0)
-    at = np.flatnonzero(apart).astype(np.uint32)
-    piece = _subtract_piece(tuned[at], "BF16", base[at], "BF16", "BF16", True)
-    out[at] = piece.values
-    delta = Delta(
-        out, "BF16", at[piece.inexact], piece.difference[piece.inexact].astype(np.float32)
-    )
-    delta_sq = _squared(delta)
-    if not np.isfinite(delta_sq):  # NaN and infinities on both sides
+        at = np.union1d(at, np.flatnonzero((tuned == 0x8000) & (base != 0x8000)))
+    inexact, replaced, bits, hidden = (NO_POSITIONS, NO_VALUES), NO_POSITIONS, NO_BITS, 0
+    if at.size:
+        found = _settle_bf16(tuned[at], base[at])
+        if found is not None:  # the values stand in `out` already
+            rounded, difference = found
+            inexact = at[rounded].astype(np.uint32), difference[rounded]
+        else:
+            piece = _subtract_piece(tuned[at], "BF16", base[at], "BF16", "BF16", True)
+            out[at] = piece.values
+            hidden = int(np.count_nonzero(piece.values == 0))
+            rounded = piece.inexact
+            inexact = at[rounded].astype(np.uint32), piece.difference[rounded]
+            replaced = at[piece.replace].astype(np.uint32)
+            bits = tuned[replaced].astype(np.uint64)
+    delta = Delta(out, "BF16", *inexact)
+    delta_sq = _squared(delta) if measure else 0.0
+    if not np.isfinite(delta_sq) if measure else _has_nonfinite(out):
         return None
-    replaced = at[piece.replace]
-    return Subtraction(delta, delta_sq, replaced, tuned[replaced].astype(np.uint64), changed, 0)
+    return Subtraction(delta, delta_sq, replaced, bits, int(np.count_nonzero(out)) + hidden, 0)
+
+
+def _settle_bf16(tuned: Array, base: Array) -> tuple[npt.NDArray[np.bool_], F32Array] | None:
+    """Return where the fp32 difference is no bf16, and the difference, for a few chosen values.
+
+    None where base + difference misses tuned anywhere. A third of the calls of `_subtract_piece`,
+    whose fixed cost a block would otherwise pay for two hundred values.
+    """
+    a, b = widen(base, "BF16"), widen(tuned, "BF16")
+    with np.errstate(all="ignore"):
+        difference = b - a
+        restored = (a + difference == b) & (difference != 0) & (tuned != 0x8000)
+    if not restored.all():
+        return None
+    return (difference.view(np.uint32) & 0xFFFF) != 0, difference
+
+
+def _far_apart(tuned: Array, base: Array, steps: npt.NDArray[np.uint16]) -> npt.NDArray[np.intp]:
+    """Return where two BF16 blocks are more than 127 steps of the grid, or a sign, apart.
+
+    The distances are first folded over 16 rows by their maximum: a scan for rare elements costs
+    several times more than a reduction.
+    """
+    np.subtract(tuned, base, out=steps)
+    np.add(steps, 127, out=steps)
+    width = steps.size // 16
+    rows = steps[: 16 * width].reshape(16, width)
+    lanes = np.flatnonzero(np.maximum.reduce(rows, axis=0, initial=0) > 254)
+    row, lane = np.nonzero(rows[:, lanes] > 254)
+    ends = np.flatnonzero(steps[16 * width :] > 254)
+    return np.sort(np.concatenate((row * width + lanes[lane], ends + 16 * width)))
+
+
+def _has_nonfinite(bf16: Array) -> bool:
+    return bool(bf16.view(np.int16).max(initial=0) >= 0x7F80 or bf16.max(initial=0) >= 0xFF80)
 
 
 def has_special(bf16: Array) -> bool:
     """Return whether a BF16 block holds NaN, an infinity or a negative zero."""
-    signed = bf16.view(np.int16)
-    return bool(
-        signed.max(initial=0) >= 0x7F80
-        or signed.min(initial=0) == -0x8000
-        or bf16.max(initial=0) >= 0xFF80
-    )
+    return _has_nonfinite(bf16) or bool(bf16.view(np.int16).min(initial=0) == -0x8000)
 
 
 def _add_piece(
@@ -239,12 +277,18 @@ def add(
     if target_dtype == out_dtype == delta.dtype == "BF16" and random16 is None:
         kernels.blend(target, delta.values, "BF16", lam, out)
         still = np.float32(lam) == 0
-        if has_special(target) or still:
+        special = has_special(target) or bool(still)
+        if special:
             keep = ((delta.values & 0x7FFF) == 0) | ((target & 0x7F80) == 0x7F80) | still
             np.copyto(out, target, where=keep)
         if delta.positions.size:
             at = delta.positions
-            out[at] = _add_piece(target[at], "BF16", delta.exact, lam, "BF16", None)
+            if special:
+                out[at] = _add_piece(target[at], "BF16", delta.exact, lam, "BF16", None)
+            else:
+                sums = np.empty(at.size, np.float32)
+                kernels.blend(widen(target[at], "BF16"), delta.exact, "F32", lam, sums)
+                out[at] = narrow(sums, "BF16")
         return
     for begin in range(0, target.size, STEP):
         end = min(begin + STEP, target.size)
@@ -262,38 +306,45 @@ def gram(deltas: list[Delta]) -> npt.NDArray[np.float64]:
     """Return the matrix of inner products of deltas of one length, added up in fp64."""
     count = len(deltas)
     products = np.zeros((count, count))
-    for begin in range(0, deltas[0].values.size, kernels.DOT_STEP):
-        wide = [delta.wide(begin, begin + kernels.DOT_STEP) for delta in deltas]
-        for i in range(count):
-            for j in range(i + 1):
-                products[i, j] += _inner(wide[i], wide[j])
+    if all(delta.dtype == "BF16" for delta in deltas):
+        for i, x in enumerate(deltas):
+            for j, y in enumerate(deltas[: i + 1]):
+                products[i, j] = kernels.dot(x.values, y.values)
+                if x.positions.size or y.positions.size:
+                    products[i, j] += _correction(x, y)
+    else:
+        for begin in range(0, deltas[0].values.size, STEP):
+            wide = [delta.wide(begin, begin + STEP) for delta in deltas]
+            wide = [values.astype(np.result_type(*wide), copy=False) for values in wide]
+            for i in range(count):
+                for j in range(i + 1):
+                    products[i, j] += kernels.dot(wide[i], wide[j])
     return np.tril(products) + np.tril(products, -1).T
 
 
-def _inner(a: Array, b: Array) -> float:
-    """Return the inner product of two arrays: fp32 over 1,024 products, those sums in fp64.
+def _correction(x: Delta, y: Delta) -> float:
+    """Return what the exceptions add to the inner product of the stored BF16 values.
 
-    Good to 1e-8 of the norms. All in fp64 where squares leave fp32.
+    <x + e, y + f> - <x, y> = <e, y> + <x, f> + <e, f>, where e and f stand at exceptions only.
     """
-    rows = a.size // 1024
-    with np.errstate(all="ignore"):
-        sums = np.vecdot(a[: rows * 1024].reshape(rows, 1024), b[: rows * 1024].reshape(rows, 1024))
-        total = float(sums.sum(dtype=np.float64)) + float(
-            np.dot(a[rows * 1024 :], b[rows * 1024 :])
-        )
-        return total if np.isfinite(total) else float(np.dot(a.astype(np.float64), b))
+    total = 0.0
+    errors = []
+    for delta, other in ((x, y), (y, x)):
+        at = delta.positions
+        errors.append(delta.exact.astype(np.float64) - widen(delta.values[at], "BF16"))
+        total += float(np.dot(errors[-1], widen(other.values[at], "BF16").astype(np.float64)))
+    if x is y:
+        return total + float(np.dot(errors[0], errors[0]))
+    if x.positions.size and y.positions.size:
+        spot = np.searchsorted(y.positions, x.positions)
+        spot[spot == y.positions.size] = 0
+        shared = y.positions[spot] == x.positions
+        total += float(np.dot(errors[0][shared], errors[1][spot[shared]]))
+    return total
 
 
 def _squared(delta: Delta) -> float:
-    """Return the squared norm of a delta to about 1e-5; not finite where BF16 values are not."""
-    if delta.dtype != "BF16":
-        return float(gram([delta])[0, 0])
-    total = kernels.quick_dot(delta.values, delta.values)
-    if delta.positions.size:
-        rounded = widen(delta.values[delta.positions], "BF16").astype(np.float64)
-        exact = delta.exact.astype(np.float64)
-        total += float(np.sum(exact * exact - rounded * rounded))
-    return total if np.isfinite(total) else float(gram([delta])[0, 0])
+    return float(gram([delta])[0, 0])
 
 
 class Moments(NamedTuple):
@@ -311,24 +362,33 @@ def moments(
     delta: Delta,
     out: Array,
     out_dtype: str,
-    scratch: npt.NDArray[np.uint16],
 ) -> Moments:
-    """Measure how much of the delta arrived: sums of written^2, written * delta and delta^2."""
-    delta_sq = _squared(delta)
+    """Measure how much of the delta arrived, on the first 30 Ki values of a block.
+
+    The sums are scaled to the whole block. What is not finite counts as not moved.
+    """
+    sample = min(SAMPLE, out.size)
+    scale = out.size / sample
     if target_dtype == out_dtype == delta.dtype == "BF16":
-        written = scratch[: out.size]
-        kernels.blend(out, target, "BF16", -1.0, written)
-        sums = kernels.quick_dot(written, written), kernels.quick_dot(written, delta.values)
-        if np.isfinite(sums[0]) and np.isfinite(sums[1]):
-            return Moments(int(np.count_nonzero(written)), *sums, delta_sq)
-    changed, totals = 0, np.zeros(2)
-    for begin in range(0, out.size, STEP):
-        end = min(begin + STEP, out.size)
-        before = widen(target[begin:end], target_dtype)
-        with np.errstate(invalid="ignore", over="ignore"):
-            moved = widen(out[begin:end], out_dtype) - before
-        moved = np.where(np.isfinite(moved), moved, 0)
-        changed += int(np.count_nonzero(moved))
-        wide = delta.wide(begin, end)
-        totals += _inner(moved, moved), _inner(moved, wide)
-    return Moments(changed, float(totals[0]), float(totals[1]), delta_sq)
+        written, values = np.empty(sample, np.uint16), delta.values[:sample]
+        kernels.blend(out[:sample], target[:sample], "BF16", -1.0, written)
+        sums = (
+            kernels.dot(written, written),
+            kernels.dot(written, values),
+            kernels.dot(values, values),
+        )
+        if np.isfinite(sums[0]):
+            changed = round(scale * int(np.count_nonzero(written)))
+            return Moments(changed, *(scale * total for total in sums))
+    wide = delta.wide(0, sample)
+    before = widen(target[:sample], target_dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        moved = widen(out[:sample], out_dtype) - before
+    moved[~np.isfinite(moved)] = 0
+    wide = wide.astype(moved.dtype, copy=False)
+    return Moments(
+        round(scale * int(np.count_nonzero(moved))),
+        scale * kernels.dot(moved, moved),
+        scale * kernels.dot(moved, wide),
+        scale * kernels.dot(wide, wide),
+    )

@@ -73,7 +73,8 @@ def output_model(
 @contextlib.contextmanager
 def writing(plan: Plan, path: Path, force: bool) -> Iterator[tuple[Staging, list[OutputFile]]]:
     """Yield the staging folder and the plan's files, allocated in full; close what is left open."""
-    windowed = plan.nbytes_written * 10 > available_memory_nbytes()
+    # the kernel throttles a writer that has dirtied a fifth of the memory (vm.dirty_ratio)
+    windowed = plan.nbytes_written * 6 > available_memory_nbytes()
     with staging(path, force) as stage, contextlib.ExitStack() as stack:
         made = stage.folder / "made"
         made.mkdir()
@@ -84,9 +85,3 @@ def writing(plan: Plan, path: Path, force: bool) -> Iterator[tuple[Staging, list
             stack.callback(files[-1].close)
         stack.callback(forget_open_files)
         yield stage, files
-
-
-def close_files(files: Sequence[OutputFile]) -> None:
-    """Close every file when its bytes are on the disk."""
-    for file in files:
-        file.close(durable=True)

@@ -26,7 +26,7 @@ from xxhash import xxh3_128
 from skillvec.errors import FormatError, OutputError, SkillvecError
 
 MAX_HEADER_NBYTES = 100_000_000  # the cap of the official reader
-LEAF_NBYTES = 1 << 19  # a digest is a tree of leaves, so that blocks can be hashed in any order
+LEAF_NBYTES = 1 << 20  # a digest is a tree of leaves, so that blocks can be hashed in any order
 MiB = 1 << 20
 
 # dtype name -> bytes per element; the packed and 8-bit float kinds are known so they can be named
@@ -189,7 +189,7 @@ def encode_header(
 
 
 def leaf_digests(block: memoryview) -> bytes:
-    """Return the XXH3-128 digests of each 512 KiB piece of `block`, end to end."""
+    """Return the XXH3-128 digests of each 1 MiB piece of `block`, end to end."""
     if len(block) <= LEAF_NBYTES:
         return xxh3_128(block).digest() if len(block) else b""
     return b"".join(
@@ -213,7 +213,7 @@ def digest_bytes(content: bytes) -> str:
 def digest_file_range(path: str, start: int, nbytes: int) -> str:
     """Return the digest of a byte range of a file, reading 8 MiB at a time."""
     leaves = bytearray()
-    step = 16 * LEAF_NBYTES
+    step = 8 * LEAF_NBYTES
     buffer = memoryview(allocate(min(step, nbytes) or 1))
     for at in range(0, nbytes, step):
         piece = buffer[: min(step, nbytes - at)]
@@ -309,13 +309,13 @@ def available_memory_nbytes() -> int:
 class OutputFile:
     """One file of known or growing size, written at planned offsets from any thread.
 
-    With `windowed`, write-back starts after every 64 MiB and pages 512 MiB back are dropped, so a
-    writer is never throttled for dirty pages and nothing is left to sync at the end.
+    Write-back starts after every 64 MiB, so that little is left for `sync`. With `windowed`, pages
+    512 MiB back are dropped too: a large writer is then never throttled for dirty pages.
     """
 
     START, DROP = 64 * MiB, 512 * MiB
 
-    def __init__(self, path: str, nbytes: int, windowed: bool) -> None:
+    def __init__(self, path: str, nbytes: int, windowed: bool = False) -> None:
         self.path, self.nbytes, self._windowed = path, nbytes, windowed
         self._lock, self._front, self._started, self._fd = threading.Lock(), 0, 0, -1
         try:
@@ -340,8 +340,7 @@ class OutputFile:
                 done += os.pwrite(self._fd, view[done:], offset + done)
         except OSError as error:
             raise _explain(error, self.path) from None
-        if self._windowed:
-            self._advance(offset + len(view))
+        self._advance(offset + len(view))
 
     def _advance(self, end: int) -> None:
         with self._lock:
@@ -350,9 +349,9 @@ class OutputFile:
             if self._front - begin < self.START:
                 return
             self._started = front = self._front
-        # twice over each range: on dirty pages the advice starts write-back, on clean ones it drops
+        # on dirty pages the advice starts write-back without waiting, on clean ones it drops them
         os.posix_fadvise(self._fd, begin, front - begin, os.POSIX_FADV_DONTNEED)
-        if front > self.DROP:
+        if self._windowed and front > self.DROP:
             os.posix_fadvise(self._fd, 0, front - self.DROP, os.POSIX_FADV_DONTNEED)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -369,16 +368,16 @@ class OutputFile:
         self.write(offset, buffer)
         return offset
 
-    def close(self, durable: bool = False) -> None:
-        """Close the file, after fsync where `durable`; a second call does nothing."""
-        if self._fd < 0:
-            return
+    def sync(self) -> None:
+        """Wait until every byte is on the disk."""
         try:
-            if durable:
-                os.fsync(self._fd)
+            os.fsync(self._fd)
         except OSError as error:
             raise _explain(error, self.path) from None
-        finally:
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 

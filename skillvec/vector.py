@@ -41,7 +41,7 @@ from skillvec.storage import (
 )
 
 SCHEMA = 1
-BLOCK_NUMEL = 1 << 19  # elements a block: the unit of work, of exceptions and of random numbers
+BLOCK_NUMEL = 1 << 20  # elements a block: the unit of work, of exceptions and of random numbers
 BLOCKS, EXCEPTIONS, REPLACEMENTS = (
     "skillvec.blocks",
     "skillvec.exceptions",
@@ -55,7 +55,7 @@ FP32_MAX = 3.4028234e38
 
 
 def block_count(numel: int) -> int:
-    """Return how many blocks of 2^19 elements a tensor has."""
+    """Return how many blocks of 2^20 elements a tensor has."""
     return -(-numel // BLOCK_NUMEL)
 
 
@@ -449,7 +449,7 @@ class SideTable:
     def _records(
         self, name: str, column: int, row: int, numel: int, record: np.dtype[Any]
     ) -> npt.NDArray[Any]:
-        first, last = (int(n) for n in self._ends[row : row + 2, column])
+        first, last = self._ends[row : row + 2, column].tolist()
         if first == last:
             return np.zeros(0, record)
         records = self._read(name, first, last, record)
@@ -469,7 +469,7 @@ class SideWriter:
     """
 
     def __init__(self, folder: Path, rows: int) -> None:
-        self._files = [OutputFile(os.fspath(folder / f"side-{i}"), 0, False) for i in range(2)]
+        self._files = [OutputFile(os.fspath(folder / f"side-{i}"), 0) for i in range(2)]
         self._starts = np.zeros((rows, 2), np.int64)
         self._counts = np.zeros((rows, 2), np.uint32)
         self._lock = threading.Lock()

@@ -26,7 +26,7 @@ from skillvec.checkpoint import (
 from skillvec.engine import JobResult
 from skillvec.errors import UsageError, VerificationError, up_to_five
 from skillvec.operators import subtract
-from skillvec.outputs import PathLike, close_files, output_file, output_model, writing
+from skillvec.outputs import PathLike, output_file, output_model, writing
 from skillvec.plan import (
     Plan,
     ledger_line,
@@ -130,7 +130,8 @@ def diff(
             side.close()
         complete_manifest(manifest, results, digests, exceptions, replacements)
         files[0].write(0, layout.header(manifest, exceptions, replacements))
-        close_files(files)
+        for file in files:
+            file.sync()
         stage.publish(Path(files[0].path))
     report_diff(report, plan, results, manifest, os.path.getsize(path))
     return replace(SkillVector.open(path), report=report)
@@ -192,7 +193,8 @@ def apply(
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
         results = _run(plan, files, workers, watcher)
-        close_files(files)
+        for file in files:
+            file.sync()
         made = Path(files[0].path).parent
         for source, name in plan.copies:
             (made / name).parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from families import TORCH_DTYPE, assert_same_bits, bits, from_bits, load, save
 
 import skillvec as sv
 from skillvec.engine import random_bits
+from skillvec.operators import SAMPLE
 from skillvec.vector import BLOCK_NUMEL
 
 WORKERS = (1, 2, 5)
@@ -26,8 +27,8 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BF16 tensors around the block of 2^19 values, with -0, NaN and infinities at block ends."""
-    assert BLOCK_NUMEL == 1 << 19  # part of the file format: exceptions are listed by block
+    """BF16 tensors around the block of 2^20 values, with -0, NaN and infinities at block ends."""
+    assert BLOCK_NUMEL == 1 << 20  # part of the file format: exceptions are listed by block
     folder = tmp_path_factory.mktemp("big")
     rng = np.random.default_rng(30)
     sides: dict[str, dict[str, torch.Tensor]] = {"base": {}, "tuned": {}, "target": {}}
@@ -128,9 +129,10 @@ def test_blocks_of_every_width_land_in_their_place(dtype: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("lam", [1.0, 0.5, -1.3])
 def test_realised_gain_and_cosine_are_numpys(lam: float, big: Path, tmp_path: Path) -> None:
-    """<w, lam v> / |lam v|^2 and the cosine, tensor by tensor and overall, to four digits.
+    """<w, lam v> / |lam v|^2 and the cosine, tensor by tensor and overall.
 
-    Reports use bf16 differences and fp32 sums: about 1e-5, and 2^-9 on the few exceptions.
+    Reports look at the first 30 Ki values of each block, scaled to the block: numpy's on the same
+    values to four digits (bf16 differences, fp32 sums), and numpy's on all values to 3 %.
     """
     vector = sv.diff(big / "tuned", big / "base")
     report = sv.apply(big / "target", vector, tmp_path / "out", lam=lam)
@@ -140,10 +142,19 @@ def test_realised_gain_and_cosine_are_numpys(lam: float, big: Path, tmp_path: Pa
     for name, written in out.items():
         moved = oracle.delta(written, sides[0][name])
         asked = lam * oracle.delta(sides[1][name], sides[2][name])
-        own = np.array([moved @ moved, moved @ asked, asked @ asked])
+        own, changed = np.zeros(3), 0
+        for begin in range(0, moved.size, BLOCK_NUMEL):
+            block = slice(begin, begin + BLOCK_NUMEL)
+            w, a = moved[block][:SAMPLE], asked[block][:SAMPLE]
+            scale = moved[block].size / w.size
+            own += scale * np.array([w @ w, w @ a, a @ a])
+            changed += round(scale * np.count_nonzero(w))
         sums += own
         line = lines[name]
-        assert line["changed"] == np.count_nonzero(moved)
+        assert line["changed"] == changed
+        assert changed == pytest.approx(np.count_nonzero(moved), rel=0.03)
+        if own[2]:
+            assert line["gain"] == pytest.approx(moved @ asked / (asked @ asked), abs=0.03), name
         if own[2]:
             assert line["gain"] == pytest.approx(own[1] / own[2], abs=1e-4), name
         if own[0] and own[2]:

@@ -276,24 +276,45 @@ def test_nan_stays_nan_with_its_sign_and_infinity_stays(source: type, dtype: str
     assert found[4:].tolist() == [np.inf, -np.inf]
 
 
-# --------------------------------------------------------------------------------- quick_dot
+# --------------------------------------------------------------------------------------- dot
 
 
-@pytest.mark.parametrize("numel", [0, 1, 63, 1000, kernels.DOT_STEP, 3 * kernels.DOT_STEP + 17])
-def test_quick_dot_is_the_float64_sum_to_1e_5_of_the_norms(numel: int) -> None:
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+@pytest.mark.parametrize("numel", [0, 1, 63, 1000, 1024, 1025, 65536, 3 * 65536 + 17])
+def test_dot_is_the_float64_sum_to_3e_7_of_the_norms(numel: int, dtype: str) -> None:
     """The stated error, against the product of the norms: no bound is relative to a sum near 0."""
     rng = np.random.default_rng(numel)
-    held = [kernels.narrow(values, "BF16") for values in rng.normal(size=(2, numel)) * 1e-3]
-    wide = [kernels.widen(values, "BF16").astype(np.float64) for values in held]
+    held = [kernels.narrow(values, dtype) for values in rng.normal(size=(2, numel)) * 1e-3]
+    wide = [kernels.widen(values, dtype).astype(np.float64) for values in held]
     norms = sqrt(wide[0] @ wide[0]) * sqrt(wide[1] @ wide[1])
     for i, j in ((0, 0), (0, 1), (1, 1)):
-        error = abs(kernels.quick_dot(held[i], held[j]) - wide[i] @ wide[j])
-        assert error <= 1e-5 * norms
+        error = abs(kernels.dot(held[i], held[j]) - wide[i] @ wide[j])
+        assert error <= 3e-7 * norms
 
 
-def test_quick_dot_of_small_integers_is_exact() -> None:
-    ones = np.full(1000, 0x3F80, np.uint16)
-    assert kernels.quick_dot(ones, ones) == 1000.0
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_dot_goes_to_fp64_where_squares_leave_fp32(dtype: str) -> None:
+    huge = kernels.narrow(np.full(3000, 2.0**100, np.float32), dtype)
+    assert kernels.dot(huge, huge) == 3000 * 2.0**200
+
+
+def test_dot_of_small_integers_is_exact_with_and_without_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ones = np.full(5000, 0x3F80, np.uint16)
+    assert kernels.dot(ones, ones) == 5000.0
+    monkeypatch.setattr(kernels, "_numkong", lambda: None)
+    assert kernels.dot(ones, ones) == 5000.0
+
+
+def test_the_self_check_expects_what_plain_numpy_gives_and_sees_an_unfused_product() -> None:
+    assert kernels.self_check(kernels.numpy_blend) == kernels.SELF_CHECK
+
+    def unfused(a: np.ndarray, b: np.ndarray, dtype: str, beta: float, out: np.ndarray) -> None:
+        product = np.float32(beta) * kernels.widen(b, dtype)
+        out[...] = kernels.narrow(kernels.widen(a, dtype) + product, dtype)
+
+    assert kernels.self_check(unfused) != kernels.SELF_CHECK
 
 
 # -------------------------------------------------------------------------- stochastic rounding

@@ -23,7 +23,7 @@ HOMES = {
     "click": {"cli"},
     "rich": {"display"},
     "numkong": {"kernels"},
-    "xxhash": {"storage", "engine"},
+    "xxhash": {"kernels", "storage", "engine"},
     "numpy": {"kernels", "operators", "engine", "vector", "analysis", "summary", "verbs"},
     "torch": set(ORDER), "transformers": set(ORDER), "huggingface_hub": set(ORDER),
     "scipy": set(ORDER),

@@ -21,7 +21,7 @@ from skillvec.cli import main
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.vector import SkillVector
 
-BLOCK = 524288  # elements; written out, so that a change of the format shows here
+BLOCK = 1048576  # elements; written out, so that a change of the format shows here
 SIDE = ("skillvec.blocks", "skillvec.exceptions", "skillvec.replacements")
 NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -180,7 +180,7 @@ def test_official_safetensors_opens_a_vector(tmp_path: Path, family):
 
 def digest(content: bytes) -> str:
     leaves = b"".join(
-        xxh3_128(content[at : at + 524288]).digest() for at in range(0, len(content), 524288)
+        xxh3_128(content[at : at + 1048576]).digest() for at in range(0, len(content), 1048576)
     )
     return xxh3_128(leaves).hexdigest()
 
