@@ -170,8 +170,8 @@ def done_sentence(report: Report) -> str:
         exact = facts["exactness"]
         claim = {
             "bitwise": "base + 1 * v is tuned, bit for bit",
-            "partial": f"base + 1 * v is tuned but for {exact['unrestored']} values, which differ"
-            " by the fp32 rounding of the difference",
+            "partial": f"base + 1 * v is tuned but for {exact['unrestored']} values,"
+            " where fp32 rounded the difference",
             "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
             f" {exact['unrestored']} values of tuned",
         }[exact["claim"]]
@@ -180,7 +180,8 @@ def done_sentence(report: Report) -> str:
             f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values changed"
             f" ({100 * facts['density']:.3g} %), norm {facts['norm']:.6g},"
             f" {human_bytes(facts['nbytes'])}\n"
-            f"{claim} ({exact['exceptions']} fp32 exceptions, {exact['replacements']} replacements)"
+            f"{claim}\n"
+            f"({exact['exceptions']} fp32 exceptions, {exact['replacements']} replacements)"
         )
     if report.verb == "apply":
         return (
@@ -260,7 +261,7 @@ def _print_inspect(report: Report) -> None:
     facts = report.facts
     _print(f"{facts['kind']} {facts['path']}")
     if facts["kind"] == "vector":
-        _print(f"  {facts['formula']}, made by {facts['tool']}: {facts['command']}")
+        _print(f"  {facts['formula']}, made by {facts['tool']}:\n  {facts['command']}")
         for side in ("tuned", "base"):
             _print(
                 f"  {side:6} {facts[side]['ref']} ({facts[side]['model_type'] or 'no config'},"
