@@ -583,3 +583,25 @@ def test_verify_finds_one_flipped_bit(flipped: str, family, tmp_path: Path) -> N
     which = tmp_path / ("merged" if "merged" in flipped else "v.safetensors")
     with pytest.raises((sv.VerificationError, sv.FormatError), match=last):
         sv.verify(which)
+
+
+def test_a_target_that_only_looks_like_the_base_is_found_out_while_it_is_read(
+    tmp_path: Path,
+) -> None:
+    """The verdict before the work looks at 4 KiB of the middle; the digest has the last word."""
+    base = {"w": torch.randn(300, 300, generator=torch.manual_seed(0)).bfloat16()}
+    tuned = {"w": (base["w"].float() + 0.01).bfloat16()}
+    near = {"w": base["w"].clone()}
+    near["w"][0, 0] += 1
+    folders = {
+        name: save(tmp_path / name, tensors)
+        for name, tensors in {"base": base, "tuned": tuned, "near": near}.items()
+    }
+    vector = sv.diff(folders["tuned"], folders["base"], tmp_path / "v.safetensors")
+    exact = sv.apply(folders["base"], vector, tmp_path / "back")
+    assert exact.facts["verdict"] == "exact base" and not exact.warnings
+    planned = sv.apply(folders["near"], vector, tmp_path / "out", dry_run=True)
+    assert planned.facts["verdict"] == "exact base"
+    report = sv.apply(folders["near"], vector, tmp_path / "out")
+    assert report.facts["verdict"] == "same family"
+    assert any("differs from it in" in warning and "w" in warning for warning in report.warnings)
