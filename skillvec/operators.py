@@ -80,9 +80,8 @@ def _subtract_piece(
         difference += 0.0  # no negative zeros
         values = narrow(difference, value_dtype)
         held = widen(values, value_dtype)
-        if (
-            not held.all() or not np.isfinite(held).all()
-        ):  # stored values are finite, zeros positive; exceptions hold the rest
+        # stored values are finite and their zeros positive; exceptions hold the rest
+        if not held.all() or not np.isfinite(held).all():
             values[~np.isfinite(held) | (held == 0)] = 0
             held = widen(values, value_dtype)
         inexact = held != difference
@@ -167,7 +166,7 @@ def _subtract_bf16(
     """Subtract BF16 from BF16; return None where NaN or infinities want the general path.
 
     Two bf16 at most 127 steps of the grid apart differ by a bf16 exactly: at most 254 of the
-    smaller step. Only the others (0.02 % after RL) are looked at one by one.
+    smaller step. Only the others are looked at one by one.
     """
     kernels.blend(tuned, base, "BF16", -1.0, out)
     at = _far_apart(tuned, base, scratch[: tuned.size])

@@ -110,9 +110,13 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             report.ledger.append(job_line(job, "passed through") | passed.pop(job.name, {}))
             continue
         gain, cosine = analysis.realised(result.sums, plan.lam)
-        line = job_line(job, "applied" if result.changed else "unchanged")
+        assert job.point is not None
+        # the count of changed values is taken on a sample; the digests saw every byte
+        same_dtype = job.out_dtype == job.point.dtype
+        unchanged = same_dtype and result.digests["output"] == result.digests["point"]
+        line = job_line(job, "unchanged" if unchanged else "applied")
         line |= {"numel": job.numel, "changed": result.changed, "gain": gain, "cosine": cosine}
-        if not result.changed and result.sums[2] > 0 and plan.lam:
+        if unchanged and result.sums[2] > 0 and plan.lam:
             line["note"] = "rounding absorbed the whole delta"
         report.ledger.append(line)
     report.ledger += passed.values()

@@ -605,3 +605,14 @@ def test_a_target_that_only_looks_like_the_base_is_found_out_while_it_is_read(
     report = sv.apply(folders["near"], vector, tmp_path / "out")
     assert report.facts["verdict"] == "same family"
     assert any("differs from it in" in warning and "w" in warning for warning in report.warnings)
+
+
+def test_a_change_outside_the_measured_sample_is_still_a_change(tmp_path: Path) -> None:
+    """Gain and counts look at the first 30 Ki values of a block, the status at every byte."""
+    base = {"w": torch.ones(200, 300).bfloat16(), "same": torch.ones(8).bfloat16()}
+    tuned = {"w": base["w"].clone(), "same": base["same"].clone()}
+    tuned["w"][-1, -1] = 2
+    left, right = save(tmp_path / "tuned", tuned), save(tmp_path / "base", base)
+    report = sv.apply(right, sv.diff(left, right), tmp_path / "out")
+    status = {line["name"]: line["status"] for line in report.ledger}
+    assert status == {"w": "applied", "same": "unchanged"}
