@@ -19,6 +19,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "apply",
+    "combine",
     "diff",
     "inspect",
     "open_checkpoint",
@@ -31,7 +32,7 @@ _HOME = dict.fromkeys(__all__, "errors") | {
     "Report": "report",
     "SkillVector": "vector",
     "open_checkpoint": "checkpoint",
-    **dict.fromkeys(("apply", "diff", "inspect", "orthogonality", "verify"), "verbs"),
+    **dict.fromkeys(("apply", "combine", "diff", "inspect", "orthogonality", "verify"), "verbs"),
 }
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     )
     from skillvec.report import Report
     from skillvec.vector import SkillVector
-    from skillvec.verbs import apply, diff, inspect, orthogonality, verify
+    from skillvec.verbs import apply, combine, diff, inspect, orthogonality, verify
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from skillvec.errors import FormatError, IncompatibleError, UsageError, up_to_fi
 from skillvec.storage import SUBBYTE, TensorSpec, digest_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
+VECTOR_INDEX = "vector.safetensors.index.json"
 SINGLE = "model.safetensors"
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
@@ -202,19 +203,20 @@ def open_checkpoint(ref: str | os.PathLike[str] | Checkpoint, role: str = "model
     if isinstance(ref, Checkpoint):
         return ref
     opened = open_tensors(ref, role)
-    if is_vector(opened.metadata):
+    if kind_of_file(opened.metadata) in ("vector", "vector shard"):
         raise IncompatibleError(f"{role} {opened.ref}: this is a skill vector, expected a model")
     _refuse_quantised(opened, role)
     return opened
 
 
-def is_vector(metadata: Mapping[str, str]) -> bool:
-    """Return whether header metadata is that of a skill vector."""
+def kind_of_file(metadata: Mapping[str, Any]) -> str | None:
+    """Return what skillvec wrote: "vector", "vector shard", "merged"; None for files of others."""
     try:
         entry = json.loads(metadata.get(METADATA_KEY, "null"))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(entry, dict) and entry.get("kind") == "vector"
+    except (ValueError, RecursionError, TypeError):
+        return None
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def open_tensors(ref: str | os.PathLike[str], role: str) -> Checkpoint:
@@ -240,8 +242,10 @@ def open_tensors(ref: str | os.PathLike[str], role: str) -> Checkpoint:
 
 def _open_folder(folder: Path, what: str) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     index, single = folder / INDEX, folder / SINGLE
+    if (folder / VECTOR_INDEX).is_file():
+        raise IncompatibleError(f"{what}: this is a skill vector, expected a model")
     if index.is_file():
-        weight_map = _read_index(index)
+        weight_map, _ = read_index(index)
         if single.is_file() and SINGLE not in weight_map.values():
             raise FormatError(f"{what}: holds both {SINGLE} and {INDEX} over other files: which?")
         return _open_shards(folder, weight_map)
@@ -264,9 +268,11 @@ def _open_folder(folder: Path, what: str) -> tuple[dict[str, TensorSpec], dict[s
     raise UsageError(f"{what}: no {SINGLE} and no {INDEX} in this folder")
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the weight map, tensor name to plain file name, and the metadata of an index."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        content = json.loads(index.read_bytes())
+        weight_map, metadata = content["weight_map"], content.get("metadata")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{index}: no readable weight_map: {error!r}") from None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -277,7 +283,7 @@ def _read_index(index: Path) -> dict[str, str]:
                 f"{index}: tensor {name!r} is said to lie in {file!r}, which is not a plain file"
                 " name in this folder"
             )
-    return weight_map
+    return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
 def _open_shards(

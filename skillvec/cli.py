@@ -4,6 +4,7 @@ Only this module imports click. Verbs are imported inside the commands, so that 
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,9 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
-def _shared(*, writes: bool, selects: bool = True) -> Callable[[Command], Command]:
+def _shared(
+    *, writes: bool, selects: bool = True, globs: bool = True
+) -> Callable[[Command], Command]:
     options = [
         click.option("--workers", type=int, help="Threads; one a core by default."),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
@@ -45,9 +48,13 @@ def _shared(*, writes: bool, selects: bool = True) -> Callable[[Command], Comman
     ]
     if selects:
         options = [
+            click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop."),
+            *options,
+        ]
+    if selects and globs:
+        options = [
             click.option("--include", multiple=True, metavar="GLOB", help="Only these tensors."),
             click.option("--exclude", multiple=True, metavar="GLOB", help="Not these tensors."),
-            click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop."),
             *options,
         ]
     if writes:
@@ -63,6 +70,71 @@ def _shared(*, writes: bool, selects: bool = True) -> Callable[[Command], Comman
         return command
 
     return decorate
+
+
+def _stores(command: Command) -> Command:
+    """Add the options of a command that writes a vector."""
+    options = [
+        click.option(
+            "--codec",
+            type=click.Choice(["auto", "dense", "sparse", "packed"]),
+            default="auto",
+            show_default=True,
+            help="auto takes the smallest; sparse is faster, dense plain tensors.",
+        ),
+        click.option(
+            "--max-shard-size", default="5GB", show_default=True,
+            help="Above it the output is a folder of shards.",
+        ),
+        click.option("--method", help="Label: how TUNED was trained, such as grpo."),
+        click.option("--notes", help="Label: free text."),
+        click.option("--license", help="Label: licence of the vector."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _combines(command: Command) -> Command:
+    """Add the options of a command that merges several vectors."""
+    options = [
+        click.option("--op", default="linear", show_default=True,
+                     help="How several vectors are merged: docs/operators.md."),
+        click.option("--param", "params", multiple=True, metavar="NAME=VALUE",
+                     help="Parameter of the operator, such as density=0.3."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _weighted(words: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
+    """Split VECTOR=WEIGHT words; a file that has the whole word as its name is meant by it."""
+    refs, weights = [], []
+    for word in words:
+        ref, _, weight = word.rpartition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            ref = ""
+        whole = not ref or os.path.exists(word)
+        refs.append(word if whole else ref)
+        weights.append(1.0 if whole else number)
+    return refs, weights
+
+
+def _parameters(params: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for word in params:
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{word!r}: expected NAME=VALUE", param_hint="--param")
+        try:
+            found[name] = {"true": True, "false": False}.get(text.lower())
+            found[name] = float(text) if found[name] is None else found[name]
+        except ValueError:
+            found[name] = text
+    return found
 
 
 def _run(verb: Callable[[Screen], Any], *, as_json: bool, quiet: bool, verbose: bool) -> Any:
@@ -81,6 +153,7 @@ def main() -> None:
     \b
     skillvec diff RL SFT -o skill.safetensors        v = RL - SFT
     skillvec apply TARGET skill.safetensors -o OUT   OUT = TARGET + lam * v
+    skillvec combine A=0.7 B=-0.3 -o c.safetensors   c = 0.7 A - 0.3 B
     skillvec orthogonality A B                       how related two deltas are
     skillvec verify OUT                              prove it from the disk
 
@@ -97,10 +170,11 @@ def main() -> None:
     show_default=True,
     help="auto is exact; bf16, fp16 and fp32 store rounded values.",
 )
+@_stores
 @_shared(writes=True)
 def diff(tuned: str, base: str, output: str, as_json: bool, quiet: bool, verbose: bool,
          **options: Any) -> None:  # fmt: skip
-    """Write the skill vector v = TUNED - BASE to one file.
+    """Write the skill vector v = TUNED - BASE.
 
     TUNED and BASE are folders with safetensors weights, or single .safetensors files.
     """
@@ -114,9 +188,42 @@ def diff(tuned: str, base: str, output: str, as_json: bool, quiet: bool, verbose
 
 
 @main.command()
+@click.argument("vectors", nargs=-1, metavar="VECTOR[=WEIGHT]...")
+@_combines
+@click.option("--recipe", type=click.Path(), help="YAML or JSON, in place of the vectors.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random masks.")
+@click.option("--dtype", default="auto", show_default=True, help="Stored dtype; auto is fp32.")
+@_stores
+@_shared(writes=True, globs=False)
+def combine(vectors: tuple[str, ...], params: tuple[str, ...], as_json: bool, quiet: bool,
+            verbose: bool, **options: Any) -> None:  # fmt: skip
+    """Merge vectors into one: c = 0.7 a - 0.3 b, or by another operator.
+
+    \b
+    skillvec combine a.safetensors=0.7 b.safetensors=-0.3 -o c.safetensors
+    skillvec combine a b --op ties --param density=0.3 -o c.safetensors
+
+    One vector alone is written again, with another codec.
+    """
+    from skillvec import verbs
+
+    refs, weights = _weighted(vectors)
+    vector, screen = _run(
+        lambda screen: verbs.combine(
+            *refs, weights=weights or None, parameters=_parameters(params), watcher=screen,
+            **options,
+        ),
+        as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+    screen.show(vector.report, last_line=vector.report.facts["output"])
+
+
+@main.command()
 @click.argument("target")
-@click.argument("vector", required=False)
+@click.argument("vectors", nargs=-1, metavar="VECTOR[=WEIGHT]...")
 @click.option("--lam", type=float, default=1.0, show_default=True, help="The factor lambda.")
+@_combines
+@click.option("--recipe", type=click.Path(), help="YAML or JSON, in place of the vectors.")
 @click.option("--tuned", help="With --base: take the difference in the same pass.")
 @click.option("--base", help="With --tuned, in place of VECTOR.")
 @click.option("--dtype", help="Dtype of the output; the target's own by default.")
@@ -127,16 +234,25 @@ def diff(tuned: str, base: str, output: str, as_json: bool, quiet: bool, verbose
     show_default=True,
     help="The last rounding; stochastic is right on average.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of anything random.")
 @_shared(writes=True)
-def apply(target: str, vector: str | None, output: str, as_json: bool, quiet: bool, verbose: bool,
+def apply(target: str, vectors: tuple[str, ...], output: str, op: str, params: tuple[str, ...],
+          recipe: str | None, as_json: bool, quiet: bool, verbose: bool,
           **options: Any) -> None:  # fmt: skip
     """Write OUT = TARGET + LAM * VECTOR, in the target's own layout.
 
-    In place of VECTOR, --tuned RL --base SFT adds their difference without storing it.
+    Several VECTOR=WEIGHT are merged by --op in the same pass. In place of VECTOR, --tuned RL
+    --base SFT adds their difference without storing it.
     """
     from skillvec import verbs
 
+    vector = None
+    if vectors or recipe:
+        refs, weights = _weighted(vectors)
+        vector = verbs.combine(
+            *refs, weights=weights or None, op=op, parameters=_parameters(params),
+            seed=options["seed"], recipe=recipe,
+        )  # fmt: skip
     report, screen = _run(
         lambda screen: verbs.apply(target, vector, output, watcher=screen, **options),
         as_json=as_json, quiet=quiet, verbose=verbose,
@@ -170,15 +286,16 @@ def orthogonality(vectors: tuple[str, ...], csv_file: Any, as_json: bool, quiet:
 
 @main.command()
 @click.argument("path")
+@click.option("--target", help="Of a vector: give the verdict on this model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the resolved path alone.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every tensor.")
-def inspect(path: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+def inspect(path: str, target: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Describe a model or a vector from its headers alone."""
     from skillvec import verbs
 
     report, screen = _run(
-        lambda screen: verbs.inspect(path), as_json=as_json, quiet=quiet, verbose=verbose
+        lambda screen: verbs.inspect(path, target), as_json=as_json, quiet=quiet, verbose=verbose
     )
     screen.show(report, last_line=report.facts["path"])
 
@@ -194,8 +311,9 @@ def inspect(path: str, as_json: bool, quiet: bool, verbose: bool) -> None:
 def verify(path: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Prove a vector or a merged model from the disk, bit for bit.
 
-    A vector: VECTOR + BASE = TUNED. A merged model: OUT = round(TARGET + LAM * VECTOR), by the
-    recipe in its header. Inputs are looked for where they were, unless given.
+    A vector: VECTOR + BASE = TUNED, or that it is what its parents give. A merged model:
+    OUT = round(TARGET + LAM * VECTOR), by the recipe in its header. Inputs are looked for where
+    they were, unless given.
     """
     from skillvec import verbs
 

@@ -44,6 +44,10 @@ def _dtypes(side: dict[str, Any]) -> str:
 
 
 def _source(vector: dict[str, Any]) -> str:
+    if "recipe" in vector:
+        shares = vector["recipe"]["vectors"]
+        words = [f"{share.get('weight', 1)}*{share['vector']}" for share in shares]
+        return f"{vector['recipe'].get('op', 'linear')}({', '.join(words)})"
     return str(vector.get("ref") or f"({vector.get('tuned')} - {vector.get('base')})")
 
 
@@ -70,9 +74,9 @@ class Screen:
     def planned(self, report: Report) -> None:
         """Show the plan before the work."""
         facts = report.facts
-        if report.verb == "diff":
-            self.say("v = TUNED - BASE")
-            for side in ("tuned", "base"):
+        if report.verb in ("diff", "combine"):
+            self.say("v = TUNED - BASE" if "tuned" in facts else f"v = {facts['formula']}")
+            for side in ("tuned", "base") if "tuned" in facts else ():
                 self.say(f"  {side:7} {facts[side]['path']} ({_dtypes(facts[side])})")
         elif report.verb == "apply":
             name = _source(facts["vector"])
@@ -166,7 +170,7 @@ def done_sentence(report: Report) -> str:
     """Return in a line or two what was done."""
     facts = report.facts
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
-    if report.verb == "diff":
+    if report.verb in ("diff", "combine"):
         exact = facts["exactness"]
         claim = {
             "bitwise": "base + 1 * v is tuned, bit for bit",
@@ -174,12 +178,15 @@ def done_sentence(report: Report) -> str:
             " where fp32 rounded the difference",
             "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
             f" {exact['unrestored']} values of tuned",
+            "combined": f"values as the operator gives them, in {_stored_as(facts['dtype'])}",
         }[exact["claim"]]
+        shards = f" in {len(facts['files'])} shards" if len(facts["files"]) > 1 else ""
+        codecs = ", ".join(f"{count} {codec}" for codec, count in sorted(facts["codecs"].items()))
         return (
-            f"tensors: {counts}\n"
+            f"tensors: {counts} ({codecs})\n"
             f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values changed"
             f" ({100 * facts['density']:.3g} %), norm {facts['norm']:.6g},"
-            f" {human_bytes(facts['nbytes'])}\n"
+            f" {human_bytes(facts['nbytes'])}{shards}\n"
             f"{claim}\n"
             f"({exact['exceptions']} fp32 exceptions, {exact['replacements']} replacements)"
         )
@@ -189,7 +196,12 @@ def done_sentence(report: Report) -> str:
             f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values changed;"
             f" realised gain {_number(facts['gain'])}, cosine {_number(facts['cosine'])}"
         )
-    return f"{facts['claim']}: holds\ntensors: {counts}"
+    verdict = f"; verdict {facts['verdict']}" if "verdict" in facts else ""
+    return f"{facts['claim']}: holds\ntensors: {counts}{verdict}"
+
+
+def _stored_as(dtype: str) -> str:
+    return "fp32 (fp64 where an input is)" if dtype == "auto" else dtype
 
 
 def _pairs(report: Report) -> list[tuple[dict[str, Any], str]]:
@@ -261,21 +273,7 @@ def _print_inspect(report: Report) -> None:
     facts = report.facts
     _print(f"{facts['kind']} {facts['path']}")
     if facts["kind"] == "vector":
-        _print(f"  {facts['formula']}, made by {facts['tool']}:\n  {facts['command']}")
-        for side in ("tuned", "base"):
-            _print(
-                f"  {side:6} {facts[side]['ref']} ({facts[side]['model_type'] or 'no config'},"
-                f" {_dtypes(facts[side])})"
-            )
-        _print(
-            f"  {human_count(facts['numel'])} values, {100 * facts['density']:.3g} % changed, norm"
-            f" {facts['norm']:.6g}, {human_bytes(facts['nbytes'])}"
-        )
-        exact = facts["exactness"]
-        _print(
-            f"  exactness: {exact['claim']}, {exact['exceptions']} fp32 exceptions,"
-            f" {exact['replacements']} replacements, {exact['unrestored']} values not restored"
-        )
+        _print_vector(facts)
         return
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
     _print(
@@ -290,8 +288,47 @@ def _print_inspect(report: Report) -> None:
         _print(f"  {recipe['target']['ref']} + {recipe['lam']:g} * {_source(recipe['vector'])}")
 
 
+def _print_vector(facts: dict[str, Any]) -> None:
+    """Print identity, sizes and origin of a vector: with the ledger's head one screen."""
+    _print(f"  {facts['formula']}, made by {facts['tool']}:\n  {facts['command']}")
+    for side in ("tuned", "base"):
+        if facts[side]:
+            revision = f"@{facts[side]['revision'][:12]}" if facts[side]["revision"] else ""
+            _print(
+                f"  {side:8} {facts[side]['ref']}{revision}"
+                f" ({facts[side]['model_type'] or 'no config'}, {_dtypes(facts[side])})"
+            )
+    for parent in facts["parents"]:
+        _print(f"  parent   {parent['ref']} ({parent['identity'][:12]})")
+    labels = {"method": facts["training"]["method"], "licence": facts["license"],
+              "notes": facts["training"]["notes"]}  # fmt: skip
+    for label, text in labels.items():
+        if text:
+            _print(f"  {label:8} {text}")
+    _print(f"  identity {facts['identity']}, family {facts['base']['family'][:12]}")
+    files = f" in {len(facts['files'])} files" if len(facts["files"]) > 1 else ""
+    _print(
+        f"  {human_count(facts['numel'])} values, {100 * facts['density']:.3g} % changed, norm"
+        f" {facts['norm']:.6g}, {human_bytes(facts['nbytes'])}{files}"
+    )
+    codecs = (
+        f"{held['tensors']} {codec} ({human_bytes(held['nbytes'])})"
+        for codec, held in sorted(facts["codecs"].items())
+    )
+    _print(f"  stored   {', '.join(codecs)}")
+    exact = facts["exactness"]
+    _print(
+        f"  exact    {exact['claim']}, {exact['exceptions']} fp32 exceptions,"
+        f" {exact['replacements']} replacements, {exact['unrestored']} not restored"
+    )
+    top = (f"{layer['name']} {layer['norm']:.3g}" for layer in facts["layers"][:3])
+    _print(f"  largest  {', '.join(top)}")
+    if "verdict" in facts:
+        _print(f"  verdict  on {facts['target']}: {facts['verdict']}")
+
+
 def _print_ledger(report: Report, limit: int | None) -> None:
-    known = ("status", "dtype", "shape", "changed", "norm", "gain", "cosine", "note")
+    known = ("status", "codec", "dtype", "shape", "changed", "norm", "gain", "cosine", "note")
     keys = [key for key in known if any(key in line for line in report.ledger)]
     lines = report.ledger[:limit]
     rows = [[line["name"], *(_cell(line.get(key)) for key in keys)] for line in lines]

@@ -8,7 +8,7 @@ added in block order, digests are trees, output addresses are planned.
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ import numpy.typing as npt
 from xxhash import xxh3_128_digest
 
 from skillvec import operators
+from skillvec.codecs import encode_block
 from skillvec.errors import FormatError
-from skillvec.kernels import STORAGE_DTYPE, Array
-from skillvec.operators import Delta
+from skillvec.kernels import STORAGE_DTYPE, Array, narrow
+from skillvec.merging import Place
+from skillvec.operators import STEP, Delta
 from skillvec.plan import Job, Plan
 from skillvec.storage import (
     ITEMSIZE,
@@ -30,14 +32,15 @@ from skillvec.storage import (
     leaf_digests,
     read_into,
 )
-from skillvec.vector import (
+from skillvec.vector import DeltaSource, MixDelta, PairDelta
+from skillvec.vectorfile import (
     BLOCK_NUMEL,
     EXCEPTION,
+    NO_DIGEST,
     REPLACEMENT,
-    PairDelta,
-    SideTable,
-    SideWriter,
+    BlockReader,
     StoredDelta,
+    VectorWriter,
     block_count,
 )
 
@@ -47,7 +50,8 @@ class JobResult:
     """What happened to one tensor.
 
     `digests` by role (point, tuned, base, delta0.., output); `sums` are written^2,
-    written * delta and delta^2 for add, delta^2 for subtract, the Gram matrix for gram.
+    written * delta and delta^2 for add, delta^2 for store, the Gram matrix for gram. `found` is
+    what an operator measured.
     """
 
     job: Job
@@ -60,6 +64,7 @@ class JobResult:
     mismatches: int = 0
     first_mismatch: int | None = None
     exact_base: bool = False
+    found: Any = None
 
 
 class _Workspace:
@@ -73,7 +78,7 @@ class _Workspace:
         nbytes = numel * ITEMSIZE[dtype]
         buffer = self._buffers.get(slot)
         if buffer is None or buffer.size < nbytes:
-            buffer = np.frombuffer(allocate(max(nbytes, 2 * BLOCK_NUMEL)), np.uint8)
+            buffer = np.frombuffer(allocate(nbytes or 1), np.uint8)
             self._buffers[slot] = buffer
         return buffer[:nbytes].view(STORAGE_DTYPE[dtype])
 
@@ -96,6 +101,7 @@ class _State:
     leaves: dict[str, bytearray] = field(default_factory=dict)
     postponed: list[int] = field(default_factory=list)
     first_mismatch: int | None = None
+    measured: dict[int, Array] = field(default_factory=dict)  # by block
 
 
 COUNTS = ("changed", "unrestored", "exceptions", "replacements", "mismatches")
@@ -117,7 +123,7 @@ def run(
     plan: Plan,
     outputs: list[OutputFile],
     *,
-    side: SideWriter | None = None,
+    writer: VectorWriter | None = None,
     workers: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[JobResult]:
@@ -126,17 +132,60 @@ def run(
     `progress` is called on the calling thread with the bytes read so far, about ten times a
     second. The first error of a worker stops the others and is raised here, as is Ctrl-C.
     """
-    return _Run(plan, outputs, side).run(workers, progress)
+    return _Run(plan, outputs, writer).run(workers, progress)
+
+
+def measure(
+    plan: Plan, number: int, workers: int, progress: Callable[[int], None] | None = None
+) -> Plan:
+    """Run pass `number` of the operators that have so many; return the plan with what they found.
+
+    Counts are added up as they come, sums of floats in the order of blocks and jobs.
+    """
+    mixes = [m for job in plan.jobs for m in job.deltas if isinstance(m, MixDelta)]
+    mixes = [m for m in mixes if m.operator.passes(m.parameters) > number]
+    if not mixes:
+        return plan
+    jobs = [
+        Job(m.spec.name, "measure", m.spec.numel, deltas=(m,), first_block=number) for m in mixes
+    ]
+    engine = _Run(replace(plan, jobs=jobs), [], None)
+    known: dict[str, Any] = {}
+    for result in engine.run(workers, progress):
+        mix = result.job.deltas[0]
+        assert isinstance(mix, MixDelta)
+        if mix.per_tensor:
+            known[mix.scope] = result.found
+        elif result.found is not None:
+            total = engine.totals.get(mix.scope)
+            engine.totals[mix.scope] = result.found if total is None else total + result.found
+    for mix in mixes:
+        if mix.scope in engine.totals:
+            total = engine.totals.pop(mix.scope)
+            known[mix.scope] = mix.operator.settle(
+                number, total, mix.weights, mix.parameters, mix.known
+            )
+
+    def informed(delta: DeltaSource) -> DeltaSource:
+        if not isinstance(delta, MixDelta):
+            return delta
+        return delta._replace(known=known.get(delta.scope, delta.known))
+
+    return replace(
+        plan, jobs=[replace(job, deltas=tuple(map(informed, job.deltas))) for job in plan.jobs]
+    )
 
 
 class _Run:
-    def __init__(self, plan: Plan, outputs: list[OutputFile], side: SideWriter | None) -> None:
-        self._plan, self._outputs, self._side = plan, outputs, side
-        self._tables = {
-            path: SideTable(vector.stored, vector.manifest)
-            for path, vector in plan.vectors.items()
-            if vector.stored is not None
+    def __init__(self, plan: Plan, outputs: list[OutputFile], writer: VectorWriter | None) -> None:
+        self._plan, self._outputs, self._writer = plan, outputs, writer
+        self._readers = {
+            path: reader
+            for vector in plan.vectors
+            for reader in [BlockReader(vector)]
+            for path in vector.headers
         }
+        self.totals: dict[str, Array] = {}  # counts of measuring passes by scope
         self._states: dict[int, _State] = {}
         self._results: list[JobResult | None] = [None] * len(plan.jobs)
         self._lock = threading.Lock()
@@ -156,20 +205,23 @@ class _Run:
                     if progress:
                         progress(self._done_nbytes)
         finally:
-            self._stop.set()
+            self._halt()
             for thread in threads:
                 thread.join()
         if self._error is not None:
             raise self._error
         return [result for result in self._results if result is not None]
 
+    def _halt(self) -> None:
+        self._stop.set()
+        if self._writer is not None:
+            self._writer.stop()
+
     def _all_tasks(self) -> Iterator[tuple[int, int]]:
         for number, job in enumerate(self._plan.jobs):
             blocks = block_count(job.numel)
-            width = {"add": 3, "subtract": 1, "copy": 0, "gram": len(job.deltas) ** 2}
-            self._states[number] = _State(
-                blocks, np.zeros((blocks, width[job.operator])), np.zeros(5, np.int64)
-            )
+            width = {"add": 3, "store": 1, "gram": len(job.deltas) ** 2}.get(job.operator, 0)
+            self._states[number] = _State(blocks, np.zeros((blocks, width)), np.zeros(5, np.int64))
             if not blocks:
                 self._finish(number, _Workspace())
             for block in range(blocks):
@@ -194,7 +246,7 @@ class _Run:
         except BaseException as error:
             with self._lock:
                 self._error = self._error or error
-            self._stop.set()
+            self._halt()
 
     def run_block(
         self, number: int, block: int, workspace: _Workspace, exact_base: bool | None = None
@@ -202,18 +254,23 @@ class _Run:
         """Do one block of one job; `exact_base` is set when a postponed block has its turn."""
         job, state = self._plan.jobs[number], self._states[number]
         tally = np.zeros(5, np.int64)
+        if job.operator == "measure":
+            self._measure(job, state, block, workspace)
+            return
         deltas: list[Delta] = []
         replaced: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)
         for i, source in enumerate(job.deltas):
-            delta, replaced = self._delta(job, state, i, source, block, workspace, tally)
+            delta, replaced = self._delta(job, state, f"delta{i}", source, block, workspace, tally)
             deltas.append(delta)
         out: Array | None = None
         if job.operator == "gram":
             state.sums[block] = operators.gram(deltas).ravel()
-        elif job.operator == "subtract":
-            out = deltas[0].values
-            if self._side is not None:
-                self._side.add(job.first_block + block, _exceptions(deltas[0]), replaced)
+        elif job.operator == "same":
+            dtype, numel = deltas[0].dtype, deltas[0].values.size
+            stored, again = (narrow(delta.wide(0, numel), dtype) for delta in deltas)
+            self._compare(state, block, stored, again, tally)
+        elif job.operator == "store":
+            self._store(job, state, block, deltas[0], replaced, tally)
         else:
             assert job.point is not None
             out = point = workspace.read("point", job.point, block)
@@ -223,14 +280,16 @@ class _Run:
                     with self._lock:  # the tensor's digest, known at its end, decides
                         state.postponed.append(block)
                     return
-                out = workspace.array("out", job.out_dtype, point.size)
-                self._add(job, block, point, deltas[0], out)
+                still = deltas[0].is_zero and job.out_dtype == job.point.dtype
+                if not still:
+                    out = workspace.array("out", job.out_dtype, point.size)
+                    self._add(job, block, point, deltas[0], out)
                 if exact_base:
                     if replaced.size and int(replaced["bits"].max()) >> 8 * out.itemsize:
                         raise FormatError(f"{job.name}: a replacement wider than {job.out_dtype}")
                     pattern = operators.bit_pattern(out)
                     pattern[replaced["position"]] = replaced["bits"].astype(pattern.dtype)
-                if job.expected is None:
+                if job.expected is None and not still:
                     sums = operators.moments(point, job.point.dtype, deltas[0], out, job.out_dtype)
                     tally[CHANGED] = sums.changed
                     state.sums[block] = sums[1:]
@@ -250,30 +309,23 @@ class _Run:
         self,
         job: Job,
         state: _State,
-        i: int,
-        source: StoredDelta | PairDelta,
+        role: str,
+        source: DeltaSource,
         block: int,
         workspace: _Workspace,
         tally: npt.NDArray[np.int64],
     ) -> tuple[Delta, npt.NDArray[Any]]:
         """Return one block of a delta, and the replacements that go with it."""
+        if isinstance(source, MixDelta):
+            return self._mixed(job, state, role, source, block, workspace, tally)
         if isinstance(source, StoredDelta):
-            values = workspace.read(f"delta{i}", source.spec, block)
-            self._digest(state, f"delta{i}", job.numel, block, values)
-            table = self._tables[source.spec.path]
-            row = source.first_block + block
-            exceptions = table.exceptions(row, values.size)
-            delta = Delta(
-                values,
-                source.spec.dtype,
-                np.ascontiguousarray(exceptions["position"]),
-                np.ascontiguousarray(exceptions["value"]),
-            )
-            return delta, table.replacements(row, values.size)
+            return self._stored(state, role, source, block, workspace)
         tuned = workspace.read("tuned", source.tuned, block)
         base = workspace.read("base", source.base, block)
-        self._digest(state, "tuned", job.numel, block, tuned)
-        self._digest(state, "base", job.numel, block, base)
+        own = role == "delta0"  # the only pair of its job
+        if own:
+            self._digest(state, "tuned", job.numel, block, tuned)
+            self._digest(state, "base", job.numel, block, base)
         found = operators.subtract(
             tuned,
             source.tuned.dtype,
@@ -281,17 +333,122 @@ class _Run:
             source.base.dtype,
             source.dtype,
             source.exact,
-            workspace.array(f"delta{i}", source.dtype, tuned.size),
+            workspace.array(role, source.dtype, tuned.size),
             workspace.array("scratch", "U16", tuned.size),
-            job.operator == "subtract",
+            job.operator == "store",
         )
-        if job.operator == "subtract":
+        if own and job.operator == "store":
             counts = found.changed, found.unrestored, found.delta.positions.size
             tally[:4] = (*counts, found.replaced.size)
             state.sums[block] = found.delta_sq
         records = np.zeros(found.replaced.size, REPLACEMENT)
         records["position"], records["bits"] = found.replaced, found.bits
         return found.delta, records
+
+    def _stored(
+        self, state: _State, role: str, source: StoredDelta, block: int, workspace: _Workspace
+    ) -> tuple[Delta, npt.NDArray[Any]]:
+        spec = source.spec
+        values = workspace.array(
+            role, spec.dtype, min(BLOCK_NUMEL, spec.numel - block * BLOCK_NUMEL)
+        )
+        if source.codec == "zero":
+            values.fill(0)
+            return Delta(values, spec.dtype, is_zero=True), np.zeros(0, REPLACEMENT)
+        scratch = workspace.array("scratch", "U8", values.nbytes + values.size // 8 + 1)
+        found = self._readers[spec.path].read(source, block, values, scratch)
+        leaves = state.leaves.setdefault(role, bytearray(16 * block_count(spec.numel)))
+        leaves[16 * block : 16 * (block + 1)] = found.digest
+        positions, exact = found.exceptions["position"], found.exceptions["value"]
+        delta = Delta(
+            values, spec.dtype, np.ascontiguousarray(positions), np.ascontiguousarray(exact),
+            found.is_zero and not positions.size,
+        )  # fmt: skip
+        return delta, found.replacements
+
+    def _mixed(
+        self,
+        job: Job,
+        state: _State,
+        role: str,
+        source: MixDelta,
+        block: int,
+        workspace: _Workspace,
+        tally: npt.NDArray[np.int64],
+    ) -> tuple[Delta, npt.NDArray[Any]]:
+        parts = self._parts(job, state, role, source, block, workspace)
+        numel = parts[0].values.size
+        values = workspace.array(role, source.spec.dtype, numel)
+        for begin in range(0, numel, STEP):
+            wide = [part.wide(begin, begin + STEP) for part in parts]
+            place = Place(
+                source.spec.name, block * BLOCK_NUMEL + begin, source.seed, source.streams
+            )
+            values[begin : begin + STEP] = source.operator.combine(
+                wide, source.weights, source.parameters, place, source.known
+            )
+        if not np.isfinite(values).all():
+            raise FormatError(f"{job.name}: {source.operator.name} left the range of numbers")
+        delta = Delta(values, source.spec.dtype)
+        if job.operator == "store":
+            tally[CHANGED] = np.count_nonzero(values)
+            state.sums[block] = operators.gram([delta]).ravel()
+        return delta, np.zeros(0, REPLACEMENT)
+
+    def _parts(
+        self,
+        job: Job,
+        state: _State,
+        role: str,
+        source: MixDelta,
+        block: int,
+        workspace: _Workspace,
+    ) -> list[Delta]:
+        return [
+            self._delta(job, state, f"{role}.{i}", part, block, workspace, np.zeros(5, np.int64))[0]
+            for i, part in enumerate(source.sources)
+        ]
+
+    def _measure(self, job: Job, state: _State, block: int, workspace: _Workspace) -> None:
+        """Add one block to what an operator measures: counts to its scope, floats by block."""
+        mix, number = job.deltas[0], job.first_block
+        assert isinstance(mix, MixDelta)
+        parts = self._parts(job, state, "delta0", mix, block, workspace)
+        total: Array | None = None
+        for begin in range(0, parts[0].values.size, STEP):
+            wide = [part.wide(begin, begin + STEP) for part in parts]
+            place = Place(mix.spec.name, block * BLOCK_NUMEL + begin, mix.seed, mix.streams)
+            found = mix.operator.measure(
+                number, wide, mix.weights, mix.parameters, place, mix.known
+            )
+            total = found if total is None else total + found
+        assert total is not None
+        with self._lock:
+            if total.dtype.kind == "f":
+                state.measured[block] = total
+            else:
+                held = self.totals.get(mix.scope)
+                self.totals[mix.scope] = total if held is None else held + total
+            self._done_nbytes += job.nbytes_read * min(BLOCK_NUMEL, job.numel) // job.numel
+
+    def _store(
+        self,
+        job: Job,
+        state: _State,
+        block: int,
+        delta: Delta,
+        replaced: npt.NDArray[Any],
+        tally: npt.NDArray[np.int64],
+    ) -> None:
+        """Encode one block and give it to the writer in its turn."""
+        assert self._writer is not None
+        values = (
+            delta.values if delta.dtype == job.out_dtype else narrow(delta.values, job.out_dtype)
+        )
+        encoded = encode_block(values, job.codec)
+        digest = self._writer.add(job.first_block + block, encoded, _exceptions(delta), replaced)
+        leaves = state.leaves.setdefault("output", bytearray(16 * block_count(job.numel)))
+        leaves[16 * block : 16 * (block + 1)] = digest
 
     def _add(self, job: Job, block: int, point: Array, delta: Delta, out: Array) -> None:
         assert job.point is not None
@@ -329,22 +486,21 @@ class _Run:
         """Settle a tensor whose blocks are all read: postponed blocks, sums, digests, checks."""
         job, state = self._plan.jobs[number], self._states[number]
         roles: dict[str, Any] = {"point": job.point, "output": job.output}
-        roles |= {"tuned": job.deltas, "base": job.deltas} if job.operator == "subtract" else {}
+        if job.operator == "store":
+            roles["output"] = True
+            if isinstance(job.deltas[0], PairDelta):
+                roles |= {"tuned": True, "base": True}
         point, base = (fold_digest(state.leaves.get(role, b"")) for role in ("point", "base"))
-        stored = bool(job.deltas) and isinstance(job.deltas[0], StoredDelta)
-        exact_base = job.operator == "add" and point == (job.base_digest if stored else base)
+        pair = bool(job.deltas) and isinstance(job.deltas[0], PairDelta)
+        exact_base = job.operator == "add" and point == (base if pair else job.base_digest)
         for block in sorted(state.postponed):
             self.run_block(number, block, workspace, exact_base)
         digests = {role: fold_digest(leaves) for role, leaves in state.leaves.items()}
         for role, present in roles.items():
             if present:  # an empty tensor has no blocks, but a digest
                 digests.setdefault(role, fold_digest(b""))
-        for i, expected in enumerate(job.delta_digests):
-            if expected is not None and digests.get(f"delta{i}", fold_digest(b"")) != expected:
-                raise FormatError(
-                    f"{job.deltas[i].spec.path}: {job.deltas[i].spec.name} differs from its digest"
-                    " in the manifest: the file was altered"
-                )
+        self._check_digests(job, digests)
+        found = self._measured(job, state) if job.operator == "measure" else None
         self._results[number] = JobResult(
             job,
             digests,
@@ -352,8 +508,43 @@ class _Run:
             **{key: int(count) for key, count in zip(COUNTS, state.counts, strict=True)},
             first_mismatch=state.first_mismatch,
             exact_base=exact_base,
+            found=found,
         )
         del self._states[number]
+
+    def _check_digests(self, job: Job, digests: dict[str, str]) -> None:
+        """Refuse stored deltas whose bytes are not those that the manifest speaks of."""
+        for role, source in _stored_parts(job):
+            if digests.get(role, NO_DIGEST) != source.digest:
+                raise FormatError(
+                    f"{source.spec.path}: {source.spec.name} differs from its digest in the"
+                    " manifest: the file was altered"
+                )
+
+    def _measured(self, job: Job, state: _State) -> Any:
+        """Return a tensor's sums; settled, where the tensor is the scope."""
+        mix = job.deltas[0]
+        assert isinstance(mix, MixDelta)
+        total = None
+        for block in sorted(state.measured):
+            total = state.measured[block] if total is None else total + state.measured[block]
+        if not mix.per_tensor:
+            return total
+        if total is None:
+            with self._lock:
+                total = self.totals.pop(mix.scope, None)
+        if total is None:  # an empty tensor
+            return None
+        return mix.operator.settle(job.first_block, total, mix.weights, mix.parameters, mix.known)
+
+
+def _stored_parts(job: Job) -> Iterator[tuple[str, StoredDelta]]:
+    """Yield the stored deltas of a job with their roles."""
+    for i, delta in enumerate(job.deltas):
+        parts = {f"delta{i}": delta}
+        if isinstance(delta, MixDelta):
+            parts = {f"delta{i}.{n}": part for n, part in enumerate(delta.sources)}
+        yield from ((role, part) for role, part in parts.items() if isinstance(part, StoredDelta))
 
 
 def _exceptions(delta: Delta) -> npt.NDArray[Any]:

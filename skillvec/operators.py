@@ -29,6 +29,7 @@ class Delta(NamedTuple):
     dtype: str
     positions: U32Array = NO_POSITIONS
     exact: F32Array = NO_VALUES
+    is_zero: bool = False  # known to be, without a look
 
     def wide(self, begin: int, end: int) -> Array:
         """Return elements begin..end as float32 (float64 for F64), exceptions in place."""

@@ -4,8 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from skillvec.checkpoint import Checkpoint
+from skillvec.checkpoint import VECTOR_INDEX, Checkpoint
 from skillvec.errors import UsageError
 from skillvec.plan import Plan
 from skillvec.storage import (
@@ -15,11 +16,13 @@ from skillvec.storage import (
     forget_open_files,
     staging,
 )
+from skillvec.vector import SkillVector
+from skillvec.vectorfile import Entry, VectorFile, VectorWriter
 
 PathLike = str | os.PathLike[str]
 
 
-def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> Path:
+def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Path:
     """Return the output's path, links above it resolved, or refuse the place."""
     path = Path(os.path.abspath(os.path.expanduser(output)))
     path = path.parent.resolve() / path.name
@@ -40,8 +43,8 @@ def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> Path:
     return path
 
 
-def output_file(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> Path:
-    path = _place(output, force, inputs)
+def output_vector(output: PathLike, force: bool, vector: SkillVector) -> Path:
+    path = _place(output, force, vector.inputs())
     if path.suffix != ".safetensors":
         raise UsageError(f"output {path}: the name of a safetensors file ends in .safetensors")
     if path.name == "model.safetensors":
@@ -49,13 +52,16 @@ def output_file(output: PathLike, force: bool, inputs: Sequence[Checkpoint]) -> 
             f"output {path}: a vector must not be called model.safetensors, or from_pretrained"
             " would load differences as weights"
         )
-    if path.is_dir():
-        raise UsageError(f"output {path}: is a folder")
+    if path.is_dir() and not (path / VECTOR_INDEX).is_file():
+        raise UsageError(f"output {path}: a folder that holds no vector, so it is not replaced")
     return path
 
 
 def output_model(
-    output: PathLike, force: bool, target: Checkpoint, inputs: Sequence[Checkpoint]
+    output: PathLike,
+    force: bool,
+    target: Checkpoint,
+    inputs: Sequence[Checkpoint | VectorFile],
 ) -> Path:
     path = _place(output, force, inputs)
     if not target.path.is_dir():
@@ -80,8 +86,24 @@ def writing(plan: Plan, path: Path, force: bool) -> Iterator[tuple[Staging, list
         made.mkdir()
         files = []
         for output in plan.outputs:
-            name = output.name if plan.verb == "apply" else path.name
-            files.append(OutputFile(os.fspath(made / name), output.nbytes, windowed))
+            files.append(OutputFile(os.fspath(made / output.name), output.nbytes, windowed))
             stack.callback(files[-1].close)
         stack.callback(forget_open_files)
         yield stage, files
+
+
+@contextlib.contextmanager
+def writing_vector(
+    path: Path,
+    force: bool,
+    entries: Sequence[Entry],
+    manifest: dict[str, Any],
+    max_shard_nbytes: int,
+) -> Iterator[tuple[Staging, VectorWriter]]:
+    """Yield the staging folder and a writer of vector blocks; close what is left open."""
+    windowed = sum(entry.nbytes for entry in entries) * 6 > available_memory_nbytes()
+    with staging(path, force) as stage, contextlib.ExitStack() as stack:
+        stack.callback(forget_open_files)
+        writer = VectorWriter(stage.folder, entries, manifest, max_shard_nbytes, windowed)
+        stack.callback(writer.close)
+        yield stage, writer

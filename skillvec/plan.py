@@ -16,28 +16,27 @@ from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import FLOATS
 from skillvec.storage import ITEMSIZE, TensorSpec, encode_header
 from skillvec.vector import (
-    BLOCKS,
-    EXCEPTIONS,
-    REPLACEMENTS,
     DeltaSource,
     PairDelta,
     SkillVector,
-    StoredDelta,
-    block_count,
     find_tied,
     is_selected,
     probe_digest,
     refuse_idle_globs,
+    relatedness,
+    sketch,
 )
+from skillvec.vectorfile import Entry, VectorFile, block_count, in_file_order
 
 
 @dataclass(frozen=True)
 class Job:
     """All the work on one tensor.
 
-    `operator` is subtract (deltas[0] into a vector file), add (point + lam * deltas[0]), copy
-    (point) or gram (inner products of deltas). The result goes to `output`, a file number and an
-    absolute offset, or is compared with `expected`, or is only measured.
+    `operator` is store (deltas[0] into a vector file), add (point + lam * deltas[0]), copy (point),
+    gram (inner products of deltas), same (deltas[0] is deltas[1]) or measure (what the operator of
+    deltas[0] needs to know). The result goes to `output`, a file number and an absolute offset, or
+    is compared with `expected`, or is only measured.
     """
 
     name: str
@@ -50,8 +49,8 @@ class Job:
     expected: TensorSpec | None = None
     base_digest: str | None = None  # of the tensor the stored delta was taken from
     tuned_dtype: str = ""  # the dtype in which replacements hold
-    delta_digests: tuple[str | None, ...] = ()
-    first_block: int = 0  # row in the block table of the vector being written
+    codec: str = ""  # of the vector being written
+    first_block: int = 0  # its row there
     note: str = ""
 
     @property
@@ -78,7 +77,7 @@ class Plan:
     outputs: list[OutputPlan] = field(default_factory=list)
     copies: list[tuple[str, str]] = field(default_factory=list)  # side files: source, name
     ledger: list[dict[str, Any]] = field(default_factory=list)
-    vectors: dict[str, SkillVector] = field(default_factory=dict)  # by file
+    vectors: list[VectorFile] = field(default_factory=list)  # read from
     lam: float = 1.0
     rounding: str = "nearest"
     seed: int = 0
@@ -86,6 +85,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     index: dict[str, Any] | None = None  # a new index, where sizes change
     left_behind: list[str] = field(default_factory=list)
+    bound_nbytes: int = 0  # the most that a vector takes
 
     @property
     def nbytes_read(self) -> int:
@@ -95,9 +95,8 @@ class Plan:
 
     @property
     def nbytes_written(self) -> int:
-        return sum(output.nbytes for output in self.outputs) + sum(
-            os.path.getsize(source) for source, _ in self.copies
-        )
+        outputs = self.bound_nbytes + sum(output.nbytes for output in self.outputs)
+        return outputs + sum(os.path.getsize(source) for source, _ in self.copies)
 
 
 def ledger_line(spec: TensorSpec, status: str, note: str = "") -> dict[str, Any]:
@@ -106,127 +105,61 @@ def ledger_line(spec: TensorSpec, status: str, note: str = "") -> dict[str, Any]
     return line | ({"note": note} if note else {})
 
 
-# --------------------------------------------------------------------------------------- diff
+# -------------------------------------------------------------------------------------- vectors
 
 
-@dataclass(frozen=True)
-class VectorLayout:
-    """Where everything lies in a vector file that is about to be written.
+def plan_store(
+    verb: str, vector: SkillVector, storage: Mapping[str, tuple[str, str]]
+) -> tuple[Plan, list[Entry]]:
+    """Plan the writing of a vector: `storage` maps names to dtype and codec.
 
-    The header is reserved at its largest; values follow, then the block table, then the side
-    records as they come.
+    Returns the entries in the order of the file as well, in which the jobs stand.
     """
-
-    entries: list[tuple[str, str, tuple[int, ...]]]  # values and block table
-    reserved_nbytes: int
-    blocks_offset: int
-    nbytes: int
-    rows: int
-
-    def header(self, manifest: Mapping[str, Any], exceptions: int, replacements: int) -> bytes:
-        """Return the final header."""
-        entries = [*self.entries]
-        if exceptions:
-            entries.append((EXCEPTIONS, "U8", (exceptions, 8)))
-        if replacements:
-            entries.append((REPLACEMENTS, "U8", (replacements, 12)))
-        return encode_header(entries, vector_metadata(manifest), self.reserved_nbytes)
-
-
-def vector_metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return the header metadata of a vector file."""
-    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
-    return {"format": "pt", METADATA_KEY: text}
-
-
-def tensor_entry(
-    delta: PairDelta, base: str, tuned: str, digest: str, changed: int, norm: float, unrestored: int
-) -> dict[str, Any]:
-    """Return the manifest's line on one tensor; the norm in the 5 digits it is good for."""
-    entry = {
-        "base": [delta.base.dtype, base],
-        "tuned": [delta.tuned.dtype, tuned],
-        "digest": digest,
-        "changed": changed,
-        "norm": float(f"{norm:.4e}"),
-    }
-    return entry | ({"unrestored": unrestored} if unrestored else {})
-
-
-def plan_diff(vector: SkillVector, manifest: dict[str, Any]) -> tuple[Plan, VectorLayout]:
-    """Plan the writing of a pair vector; `manifest` holds what is known before the data is read."""
-    deltas = {name: delta for name, delta in vector.deltas.items() if isinstance(delta, PairDelta)}
-    names = sorted(deltas, key=lambda name: (-ITEMSIZE[deltas[name].dtype], name))
-    rows = sum(block_count(deltas[name].base.numel) for name in names)
-    entries: list[tuple[str, str, tuple[int, ...]]] = [
-        (name, deltas[name].dtype, deltas[name].base.shape) for name in names
-    ]
-    entries.append((BLOCKS, "U8", (rows, 8)))
-    total = sum(delta.base.numel for delta in deltas.values())
-    hexes = "0" * 32
-    widest = dict(manifest)
-    widest["tensors"] = {
-        name: tensor_entry(d, hexes, hexes, hexes, d.base.numel, -1.2345e-300, d.base.numel)
-        for name, d in deltas.items()
-    }
-    widest["equal"] = {name: [entry[0], hexes] for name, entry in manifest["equal"].items()}
-    widest["differing"] = list(manifest["equal"])
-    widest["side"] = dict.fromkeys((BLOCKS, EXCEPTIONS, REPLACEMENTS), hexes)
-    widest["exactness"] = exactness_entry("rounded", total, total, total)
-    reserved = len(
-        encode_header(
-            [*entries, (EXCEPTIONS, "U8", (total, 8)), (REPLACEMENTS, "U8", (total, 12))],
-            vector_metadata(widest),
-        )
+    entries = in_file_order(
+        Entry(name, storage[name][0], delta.spec.shape, storage[name][1])
+        for name, delta in vector.deltas.items()
     )
-    jobs, position, row = [], reserved, 0
-    for name in names:
-        delta = deltas[name]
+    jobs, row = [], 0
+    for entry in entries:
+        delta = vector.deltas[entry.name]
+        if isinstance(delta, PairDelta):
+            delta = delta._replace(dtype=entry.dtype)
         jobs.append(
             Job(
-                name,
-                "subtract",
-                delta.base.numel,
-                out_dtype=delta.dtype,
+                entry.name,
+                "store",
+                entry.numel,
+                out_dtype=entry.dtype,
                 deltas=(delta,),
-                output=(0, position),
+                codec=entry.codec,
                 first_block=row,
             )
         )
-        position += delta.base.numel * ITEMSIZE[delta.dtype]
-        row += block_count(delta.base.numel)
-    layout = VectorLayout(entries, reserved, position, position + 8 * rows, rows)
+        row += block_count(entry.numel)
+    manifest, ledger = vector.manifest, []
     tuned, base = vector.tuned, vector.base
-    assert tuned is not None and base is not None
-    for name in manifest["equal"]:
-        jobs.append(Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name]))
-    ledger = [
-        ledger_line((base.get(name) or tuned[name]), "excluded") for name in manifest["excluded"]
-    ] + [
-        ledger_line((base.get(name) or tuned[name]), "tied", f"copy of {twin}")
-        for name, twin in manifest["tied"].items()
-    ]
-    outputs = [OutputPlan("", layout.nbytes)]
-    return Plan("diff", jobs, outputs, ledger=ledger), layout
-
-
-def exactness_entry(
-    claim: str, exceptions: int, replacements: int, unrestored: int
-) -> dict[str, Any]:
-    """Return the manifest's statement of what base + 1 * v restores."""
-    return {
-        "claim": claim,
-        "exceptions": exceptions,
-        "replacements": replacements,
-        "unrestored": unrestored,
-    }
+    if tuned is not None and base is not None:
+        for name in manifest["equal"]:
+            jobs.append(Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name]))
+        for status in ("excluded", "tied"):
+            for name in manifest[status]:
+                note = f"copy of {manifest['tied'][name]}" if status == "tied" else ""
+                ledger.append(ledger_line(base.get(name) or tuned[name], status, note))
+    else:
+        ledger += [{"name": name, "status": "excluded"} for name in manifest["excluded"]]
+    return Plan(verb, jobs, ledger=ledger, vectors=vector.files()), entries
 
 
 # -------------------------------------------------------------------------------------- apply
 
+RELATED = 0.5  # cosine of sketches: unrelated ones spread by .06, fine-tuned ones stay above .9
 
-def _routes(
-    target: Checkpoint, vector: SkillVector, include: Sequence[str], exclude: Sequence[str]
+
+def fitting(
+    target: Checkpoint,
+    vector: SkillVector,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> tuple[dict[str, str], dict[str, tuple[str, str]], list[dict[str, Any]]]:
     """Decide for every tensor of the target which delta it takes, or why it takes none.
 
@@ -293,16 +226,24 @@ def _same_delta(vector: SkillVector, name: str) -> str | None:
         assert vector.base is not None and vector.tuned is not None
         twin = find_tied(vector.base, name)
         return twin if twin is not None and find_tied(vector.tuned, name) == twin else None
+    if vector.parts:
+        twins = {_same_delta(part, name) for part in vector.parts if name in part.deltas}
+        return twins.pop() if len(twins) == 1 else None
     entries = vector.manifest["tensors"]
-    mine = entries[name]
+    keys = ("base", "tuned") if entries[name]["base"] else ("dtype", "shape", "codec", "digest")
+    mine = [entries[name][key] for key in keys]
     for other, entry in entries.items():
-        if other != name and (entry["base"], entry["tuned"]) == (mine["base"], mine["tuned"]):
+        if other != name and [entry[key] for key in keys] == mine:
             return str(other)
     return None
 
 
 def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]:
-    """Return "exact base" or "same family", and warnings, for a target whose tensors fit."""
+    """Return the verdict on a target whose tensors fit, and warnings.
+
+    "exact base"; "same family": its weights or its config are related to the base's; "same shapes,
+    unknown lineage": nothing says so.
+    """
     base = vector.manifest["base"]
     warnings = []
     if base["tokenizer"] and target.tokenizer_digest not in (None, base["tokenizer"]):
@@ -313,15 +254,27 @@ def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]
         warnings.append(
             f"the target is a {target.model_type}, the vector was made on a {base['model_type']}"
         )
-    exact = target.family_digest == base["family"] and probe_digest(target) == base["probe"]
-    return ("exact base" if exact else "same family"), warnings
+    if target.family_digest == base["family"] and probe_digest(target) == base["probe"]:
+        return "exact base", warnings
+    cosine = relatedness(base["sketch"], sketch(target))
+    if cosine is None:  # no matrix in common: only the config can tell
+        related = base["config"] is not None and base["config"] == target.config_digest
+    else:
+        related = cosine >= RELATED
+    if related:
+        return "same family", warnings
+    shown = "no weights to compare" if cosine is None else f"cosine of a sample {cosine:+.2f}"
+    warnings.append(
+        f"same shapes, but nothing says that the target was made from the vector's base ({shown};"
+        " fine-tuned models have above .9): the skill may not transfer"
+    )
+    return "same shapes, unknown lineage", warnings
 
 
 def _add_job(
     target: TensorSpec, vector: SkillVector, source: str, out_dtype: str, note: str
 ) -> Job:
     delta = vector.deltas[source]
-    stored = isinstance(delta, StoredDelta)
     return Job(
         target.name,
         "add",
@@ -331,7 +284,6 @@ def _add_job(
         deltas=(delta,),
         base_digest=vector.base_digest(source),
         tuned_dtype=vector.tuned_dtype(source),
-        delta_digests=(vector.manifest["tensors"][source]["digest"] if stored else None,),
         note=note,
     )
 
@@ -352,7 +304,7 @@ def plan_apply(
 
     Raises IncompatibleError with up to five names and both shapes where the vector does not fit.
     """
-    routes, passed, ledger = _routes(target, vector, include, exclude)
+    routes, passed, ledger = fitting(target, vector, include, exclude)
     verdict, warnings = verdict_on(target, vector)
     by_file: dict[str, list[TensorSpec]] = {}
     for spec in target.values():
@@ -392,7 +344,7 @@ def plan_apply(
             if index is None:
                 copies.append((os.fspath(target.path / INDEX), INDEX))
     return Plan(
-        "apply", jobs, outputs, copies, ledger, _files_of(vector),
+        "apply", jobs, outputs, copies, ledger, vector.files(),
         lam * vector.scale, rounding, seed, verdict, warnings, index, left,
     )  # fmt: skip
 
@@ -406,10 +358,6 @@ def _new_index(target: Checkpoint, outputs: list[OutputPlan]) -> dict[str, Any] 
     metadata = index.get("metadata")
     index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
     return index
-
-
-def _files_of(*vectors: SkillVector) -> dict[str, SkillVector]:
-    return {os.fspath(v.stored.path): v for v in vectors if v.stored is not None}
 
 
 # ------------------------------------------------------------------------------------- verify
@@ -435,7 +383,20 @@ def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint)
             jobs.append(job)
     if problems:
         raise IncompatibleError(f"{vector.ref} is not of these models:\n{up_to_five(problems)}")
-    return Plan("verify", jobs, vectors=_files_of(vector))
+    return Plan("verify", jobs, vectors=vector.files())
+
+
+def plan_verify_combination(vector: SkillVector, again: SkillVector) -> Plan:
+    """Plan the proof that a stored combination is what its parts give."""
+    if set(vector.deltas) != set(again.deltas):
+        raise IncompatibleError(f"{vector.ref} has other tensors than its parts give")
+    jobs = []
+    for name, delta in vector.deltas.items():
+        pair = (delta, again.deltas[name])
+        if pair[0].spec.shape != pair[1].spec.shape:
+            raise IncompatibleError(f"{name}: another shape than its parts have")
+        jobs.append(Job(name, "same", delta.spec.numel, deltas=pair))
+    return Plan("verify", jobs, vectors=[*vector.files(), *again.files()])
 
 
 def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
@@ -491,15 +452,13 @@ def plan_gram(
         if len(set(shapes)) > 1:
             problems.append(f"{name}: " + ", ".join(str(list(shape)) for shape in shapes))
             continue
-        digests = tuple(
-            v.manifest["tensors"][name]["digest"] if v.stored is not None else None for v in vectors
-        )
         deltas = tuple(vector.deltas[name] for vector in vectors)
-        jobs.append(Job(name, "gram", spec.numel, deltas=deltas, delta_digests=digests))
+        jobs.append(Job(name, "gram", spec.numel, deltas=deltas))
     if problems:
         raise IncompatibleError(
             f"the vectors do not match (--exclude GLOB leaves tensors out):\n{up_to_five(problems)}"
         )
     if not jobs:
         raise IncompatibleError("no tensor is left to compare")
-    return Plan("orthogonality", jobs, ledger=ledger, vectors=_files_of(*vectors))
+    files = [file for vector in vectors for file in vector.files()]
+    return Plan("orthogonality", jobs, ledger=ledger, vectors=files)

@@ -318,18 +318,43 @@ class OutputFile:
     def __init__(self, path: str, nbytes: int, windowed: bool = False) -> None:
         self.path, self.nbytes, self._windowed = path, nbytes, windowed
         self._lock, self._front, self._started, self._fd = threading.Lock(), 0, 0, -1
+        self._allocated = 0
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            if nbytes:
-                try:  # allocated extents take writes 1.8 times faster, and a full disk shows now
-                    os.posix_fallocate(self._fd, 0, nbytes)
-                except OSError as error:
-                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                        raise
-                    os.ftruncate(self._fd, nbytes)
+            self._allocate(nbytes)
         except OSError as error:
             self.close()
             raise _explain(error, path) from None
+
+    def _allocate(self, nbytes: int) -> None:
+        """Give the file extents up to `nbytes`: writes are 1.8 times faster, a full disk shows."""
+        if nbytes <= self._allocated:
+            return
+        try:
+            os.posix_fallocate(self._fd, self._allocated, nbytes - self._allocated)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            os.ftruncate(self._fd, nbytes)
+        self._allocated = nbytes
+
+    def reserve(self, nbytes: int) -> int:
+        """Return the offset of `nbytes` more at the end; for one caller at a time.
+
+        Extents are taken up to 64 MiB ahead, to the byte where the disk has no more.
+        """
+        offset, self.nbytes = self.nbytes, self.nbytes + nbytes
+        try:
+            try:
+                if self.nbytes > self._allocated:
+                    self._allocate(self.nbytes + min(offset, self.START))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                self._allocate(self.nbytes)
+        except OSError as error:
+            raise _explain(error, self.path) from None
+        return offset
 
     def write(self, offset: int, buffer: memoryview | bytes) -> None:
         """Write `buffer` at the absolute `offset`; raise OutputError on a full disk."""
@@ -362,15 +387,15 @@ class OutputFile:
             assert count, f"{self.path} is shorter than it was planned"
             done += count
 
-    def append(self, buffer: bytes | memoryview) -> int:
-        """Write behind the end and return the offset; for one caller at a time."""
-        offset, self.nbytes = self.nbytes, self.nbytes + len(buffer)
-        self.write(offset, buffer)
-        return offset
+    def append(self, buffer: bytes | memoryview) -> None:
+        """Write behind the end; for one caller at a time."""
+        self.write(self.reserve(len(buffer)), buffer)
 
     def sync(self) -> None:
-        """Wait until every byte is on the disk."""
+        """Give back what was allocated ahead and wait until every byte is on the disk."""
         try:
+            if self._allocated > self.nbytes:
+                os.ftruncate(self._fd, self.nbytes)
             os.fsync(self._fd)
         except OSError as error:
             raise _explain(error, self.path) from None
@@ -408,9 +433,10 @@ class Staging:
         self.refuse_existing()
         if source.is_dir():
             fsync_path(os.fspath(source))
+        folders = source.is_dir() or self.output.is_dir()
         try:
-            if not (self.output.is_dir() and _exchange(source, self.output)):
-                if self.output.is_dir():
+            if not (folders and os.path.lexists(self.output) and _exchange(source, self.output)):
+                if folders and os.path.lexists(self.output):
                     os.rename(self.output, self._replaced)
                 os.rename(source, self.output)
         except OSError as error:
@@ -439,7 +465,7 @@ class Staging:
                 os.unlink(entry.path)
 
     def _restore(self) -> None:
-        if self._replaced.is_dir() and not os.path.lexists(self.output):
+        if self._replaced.exists() and not os.path.lexists(self.output):
             os.rename(self._replaced, self.output)
 
 

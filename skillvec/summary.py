@@ -1,5 +1,7 @@
 """From what the engine measured to what is said: manifest entries, ledger lines, warnings."""
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +10,10 @@ import numpy as np
 from skillvec import analysis
 from skillvec.engine import JobResult
 from skillvec.errors import up_to_five
-from skillvec.plan import Job, Plan, exactness_entry, ledger_line, tensor_entry
+from skillvec.plan import Job, Plan, ledger_line
 from skillvec.report import Line, Report
-from skillvec.vector import PairDelta
+from skillvec.vector import PairDelta, SkillVector
+from skillvec.vectorfile import NO_DIGEST, Entry, VectorFile, exactness_entry, tensor_entry
 
 
 def job_line(job: Job, status: str) -> Line:
@@ -23,53 +26,73 @@ def job_line(job: Job, status: str) -> Line:
 def complete_manifest(
     manifest: dict[str, Any],
     results: Sequence[JobResult],
-    side_digests: dict[str, str],
-    exceptions: int,
-    replacements: int,
+    settled: dict[str, Any],
+    vector: SkillVector,
 ) -> None:
+    """Add what is known when all blocks are written: digests, counts, codecs, exactness."""
     manifest["tensors"], manifest["differing"], equal = {}, [], {}
     unrestored = 0
     for result in results:
         job = result.job
-        if job.operator == "subtract":
-            delta = job.deltas[0]
-            assert isinstance(delta, PairDelta)
+        if job.operator == "store":
             unrestored += result.unrestored
-            manifest["tensors"][job.name] = tensor_entry(
-                delta,
-                result.digests["base"],
-                result.digests["tuned"],
-                result.digests["output"],
-                result.changed,
-                float(result.sums[0]) ** 0.5,
-                result.unrestored,
-            )
+            manifest["tensors"][job.name] = _entry(result, settled["tensors"][job.name], vector)
         elif result.mismatches:
             manifest["differing"].append(job.name)
         else:
             assert job.point is not None
             equal[job.name] = [job.point.dtype, result.digests["point"]]
+    manifest["side"] = settled["side"]
+    if vector.stored is not None:  # written again with another codec
+        manifest["equal"], manifest["differing"] = (
+            vector.manifest[key] for key in ("equal", "differing")
+        )
+        return
     manifest["equal"] = equal
-    manifest["side"] = side_digests
     claim = "partial" if unrestored or manifest["differing"] else "bitwise"
     if manifest["dtype"] != "auto":
         claim = "rounded" if unrestored else claim
-    manifest["exactness"] = exactness_entry(claim, exceptions, replacements, unrestored)
+    claim = "combined" if vector.parts else claim
+    manifest["exactness"] = exactness_entry(
+        claim, settled["exceptions"], settled["replacements"], unrestored
+    )
 
 
-def report_diff(
+def _entry(result: JobResult, placed: tuple[str, int], vector: SkillVector) -> dict[str, Any]:
+    """Return the manifest's line on a delta that was written."""
+    job, (codec, block) = result.job, placed
+    delta = job.deltas[0]
+    entry = Entry(job.name, job.out_dtype, delta.spec.shape, codec)
+    digest = NO_DIGEST if codec == "zero" else result.digests["output"]
+    if vector.stored is not None:
+        old: dict[str, Any] = vector.manifest["tensors"][job.name]
+        return old | {"codec": codec, "block": block, "digest": digest}
+    base = tuned = None
+    if isinstance(delta, PairDelta):
+        base = [delta.base.dtype, result.digests["base"]]
+        tuned = [delta.tuned.dtype, result.digests["tuned"]]
+    norm = float(result.sums[0]) ** 0.5
+    return tensor_entry(
+        entry, codec, block, digest, result.changed, norm, base, tuned, result.unrestored
+    )
+
+
+def report_stored(
     report: Report,
     plan: Plan,
     results: Sequence[JobResult],
     manifest: dict[str, Any],
-    nbytes: int,
+    stored: VectorFile,
 ) -> None:
     report.ledger = []
+    entries = manifest["tensors"]
     for result in results:
-        if result.job.operator == "subtract":
-            entry = manifest["tensors"][result.job.name]
-            line = job_line(result.job, "delta" if result.changed else "unchanged")
-            line |= {"numel": result.job.numel, "changed": result.changed, "norm": entry["norm"]}
+        name = result.job.name
+        if result.job.operator == "store":
+            entry = entries[name]
+            line = job_line(result.job, "delta" if entry["changed"] else "unchanged")
+            line |= {"numel": result.job.numel, "changed": entry["changed"], "norm": entry["norm"]}
+            line |= {"codec": entry["codec"], "nbytes": stored.deltas[name].nbytes}
             line |= {"exceptions": result.exceptions, "replacements": result.replacements}
             report.ledger.append(line | {"unrestored": result.unrestored})
         else:
@@ -79,11 +102,13 @@ def report_diff(
     numel = sum(line["numel"] for line in report.ledger if "numel" in line)
     changed = sum(line["changed"] for line in report.ledger if "changed" in line)
     report.facts |= {
-        "nbytes": nbytes,
+        "nbytes": sum(os.path.getsize(file) for file in stored.files),
+        "files": [file.name for file in stored.files],
+        "codecs": dict(Counter(entry["codec"] for entry in entries.values())),
         "numel": numel,
         "changed": changed,
         "density": changed / numel if numel else 0.0,
-        "norm": sum(float(r.sums[0]) for r in results if r.job.operator == "subtract") ** 0.5,
+        "norm": sum(entry["norm"] ** 2 for entry in entries.values()) ** 0.5,
         "exactness": manifest["exactness"],
     }
     if manifest["differing"]:
@@ -91,8 +116,8 @@ def report_diff(
             "integer or bool tensors differ and are not transferred:\n"
             + up_to_five(manifest["differing"])
         )
-    entries = manifest["tensors"].values()
-    mixed = sorted({e["tuned"][0] for e in entries if e["tuned"][0] != e["base"][0]})
+    sides = [entry for entry in entries.values() if entry["tuned"]]
+    mixed = sorted({e["tuned"][0] for e in sides if e["tuned"][0] != e["base"][0]})
     if mixed:
         report.warnings.append(
             f"tuned is {'+'.join(mixed)} where base is not: tuned comes back when the vector is"

@@ -1,73 +1,41 @@
-"""Displacements: the skill vector as a file with a manifest, or as a pair of checkpoints.
+"""Displacements: the skill vector as a file, as a pair of checkpoints, or as a combination.
 
-Hides where a delta comes from: stored values with exceptions, or tuned and base subtracted as they
-are read. Vectors can be scaled; what has no meaning (a vector plus a model) is a TypeError that
-says so. The file format is docs/format.md.
+Hides where a delta comes from: stored values with exceptions, tuned and base subtracted as they
+are read, or several deltas merged by an operator as they are read. Vectors can be scaled, added and
+subtracted; what has no meaning (a vector plus a model) is a TypeError that says so.
 """
 
 import fnmatch
 import json
 import os
-import threading
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import isfinite, sqrt
 from numbers import Real
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from skillvec.checkpoint import (
-    METADATA_KEY,
-    Checkpoint,
-    is_vector,
-    open_checkpoint,
-    open_tensors,
-)
-from skillvec.errors import FormatError, IncompatibleError, UsageError, up_to_five
-from skillvec.kernels import FLOATS
+from skillvec.checkpoint import Checkpoint, open_checkpoint, open_tensors
+from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.kernels import FLOATS, from_bytes, widen
+from skillvec.merging import OPERATORS, Operator, check_parameters
+from skillvec.rules import Recipe, Share, resolve
 from skillvec.storage import (
-    LEAF_NBYTES,
-    OutputFile,
+    ITEMSIZE,
     TensorSpec,
     allocate,
     digest_bytes,
     digest_file_range,
-    fold_digest,
     leaf_digests,
     read_into,
 )
+from skillvec.vectorfile import SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
 
-SCHEMA = 1
-BLOCK_NUMEL = 1 << 20  # elements a block: the unit of work, of exceptions and of random numbers
-BLOCKS, EXCEPTIONS, REPLACEMENTS = (
-    "skillvec.blocks",
-    "skillvec.exceptions",
-    "skillvec.replacements",
-)
-SIDE = (BLOCKS, EXCEPTIONS, REPLACEMENTS)
-EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])
-REPLACEMENT = np.dtype([("position", "<u4"), ("bits", "<u8")])
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
+SKETCH_TENSORS, SKETCH_NUMEL = 48, 6
 FP32_MAX = 3.4028234e38
-
-
-def block_count(numel: int) -> int:
-    """Return how many blocks of 2^20 elements a tensor has."""
-    return -(-numel // BLOCK_NUMEL)
-
-
-class StoredDelta(NamedTuple):
-    """A tensor of a vector file; `first_block` is its first row in skillvec.blocks."""
-
-    spec: TensorSpec
-    first_block: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.spec.nbytes
 
 
 class PairDelta(NamedTuple):
@@ -90,7 +58,34 @@ class PairDelta(NamedTuple):
         return self.tuned.nbytes + self.base.nbytes
 
 
-DeltaSource = StoredDelta | PairDelta
+class MixDelta(NamedTuple):
+    """A tensor's delta as several to merge by an operator; `known` is what its passes measured."""
+
+    spec: TensorSpec
+    sources: tuple[StoredDelta | PairDelta, ...]
+    weights: tuple[float, ...]
+    parameters: tuple[dict[str, Any], ...]
+    operator: Operator
+    streams: tuple[str, ...]
+    seed: int
+    known: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.nbytes for source in self.sources)
+
+    @property
+    def scope(self) -> str:
+        """What its measurements are summed over: the tensor, or all with the same parameters."""
+        key = [self.operator.name, self.streams, self.seed, self.parameters]
+        return json.dumps([*key, self.spec.name, self.weights] if self.per_tensor else key)
+
+    @property
+    def per_tensor(self) -> bool:
+        return self.operator.scope(self.parameters) == "tensor"
+
+
+DeltaSource = StoredDelta | PairDelta | MixDelta
 
 
 def value_dtype(tuned: str, base: str, dtype: str = "auto") -> tuple[str, bool]:
@@ -108,35 +103,42 @@ def value_dtype(tuned: str, base: str, dtype: str = "auto") -> tuple[str, bool]:
 
 @dataclass(frozen=True)
 class SkillVector:
-    """A displacement tuned - base, times `scale`.
+    """A displacement tuned - base, or several of them merged, times `scale`.
 
-    `deltas` maps tensor names to where the delta comes from. `equal` are integer and bool tensors
-    that are the same on both sides, `differing` those that are not and are not transferred,
-    `tied` maps a tensor stored on one side only to the one it is a copy of.
+    `deltas` maps tensor names to where the delta comes from. `manifest` is what the file says or
+    will say. `parts` and `recipe` are those of a combination.
     """
 
     ref: str
     deltas: Mapping[str, DeltaSource]
     manifest: dict[str, Any]
     scale: float = 1.0
-    stored: Checkpoint | None = None
+    stored: VectorFile | None = None
     tuned: Checkpoint | None = None
     base: Checkpoint | None = None
-    report: Any = field(default=None, compare=False)  # of the diff that wrote it
+    parts: "tuple[SkillVector, ...]" = ()
+    recipe: Recipe | None = None
+    report: Any = field(default=None, compare=False)  # of the verb that wrote it
 
     @staticmethod
     def open(ref: "str | os.PathLike[str] | SkillVector", role: str = "vector") -> "SkillVector":
-        """Open a vector file, headers only. Raises IncompatibleError for a model."""
+        """Open a vector file or folder, or "TUNED::BASE"; headers only.
+
+        Raises IncompatibleError for a model.
+        """
         if isinstance(ref, SkillVector):
             return ref
-        stored = open_tensors(ref, role)
-        if not is_vector(stored.metadata):
+        if "::" in os.fspath(ref):
+            tuned, _, base = os.fspath(ref).partition("::")
+            return SkillVector.between(tuned, base)
+        stored = find_vector(ref)
+        if stored is None:
+            opened = open_tensors(ref, role)
             raise IncompatibleError(
-                f"{role} {stored.ref}: this is not a skill vector (no manifest in its header);"
+                f"{role} {opened.ref}: this is not a skill vector (no manifest in its header);"
                 " skillvec diff makes one from two models"
             )
-        manifest = json.loads(stored.metadata[METADATA_KEY])
-        return SkillVector(stored.ref, _stored_deltas(stored, manifest), manifest, stored=stored)
+        return SkillVector(stored.ref, stored.deltas, stored.manifest, stored=stored)
 
     @staticmethod
     def between(
@@ -158,18 +160,61 @@ class SkillVector:
             )
             for name in matched["deltas"]
         }
+        sides = {"base": identity(base), "tuned": identity(tuned)}
+        probes = [sides["tuned"]["probe"], sides["base"]["probe"], dtype, *matched["excluded"]]
         manifest = {
             "kind": "vector",
             "schema": SCHEMA,
             "formula": "tuned - base",
-            "base": identity(base),
-            "tuned": identity(tuned),
+            "identity": digest_bytes(json.dumps(probes).encode()),
+            **sides,
+            "parents": [],
+            "recipe": None,
+            "training": {"method": None, "notes": None},
+            "license": None,
             "equal": {name: [tuned[name].dtype, None] for name in matched["integers"]},
             "tied": matched["tied"],
             "excluded": matched["excluded"],
         }
         ref = f"{tuned.ref}::{base.ref}"
         return SkillVector(ref, deltas, manifest, tuned=tuned, base=base)
+
+    @staticmethod
+    def combined(
+        parts: "Sequence[SkillVector]", recipe: Recipe, operator: Operator | None = None
+    ) -> "SkillVector":
+        """Return vectors merged by the recipe's operator, without computing it.
+
+        `operator` is one that is not in the table. Raises IncompatibleError for tensors that only
+        some of the vectors have, unless they were left out there on purpose.
+        """
+        operator = operator or OPERATORS[recipe.op]
+        recipe = replace(recipe, shares=tuple(map(_scaled, recipe.shares, parts)))
+        parts = [replace(part, scale=1.0) for part in parts]
+        names = _common_names(parts)
+        shares = resolve(recipe, names)
+        deltas: dict[str, DeltaSource] = {}
+        known = recipe.op in OPERATORS and operator is OPERATORS[recipe.op]
+        for name in names:
+            held = [part.deltas.get(name) for part in parts]
+            shape = next(delta.spec.shape for delta in held if delta is not None)
+            absent = StoredDelta(TensorSpec(name, "F32", shape, "", 0, 0), "zero")
+            sources = tuple(delta or absent for delta in held)
+            weights, parameters = zip(*shares[name], strict=True)
+            if known:
+                parameters = tuple(check_parameters(recipe.op, given) for given in parameters)
+            wide = any(_value_dtype(source) == "F64" for source in sources)
+            deltas[name] = MixDelta(
+                TensorSpec(name, "F64" if wide else "F32", shape, "", 0, 0),
+                sources,  # type: ignore[arg-type]
+                weights,
+                parameters,
+                operator,
+                tuple(part.manifest["identity"] for part in parts),
+                recipe.seed,
+            )
+        manifest = _combined_manifest(parts, recipe)
+        return SkillVector(manifest["formula"], deltas, manifest, parts=tuple(parts), recipe=recipe)
 
     def __mul__(self, factor: object) -> "SkillVector":
         if not isinstance(factor, Real) or not isfinite(factor):
@@ -187,43 +232,206 @@ class SkillVector:
     def __neg__(self) -> "SkillVector":
         return self * -1.0
 
-    def __add__(self, other: object) -> Any:
-        raise TypeError(
-            f"vector + {type(other).__name__}: to add a vector to a model use"
-            " skillvec.apply(model, vector, output)"
-        )
+    def __add__(self, other: object) -> "SkillVector":
+        if not isinstance(other, SkillVector):
+            raise TypeError(
+                f"vector + {type(other).__name__}: to add a vector to a model use"
+                " skillvec.apply(model, vector, output)"
+            )
+        terms = [*self._terms(), *other._terms()]
+        shares = tuple(Share(vector.ref, weight) for vector, weight in terms)
+        return SkillVector.combined([vector for vector, _ in terms], Recipe("linear", shares, {}))
 
     __radd__ = __add__
+
+    def __sub__(self, other: object) -> "SkillVector":
+        if not isinstance(other, SkillVector):
+            raise TypeError(f"vector - {type(other).__name__}: only a vector can be subtracted")
+        return self + -other
+
+    def _terms(self) -> "list[tuple[SkillVector, float]]":
+        """Return what a sum of vectors is made of: vectors with weights."""
+        if not self.parts:
+            return [(replace(self, scale=1.0), self.scale)]
+        assert self.recipe is not None
+        if self.recipe.op != "linear" or any(share.rules for share in self.recipe.shares):
+            raise TypeError(
+                f"{self.ref}: a combination that is not a plain sum cannot be a term of another;"
+                " save it first"
+            )
+        return [
+            (part, self.scale * float(share.weight))  # type: ignore[arg-type]
+            for part, share in zip(self.parts, self.recipe.shares, strict=True)
+        ]
+
+    def save(self, output: str | os.PathLike[str], **options: Any) -> "SkillVector":
+        """Write the vector to a file and open it; options as of skillvec.combine."""
+        from skillvec import verbs
+
+        return verbs.save(self, output, **options)
 
     @property
     def dtypes(self) -> str:
         """Dtype lineage in a word or two: of tuned and base, as BF16 - F32."""
+        if self.parts:
+            return ", ".join(dict.fromkeys(part.dtypes for part in self.parts))
+        if self.manifest["tuned"] is None:
+            return "+".join(self.manifest["base"]["dtypes"])
         sides = ("+".join(self.manifest[side]["dtypes"]) for side in ("tuned", "base"))
         return " - ".join(sides)
+
+    def files(self) -> list[VectorFile]:
+        """Return the vector files it is read from."""
+        own = [self.stored] if self.stored else []
+        return own + [file for part in self.parts for file in part.files()]
+
+    def inputs(self) -> list[Checkpoint | VectorFile]:
+        """Return everything it is read from."""
+        own = [side for side in (self.stored, self.tuned, self.base) if side is not None]
+        return own + [side for part in self.parts for side in part.inputs()]
 
     def base_digest(self, name: str) -> str | None:
         """Return the digest of the base's tensor that the delta was taken from, if recorded."""
         entry = self.manifest.get("tensors", {}).get(name)
-        return entry["base"][1] if entry else None
+        return entry["base"][1] if entry and entry["base"] else None
 
     def tuned_dtype(self, name: str) -> str:
+        """Return the dtype of the tuned model's tensor, "" where there is none."""
         delta = self.deltas[name]
         if isinstance(delta, PairDelta):
             return delta.tuned.dtype
-        return str(self.manifest["tensors"][name]["tuned"][0])
+        entry = self.manifest.get("tensors", {}).get(name)
+        return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
+
+
+def _value_dtype(delta: DeltaSource) -> str:
+    return delta.dtype if isinstance(delta, PairDelta) else delta.spec.dtype
+
+
+def _scaled(share: Share, part: SkillVector) -> Share:
+    """Return a share whose weights carry the vector's own factor."""
+
+    def times(weight: Any) -> Any:
+        if isinstance(weight, tuple):
+            return tuple(part.scale * point for point in weight)
+        return None if weight is None else part.scale * weight
+
+    rules = tuple(replace(rule, weight=times(rule.weight)) for rule in share.rules)
+    return replace(share, weight=times(share.weight), rules=rules)
+
+
+def _common_names(parts: Sequence[SkillVector]) -> list[str]:
+    """Return the names of all vectors, or refuse what does not match."""
+    if any(part.parts for part in parts):
+        raise TypeError("a combination cannot be combined again as it is: save it first")
+    names = list(dict.fromkeys(name for part in parts for name in part.deltas))
+    problems = []
+    for name in names:
+        shapes = {part.deltas[name].spec.shape for part in parts if name in part.deltas}
+        if len(shapes) > 1:
+            problems.append(f"{name}: " + ", ".join(str(list(shape)) for shape in shapes))
+        for part in parts:
+            if name not in part.deltas and name not in part.manifest["excluded"]:
+                problems.append(f"{name} {list(shapes.pop())}: not in {part.ref}")
+                break
+    if problems:
+        raise IncompatibleError(f"the vectors do not match:\n{up_to_five(problems)}")
+    return names
+
+
+def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str, Any]:
+    """Return what the manifest of a combination says before its data is read."""
+    manifests = [part.manifest for part in parts]
+    base = dict(manifests[0]["base"])
+    if len({m["base"]["probe"] for m in manifests}) > 1:
+        base["probe"] = None  # no model is the base of them all
+    words = recipe.to_dict()
+    identities = [m["identity"] for m in manifests]
+    shares = zip(words["vectors"], identities, strict=True)
+    said = words | {"vectors": [share | {"vector": who} for share, who in shares]}
+    licenses = {m["license"] for m in manifests}
+    tied = dict(manifests[0]["tied"])
+    weights = " ".join(
+        f"{share.vector}={share.weight:g}" if isinstance(share.weight, float) else share.vector
+        for share in recipe.shares
+    )
+    return {
+        "kind": "vector",
+        "schema": SCHEMA,
+        "formula": f"{recipe.op}({weights})",
+        "identity": digest_bytes(json.dumps(said).encode()),
+        "base": base,
+        "tuned": None,
+        "parents": [
+            {
+                "ref": part.ref,
+                "identity": part.manifest["identity"],
+                "manifest": part.stored.digest if part.stored else None,
+                "base": part.manifest["base"]["ref"],
+                "tuned": part.manifest["tuned"]["ref"] if part.manifest["tuned"] else None,
+            }
+            for part in parts
+        ],
+        "recipe": words,
+        "training": {"method": None, "notes": None},
+        "license": licenses.pop() if len(licenses) == 1 else None,
+        "equal": {},
+        "tied": {name: twin for name, twin in tied.items()
+                 if all(m["tied"].get(name) == twin for m in manifests)},
+        "excluded": [name for name in manifests[0]["excluded"]
+                     if all(name in m["excluded"] for m in manifests)],
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- identity
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a manifest records of a checkpoint, short of its tensors."""
+    snapshot = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", os.fspath(checkpoint.path) + "/")
     return {
         "ref": checkpoint.ref,
+        "revision": snapshot.group(1) if snapshot else None,
         "model_type": checkpoint.model_type,
         "config": checkpoint.config_digest,
         "tokenizer": checkpoint.tokenizer_digest,
         "family": checkpoint.family_digest,
         "probe": probe_digest(checkpoint),
+        "sketch": sketch(checkpoint),
         "dtypes": checkpoint.dtypes,
     }
+
+
+def sketch(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Return a few weights of up to 48 matrices, in 32nds of the root mean square around them.
+
+    Fine-tuning hardly moves weights, so two checkpoints of one origin have nearly the same sketch,
+    whatever their dtypes; those of another training run have nothing in common.
+    """
+    matrices = [
+        s for s in checkpoint.values() if len(s.shape) > 1 and s.dtype in FLOATS and s.numel
+    ]
+    matrices.sort(key=lambda spec: digest_bytes(spec.name.encode()))
+    found = {}
+    for spec in sorted(matrices[:SKETCH_TENSORS], key=lambda spec: spec.name):
+        numel = min(64, spec.numel)
+        content = bytearray(numel * ITEMSIZE[spec.dtype])
+        middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
+        read_into(spec.path, spec.start + middle, memoryview(content))
+        values = widen(from_bytes(content, spec.dtype), spec.dtype).astype(np.float64)
+        values = np.nan_to_num(values, posinf=0, neginf=0)
+        size = float(np.sqrt(np.mean(values**2))) or 1.0
+        steps = np.clip(np.rint(32 * values[:SKETCH_NUMEL] / size), -127, 127)
+        found[spec.name] = [int(step) for step in steps]
+    return found
+
+
+def relatedness(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> float | None:
+    """Return the cosine of two sketches over the matrices they share, None where there is none."""
+    names = [n for n in one if n in other and len(one[n]) == len(other[n])]
+    x, y = ([step for name in names for step in side[name]] for side in (one, other))
+    norms = sum(a * a for a in x) * sum(b * b for b in y)
+    return sum(a * b for a, b in zip(x, y, strict=True)) / sqrt(norms) if norms else None
 
 
 def probe_digest(checkpoint: Checkpoint) -> str:
@@ -324,196 +532,3 @@ def _match(
     if not found["deltas"]:
         raise IncompatibleError(f"{tuned.ref} and {base.ref}: no tensor is left to subtract")
     return found
-
-
-# ---------------------------------------------------------------------------------- the file
-
-
-OPTIONAL = str | None
-TENSOR_SIDE = {0: str, 1: str}
-IDENTITY = {
-    "ref": str, "model_type": OPTIONAL, "config": OPTIONAL, "tokenizer": OPTIONAL, "family": str,
-    "probe": str, "dtypes": {...: int},
-}  # fmt: skip
-MANIFEST = {
-    "kind": str, "tool": str, "command": str, "formula": str, "dtype": str,
-    "exactness": {"claim": str, "exceptions": int, "replacements": int, "unrestored": int},
-    "base": IDENTITY, "tuned": IDENTITY,
-    "tensors": {
-        ...: {"base": TENSOR_SIDE, "tuned": TENSOR_SIDE, "digest": str, "changed": int,
-              "norm": int | float},
-    },
-    "equal": {...: TENSOR_SIDE}, "differing": {0: ...}, "tied": {...: str}, "excluded": {0: ...},
-    "side": {...: str},
-}  # fmt: skip
-
-
-def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise TypeError where `value` is not of `shape`: a type, or a dict of shapes by key.
-
-    The key ... stands for every key, {0: ...} for a list of strings, {0: x, 1: y} for a pair.
-    """
-    if not isinstance(shape, dict):
-        if not isinstance(value, shape) or isinstance(value, bool):
-            raise TypeError(f"{where}: expected {shape}, found {str(value)[:40]!r}")
-    elif shape == {0: ...} or 0 in shape:
-        if not isinstance(value, list) or (shape != {0: ...} and len(value) != len(shape)):
-            raise TypeError(f"{where}: expected a list, found {str(value)[:40]!r}")
-        for i, item in enumerate(value):
-            check_shape(item, str if shape == {0: ...} else shape[i], f"{where}[{i}]")
-    elif not isinstance(value, dict):
-        raise TypeError(f"{where}: expected an object, found {str(value)[:40]!r}")
-    else:
-        for key in value if ... in shape else shape:
-            if key not in value:
-                raise TypeError(f"{where}: {key} is missing")
-            check_shape(value[key], shape[... if ... in shape else key], f"{where}.{key}")
-
-
-def _stored_deltas(stored: Checkpoint, manifest: dict[str, Any]) -> dict[str, DeltaSource]:
-    """Check a manifest against the tensors of its file and number the blocks."""
-    where = f"vector {stored.ref}"
-    if manifest.get("schema") != SCHEMA or manifest.get("block_numel") != BLOCK_NUMEL:
-        raise FormatError(
-            f"{where}: manifest schema {manifest.get('schema')!r} with blocks of"
-            f" {manifest.get('block_numel')!r}; this version reads schema {SCHEMA}, blocks of"
-            f" {BLOCK_NUMEL}: a newer skillvec is needed"
-        )
-    try:
-        check_shape(manifest, MANIFEST, "manifest")
-    except TypeError as error:
-        raise FormatError(f"{where}: broken {error}") from None
-    entries = manifest["tensors"]
-    names = [name for name in stored if name not in SIDE]
-    if set(entries) != set(names):
-        raise FormatError(f"{where}: the manifest does not list the tensors of the file")
-    for name in names:
-        dtypes = stored[name].dtype, entries[name]["base"][0], entries[name]["tuned"][0]
-        if not set(dtypes) <= set(FLOATS):
-            raise FormatError(
-                f"{where}: broken manifest: {name}: {', '.join(dtypes)}: expected floats"
-            )
-    deltas: dict[str, DeltaSource] = {}
-    row = 0
-    for name in names:
-        deltas[name] = StoredDelta(stored[name], row)
-        row += block_count(stored[name].numel)
-    blocks = stored.get(BLOCKS)
-    if blocks is None or (blocks.dtype, blocks.shape) != ("U8", (row, 8)):
-        raise FormatError(f"{where}: {BLOCKS} is not U8 [{row}, 8]")
-    return deltas
-
-
-class SideTable:
-    """Exceptions and replacements of a vector file by block row, checked as they are read."""
-
-    def __init__(self, stored: Checkpoint, manifest: dict[str, Any]) -> None:
-        self._stored = stored
-        for name in SIDE:
-            if name in stored:
-                spec = stored[name]
-                if digest_file_range(spec.path, spec.start, spec.nbytes) != manifest["side"].get(
-                    name
-                ):
-                    raise FormatError(
-                        f"vector {stored.ref}: {name} differs from its digest in the manifest:"
-                        " the file was altered"
-                    )
-        counts = self._read(BLOCKS, 0, stored[BLOCKS].shape[0], np.dtype(("<u4", 2)))
-        self._ends = np.zeros((len(counts) + 1, 2), np.int64)
-        np.cumsum(counts, axis=0, out=self._ends[1:])
-        for column, (name, record) in enumerate(
-            ((EXCEPTIONS, EXCEPTION), (REPLACEMENTS, REPLACEMENT))
-        ):
-            total = int(self._ends[-1, column])
-            shape = (total, record.itemsize)
-            if (total or name in stored) and (
-                name not in stored or (stored[name].dtype, stored[name].shape) != ("U8", shape)
-            ):
-                raise FormatError(f"vector {stored.ref}: {name} is not U8 {list(shape)}")
-
-    def _read(self, name: str, first: int, last: int, record: np.dtype[Any]) -> npt.NDArray[Any]:
-        content = bytearray((last - first) * record.itemsize)
-        spec = self._stored[name]
-        read_into(spec.path, spec.start + first * record.itemsize, memoryview(content))
-        return np.frombuffer(content, record)
-
-    def exceptions(self, row: int, numel: int) -> npt.NDArray[Any]:
-        """Return the records (position, value) of a block of `numel` elements."""
-        return self._records(EXCEPTIONS, 0, row, numel, EXCEPTION)
-
-    def replacements(self, row: int, numel: int) -> npt.NDArray[Any]:
-        """Return the records (position, bits) of a block of `numel` elements."""
-        return self._records(REPLACEMENTS, 1, row, numel, REPLACEMENT)
-
-    def _records(
-        self, name: str, column: int, row: int, numel: int, record: np.dtype[Any]
-    ) -> npt.NDArray[Any]:
-        first, last = self._ends[row : row + 2, column].tolist()
-        if first == last:
-            return np.zeros(0, record)
-        records = self._read(name, first, last, record)
-        at = records["position"]
-        if at[-1] >= numel or (at.size > 1 and not (at[1:] > at[:-1]).all()):
-            raise FormatError(
-                f"vector {self._stored.ref}: {name}, block {row}: positions do not rise within the"
-                f" block of {numel}"
-            )
-        return records
-
-
-class SideWriter:
-    """Collects exceptions and replacements of blocks in any order, writes them in block order.
-
-    Records wait in two files in the staging folder, so memory holds 24 bytes a block at most.
-    """
-
-    def __init__(self, folder: Path, rows: int) -> None:
-        self._files = [OutputFile(os.fspath(folder / f"side-{i}"), 0) for i in range(2)]
-        self._starts = np.zeros((rows, 2), np.int64)
-        self._counts = np.zeros((rows, 2), np.uint32)
-        self._lock = threading.Lock()
-
-    def add(self, row: int, exceptions: npt.NDArray[Any], replacements: npt.NDArray[Any]) -> None:
-        """Take the records of one block."""
-        for column, records in enumerate((exceptions, replacements)):
-            if records.size:
-                with self._lock:
-                    self._starts[row, column] = self._files[column].append(records.tobytes())
-                self._counts[row, column] = records.size
-
-    @property
-    def totals(self) -> tuple[int, int]:
-        """Number of exceptions and of replacements taken so far."""
-        exceptions, replacements = self._counts.sum(axis=0, dtype=np.int64)
-        return int(exceptions), int(replacements)
-
-    def write(self, output: OutputFile, blocks_offset: int) -> dict[str, str]:
-        """Write the block table at `blocks_offset`, append the records, return the digests."""
-        table = self._counts.astype("<u4").tobytes()
-        output.write(blocks_offset, table)
-        digests = {BLOCKS: digest_bytes(table)}
-        for column, (name, record) in enumerate(
-            ((EXCEPTIONS, EXCEPTION), (REPLACEMENTS, REPLACEMENT))
-        ):
-            if not self.totals[column]:
-                continue
-            leaves, pending = bytearray(), bytearray()
-            for row in np.flatnonzero(self._counts[:, column]):
-                content = bytearray(int(self._counts[row, column]) * record.itemsize)
-                self._files[column].read_into(int(self._starts[row, column]), memoryview(content))
-                pending += content
-                whole = len(pending) // LEAF_NBYTES * LEAF_NBYTES
-                if whole:
-                    piece = bytes(pending[:whole])
-                    output.append(piece)
-                    leaves += leaf_digests(memoryview(piece))
-                    del pending[:whole]
-            output.append(bytes(pending))
-            leaves += leaf_digests(memoryview(bytes(pending)))
-            digests[name] = fold_digest(leaves)
-        return digests
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()

@@ -1,4 +1,4 @@
-"""The public actions: diff, apply, orthogonality, inspect, verify.
+"""The public actions: diff, combine, apply, orthogonality, inspect, verify.
 
 Each one opens, plans, checks the output, runs, proves and publishes, in this order, and answers
 with a Report. Parameters have the names of the command line's flags.
@@ -8,40 +8,39 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import hypot
 from pathlib import Path
 from typing import Any
 
 from skillvec import __version__, analysis, engine, kernels
-from skillvec.checkpoint import (
-    INDEX,
-    METADATA_KEY,
-    Checkpoint,
-    is_vector,
-    open_checkpoint,
-    open_tensors,
-)
+from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint, open_checkpoint, open_tensors
+from skillvec.codecs import CODECS, DENSE_SHARE, encode_block
 from skillvec.engine import JobResult
 from skillvec.errors import UsageError, VerificationError, up_to_five
-from skillvec.operators import subtract
-from skillvec.outputs import PathLike, output_file, output_model, writing
+from skillvec.merging import OPERATORS, Operator
+from skillvec.operators import bit_pattern, subtract
+from skillvec.outputs import PathLike, output_model, output_vector, writing, writing_vector
 from skillvec.plan import (
     Plan,
+    fitting,
     ledger_line,
     plan_apply,
-    plan_diff,
     plan_gram,
+    plan_store,
     plan_verify_apply,
+    plan_verify_combination,
     plan_verify_vector,
+    verdict_on,
 )
 from skillvec.report import Report, Watcher
+from skillvec.rules import Recipe, Share, parse_recipe, read_recipe
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
     copy_file,
-    digest_bytes,
     forget_open_files,
     fsync_path,
     read_into,
@@ -51,15 +50,16 @@ from skillvec.summary import (
     job_line,
     mismatch_line,
     report_apply,
-    report_diff,
+    report_stored,
 )
-from skillvec.vector import (
+from skillvec.vector import FP32_MAX, MixDelta, PairDelta, SkillVector
+from skillvec.vectorfile import (
     BLOCK_NUMEL,
-    FP32_MAX,
-    PairDelta,
-    SideWriter,
-    SkillVector,
+    PARTS,
+    StoredDelta,
+    VectorWriter,
     check_shape,
+    find_vector,
 )
 
 DTYPES = {
@@ -67,6 +67,8 @@ DTYPES = {
     "float32": "F32", "fp64": "F64", "float64": "F64",
 }  # fmt: skip
 PROBE_NUMEL = 4096
+SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
 
 
 def diff(
@@ -75,6 +77,11 @@ def diff(
     output: PathLike | None = None,
     *,
     dtype: str = "auto",
+    codec: str = "auto",
+    max_shard_size: int | str = "5GB",
+    method: str | None = None,
+    notes: str | None = None,
+    license: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     workers: int | None = None,
@@ -84,11 +91,11 @@ def diff(
 ) -> SkillVector:
     """Compute the skill vector v = tuned - base (PaST, arXiv 2601.11258, stage 2).
 
-    With `output`, write it to that one safetensors file and return the opened file; without,
-    return it unread, to be subtracted where it is used. `dtype` auto is exact: base + 1 * v
-    restores tuned bit for bit (for fp32 as stated in the manifest); bf16, fp16 and fp32 store
-    rounded values. The report is the attribute `report` of what is returned. Raises UsageError,
-    IncompatibleError, FormatError, OutputError.
+    With `output`, write it there and return the opened vector; without, return it unread, to be
+    subtracted where it is used. `dtype` auto is exact: base + 1 * v restores tuned bit for bit
+    (for fp32 as stated in the manifest); bf16, fp16 and fp32 store rounded values. `codec` auto
+    takes the smallest. The report is the attribute `report` of what is returned. Raises
+    UsageError, IncompatibleError, FormatError, OutputError.
     """
     kept = "auto" if dtype == "auto" else _dtype(dtype)
     if kept == "F64":
@@ -98,43 +105,127 @@ def diff(
         if dry_run:
             raise UsageError("a dry run of diff needs an output")
         return vector
-    left, right = vector.tuned, vector.base
-    assert left is not None and right is not None
-    path = output_file(output, force, [left, right])
-    vector = replace(vector, deltas=_affordable(vector))
+    return save(
+        vector, output, dtype=dtype, codec=codec, max_shard_size=max_shard_size, method=method,
+        notes=notes, license=license, workers=workers, dry_run=dry_run, force=force,
+        watcher=watcher,
+        command=[*vector.ref.split("::"), {"include": include, "exclude": exclude}],
+    )  # fmt: skip
+
+
+def combine(
+    *vectors: PathLike | SkillVector,
+    weights: Sequence[float] | None = None,
+    op: str | Operator = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    recipe: PathLike | Mapping[str, Any] | None = None,
+    output: PathLike | None = None,
+    **options: Any,
+) -> SkillVector:
+    """Merge vectors by an operator of docs/operators.md, or by an Operator of your own.
+
+    `weights` are 1 if not given. `recipe`, a YAML or JSON file or its content, names vectors,
+    weights per tensor and layer, and operator instead. Without `output` the result is computed
+    where it is used; with, it is stored (options as of `save`). Raises UsageError for parameters
+    out of range, IncompatibleError where names or shapes differ.
+    """
+    if recipe is not None:
+        if vectors or weights or parameters or op != "linear":
+            raise UsageError("a recipe names vectors, weights and operator: give it alone")
+        made = parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
+        parts = [SkillVector.open(share.vector) for share in made.shares]
+    else:
+        if not vectors:
+            raise UsageError("expected at least one vector, found none")
+        parts = [SkillVector.open(vector) for vector in vectors]
+        weights = [1.0] * len(parts) if weights is None else weights
+        if len(weights) != len(parts):
+            raise UsageError(f"{len(parts)} vectors, but {len(weights)} weights")
+        shares = tuple(Share(p.ref, float(w)) for p, w in zip(parts, weights, strict=True))
+        name = op if isinstance(op, str) else op.name
+        made = Recipe(name, shares, dict(parameters or {}), seed)
+    if not isinstance(op, str):
+        operator: Operator | None = op
+    elif made.op in OPERATORS:
+        operator = None
+    else:
+        raise UsageError(f"op {made.op!r}: expected one of {', '.join(OPERATORS)}")
+    plain = made.op == "linear" and not made.parameters and made.shares[0].weight == 1
+    if len(parts) == 1 and plain and not made.shares[0].rules and not parts[0].parts:
+        vector = parts[0]
+    else:
+        vector = SkillVector.combined(parts, made, operator)
+    return vector if output is None else save(vector, output, **options)
+
+
+def save(
+    vector: SkillVector,
+    output: PathLike,
+    *,
+    dtype: str = "auto",
+    codec: str = "auto",
+    max_shard_size: int | str = "5GB",
+    method: str | None = None,
+    notes: str | None = None,
+    license: str | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    watcher: Watcher | None = None,
+    command: Sequence[Any] | None = None,
+) -> SkillVector:
+    """Write a vector to one safetensors file, or to a folder of shards where that would be large.
+
+    `dtype` of a combination: auto is fp32 (fp64 where an input is). `codec`: auto, dense, sparse
+    or packed (docs/format.md). A stored vector is written with its manifest and exact values,
+    whatever the codec. `method`, `notes` and `license` go into the manifest.
+    """
+    if codec not in ("auto", *CODECS[1:]):
+        raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
+    limit = _size(max_shard_size)
+    if vector.scale != 1 and not vector.parts and vector.stored:
+        vector = SkillVector.combined([vector], Recipe("linear", (Share(vector.ref),)))
+    elif vector.scale != 1:
+        raise UsageError(f"{vector.ref}: {vector.scale:g} times what is not stored: save it first")
+    path = output_vector(output, force, vector)
+    verb = "diff" if vector.tuned else "combine"
+    storage = _storage(vector, "auto" if dtype == "auto" else _dtype(dtype), codec)
+    labels = {"method": method, "notes": notes, "license": license}
+    shown = {key: value for key, value in labels.items() if value is not None}
+    positional, filters = ([*command[:-1]], command[-1]) if command else ([vector.ref], {})
+    training = vector.manifest["training"]
     manifest = vector.manifest | {
         "tool": f"skillvec {__version__}",
-        "command": _command("diff", left.ref, right.ref, dtype=dtype, include=include,
-                            exclude=exclude),
-        "dtype": dtype,
+        "command": _command(verb, *positional, dtype=dtype, codec=codec, **shown, **filters),
+        "dtype": vector.manifest.get("dtype", dtype) if vector.stored else dtype,
+        "codec": codec,
         "block_numel": BLOCK_NUMEL,
-    }  # fmt: skip
-    plan, layout = plan_diff(vector, manifest)
-    facts = {
-        "formula": "v = TUNED - BASE",
-        "tuned": {"ref": left.ref, "path": os.fspath(left.path), "dtypes": left.dtypes},
-        "base": {"ref": right.ref, "path": os.fspath(right.path), "dtypes": right.dtypes},
-        "output": os.fspath(path),
-        "dtype": dtype,
+        "training": {"method": method or training["method"], "notes": notes or training["notes"]},
+        "license": license or vector.manifest["license"],
     }
+    plan, entries = plan_store(verb, vector, storage)
+    facts: dict[str, Any] = {"formula": manifest["formula"], "output": os.fspath(path),
+                             "dtype": dtype, "codec": codec}  # fmt: skip
+    for side in ("tuned", "base") if vector.tuned else ():
+        checkpoint = getattr(vector, side)
+        facts[side] = {"ref": checkpoint.ref, "path": os.fspath(checkpoint.path),
+                       "dtypes": checkpoint.dtypes}  # fmt: skip
+    bound = sum(entry.nbytes for entry in entries)
+    plan = replace(plan, bound_nbytes=bound)
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return replace(vector, report=report)
-    with writing(plan, path, force) as (stage, files):
-        side = SideWriter(stage.folder, layout.rows)
-        try:
-            results = _run(plan, files, workers, watcher, side)
-            digests = side.write(files[0], layout.blocks_offset)
-            exceptions, replacements = side.totals
-        finally:
-            side.close()
-        complete_manifest(manifest, results, digests, exceptions, replacements)
-        files[0].write(0, layout.header(manifest, exceptions, replacements))
-        for file in files:
-            file.sync()
-        stage.publish(Path(files[0].path))
-    report_diff(report, plan, results, manifest, os.path.getsize(path))
-    return replace(SkillVector.open(path), report=report)
+    plan = _measured(plan, workers, watcher)
+    with writing_vector(path, force, entries, manifest, limit) as (stage, writer):
+        results = _run(plan, [], workers, watcher, writer)
+        settled = writer.settle()
+        complete_manifest(manifest, results, settled, vector)
+        stage.publish(writer.finish(manifest))
+    saved = SkillVector.open(path)
+    assert saved.stored is not None
+    report_stored(report, plan, results, saved.manifest, saved.stored)
+    return replace(saved, report=report)
 
 
 def apply(
@@ -170,13 +261,18 @@ def apply(
     request = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed,
                "include": list(include), "exclude": list(exclude)}  # fmt: skip
     point = open_checkpoint(target, "target")
-    plan, displacement, recipe = _plan_apply(point, vector, tuned, base, request)
-    sources = [displacement.stored, displacement.tuned, displacement.base, point]
-    path = output_model(output, force, point, [c for c in sources if c is not None])
+    if vector is not None:
+        displacement = SkillVector.open(vector)
+    else:
+        assert tuned is not None and base is not None
+        displacement = SkillVector.between(tuned, base)
+    plan, recipe = _plan_apply(point, displacement, request)
+    path = output_model(output, force, point, [*displacement.inputs(), point])
     facts = {
         "formula": "OUT = TARGET + LAM * V",
         "target": {"ref": point.ref, "path": os.fspath(point.path), "dtypes": point.dtypes},
         "vector": recipe["vector"],
+        "name": displacement.ref,
         "lineage": displacement.dtypes,
         "output": os.fspath(path),
         "lam": plan.lam,
@@ -189,6 +285,7 @@ def apply(
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return report
+    plan = _measured(plan, workers, watcher)
     with writing(plan, path, force) as (stage, files):
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
@@ -222,14 +319,14 @@ def orthogonality(
     `kinds` and `tensors`, each with cosine, z (cosine times sqrt of the number of values), both
     norms and their ratio.
     """
-    opened = [_open_displacement(ref) for ref in vectors]
+    opened = [SkillVector.open(ref) for ref in vectors]
     plan = plan_gram(opened, include, exclude)
     labels = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
     facts: dict[str, Any] = {"vectors": labels, "lineage": [v.dtypes for v in opened]}
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    results = _run(plan, [], workers, watcher)
+    results = _run(_measured(plan, workers, watcher), [], workers, watcher)
     scales = [v.scale for v in opened]
     grams = []
     for result in results:
@@ -240,8 +337,7 @@ def orthogonality(
         grams.append((result.job.name, result.job.numel, matrix))
     report.facts["pairs"] = analysis.compare(grams, labels)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
-    if any(len(v.manifest[side]["dtypes"]) > 1 or "BF16" in v.manifest[side]["dtypes"]
-           for v in opened for side in ("tuned", "base")):  # fmt: skip
+    if any("BF16" in v.dtypes for v in opened):
         report.warnings.append(
             "inputs are bf16: a vector taken from bf16 checkpoints is a thresholded copy of the"
             " true update, and deltas that share a bf16 checkpoint share its rounding error with"
@@ -250,33 +346,20 @@ def orthogonality(
     return report
 
 
-def inspect(path: PathLike) -> Report:
-    """Describe a model or a vector from its headers alone; no tensor is read."""
+def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Report:
+    """Describe a model or a vector from its headers alone; no tensor is read.
+
+    Of a vector with `target`, give the verdict on that model; raises IncompatibleError where it
+    does not fit.
+    """
+    stored = find_vector(path)
+    if stored is not None:
+        return _inspect_vector(SkillVector.open(path), target)
     opened = open_tensors(path, "input")
+    if target is not None:
+        raise UsageError(f"{opened.ref} is a model: only a vector has a verdict on a target")
     report = Report("inspect", {"path": os.fspath(opened.path), "nbytes": opened.nbytes})
     facts = report.facts
-    if is_vector(opened.metadata):
-        vector = SkillVector.open(path)
-        manifest = vector.manifest
-        facts["kind"] = "vector"
-        for key in ("schema", "tool", "command", "formula", "dtype", "exactness", "base", "tuned",
-                    "tied", "excluded", "differing"):  # fmt: skip
-            facts[key] = manifest.get(key)
-        entries = manifest["tensors"]
-        numel = sum(delta.spec.numel for delta in vector.deltas.values())
-        changed = sum(entry["changed"] for entry in entries.values())
-        facts |= {
-            "numel": numel,
-            "changed": changed,
-            "density": changed / numel if numel else 0.0,
-            "norm": hypot(*(entry["norm"] for entry in entries.values())),
-        }
-        for name, delta in vector.deltas.items():
-            entry = entries[name]
-            line = ledger_line(delta.spec, "delta") | {"numel": delta.spec.numel}
-            report.ledger.append(line | {"changed": entry["changed"], "norm": entry["norm"]})
-        report.ledger += [{"name": name, "status": "equal"} for name in manifest["equal"]]
-        return report
     facts |= {
         "kind": "model",
         "files": [file.name for file in opened.files],
@@ -299,6 +382,49 @@ def inspect(path: PathLike) -> Report:
     return report
 
 
+def _inspect_vector(vector: SkillVector, target: PathLike | Checkpoint | None) -> Report:
+    stored, manifest = vector.stored, vector.manifest
+    assert stored is not None
+    report = Report("inspect", {"path": os.fspath(stored.path), "nbytes": stored.nbytes})
+    facts, entries = report.facts, manifest["tensors"]
+    facts["kind"] = "vector"
+    for key in ("schema", "tool", "command", "formula", "identity", "dtype", "codec", "exactness",
+                "base", "tuned", "parents", "recipe", "training", "license", "tied", "excluded",
+                "differing"):  # fmt: skip
+        facts[key] = manifest.get(key)
+    numel = sum(delta.spec.numel for delta in stored.deltas.values())
+    changed = sum(entry["changed"] for entry in entries.values())
+    codecs: dict[str, dict[str, int]] = {}
+    layers: Counter[str] = Counter()
+    for name, delta in stored.deltas.items():
+        entry = entries[name]
+        held = codecs.setdefault(delta.codec, {"tensors": 0, "nbytes": 0})
+        held["tensors"] += 1
+        held["nbytes"] += delta.nbytes
+        layers[analysis.layer_of(name) or "(no layer)"] += entry["norm"] ** 2
+        line = ledger_line(delta.spec, "delta") | {"codec": delta.codec, "nbytes": delta.nbytes}
+        line |= {"numel": delta.spec.numel, "changed": entry["changed"], "norm": entry["norm"]}
+        report.ledger.append(line)
+    report.ledger += [{"name": name, "status": "equal"} for name in manifest["equal"]]
+    facts |= {
+        "files": [file.name for file in stored.files],
+        "lineage": vector.dtypes,
+        "numel": numel,
+        "changed": changed,
+        "density": changed / numel if numel else 0.0,
+        "norm": hypot(*(entry["norm"] for entry in entries.values())),
+        "codecs": codecs,
+        "layers": [{"name": name, "norm": sq**0.5} for name, sq in layers.most_common()],
+    }
+    if target is not None:
+        point = open_checkpoint(target, "target")
+        fitting(point, vector)
+        verdict, warnings = verdict_on(point, vector)
+        facts |= {"target": point.ref, "verdict": verdict}
+        report.warnings += warnings
+    return report
+
+
 def verify(
     path: PathLike,
     *,
@@ -312,21 +438,27 @@ def verify(
 ) -> Report:
     """Prove from the disk what a file claims, bit for bit.
 
-    A vector: vector + base = tuned. A merged model: OUT = round(target + lam * v) by the recipe in
-    its header. Inputs are found where they were when it was made, unless given here. Raises
-    VerificationError naming the tensors where it does not hold.
+    A vector: vector + base = tuned, or that a combination is what its parents give. A merged
+    model: OUT = round(target + lam * v) by the recipe in its header. Inputs are found where they
+    were when it was made, unless given here. Raises VerificationError naming the tensors where it
+    does not hold.
     """
-    opened = open_tensors(path, "input")
-    if is_vector(opened.metadata):
+    if find_vector(path) is not None:
         return _verify_vector(SkillVector.open(path), tuned, base, workers, dry_run, watcher)
+    opened = open_tensors(path, "input")
     recipe = _read_recipe(opened)
-    if vector is None and tuned is None and recipe["vector"].get("ref"):
-        vector = recipe["vector"]["ref"]
-    if vector is None:
-        tuned, base = tuned or recipe["vector"]["tuned"], base or recipe["vector"]["base"]
+    said = recipe["vector"]
+    if vector is not None:
+        displacement = SkillVector.open(vector)
+    elif "tuned" in said:
+        displacement = SkillVector.between(tuned or said["tuned"], base or said["base"])
+    elif tuned is not None and base is not None:
+        displacement = SkillVector.between(tuned, base)
+    else:
+        displacement = _reopened(said)
     point = open_checkpoint(target or recipe["target"]["ref"], "target")
-    plan, displacement, now = _plan_apply(point, vector, tuned, base, recipe["request"])
-    if now["vector"].get("digest") != recipe["vector"].get("digest"):
+    plan, now = _plan_apply(point, displacement, recipe["request"])
+    if _digests(now["vector"]) != _digests(said):
         raise VerificationError(
             f"{displacement.ref} is not the vector that {opened.ref} was made with"
         )
@@ -337,19 +469,13 @@ def verify(
         "target": point.ref,
         "vector": displacement.ref,
         "lam": plan.lam,
+        "verdict": plan.verdict,
     }
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    results = _run(plan, [], workers, watcher)
-    report.ledger = []
-    wrong = []
-    for result in results:
-        holds = not result.mismatches
-        report.ledger.append(job_line(result.job, "verified" if holds else "differs"))
-        if not holds:
-            wrong.append(mismatch_line(result, "merged"))
-    _conclude(report, wrong)
+    results = _run(_measured(plan, workers, watcher), [], workers, watcher)
+    _conclude(report, results, "merged")
     return report
 
 
@@ -362,70 +488,82 @@ def _dtype(name: str) -> str:
     return DTYPES[name]
 
 
-def _open_displacement(ref: PathLike | SkillVector) -> SkillVector:
-    if isinstance(ref, str) and "::" in ref:
-        tuned, _, base = ref.partition("::")
-        return SkillVector.between(tuned, base)
-    return SkillVector.open(ref)
+def _size(text: int | str) -> int:
+    """Return bytes from a number or a text such as 5GB (decimal units) or 5GiB."""
+    words = str(text).strip()
+    number = words.rstrip("BKMGTibkmgtI")
+    unit = words[len(number) :].upper()
+    try:
+        size = int(float(number) * SIZES["" if unit == "B" else unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"max_shard_size {text}: expected a size such as 5GB")
+    return size
 
 
-def _affordable(vector: SkillVector) -> dict[str, Any]:
-    """Store a tensor in fp32 where a look at its middle says exceptions would take more room.
+def _storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tuple[str, str]]:
+    """Choose dtype and codec of every delta of a vector that is to be written.
 
-    An exception costs 8 bytes, fp32 costs 2 more a value: the turn is at one in four. RL deltas
-    have one in 4,000; unrelated models have most.
+    A pair of checkpoints is probed: a 16-bit dtype where an exception a value would take more room
+    (8 bytes; fp32 takes 2 more a value, so the turn is at one in four) gives way to fp32.
     """
-    kept: dict[str, Any] = {}
+    chosen = {}
+    names = set(vector.deltas)
     for name, delta in vector.deltas.items():
-        assert isinstance(delta, PairDelta)
-        kept[name] = delta
-        numel = min(PROBE_NUMEL, delta.base.numel)
-        if not delta.exact or ITEMSIZE[delta.dtype] != 2 or not numel:
-            continue
-        sides = []
-        for spec in (delta.tuned, delta.base):
-            content = bytearray(numel * ITEMSIZE[spec.dtype])
-            middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
-            read_into(spec.path, spec.start + middle, memoryview(content))
-            sides.append(kernels.from_bytes(content, spec.dtype))
-        out, scratch = sides[0].copy(), kernels.from_bytes(bytearray(2 * numel), "U16")
-        found = subtract(
-            sides[0], delta.tuned.dtype, sides[1], delta.base.dtype, delta.dtype, True, out, scratch
-        )
-        if found.delta.positions.size * 4 > numel:
-            kept[name] = delta._replace(dtype="F32")
-    return kept
+        kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
+        if isinstance(delta, PairDelta):
+            kept, sample = _probed(delta)
+            nonzero = int((sample != 0).sum())
+            if codec == "sparse":
+                dense = nonzero > DENSE_SHARE * sample.size
+            elif codec == "auto" and nonzero:
+                dense = encode_block(sample, "packed").payload.size >= 0.98 * sample.nbytes
+        elif isinstance(delta, StoredDelta):
+            kept = delta.spec.dtype
+            changed = vector.manifest["tensors"][name]["changed"]
+            dense |= codec == "sparse" and changed > DENSE_SHARE * delta.spec.numel
+        taken = any(name + part in names for parts in PARTS.values() for part in parts if part)
+        plain = dense or taken  # a tensor of the model has the name of a part
+        chosen[name] = kept, "dense" if plain else {"auto": "packed"}.get(codec, codec)
+    return chosen
+
+
+def _probed(delta: PairDelta) -> tuple[str, Any]:
+    """Return the dtype to store a pair's difference in, and the 4,096 values in its middle."""
+    numel = min(PROBE_NUMEL, delta.base.numel)
+    sides = []
+    for spec in (delta.tuned, delta.base):
+        content = bytearray(numel * ITEMSIZE[spec.dtype])
+        middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
+        read_into(spec.path, spec.start + middle, memoryview(content))
+        sides.append(kernels.from_bytes(content, spec.dtype))
+    scratch = kernels.from_bytes(bytearray(2 * numel), "U16")
+    dtype = delta.dtype
+    while True:
+        out = kernels.from_bytes(bytearray(numel * ITEMSIZE[dtype]), dtype)
+        found = subtract(sides[0], delta.tuned.dtype, sides[1], delta.base.dtype, dtype,
+                         delta.exact, out, scratch)  # fmt: skip
+        if found.delta.positions.size * 4 <= numel or ITEMSIZE[dtype] > 2:
+            return dtype, bit_pattern(out)
+        dtype = "F32"
 
 
 def _plan_apply(
-    point: Checkpoint,
-    vector: PathLike | SkillVector | None,
-    tuned: PathLike | Checkpoint | None,
-    base: PathLike | Checkpoint | None,
-    request: dict[str, Any],
-) -> tuple[Plan, SkillVector, dict[str, Any]]:
-    """Plan an apply from the request as it stands in a recipe; return plan, vector and recipe."""
+    point: Checkpoint, displacement: SkillVector, request: dict[str, Any]
+) -> tuple[Plan, dict[str, Any]]:
+    """Plan an apply from the request as it stands in a recipe; return plan and recipe."""
     lam, dtype, rounding, seed = (request[key] for key in ("lam", "dtype", "rounding", "seed"))
     if rounding not in ("nearest", "stochastic"):
         raise UsageError(f"rounding {rounding!r}: expected nearest or stochastic")
-    if vector is not None:
-        displacement = SkillVector.open(vector)
-    else:
-        assert tuned is not None and base is not None
-        displacement = SkillVector.between(tuned, base)
     if not abs(lam * displacement.scale) <= FP32_MAX:
         raise UsageError(f"lam {lam}: expected a finite number that fp32 can hold")
-    if displacement.stored is not None:
-        source: dict[str, Any] = {"ref": displacement.ref, "digest": _vector_digest(displacement)}
-    else:
-        assert displacement.tuned is not None and displacement.base is not None
-        source = {"tuned": displacement.tuned.ref, "base": displacement.base.ref}
     recipe = {
         "kind": "merged",
         "schema": 1,
         "tool": f"skillvec {__version__}",
         "target": {"ref": point.ref},
-        "vector": source,
+        "vector": _described(displacement),
         "lam": lam * displacement.scale,
         "request": request,
     }
@@ -445,21 +583,59 @@ def _plan_apply(
             "config.json is copied as it is: its dtype still names the target's, so pass"
             f" dtype to from_pretrained to load {dtype}"
         )
-    return plan, displacement, recipe
+    return plan, recipe
 
 
-def _vector_digest(vector: SkillVector) -> str:
-    """Return one digest for a stored vector: of its manifest, which holds those of its tensors."""
-    assert vector.stored is not None
-    return digest_bytes(vector.stored.metadata[METADATA_KEY].encode())
+def _described(vector: SkillVector) -> dict[str, Any]:
+    """Return what a recipe says of a vector: refs and digests, and how it is combined."""
+    if vector.stored is not None:
+        return {"ref": vector.ref, "digest": vector.stored.digest}
+    if vector.recipe is not None:
+        parts = [_described(part) for part in vector.parts]
+        return {"recipe": vector.recipe.to_dict(), "parts": parts}
+    assert vector.tuned is not None and vector.base is not None
+    return {"tuned": vector.tuned.ref, "base": vector.base.ref}
+
+
+def _reopened(said: dict[str, Any]) -> SkillVector:
+    """Return the vector that a recipe describes."""
+    if "ref" in said:
+        return SkillVector.open(said["ref"])
+    if "recipe" not in said:
+        return SkillVector.between(said["tuned"], said["base"])
+    recipe = parse_recipe(said["recipe"])
+    if recipe.op not in OPERATORS:
+        raise UsageError(f"made by the operator {recipe.op}, which is not skillvec's: pass vector")
+    return SkillVector.combined([_reopened(part) for part in said["parts"]], recipe)
+
+
+def _digests(said: dict[str, Any]) -> Any:
+    """Return what makes two descriptions of a vector the same, wherever its files lie."""
+    if "recipe" in said:
+        vectors = [share | {"vector": ""} for share in said["recipe"]["vectors"]]
+        return said["recipe"] | {"vectors": vectors}, [_digests(part) for part in said["parts"]]
+    return said.get("digest")
 
 
 NUMBER = int | float
 RECIPE = {
-    "kind": str, "schema": int, "target": {"ref": str}, "vector": {...: str}, "lam": NUMBER,
+    "kind": str, "schema": int, "target": {"ref": str}, "vector": {...: ...}, "lam": NUMBER,
     "request": {"lam": NUMBER, "dtype": str | None, "rounding": str, "seed": int,
-                "include": {0: ...}, "exclude": {0: ...}},
+                "include": [str], "exclude": [str]},
 }  # fmt: skip
+SOURCES: list[dict[Any, Any]] = [
+    {"ref": str, "digest": str}, {"tuned": str, "base": str},
+    {"recipe": {"vectors": [{"vector": str}]}, "parts": [{...: ...}]},
+]  # fmt: skip
+
+
+def _check_source(said: dict[str, Any], depth: int = 0) -> None:
+    shape = next((shape for shape in SOURCES if set(shape) <= set(said)), None)
+    if shape is None or depth > 1:
+        raise ValueError("no vector")
+    check_shape(said, shape, "vector")
+    for part in said.get("parts", ()):
+        _check_source(part, depth + 1)
 
 
 def _read_recipe(opened: Checkpoint) -> dict[str, Any]:
@@ -468,8 +644,7 @@ def _read_recipe(opened: Checkpoint) -> dict[str, Any]:
         check_shape(recipe, RECIPE, "recipe")
         if recipe["kind"] != "merged" or recipe["schema"] != 1:
             raise ValueError("another kind or schema")
-        if not {"ref"} <= set(recipe["vector"]) and not {"tuned", "base"} <= set(recipe["vector"]):
-            raise ValueError("no vector")
+        _check_source(recipe["vector"])
     except (KeyError, ValueError, TypeError, RecursionError):
         raise UsageError(
             f"{opened.ref}: neither a skill vector nor written by skillvec apply (no recipe in its"
@@ -501,16 +676,19 @@ def _planned(
 ) -> Report:
     """Return the report as far as headers can tell, and show it to the watcher."""
     count = _workers(workers)
+    mixed = [len(d.sources) for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
+    each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
     planned = {
         "nbytes_read": plan.nbytes_read,
         "nbytes_written": plan.nbytes_written,
         "files": [output.name for output in plan.outputs if output.name],
         "side_files": [name for _, name in plan.copies],
         "workers": count,
-        "memory_nbytes": (64 + count * 24) << 20,  # interpreter and numpy, then buffers a worker
+        "memory_nbytes": (64 + count * each) << 20,
         "kernels": kernels.kernels_in_use(),
     }
-    status = {"add": "applied", "subtract": "delta", "copy": "passed through", "gram": "compared"}
+    status = {"add": "applied", "store": "delta", "copy": "passed through", "gram": "compared",
+              "same": "compared"}  # fmt: skip
     report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
     named = {line["name"] for line in plan.ledger}
     report.ledger = [
@@ -521,12 +699,30 @@ def _planned(
     return report
 
 
+def _measured(plan: Plan, workers: int | None, watcher: Watcher | None) -> Plan:
+    """Run the measuring passes of the plan's operators, if they have any."""
+    mixes = [d for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
+    passes = max((mix.operator.passes(mix.parameters) for mix in mixes), default=0)
+    total = sum(mix.nbytes for mix in mixes)
+
+    def progress(done_nbytes: int) -> None:
+        if watcher:
+            watcher.advanced(done_nbytes, total)
+
+    try:
+        for number in range(passes):
+            plan = engine.measure(plan, number, _workers(workers), progress)
+    finally:
+        forget_open_files()
+    return plan
+
+
 def _run(
     plan: Plan,
     files: list[OutputFile],
     workers: int | None,
     watcher: Watcher | None,
-    side: SideWriter | None = None,
+    writer: VectorWriter | None = None,
 ) -> list[JobResult]:
     total = sum(job.nbytes_read for job in plan.jobs)
 
@@ -535,7 +731,7 @@ def _run(
             watcher.advanced(done_nbytes, total)
 
     try:
-        return engine.run(plan, files, side=side, workers=_workers(workers), progress=progress)
+        return engine.run(plan, files, writer=writer, workers=_workers(workers), progress=progress)
     finally:
         forget_open_files()
 
@@ -550,39 +746,63 @@ def _verify_vector(
 ) -> Report:
     manifest = vector.manifest
     assert vector.stored is not None
-    left = open_checkpoint(tuned or manifest["tuned"]["ref"], "tuned")
-    right = open_checkpoint(base or manifest["base"]["ref"], "base")
-    plan = plan_verify_vector(vector, left, right)
-    facts = {
-        "claim": "VECTOR + BASE = TUNED",
-        "path": os.fspath(vector.stored.path),
-        "tuned": left.ref,
-        "base": right.ref,
-        "exactness": manifest["exactness"],
-    }
+    facts = {"path": os.fspath(vector.stored.path), "exactness": manifest["exactness"]}
+    if manifest["tuned"] is None:
+        plan = plan_verify_combination(vector, _parents(vector))
+        facts |= {"claim": f"VECTOR = {manifest['formula']}"}
+    else:
+        left = open_checkpoint(tuned or manifest["tuned"]["ref"], "tuned")
+        right = open_checkpoint(base or manifest["base"]["ref"], "base")
+        plan = plan_verify_vector(vector, left, right)
+        facts |= {"claim": "VECTOR + BASE = TUNED", "tuned": left.ref, "base": right.ref,
+                  "verdict": verdict_on(right, vector)[0]}  # fmt: skip
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    results = _run(plan, [], workers, watcher)
+    results = _run(_measured(plan, workers, watcher), [], workers, watcher)
+    _conclude(report, results, "tuned", manifest["tensors"])
+    return report
+
+
+def _parents(vector: SkillVector) -> SkillVector:
+    """Return a stored combination made again from its parents, where they are what they were."""
+    manifest = vector.manifest
+    if manifest["recipe"] is None:
+        raise UsageError(f"{vector.ref}: no recipe in its manifest to make it again from")
+    recipe = parse_recipe(manifest["recipe"])
+    if recipe.op not in OPERATORS:
+        raise UsageError(f"{vector.ref}: made by the operator {recipe.op}, which is not skillvec's")
+    parts = [SkillVector.open(share.vector) for share in recipe.shares]
+    for part, parent in zip(parts, manifest["parents"], strict=True):
+        if part.manifest["identity"] != parent["identity"]:
+            raise VerificationError(f"{part.ref} is not the vector that {vector.ref} was made from")
+    return SkillVector.combined(parts, recipe)
+
+
+def _conclude(
+    report: Report,
+    results: list[JobResult],
+    side: str,
+    entries: Mapping[str, Any] | None = None,
+) -> None:
+    """Turn compared jobs into the ledger; raise VerificationError where one does not hold.
+
+    `entries` of a vector's manifest say how many values are known not to be restored.
+    """
     report.ledger, wrong = [], []
     for result in results:
         name = result.job.name
-        entry = manifest["tensors"].get(name)
+        entry = (entries or {}).get(name)
         stated = entry.get("unrestored", 0) if entry else 0
         problem = None
-        if entry and result.digests["point"] != entry["base"][1]:
+        if entry and entry["base"] and result.digests["point"] != entry["base"][1]:
             problem = f"{name}: the base's tensor is not the one the vector was made from"
         elif result.mismatches != stated:
-            problem = mismatch_line(result, "tuned")
+            problem = mismatch_line(result, side)
         line = job_line(result.job, "differs" if problem else "verified")
         report.ledger.append(line | ({"unrestored": stated} if stated else {}))
         if problem:
             wrong.append(problem)
-    _conclude(report, wrong)
-    return report
-
-
-def _conclude(report: Report, wrong: list[str]) -> None:
     if wrong:
         raise VerificationError(f"{report.facts['claim']} does not hold:\n{up_to_five(wrong)}")
     report.facts["verified"] = True

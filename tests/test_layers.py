@@ -13,24 +13,30 @@ import skillvec
 PACKAGE = Path(skillvec.__file__).parent
 # Top to bottom: a module may import those behind it in this list, and no other.
 ORDER = [
-    "__main__", "cli", "display", "verbs", "summary", "outputs", "engine", "plan", "analysis",
-    "vector", "checkpoint", "operators", "kernels", "storage", "report", "errors", "__init__",
+    "__main__", "cli", "display", "verbs", "summary", "outputs", "engine", "plan", "vector",
+    "rules", "analysis", "vectorfile", "checkpoint", "merging", "operators", "codecs", "kernels",
+    "storage", "report", "errors", "__init__",
 ]  # fmt: skip
-# (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result.
-UPWARD = {("checkpoint", "vector")}
+# (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
+# vector.save() is the verb.
+UPWARD = {("checkpoint", "vector"), ("vector", "verbs")}
 # third-party package -> the only modules that may import it
 HOMES = {
     "click": {"cli"},
     "rich": {"display"},
     "numkong": {"kernels"},
-    "xxhash": {"kernels", "storage", "engine"},
-    "numpy": {"kernels", "operators", "engine", "vector", "analysis", "summary", "verbs"},
+    "xxhash": {"kernels", "storage", "engine", "vectorfile", "merging"},
+    "zstandard": {"codecs"}, "yaml": {"rules"},
+    "numpy": {
+        "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
+        "summary",
+    },
     "torch": set(ORDER), "transformers": set(ORDER), "huggingface_hub": set(ORDER),
     "scipy": set(ORDER),
 }  # fmt: skip
 # Imported inside functions only: their import costs more than the work on a small model, and
 # rich is not wanted by a quiet run.
-LAZY = {"torch", "transformers", "huggingface_hub", "scipy", "rich", "numkong", "ray"}
+LAZY = {"torch", "transformers", "huggingface_hub", "scipy", "rich", "numkong", "ray", "zstandard", "yaml"}
 
 
 class Import:

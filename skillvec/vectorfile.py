@@ -1,0 +1,705 @@
+"""The vector file: layout, manifest, and stored deltas read and written block by block.
+
+Hides how deltas lie on the disk: which tensors a codec makes of one delta, the block table, fp32
+exceptions and replacements, shards and their index. A file that someone else wrote is hostile
+until checked. docs/format.md is the normative text.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_128
+
+from skillvec.checkpoint import FOREIGN, METADATA_KEY, VECTOR_INDEX, kind_of_file, read_index
+from skillvec.codecs import CODECS, NO_BYTES, Bytes, Encoded, decode_block
+from skillvec.errors import FormatError, up_to_five
+from skillvec.kernels import FLOATS, Array
+from skillvec.storage import (
+    ITEMSIZE,
+    LEAF_NBYTES,
+    Header,
+    OutputFile,
+    TensorSpec,
+    allocate,
+    digest_bytes,
+    digest_file_range,
+    encode_header,
+    fold_digest,
+    fsync_path,
+    leaf_digests,
+    read_header,
+    read_into,
+)
+
+SCHEMA = 1
+BLOCK_NUMEL = 1 << 20  # elements a block: the unit of work, of codecs and of random numbers
+BLOCKS, EXCEPTIONS, REPLACEMENTS = (
+    "skillvec.blocks",
+    "skillvec.exceptions",
+    "skillvec.replacements",
+)
+SIDE = (BLOCKS, EXCEPTIONS, REPLACEMENTS)
+EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])
+REPLACEMENT = np.dtype([("position", "<u4"), ("bits", "<u8")])
+# codec -> the tensors that hold a delta: the payload first
+PARTS = {
+    "zero": (), "dense": ("",), "sparse": (".values", ".bitmap"), "packed": (".packed",),
+}  # fmt: skip
+
+
+NO_DIGEST = fold_digest(b"")
+
+
+def block_count(numel: int) -> int:
+    """Return how many blocks of 2^20 elements a tensor has."""
+    return -(-numel // BLOCK_NUMEL)
+
+
+class StoredDelta(NamedTuple):
+    """A delta in a vector file.
+
+    `spec` has the delta's name, dtype and shape, and the place of its payload; `first_block` is
+    its first row in the block table of its file, `digest` that of its stored bytes.
+    """
+
+    spec: TensorSpec
+    codec: str
+    bitmap: TensorSpec | None = None
+    first_block: int = 0
+    digest: str = NO_DIGEST
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes + (self.bitmap.nbytes if self.bitmap else 0)
+
+
+# ---------------------------------------------------------------------------------- the manifest
+
+
+OPTIONAL = str | None
+TENSOR_SIDE = {0: str, 1: str}
+IDENTITY = {
+    "ref": str, "revision": OPTIONAL, "model_type": OPTIONAL, "config": OPTIONAL,
+    "tokenizer": OPTIONAL, "family": str, "probe": OPTIONAL, "sketch": {...: [int]},
+    "dtypes": {...: int},
+}  # fmt: skip
+PARENT = {"ref": str, "identity": str, "manifest": OPTIONAL, "base": str, "tuned": OPTIONAL}
+MANIFEST = {
+    "kind": str, "tool": str, "command": str, "formula": str, "dtype": str, "codec": str,
+    "identity": str, "block_numel": int,
+    "exactness": {"claim": str, "exceptions": int, "replacements": int, "unrestored": int},
+    "base": IDENTITY, "tuned": (None, IDENTITY), "parents": [PARENT], "recipe": (None, {...: ...}),
+    "training": {"method": OPTIONAL, "notes": OPTIONAL}, "license": OPTIONAL,
+    "tensors": {
+        ...: {"dtype": str, "shape": [int], "codec": str, "block": int, "digest": str,
+              "changed": int, "norm": int | float, "base": (None, TENSOR_SIDE),
+              "tuned": (None, TENSOR_SIDE)},
+    },
+    "equal": {...: TENSOR_SIDE}, "differing": [str], "tied": {...: str}, "excluded": [str],
+    "side": [{...: str}],
+}  # fmt: skip
+
+
+def check_shape(value: Any, shape: Any, where: str) -> None:
+    """Raise TypeError where `value` is not of `shape`.
+
+    A shape is a type; [shape] for a list; {key: shape} for an object that has these keys, with ...
+    for any key; {0: a, 1: b} for a list of two; (None, shape) for null or a shape; ... for all.
+    """
+    if shape is ...:
+        return
+    if isinstance(shape, tuple):
+        if value is not None:
+            check_shape(value, shape[1], where)
+    elif isinstance(shape, list):
+        _expect(isinstance(value, list), "a list", value, where)
+        for i, item in enumerate(value):
+            check_shape(item, shape[0], f"{where}[{i}]")
+    elif not isinstance(shape, dict):
+        fits = isinstance(value, shape) and not isinstance(value, bool)
+        _expect(fits, getattr(shape, "__name__", str(shape)), value, where)
+    elif 0 in shape:
+        _expect(isinstance(value, list) and len(value) == len(shape), "a pair", value, where)
+        for i, item in enumerate(value):
+            check_shape(item, shape[i], f"{where}[{i}]")
+    else:
+        _expect(isinstance(value, dict), "an object", value, where)
+        for key in value if ... in shape else shape:
+            if key not in value:
+                raise TypeError(f"{where}: {key} is missing")
+            check_shape(value[key], shape[... if ... in shape else key], f"{where}.{key}")
+
+
+def _expect(fits: bool, expected: str, value: Any, where: str) -> None:
+    if not fits:
+        raise TypeError(f"{where}: expected {expected}, found {str(value)[:40]!r}")
+
+
+def encode_manifest(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return the metadata that holds a manifest."""
+    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
+    return {"format": "pt", METADATA_KEY: text}
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+class VectorFile:
+    """A vector on the disk, headers only: one file, or a folder of shards with an index.
+
+    `deltas` are in the order of the data. Raises FormatError where manifest and tensors disagree.
+    """
+
+    def __init__(
+        self, ref: str, path: Path, headers: dict[str, Header], metadata: dict[str, str]
+    ) -> None:
+        self.ref, self.path, self.headers = ref, path, headers
+        self.digest = digest_bytes(metadata[METADATA_KEY].encode())
+        self.manifest: dict[str, Any] = json.loads(metadata[METADATA_KEY])
+        self.deltas = self._checked()
+
+    @property
+    def files(self) -> list[Path]:
+        return [Path(path) for path in self.headers]
+
+    @property
+    def real_files(self) -> list[Path]:
+        """The files that links lead to."""
+        return [file.resolve() for file in self.files]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for h in self.headers.values() for spec in h.tensors.values())
+
+    def _broken(self, what: str) -> FormatError:
+        return FormatError(f"vector {self.ref}: {what}")
+
+    def _checked(self) -> dict[str, StoredDelta]:
+        """Check the manifest against the tensors and number the blocks."""
+        manifest = self.manifest
+        if manifest.get("schema") != SCHEMA or manifest.get("block_numel") != BLOCK_NUMEL:
+            raise self._broken(
+                f"manifest schema {manifest.get('schema')!r} with blocks of"
+                f" {manifest.get('block_numel')!r}; this version reads schema {SCHEMA}, blocks of"
+                f" {BLOCK_NUMEL}: a newer skillvec is needed"
+            )
+        try:
+            check_shape(manifest, MANIFEST, "manifest")
+        except TypeError as error:
+            raise self._broken(f"broken {error}") from None
+        entries = manifest["tensors"]
+        homes = {
+            name: (path, spec)
+            for path, header in self.headers.items()
+            for name, spec in header.tensors.items()
+            if name not in SIDE
+        }
+        deltas, claimed = {}, set()
+        for name, entry in entries.items():
+            delta = self._stored(name, entry, homes)
+            deltas[name] = delta
+            claimed |= {name + part for part in PARTS[delta.codec]}
+        if claimed != set(homes):
+            extra = sorted(set(homes) - claimed)
+            raise self._broken(f"tensors that the manifest does not list:\n{up_to_five(extra)}")
+        self._check_rows(deltas)
+        return deltas
+
+    def _stored(
+        self, name: str, entry: dict[str, Any], homes: dict[str, tuple[str, TensorSpec]]
+    ) -> StoredDelta:
+        codec, dtype, shape = entry["codec"], entry["dtype"], tuple(entry["shape"])
+        sides = [entry[side][0] for side in ("base", "tuned") if entry[side]]
+        if codec not in CODECS:
+            raise self._broken(f"{name}: codec {codec!r}: a newer skillvec is needed")
+        if not {dtype, *sides} <= set(FLOATS) or any(not 0 <= n < 1 << 63 for n in shape):
+            raise self._broken(f"broken manifest: {name}: {dtype} {list(shape)}: expected floats")
+        if codec == "zero":
+            return StoredDelta(TensorSpec(name, dtype, shape, "", 0, 0), codec)
+        numel = prod(shape)
+        found = [homes.get(name + part) for part in PARTS[codec]]
+        if any(home is None or home[0] != found[0][0] for home in found):  # type: ignore[index]
+            raise self._broken(f"{name}: its {codec} tensors are missing")
+        specs = [home[1] for home in found if home]
+        payload = specs[0]
+        wanted: dict[str, list[tuple[str, tuple[int, ...] | None]]] = {
+            "dense": [(dtype, shape)],
+            "packed": [("U8", None)],
+            "sparse": [(dtype, None), ("U8", (-(-numel // 8),))],
+        }
+        for spec, (want_dtype, want_shape) in zip(specs, wanted[codec], strict=True):
+            wrong = spec.dtype != want_dtype or len(spec.shape) != len(want_shape or (0,))
+            if wrong or (want_shape is not None and spec.shape != want_shape):
+                raise self._broken(
+                    f"{spec.name}: {spec.dtype} {list(spec.shape)}, the manifest says {codec}"
+                    f" {dtype} {list(shape)}"
+                )
+        if payload.nbytes > numel * ITEMSIZE[dtype]:
+            raise self._broken(f"{name}: {payload.nbytes} bytes for {numel} values")
+        place = payload._replace(name=name, dtype=dtype, shape=shape)
+        bitmap = specs[1] if codec == "sparse" else None
+        return StoredDelta(place, codec, bitmap, entry["block"], entry["digest"])
+
+    def _check_rows(self, deltas: dict[str, StoredDelta]) -> None:
+        """Refuse block tables whose rows are not those of the deltas, each row once."""
+        rows = dict.fromkeys(self.headers, 0)
+        for name, delta in sorted(deltas.items(), key=lambda item: item[1].first_block):
+            if delta.codec == "zero":
+                continue
+            if delta.first_block != rows[delta.spec.path]:
+                raise self._broken(
+                    f"{name}: first block {delta.first_block}, expected {rows[delta.spec.path]}"
+                )
+            rows[delta.spec.path] += block_count(delta.spec.numel)
+        for path, count in rows.items():
+            blocks = self.headers[path].tensors.get(BLOCKS)
+            if blocks is None or (blocks.dtype, blocks.shape) != ("U8", (count, 12)):
+                raise self._broken(f"{os.path.basename(path)}: {BLOCKS} is not U8 [{count}, 12]")
+
+
+def find_vector(ref: str | os.PathLike[str]) -> VectorFile | None:
+    """Open a vector file or folder, or return None where the path is something else."""
+    path = Path(os.fspath(ref)).expanduser().resolve()
+    if path.is_dir():
+        index = path / VECTOR_INDEX
+        if not index.is_file():
+            return None
+        weight_map, metadata = read_index(index)
+        if kind_of_file(metadata) != "vector":
+            raise FormatError(f"{index}: no manifest of a skill vector in its metadata")
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise FormatError(f"vector {path}: shards are missing:\n{up_to_five(missing)}")
+        headers = {os.fspath(path / name): read_header(path / name) for name in names}
+        held = {name: os.path.basename(p) for p, h in headers.items() for name in h.tensors}
+        wrong = [name for name in held if name not in SIDE and weight_map.get(name) != held[name]]
+        wrong += [name for name in weight_map if name not in held]
+        if wrong:
+            raise FormatError(f"vector {path}: index and shards disagree:\n{up_to_five(wrong)}")
+    else:
+        if not path.is_file() or path.stat().st_size < 8 or path.suffix in FOREIGN:
+            return None
+        header = read_header(path)
+        headers, metadata = {os.fspath(path): header}, header.metadata
+        kind = kind_of_file(metadata)
+        if kind == "vector shard":
+            raise FormatError(f"{path}: one shard of a vector: open the folder it lies in")
+        if kind != "vector":
+            return None
+    return VectorFile(os.fspath(ref), path, headers, metadata)
+
+
+class StoredBlock(NamedTuple):
+    """What a file holds of one block besides its values; `digest` is of the stored bytes."""
+
+    exceptions: npt.NDArray[Any]
+    replacements: npt.NDArray[Any]
+    digest: bytes
+    is_zero: bool
+
+
+class BlockReader:
+    """Reads stored deltas block by block, in any order and from any thread, checking as it goes."""
+
+    def __init__(self, vector: VectorFile) -> None:
+        self._vector = vector
+        self._ends: dict[str, npt.NDArray[np.int64]] = {}
+        sides = vector.manifest["side"]
+        if len(sides) != len(vector.headers):
+            raise self._broken("the manifest lists another number of shards")
+        for (path, header), digests in zip(vector.headers.items(), sides, strict=True):
+            for name in SIDE:
+                if name in header.tensors:
+                    spec = header.tensors[name]
+                    if digest_file_range(path, spec.start, spec.nbytes) != digests.get(name):
+                        raise self._broken(f"{name} differs from its digest in the manifest")
+            self._ends[path] = self._read_table(path, header)
+        for delta in vector.deltas.values():
+            self._check_lengths(delta)
+
+    def _broken(self, what: str) -> FormatError:
+        return FormatError(f"vector {self._vector.ref}: {what}: the file was altered")
+
+    def _read_table(self, path: str, header: Header) -> npt.NDArray[np.int64]:
+        """Return the running sums of payload bytes, exceptions and replacements by row."""
+        spec = header.tensors[BLOCKS]
+        content = bytearray(spec.nbytes)
+        read_into(path, spec.start, memoryview(content))
+        counts = np.frombuffer(content, "<u4").reshape(-1, 3)
+        ends = np.zeros((len(counts) + 1, 3), np.int64)
+        np.cumsum(counts, axis=0, out=ends[1:])
+        for column, name, record in ((1, EXCEPTIONS, EXCEPTION), (2, REPLACEMENTS, REPLACEMENT)):
+            total, found = int(ends[-1, column]), header.tensors.get(name)
+            shape = (total, record.itemsize)
+            if (total or found) and (found is None or (found.dtype, found.shape) != ("U8", shape)):
+                raise self._broken(f"{name} is not U8 {list(shape)}")
+        return ends
+
+    def _check_lengths(self, delta: StoredDelta) -> None:
+        if delta.codec == "zero":
+            return
+        first, numel = delta.first_block, delta.spec.numel
+        itemsize = ITEMSIZE[delta.spec.dtype]
+        ends = self._ends[delta.spec.path][first : first + block_count(numel) + 1, 0]
+        raw = np.full(ends.size - 1, BLOCK_NUMEL * itemsize)
+        if raw.size:
+            raw[-1] = (numel - (raw.size - 1) * BLOCK_NUMEL) * itemsize
+        lengths = np.diff(ends)
+        fits = (lengths == raw if delta.codec == "dense" else lengths <= raw).all()
+        if not fits or ends[-1] - ends[0] != delta.spec.nbytes:
+            raise self._broken(f"{delta.spec.name}: {BLOCKS} does not fit its {delta.codec} bytes")
+
+    def read(self, delta: StoredDelta, block: int, out: Array, scratch: Bytes) -> StoredBlock:
+        """Fill `out` with a block's values.
+
+        `scratch` has room for the values and a bitmap. Raises FormatError naming the tensor where
+        the bytes do not decode.
+        """
+        if delta.codec == "zero":
+            out.fill(0)
+            return StoredBlock(np.zeros(0, EXCEPTION), np.zeros(0, REPLACEMENT), b"", True)
+        path, row = delta.spec.path, delta.first_block + block
+        ends = self._ends[path]
+        begin, end = (int(ends[r, 0] - ends[delta.first_block, 0]) for r in (row, row + 1))
+        payload = out.view(np.uint8) if delta.codec == "dense" else scratch[: end - begin]
+        read_into(path, delta.spec.start + begin, payload.data)
+        bitmap = NO_BYTES
+        hashed = xxh3_128()
+        if delta.bitmap is not None:
+            bitmap = scratch[out.nbytes :][: -(-out.size // 8)]
+            read_into(path, delta.bitmap.start + block * BLOCK_NUMEL // 8, bitmap.data)
+            hashed.update(bitmap.data)
+        hashed.update(payload.data)
+        if delta.codec != "dense":
+            try:
+                decode_block(Encoded(payload, bitmap), delta.codec, out)
+            except ValueError as error:
+                raise self._broken(f"{delta.spec.name}, block {block}: {error}") from None
+        return StoredBlock(
+            self._records(path, EXCEPTIONS, 1, row, out.size, EXCEPTION),
+            self._records(path, REPLACEMENTS, 2, row, out.size, REPLACEMENT),
+            hashed.digest(),
+            begin == end,
+        )
+
+    def _records(
+        self, path: str, name: str, column: int, row: int, numel: int, record: np.dtype[Any]
+    ) -> npt.NDArray[Any]:
+        first, last = self._ends[path][row : row + 2, column].tolist()
+        if first == last:
+            return np.zeros(0, record)
+        if last - first > numel:
+            raise self._broken(f"{name}, block {row}: {last - first} records for {numel} values")
+        content = bytearray((last - first) * record.itemsize)
+        spec = self._vector.headers[path].tensors[name]
+        read_into(path, spec.start + first * record.itemsize, memoryview(content))
+        records = np.frombuffer(content, record)
+        at = records["position"]
+        if at[-1] >= numel or (at.size > 1 and not (at[1:] > at[:-1]).all()):
+            raise self._broken(
+                f"{name}, block {row}: positions do not rise within the block of {numel}"
+            )
+        return records
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+class Entry(NamedTuple):
+    """A delta to be written: the codec is the one planned, zero if all its values turn out so."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bitmap_nbytes(self) -> int:
+        return -(-self.numel // 8) if self.codec == "sparse" else 0
+
+    @property
+    def nbytes(self) -> int:
+        """The most it can take."""
+        return self.numel * ITEMSIZE[self.dtype] + self.bitmap_nbytes
+
+
+def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
+    """Return entries in the order of the data: wide dtypes first, what is only bytes last."""
+    return sorted(entries, key=lambda e: (e.codec == "packed", -ITEMSIZE[e.dtype], e.name))
+
+
+def tensor_entry(
+    entry: Entry, codec: str, block: int, digest: str, changed: int, norm: float,
+    base: list[str] | None, tuned: list[str] | None, unrestored: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the manifest's line on one tensor; the norm in the 5 digits it is good for."""
+    line = {
+        "dtype": entry.dtype, "shape": list(entry.shape), "codec": codec, "block": block,
+        "digest": digest, "changed": changed, "norm": float(f"{norm:.4e}"), "base": base,
+        "tuned": tuned,
+    }  # fmt: skip
+    return line | ({"unrestored": unrestored} if unrestored else {})
+
+
+def exactness_entry(
+    claim: str, exceptions: int, replacements: int, unrestored: int
+) -> dict[str, Any]:
+    """Return the manifest's statement of what base + 1 * v restores."""
+    return {
+        "claim": claim,
+        "exceptions": exceptions,
+        "replacements": replacements,
+        "unrestored": unrestored,
+    }
+
+
+def _widest(manifest: dict[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return the manifest at its longest: what is known last, with the most digits."""
+    hexes = "0" * 32
+    total = sum(entry.numel for entry in entries)
+    rows = total // BLOCK_NUMEL + len(entries)
+    side = ["BF16", hexes]
+    lines = {
+        e.name: tensor_entry(e, "packed", rows, hexes, e.numel, -1.2345e-300, side, side, e.numel)
+        for e in entries
+    }
+    return manifest | {
+        "tensors": lines,
+        "equal": {name: [entry[0], hexes] for name, entry in manifest["equal"].items()},
+        "differing": list(manifest["equal"]),
+        "side": [dict.fromkeys(SIDE, hexes)],
+        "exactness": exactness_entry("combined", total, total, total),
+    }
+
+
+class _Shard:
+    """One file being written: which rows it has, and where its side records wait."""
+
+    def __init__(self, path: str, reserved_nbytes: int, windowed: bool) -> None:
+        self.file = OutputFile(path, 0, windowed)
+        self.file.reserve(reserved_nbytes)
+        self.reserved_nbytes = reserved_nbytes
+        self.entries: list[int] = []
+        self.bitmaps_nbytes = 0
+        self.records: tuple[int, ...] = ()  # exceptions and replacements
+
+
+class VectorWriter:
+    """Writes deltas block by block into one file, or into shards where one would grow too large.
+
+    Blocks are encoded in any order and placed in the order of their rows: a worker waits until the
+    blocks before its own have their places. So the bytes do not depend on the worker count, no
+    size has to be known before, and nothing is held in memory. Bitmaps and side records wait in
+    files in the staging folder.
+    """
+
+    SPILLS = ("bitmaps", "exceptions", "replacements")
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: Sequence[Entry],
+        manifest: dict[str, Any],
+        max_shard_nbytes: int,
+        windowed: bool,
+    ) -> None:
+        self._folder, self._entries, self._windowed = folder, entries, windowed
+        self._max_shard_nbytes = max_shard_nbytes
+        self._made = folder / "made"
+        self._made.mkdir()
+        self._first_rows = np.cumsum([0, *(block_count(e.numel) for e in entries)])
+        self._owner = np.repeat(np.arange(len(entries)), np.diff(self._first_rows))
+        rows = int(self._first_rows[-1])
+        self._counts = np.zeros((rows, 3), np.uint32)
+        self._spills = [OutputFile(os.fspath(folder / name), 0) for name in self.SPILLS]
+        widest = encode_manifest(_widest(manifest, entries))
+        self._reserved = [len(encode_header(self._layout(range(len(entries)), None), widest))]
+        # what later shards need: the names that may still come
+        widths = [len(json.dumps(e.name).encode()) * 2 + 40 * len(e.shape) + 200 for e in entries]
+        self._reserved += [(1 << 10) + int(n) for n in np.cumsum(widths[::-1])[::-1][1:]]
+        self._shards: list[_Shard] = []
+        self._turn, self._stopped = threading.Condition(), False
+        self._next = 0
+        self._open_shard(0)
+
+    def _open_shard(self, first_entry: int) -> None:
+        path = self._made / f"shard-{len(self._shards)}"
+        reserved = -(-self._reserved[first_entry] // 8) * 8
+        self._shards.append(_Shard(os.fspath(path), reserved, self._windowed))
+
+    def add(
+        self,
+        row: int,
+        encoded: Encoded,
+        exceptions: npt.NDArray[Any],
+        replacements: npt.NDArray[Any],
+    ) -> bytes:
+        """Take one block in its turn; return the digest of its bytes."""
+        pieces = [encoded.bitmap, exceptions.view(np.uint8), replacements.view(np.uint8)]
+        with self._turn:
+            self._turn.wait_for(lambda: self._next == row or self._stopped)
+            if self._stopped:
+                return b""
+            owner = int(self._owner[row])
+            if row == self._first_rows[owner]:
+                self._begin(owner)
+            file = self._shards[-1].file
+            offset = file.reserve(encoded.payload.size)
+            spilled = [
+                spill.reserve(piece.size) for spill, piece in zip(self._spills, pieces, strict=True)
+            ]
+            self._next += 1
+            self._turn.notify_all()
+        file.write(offset, encoded.payload.data)
+        for spill, at, piece in zip(self._spills, spilled, pieces, strict=True):
+            if piece.size:
+                spill.write(at, piece.data)
+        self._counts[row] = encoded.payload.size, exceptions.size, replacements.size
+        hashed = xxh3_128(encoded.bitmap.data)
+        hashed.update(encoded.payload.data)
+        return hashed.digest()
+
+    def _begin(self, owner: int) -> None:
+        """Begin a tensor; in a new shard where this one might grow over the limit."""
+        shard, entry = self._shards[-1], self._entries[owner]
+        held = shard.file.nbytes + shard.bitmaps_nbytes
+        if shard.entries and held + entry.nbytes > self._max_shard_nbytes:
+            self._open_shard(owner)
+            shard = self._shards[-1]
+        shard.entries.append(owner)
+        shard.bitmaps_nbytes += entry.bitmap_nbytes
+
+    def stop(self) -> None:
+        """Let waiting workers go: the run has failed."""
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
+
+    # ------------------------------------------------------------------------ when all is in
+
+    def _used(self, owner: int) -> npt.NDArray[np.int64]:
+        """Return payload bytes, exceptions and replacements of a tensor."""
+        rows = slice(self._first_rows[owner], self._first_rows[owner + 1])
+        used: npt.NDArray[np.int64] = self._counts[rows].sum(axis=0, dtype=np.int64)
+        return used
+
+    def _codec(self, owner: int) -> str:
+        entry = self._entries[owner]
+        empty = not self._used(owner).any() and (entry.codec != "dense" or not entry.numel)
+        return "zero" if empty else entry.codec
+
+    def _layout(
+        self, owners: Iterable[int], records: Sequence[int] | None
+    ) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return the tensors of a shard for its header; at the most they can take if no records."""
+        payloads, bitmaps, rows, total = [], [], 0, 0
+        for owner in owners:
+            entry = self._entries[owner]
+            codec = entry.codec if records is None else self._codec(owner)
+            if codec == "zero":
+                continue
+            nbytes = entry.numel * ITEMSIZE[entry.dtype]
+            total, rows = total + entry.numel, rows + block_count(entry.numel)
+            if records is not None:
+                nbytes = int(self._used(owner)[0])
+            if codec == "dense":
+                payloads.append((entry.name, entry.dtype, entry.shape))
+            elif codec == "sparse":
+                shape = (nbytes // ITEMSIZE[entry.dtype],)
+                payloads.append((entry.name + PARTS[codec][0], entry.dtype, shape))
+                bitmaps.append((entry.name + PARTS[codec][1], "U8", (entry.bitmap_nbytes,)))
+            else:
+                payloads.append((entry.name + PARTS[codec][0], "U8", (nbytes,)))
+        exceptions, replacements = (total, total) if records is None else records
+        sides = ((BLOCKS, rows, 12), (EXCEPTIONS, exceptions, 8), (REPLACEMENTS, replacements, 12))
+        side = [(n, "U8", (count, width)) for n, count, width in sides if count or n == BLOCKS]
+        return [*payloads, *bitmaps, *side]
+
+    def settle(self) -> dict[str, Any]:
+        """Append bitmaps and side tables; return what the manifest is completed with.
+
+        `tensors` maps a name to its codec and first row; `side` holds digests a shard;
+        `exceptions` and `replacements` are counts.
+        """
+        placed = {entry.name: ("zero", 0) for entry in self._entries}
+        sides, at = [], [0, 0, 0]
+        for shard in self._shards:
+            row, table = 0, []
+            for owner in shard.entries:
+                entry, codec = self._entries[owner], self._codec(owner)
+                if codec != "zero":
+                    placed[entry.name] = codec, row
+                    rows = self._counts[self._first_rows[owner] : self._first_rows[owner + 1]]
+                    row += len(rows)
+                    table.append(rows)
+                    if codec == "sparse":
+                        self._append(shard.file, 0, at[0], entry.bitmap_nbytes)
+                at[0] += entry.bitmap_nbytes
+            counts = np.concatenate(table) if table else np.zeros((0, 3), np.uint32)
+            content = counts.astype("<u4").tobytes()
+            shard.file.append(content)
+            digests = {BLOCKS: digest_bytes(content)}
+            shard.records = tuple(int(n) for n in counts[:, 1:].sum(axis=0, dtype=np.int64))
+            kinds = ((EXCEPTIONS, EXCEPTION), (REPLACEMENTS, REPLACEMENT))
+            for spill, (name, record) in enumerate(kinds, 1):
+                nbytes = shard.records[spill - 1] * record.itemsize
+                if nbytes:
+                    digests[name] = self._append(shard.file, spill, at[spill], nbytes)
+                at[spill] += nbytes
+            sides.append(digests)
+        exceptions, replacements = self._counts[:, 1:].sum(axis=0, dtype=np.int64).tolist()
+        return {
+            "tensors": placed, "side": sides, "exceptions": exceptions,
+            "replacements": replacements,
+        }  # fmt: skip
+
+    def _append(self, file: OutputFile, spill: int, start: int, nbytes: int) -> str:
+        """Copy a range of a spill to the end of a file; return its digest."""
+        leaves, buffer = bytearray(), memoryview(allocate(8 * LEAF_NBYTES))
+        for at in range(0, nbytes, len(buffer)):
+            piece = buffer[: min(len(buffer), nbytes - at)]
+            self._spills[spill].read_into(start + at, piece)
+            file.append(piece)
+            leaves += leaf_digests(piece)
+        return fold_digest(leaves)
+
+    def finish(self, manifest: dict[str, Any]) -> Path:
+        """Write headers, and an index for shards; return the file or folder, all on the disk."""
+        if len(self._shards) == 1:
+            self._write_header(self._shards[0], encode_manifest(manifest))
+            return Path(self._shards[0].file.path)
+        metadata = {"format": "pt", METADATA_KEY: '{"kind":"vector shard"}'}
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number, shard in enumerate(self._shards, 1):
+            name = f"vector-{number:05}-of-{len(self._shards):05}.safetensors"
+            weight_map |= dict.fromkeys(self._write_header(shard, metadata), name)
+            total += shard.file.nbytes - shard.reserved_nbytes
+            os.rename(shard.file.path, self._made / name)
+        index = {"metadata": {"total_size": total, **encode_manifest(manifest)}}
+        text = json.dumps(index | {"weight_map": weight_map}, indent=2, ensure_ascii=False)
+        (self._made / VECTOR_INDEX).write_text(text + "\n")
+        fsync_path(os.fspath(self._made / VECTOR_INDEX))
+        return self._made
+
+    def _write_header(self, shard: _Shard, metadata: dict[str, str]) -> list[str]:
+        layout = self._layout(shard.entries, shard.records)
+        shard.file.write(0, encode_header(layout, metadata, shard.reserved_nbytes))
+        shard.file.sync()
+        return [name for name, _, _ in layout if name not in SIDE]
+
+    def close(self) -> None:
+        for file in (*self._spills, *(shard.file for shard in self._shards)):
+            file.close()
