@@ -7,7 +7,8 @@ input in memory, float32 arithmetic with lambda in float32 and one rounding at t
 The reference is `tuned - base`, or `target + lam * (tuned - base)` when a target is given, or
 another program's output (`--against`). A step is one bf16 value: the distance between two values
 is the number of steps between them in the order of the real numbers, with -0 and +0 in one place.
-Near zero one float32 rounding can be thousands of steps, so differing values are counted as well.
+Near zero one float32 rounding can be thousands of steps, so differing values are counted as well,
+and those that differ in any bit, a zero's sign included.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def compare(output: Path, sources: dict[str, Path], lam: float) -> dict[str, int
                 f"{role} and output differ in {len(unlike)} tensors: {sorted(unlike)[:5]}"
             )
 
-    def measure(job: tuple[str, int]) -> tuple[int, int, int, int]:
+    def measure(job: tuple[str, int]) -> tuple[int, int, int, int, int]:
         name, first = job
         bits = {role: read(found[name], first) for role, found in inputs.items()}
         if "against" in bits:
@@ -89,15 +90,18 @@ def compare(output: Path, sources: dict[str, Path], lam: float) -> dict[str, int
             if "target" in bits:
                 value = widen(bits["target"]) + np.float32(lam) * value
             expected = round_bf16(value)
-        away = steps(read(actual[name], first), expected)
+        found = read(actual[name], first)
+        unequal = int(np.count_nonzero(found != expected))
+        away = steps(found, expected)
         away = away[away > 0]
-        return away.size, int((away > 1).sum()), int(away.max(initial=0)), expected.size
+        return away.size, int((away > 1).sum()), int(away.max(initial=0)), unequal, expected.size
 
     jobs = ((name, first) for name in actual for first in range(0, actual[name][2], BLOCK))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         columns = list(zip(*pool.map(measure, jobs), strict=True))
     return {
-        "values": sum(columns[3]),
+        "values": sum(columns[4]),
+        "unequal_bits": sum(columns[3]),
         "differ": sum(columns[0]),
         "beyond_one_step": sum(columns[1]),
         "worst_steps": max(columns[2]),

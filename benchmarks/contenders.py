@@ -28,18 +28,24 @@ PYTHON = sys.executable
 SKILLVEC = Path(PYTHON).parent / "skillvec"
 MERGEKIT = HERE.parent / ".venv-mergekit" / "bin" / "mergekit-yaml"
 LAM = "0.7"
+# How `skillvec diff` may store a delta. The plain job names are of dense; a codec that is timed too
+# has jobs of its own. auto takes the smallest for each tensor.
+CODECS = ("dense", "sparse", "packed", "auto")
+TIMED_CODECS = ("sparse", "packed")
 
 
 @dataclass(frozen=True)
 class Job:
     """One task as each contender does it.
 
-    `reference` are check.py's arguments for the outputs, `float32` is mergekit at full precision.
+    `reference` are check.py's arguments for the outputs. `against` maps a contender to a label and
+    the command whose output check.py compares with skillvec's: mergekit's at full precision, or
+    skillvec's own from the dense delta.
     """
 
     commands: dict[str, Command]
     reference: list[str] = field(default_factory=list)
-    float32: Command | None = None
+    against: dict[str, tuple[str, Command]] = field(default_factory=dict)
 
 
 def copy(inputs: tuple[Path, ...], out: Path | None, *, synced: bool = False) -> Command:
@@ -61,6 +67,21 @@ def skillvec(
     """Return a skillvec command; `places` are its positional inputs."""
     output = ["-o", str(out), "-q", "--force"] if out else []
     return Command([str(SKILLVEC), verb, *map(str, places), *output, *options], places, out)
+
+
+def diff(tuned: Path, base: Path, out: Path, codec: str = "dense") -> Command:
+    """Return skillvec's diff with the codec named."""
+    return skillvec("diff", tuned, base, out=out, options=["--codec", codec])
+
+
+def apply(target: Path, vector: Path, out: Path, lam: str = LAM) -> Command:
+    """Return skillvec's apply of a stored delta."""
+    return skillvec("apply", target, vector, out=out, options=["--lam", lam])
+
+
+def stored(work: Path, codec: str = "dense", pair: str = "rl-sft") -> Path:
+    """Return where `prepare` stores skillvec's delta."""
+    return work / f"{pair}.{codec}.safetensors"
 
 
 def naive(verb: str, *arguments: Path | str, out: Path | None = None) -> Command:
@@ -99,11 +120,12 @@ def prepare(family: Path, work: Path, contenders: list[str]) -> None:
     base, sft, rl = (family / member for member in ("base", "sft", "rl"))
     commands = []
     for tuned, of in ((rl, sft), (sft, base)):
-        name = f"{tuned.name}-{of.name}.safetensors"
+        pair = f"{tuned.name}-{of.name}"
         if "skillvec" in contenders:
-            commands.append(skillvec("diff", tuned, of, out=work / name))
+            for codec in CODECS if tuned is rl else ("dense",):
+                commands.append(diff(tuned, of, stored(work, codec, pair), codec))
         if "naive" in contenders or "skillvec" not in contenders:
-            commands.append(naive("diff", tuned, of, out=work / f"naive-{name}"))
+            commands.append(naive("diff", tuned, of, out=work / f"naive-{pair}.safetensors"))
     if "mergekit" in contenders:
         commands.append(mergekit(work / "mergekit-delta", {rl: 1.0, sft: -1.0}))
     for command in commands:
@@ -113,10 +135,10 @@ def prepare(family: Path, work: Path, contenders: list[str]) -> None:
 def jobs_of(family: Path, work: Path, contenders: list[str]) -> dict[str, Job]:
     """Return the jobs on weights by name, with the contenders asked for."""
     sft, rl, target = (family / member for member in ("sft", "rl", "target"))
-    plain = tuple(work / f"naive-{name}.safetensors" for name in ("rl-sft", "sft-base"))
-    stored = tuple(work / f"{name}.safetensors" for name in ("rl-sft", "sft-base"))
+    plain = tuple(work / f"naive-{pair}.safetensors" for pair in ("rl-sft", "sft-base"))
+    dense = tuple(stored(work, pair=pair) for pair in ("rl-sft", "sft-base"))
     if "skillvec" not in contenders:
-        stored = plain
+        dense = plain
     out, file = work / "out", work / "out.safetensors"
     delta = ["--tuned", str(rl), "--base", str(sft)]
     whole = [*delta, "--target", str(target), "--lam"]
@@ -124,7 +146,7 @@ def jobs_of(family: Path, work: Path, contenders: list[str]) -> dict[str, Job]:
     commands = {
         "floor": copy((sft, rl), out),
         "floor+sync": copy((sft, rl), out, synced=True),
-        "skillvec": skillvec("diff", rl, sft, out=file),
+        "skillvec": diff(rl, sft, file),
         "naive": naive("diff", rl, sft, out=file),
         "mergekit": mergekit(work / "out-diff", {rl: 1.0, sft: -1.0}),
     }
@@ -132,14 +154,26 @@ def jobs_of(family: Path, work: Path, contenders: list[str]) -> dict[str, Job]:
     for name, lam in (("apply", LAM), ("apply-lam1", "1.0")):
         weights = {target: 1.0, work / "mergekit-delta": float(lam)}
         commands = {
-            "floor": copy((stored[0], target), out),
-            "floor+sync": copy((stored[0], target), out, synced=True),
-            "skillvec": skillvec("apply", target, stored[0], out=out, options=["--lam", lam]),
+            "floor": copy((dense[0], target), out),
+            "floor+sync": copy((dense[0], target), out, synced=True),
+            "skillvec": apply(target, dense[0], out, lam),
             "naive": naive("apply", target, plain[0], lam, out=out),
             "mergekit": mergekit(work / f"out-{name}", weights),
         }
         float32 = mergekit(work / f"out-{name}-float32", weights, dtype="float32")
-        jobs[name] = Job(commands, [*whole, lam], float32)
+        jobs[name] = Job(commands, [*whole, lam], {"mergekit": ("mergekit fp32", float32)})
+    for codec in TIMED_CODECS if "skillvec" in contenders else ():
+        own = {
+            "diff": diff(rl, sft, file, codec),
+            "apply": apply(target, stored(work, codec), out),
+        }
+        for name, command in own.items():
+            # the floors stay those of the dense job: all that a small delta saves is skillvec's
+            dense_job = jobs[name].commands
+            commands = {**dense_job, "skillvec": command}
+            against = {"skillvec": ("dense", dense_job["skillvec"])} if name == "apply" else {}
+            asked = {who: c for who, c in commands.items() if who not in ("naive", "mergekit")}
+            jobs[f"{name}-{codec}"] = Job(asked, against=against)
     weights = {target: 1.0, rl: float(LAM)}
     fused = skillvec("apply", target, out=out, options=[*delta, "--lam", LAM])
     commands = {
@@ -150,16 +184,17 @@ def jobs_of(family: Path, work: Path, contenders: list[str]) -> dict[str, Job]:
         "mergekit": mergekit(work / "out-fused", weights, sft),
     }
     float32 = mergekit(work / "out-fused-float32", weights, sft, "float32")
-    jobs["fused"] = Job(commands, [*whole, LAM], float32)
+    jobs["fused"] = Job(commands, [*whole, LAM], {"mergekit": ("mergekit fp32", float32)})
     commands = {
-        "floor": copy(stored, None),
-        "skillvec": skillvec("orthogonality", *stored, options=["--json"]),
+        "floor": copy(dense, None),
+        "skillvec": skillvec("orthogonality", *dense, options=["--json"]),
         "naive": naive("orthogonality", *plain),
     }
     jobs["orthogonality"] = Job(commands)
     for name, job in jobs.items():
         asked = {who: job.commands[who] for who in contenders if who in job.commands}
-        jobs[name] = Job(asked, job.reference, job.float32)
+        against = {who: job.against[who] for who in contenders if who in job.against}
+        jobs[name] = Job(asked, job.reference, against)
     return jobs
 
 

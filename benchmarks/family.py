@@ -12,7 +12,8 @@ checkpoint is its rounding to bf16, so an update smaller than half a step still 
 
 - base: N(0, .02), norm weights about 1
 - sft: base plus a dense update of about one bf16 step, so most values change
-- rl: sft plus an update calibrated to change 17 % of the values, norm weights untouched
+- rl: sft plus an update calibrated to change 17 % of the values, or another share; norm weights
+  untouched
 - target: base plus another dense update
 
 Needs numpy alone, so that it runs where torch does not.
@@ -47,7 +48,10 @@ NORM_RMS = 0.1
 
 @dataclass(frozen=True)
 class Size:
-    """The shapes of one family; `shard_nbytes` is the most a shard may hold."""
+    """The shapes of one family; `shard_nbytes` is the most a shard may hold.
+
+    `rl_update_rms` decides which share of the values rl changes.
+    """
 
     vocab: int
     hidden: int
@@ -56,6 +60,7 @@ class Size:
     kv_heads: int
     intermediate: int
     shard_nbytes: int
+    rl_update_rms: float = RL_UPDATE_RMS
 
 
 SIZES = {
@@ -148,7 +153,9 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
 
 
-def blocks(tensor: Tensor, block: int, numel: int) -> dict[str, np.ndarray]:
+def blocks(
+    tensor: Tensor, block: int, numel: int, rl_update_rms: float = RL_UPDATE_RMS
+) -> dict[str, np.ndarray]:
     """Return every member's uint16 bits for one block of `tensor`."""
     keys = np.random.SeedSequence([SEED, tensor.index, block])
     normal = np.random.Generator(np.random.SFC64(keys)).standard_normal
@@ -158,7 +165,7 @@ def blocks(tensor: Tensor, block: int, numel: int) -> dict[str, np.ndarray]:
         return dict.fromkeys(MEMBERS, base)
     master *= np.float32(WEIGHT_RMS)
     sft = master + normal(numel, np.float32) * np.float32(DENSE_UPDATE_RMS)
-    rl = sft + normal(numel, np.float32) * np.float32(RL_UPDATE_RMS)
+    rl = sft + normal(numel, np.float32) * np.float32(rl_update_rms)
     target = master + normal(numel, np.float32) * np.float32(DENSE_UPDATE_RMS)
     return {name: to_bf16(v) for name, v in zip(MEMBERS, (master, sft, rl, target), strict=True)}
 
@@ -168,6 +175,7 @@ def write_shard(
     header: bytes,
     tensors: list[Tensor],
     nbytes: int,
+    rl_update_rms: float,
     pool: ThreadPoolExecutor,
 ) -> tuple[int, int, int]:
     """Write one shard of all members; returns (values, changed by sft, changed by rl)."""
@@ -176,7 +184,7 @@ def write_shard(
     def fill(job: tuple[Tensor, int]) -> tuple[int, int, int]:
         tensor, block = job
         first = block * BLOCK
-        bits = blocks(tensor, block, min(BLOCK, tensor.numel - first))
+        bits = blocks(tensor, block, min(BLOCK, tensor.numel - first), rl_update_rms)
         for name, fd in files.items():
             os.pwrite(fd, bits[name].data, tensor.start + 2 * first)
         by_sft = np.count_nonzero(bits["sft"] != bits["base"])
@@ -231,12 +239,12 @@ def side_files(size: Size) -> dict[str, object]:
     }
 
 
-def make(name: str) -> Path:
-    """Return the family's folder, making the family unless a whole one is there."""
-    size, root = SIZES[name], folder(name)
+def make(size: Size, root: Path) -> Path:
+    """Return `root`, making the family there unless a whole one is there."""
     marker = root / "family.json"
-    updates = {"dense": DENSE_UPDATE_RMS, "rl": RL_UPDATE_RMS, "norm": NORM_RMS}
-    recipe = {"seed": SEED, "block": BLOCK, "numpy": np.__version__, **asdict(size), **updates}
+    fields = asdict(size)
+    updates = {"dense": DENSE_UPDATE_RMS, "rl": fields.pop("rl_update_rms"), "norm": NORM_RMS}
+    recipe = {"seed": SEED, "block": BLOCK, "numpy": np.__version__, **fields, **updates}
     if marker.exists() and json.loads(marker.read_text())["recipe"] == recipe:
         return root
     shutil.rmtree(root, ignore_errors=True)
@@ -250,7 +258,7 @@ def make(name: str) -> Path:
             file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
             weight_map |= {t.name: file for t in tensors}
             paths = {member: root / member / file for member in MEMBERS}
-            written = write_shard(paths, header, tensors, nbytes, pool)
+            written = write_shard(paths, header, tensors, nbytes, size.rl_update_rms, pool)
             counts = [a + b for a, b in zip(counts, written, strict=True)]
     index = {
         "metadata": {"total_size": 2 * counts[0]},
@@ -273,7 +281,7 @@ def main() -> None:
     )
     for name in parser.parse_args().sizes:
         began = time.perf_counter()
-        root = make(name)
+        root = make(SIZES[name], folder(name))
         summary = json.loads((root / "family.json").read_text())
         share = ", ".join(f"{k} {v:.1%} changed" for k, v in summary["changed_share"].items())
         seconds = time.perf_counter() - began

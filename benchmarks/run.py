@@ -17,33 +17,42 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from contenders import (
+    CODECS,
     HERE,
-    LAM,
     MERGEKIT,
     PYTHON,
     SKILLVEC,
+    TIMED_CODECS,
     Job,
+    apply,
+    diff,
     jobs_of,
     prepare,
     repeated,
-    skillvec,
+    stored,
 )
 from measure import Command, Spent, nbytes, remove, rounds, sampled
 
 CONTENDERS = ("floor", "floor+sync", "skillvec", "naive", "mergekit")
-WEIGHT_JOBS = ("diff", "apply", "apply-lam1", "fused", "orthogonality")
-JOBS = (*WEIGHT_JOBS, "check", "linearity", "startup")
+CODEC_JOBS = tuple(f"{verb}-{codec}" for verb in ("diff", "apply") for codec in TIMED_CODECS)
+WEIGHT_JOBS = ("diff", "apply", "apply-lam1", "fused", "orthogonality", *CODEC_JOBS)
+JOBS = (*WEIGHT_JOBS, "check", "size", "linearity", "startup")
+PACKAGES = ("numpy", "numkong", "zstandard", "torch", "safetensors", "skillvec")
 STARTUP_ROUNDS = 20
 # skillvec's time over the copy floor's, at most; the others' time over skillvec's, at least.
 CEILINGS = {"diff": 0.8, "apply": 0.8, "apply-lam1": 0.8, "fused": 1.4, "orthogonality": 2.0}
+CEILINGS |= {"diff-sparse": 0.9, "apply-sparse": 0.9, "diff-packed": 2.0, "apply-packed": 1.2}
 SPEEDUPS = {"naive": 8.0, "mergekit": 15.0}
 SPEEDUP_JOBS = ("diff", "apply", "apply-lam1")
+SIZE_PERCENT = {"packed": 11.0}  # of the dense bf16 values
 DURABLE, LINEAR, STARTUP = 0.5, 1.2, 1.5
 MEMORY_MB = {"RssAnon": 150.0, "RssFile": 300.0}
 
@@ -108,10 +117,12 @@ def memory_rows(what: str, who: str, peaks: dict[str, float]) -> list[Row]:
     ]
 
 
-def compared(what: str, who: str, out: Path, reference: list[str]) -> Row:
-    """Compare an output with its reference by check.py."""
+def compared(what: str, who: str, out: Path, reference: list[str], *, exact: bool = False) -> Row:
+    """Compare an output with its reference by check.py; `exact` has the goal of the same bits."""
     argv = [PYTHON, str(HERE / "check.py"), str(out), *reference]
     found = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
+    if exact:
+        return Row(what, f"{who}, unlike", [found["unequal_bits"]], "", ("<=", 0))
     note = "{differ:,} differ, {beyond_one_step:,} by > 1 step, worst {worst_steps:,}"
     return Row(what, who, note=note.format(**found))
 
@@ -126,16 +137,27 @@ def check_rows(what: str, job: Job, work: Path) -> list[Row]:
         rows += memory_rows(what, who, sampled(command, work))
         if job.reference and command.out:
             rows.append(compared(what, f"{who} : fp32", command.out, job.reference))
-        exact = job.float32
-        if who == "skillvec" and command.out and exact and "mergekit" in job.commands:
+        for other, (label, reference) in job.against.items() if who == "skillvec" else ():
+            assert command.out
             kept = command.out.rename(work / "kept")
-            sampled(exact, work)
-            rows.append(
-                compared(what, "skillvec : mergekit fp32", kept, ["--against", str(exact.out)])
-            )
-            remove(exact.out)
-            remove(kept)
+            sampled(reference, work)
+            against = ["--against", str(reference.out)]
+            pair = f"skillvec : {label}"
+            rows.append(compared(what, pair, kept, against, exact=other == who))
+            remove(reference.out)
+            kept.rename(command.out)
         remove(command.out)
+    return rows
+
+
+def size_rows(what: str, family: Path, work: Path) -> list[Row]:
+    """Show the whole file of each codec in percent of the dense bf16 values."""
+    whole = 2 * json.loads((family / "family.json").read_text())["parameters"]
+    rows = []
+    for codec in CODECS:
+        limit = SIZE_PERCENT.get(codec)
+        percent = 100 * nbytes([stored(work, codec)]) / whole
+        rows.append(Row(what, f"{codec} / bf16 values", [percent], "%", limit and ("<=", limit)))
     return rows
 
 
@@ -172,24 +194,24 @@ def durable_rows(family: Path, number: int, work: Path) -> list[Row]:
     """Apply to a model four times as large and wait until the output is on the disk."""
     sft, rl = (repeated(family / member, work / f"{member}-x4", 4) for member in ("sft", "rl"))
     vector, out = work / "x4.safetensors", work / "out"
-    sampled(skillvec("diff", rl, sft, out=vector), work)
+    sampled(diff(rl, sft, vector), work)
     remove(sft)
     remove(rl)
     target = repeated(family / "target", work / "target-x4", 4)
-    apply = skillvec("apply", target, vector, out=out, options=["--lam", LAM])
+    own = apply(target, vector, out)
     copy = Command(["cp", "-r", str(target), str(out)], (target,), out)
     commands = {
         who: Command(["sh", "-c", f'{shlex.join(c.argv)} && sync "{out}"/*'], c.inputs, out)
-        for who, c in (("cp -r, sync", copy), ("skillvec, sync", apply))
+        for who, c in (("cp -r, sync", copy), ("skillvec, sync", own))
     }
     spent = rounds(commands, number, work)
     rows = [time_row("durable", who, own) for who, own in spent.items()]
     values = ratios(spent["skillvec, sync"], spent["cp -r, sync"])
     rows.append(Row("durable", "skillvec / cp", values, "x", ("<=", DURABLE)))
-    return rows + memory_rows("durable", "skillvec", sampled(apply, work))
+    return rows + memory_rows("durable", "skillvec", sampled(own, work))
 
 
-def about(place: Path) -> dict[str, str]:
+def about(place: Path, packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Return the machine and the versions by name."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(": ")[2] for line in cpuinfo if line.startswith("model name")]
@@ -203,21 +225,26 @@ def about(place: Path) -> dict[str, str]:
         "filesystem": max(holding)[1],
         "python": sys.version.split()[0],
     }
-    for package in ("numpy", "numkong", "torch", "safetensors", "skillvec"):
+    for package in packages:
         try:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "absent"
-    if MERGEKIT.exists():
-        ask = "from importlib.metadata import version as v; print(*map(v, ('mergekit', 'torch')))"
-        argv = [str(MERGEKIT.parent / "python"), "-c", ask]
-        answer = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
-        facts["mergekit"] = "{} with torch {}".format(*answer.split())
     return facts
 
 
-def show(facts: dict[str, str], rows: list[Row]) -> None:
-    """Print the facts and the table, at most 100 columns wide."""
+def about_mergekit() -> dict[str, str]:
+    """Return the versions in mergekit's own venv, if it is there."""
+    if not MERGEKIT.exists():
+        return {}
+    ask = "from importlib.metadata import version as v; print(*map(v, ('mergekit', 'torch')))"
+    argv = [str(MERGEKIT.parent / "python"), "-c", ask]
+    answer = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return {"mergekit": "{} with torch {}".format(*answer.split())}
+
+
+def show(facts: dict[str, str], heading: str, rows: Sequence[Any], group: str) -> None:
+    """Print the facts and the table, a blank line where the rows' attribute `group` changes."""
     line = ""
     for fact in (f"{key} {value}" for key, value in facts.items()):
         if len(line) + len(fact) > 95:
@@ -225,11 +252,22 @@ def show(facts: dict[str, str], rows: list[Row]) -> None:
             line = ""
         line += f"{fact}; "
     print(line.rstrip("; "))
-    print(f"\n{'job':<21} {'who':<24} {'min':>8}{'median':>9}{'max':>9} {'':<4}goal")
+    print(f"\n{heading}")
     for before, row in zip([None, *rows], rows, strict=False):
-        if before and before.what != row.what:
+        if before and getattr(before, group) != getattr(row, group):
             print()
         print(row)
+
+
+def save(path: Path | None, given: argparse.Namespace, facts: dict[str, str], rows: Any) -> None:
+    """Write the results as JSON, by default under results/ with the time in the name."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
+    path = path or HERE / "results" / f"{Path(sys.argv[0]).stem}-{now}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {k: v for k, v in vars(given).items() if k != "json"}
+    result = {"made": now, "options": options, "facts": facts, "rows": [asdict(r) for r in rows]}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{path}")
 
 
 def families_of(sizes: list[str]) -> dict[str, Path]:
@@ -252,10 +290,12 @@ def measured(given: argparse.Namespace, contenders: list[str], works: dict[str, 
         jobs[size] = jobs_of(work.parent, work, own)
     if "check" in given.jobs:
         for size in works:
-            for name in (n for n in WEIGHT_JOBS if n in given.jobs):
+            for name in (n for n in jobs[size] if n in given.jobs):
                 rows += check_rows(f"{name}, {size}", jobs[size][name], works[size])
     for size in given.sizes:
-        for name in (n for n in WEIGHT_JOBS if n in given.jobs):
+        if "size" in given.jobs and "skillvec" in contenders:
+            rows += size_rows(f"size, {size}", works[size].parent, works[size])
+        for name in (n for n in jobs[size] if n in given.jobs):
             print(f"{name}, {size}", file=sys.stderr)
             spent = rounds(jobs[size][name].commands, given.rounds, works[size])
             rows += timing_rows(f"{name}, {size}", name, spent)
@@ -300,19 +340,14 @@ def main() -> None:
     families = families_of(list(dict.fromkeys([*given.sizes, *both])))
     works = {s: Path(tempfile.mkdtemp(prefix="work-", dir=f)) for s, f in families.items()}
     try:
-        facts = about(works[given.sizes[0]])
+        facts = about(works[given.sizes[0]]) | about_mergekit()
         rows = measured(given, contenders, works)
     finally:
         for work in works.values():
             shutil.rmtree(work)
-    show(facts, rows)
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
-    path = given.json or HERE / "results" / f"{now}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {k: v for k, v in vars(given).items() if k != "json"}
-    result = {"made": now, "options": options, "facts": facts, "rows": [asdict(r) for r in rows]}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{path}")
+    heading = f"{'job':<21} {'who':<24} {'min':>8}{'median':>9}{'max':>9} {'':<4}goal"
+    show(facts, heading, rows, "what")
+    save(given.json, given, facts, rows)
 
 
 if __name__ == "__main__":
