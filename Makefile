@@ -23,6 +23,7 @@ check: $(VENV)/.core
 
 bench: $(VENV)/.core
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/density.py
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -21,6 +21,8 @@ __all__ = [
     "apply",
     "combine",
     "diff",
+    "export_patch",
+    "import_patch",
     "inspect",
     "open_checkpoint",
     "orthogonality",
@@ -32,7 +34,11 @@ _HOME = dict.fromkeys(__all__, "errors") | {
     "Report": "report",
     "SkillVector": "vector",
     "open_checkpoint": "checkpoint",
-    **dict.fromkeys(("apply", "combine", "diff", "inspect", "orthogonality", "verify"), "verbs"),
+    **dict.fromkeys(
+        ("apply", "combine", "diff", "export_patch", "import_patch", "inspect", "orthogonality",
+         "verify"),
+        "verbs",
+    ),
 }
 
 if TYPE_CHECKING:
@@ -47,7 +53,16 @@ if TYPE_CHECKING:
     )
     from skillvec.report import Report
     from skillvec.vector import SkillVector
-    from skillvec.verbs import apply, combine, diff, inspect, orthogonality, verify
+    from skillvec.verbs import (
+        apply,
+        combine,
+        diff,
+        export_patch,
+        import_patch,
+        inspect,
+        orthogonality,
+        verify,
+    )
 
 
 def __getattr__(name: str) -> Any:

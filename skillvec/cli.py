@@ -260,6 +260,42 @@ def apply(target: str, vectors: tuple[str, ...], output: str, op: str, params: t
     screen.show(report, last_line=report.facts["output"])
 
 
+@main.command("import-patch")
+@click.argument("patch")
+@click.argument("base")
+@_stores
+@_shared(writes=True, globs=False)
+def import_patch(patch: str, base: str, output: str, as_json: bool, quiet: bool, verbose: bool,
+                 **options: Any) -> None:  # fmt: skip
+    """Make a vector of PATCH, changed values of the exact BASE.
+
+    PATCH is a safetensors file of NAME.indices and NAME.values, as TRL sends weights.
+    """
+    from skillvec import verbs
+
+    vector, screen = _run(
+        lambda screen: verbs.import_patch(patch, base, output, watcher=screen, **options),
+        as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+    screen.show(vector.report, last_line=vector.report.facts["output"])
+
+
+@main.command("export-patch")
+@click.argument("vector")
+@click.option("--base", help="Where the vector's exact base is now.")
+@_shared(writes=True, globs=False)
+def export_patch(vector: str, output: str, as_json: bool, quiet: bool, verbose: bool,
+                 **options: Any) -> None:  # fmt: skip
+    """Write what VECTOR changes in its exact base, as NAME.indices and NAME.values."""
+    from skillvec import verbs
+
+    report, screen = _run(
+        lambda screen: verbs.export_patch(vector, output, watcher=screen, **options),
+        as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+    screen.show(report, last_line=report.facts["output"])
+
+
 @main.command()
 @click.argument("vectors", nargs=-1, required=True, metavar="A B [C ...]")
 @click.option("--csv", "csv_file", type=click.File("w"), help="Also write the rows as CSV.")

@@ -74,7 +74,7 @@ class Screen:
     def planned(self, report: Report) -> None:
         """Show the plan before the work."""
         facts = report.facts
-        if report.verb in ("diff", "combine"):
+        if report.verb in ("diff", "combine", "import-patch"):
             self.say("v = TUNED - BASE" if "tuned" in facts else f"v = {facts['formula']}")
             for side in ("tuned", "base") if "tuned" in facts else ():
                 self.say(f"  {side:7} {facts[side]['path']} ({_dtypes(facts[side])})")
@@ -170,7 +170,12 @@ def done_sentence(report: Report) -> str:
     """Return in a line or two what was done."""
     facts = report.facts
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
-    if report.verb in ("diff", "combine"):
+    if report.verb == "export-patch":
+        return (
+            f"tensors: {counts}\n{human_count(facts['changed'])} of {human_count(facts['numel'])}"
+            f" values listed, {human_bytes(facts['nbytes'])}; they hold on the exact base alone"
+        )
+    if report.verb in ("diff", "combine", "import-patch"):
         exact = facts["exactness"]
         claim = {
             "bitwise": "base + 1 * v is tuned, bit for bit",

@@ -21,6 +21,7 @@ from skillvec.errors import FormatError
 from skillvec.kernels import STORAGE_DTYPE, Array, narrow
 from skillvec.merging import Place
 from skillvec.operators import STEP, Delta
+from skillvec.patch import Patch, PatchWriter
 from skillvec.plan import Job, Plan
 from skillvec.storage import (
     ITEMSIZE,
@@ -123,7 +124,7 @@ def run(
     plan: Plan,
     outputs: list[OutputFile],
     *,
-    writer: VectorWriter | None = None,
+    writer: VectorWriter | PatchWriter | None = None,
     workers: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[JobResult]:
@@ -177,7 +178,9 @@ def measure(
 
 
 class _Run:
-    def __init__(self, plan: Plan, outputs: list[OutputFile], writer: VectorWriter | None) -> None:
+    def __init__(
+        self, plan: Plan, outputs: list[OutputFile], writer: VectorWriter | PatchWriter | None
+    ) -> None:
         self._plan, self._outputs, self._writer = plan, outputs, writer
         self._readers = {
             path: reader
@@ -271,11 +274,13 @@ class _Run:
             self._compare(state, block, stored, again, tally)
         elif job.operator == "store":
             self._store(job, state, block, deltas[0], replaced, tally)
+        elif job.operator == "list":
+            self._list(job, state, block, deltas[0], replaced, workspace)
         else:
             assert job.point is not None
             out = point = workspace.read("point", job.point, block)
             self._digest(state, "point", job.numel, block, point)
-            if job.operator == "add":
+            if job.operator in ("add", "list"):
                 if replaced.size and exact_base is None and self._may_restore(job):
                     with self._lock:  # the tensor's digest, known at its end, decides
                         state.postponed.append(block)
@@ -285,10 +290,7 @@ class _Run:
                     out = workspace.array("out", job.out_dtype, point.size)
                     self._add(job, block, point, deltas[0], out)
                 if exact_base:
-                    if replaced.size and int(replaced["bits"].max()) >> 8 * out.itemsize:
-                        raise FormatError(f"{job.name}: a replacement wider than {job.out_dtype}")
-                    pattern = operators.bit_pattern(out)
-                    pattern[replaced["position"]] = replaced["bits"].astype(pattern.dtype)
+                    _restore(job, out, replaced)
                 if job.expected is None and not still:
                     sums = operators.moments(point, job.point.dtype, deltas[0], out, job.out_dtype)
                     tally[CHANGED] = sums.changed
@@ -320,7 +322,11 @@ class _Run:
             return self._mixed(job, state, role, source, block, workspace, tally)
         if isinstance(source, StoredDelta):
             return self._stored(state, role, source, block, workspace)
-        tuned = workspace.read("tuned", source.tuned, block)
+        if isinstance(source.tuned, Patch):
+            tuned = workspace.read("tuned", source.base, block)
+            source.tuned.overlay(block, tuned)
+        else:
+            tuned = workspace.read("tuned", source.tuned, block)
         base = workspace.read("base", source.base, block)
         own = role == "delta0"  # the only pair of its job
         if own:
@@ -441,7 +447,7 @@ class _Run:
         tally: npt.NDArray[np.int64],
     ) -> None:
         """Encode one block and give it to the writer in its turn."""
-        assert self._writer is not None
+        assert isinstance(self._writer, VectorWriter)
         values = (
             delta.values if delta.dtype == job.out_dtype else narrow(delta.values, job.out_dtype)
         )
@@ -449,6 +455,25 @@ class _Run:
         digest = self._writer.add(job.first_block + block, encoded, _exceptions(delta), replaced)
         leaves = state.leaves.setdefault("output", bytearray(16 * block_count(job.numel)))
         leaves[16 * block : 16 * (block + 1)] = digest
+
+    def _list(
+        self,
+        job: Job,
+        state: _State,
+        block: int,
+        delta: Delta,
+        replaced: npt.NDArray[Any],
+        workspace: _Workspace,
+    ) -> None:
+        """List what base + delta changes; that it is the exact base shows when it is whole."""
+        assert job.point is not None and isinstance(self._writer, PatchWriter)
+        point = workspace.read("point", job.point, block)
+        self._digest(state, "point", job.numel, block, point)
+        out = workspace.array("out", job.out_dtype, point.size)
+        operators.add(point, job.point.dtype, delta, 1.0, job.out_dtype, out)
+        _restore(job, out, replaced)
+        changed = np.flatnonzero(operators.bit_pattern(out) != operators.bit_pattern(point))
+        self._writer.add(job.first_block + block, changed, out[changed])
 
     def _add(self, job: Job, block: int, point: Array, delta: Delta, out: Array) -> None:
         assert job.point is not None
@@ -492,7 +517,9 @@ class _Run:
                 roles |= {"tuned": True, "base": True}
         point, base = (fold_digest(state.leaves.get(role, b"")) for role in ("point", "base"))
         pair = bool(job.deltas) and isinstance(job.deltas[0], PairDelta)
-        exact_base = job.operator == "add" and point == (base if pair else job.base_digest)
+        exact_base = job.operator in ("add", "list") and point == (
+            base if pair else job.base_digest
+        )
         for block in sorted(state.postponed):
             self.run_block(number, block, workspace, exact_base)
         digests = {role: fold_digest(leaves) for role, leaves in state.leaves.items()}
@@ -545,6 +572,14 @@ def _stored_parts(job: Job) -> Iterator[tuple[str, StoredDelta]]:
         if isinstance(delta, MixDelta):
             parts = {f"delta{i}.{n}": part for n, part in enumerate(delta.sources)}
         yield from ((role, part) for role, part in parts.items() if isinstance(part, StoredDelta))
+
+
+def _restore(job: Job, out: Array, replaced: npt.NDArray[Any]) -> None:
+    """Set the values that no difference restores."""
+    if replaced.size and int(replaced["bits"].max()) >> 8 * out.itemsize:
+        raise FormatError(f"{job.name}: a replacement wider than {job.out_dtype}")
+    pattern = operators.bit_pattern(out)
+    pattern[replaced["position"]] = replaced["bits"].astype(pattern.dtype)
 
 
 def _exceptions(delta: Delta) -> npt.NDArray[Any]:

@@ -123,20 +123,19 @@ def find_thresholds(counts: Counts, given: Parameters, known: list[list[int]]) -
     return [upper << 16 | _locate(row, rank)[0] for row, (upper, rank) in rows]
 
 
-def find_probabilities(counts: Counts, given: Parameters, known: None) -> list[Any]:
-    """Return the first bin in use and from there on the probability to keep (MAGPRUNE).
+def find_probabilities(counts: Counts, given: Parameters, known: None) -> list[list[Any]]:
+    """Return the upper bins in use and the probability to keep in each (MAGPRUNE).
 
     It rises linearly with the rank, from density - epsilon for the smallest value to density +
     epsilon for the largest; the values of a bin share the mean of their ranks.
     """
-    used = np.flatnonzero(counts[:UPPER])
-    if not used.size:
-        return [0, [1.0]]
-    row = counts[used[0] : used[-1] + 1]
+    bins = np.flatnonzero(counts[:UPPER])
+    row = counts[bins]
     ends = np.cumsum(row) + (0 if given["density_of"] == "nonzero" else counts[UPPER])
-    heights = (ends - (row + 1) / 2) / (ends[-1] - 1) if ends[-1] > 1 else np.full(1, 0.5)
+    ranks = ends - (row + 1) / 2  # from 0
+    heights = ranks / (ends[-1] - 1) if ends.size and ends[-1] > 1 else np.full(row.size, 0.5)
     lowest = given["density"] - given["epsilon"]
-    return [int(used[0]), (lowest + 2 * given["epsilon"] * heights).tolist()]
+    return [bins.tolist(), (lowest + 2 * given["epsilon"] * heights).tolist()]
 
 
 def exact_sums(products: Array) -> Counts:
@@ -250,9 +249,10 @@ def drop(values: Array, given: Parameters, known: Any, key: str, begin: int) -> 
 
 def magprune(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
     """Keep with a probability that rises with the magnitude's rank, and divide by it (DELLA)."""
-    first, table = known
-    bins = np.maximum((magnitude_bits(values) >> 16).astype(np.intp) - first, 0)  # 0 is for zeros
-    probability = np.asarray(table)[bins]
+    bins, probabilities = known
+    table = np.ones(UPPER)  # 1 is for zeros
+    table[bins] = probabilities
+    probability = table[magnitude_bits(values) >> 16]
     kept = random_bits(key, begin, values.size) < probability * 2.0**32
     return np.where(kept, values / probability, 0)
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from skillvec.checkpoint import VECTOR_INDEX, Checkpoint
 from skillvec.errors import UsageError
+from skillvec.patch import PatchWriter
 from skillvec.plan import Plan
 from skillvec.storage import (
     OutputFile,
     Staging,
+    TensorSpec,
     available_memory_nbytes,
     forget_open_files,
     staging,
@@ -43,8 +45,10 @@ def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFi
     return path
 
 
-def output_vector(output: PathLike, force: bool, vector: SkillVector) -> Path:
-    path = _place(output, force, vector.inputs())
+def output_vector(
+    output: PathLike, force: bool, vector: SkillVector, inputs: Sequence[Checkpoint] = ()
+) -> Path:
+    path = _place(output, force, [*vector.inputs(), *inputs])
     if path.suffix != ".safetensors":
         raise UsageError(f"output {path}: the name of a safetensors file ends in .safetensors")
     if path.name == "model.safetensors":
@@ -105,5 +109,17 @@ def writing_vector(
     with staging(path, force) as stage, contextlib.ExitStack() as stack:
         stack.callback(forget_open_files)
         writer = VectorWriter(stage.folder, entries, manifest, max_shard_nbytes, windowed)
+        stack.callback(writer.close)
+        yield stage, writer
+
+
+@contextlib.contextmanager
+def writing_patch(
+    path: Path, force: bool, specs: Sequence[TensorSpec]
+) -> Iterator[tuple[Staging, PatchWriter]]:
+    """Yield the staging folder and a writer of lists; close what is left open."""
+    with staging(path, force) as stage, contextlib.ExitStack() as stack:
+        stack.callback(forget_open_files)
+        writer = PatchWriter(stage.folder, specs)
         stack.callback(writer.close)
         yield stage, writer

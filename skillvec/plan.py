@@ -34,9 +34,10 @@ class Job:
     """All the work on one tensor.
 
     `operator` is store (deltas[0] into a vector file), add (point + lam * deltas[0]), copy (point),
-    gram (inner products of deltas), same (deltas[0] is deltas[1]) or measure (what the operator of
-    deltas[0] needs to know). The result goes to `output`, a file number and an absolute offset, or
-    is compared with `expected`, or is only measured.
+    gram (inner products of deltas), same (deltas[0] is deltas[1]), list (what point + deltas[0]
+    changes, into a patch) or measure (what the operator of deltas[0] needs to know). The result
+    goes to `output`, a file number and an absolute offset, or is compared with `expected`, or is
+    only measured.
     """
 
     name: str
@@ -148,6 +149,24 @@ def plan_store(
     else:
         ledger += [{"name": name, "status": "excluded"} for name in manifest["excluded"]]
     return Plan(verb, jobs, ledger=ledger, vectors=vector.files()), entries
+
+
+def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
+    """Plan the list of what vector + base changes. Raises IncompatibleError for another base."""
+    jobs, problems, row = [], [], 0
+    for name, delta in vector.deltas.items():
+        spec = base.get(name)
+        if spec is None or spec.shape != delta.spec.shape:
+            problems.append(f"{name} {list(delta.spec.shape)}: not so in {base.ref}")
+        elif spec.dtype != vector.tuned_dtype(name):
+            problems.append(f"{name}: tuned is {vector.tuned_dtype(name)}, base {spec.dtype}")
+        else:
+            job = _add_job(spec, vector, name, spec.dtype, "")
+            jobs.append(replace(job, operator="list", first_block=row))
+            row += block_count(spec.numel)
+    if problems:
+        raise IncompatibleError(f"no patch can be made of {vector.ref}:\n{up_to_five(problems)}")
+    return Plan("export-patch", jobs, vectors=vector.files())
 
 
 # -------------------------------------------------------------------------------------- apply

@@ -407,6 +407,28 @@ class OutputFile:
             self._fd = -1
 
 
+class Turns:
+    """Lets workers in one after the other, in the order of their numbers."""
+
+    def __init__(self) -> None:
+        self._changed, self._next, self._stopped = threading.Condition(), 0, False
+
+    @contextlib.contextmanager
+    def turn(self, number: int) -> Iterator[bool]:
+        """Wait for the turn of `number` and hold it; False if the run has failed meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == number or self._stopped)
+            yield not self._stopped
+            self._next += 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let all who wait go."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
 def fsync_path(path: str) -> None:
     """Make a file's bytes, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)

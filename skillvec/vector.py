@@ -21,6 +21,7 @@ from skillvec.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import FLOATS, from_bytes, widen
 from skillvec.merging import OPERATORS, Operator, check_parameters
+from skillvec.patch import Patch, open_patch
 from skillvec.rules import Recipe, Share, resolve
 from skillvec.storage import (
     ITEMSIZE,
@@ -44,7 +45,7 @@ class PairDelta(NamedTuple):
     `exact` asks for exceptions and replacements; without, values are just rounded to `dtype`.
     """
 
-    tuned: TensorSpec
+    tuned: TensorSpec | Patch
     base: TensorSpec
     dtype: str
     exact: bool = True
@@ -160,24 +161,33 @@ class SkillVector:
             )
             for name in matched["deltas"]
         }
-        sides = {"base": identity(base), "tuned": identity(tuned)}
-        probes = [sides["tuned"]["probe"], sides["base"]["probe"], dtype, *matched["excluded"]]
-        manifest = {
-            "kind": "vector",
-            "schema": SCHEMA,
-            "formula": "tuned - base",
-            "identity": digest_bytes(json.dumps(probes).encode()),
-            **sides,
-            "parents": [],
-            "recipe": None,
-            "training": {"method": None, "notes": None},
-            "license": None,
-            "equal": {name: [tuned[name].dtype, None] for name in matched["integers"]},
-            "tied": matched["tied"],
-            "excluded": matched["excluded"],
-        }
+        manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched)
         ref = f"{tuned.ref}::{base.ref}"
         return SkillVector(ref, deltas, manifest, tuned=tuned, base=base)
+
+    @staticmethod
+    def patched(
+        patch: str | os.PathLike[str], base: str | os.PathLike[str] | Checkpoint
+    ) -> "SkillVector":
+        """Return what a patch (changed values of the exact base) adds, without computing it."""
+        base = open_checkpoint(base, "base")
+        patches, digest = open_patch(patch, base)
+        floats = {name: item for name, item in patches.items() if item.dtype in FLOATS}
+        problems = [n for n, item in patches.items() if item.indices and n not in floats]
+        if problems:
+            raise IncompatibleError(f"patched tensors that are no floats:\n{up_to_five(problems)}")
+        deltas = {
+            name: PairDelta(item, item.base, *value_dtype(item.dtype, item.dtype))
+            for name, item in floats.items()
+        }
+        ours = identity(base)
+        theirs = ours | {"ref": os.fspath(patch), "revision": None, "probe": digest}
+        integers = {n: [spec.dtype, None] for n, spec in base.items() if n not in floats}
+        matched = {"integers": integers, "tied": {}, "excluded": []}
+        manifest = _pair_manifest(theirs, ours, "auto", matched)
+        return SkillVector(
+            f"{os.fspath(patch)}::{base.ref}", deltas, manifest, tuned=base, base=base
+        )
 
     @staticmethod
     def combined(
@@ -302,6 +312,28 @@ class SkillVector:
             return delta.tuned.dtype
         entry = self.manifest.get("tensors", {}).get(name)
         return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
+
+
+def _pair_manifest(
+    tuned: dict[str, Any], base: dict[str, Any], dtype: str, matched: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what the manifest of tuned - base says before its data is read."""
+    probes = [tuned["probe"], base["probe"], dtype, *matched["excluded"]]
+    return {
+        "kind": "vector",
+        "schema": SCHEMA,
+        "formula": "tuned - base",
+        "identity": digest_bytes(json.dumps(probes).encode()),
+        "base": base,
+        "tuned": tuned,
+        "parents": [],
+        "recipe": None,
+        "training": {"method": None, "notes": None},
+        "license": None,
+        "equal": matched["integers"],
+        "tied": matched["tied"],
+        "excluded": matched["excluded"],
+    }
 
 
 def _value_dtype(delta: DeltaSource) -> str:
@@ -496,7 +528,7 @@ def _match(
     names = list(dict.fromkeys((*base, *tuned)))
     refuse_idle_globs(names, include, exclude)
     excluded = [name for name in names if not is_selected(name, include, exclude)]
-    found: dict[str, Any] = {"deltas": [], "integers": [], "tied": {}, "excluded": excluded}
+    found: dict[str, Any] = {"deltas": [], "integers": {}, "tied": {}, "excluded": excluded}
     problems = []
     for name in names:
         if not is_selected(name, include, exclude):
@@ -521,7 +553,7 @@ def _match(
             if dtypes[0] in FLOATS and dtypes[1] in FLOATS:
                 found["deltas"].append(name)
             elif dtypes[0] == dtypes[1]:
-                found["integers"].append(name)
+                found["integers"][name] = [dtypes[0], None]
             else:
                 problems.append(f"{name}: tuned is {dtypes[0]}, base is {dtypes[1]}")
     if problems:

@@ -7,7 +7,6 @@ until checked. docs/format.md is the normative text.
 
 import json
 import os
-import threading
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -27,6 +26,7 @@ from skillvec.storage import (
     Header,
     OutputFile,
     TensorSpec,
+    Turns,
     allocate,
     digest_bytes,
     digest_file_range,
@@ -530,8 +530,7 @@ class VectorWriter:
         widths = [len(json.dumps(e.name).encode()) * 2 + 40 * len(e.shape) + 200 for e in entries]
         self._reserved += [(1 << 10) + int(n) for n in np.cumsum(widths[::-1])[::-1][1:]]
         self._shards: list[_Shard] = []
-        self._turn, self._stopped = threading.Condition(), False
-        self._next = 0
+        self._turns = Turns()
         self._open_shard(0)
 
     def _open_shard(self, first_entry: int) -> None:
@@ -548,9 +547,8 @@ class VectorWriter:
     ) -> bytes:
         """Take one block in its turn; return the digest of its bytes."""
         pieces = [encoded.bitmap, exceptions.view(np.uint8), replacements.view(np.uint8)]
-        with self._turn:
-            self._turn.wait_for(lambda: self._next == row or self._stopped)
-            if self._stopped:
+        with self._turns.turn(row) as mine:
+            if not mine:
                 return b""
             owner = int(self._owner[row])
             if row == self._first_rows[owner]:
@@ -560,8 +558,6 @@ class VectorWriter:
             spilled = [
                 spill.reserve(piece.size) for spill, piece in zip(self._spills, pieces, strict=True)
             ]
-            self._next += 1
-            self._turn.notify_all()
         file.write(offset, encoded.payload.data)
         for spill, at, piece in zip(self._spills, spilled, pieces, strict=True):
             if piece.size:
@@ -583,9 +579,7 @@ class VectorWriter:
 
     def stop(self) -> None:
         """Let waiting workers go: the run has failed."""
-        with self._turn:
-            self._stopped = True
-            self._turn.notify_all()
+        self._turns.stop()
 
     # ------------------------------------------------------------------------ when all is in
 

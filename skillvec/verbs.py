@@ -19,16 +19,25 @@ from skillvec import __version__, analysis, engine, kernels
 from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint, open_checkpoint, open_tensors
 from skillvec.codecs import CODECS, DENSE_SHARE, encode_block
 from skillvec.engine import JobResult
-from skillvec.errors import UsageError, VerificationError, up_to_five
+from skillvec.errors import IncompatibleError, UsageError, VerificationError, up_to_five
 from skillvec.merging import OPERATORS, Operator
 from skillvec.operators import bit_pattern, subtract
-from skillvec.outputs import PathLike, output_model, output_vector, writing, writing_vector
+from skillvec.outputs import (
+    PathLike,
+    output_model,
+    output_vector,
+    writing,
+    writing_patch,
+    writing_vector,
+)
+from skillvec.patch import PatchWriter, is_patch
 from skillvec.plan import (
     Plan,
     fitting,
     ledger_line,
     plan_apply,
     plan_gram,
+    plan_patch,
     plan_store,
     plan_verify_apply,
     plan_verify_combination,
@@ -40,6 +49,7 @@ from skillvec.rules import Recipe, Share, parse_recipe, read_recipe
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
+    TensorSpec,
     copy_file,
     forget_open_files,
     fsync_path,
@@ -109,7 +119,7 @@ def diff(
         vector, output, dtype=dtype, codec=codec, max_shard_size=max_shard_size, method=method,
         notes=notes, license=license, workers=workers, dry_run=dry_run, force=force,
         watcher=watcher,
-        command=[*vector.ref.split("::"), {"include": include, "exclude": exclude}],
+        command=("diff", vector.ref.split("::"), {"include": include, "exclude": exclude}),
     )  # fmt: skip
 
 
@@ -173,7 +183,7 @@ def save(
     dry_run: bool = False,
     force: bool = False,
     watcher: Watcher | None = None,
-    command: Sequence[Any] | None = None,
+    command: tuple[str, Sequence[str], dict[str, Any]] | None = None,
 ) -> SkillVector:
     """Write a vector to one safetensors file, or to a folder of shards where that would be large.
 
@@ -189,11 +199,10 @@ def save(
     elif vector.scale != 1:
         raise UsageError(f"{vector.ref}: {vector.scale:g} times what is not stored: save it first")
     path = output_vector(output, force, vector)
-    verb = "diff" if vector.tuned else "combine"
+    verb, positional, filters = command or ("combine", [vector.ref], {})
     storage = _storage(vector, "auto" if dtype == "auto" else _dtype(dtype), codec)
     labels = {"method": method, "notes": notes, "license": license}
     shown = {key: value for key, value in labels.items() if value is not None}
-    positional, filters = ([*command[:-1]], command[-1]) if command else ([vector.ref], {})
     training = vector.manifest["training"]
     manifest = vector.manifest | {
         "tool": f"skillvec {__version__}",
@@ -208,9 +217,9 @@ def save(
     facts: dict[str, Any] = {"formula": manifest["formula"], "output": os.fspath(path),
                              "dtype": dtype, "codec": codec}  # fmt: skip
     for side in ("tuned", "base") if vector.tuned else ():
-        checkpoint = getattr(vector, side)
-        facts[side] = {"ref": checkpoint.ref, "path": os.fspath(checkpoint.path),
-                       "dtypes": checkpoint.dtypes}  # fmt: skip
+        ref, checkpoint = manifest[side]["ref"], getattr(vector, side)
+        path_of = checkpoint.path if ref == checkpoint.ref else Path(ref).absolute()  # a patch
+        facts[side] = {"ref": ref, "path": os.fspath(path_of), "dtypes": checkpoint.dtypes}
     bound = sum(entry.nbytes for entry in entries)
     plan = replace(plan, bound_nbytes=bound)
     report = _planned(plan, facts, workers, watcher)
@@ -226,6 +235,65 @@ def save(
     assert saved.stored is not None
     report_stored(report, plan, results, saved.manifest, saved.stored)
     return replace(saved, report=report)
+
+
+def import_patch(
+    patch: PathLike,
+    base: PathLike | Checkpoint,
+    output: PathLike,
+    **options: Any,
+) -> SkillVector:
+    """Make a vector of a patch: changed values of the exact base, as RL stacks send them.
+
+    A patch is a safetensors file of `NAME.indices` (I32 or I64, flat, rising) and `NAME.values`
+    (the tuned values); what is not listed did not change. Options as of `save`.
+    """
+    vector = SkillVector.patched(patch, base)
+    return save(vector, output, command=("import-patch", vector.ref.split("::"), {}), **options)
+
+
+def export_patch(
+    vector: PathLike | SkillVector,
+    output: PathLike,
+    *,
+    base: PathLike | Checkpoint | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Write the values that vector + base changes, as `NAME.indices` and `NAME.values`.
+
+    Raises IncompatibleError unless `base` (where it was, if not given) is the vector's exact base,
+    on which alone such a list holds.
+    """
+    opened = SkillVector.open(vector)
+    if opened.stored is None or opened.scale != 1 or opened.manifest["tuned"] is None:
+        raise UsageError(f"{opened.ref}: a patch is made of a stored tuned - base")
+    point = open_checkpoint(base or opened.manifest["base"]["ref"], "base")
+    plan = plan_patch(opened, point)
+    path = output_vector(output, force, opened, [point])
+    facts = {"output": os.fspath(path), "vector": opened.ref, "base": point.ref}
+    report = _planned(plan, facts, workers, watcher)
+    if dry_run:
+        return report
+    specs = [job.point for job in plan.jobs if job.point is not None]
+    with writing_patch(path, force, specs) as (stage, writer):
+        results = _run(plan, [], workers, watcher, writer)
+        other = [result.job.name for result in results if not result.exact_base]
+        if other:
+            raise IncompatibleError(
+                f"{point.ref} is not the exact base of {opened.ref}:\n{up_to_five(other)}"
+            )
+        said = {"schema": 1, "family": point.family_digest,
+                "vector": opened.manifest["identity"]}  # fmt: skip
+        stage.publish(writer.finish(said))
+    changed = int(writer.counts.sum())
+    report.facts |= {"changed": changed, "nbytes": os.path.getsize(path),
+                     "numel": sum(spec.numel for spec in specs)}  # fmt: skip
+    for line, count in zip(report.ledger, writer.counts, strict=True):
+        line |= {"status": "listed" if count else "unchanged", "changed": int(count)}
+    return report
 
 
 def apply(
@@ -512,8 +580,8 @@ def _storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tuple[str
     names = set(vector.deltas)
     for name, delta in vector.deltas.items():
         kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
-        if isinstance(delta, PairDelta):
-            kept, sample = _probed(delta)
+        if isinstance(delta, PairDelta) and isinstance(delta.tuned, TensorSpec):
+            kept, sample = _probed(delta, delta.tuned)
             nonzero = int((sample != 0).sum())
             if codec == "sparse":
                 dense = nonzero > DENSE_SHARE * sample.size
@@ -529,11 +597,11 @@ def _storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tuple[str
     return chosen
 
 
-def _probed(delta: PairDelta) -> tuple[str, Any]:
+def _probed(delta: PairDelta, tuned: TensorSpec) -> tuple[str, Any]:
     """Return the dtype to store a pair's difference in, and the 4,096 values in its middle."""
     numel = min(PROBE_NUMEL, delta.base.numel)
     sides = []
-    for spec in (delta.tuned, delta.base):
+    for spec in (tuned, delta.base):
         content = bytearray(numel * ITEMSIZE[spec.dtype])
         middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
         read_into(spec.path, spec.start + middle, memoryview(content))
@@ -542,7 +610,7 @@ def _probed(delta: PairDelta) -> tuple[str, Any]:
     dtype = delta.dtype
     while True:
         out = kernels.from_bytes(bytearray(numel * ITEMSIZE[dtype]), dtype)
-        found = subtract(sides[0], delta.tuned.dtype, sides[1], delta.base.dtype, dtype,
+        found = subtract(sides[0], tuned.dtype, sides[1], delta.base.dtype, dtype,
                          delta.exact, out, scratch)  # fmt: skip
         if found.delta.positions.size * 4 <= numel or ITEMSIZE[dtype] > 2:
             return dtype, bit_pattern(out)
@@ -688,7 +756,7 @@ def _planned(
         "kernels": kernels.kernels_in_use(),
     }
     status = {"add": "applied", "store": "delta", "copy": "passed through", "gram": "compared",
-              "same": "compared"}  # fmt: skip
+              "same": "compared", "list": "listed"}  # fmt: skip
     report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
     named = {line["name"] for line in plan.ledger}
     report.ledger = [
@@ -722,7 +790,7 @@ def _run(
     files: list[OutputFile],
     workers: int | None,
     watcher: Watcher | None,
-    writer: VectorWriter | None = None,
+    writer: VectorWriter | PatchWriter | None = None,
 ) -> list[JobResult]:
     total = sum(job.nbytes_read for job in plan.jobs)
 
@@ -753,8 +821,13 @@ def _verify_vector(
     else:
         left = open_checkpoint(tuned or manifest["tuned"]["ref"], "tuned")
         right = open_checkpoint(base or manifest["base"]["ref"], "base")
-        plan = plan_verify_vector(vector, left, right)
-        facts |= {"claim": "VECTOR + BASE = TUNED", "tuned": left.ref, "base": right.ref,
+        claim = "VECTOR + BASE = TUNED"
+        if is_patch(left):
+            claim = "VECTOR = PATCH - BASE"
+            plan = plan_verify_combination(vector, SkillVector.patched(left.path, right))
+        else:
+            plan = plan_verify_vector(vector, left, right)
+        facts |= {"claim": claim, "tuned": left.ref, "base": right.ref,
                   "verdict": verdict_on(right, vector)[0]}  # fmt: skip
     report = _planned(plan, facts, workers, watcher)
     if dry_run:
@@ -795,7 +868,8 @@ def _conclude(
         entry = (entries or {}).get(name)
         stated = entry.get("unrestored", 0) if entry else 0
         problem = None
-        if entry and entry["base"] and result.digests["point"] != entry["base"][1]:
+        digest = result.digests.get("point") or result.digests.get("base")
+        if entry and entry["base"] and digest not in (None, entry["base"][1]):
             problem = f"{name}: the base's tensor is not the one the vector was made from"
         elif result.mismatches != stated:
             problem = mismatch_line(result, side)
