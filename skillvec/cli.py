@@ -247,11 +247,13 @@ def apply(target: str, vectors: tuple[str, ...], output: str, op: str, params: t
     from skillvec import verbs
 
     vector = None
+    if not vectors and not recipe and (op != "linear" or params):
+        raise click.UsageError("--op and --param merge VECTORs; there are none")
     if vectors or recipe:
         refs, weights = _weighted(vectors)
         vector = verbs.combine(
             *refs, weights=weights or None, op=op, parameters=_parameters(params),
-            seed=options["seed"], recipe=recipe,
+            seed=0 if recipe else options["seed"], recipe=recipe,
         )  # fmt: skip
     report, screen = _run(
         lambda screen: verbs.apply(target, vector, output, watcher=screen, **options),

@@ -143,7 +143,7 @@ class Screen:
         else:
             _print(plan_sentence(report))
         if self.verbose or report.verb == "inspect":
-            _print_ledger(report, None if self.verbose else 12)
+            _print_ledger(report, None if self.verbose else 8)
         elif report.facts.get("worst") and (report.facts["worst"][0]["cosine"] or 0) < 0.999:
             worst = report.facts["worst"][0]
             _print(

@@ -17,8 +17,8 @@ from xxhash import xxh3_128_digest
 
 from skillvec import operators
 from skillvec.codecs import encode_block
-from skillvec.errors import FormatError
-from skillvec.kernels import STORAGE_DTYPE, Array, narrow
+from skillvec.errors import FormatError, IncompatibleError
+from skillvec.kernels import STORAGE_DTYPE, Array, narrow, widen
 from skillvec.merging import Place
 from skillvec.operators import STEP, Delta
 from skillvec.patch import Patch, PatchWriter
@@ -143,8 +143,11 @@ def measure(
 
     Counts are added up as they come, sums of floats in the order of blocks and jobs.
     """
-    mixes = [m for job in plan.jobs for m in job.deltas if isinstance(m, MixDelta)]
-    mixes = [m for m in mixes if m.operator.passes(m.parameters) > number]
+    used = [m for job in plan.jobs for m in job.deltas if isinstance(m, MixDelta)]
+    # a scope of all tensors counts those that have no job as well, and each of them once
+    wide = [mix for mix in plan.mixes if not mix.per_tensor]
+    each = {(mix.scope, mix.spec.name): mix for mix in (*used, *wide)}
+    mixes = [m for m in each.values() if m.operator.passes(m.parameters) > number]
     if not mixes:
         return plan
     jobs = [
@@ -167,14 +170,13 @@ def measure(
                 number, total, mix.weights, mix.parameters, mix.known
             )
 
-    def informed(delta: DeltaSource) -> DeltaSource:
+    def informed(delta: Any) -> Any:
         if not isinstance(delta, MixDelta):
             return delta
         return delta._replace(known=known.get(delta.scope, delta.known))
 
-    return replace(
-        plan, jobs=[replace(job, deltas=tuple(map(informed, job.deltas))) for job in plan.jobs]
-    )
+    jobs = [replace(job, deltas=tuple(map(informed, job.deltas))) for job in plan.jobs]
+    return replace(plan, jobs=jobs, mixes=list(map(informed, plan.mixes)))
 
 
 class _Run:
@@ -270,7 +272,7 @@ class _Run:
             state.sums[block] = operators.gram(deltas).ravel()
         elif job.operator == "same":
             dtype, numel = deltas[0].dtype, deltas[0].values.size
-            stored, again = (narrow(delta.wide(0, numel), dtype) for delta in deltas)
+            stored, again = (_narrowed(delta.wide(0, numel), dtype, job.name) for delta in deltas)
             self._compare(state, block, stored, again, tally)
         elif job.operator == "store":
             self._store(job, state, block, deltas[0], replaced, tally)
@@ -449,7 +451,9 @@ class _Run:
         """Encode one block and give it to the writer in its turn."""
         assert isinstance(self._writer, VectorWriter)
         values = (
-            delta.values if delta.dtype == job.out_dtype else narrow(delta.values, job.out_dtype)
+            delta.values
+            if delta.dtype == job.out_dtype
+            else _narrowed(delta.values, job.out_dtype, job.name)
         )
         encoded = encode_block(values, job.codec)
         digest = self._writer.add(job.first_block + block, encoded, _exceptions(delta), replaced)
@@ -580,6 +584,16 @@ def _restore(job: Job, out: Array, replaced: npt.NDArray[Any]) -> None:
         raise FormatError(f"{job.name}: a replacement wider than {job.out_dtype}")
     pattern = operators.bit_pattern(out)
     pattern[replaced["position"]] = replaced["bits"].astype(pattern.dtype)
+
+
+def _narrowed(values: Array, dtype: str, name: str) -> Array:
+    """Round to a storage dtype; its zeros are positive, and what it cannot hold is refused."""
+    rounded = narrow(values, dtype)
+    wide = widen(rounded, dtype)
+    if not np.isfinite(wide).all():
+        raise IncompatibleError(f"{name}: values beyond the range of {dtype}")
+    rounded[wide == 0] = 0
+    return rounded
 
 
 def _exceptions(delta: Delta) -> npt.NDArray[Any]:

@@ -26,6 +26,10 @@ STORAGE_DTYPE: dict[str, Any] = {
     "U64": np.dtype("<u8"), "I64": np.dtype("<i8"),
 }  # fmt: skip
 FLOATS = ("BF16", "F16", "F32", "F64")
+DTYPE_NAMES = {  # as users write them
+    "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32",
+    "float32": "F32", "fp64": "F64", "float64": "F64",
+}  # fmt: skip
 DOT_ROW = 1024  # products summed in fp32 before fp64 takes over
 LANES = 64
 

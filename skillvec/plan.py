@@ -17,6 +17,7 @@ from skillvec.kernels import FLOATS
 from skillvec.storage import ITEMSIZE, TensorSpec, encode_header
 from skillvec.vector import (
     DeltaSource,
+    MixDelta,
     PairDelta,
     SkillVector,
     find_tied,
@@ -79,6 +80,7 @@ class Plan:
     copies: list[tuple[str, str]] = field(default_factory=list)  # side files: source, name
     ledger: list[dict[str, Any]] = field(default_factory=list)
     vectors: list[VectorFile] = field(default_factory=list)  # read from
+    mixes: list[MixDelta] = field(default_factory=list)  # of whole combinations
     lam: float = 1.0
     rounding: str = "nearest"
     seed: int = 0
@@ -148,7 +150,8 @@ def plan_store(
                 ledger.append(ledger_line(base.get(name) or tuned[name], status, note))
     else:
         ledger += [{"name": name, "status": "excluded"} for name in manifest["excluded"]]
-    return Plan(verb, jobs, ledger=ledger, vectors=vector.files()), entries
+    plan = Plan(verb, jobs, ledger=ledger, vectors=vector.files(), mixes=vector.mixes())
+    return plan, entries
 
 
 def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
@@ -245,9 +248,14 @@ def _same_delta(vector: SkillVector, name: str) -> str | None:
         assert vector.base is not None and vector.tuned is not None
         twin = find_tied(vector.base, name)
         return twin if twin is not None and find_tied(vector.tuned, name) == twin else None
-    if vector.parts:
+    if isinstance(delta, MixDelta):
         twins = {_same_delta(part, name) for part in vector.parts if name in part.deltas}
-        return twins.pop() if len(twins) == 1 else None
+        twin = twins.pop() if len(twins) == 1 else None
+        other = vector.deltas.get(twin or "")
+        alike = isinstance(other, MixDelta) and delta.by_value and (
+            (delta.weights, delta.parameters) == (other.weights, other.parameters)
+        )  # fmt: skip
+        return twin if alike else None
     entries = vector.manifest["tensors"]
     keys = ("base", "tuned") if entries[name]["base"] else ("dtype", "shape", "codec", "digest")
     mine = [entries[name][key] for key in keys]
@@ -363,7 +371,7 @@ def plan_apply(
             if index is None:
                 copies.append((os.fspath(target.path / INDEX), INDEX))
     return Plan(
-        "apply", jobs, outputs, copies, ledger, vector.files(),
+        "apply", jobs, outputs, copies, ledger, vector.files(), vector.mixes(),
         lam * vector.scale, rounding, seed, verdict, warnings, index, left,
     )  # fmt: skip
 
@@ -415,7 +423,8 @@ def plan_verify_combination(vector: SkillVector, again: SkillVector) -> Plan:
         if pair[0].spec.shape != pair[1].spec.shape:
             raise IncompatibleError(f"{name}: another shape than its parts have")
         jobs.append(Job(name, "same", delta.spec.numel, deltas=pair))
-    return Plan("verify", jobs, vectors=[*vector.files(), *again.files()])
+    files = [*vector.files(), *again.files()]
+    return Plan("verify", jobs, vectors=files, mixes=again.mixes())
 
 
 def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
@@ -480,4 +489,5 @@ def plan_gram(
     if not jobs:
         raise IncompatibleError("no tensor is left to compare")
     files = [file for vector in vectors for file in vector.files()]
-    return Plan("orthogonality", jobs, ledger=ledger, vectors=files)
+    mixes = [mix for vector in vectors for mix in vector.mixes()]
+    return Plan("orthogonality", jobs, ledger=ledger, vectors=files, mixes=mixes)

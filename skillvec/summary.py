@@ -145,7 +145,8 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             line["note"] = "rounding absorbed the whole delta"
         report.ledger.append(line)
     report.ledger += passed.values()
-    other = [result.job.name for result in added if not result.exact_base]
+    known = [r for r in added if r.job.base_digest or isinstance(r.job.deltas[0], PairDelta)]
+    other = [result.job.name for result in known if not result.exact_base]
     if plan.verdict == "exact base" and other:
         report.facts["verdict"] = "same family"
         report.warnings.append(
@@ -179,5 +180,5 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
 def mismatch_line(result: JobResult, side: str) -> str:
     return (
         f"{result.job.name}: {result.mismatches} of {result.job.numel} values differ from the"
-        f" {side} model's, the first at flat position {result.first_mismatch}"
+        f" {side}, the first at flat position {result.first_mismatch}"
     )

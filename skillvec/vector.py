@@ -19,7 +19,7 @@ import numpy as np
 
 from skillvec.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
-from skillvec.kernels import FLOATS, from_bytes, widen
+from skillvec.kernels import DTYPE_NAMES, FLOATS, from_bytes, widen
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import Patch, open_patch
 from skillvec.rules import Recipe, Share, resolve
@@ -84,6 +84,11 @@ class MixDelta(NamedTuple):
     @property
     def per_tensor(self) -> bool:
         return self.operator.scope(self.parameters) == "tensor"
+
+    @property
+    def by_value(self) -> bool:
+        """Whether equal deltas are sure to give equal results, whatever the tensors are called."""
+        return not getattr(self.operator, "random", True)
 
 
 DeltaSource = StoredDelta | PairDelta | MixDelta
@@ -151,17 +156,22 @@ class SkillVector:
     ) -> "SkillVector":
         """Return tuned - base without computing it: every name and shape is checked here.
 
-        Raises IncompatibleError naming tensors that stand on one side only or differ in shape.
+        `dtype` as of skillvec.diff. Raises UsageError for one that is unknown, IncompatibleError
+        naming tensors that stand on one side only or differ in shape.
         """
+        kept = "auto" if dtype == "auto" else dtype_of(dtype)
+        if kept == "F64":
+            raise UsageError("dtype fp64: auto keeps fp64 inputs in fp64")
         tuned, base = open_checkpoint(tuned, "tuned"), open_checkpoint(base, "base")
         matched = _match(tuned, base, include, exclude)
         deltas = {
             name: PairDelta(
-                tuned[name], base[name], *value_dtype(tuned[name].dtype, base[name].dtype, dtype)
+                tuned[name], base[name], *value_dtype(tuned[name].dtype, base[name].dtype, kept)
             )
             for name in matched["deltas"]
         }
-        manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched)
+        globs = {"include": list(include), "exclude": list(exclude)}
+        manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched | globs)
         ref = f"{tuned.ref}::{base.ref}"
         return SkillVector(ref, deltas, manifest, tuned=tuned, base=base)
 
@@ -183,7 +193,7 @@ class SkillVector:
         ours = identity(base)
         theirs = ours | {"ref": os.fspath(patch), "revision": None, "probe": digest}
         integers = {n: [spec.dtype, None] for n, spec in base.items() if n not in floats}
-        matched = {"integers": integers, "tied": {}, "excluded": []}
+        matched = {"integers": integers, "tied": {}, "excluded": [], "include": [], "exclude": []}
         manifest = _pair_manifest(theirs, ours, "auto", matched)
         return SkillVector(
             f"{os.fspath(patch)}::{base.ref}", deltas, manifest, tuned=base, base=base
@@ -239,18 +249,23 @@ class SkillVector:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: object) -> "SkillVector":
+        if not isinstance(divisor, Real) or not divisor:
+            raise TypeError(f"vector / {divisor!r:.40}: expected a number that is not 0")
+        return self * (1.0 / float(divisor))
+
     def __neg__(self) -> "SkillVector":
         return self * -1.0
 
     def __add__(self, other: object) -> "SkillVector":
+        if isinstance(other, int) and other == 0:  # sum() begins with it
+            return self
         if not isinstance(other, SkillVector):
             raise TypeError(
                 f"vector + {type(other).__name__}: to add a vector to a model use"
                 " skillvec.apply(model, vector, output)"
             )
-        terms = [*self._terms(), *other._terms()]
-        shares = tuple(Share(vector.ref, weight) for vector, weight in terms)
-        return SkillVector.combined([vector for vector, _ in terms], Recipe("linear", shares, {}))
+        return _sum([*self.terms(), *other.terms()])
 
     __radd__ = __add__
 
@@ -259,15 +274,21 @@ class SkillVector:
             raise TypeError(f"vector - {type(other).__name__}: only a vector can be subtracted")
         return self + -other
 
-    def _terms(self) -> "list[tuple[SkillVector, float]]":
+    def unscaled(self) -> "SkillVector":
+        """Return the same displacement with its factor, if any, taken into a plain sum."""
+        return self if self.scale == 1 else _sum(self.terms())
+
+    def terms(self) -> "list[tuple[SkillVector, float]]":
         """Return what a sum of vectors is made of: vectors with weights."""
         if not self.parts:
             return [(replace(self, scale=1.0), self.scale)]
         assert self.recipe is not None
-        if self.recipe.op != "linear" or any(share.rules for share in self.recipe.shares):
+        shares = self.recipe.shares
+        plain = all(isinstance(share.weight, float) and not share.rules for share in shares)
+        if self.recipe.op != "linear" or not plain:
             raise TypeError(
-                f"{self.ref}: a combination that is not a plain sum cannot be a term of another;"
-                " save it first"
+                f"{self.ref}: a combination that is not a plain sum can be neither part of another"
+                " nor stored with a factor: save it as it is first"
             )
         return [
             (part, self.scale * float(share.weight))  # type: ignore[arg-type]
@@ -295,6 +316,10 @@ class SkillVector:
         own = [self.stored] if self.stored else []
         return own + [file for part in self.parts for file in part.files()]
 
+    def mixes(self) -> list[MixDelta]:
+        """Return the deltas of a combination."""
+        return [delta for delta in self.deltas.values() if isinstance(delta, MixDelta)]
+
     def inputs(self) -> list[Checkpoint | VectorFile]:
         """Return everything it is read from."""
         own = [side for side in (self.stored, self.tuned, self.base) if side is not None]
@@ -302,6 +327,9 @@ class SkillVector:
 
     def base_digest(self, name: str) -> str | None:
         """Return the digest of the base's tensor that the delta was taken from, if recorded."""
+        if self.parts:
+            found = {part.base_digest(name) for part in self.parts if name in part.deltas}
+            return found.pop() if len(found) == 1 else None
         entry = self.manifest.get("tensors", {}).get(name)
         return entry["base"][1] if entry and entry["base"] else None
 
@@ -333,7 +361,22 @@ def _pair_manifest(
         "equal": matched["integers"],
         "tied": matched["tied"],
         "excluded": matched["excluded"],
+        "include": matched["include"],
+        "exclude": matched["exclude"],
+        "dtype": dtype,
     }
+
+
+def _sum(terms: Sequence[tuple[SkillVector, float]]) -> SkillVector:
+    shares = tuple(Share(vector.ref, weight) for vector, weight in terms)
+    return SkillVector.combined([vector for vector, _ in terms], Recipe("linear", shares))
+
+
+def dtype_of(name: str) -> str:
+    """Return the safetensors dtype of a name such as bf16; UsageError for others."""
+    if name not in DTYPE_NAMES:
+        raise UsageError(f"dtype {name!r}: expected one of {', '.join(DTYPE_NAMES)}")
+    return DTYPE_NAMES[name]
 
 
 def _value_dtype(delta: DeltaSource) -> str:
@@ -408,6 +451,8 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
         "training": {"method": None, "notes": None},
         "license": licenses.pop() if len(licenses) == 1 else None,
         "equal": {},
+        "include": [],
+        "exclude": [],
         "tied": {name: twin for name, twin in tied.items()
                  if all(m["tied"].get(name) == twin for m in manifests)},
         "excluded": [name for name in manifests[0]["excluded"]
@@ -461,7 +506,10 @@ def sketch(checkpoint: Checkpoint) -> dict[str, list[int]]:
 def relatedness(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> float | None:
     """Return the cosine of two sketches over the matrices they share, None where there is none."""
     names = [n for n in one if n in other and len(one[n]) == len(other[n])]
-    x, y = ([step for name in names for step in side[name]] for side in (one, other))
+    x, y = (
+        [max(-127, min(127, step)) for name in names for step in side[name]]
+        for side in (one, other)
+    )
     norms = sum(a * a for a in x) * sum(b * b for b in y)
     return sum(a * b for a, b in zip(x, y, strict=True)) / sqrt(norms) if norms else None
 

@@ -103,7 +103,7 @@ MANIFEST = {
               "tuned": (None, TENSOR_SIDE)},
     },
     "equal": {...: TENSOR_SIDE}, "differing": [str], "tied": {...: str}, "excluded": [str],
-    "side": [{...: str}],
+    "include": [str], "exclude": [str], "side": [{...: str}], "digest": str,
 }  # fmt: skip
 
 
@@ -143,9 +143,19 @@ def _expect(fits: bool, expected: str, value: Any, where: str) -> None:
 
 
 def encode_manifest(manifest: dict[str, Any]) -> dict[str, str]:
-    """Return the metadata that holds a manifest."""
-    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
+    """Return the metadata that holds a manifest, with its own digest in it."""
+    text = _as_text(manifest | {"digest": manifest_digest(manifest)})
     return {"format": "pt", METADATA_KEY: text}
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Return the digest of a manifest without the key `digest`."""
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return digest_bytes(_as_text(said).encode("utf-8", "surrogatepass"))
+
+
+def _as_text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -161,9 +171,11 @@ class VectorFile:
         self, ref: str, path: Path, headers: dict[str, Header], metadata: dict[str, str]
     ) -> None:
         self.ref, self.path, self.headers = ref, path, headers
-        self.digest = digest_bytes(metadata[METADATA_KEY].encode())
         self.manifest: dict[str, Any] = json.loads(metadata[METADATA_KEY])
         self.deltas = self._checked()
+        self.digest = manifest_digest(self.manifest)
+        if self.manifest["digest"] != self.digest:
+            raise self._broken("the manifest differs from its own digest: the file was altered")
 
     @property
     def files(self) -> list[Path]:

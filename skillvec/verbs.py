@@ -19,7 +19,13 @@ from skillvec import __version__, analysis, engine, kernels
 from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint, open_checkpoint, open_tensors
 from skillvec.codecs import CODECS, DENSE_SHARE, encode_block
 from skillvec.engine import JobResult
-from skillvec.errors import IncompatibleError, UsageError, VerificationError, up_to_five
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    UsageError,
+    VerificationError,
+    up_to_five,
+)
 from skillvec.merging import OPERATORS, Operator
 from skillvec.operators import bit_pattern, subtract
 from skillvec.outputs import (
@@ -62,7 +68,7 @@ from skillvec.summary import (
     report_apply,
     report_stored,
 )
-from skillvec.vector import FP32_MAX, MixDelta, PairDelta, SkillVector
+from skillvec.vector import FP32_MAX, MixDelta, PairDelta, SkillVector, dtype_of
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     PARTS,
@@ -72,10 +78,6 @@ from skillvec.vectorfile import (
     find_vector,
 )
 
-DTYPES = {
-    "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32",
-    "float32": "F32", "fp64": "F64", "float64": "F64",
-}  # fmt: skip
 PROBE_NUMEL = 4096
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
@@ -107,19 +109,14 @@ def diff(
     takes the smallest. The report is the attribute `report` of what is returned. Raises
     UsageError, IncompatibleError, FormatError, OutputError.
     """
-    kept = "auto" if dtype == "auto" else _dtype(dtype)
-    if kept == "F64":
-        raise UsageError("dtype fp64: auto keeps fp64 inputs in fp64")
-    vector = SkillVector.between(tuned, base, kept, include, exclude)
+    vector = SkillVector.between(tuned, base, dtype, include, exclude)
     if output is None:
         if dry_run:
             raise UsageError("a dry run of diff needs an output")
         return vector
     return save(
-        vector, output, dtype=dtype, codec=codec, max_shard_size=max_shard_size, method=method,
-        notes=notes, license=license, workers=workers, dry_run=dry_run, force=force,
-        watcher=watcher,
-        command=("diff", vector.ref.split("::"), {"include": include, "exclude": exclude}),
+        vector, output, codec=codec, max_shard_size=max_shard_size, method=method, notes=notes,
+        license=license, workers=workers, dry_run=dry_run, force=force, watcher=watcher,
     )  # fmt: skip
 
 
@@ -141,8 +138,8 @@ def combine(
     out of range, IncompatibleError where names or shapes differ.
     """
     if recipe is not None:
-        if vectors or weights or parameters or op != "linear":
-            raise UsageError("a recipe names vectors, weights and operator: give it alone")
+        if vectors or weights or parameters or seed or op != "linear":
+            raise UsageError("a recipe names vectors, weights, operator and seed: give it alone")
         made = parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
         parts = [SkillVector.open(share.vector) for share in made.shares]
     else:
@@ -162,7 +159,9 @@ def combine(
     else:
         raise UsageError(f"op {made.op!r}: expected one of {', '.join(OPERATORS)}")
     plain = made.op == "linear" and not made.parameters and made.shares[0].weight == 1
-    if len(parts) == 1 and plain and not made.shares[0].rules and not parts[0].parts:
+    if output is None and options:
+        raise TypeError(f"combine: {', '.join(options)} is of no use without output")
+    if len(parts) == 1 and plain and not made.shares[0].rules:
         vector = parts[0]
     else:
         vector = SkillVector.combined(parts, made, operator)
@@ -183,31 +182,35 @@ def save(
     dry_run: bool = False,
     force: bool = False,
     watcher: Watcher | None = None,
-    command: tuple[str, Sequence[str], dict[str, Any]] | None = None,
 ) -> SkillVector:
     """Write a vector to one safetensors file, or to a folder of shards where that would be large.
 
-    `dtype` of a combination: auto is fp32 (fp64 where an input is). `codec`: auto, dense, sparse
+    `dtype` of a combination: auto is fp32 (fp64 where an input is); that of a difference was
+    chosen when it was taken. `codec`: auto, dense, sparse
     or packed (docs/format.md). A stored vector is written with its manifest and exact values,
     whatever the codec. `method`, `notes` and `license` go into the manifest.
     """
     if codec not in ("auto", *CODECS[1:]):
         raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
     limit = _size(max_shard_size)
-    if vector.scale != 1 and not vector.parts and vector.stored:
-        vector = SkillVector.combined([vector], Recipe("linear", (Share(vector.ref),)))
-    elif vector.scale != 1:
-        raise UsageError(f"{vector.ref}: {vector.scale:g} times what is not stored: save it first")
+    vector = vector.unscaled()
+    if not vector.parts and dtype not in ("auto", vector.manifest["dtype"]):
+        raise UsageError(
+            f"dtype {dtype}: {vector.ref} has its own; diff --dtype chooses that of a difference"
+        )
+    dtype = dtype if vector.parts else vector.manifest["dtype"]
     path = output_vector(output, force, vector)
-    verb, positional, filters = command or ("combine", [vector.ref], {})
-    storage = _storage(vector, "auto" if dtype == "auto" else _dtype(dtype), codec)
+    storage = _storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
     labels = {"method": method, "notes": notes, "license": license}
     shown = {key: value for key, value in labels.items() if value is not None}
+    verb, words = _words(vector)
+    if vector.parts:
+        shown["dtype"] = dtype
     training = vector.manifest["training"]
     manifest = vector.manifest | {
         "tool": f"skillvec {__version__}",
-        "command": _command(verb, *positional, dtype=dtype, codec=codec, **shown, **filters),
-        "dtype": vector.manifest.get("dtype", dtype) if vector.stored else dtype,
+        "command": shlex.join(["skillvec", verb, *words, *_flags(codec=codec, **shown)]),
+        "dtype": dtype,
         "codec": codec,
         "block_numel": BLOCK_NUMEL,
         "training": {"method": method or training["method"], "notes": notes or training["notes"]},
@@ -249,7 +252,7 @@ def import_patch(
     (the tuned values); what is not listed did not change. Options as of `save`.
     """
     vector = SkillVector.patched(patch, base)
-    return save(vector, output, command=("import-patch", vector.ref.split("::"), {}), **options)
+    return save(vector, output, **options)
 
 
 def export_patch(
@@ -519,14 +522,16 @@ def verify(
     if vector is not None:
         displacement = SkillVector.open(vector)
     elif "tuned" in said:
-        displacement = SkillVector.between(tuned or said["tuned"], base or said["base"])
+        moved = {"tuned": tuned or said["tuned"], "base": base or said["base"]}
+        displacement = _reopened(said | moved)
     elif tuned is not None and base is not None:
         displacement = SkillVector.between(tuned, base)
     else:
         displacement = _reopened(said)
     point = open_checkpoint(target or recipe["target"]["ref"], "target")
     plan, now = _plan_apply(point, displacement, recipe["request"])
-    if _digests(now["vector"]) != _digests(said):
+    same_kind = ("ref" in said) == ("ref" in now["vector"])  # else the bytes decide
+    if same_kind and _digests(now["vector"]) != _digests(said):
         raise VerificationError(
             f"{displacement.ref} is not the vector that {opened.ref} was made with"
         )
@@ -543,17 +548,11 @@ def verify(
     if dry_run:
         return report
     results = _run(_measured(plan, workers, watcher), [], workers, watcher)
-    _conclude(report, results, "merged")
+    _conclude(report, results, "merged model's")
     return report
 
 
 # ---------------------------------------------------------------------------------- planning
-
-
-def _dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _size(text: int | str) -> int:
@@ -639,7 +638,7 @@ def _plan_apply(
         point,
         displacement,
         lam=lam,
-        dtype=_dtype(dtype) if dtype else None,
+        dtype=dtype_of(dtype) if dtype else None,
         rounding=rounding,
         seed=seed,
         include=request["include"],
@@ -662,7 +661,9 @@ def _described(vector: SkillVector) -> dict[str, Any]:
         parts = [_described(part) for part in vector.parts]
         return {"recipe": vector.recipe.to_dict(), "parts": parts}
     assert vector.tuned is not None and vector.base is not None
-    return {"tuned": vector.tuned.ref, "base": vector.base.ref}
+    sides = {"tuned": vector.tuned.ref, "base": vector.base.ref}
+    chosen = {key: vector.manifest[key] for key in CHOSEN}
+    return sides | {key: value for key, value in chosen.items() if value not in ("auto", [])}
 
 
 def _reopened(said: dict[str, Any]) -> SkillVector:
@@ -670,7 +671,7 @@ def _reopened(said: dict[str, Any]) -> SkillVector:
     if "ref" in said:
         return SkillVector.open(said["ref"])
     if "recipe" not in said:
-        return SkillVector.between(said["tuned"], said["base"])
+        return SkillVector.between(**said)
     recipe = parse_recipe(said["recipe"])
     if recipe.op not in OPERATORS:
         raise UsageError(f"made by the operator {recipe.op}, which is not skillvec's: pass vector")
@@ -697,12 +698,18 @@ SOURCES: list[dict[Any, Any]] = [
 ]  # fmt: skip
 
 
+CHOSEN: dict[Any, Any] = {"dtype": str, "include": [str], "exclude": [str]}  # by who subtracts
+
+
 def _check_source(said: dict[str, Any], depth: int = 0) -> None:
     shape = next((shape for shape in SOURCES if set(shape) <= set(said)), None)
-    if shape is None or depth > 1:
+    if shape is None or depth > 1 or set(said) - set(shape) - set(CHOSEN):
         raise ValueError("no vector")
-    check_shape(said, shape, "vector")
-    for part in said.get("parts", ()):
+    check_shape(said, shape | {key: CHOSEN[key] for key in CHOSEN if key in said}, "vector")
+    parts = said.get("parts", ())
+    if "parts" in said and len(parts) != len(said["recipe"]["vectors"]):
+        raise ValueError("another number of vectors")
+    for part in parts:
         _check_source(part, depth + 1)
 
 
@@ -721,13 +728,32 @@ def _read_recipe(opened: Checkpoint) -> dict[str, Any]:
     return dict(recipe)
 
 
-def _command(verb: str, *positional: str, **options: Any) -> str:
-    """Return the command that gives these bytes, in one spelling (no workers, no output)."""
-    words = ["skillvec", verb, *positional]
-    for key, value in options.items():
-        for item in value if isinstance(value, list | tuple) else [value]:
-            words += [f"--{key}", str(item)]
-    return shlex.join(words)
+def _words(vector: SkillVector) -> tuple[str, list[str]]:
+    """Return the command that gives this vector, short of how it is stored."""
+    manifest, recipe = vector.manifest, vector.recipe
+    if recipe is not None:
+        if any(share.rules or share.parameters or not isinstance(share.weight, float)
+               for share in recipe.shares):  # fmt: skip
+            return "combine", ["--recipe", "RECIPE"]  # the manifest holds it
+        words = [f"{share.vector}={share.weight!r}" for share in recipe.shares]
+        params = [f"{name}={value}" for name, value in recipe.parameters.items()]
+        return "combine", [*words, *_flags(op=recipe.op, param=params, seed=recipe.seed)]
+    if vector.stored is not None:
+        return "combine", [vector.ref]
+    sides = [manifest["tuned"]["ref"], manifest["base"]["ref"]]
+    if vector.tuned is vector.base:
+        return "import-patch", sides
+    return "diff", [*sides, *_flags(**{key: manifest[key] for key in CHOSEN})]
+
+
+def _flags(**options: Any) -> list[str]:
+    """Return options as words of a command line."""
+    return [
+        word
+        for key, value in options.items()
+        for item in (value if isinstance(value, list | tuple) else [value])
+        for word in (f"--{key}", str(item))
+    ]
 
 
 # ----------------------------------------------------------------------------------- running
@@ -769,9 +795,8 @@ def _planned(
 
 def _measured(plan: Plan, workers: int | None, watcher: Watcher | None) -> Plan:
     """Run the measuring passes of the plan's operators, if they have any."""
-    mixes = [d for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
-    passes = max((mix.operator.passes(mix.parameters) for mix in mixes), default=0)
-    total = sum(mix.nbytes for mix in mixes)
+    passes = max((mix.operator.passes(mix.parameters) for mix in plan.mixes), default=0)
+    total = sum(mix.nbytes for mix in plan.mixes)
 
     def progress(done_nbytes: int) -> None:
         if watcher:
@@ -833,7 +858,8 @@ def _verify_vector(
     if dry_run:
         return report
     results = _run(_measured(plan, workers, watcher), [], workers, watcher)
-    _conclude(report, results, "tuned", manifest["tensors"])
+    side = "tuned model's" if manifest["tuned"] else "parents'"
+    _conclude(report, results, side, manifest["tensors"])
     return report
 
 
@@ -846,6 +872,8 @@ def _parents(vector: SkillVector) -> SkillVector:
     if recipe.op not in OPERATORS:
         raise UsageError(f"{vector.ref}: made by the operator {recipe.op}, which is not skillvec's")
     parts = [SkillVector.open(share.vector) for share in recipe.shares]
+    if len(parts) != len(manifest["parents"]):
+        raise FormatError(f"{vector.ref}: recipe and parents are not of one number")
     for part, parent in zip(parts, manifest["parents"], strict=True):
         if part.manifest["identity"] != parent["identity"]:
             raise VerificationError(f"{part.ref} is not the vector that {vector.ref} was made from")

@@ -14,7 +14,7 @@ PACKAGE = Path(skillvec.__file__).parent
 # Top to bottom: a module may import those behind it in this list, and no other.
 ORDER = [
     "__main__", "cli", "display", "verbs", "summary", "outputs", "engine", "plan", "vector",
-    "rules", "analysis", "vectorfile", "checkpoint", "merging", "operators", "codecs", "kernels",
+    "rules", "patch", "analysis", "vectorfile", "checkpoint", "merging", "operators", "codecs", "kernels",
     "storage", "report", "errors", "__init__",
 ]  # fmt: skip
 # (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
@@ -29,7 +29,7 @@ HOMES = {
     "zstandard": {"codecs"}, "yaml": {"rules"},
     "numpy": {
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
-        "summary",
+        "summary", "patch",
     },
     "torch": set(ORDER), "transformers": set(ORDER), "huggingface_hub": set(ORDER),
     "scipy": set(ORDER),
