@@ -117,7 +117,7 @@ def _weighted(words: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
             number = float(weight)
         except ValueError:
             ref = ""
-        whole = not ref or os.path.exists(word)
+        whole = not ref or os.path.exists(word.rpartition("::")[2])
         refs.append(word if whole else ref)
         weights.append(1.0 if whole else number)
     return refs, weights

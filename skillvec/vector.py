@@ -402,12 +402,12 @@ def _common_names(parts: Sequence[SkillVector]) -> list[str]:
     names = list(dict.fromkeys(name for part in parts for name in part.deltas))
     problems = []
     for name in names:
-        shapes = {part.deltas[name].spec.shape for part in parts if name in part.deltas}
-        if len(shapes) > 1:
+        shapes = [part.deltas[name].spec.shape for part in parts if name in part.deltas]
+        if len(set(shapes)) > 1:
             problems.append(f"{name}: " + ", ".join(str(list(shape)) for shape in shapes))
         for part in parts:
             if name not in part.deltas and name not in part.manifest["excluded"]:
-                problems.append(f"{name} {list(shapes.pop())}: not in {part.ref}")
+                problems.append(f"{name} {list(shapes[0])}: not in {part.ref}")
                 break
     if problems:
         raise IncompatibleError(f"the vectors do not match:\n{up_to_five(problems)}")

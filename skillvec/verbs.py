@@ -153,6 +153,8 @@ def combine(
         name = op if isinstance(op, str) else op.name
         made = Recipe(name, shares, dict(parameters or {}), seed)
     if not isinstance(op, str):
+        if op.name in OPERATORS and op is not OPERATORS[op.name]:
+            raise UsageError(f"op: {op.name} is the name of an operator of skillvec: take another")
         operator: Operator | None = op
     elif made.op in OPERATORS:
         operator = None
@@ -599,6 +601,8 @@ def _storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tuple[str
 def _probed(delta: PairDelta, tuned: TensorSpec) -> tuple[str, Any]:
     """Return the dtype to store a pair's difference in, and the 4,096 values in its middle."""
     numel = min(PROBE_NUMEL, delta.base.numel)
+    if not numel:
+        return delta.dtype, kernels.from_bytes(bytearray(), "U16")
     sides = []
     for spec in (tuned, delta.base):
         content = bytearray(numel * ITEMSIZE[spec.dtype])
