@@ -1,4 +1,4 @@
-"""Where output may go, and how it gets there: refused places, staged files, one rename."""
+"""Where output may go, in what form, and how it gets there: staged files, one rename."""
 
 import contextlib
 import os
@@ -6,22 +6,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from skillvec import kernels
 from skillvec.checkpoint import VECTOR_INDEX, Checkpoint
+from skillvec.codecs import DENSE_SHARE, encode_block
 from skillvec.errors import UsageError
+from skillvec.operators import bit_pattern, subtract
 from skillvec.patch import PatchWriter
 from skillvec.plan import Plan
 from skillvec.storage import (
+    ITEMSIZE,
     OutputFile,
     Staging,
     TensorSpec,
     available_memory_nbytes,
     forget_open_files,
+    read_into,
     staging,
 )
-from skillvec.vector import SkillVector
-from skillvec.vectorfile import Entry, VectorFile, VectorWriter
+from skillvec.vector import PairDelta, SkillVector
+from skillvec.vectorfile import PARTS, Entry, StoredDelta, VectorFile, VectorWriter
 
 PathLike = str | os.PathLike[str]
+PROBE_NUMEL = 4096
+SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
 
 
 def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Path:
@@ -123,3 +131,69 @@ def writing_patch(
         writer = PatchWriter(stage.folder, specs)
         stack.callback(writer.close)
         yield stage, writer
+
+
+# ---------------------------------------------------------------------------------------- form
+
+
+def parse_size(text: int | str) -> int:
+    """Return bytes from a number or a text such as 5GB (decimal units) or 5GiB."""
+    words = str(text).strip()
+    number = words.rstrip("BKMGTibkmgtI")
+    unit = words[len(number) :].upper()
+    try:
+        size = int(float(number) * SIZES["" if unit == "B" else unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"max_shard_size {text}: expected a size such as 5GB")
+    return size
+
+
+def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tuple[str, str]]:
+    """Choose dtype and codec of every delta of a vector that is to be written.
+
+    A pair of checkpoints is probed: a 16-bit dtype where an exception a value would take more room
+    (8 bytes; fp32 takes 2 more a value, so the turn is at one in four) gives way to fp32.
+    """
+    chosen = {}
+    names = set(vector.deltas)
+    for name, delta in vector.deltas.items():
+        kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
+        if isinstance(delta, PairDelta) and isinstance(delta.tuned, TensorSpec):
+            kept, sample = _probed(delta, delta.tuned)
+            nonzero = int((sample != 0).sum())
+            if codec == "sparse":
+                dense = nonzero > DENSE_SHARE * sample.size
+            elif codec == "auto" and nonzero:
+                dense = encode_block(sample, "packed").payload.size >= 0.98 * sample.nbytes
+        elif isinstance(delta, StoredDelta):
+            kept = delta.spec.dtype
+            changed = vector.manifest["tensors"][name]["changed"]
+            dense |= codec == "sparse" and changed > DENSE_SHARE * delta.spec.numel
+        taken = any(name + part in names for parts in PARTS.values() for part in parts if part)
+        plain = dense or taken  # a tensor of the model has the name of a part
+        chosen[name] = kept, "dense" if plain else {"auto": "packed"}.get(codec, codec)
+    return chosen
+
+
+def _probed(delta: PairDelta, tuned: TensorSpec) -> tuple[str, Any]:
+    """Return the dtype to store a pair's difference in, and the 4,096 values in its middle."""
+    numel = min(PROBE_NUMEL, delta.base.numel)
+    if not numel:
+        return delta.dtype, kernels.from_bytes(bytearray(), "U16")
+    sides = []
+    for spec in (tuned, delta.base):
+        content = bytearray(numel * ITEMSIZE[spec.dtype])
+        middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
+        read_into(spec.path, spec.start + middle, memoryview(content))
+        sides.append(kernels.from_bytes(content, spec.dtype))
+    scratch = kernels.from_bytes(bytearray(2 * numel), "U16")
+    dtype = delta.dtype
+    while True:
+        out = kernels.from_bytes(bytearray(numel * ITEMSIZE[dtype]), dtype)
+        found = subtract(sides[0], tuned.dtype, sides[1], delta.base.dtype, dtype,
+                         delta.exact, out, scratch)  # fmt: skip
+        if found.delta.positions.size * 4 <= numel or ITEMSIZE[dtype] > 2:
+            return dtype, bit_pattern(out)
+        dtype = "F32"

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from math import hypot
 from typing import Any
 
 import numpy as np
@@ -182,3 +183,41 @@ def mismatch_line(result: JobResult, side: str) -> str:
         f"{result.job.name}: {result.mismatches} of {result.job.numel} values differ from the"
         f" {side}, the first at flat position {result.first_mismatch}"
     )
+
+
+def describe_vector(vector: SkillVector) -> Report:
+    """Return what inspect says of a stored vector."""
+    stored, manifest = vector.stored, vector.manifest
+    assert stored is not None
+    report = Report("inspect", {"path": os.fspath(stored.path), "nbytes": stored.nbytes})
+    facts, entries = report.facts, manifest["tensors"]
+    facts["kind"] = "vector"
+    for key in ("schema", "tool", "command", "formula", "identity", "dtype", "codec", "exactness",
+                "base", "tuned", "parents", "recipe", "training", "license", "tied", "excluded",
+                "differing"):  # fmt: skip
+        facts[key] = manifest.get(key)
+    numel = sum(delta.spec.numel for delta in stored.deltas.values())
+    changed = sum(entry["changed"] for entry in entries.values())
+    codecs: dict[str, dict[str, int]] = {}
+    layers: Counter[str] = Counter()
+    for name, delta in stored.deltas.items():
+        entry = entries[name]
+        held = codecs.setdefault(delta.codec, {"tensors": 0, "nbytes": 0})
+        held["tensors"] += 1
+        held["nbytes"] += delta.nbytes
+        layers[analysis.layer_of(name) or "(no layer)"] += entry["norm"] ** 2
+        line = ledger_line(delta.spec, "delta") | {"codec": delta.codec, "nbytes": delta.nbytes}
+        line |= {"numel": delta.spec.numel, "changed": entry["changed"], "norm": entry["norm"]}
+        report.ledger.append(line)
+    report.ledger += [{"name": name, "status": "equal"} for name in manifest["equal"]]
+    facts |= {
+        "files": [file.name for file in stored.files],
+        "lineage": vector.dtypes,
+        "numel": numel,
+        "changed": changed,
+        "density": changed / numel if numel else 0.0,
+        "norm": hypot(*(entry["norm"] for entry in entries.values())),
+        "codecs": codecs,
+        "layers": [{"name": name, "norm": sq**0.5} for name, sq in layers.most_common()],
+    }
+    return report

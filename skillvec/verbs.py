@@ -8,35 +8,33 @@ import contextlib
 import json
 import os
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import hypot
 from pathlib import Path
 from typing import Any
 
-from skillvec import __version__, analysis, engine, kernels
+from skillvec import __version__, analysis
 from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint, open_checkpoint, open_tensors
-from skillvec.codecs import CODECS, DENSE_SHARE, encode_block
+from skillvec.codecs import CODECS
 from skillvec.engine import JobResult
 from skillvec.errors import (
-    FormatError,
     IncompatibleError,
     UsageError,
     VerificationError,
     up_to_five,
 )
 from skillvec.merging import OPERATORS, Operator
-from skillvec.operators import bit_pattern, subtract
 from skillvec.outputs import (
     PathLike,
+    choose_storage,
     output_model,
     output_vector,
+    parse_size,
     writing,
     writing_patch,
     writing_vector,
 )
-from skillvec.patch import PatchWriter, is_patch
+from skillvec.patch import is_patch
 from skillvec.plan import (
     Plan,
     fitting,
@@ -50,37 +48,35 @@ from skillvec.plan import (
     plan_verify_vector,
     verdict_on,
 )
+from skillvec.provenance import (
+    command_words,
+    described,
+    digests_of,
+    flags,
+    parents_of,
+    read_merged,
+    reopened,
+)
 from skillvec.report import Report, Watcher
 from skillvec.rules import Recipe, Share, parse_recipe, read_recipe
+from skillvec.running import measured, planned, run_plan
 from skillvec.storage import (
-    ITEMSIZE,
-    OutputFile,
-    TensorSpec,
     copy_file,
-    forget_open_files,
     fsync_path,
-    read_into,
 )
 from skillvec.summary import (
     complete_manifest,
+    describe_vector,
     job_line,
     mismatch_line,
     report_apply,
     report_stored,
 )
-from skillvec.vector import FP32_MAX, MixDelta, PairDelta, SkillVector, dtype_of
+from skillvec.vector import FP32_MAX, SkillVector, dtype_of
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
-    PARTS,
-    StoredDelta,
-    VectorWriter,
-    check_shape,
     find_vector,
 )
-
-PROBE_NUMEL = 4096
-SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
 
 
 def diff(
@@ -194,7 +190,7 @@ def save(
     """
     if codec not in ("auto", *CODECS[1:]):
         raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
-    limit = _size(max_shard_size)
+    limit = parse_size(max_shard_size)
     vector = vector.unscaled()
     if not vector.parts and dtype not in ("auto", vector.manifest["dtype"]):
         raise UsageError(
@@ -202,16 +198,16 @@ def save(
         )
     dtype = dtype if vector.parts else vector.manifest["dtype"]
     path = output_vector(output, force, vector)
-    storage = _storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
+    storage = choose_storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
     labels = {"method": method, "notes": notes, "license": license}
     shown = {key: value for key, value in labels.items() if value is not None}
-    verb, words = _words(vector)
+    verb, words = command_words(vector)
     if vector.parts:
         shown["dtype"] = dtype
     training = vector.manifest["training"]
     manifest = vector.manifest | {
         "tool": f"skillvec {__version__}",
-        "command": shlex.join(["skillvec", verb, *words, *_flags(codec=codec, **shown)]),
+        "command": shlex.join(["skillvec", verb, *words, *flags(codec=codec, **shown)]),
         "dtype": dtype,
         "codec": codec,
         "block_numel": BLOCK_NUMEL,
@@ -227,12 +223,12 @@ def save(
         facts[side] = {"ref": ref, "path": os.fspath(path_of), "dtypes": checkpoint.dtypes}
     bound = sum(entry.nbytes for entry in entries)
     plan = replace(plan, bound_nbytes=bound)
-    report = _planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, workers, watcher)
     if dry_run:
         return replace(vector, report=report)
-    plan = _measured(plan, workers, watcher)
+    plan = measured(plan, workers, watcher)
     with writing_vector(path, force, entries, manifest, limit) as (stage, writer):
-        results = _run(plan, [], workers, watcher, writer)
+        results = run_plan(plan, [], workers, watcher, writer)
         settled = writer.settle()
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
@@ -279,12 +275,12 @@ def export_patch(
     plan = plan_patch(opened, point)
     path = output_vector(output, force, opened, [point])
     facts = {"output": os.fspath(path), "vector": opened.ref, "base": point.ref}
-    report = _planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, workers, watcher)
     if dry_run:
         return report
     specs = [job.point for job in plan.jobs if job.point is not None]
     with writing_patch(path, force, specs) as (stage, writer):
-        results = _run(plan, [], workers, watcher, writer)
+        results = run_plan(plan, [], workers, watcher, writer)
         other = [result.job.name for result in results if not result.exact_base]
         if other:
             raise IncompatibleError(
@@ -355,14 +351,14 @@ def apply(
         "verdict": plan.verdict,
         "left_behind": plan.left_behind,
     }
-    report = _planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    plan = _measured(plan, workers, watcher)
+    plan = measured(plan, workers, watcher)
     with writing(plan, path, force) as (stage, files):
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
-        results = _run(plan, files, workers, watcher)
+        results = run_plan(plan, files, workers, watcher)
         for file in files:
             file.sync()
         made = Path(files[0].path).parent
@@ -396,10 +392,10 @@ def orthogonality(
     plan = plan_gram(opened, include, exclude)
     labels = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
     facts: dict[str, Any] = {"vectors": labels, "lineage": [v.dtypes for v in opened]}
-    report = _planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    results = _run(_measured(plan, workers, watcher), [], workers, watcher)
+    results = run_plan(measured(plan, workers, watcher), [], workers, watcher)
     scales = [v.scale for v in opened]
     grams = []
     for result in results:
@@ -427,7 +423,15 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     """
     stored = find_vector(path)
     if stored is not None:
-        return _inspect_vector(SkillVector.open(path), target)
+        vector = SkillVector.open(path)
+        report = describe_vector(vector)
+        if target is not None:
+            point = open_checkpoint(target, "target")
+            fitting(point, vector)
+            verdict, warnings = verdict_on(point, vector)
+            report.facts |= {"target": point.ref, "verdict": verdict}
+            report.warnings += warnings
+        return report
     opened = open_tensors(path, "input")
     if target is not None:
         raise UsageError(f"{opened.ref} is a model: only a vector has a verdict on a target")
@@ -447,54 +451,11 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     recipe = opened.metadata.get(METADATA_KEY)
     if recipe is not None:
         with contextlib.suppress(UsageError):
-            facts["recipe"] = _read_recipe(opened)
+            facts["recipe"] = read_merged(opened)
     if opened.config.get("quantization_config"):
         report.warnings.append("quantised: diff and apply refuse it; dequantise it first")
     for spec in opened.values():
         report.ledger.append(ledger_line(spec, "stored") | {"nbytes": spec.nbytes})
-    return report
-
-
-def _inspect_vector(vector: SkillVector, target: PathLike | Checkpoint | None) -> Report:
-    stored, manifest = vector.stored, vector.manifest
-    assert stored is not None
-    report = Report("inspect", {"path": os.fspath(stored.path), "nbytes": stored.nbytes})
-    facts, entries = report.facts, manifest["tensors"]
-    facts["kind"] = "vector"
-    for key in ("schema", "tool", "command", "formula", "identity", "dtype", "codec", "exactness",
-                "base", "tuned", "parents", "recipe", "training", "license", "tied", "excluded",
-                "differing"):  # fmt: skip
-        facts[key] = manifest.get(key)
-    numel = sum(delta.spec.numel for delta in stored.deltas.values())
-    changed = sum(entry["changed"] for entry in entries.values())
-    codecs: dict[str, dict[str, int]] = {}
-    layers: Counter[str] = Counter()
-    for name, delta in stored.deltas.items():
-        entry = entries[name]
-        held = codecs.setdefault(delta.codec, {"tensors": 0, "nbytes": 0})
-        held["tensors"] += 1
-        held["nbytes"] += delta.nbytes
-        layers[analysis.layer_of(name) or "(no layer)"] += entry["norm"] ** 2
-        line = ledger_line(delta.spec, "delta") | {"codec": delta.codec, "nbytes": delta.nbytes}
-        line |= {"numel": delta.spec.numel, "changed": entry["changed"], "norm": entry["norm"]}
-        report.ledger.append(line)
-    report.ledger += [{"name": name, "status": "equal"} for name in manifest["equal"]]
-    facts |= {
-        "files": [file.name for file in stored.files],
-        "lineage": vector.dtypes,
-        "numel": numel,
-        "changed": changed,
-        "density": changed / numel if numel else 0.0,
-        "norm": hypot(*(entry["norm"] for entry in entries.values())),
-        "codecs": codecs,
-        "layers": [{"name": name, "norm": sq**0.5} for name, sq in layers.most_common()],
-    }
-    if target is not None:
-        point = open_checkpoint(target, "target")
-        fitting(point, vector)
-        verdict, warnings = verdict_on(point, vector)
-        facts |= {"target": point.ref, "verdict": verdict}
-        report.warnings += warnings
     return report
 
 
@@ -519,21 +480,21 @@ def verify(
     if find_vector(path) is not None:
         return _verify_vector(SkillVector.open(path), tuned, base, workers, dry_run, watcher)
     opened = open_tensors(path, "input")
-    recipe = _read_recipe(opened)
+    recipe = read_merged(opened)
     said = recipe["vector"]
     if vector is not None:
         displacement = SkillVector.open(vector)
     elif "tuned" in said:
         moved = {"tuned": tuned or said["tuned"], "base": base or said["base"]}
-        displacement = _reopened(said | moved)
+        displacement = reopened(said | moved)
     elif tuned is not None and base is not None:
         displacement = SkillVector.between(tuned, base)
     else:
-        displacement = _reopened(said)
+        displacement = reopened(said)
     point = open_checkpoint(target or recipe["target"]["ref"], "target")
     plan, now = _plan_apply(point, displacement, recipe["request"])
     same_kind = ("ref" in said) == ("ref" in now["vector"])  # else the bytes decide
-    if same_kind and _digests(now["vector"]) != _digests(said):
+    if same_kind and digests_of(now["vector"]) != digests_of(said):
         raise VerificationError(
             f"{displacement.ref} is not the vector that {opened.ref} was made with"
         )
@@ -546,78 +507,12 @@ def verify(
         "lam": plan.lam,
         "verdict": plan.verdict,
     }
-    report = _planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    results = _run(_measured(plan, workers, watcher), [], workers, watcher)
+    results = run_plan(measured(plan, workers, watcher), [], workers, watcher)
     _conclude(report, results, "merged model's")
     return report
-
-
-# ---------------------------------------------------------------------------------- planning
-
-
-def _size(text: int | str) -> int:
-    """Return bytes from a number or a text such as 5GB (decimal units) or 5GiB."""
-    words = str(text).strip()
-    number = words.rstrip("BKMGTibkmgtI")
-    unit = words[len(number) :].upper()
-    try:
-        size = int(float(number) * SIZES["" if unit == "B" else unit])
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise UsageError(f"max_shard_size {text}: expected a size such as 5GB")
-    return size
-
-
-def _storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tuple[str, str]]:
-    """Choose dtype and codec of every delta of a vector that is to be written.
-
-    A pair of checkpoints is probed: a 16-bit dtype where an exception a value would take more room
-    (8 bytes; fp32 takes 2 more a value, so the turn is at one in four) gives way to fp32.
-    """
-    chosen = {}
-    names = set(vector.deltas)
-    for name, delta in vector.deltas.items():
-        kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
-        if isinstance(delta, PairDelta) and isinstance(delta.tuned, TensorSpec):
-            kept, sample = _probed(delta, delta.tuned)
-            nonzero = int((sample != 0).sum())
-            if codec == "sparse":
-                dense = nonzero > DENSE_SHARE * sample.size
-            elif codec == "auto" and nonzero:
-                dense = encode_block(sample, "packed").payload.size >= 0.98 * sample.nbytes
-        elif isinstance(delta, StoredDelta):
-            kept = delta.spec.dtype
-            changed = vector.manifest["tensors"][name]["changed"]
-            dense |= codec == "sparse" and changed > DENSE_SHARE * delta.spec.numel
-        taken = any(name + part in names for parts in PARTS.values() for part in parts if part)
-        plain = dense or taken  # a tensor of the model has the name of a part
-        chosen[name] = kept, "dense" if plain else {"auto": "packed"}.get(codec, codec)
-    return chosen
-
-
-def _probed(delta: PairDelta, tuned: TensorSpec) -> tuple[str, Any]:
-    """Return the dtype to store a pair's difference in, and the 4,096 values in its middle."""
-    numel = min(PROBE_NUMEL, delta.base.numel)
-    if not numel:
-        return delta.dtype, kernels.from_bytes(bytearray(), "U16")
-    sides = []
-    for spec in (tuned, delta.base):
-        content = bytearray(numel * ITEMSIZE[spec.dtype])
-        middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
-        read_into(spec.path, spec.start + middle, memoryview(content))
-        sides.append(kernels.from_bytes(content, spec.dtype))
-    scratch = kernels.from_bytes(bytearray(2 * numel), "U16")
-    dtype = delta.dtype
-    while True:
-        out = kernels.from_bytes(bytearray(numel * ITEMSIZE[dtype]), dtype)
-        found = subtract(sides[0], tuned.dtype, sides[1], delta.base.dtype, dtype,
-                         delta.exact, out, scratch)  # fmt: skip
-        if found.delta.positions.size * 4 <= numel or ITEMSIZE[dtype] > 2:
-            return dtype, bit_pattern(out)
-        dtype = "F32"
 
 
 def _plan_apply(
@@ -634,7 +529,7 @@ def _plan_apply(
         "schema": 1,
         "tool": f"skillvec {__version__}",
         "target": {"ref": point.ref},
-        "vector": _described(displacement),
+        "vector": described(displacement),
         "lam": lam * displacement.scale,
         "request": request,
     }
@@ -657,182 +552,6 @@ def _plan_apply(
     return plan, recipe
 
 
-def _described(vector: SkillVector) -> dict[str, Any]:
-    """Return what a recipe says of a vector: refs and digests, and how it is combined."""
-    if vector.stored is not None:
-        return {"ref": vector.ref, "digest": vector.stored.digest}
-    if vector.recipe is not None:
-        parts = [_described(part) for part in vector.parts]
-        return {"recipe": vector.recipe.to_dict(), "parts": parts}
-    assert vector.tuned is not None and vector.base is not None
-    sides = {"tuned": vector.tuned.ref, "base": vector.base.ref}
-    chosen = {key: vector.manifest[key] for key in CHOSEN}
-    return sides | {key: value for key, value in chosen.items() if value not in ("auto", [])}
-
-
-def _reopened(said: dict[str, Any]) -> SkillVector:
-    """Return the vector that a recipe describes."""
-    if "ref" in said:
-        return SkillVector.open(said["ref"])
-    if "recipe" not in said:
-        return SkillVector.between(**said)
-    recipe = parse_recipe(said["recipe"])
-    if recipe.op not in OPERATORS:
-        raise UsageError(f"made by the operator {recipe.op}, which is not skillvec's: pass vector")
-    return SkillVector.combined([_reopened(part) for part in said["parts"]], recipe)
-
-
-def _digests(said: dict[str, Any]) -> Any:
-    """Return what makes two descriptions of a vector the same, wherever its files lie."""
-    if "recipe" in said:
-        vectors = [share | {"vector": ""} for share in said["recipe"]["vectors"]]
-        return said["recipe"] | {"vectors": vectors}, [_digests(part) for part in said["parts"]]
-    return said.get("digest")
-
-
-NUMBER = int | float
-RECIPE = {
-    "kind": str, "schema": int, "target": {"ref": str}, "vector": {...: ...}, "lam": NUMBER,
-    "request": {"lam": NUMBER, "dtype": str | None, "rounding": str, "seed": int,
-                "include": [str], "exclude": [str]},
-}  # fmt: skip
-SOURCES: list[dict[Any, Any]] = [
-    {"ref": str, "digest": str}, {"tuned": str, "base": str},
-    {"recipe": {"vectors": [{"vector": str}]}, "parts": [{...: ...}]},
-]  # fmt: skip
-
-
-CHOSEN: dict[Any, Any] = {"dtype": str, "include": [str], "exclude": [str]}  # by who subtracts
-
-
-def _check_source(said: dict[str, Any], depth: int = 0) -> None:
-    shape = next((shape for shape in SOURCES if set(shape) <= set(said)), None)
-    if shape is None or depth > 1 or set(said) - set(shape) - set(CHOSEN):
-        raise ValueError("no vector")
-    check_shape(said, shape | {key: CHOSEN[key] for key in CHOSEN if key in said}, "vector")
-    parts = said.get("parts", ())
-    if "parts" in said and len(parts) != len(said["recipe"]["vectors"]):
-        raise ValueError("another number of vectors")
-    for part in parts:
-        _check_source(part, depth + 1)
-
-
-def _read_recipe(opened: Checkpoint) -> dict[str, Any]:
-    try:
-        recipe = json.loads(opened.metadata[METADATA_KEY])
-        check_shape(recipe, RECIPE, "recipe")
-        if recipe["kind"] != "merged" or recipe["schema"] != 1:
-            raise ValueError("another kind or schema")
-        _check_source(recipe["vector"])
-    except (KeyError, ValueError, TypeError, RecursionError):
-        raise UsageError(
-            f"{opened.ref}: neither a skill vector nor written by skillvec apply (no recipe in its"
-            " header), so there is nothing to verify it against"
-        ) from None
-    return dict(recipe)
-
-
-def _words(vector: SkillVector) -> tuple[str, list[str]]:
-    """Return the command that gives this vector, short of how it is stored."""
-    manifest, recipe = vector.manifest, vector.recipe
-    if recipe is not None:
-        if any(share.rules or share.parameters or not isinstance(share.weight, float)
-               for share in recipe.shares):  # fmt: skip
-            return "combine", ["--recipe", "RECIPE"]  # the manifest holds it
-        words = [f"{share.vector}={share.weight!r}" for share in recipe.shares]
-        params = [f"{name}={value}" for name, value in recipe.parameters.items()]
-        return "combine", [*words, *_flags(op=recipe.op, param=params, seed=recipe.seed)]
-    if vector.stored is not None:
-        return "combine", [vector.ref]
-    sides = [manifest["tuned"]["ref"], manifest["base"]["ref"]]
-    if vector.tuned is vector.base:
-        return "import-patch", sides
-    return "diff", [*sides, *_flags(**{key: manifest[key] for key in CHOSEN})]
-
-
-def _flags(**options: Any) -> list[str]:
-    """Return options as words of a command line."""
-    return [
-        word
-        for key, value in options.items()
-        for item in (value if isinstance(value, list | tuple) else [value])
-        for word in (f"--{key}", str(item))
-    ]
-
-
-# ----------------------------------------------------------------------------------- running
-
-
-def _workers(workers: int | None) -> int:
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers {workers}: expected at least 1")
-    return workers or min(16, len(os.sched_getaffinity(0)))
-
-
-def _planned(
-    plan: Plan, facts: dict[str, Any], workers: int | None, watcher: Watcher | None
-) -> Report:
-    """Return the report as far as headers can tell, and show it to the watcher."""
-    count = _workers(workers)
-    mixed = [len(d.sources) for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
-    each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
-    planned = {
-        "nbytes_read": plan.nbytes_read,
-        "nbytes_written": plan.nbytes_written,
-        "files": [output.name for output in plan.outputs if output.name],
-        "side_files": [name for _, name in plan.copies],
-        "workers": count,
-        "memory_nbytes": (64 + count * each) << 20,
-        "kernels": kernels.kernels_in_use(),
-    }
-    status = {"add": "applied", "store": "delta", "copy": "passed through", "gram": "compared",
-              "same": "compared", "list": "listed"}  # fmt: skip
-    report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
-    named = {line["name"] for line in plan.ledger}
-    report.ledger = [
-        job_line(job, status[job.operator]) for job in plan.jobs if job.name not in named
-    ] + plan.ledger
-    if watcher:
-        watcher.planned(report)
-    return report
-
-
-def _measured(plan: Plan, workers: int | None, watcher: Watcher | None) -> Plan:
-    """Run the measuring passes of the plan's operators, if they have any."""
-    passes = max((mix.operator.passes(mix.parameters) for mix in plan.mixes), default=0)
-    total = sum(mix.nbytes for mix in plan.mixes)
-
-    def progress(done_nbytes: int) -> None:
-        if watcher:
-            watcher.advanced(done_nbytes, total)
-
-    try:
-        for number in range(passes):
-            plan = engine.measure(plan, number, _workers(workers), progress)
-    finally:
-        forget_open_files()
-    return plan
-
-
-def _run(
-    plan: Plan,
-    files: list[OutputFile],
-    workers: int | None,
-    watcher: Watcher | None,
-    writer: VectorWriter | PatchWriter | None = None,
-) -> list[JobResult]:
-    total = sum(job.nbytes_read for job in plan.jobs)
-
-    def progress(done_nbytes: int) -> None:
-        if watcher:
-            watcher.advanced(done_nbytes, total)
-
-    try:
-        return engine.run(plan, files, writer=writer, workers=_workers(workers), progress=progress)
-    finally:
-        forget_open_files()
-
-
 def _verify_vector(
     vector: SkillVector,
     tuned: PathLike | Checkpoint | None,
@@ -845,7 +564,7 @@ def _verify_vector(
     assert vector.stored is not None
     facts = {"path": os.fspath(vector.stored.path), "exactness": manifest["exactness"]}
     if manifest["tuned"] is None:
-        plan = plan_verify_combination(vector, _parents(vector))
+        plan = plan_verify_combination(vector, parents_of(vector))
         facts |= {"claim": f"VECTOR = {manifest['formula']}"}
     else:
         left = open_checkpoint(tuned or manifest["tuned"]["ref"], "tuned")
@@ -858,30 +577,13 @@ def _verify_vector(
             plan = plan_verify_vector(vector, left, right)
         facts |= {"claim": claim, "tuned": left.ref, "base": right.ref,
                   "verdict": verdict_on(right, vector)[0]}  # fmt: skip
-    report = _planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, workers, watcher)
     if dry_run:
         return report
-    results = _run(_measured(plan, workers, watcher), [], workers, watcher)
+    results = run_plan(measured(plan, workers, watcher), [], workers, watcher)
     side = "tuned model's" if manifest["tuned"] else "parents'"
     _conclude(report, results, side, manifest["tensors"])
     return report
-
-
-def _parents(vector: SkillVector) -> SkillVector:
-    """Return a stored combination made again from its parents, where they are what they were."""
-    manifest = vector.manifest
-    if manifest["recipe"] is None:
-        raise UsageError(f"{vector.ref}: no recipe in its manifest to make it again from")
-    recipe = parse_recipe(manifest["recipe"])
-    if recipe.op not in OPERATORS:
-        raise UsageError(f"{vector.ref}: made by the operator {recipe.op}, which is not skillvec's")
-    parts = [SkillVector.open(share.vector) for share in recipe.shares]
-    if len(parts) != len(manifest["parents"]):
-        raise FormatError(f"{vector.ref}: recipe and parents are not of one number")
-    for part, parent in zip(parts, manifest["parents"], strict=True):
-        if part.manifest["identity"] != parent["identity"]:
-            raise VerificationError(f"{part.ref} is not the vector that {vector.ref} was made from")
-    return SkillVector.combined(parts, recipe)
 
 
 def _conclude(

@@ -13,7 +13,8 @@ import skillvec
 PACKAGE = Path(skillvec.__file__).parent
 # Top to bottom: a module may import those behind it in this list, and no other.
 ORDER = [
-    "__main__", "cli", "display", "verbs", "summary", "outputs", "engine", "plan", "vector",
+    "__main__", "cli", "display", "verbs", "provenance", "running", "summary", "outputs", "engine", "plan",
+    "vector",
     "rules", "patch", "analysis", "vectorfile", "checkpoint", "merging", "operators", "codecs", "kernels",
     "storage", "report", "errors", "__init__",
 ]  # fmt: skip
@@ -36,7 +37,17 @@ HOMES = {
 }  # fmt: skip
 # Imported inside functions only: their import costs more than the work on a small model, and
 # rich is not wanted by a quiet run.
-LAZY = {"torch", "transformers", "huggingface_hub", "scipy", "rich", "numkong", "ray", "zstandard", "yaml"}
+LAZY = {
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "scipy",
+    "rich",
+    "numkong",
+    "ray",
+    "zstandard",
+    "yaml",
+}
 
 
 class Import:

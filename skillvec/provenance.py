@@ -1,0 +1,133 @@
+"""Where a model or a vector came from, in words that open it again.
+
+Hides the recipe in a merged model's header and in a combination's manifest: written by apply and
+save, checked and followed by verify.
+"""
+
+import json
+from typing import Any
+
+from skillvec.checkpoint import METADATA_KEY, Checkpoint
+from skillvec.errors import FormatError, UsageError, VerificationError
+from skillvec.merging import OPERATORS
+from skillvec.rules import parse_recipe
+from skillvec.vector import SkillVector
+from skillvec.vectorfile import check_shape
+
+
+def described(vector: SkillVector) -> dict[str, Any]:
+    """Return what a recipe says of a vector: refs and digests, and how it is combined."""
+    if vector.stored is not None:
+        return {"ref": vector.ref, "digest": vector.stored.digest}
+    if vector.recipe is not None:
+        parts = [described(part) for part in vector.parts]
+        return {"recipe": vector.recipe.to_dict(), "parts": parts}
+    assert vector.tuned is not None and vector.base is not None
+    sides = {"tuned": vector.tuned.ref, "base": vector.base.ref}
+    chosen = {key: vector.manifest[key] for key in CHOSEN}
+    return sides | {key: value for key, value in chosen.items() if value not in ("auto", [])}
+
+
+def reopened(said: dict[str, Any]) -> SkillVector:
+    """Return the vector that a recipe describes."""
+    if "ref" in said:
+        return SkillVector.open(said["ref"])
+    if "recipe" not in said:
+        return SkillVector.between(**said)
+    recipe = parse_recipe(said["recipe"])
+    if recipe.op not in OPERATORS:
+        raise UsageError(f"made by the operator {recipe.op}, which is not skillvec's: pass vector")
+    return SkillVector.combined([reopened(part) for part in said["parts"]], recipe)
+
+
+def digests_of(said: dict[str, Any]) -> Any:
+    """Return what makes two descriptions of a vector the same, wherever its files lie."""
+    if "recipe" in said:
+        vectors = [share | {"vector": ""} for share in said["recipe"]["vectors"]]
+        return said["recipe"] | {"vectors": vectors}, [digests_of(part) for part in said["parts"]]
+    return said.get("digest")
+
+
+NUMBER = int | float
+RECIPE = {
+    "kind": str, "schema": int, "target": {"ref": str}, "vector": {...: ...}, "lam": NUMBER,
+    "request": {"lam": NUMBER, "dtype": str | None, "rounding": str, "seed": int,
+                "include": [str], "exclude": [str]},
+}  # fmt: skip
+SOURCES: list[dict[Any, Any]] = [
+    {"ref": str, "digest": str}, {"tuned": str, "base": str},
+    {"recipe": {"vectors": [{"vector": str}]}, "parts": [{...: ...}]},
+]  # fmt: skip
+CHOSEN: dict[Any, Any] = {"dtype": str, "include": [str], "exclude": [str]}  # by who subtracts
+
+
+def _check_source(said: dict[str, Any], depth: int = 0) -> None:
+    shape = next((shape for shape in SOURCES if set(shape) <= set(said)), None)
+    if shape is None or depth > 1 or set(said) - set(shape) - set(CHOSEN):
+        raise ValueError("no vector")
+    check_shape(said, shape | {key: CHOSEN[key] for key in CHOSEN if key in said}, "vector")
+    parts = said.get("parts", ())
+    if "parts" in said and len(parts) != len(said["recipe"]["vectors"]):
+        raise ValueError("another number of vectors")
+    for part in parts:
+        _check_source(part, depth + 1)
+
+
+def read_merged(opened: Checkpoint) -> dict[str, Any]:
+    try:
+        recipe = json.loads(opened.metadata[METADATA_KEY])
+        check_shape(recipe, RECIPE, "recipe")
+        if recipe["kind"] != "merged" or recipe["schema"] != 1:
+            raise ValueError("another kind or schema")
+        _check_source(recipe["vector"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise UsageError(
+            f"{opened.ref}: neither a skill vector nor written by skillvec apply (no recipe in its"
+            " header), so there is nothing to verify it against"
+        ) from None
+    return dict(recipe)
+
+
+def command_words(vector: SkillVector) -> tuple[str, list[str]]:
+    """Return the command that gives this vector, short of how it is stored."""
+    manifest, recipe = vector.manifest, vector.recipe
+    if recipe is not None:
+        if any(share.rules or share.parameters or not isinstance(share.weight, float)
+               for share in recipe.shares):  # fmt: skip
+            return "combine", ["--recipe", "RECIPE"]  # the manifest holds it
+        words = [f"{share.vector}={share.weight!r}" for share in recipe.shares]
+        params = [f"{name}={value}" for name, value in recipe.parameters.items()]
+        return "combine", [*words, *flags(op=recipe.op, param=params, seed=recipe.seed)]
+    if vector.stored is not None:
+        return "combine", [vector.ref]
+    sides = [manifest["tuned"]["ref"], manifest["base"]["ref"]]
+    if vector.tuned is vector.base:
+        return "import-patch", sides
+    return "diff", [*sides, *flags(**{key: manifest[key] for key in CHOSEN})]
+
+
+def flags(**options: Any) -> list[str]:
+    """Return options as words of a command line."""
+    return [
+        word
+        for key, value in options.items()
+        for item in (value if isinstance(value, list | tuple) else [value])
+        for word in (f"--{key}", str(item))
+    ]
+
+
+def parents_of(vector: SkillVector) -> SkillVector:
+    """Return a stored combination made again from its parents, where they are what they were."""
+    manifest = vector.manifest
+    if manifest["recipe"] is None:
+        raise UsageError(f"{vector.ref}: no recipe in its manifest to make it again from")
+    recipe = parse_recipe(manifest["recipe"])
+    if recipe.op not in OPERATORS:
+        raise UsageError(f"{vector.ref}: made by the operator {recipe.op}, which is not skillvec's")
+    parts = [SkillVector.open(share.vector) for share in recipe.shares]
+    if len(parts) != len(manifest["parents"]):
+        raise FormatError(f"{vector.ref}: recipe and parents are not of one number")
+    for part, parent in zip(parts, manifest["parents"], strict=True):
+        if part.manifest["identity"] != parent["identity"]:
+            raise VerificationError(f"{part.ref} is not the vector that {vector.ref} was made from")
+    return SkillVector.combined(parts, recipe)

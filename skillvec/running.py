@@ -1,0 +1,87 @@
+"""Plans into results: the report before the work, measuring passes, the run itself."""
+
+import os
+from typing import Any
+
+from skillvec import engine, kernels
+from skillvec.engine import JobResult
+from skillvec.errors import UsageError
+from skillvec.patch import PatchWriter
+from skillvec.plan import Plan
+from skillvec.report import Report, Watcher
+from skillvec.storage import OutputFile, forget_open_files
+from skillvec.summary import job_line
+from skillvec.vector import MixDelta
+from skillvec.vectorfile import VectorWriter
+
+
+def worker_count(workers: int | None) -> int:
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers {workers}: expected at least 1")
+    return workers or min(16, len(os.sched_getaffinity(0)))
+
+
+def planned(
+    plan: Plan, facts: dict[str, Any], workers: int | None, watcher: Watcher | None
+) -> Report:
+    """Return the report as far as headers can tell, and show it to the watcher."""
+    count = worker_count(workers)
+    mixed = [len(d.sources) for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
+    each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
+    planned = {
+        "nbytes_read": plan.nbytes_read,
+        "nbytes_written": plan.nbytes_written,
+        "files": [output.name for output in plan.outputs if output.name],
+        "side_files": [name for _, name in plan.copies],
+        "workers": count,
+        "memory_nbytes": (64 + count * each) << 20,
+        "kernels": kernels.kernels_in_use(),
+    }
+    status = {"add": "applied", "store": "delta", "copy": "passed through", "gram": "compared",
+              "same": "compared", "list": "listed"}  # fmt: skip
+    report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
+    named = {line["name"] for line in plan.ledger}
+    report.ledger = [
+        job_line(job, status[job.operator]) for job in plan.jobs if job.name not in named
+    ] + plan.ledger
+    if watcher:
+        watcher.planned(report)
+    return report
+
+
+def measured(plan: Plan, workers: int | None, watcher: Watcher | None) -> Plan:
+    """Run the measuring passes of the plan's operators, if they have any."""
+    passes = max((mix.operator.passes(mix.parameters) for mix in plan.mixes), default=0)
+    total = sum(mix.nbytes for mix in plan.mixes)
+
+    def progress(done_nbytes: int) -> None:
+        if watcher:
+            watcher.advanced(done_nbytes, total)
+
+    try:
+        for number in range(passes):
+            plan = engine.measure(plan, number, worker_count(workers), progress)
+    finally:
+        forget_open_files()
+    return plan
+
+
+def run_plan(
+    plan: Plan,
+    files: list[OutputFile],
+    workers: int | None,
+    watcher: Watcher | None,
+    writer: VectorWriter | PatchWriter | None = None,
+) -> list[JobResult]:
+    total = sum(job.nbytes_read for job in plan.jobs)
+
+    def progress(done_nbytes: int) -> None:
+        if watcher:
+            watcher.advanced(done_nbytes, total)
+
+    try:
+        return engine.run(
+            plan, files, writer=writer, workers=worker_count(workers), progress=progress
+        )
+    finally:
+        forget_open_files()
