@@ -16,29 +16,22 @@ import numpy.typing as npt
 from xxhash import xxh3_128_digest
 
 from skillvec import operators
+from skillvec.blocks import Block, Workspace
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, IncompatibleError
-from skillvec.kernels import STORAGE_DTYPE, Array, narrow, widen
-from skillvec.merging import Place
-from skillvec.operators import STEP, Delta
-from skillvec.patch import Patch, PatchWriter
+from skillvec.kernels import Array, narrow, widen
+from skillvec.operators import Delta
+from skillvec.patch import PatchWriter
 from skillvec.plan import Job, Plan
 from skillvec.storage import (
-    ITEMSIZE,
-    LEAF_NBYTES,
     OutputFile,
-    TensorSpec,
-    allocate,
     fold_digest,
-    leaf_digests,
-    read_into,
 )
-from skillvec.vector import DeltaSource, MixDelta, PairDelta
+from skillvec.vector import MixDelta, PairDelta
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     EXCEPTION,
     NO_DIGEST,
-    REPLACEMENT,
     BlockReader,
     StoredDelta,
     VectorWriter,
@@ -66,30 +59,6 @@ class JobResult:
     first_mismatch: int | None = None
     exact_base: bool = False
     found: Any = None
-
-
-class _Workspace:
-    """The buffers of one worker, reused for every block."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Array] = {}
-
-    def array(self, slot: str, dtype: str, numel: int) -> Array:
-        """Return uninitialised room for `numel` values of a safetensors dtype."""
-        nbytes = numel * ITEMSIZE[dtype]
-        buffer = self._buffers.get(slot)
-        if buffer is None or buffer.size < nbytes:
-            buffer = np.frombuffer(allocate(nbytes or 1), np.uint8)
-            self._buffers[slot] = buffer
-        return buffer[:nbytes].view(STORAGE_DTYPE[dtype])
-
-    def read(self, slot: str, spec: TensorSpec, block: int) -> Array:
-        """Return one block of a tensor, read into the slot's buffer."""
-        begin = block * BLOCK_NUMEL
-        numel = min(BLOCK_NUMEL, spec.numel - begin)
-        values = self.array(slot, spec.dtype, numel)
-        read_into(spec.path, spec.start + begin * ITEMSIZE[spec.dtype], values.view(np.uint8).data)
-        return values
 
 
 @dataclass
@@ -228,12 +197,12 @@ class _Run:
             width = {"add": 3, "store": 1, "gram": len(job.deltas) ** 2}.get(job.operator, 0)
             self._states[number] = _State(blocks, np.zeros((blocks, width)), np.zeros(5, np.int64))
             if not blocks:
-                self._finish(number, _Workspace())
+                self._finish(number, Workspace())
             for block in range(blocks):
                 yield number, block
 
     def _work(self) -> None:
-        workspace = _Workspace()
+        workspace = Workspace()
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -254,236 +223,125 @@ class _Run:
             self._halt()
 
     def run_block(
-        self, number: int, block: int, workspace: _Workspace, exact_base: bool | None = None
+        self, number: int, index: int, workspace: Workspace, exact_base: bool | None = None
     ) -> None:
         """Do one block of one job; `exact_base` is set when a postponed block has its turn."""
         job, state = self._plan.jobs[number], self._states[number]
+        block = Block(
+            index, job.numel, workspace, self._readers, state.leaves, job.operator == "store"
+        )
         tally = np.zeros(5, np.int64)
         if job.operator == "measure":
-            self._measure(job, state, block, workspace)
-            return
-        deltas: list[Delta] = []
-        replaced: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)
-        for i, source in enumerate(job.deltas):
-            delta, replaced = self._delta(job, state, f"delta{i}", source, block, workspace, tally)
-            deltas.append(delta)
-        out: Array | None = None
-        if job.operator == "gram":
-            state.sums[block] = operators.gram(deltas).ravel()
+            self._measure(job, state, block)
+        elif job.operator == "gram":
+            deltas = [block.delta(delta, f"delta{i}")[0] for i, delta in enumerate(job.deltas)]
+            state.sums[index] = operators.gram(deltas).ravel()
         elif job.operator == "same":
-            dtype, numel = deltas[0].dtype, deltas[0].values.size
-            stored, again = (_narrowed(delta.wide(0, numel), dtype, job.name) for delta in deltas)
-            self._compare(state, block, stored, again, tally)
+            deltas = [block.delta(delta, f"delta{i}")[0] for i, delta in enumerate(job.deltas)]
+            one, other = (_narrowed(delta, deltas[0].dtype, job.name) for delta in deltas)
+            self._compare(state, block, one, other, tally)
         elif job.operator == "store":
-            self._store(job, state, block, deltas[0], replaced, tally)
+            self._store(job, state, block, tally)
         elif job.operator == "list":
-            self._list(job, state, block, deltas[0], replaced, workspace)
-        else:
-            assert job.point is not None
-            out = point = workspace.read("point", job.point, block)
-            self._digest(state, "point", job.numel, block, point)
-            if job.operator in ("add", "list"):
-                if replaced.size and exact_base is None and self._may_restore(job):
-                    with self._lock:  # the tensor's digest, known at its end, decides
-                        state.postponed.append(block)
-                    return
-                still = deltas[0].is_zero and job.out_dtype == job.point.dtype
-                if not still:
-                    out = workspace.array("out", job.out_dtype, point.size)
-                    self._add(job, block, point, deltas[0], out)
-                if exact_base:
-                    _restore(job, out, replaced)
-                if job.expected is None and not still:
-                    sums = operators.moments(point, job.point.dtype, deltas[0], out, job.out_dtype)
-                    tally[CHANGED] = sums.changed
-                    state.sums[block] = sums[1:]
-        if out is not None and job.expected is not None:
-            expected = workspace.read("expected", job.expected, block)
-            self._compare(state, block, out, expected, tally)
-        elif out is not None and job.output is not None:
-            file, start = job.output
-            offset = start + block * BLOCK_NUMEL * out.itemsize
-            self._outputs[file].write(offset, out.view(np.uint8).data)
-            self._digest(state, "output", job.numel, block, out)
+            self._list(job, block)
+        elif not self._write(job, state, block, tally, exact_base):
+            with self._lock:  # the tensor's digest, known at its end, decides
+                state.postponed.append(index)
+            return
         with self._lock:
             state.counts += tally
-            self._done_nbytes += job.nbytes_read * min(BLOCK_NUMEL, job.numel) // job.numel
+            self._done_nbytes += job.nbytes_read * block.size // job.numel
 
-    def _delta(
+    def _write(
         self,
         job: Job,
         state: _State,
-        role: str,
-        source: DeltaSource,
-        block: int,
-        workspace: _Workspace,
+        block: Block,
         tally: npt.NDArray[np.int64],
-    ) -> tuple[Delta, npt.NDArray[Any]]:
-        """Return one block of a delta, and the replacements that go with it."""
-        if isinstance(source, MixDelta):
-            return self._mixed(job, state, role, source, block, workspace, tally)
-        if isinstance(source, StoredDelta):
-            return self._stored(state, role, source, block, workspace)
-        if isinstance(source.tuned, Patch):
-            tuned = workspace.read("tuned", source.base, block)
-            source.tuned.overlay(block, tuned)
-        else:
-            tuned = workspace.read("tuned", source.tuned, block)
-        base = workspace.read("base", source.base, block)
-        own = role == "delta0"  # the only pair of its job
-        if own:
-            self._digest(state, "tuned", job.numel, block, tuned)
-            self._digest(state, "base", job.numel, block, base)
-        found = operators.subtract(
-            tuned,
-            source.tuned.dtype,
-            base,
-            source.base.dtype,
-            source.dtype,
-            source.exact,
-            workspace.array(role, source.dtype, tuned.size),
-            workspace.array("scratch", "U16", tuned.size),
-            job.operator == "store",
-        )
-        if own and job.operator == "store":
-            counts = found.changed, found.unrestored, found.delta.positions.size
-            tally[:4] = (*counts, found.replaced.size)
-            state.sums[block] = found.delta_sq
-        records = np.zeros(found.replaced.size, REPLACEMENT)
-        records["position"], records["bits"] = found.replaced, found.bits
-        return found.delta, records
+        exact_base: bool | None,
+    ) -> bool:
+        """Add or copy one block of the target and write it, or compare it with what is there.
 
-    def _stored(
-        self, state: _State, role: str, source: StoredDelta, block: int, workspace: _Workspace
-    ) -> tuple[Delta, npt.NDArray[Any]]:
-        spec = source.spec
-        values = workspace.array(
-            role, spec.dtype, min(BLOCK_NUMEL, spec.numel - block * BLOCK_NUMEL)
-        )
-        if source.codec == "zero":
-            values.fill(0)
-            return Delta(values, spec.dtype, is_zero=True), np.zeros(0, REPLACEMENT)
-        scratch = workspace.array("scratch", "U8", values.nbytes + values.size // 8 + 1)
-        found = self._readers[spec.path].read(source, block, values, scratch)
-        leaves = state.leaves.setdefault(role, bytearray(16 * block_count(spec.numel)))
-        leaves[16 * block : 16 * (block + 1)] = found.digest
-        positions, exact = found.exceptions["position"], found.exceptions["value"]
-        delta = Delta(
-            values, spec.dtype, np.ascontiguousarray(positions), np.ascontiguousarray(exact),
-            found.is_zero and not positions.size,
-        )  # fmt: skip
-        return delta, found.replacements
+        Returns False where it has to wait until it is known whether the target is the exact base.
+        """
+        assert job.point is not None
+        deltas = [block.delta(delta, "delta0") for delta in job.deltas]
+        out = point = block.read("point", job.point)
+        block.digest("point", point)
+        for delta, replaced in deltas:  # one, or none for a copy
+            if replaced.size and exact_base is None and self._may_restore(job):
+                return False
+            if not delta.is_zero or job.out_dtype != job.point.dtype:
+                out = block.array("out", job.out_dtype)
+                self._add(job, block, point, delta, out)
+            if exact_base:
+                _restore(job, out, replaced)
+            if job.expected is None and out is not point:
+                sums = operators.moments(point, job.point.dtype, delta, out, job.out_dtype)
+                tally[CHANGED] = sums.changed
+                state.sums[block.index] = sums[1:]
+        if job.expected is not None:
+            self._compare(state, block, out, block.read("expected", job.expected), tally)
+        elif job.output is not None:
+            file, start = job.output
+            self._outputs[file].write(start + block.begin * out.itemsize, out.view(np.uint8).data)
+            block.digest("output", out)
+        return True
 
-    def _mixed(
-        self,
-        job: Job,
-        state: _State,
-        role: str,
-        source: MixDelta,
-        block: int,
-        workspace: _Workspace,
-        tally: npt.NDArray[np.int64],
-    ) -> tuple[Delta, npt.NDArray[Any]]:
-        parts = self._parts(job, state, role, source, block, workspace)
-        numel = parts[0].values.size
-        values = workspace.array(role, source.spec.dtype, numel)
-        for begin in range(0, numel, STEP):
-            wide = [part.wide(begin, begin + STEP) for part in parts]
-            place = Place(
-                source.spec.name, block * BLOCK_NUMEL + begin, source.seed, source.streams
-            )
-            values[begin : begin + STEP] = source.operator.combine(
-                wide, source.weights, source.parameters, place, source.known
-            )
-        if not np.isfinite(values).all():
-            raise FormatError(f"{job.name}: {source.operator.name} left the range of numbers")
-        delta = Delta(values, source.spec.dtype)
-        if job.operator == "store":
-            tally[CHANGED] = np.count_nonzero(values)
-            state.sums[block] = operators.gram([delta]).ravel()
-        return delta, np.zeros(0, REPLACEMENT)
-
-    def _parts(
-        self,
-        job: Job,
-        state: _State,
-        role: str,
-        source: MixDelta,
-        block: int,
-        workspace: _Workspace,
-    ) -> list[Delta]:
-        return [
-            self._delta(job, state, f"{role}.{i}", part, block, workspace, np.zeros(5, np.int64))[0]
-            for i, part in enumerate(source.sources)
-        ]
-
-    def _measure(self, job: Job, state: _State, block: int, workspace: _Workspace) -> None:
+    def _measure(self, job: Job, state: _State, block: Block) -> None:
         """Add one block to what an operator measures: counts to its scope, floats by block."""
-        mix, number = job.deltas[0], job.first_block
+        mix = job.deltas[0]
         assert isinstance(mix, MixDelta)
-        parts = self._parts(job, state, "delta0", mix, block, workspace)
         total: Array | None = None
-        for begin in range(0, parts[0].values.size, STEP):
-            wide = [part.wide(begin, begin + STEP) for part in parts]
-            place = Place(mix.spec.name, block * BLOCK_NUMEL + begin, mix.seed, mix.streams)
+        for place, wide in block.pieces(mix, "delta0"):
             found = mix.operator.measure(
-                number, wide, mix.weights, mix.parameters, place, mix.known
+                job.first_block, wide, mix.weights, mix.parameters, place, mix.known
             )
             total = found if total is None else total + found
         assert total is not None
         with self._lock:
             if total.dtype.kind == "f":
-                state.measured[block] = total
+                state.measured[block.index] = total
             else:
                 held = self.totals.get(mix.scope)
                 self.totals[mix.scope] = total if held is None else held + total
-            self._done_nbytes += job.nbytes_read * min(BLOCK_NUMEL, job.numel) // job.numel
 
-    def _store(
-        self,
-        job: Job,
-        state: _State,
-        block: int,
-        delta: Delta,
-        replaced: npt.NDArray[Any],
-        tally: npt.NDArray[np.int64],
-    ) -> None:
+    def _store(self, job: Job, state: _State, block: Block, tally: npt.NDArray[np.int64]) -> None:
         """Encode one block and give it to the writer in its turn."""
         assert isinstance(self._writer, VectorWriter)
-        values = (
-            delta.values
-            if delta.dtype == job.out_dtype
-            else _narrowed(delta.values, job.out_dtype, job.name)
-        )
+        delta, replaced = block.delta(job.deltas[0], "delta0")
+        found = block.subtracted
+        if found is not None:
+            counts = found.changed, found.unrestored, delta.positions.size, replaced.size
+            tally[: len(counts)] = counts
+            state.sums[block.index] = found.delta_sq
+        elif isinstance(job.deltas[0], MixDelta):
+            tally[CHANGED] = np.count_nonzero(delta.values)
+            state.sums[block.index] = operators.gram([delta]).ravel()
+        values = delta.values
+        if delta.dtype != job.out_dtype:
+            values = _narrowed(delta, job.out_dtype, job.name)
+        row = job.first_block + block.index
         encoded = encode_block(values, job.codec)
-        digest = self._writer.add(job.first_block + block, encoded, _exceptions(delta), replaced)
-        leaves = state.leaves.setdefault("output", bytearray(16 * block_count(job.numel)))
-        leaves[16 * block : 16 * (block + 1)] = digest
+        block.stamp("output", self._writer.add(row, encoded, _exceptions(delta), replaced))
 
-    def _list(
-        self,
-        job: Job,
-        state: _State,
-        block: int,
-        delta: Delta,
-        replaced: npt.NDArray[Any],
-        workspace: _Workspace,
-    ) -> None:
+    def _list(self, job: Job, block: Block) -> None:
         """List what base + delta changes; that it is the exact base shows when it is whole."""
         assert job.point is not None and isinstance(self._writer, PatchWriter)
-        point = workspace.read("point", job.point, block)
-        self._digest(state, "point", job.numel, block, point)
-        out = workspace.array("out", job.out_dtype, point.size)
+        delta, replaced = block.delta(job.deltas[0], "delta0")
+        point = block.read("point", job.point)
+        block.digest("point", point)
+        out = block.array("out", job.out_dtype)
         operators.add(point, job.point.dtype, delta, 1.0, job.out_dtype, out)
         _restore(job, out, replaced)
         changed = np.flatnonzero(operators.bit_pattern(out) != operators.bit_pattern(point))
-        self._writer.add(job.first_block + block, changed, out[changed])
+        self._writer.add(job.first_block + block.index, changed, out[changed])
 
-    def _add(self, job: Job, block: int, point: Array, delta: Delta, out: Array) -> None:
+    def _add(self, job: Job, block: Block, point: Array, delta: Delta, out: Array) -> None:
         assert job.point is not None
         random16 = None
         if self._plan.rounding == "stochastic":
-            random16 = random_bits(self._plan.seed, job.name, block, point.size)
+            random16 = random_bits(self._plan.seed, job.name, block.index, point.size)
         operators.add(point, job.point.dtype, delta, self._plan.lam, job.out_dtype, out, random16)
 
     def _may_restore(self, job: Job) -> bool:
@@ -491,27 +349,23 @@ class _Run:
         return self._plan.lam == 1.0 and job.out_dtype == job.tuned_dtype
 
     def _compare(
-        self, state: _State, block: int, out: Array, expected: Array, tally: npt.NDArray[np.int64]
+        self,
+        state: _State,
+        block: Block,
+        out: Array,
+        expected: Array,
+        tally: npt.NDArray[np.int64],
     ) -> None:
         differs = operators.bit_pattern(out) != operators.bit_pattern(expected)
         count = int(np.count_nonzero(differs))
         if count:
             tally[MISMATCHES] = count
-            at = block * BLOCK_NUMEL + int(np.argmax(differs))
+            at = block.begin + int(np.argmax(differs))
             with self._lock:
                 first = state.first_mismatch
                 state.first_mismatch = at if first is None else min(first, at)
 
-    def _digest(self, state: _State, role: str, numel: int, block: int, values: Array) -> None:
-        per_block = -(-BLOCK_NUMEL * values.itemsize // LEAF_NBYTES) * 16
-        leaves = state.leaves.get(role)
-        if leaves is None:  # setdefault is atomic, a lock here would be taken thrice a block
-            total = -(-numel * values.itemsize // LEAF_NBYTES) * 16
-            leaves = state.leaves.setdefault(role, bytearray(total))
-        digests = leaf_digests(values.view(np.uint8).data)
-        leaves[block * per_block : block * per_block + len(digests)] = digests
-
-    def _finish(self, number: int, workspace: _Workspace) -> None:
+    def _finish(self, number: int, workspace: Workspace) -> None:
         """Settle a tensor whose blocks are all read: postponed blocks, sums, digests, checks."""
         job, state = self._plan.jobs[number], self._states[number]
         roles: dict[str, Any] = {"point": job.point, "output": job.output}
@@ -586,9 +440,9 @@ def _restore(job: Job, out: Array, replaced: npt.NDArray[Any]) -> None:
     pattern[replaced["position"]] = replaced["bits"].astype(pattern.dtype)
 
 
-def _narrowed(values: Array, dtype: str, name: str) -> Array:
+def _narrowed(delta: Delta, dtype: str, name: str) -> Array:
     """Round to a storage dtype; its zeros are positive, and what it cannot hold is refused."""
-    rounded = narrow(values, dtype)
+    rounded = narrow(delta.wide(0, delta.values.size), dtype)
     wide = widen(rounded, dtype)
     if not np.isfinite(wide).all():
         raise IncompatibleError(f"{name}: values beyond the range of {dtype}")

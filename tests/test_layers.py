@@ -13,7 +13,8 @@ import skillvec
 PACKAGE = Path(skillvec.__file__).parent
 # Top to bottom: a module may import those behind it in this list, and no other.
 ORDER = [
-    "__main__", "cli", "display", "verbs", "provenance", "running", "summary", "outputs", "engine", "plan",
+    "__main__", "cli", "display", "verbs", "provenance", "running", "summary", "outputs", "engine", "blocks",
+    "plan",
     "vector",
     "rules", "patch", "analysis", "vectorfile", "checkpoint", "merging", "operators", "codecs", "kernels",
     "storage", "report", "errors", "__init__",
@@ -29,6 +30,7 @@ HOMES = {
     "xxhash": {"kernels", "storage", "engine", "vectorfile", "merging"},
     "zstandard": {"codecs"}, "yaml": {"rules"},
     "numpy": {
+        "blocks",
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
         "summary", "patch",
     },

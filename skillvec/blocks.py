@@ -1,0 +1,164 @@
+"""One block of one tensor: reading it, decoding or computing its deltas, digesting what was read.
+
+Hides where a delta comes from (stored, subtracted, patched, merged). Buffers are those of one
+worker and are reused for every block; nothing here knows where results go.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skillvec import operators
+from skillvec.errors import FormatError
+from skillvec.kernels import STORAGE_DTYPE, Array
+from skillvec.merging import Place
+from skillvec.operators import NO_POSITIONS, STEP, Delta, Subtraction
+from skillvec.patch import Patch
+from skillvec.storage import ITEMSIZE, LEAF_NBYTES, TensorSpec, allocate, leaf_digests, read_into
+from skillvec.vector import DeltaSource, MixDelta, PairDelta
+from skillvec.vectorfile import BLOCK_NUMEL, REPLACEMENT, BlockReader, StoredDelta, block_count
+
+NO_RECORDS: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)
+
+
+class Workspace:
+    """The buffers of one worker, reused for every block."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+
+    def array(self, slot: str, dtype: str, numel: int) -> Array:
+        """Return uninitialised room for `numel` values of a safetensors dtype."""
+        nbytes = numel * ITEMSIZE[dtype]
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.size < nbytes:
+            buffer = np.frombuffer(allocate(nbytes or 1), np.uint8)
+            self._buffers[slot] = buffer
+        return buffer[:nbytes].view(STORAGE_DTYPE[dtype])
+
+
+@dataclass
+class Block:
+    """Block `index` of a tensor of `numel` values.
+
+    `leaves` collect the digests of the tensor by role, in the place of each block. `subtracted` is
+    what was found when the first delta is a pair.
+    """
+
+    index: int
+    numel: int
+    workspace: Workspace
+    readers: Mapping[str, BlockReader]  # by file
+    leaves: dict[str, bytearray]
+    measure: bool = False  # whether the norm of a difference is wanted
+    subtracted: Subtraction | None = None
+
+    @property
+    def begin(self) -> int:
+        return self.index * BLOCK_NUMEL
+
+    @property
+    def size(self) -> int:
+        return min(BLOCK_NUMEL, self.numel - self.begin)
+
+    def array(self, slot: str, dtype: str) -> Array:
+        """Return uninitialised room for the block's values."""
+        return self.workspace.array(slot, dtype, self.size)
+
+    def read(self, slot: str, spec: TensorSpec) -> Array:
+        """Return the block of a tensor, read into the slot's buffer."""
+        values = self.array(slot, spec.dtype)
+        where = spec.start + self.begin * ITEMSIZE[spec.dtype]
+        read_into(spec.path, where, values.view(np.uint8).data)
+        return values
+
+    def digest(self, role: str, values: Array) -> None:
+        """Take the leaves of the block's bytes."""
+        per_block = -(-BLOCK_NUMEL * values.itemsize // LEAF_NBYTES) * 16
+        leaves = self.leaves.get(role)
+        if leaves is None:  # setdefault is atomic, a lock here would be taken thrice a block
+            total = -(-self.numel * values.itemsize // LEAF_NBYTES) * 16
+            leaves = self.leaves.setdefault(role, bytearray(total))
+        digests = leaf_digests(values.view(np.uint8).data)
+        leaves[self.index * per_block : self.index * per_block + len(digests)] = digests
+
+    def stamp(self, role: str, digest: bytes) -> None:
+        """Take the one digest of the block's stored bytes."""
+        leaves = self.leaves.get(role)
+        if leaves is None:
+            leaves = self.leaves.setdefault(role, bytearray(16 * block_count(self.numel)))
+        leaves[16 * self.index : 16 * (self.index + 1)] = digest
+
+    def delta(self, source: DeltaSource, role: str) -> tuple[Delta, npt.NDArray[Any]]:
+        """Return the block of a delta, and the replacements that go with it."""
+        if isinstance(source, MixDelta):
+            return self._merged(source, role), NO_RECORDS
+        if isinstance(source, StoredDelta):
+            return self._stored(source, role)
+        return self._difference(source, role)
+
+    def _difference(self, source: PairDelta, role: str) -> tuple[Delta, npt.NDArray[Any]]:
+        if isinstance(source.tuned, Patch):
+            tuned = self.read("tuned", source.base)
+            source.tuned.overlay(self.index, tuned)
+        else:
+            tuned = self.read("tuned", source.tuned)
+        base = self.read("base", source.base)
+        if role == "delta0":  # not the second of two pairs, nor part of a combination
+            self.digest("tuned", tuned)
+            self.digest("base", base)
+        found = operators.subtract(
+            tuned,
+            source.tuned.dtype,
+            base,
+            source.base.dtype,
+            source.dtype,
+            source.exact,
+            self.array(role, source.dtype),
+            self.array("scratch", "U16"),
+            self.measure,
+        )
+        if role == "delta0":
+            self.subtracted = found
+        records = np.zeros(found.replaced.size, REPLACEMENT)
+        records["position"], records["bits"] = found.replaced, found.bits
+        return found.delta, records
+
+    def _stored(self, source: StoredDelta, role: str) -> tuple[Delta, npt.NDArray[Any]]:
+        dtype = source.spec.dtype
+        values = self.array(role, dtype)
+        if source.codec == "zero":
+            values.fill(0)
+            return Delta(values, dtype, is_zero=True), NO_RECORDS
+        scratch = self.workspace.array("scratch", "U8", values.nbytes + values.size // 8 + 1)
+        found = self.readers[source.spec.path].read(source, self.index, values, scratch)
+        self.stamp(role, found.digest)
+        at = (
+            np.ascontiguousarray(found.exceptions["position"])
+            if found.exceptions.size
+            else NO_POSITIONS
+        )
+        exact = np.ascontiguousarray(found.exceptions["value"])
+        delta = Delta(values, dtype, at, exact, found.is_zero and not at.size)
+        return delta, found.replacements
+
+    def _merged(self, source: MixDelta, role: str) -> Delta:
+        values = self.array(role, source.spec.dtype)
+        for place, wide in self.pieces(source, role):
+            at = place.begin - self.begin
+            values[at : at + wide[0].size] = source.operator.combine(
+                wide, source.weights, source.parameters, place, source.known
+            )
+        if not np.isfinite(values).all():
+            raise FormatError(f"{source.spec.name}: {source.operator.name} left the range of fp32")
+        return Delta(values, source.spec.dtype)
+
+    def pieces(self, source: MixDelta, role: str) -> Iterator[tuple[Place, list[Array]]]:
+        """Yield the parts of a combination piece by piece, widened, with their place."""
+        parts = [self.delta(part, f"{role}.{i}")[0] for i, part in enumerate(source.sources)]
+        for begin in range(0, self.size, STEP):
+            wide = [part.wide(begin, begin + STEP) for part in parts]
+            yield Place(source.spec.name, self.begin + begin, source.seed, source.streams), wide
