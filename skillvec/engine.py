@@ -415,9 +415,8 @@ class _Run:
             total = state.measured[block] if total is None else total + state.measured[block]
         if not mix.per_tensor:
             return total
-        if total is None:
-            with self._lock:
-                total = self.totals.pop(mix.scope, None)
+        if total is None:  # pop is atomic; empty tensors come here with the lock held
+            total = self.totals.pop(mix.scope, None)
         if total is None:  # an empty tensor
             return None
         return mix.operator.settle(job.first_block, total, mix.weights, mix.parameters, mix.known)

@@ -90,9 +90,12 @@ def count_upper(values: Array, given: Parameters, known: None) -> Counts:
 
 
 def count_lower(values: Array, given: Parameters, known: list[list[int]]) -> Counts:
-    """Count values by the lower bits of their magnitude within each critical upper bin."""
+    """Count values by the lower bits of their magnitude within each critical upper bin.
+
+    In bin 0 zeros count as well. They are below all others, where no rank that is asked for lies.
+    """
     bits = magnitude_bits(values)
-    rows = [bits[(bits >> 16 == upper) & (bits != 0)] & (LOWER - 1) for upper, _ in known]
+    rows = [bits[bits >> 16 == upper] & (LOWER - 1) for upper, _ in known]
     return np.stack([np.bincount(row.astype(np.intp), minlength=LOWER) for row in rows])
 
 
@@ -325,6 +328,11 @@ class Method:
     measured: tuple[Pass, ...] = ()
     sparsify: Callable[..., Array] = keep
     merge: Callable[..., Array] = add
+
+    @property
+    def random(self) -> bool:
+        """Whether the result depends on random numbers, and so on the tensor's name."""
+        return self.sparsify in (drop, magprune)
 
     def passes(self, parameters: Given) -> int:
         """Return the number of measuring passes: none where all densities are 1."""

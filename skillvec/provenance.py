@@ -124,10 +124,17 @@ def parents_of(vector: SkillVector) -> SkillVector:
     recipe = parse_recipe(manifest["recipe"])
     if recipe.op not in OPERATORS:
         raise UsageError(f"{vector.ref}: made by the operator {recipe.op}, which is not skillvec's")
-    parts = [SkillVector.open(share.vector) for share in recipe.shares]
-    if len(parts) != len(manifest["parents"]):
+    parents = manifest["parents"]
+    if len(recipe.shares) != len(parents):
         raise FormatError(f"{vector.ref}: recipe and parents are not of one number")
-    for part, parent in zip(parts, manifest["parents"], strict=True):
+    keys = ("tuned", "base", *CHOSEN)
+    parts = [
+        SkillVector.between(**{key: parent[key] for key in keys})
+        if parent["manifest"] is None and parent["tuned"]  # a difference that was not stored
+        else SkillVector.open(share.vector)
+        for share, parent in zip(recipe.shares, parents, strict=True)
+    ]
+    for part, parent in zip(parts, parents, strict=True):
         if part.manifest["identity"] != parent["identity"]:
             raise VerificationError(f"{part.ref} is not the vector that {vector.ref} was made from")
     return SkillVector.combined(parts, recipe)

@@ -48,6 +48,11 @@ def complete_manifest(
         manifest["equal"], manifest["differing"] = (
             vector.manifest[key] for key in ("equal", "differing")
         )
+        said = vector.manifest["exactness"]
+        unrestored = sum(e.get("unrestored", 0) for e in manifest["tensors"].values())
+        manifest["exactness"] = exactness_entry(
+            said["claim"], settled["exceptions"], settled["replacements"], unrestored
+        )
         return
     manifest["equal"] = equal
     claim = "partial" if unrestored or manifest["differing"] else "bitwise"
@@ -66,8 +71,10 @@ def _entry(result: JobResult, placed: tuple[str, int], vector: SkillVector) -> d
     entry = Entry(job.name, job.out_dtype, delta.spec.shape, codec)
     digest = NO_DIGEST if codec == "zero" else result.digests["output"]
     if vector.stored is not None:
-        old: dict[str, Any] = vector.manifest["tensors"][job.name]
-        return old | {"codec": codec, "block": block, "digest": digest}
+        old = vector.manifest["tensors"][job.name]
+        changed, norm, base, tuned = (old[key] for key in ("changed", "norm", "base", "tuned"))
+        unrestored = old.get("unrestored", 0)
+        return tensor_entry(entry, codec, block, digest, changed, norm, base, tuned, unrestored)
     base = tuned = None
     if isinstance(delta, PairDelta):
         base = [delta.base.dtype, result.digests["base"]]

@@ -444,6 +444,7 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
                 "manifest": part.stored.digest if part.stored else None,
                 "base": part.manifest["base"]["ref"],
                 "tuned": part.manifest["tuned"]["ref"] if part.manifest["tuned"] else None,
+                **{key: part.manifest[key] for key in ("dtype", "include", "exclude")},
             }
             for part in parts
         ],

@@ -7,6 +7,7 @@ until checked. docs/format.md is the normative text.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -84,38 +85,50 @@ class StoredDelta(NamedTuple):
 
 
 OPTIONAL = str | None
-TENSOR_SIDE = {0: str, 1: str}
+DIGEST = re.compile("[0-9a-f]{32}")
+DIGEST_OR_NONE = (None, DIGEST)
+TENSOR_SIDE = {0: str, 1: DIGEST}
+CLAIMS = ("bitwise", "partial", "rounded", "combined")
+MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
+MAX_NORM = 1e150  # its square is still a number
 IDENTITY = {
-    "ref": str, "revision": OPTIONAL, "model_type": OPTIONAL, "config": OPTIONAL,
-    "tokenizer": OPTIONAL, "family": str, "probe": OPTIONAL, "sketch": {...: [int]},
+    "ref": str, "revision": OPTIONAL, "model_type": OPTIONAL, "config": DIGEST_OR_NONE,
+    "tokenizer": DIGEST_OR_NONE, "family": DIGEST, "probe": DIGEST_OR_NONE, "sketch": {...: [int]},
     "dtypes": {...: int},
 }  # fmt: skip
-PARENT = {"ref": str, "identity": str, "manifest": OPTIONAL, "base": str, "tuned": OPTIONAL}
+PARENT = {
+    "ref": str, "identity": DIGEST, "manifest": DIGEST_OR_NONE, "base": str, "tuned": OPTIONAL,
+    "dtype": str, "include": [str], "exclude": [str],
+}  # fmt: skip
 MANIFEST = {
-    "kind": str, "tool": str, "command": str, "formula": str, "dtype": str, "codec": str,
-    "identity": str, "block_numel": int,
+    "kind": str, "schema": int, "tool": str, "command": str, "formula": str, "dtype": str,
+    "codec": str, "identity": DIGEST, "block_numel": int,
     "exactness": {"claim": str, "exceptions": int, "replacements": int, "unrestored": int},
     "base": IDENTITY, "tuned": (None, IDENTITY), "parents": [PARENT], "recipe": (None, {...: ...}),
     "training": {"method": OPTIONAL, "notes": OPTIONAL}, "license": OPTIONAL,
     "tensors": {
-        ...: {"dtype": str, "shape": [int], "codec": str, "block": int, "digest": str,
+        ...: {"dtype": str, "shape": [int], "codec": str, "block": int, "digest": DIGEST,
               "changed": int, "norm": int | float, "base": (None, TENSOR_SIDE),
               "tuned": (None, TENSOR_SIDE)},
     },
     "equal": {...: TENSOR_SIDE}, "differing": [str], "tied": {...: str}, "excluded": [str],
-    "include": [str], "exclude": [str], "side": [{...: str}], "digest": str,
+    "include": [str], "exclude": [str], "side": [{...: DIGEST}], "digest": DIGEST,
 }  # fmt: skip
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
     """Raise TypeError where `value` is not of `shape`.
 
-    A shape is a type; [shape] for a list; {key: shape} for an object that has these keys, with ...
-    for any key; {0: a, 1: b} for a list of two; (None, shape) for null or a shape; ... for all.
+    A shape is a type; a pattern; [shape] for a list; {key: shape} for an object that has these
+    keys, with ... for any key; {0: a, 1: b} for a list of two; (None, shape) for null or a shape;
+    ... for anything.
     """
     if shape is ...:
         return
-    if isinstance(shape, tuple):
+    if isinstance(shape, re.Pattern):
+        fits = isinstance(value, str) and shape.fullmatch(value) is not None
+        _expect(fits, "a digest of 32 hex digits", value, where)
+    elif isinstance(shape, tuple):
         if value is not None:
             check_shape(value, shape[1], where)
     elif isinstance(shape, list):
@@ -151,7 +164,7 @@ def encode_manifest(manifest: dict[str, Any]) -> dict[str, str]:
 def manifest_digest(manifest: dict[str, Any]) -> str:
     """Return the digest of a manifest without the key `digest`."""
     said = {key: value for key, value in manifest.items() if key != "digest"}
-    return digest_bytes(_as_text(said).encode("utf-8", "surrogatepass"))
+    return digest_bytes(_as_text(said).encode())
 
 
 def _as_text(manifest: dict[str, Any]) -> str:
@@ -172,8 +185,11 @@ class VectorFile:
     ) -> None:
         self.ref, self.path, self.headers = ref, path, headers
         self.manifest: dict[str, Any] = json.loads(metadata[METADATA_KEY])
+        try:
+            self.digest = manifest_digest(self.manifest)
+        except UnicodeEncodeError:  # escaped lone surrogates are no text
+            raise self._broken("the manifest is not valid text") from None
         self.deltas = self._checked()
-        self.digest = manifest_digest(self.manifest)
         if self.manifest["digest"] != self.digest:
             raise self._broken("the manifest differs from its own digest: the file was altered")
 
@@ -206,6 +222,10 @@ class VectorFile:
             check_shape(manifest, MANIFEST, "manifest")
         except TypeError as error:
             raise self._broken(f"broken {error}") from None
+        if manifest["exactness"]["claim"] not in CLAIMS:
+            raise self._broken(
+                f"broken manifest: exactness.claim {manifest['exactness']['claim']!r:.40}"
+            )
         entries = manifest["tensors"]
         homes = {
             name: (path, spec)
@@ -231,11 +251,19 @@ class VectorFile:
         sides = [entry[side][0] for side in ("base", "tuned") if entry[side]]
         if codec not in CODECS:
             raise self._broken(f"{name}: codec {codec!r}: a newer skillvec is needed")
-        if not {dtype, *sides} <= set(FLOATS) or any(not 0 <= n < 1 << 63 for n in shape):
-            raise self._broken(f"broken manifest: {name}: {dtype} {list(shape)}: expected floats")
+        numel = prod(shape) if min(shape, default=0) >= 0 and len(shape) < 64 else -1
+        if not {dtype, *sides} <= set(FLOATS) or not 0 <= numel <= MAX_NUMEL:
+            raise self._broken(
+                f"broken manifest: {name}: {dtype} {str(list(shape))[:80]}: expected floats,"
+                f" at most {MAX_NUMEL}"
+            )
+        counts = (entry["changed"], entry.get("unrestored", 0))
+        if any(type(count) is not int or not 0 <= count <= numel for count in counts) or not (
+            0 <= entry["norm"] <= MAX_NORM
+        ):
+            raise self._broken(f"broken manifest: {name}: counts or norm that cannot be")
         if codec == "zero":
             return StoredDelta(TensorSpec(name, dtype, shape, "", 0, 0), codec)
-        numel = prod(shape)
         found = [homes.get(name + part) for part in PARTS[codec]]
         if any(home is None or home[0] != found[0][0] for home in found):  # type: ignore[index]
             raise self._broken(f"{name}: its {codec} tensors are missing")
@@ -505,6 +533,7 @@ class _Shard:
         self.reserved_nbytes = reserved_nbytes
         self.entries: list[int] = []
         self.bitmaps_nbytes = 0
+        self.used = False  # whether anything but zeros was put in
         self.records: tuple[int, ...] = ()  # exceptions and replacements
 
 
@@ -565,6 +594,7 @@ class VectorWriter:
             owner = int(self._owner[row])
             if row == self._first_rows[owner]:
                 self._begin(owner)
+            self._shards[-1].used |= any(piece.size for piece in (encoded.payload, *pieces[1:]))
             file = self._shards[-1].file
             offset = file.reserve(encoded.payload.size)
             spilled = [
@@ -583,7 +613,7 @@ class VectorWriter:
         """Begin a tensor; in a new shard where this one might grow over the limit."""
         shard, entry = self._shards[-1], self._entries[owner]
         held = shard.file.nbytes + shard.bitmaps_nbytes
-        if shard.entries and held + entry.nbytes > self._max_shard_nbytes:
+        if shard.used and held + entry.nbytes > self._max_shard_nbytes:
             self._open_shard(owner)
             shard = self._shards[-1]
         shard.entries.append(owner)
@@ -639,6 +669,10 @@ class VectorWriter:
         `tensors` maps a name to its codec and first row; `side` holds digests a shard;
         `exceptions` and `replacements` are counts.
         """
+        if not self._shards[-1].used and len(self._shards) > 1:  # zeros alone
+            unused = self._shards.pop().file
+            unused.close()
+            os.unlink(unused.path)
         placed = {entry.name: ("zero", 0) for entry in self._entries}
         sides, at = [], [0, 0, 0]
         for shard in self._shards:

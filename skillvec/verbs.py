@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ def combine(
             raise UsageError("expected at least one vector, found none")
         parts = [SkillVector.open(vector) for vector in vectors]
         weights = [1.0] * len(parts) if weights is None else weights
+        if not all(map(isfinite, weights)):
+            raise UsageError(f"weights {', '.join(map(str, weights))}: expected finite numbers")
         if len(weights) != len(parts):
             raise UsageError(f"{len(parts)} vectors, but {len(weights)} weights")
         shares = tuple(Share(p.ref, float(w)) for p, w in zip(parts, weights, strict=True))
@@ -156,11 +159,12 @@ def combine(
         operator = None
     else:
         raise UsageError(f"op {made.op!r}: expected one of {', '.join(OPERATORS)}")
-    plain = made.op == "linear" and not made.parameters and made.shares[0].weight == 1
+    first = made.shares[0]
+    plain = made.op == "linear" and isinstance(first.weight, float) and not first.rules
     if output is None and options:
         raise TypeError(f"combine: {', '.join(options)} is of no use without output")
-    if len(parts) == 1 and plain and not made.shares[0].rules:
-        vector = parts[0]
+    if len(parts) == 1 and plain:
+        vector = parts[0] * first.weight  # type: ignore[operator]
     else:
         vector = SkillVector.combined(parts, made, operator)
     return vector if output is None else save(vector, output, **options)
