@@ -507,10 +507,7 @@ def sketch(checkpoint: Checkpoint) -> dict[str, list[int]]:
 def relatedness(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> float | None:
     """Return the cosine of two sketches over the matrices they share, None where there is none."""
     names = [n for n in one if n in other and len(one[n]) == len(other[n])]
-    x, y = (
-        [max(-127, min(127, step)) for name in names for step in side[name]]
-        for side in (one, other)
-    )
+    x, y = ([step for name in names for step in side[name]] for side in (one, other))
     norms = sum(a * a for a in x) * sum(b * b for b in y)
     return sum(a * b for a, b in zip(x, y, strict=True)) / sqrt(norms) if norms else None
 

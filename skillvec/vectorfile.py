@@ -93,7 +93,7 @@ MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
 MAX_NORM = 1e150  # its square is still a number
 IDENTITY = {
     "ref": str, "revision": OPTIONAL, "model_type": OPTIONAL, "config": DIGEST_OR_NONE,
-    "tokenizer": DIGEST_OR_NONE, "family": DIGEST, "probe": DIGEST_OR_NONE, "sketch": {...: [int]},
+    "tokenizer": DIGEST_OR_NONE, "family": DIGEST, "probe": DIGEST_OR_NONE, "sketch": {...: [range(-127, 128)]},
     "dtypes": {...: int},
 }  # fmt: skip
 PARENT = {
@@ -119,7 +119,7 @@ MANIFEST = {
 def check_shape(value: Any, shape: Any, where: str) -> None:
     """Raise TypeError where `value` is not of `shape`.
 
-    A shape is a type; a pattern; [shape] for a list; {key: shape} for an object that has these
+    A shape is a type, a pattern or a range; [shape] for a list; {key: shape} for an object that has these
     keys, with ... for any key; {0: a, 1: b} for a list of two; (None, shape) for null or a shape;
     ... for anything.
     """
@@ -128,6 +128,8 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
     if isinstance(shape, re.Pattern):
         fits = isinstance(value, str) and shape.fullmatch(value) is not None
         _expect(fits, "a digest of 32 hex digits", value, where)
+    elif isinstance(shape, range):
+        _expect(type(value) is int and value in shape, f"a number in {shape}", value, where)
     elif isinstance(shape, tuple):
         if value is not None:
             check_shape(value, shape[1], where)
@@ -257,6 +259,8 @@ class VectorFile:
                 f"broken manifest: {name}: {dtype} {str(list(shape))[:80]}: expected floats,"
                 f" at most {MAX_NUMEL}"
             )
+        if (entry["base"] is None) != (entry["tuned"] is None):
+            raise self._broken(f"broken manifest: {name}: base and tuned go together")
         counts = (entry["changed"], entry.get("unrestored", 0))
         if any(type(count) is not int or not 0 <= count <= numel for count in counts) or not (
             0 <= entry["norm"] <= MAX_NORM
@@ -319,9 +323,8 @@ def find_vector(ref: str | os.PathLike[str]) -> VectorFile | None:
         if missing:
             raise FormatError(f"vector {path}: shards are missing:\n{up_to_five(missing)}")
         headers = {os.fspath(path / name): read_header(path / name) for name in names}
-        held = {name: os.path.basename(p) for p, h in headers.items() for name in h.tensors}
-        wrong = [name for name in held if name not in SIDE and weight_map.get(name) != held[name]]
-        wrong += [name for name in weight_map if name not in held]
+        held = {(n, os.path.basename(p)) for p, h in headers.items() for n in h.tensors}
+        wrong = [n for n, _ in held ^ set(weight_map.items()) if n not in SIDE or n in weight_map]
         if wrong:
             raise FormatError(f"vector {path}: index and shards disagree:\n{up_to_five(wrong)}")
     else:

@@ -164,7 +164,7 @@ def combine(
     if output is None and options:
         raise TypeError(f"combine: {', '.join(options)} is of no use without output")
     if len(parts) == 1 and plain:
-        vector = parts[0] * first.weight  # type: ignore[operator]
+        vector = parts[0] * first.weight
     else:
         vector = SkillVector.combined(parts, made, operator)
     return vector if output is None else save(vector, output, **options)
