@@ -93,8 +93,8 @@ MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
 MAX_NORM = 1e150  # its square is still a number
 IDENTITY = {
     "ref": str, "revision": OPTIONAL, "model_type": OPTIONAL, "config": DIGEST_OR_NONE,
-    "tokenizer": DIGEST_OR_NONE, "family": DIGEST, "probe": DIGEST_OR_NONE, "sketch": {...: [range(-127, 128)]},
-    "dtypes": {...: int},
+    "tokenizer": DIGEST_OR_NONE, "family": DIGEST, "probe": DIGEST_OR_NONE,
+    "sketch": {...: [range(-127, 128)]}, "dtypes": {...: int},
 }  # fmt: skip
 PARENT = {
     "ref": str, "identity": DIGEST, "manifest": DIGEST_OR_NONE, "base": str, "tuned": OPTIONAL,
@@ -119,9 +119,9 @@ MANIFEST = {
 def check_shape(value: Any, shape: Any, where: str) -> None:
     """Raise TypeError where `value` is not of `shape`.
 
-    A shape is a type, a pattern or a range; [shape] for a list; {key: shape} for an object that has these
-    keys, with ... for any key; {0: a, 1: b} for a list of two; (None, shape) for null or a shape;
-    ... for anything.
+    A shape is a type, a pattern or a range; [shape] for a list; {key: shape} for an object that
+    has these keys, with ... for any key; {0: a, 1: b} for a list of two; (None, shape) for null or
+    a shape; ... for anything.
     """
     if shape is ...:
         return

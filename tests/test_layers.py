@@ -13,11 +13,10 @@ import skillvec
 PACKAGE = Path(skillvec.__file__).parent
 # Top to bottom: a module may import those behind it in this list, and no other.
 ORDER = [
-    "__main__", "cli", "display", "verbs", "provenance", "running", "summary", "outputs", "engine", "blocks",
-    "plan",
-    "vector",
-    "rules", "patch", "analysis", "vectorfile", "checkpoint", "merging", "operators", "codecs", "kernels",
-    "storage", "report", "errors", "__init__",
+    "__main__", "cli", "display", "verbs", "provenance", "running", "summary", "outputs",
+    "engine", "blocks", "plan", "vector", "rules", "patch", "analysis", "vectorfile",
+    "checkpoint", "merging", "operators", "codecs", "kernels", "storage", "report", "errors",
+    "__init__",
 ]  # fmt: skip
 # (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
 # vector.save() is the verb.

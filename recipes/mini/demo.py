@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def transfer(out: Path) -> dict[str, Path]:
     """Make the vectors, compare them, apply the skill; return row title -> merged folder."""
     skill, sft_s, sft_t = (out / f"{name}.safetensors" for name in ("skill", "sft_S", "sft_T"))
-    run("diff", out / "theta_rl_S", out / "theta_sft_S", "-o", skill, "--force")
+    run("diff", out / "theta_rl_S", out / "theta_sft_S", "-o", skill, "--method", "grpo", "--force")
     run("inspect", skill)
     run("diff", out / "theta_sft_S", out / "base", "-o", sft_s, "--force")
     run("diff", out / "theta_sft_T", out / "base", "-o", sft_t, "--force")
