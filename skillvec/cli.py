@@ -99,7 +99,8 @@ def _combines(command: Command) -> Command:
     """Add the options of a command that merges several vectors."""
     options = [
         click.option("--op", default="linear", show_default=True,
-                     help="How several vectors are merged: docs/operators.md."),
+                     help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify, orthogonal;"
+                     " see docs/operators.md."),
         click.option("--param", "params", multiple=True, metavar="NAME=VALUE",
                      help="Parameter of the operator, such as density=0.3."),
     ]  # fmt: skip
