@@ -99,8 +99,8 @@ def _combines(command: Command) -> Command:
     """Add the options of a command that merges several vectors."""
     options = [
         click.option("--op", default="linear", show_default=True,
-                     help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify, orthogonal;"
-                     " see docs/operators.md."),
+                     help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify,"
+                     " orthogonal: docs/operators.md."),
         click.option("--param", "params", multiple=True, metavar="NAME=VALUE",
                      help="Parameter of the operator, such as density=0.3."),
     ]  # fmt: skip
@@ -191,7 +191,9 @@ def diff(tuned: str, base: str, output: str, as_json: bool, quiet: bool, verbose
 @main.command()
 @click.argument("vectors", nargs=-1, metavar="VECTOR[=WEIGHT]...")
 @_combines
-@click.option("--recipe", type=click.Path(), help="YAML or JSON, in place of the vectors.")
+@click.option(
+    "--recipe", type=click.Path(), help="YAML, JSON or a combination, in place of the vectors."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random masks.")
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype; auto is fp32.")
 @_stores
@@ -224,7 +226,9 @@ def combine(vectors: tuple[str, ...], params: tuple[str, ...], as_json: bool, qu
 @click.argument("vectors", nargs=-1, metavar="VECTOR[=WEIGHT]...")
 @click.option("--lam", type=float, default=1.0, show_default=True, help="The factor lambda.")
 @_combines
-@click.option("--recipe", type=click.Path(), help="YAML or JSON, in place of the vectors.")
+@click.option(
+    "--recipe", type=click.Path(), help="YAML, JSON or a combination, in place of the vectors."
+)
 @click.option("--tuned", help="With --base: take the difference in the same pass.")
 @click.option("--base", help="With --tuned, in place of VECTOR.")
 @click.option("--dtype", help="Dtype of the output; the target's own by default.")

@@ -67,7 +67,8 @@ class MixDelta(NamedTuple):
     weights: tuple[float, ...]
     parameters: tuple[dict[str, Any], ...]
     operator: Operator
-    streams: tuple[str, ...]
+    streams: tuple[str, ...]  # identities, which address random numbers
+    origins: tuple[str, ...]  # what tells these vectors from others in one run
     seed: int
     known: Any = None
 
@@ -78,7 +79,7 @@ class MixDelta(NamedTuple):
     @property
     def scope(self) -> str:
         """What its measurements are summed over: the tensor, or all with the same parameters."""
-        key = [self.operator.name, self.streams, self.seed, self.parameters]
+        key = [self.operator.name, self.origins, self.seed, self.parameters]
         return json.dumps([*key, self.spec.name, self.weights] if self.per_tensor else key)
 
     @property
@@ -231,6 +232,7 @@ class SkillVector:
                 parameters,
                 operator,
                 tuple(part.manifest["identity"] for part in parts),
+                tuple(part.stored.digest if part.stored else part.ref for part in parts),
                 recipe.seed,
             )
         manifest = _combined_manifest(parts, recipe)

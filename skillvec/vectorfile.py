@@ -279,7 +279,9 @@ class VectorFile:
             "sparse": [(dtype, None), ("U8", (-(-numel // 8),))],
         }
         for spec, (want_dtype, want_shape) in zip(specs, wanted[codec], strict=True):
-            wrong = spec.dtype != want_dtype or len(spec.shape) != len(want_shape or (0,))
+            wrong = spec.dtype != want_dtype or len(spec.shape) != (
+                1 if want_shape is None else len(want_shape)
+            )
             if wrong or (want_shape is not None and spec.shape != want_shape):
                 raise self._broken(
                     f"{spec.name}: {spec.dtype} {list(spec.shape)}, the manifest says {codec}"
@@ -490,7 +492,7 @@ def tensor_entry(
     """Return the manifest's line on one tensor; the norm in the 5 digits it is good for."""
     line = {
         "dtype": entry.dtype, "shape": list(entry.shape), "codec": codec, "block": block,
-        "digest": digest, "changed": changed, "norm": float(f"{norm:.4e}"), "base": base,
+        "digest": digest, "changed": changed, "norm": float(f"{min(norm, MAX_NORM):.4e}"), "base": base,
         "tuned": tuned,
     }  # fmt: skip
     return line | ({"unrestored": unrestored} if unrestored else {})

@@ -12,7 +12,7 @@ from families import TORCH_DTYPE, assert_same_bits, bits, from_bits, load, save
 import skillvec as sv
 from skillvec.engine import random_bits
 from skillvec.operators import SAMPLE
-from skillvec.vector import BLOCK_NUMEL
+from skillvec.vectorfile import BLOCK_NUMEL
 
 WORKERS = (1, 2, 5)
 SIZES = {
@@ -35,6 +35,8 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shape in SIZES.items():
         weights = torch.from_numpy(rng.normal(size=shape).astype(np.float32) * 0.02).bfloat16()
         noise = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+        if name in ("short", "three"):  # worth a bitmap
+            noise *= torch.from_numpy(rng.random(size=shape) < 0.3)
         sides["base"][name] = weights
         sides["tuned"][name] = (weights.float() + noise * 1e-3).bfloat16()
         sides["target"][name] = (weights.float() + noise.flip(0) * 2e-3).bfloat16()
@@ -54,18 +56,44 @@ def whole_files(path: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def test_vector_files_are_identical_byte_by_byte(big: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def merged(big: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the difference, taken as it is added, makes of the target: no codec has touched it."""
+    out = tmp_path_factory.mktemp("merged") / "out"
+    sv.apply(big / "target", None, out, tuned=big / "tuned", base=big / "base", lam=0.7)
+    return {file.name: tensor_data(file) for file in sorted(out.glob("*.safetensors"))}
+
+
+def tensor_data(file: Path) -> str:
+    content = file.read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("codec", "size"), [("dense", "5GB"), ("sparse", "5GB"), ("packed", "5GB"), ("auto", "3MB")]
+)
+def test_vector_files_are_identical_byte_by_byte(
+    codec: str, size: str, big: Path, merged: dict[str, str], tmp_path: Path
+) -> None:
+    """And so is what they make of a model, whatever the codec."""
     found = []
     for workers in WORKERS:
-        file = tmp_path / str(workers) / "v.safetensors"
-        file.parent.mkdir()
-        vector = sv.diff(big / "tuned", big / "base", file, workers=workers)
-        found.append(whole_files(file))
+        path = tmp_path / str(workers) / "v.safetensors"
+        path.parent.mkdir()
+        options = {"codec": codec, "max_shard_size": size, "workers": workers}
+        vector = sv.diff(big / "tuned", big / "base", path, **options)
+        found.append(whole_files(path))
         assert vector.manifest["exactness"]["claim"] == "bitwise"
         assert vector.manifest["exactness"]["exceptions"] > 1000
-        sv.apply(big / "base", vector, tmp_path / f"back{workers}", workers=workers)
-        assert_same_bits(tmp_path / f"back{workers}", big / "tuned")
     assert found[0] == found[1] == found[2]
+    assert (len(found[0]) > 2) == (size != "5GB")
+    used = {entry["codec"] for entry in vector.manifest["tensors"].values()}
+    assert (codec if codec != "auto" else "packed") in used
+    sv.apply(big / "target", vector, tmp_path / "out", lam=0.7, workers=2)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert {file.name: tensor_data(file) for file in files} == merged
+    sv.apply(big / "base", vector, tmp_path / "back", workers=5)
+    assert_same_bits(tmp_path / "back", big / "tuned")
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -954,9 +954,9 @@ script, DELLA's example command, the point where the search of Breadcrumbs begin
 RECIPES = """
 ## Recipes
 
-`skillvec combine --recipe FILE` and `apply --recipe FILE` take weights and parameters by tensor and by
-layer from YAML or JSON; `skillvec.combine(recipe=...)` takes the same as a dict. The recipe is kept in the
-manifest of the result, and `verify` follows it.
+`skillvec combine --recipe FILE` and `apply --recipe FILE` take weights and parameters by tensor and
+by layer from YAML or JSON; `skillvec.combine(recipe=...)` takes the same as a dict. The recipe is
+kept in the manifest of the result, and `verify` follows it.
 
 ```yaml
 op: ties                         # default linear
@@ -973,9 +973,9 @@ vectors:
     weight: -0.3
 ```
 
-A glob that matches no tensor is an error, and so is a gradient that reaches tensors outside every layer.
-In scope vector, tensors with the same parameters share a threshold; those to which a rule gives another
-density have one of their own.
+A glob that matches no tensor is an error, and so is a gradient that reaches tensors outside every
+layer. In scope vector, tensors with the same parameters share a threshold; those to which a rule
+gives another density have one of their own.
 """
 
 

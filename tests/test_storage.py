@@ -359,9 +359,11 @@ def test_writes_land_at_their_offsets_in_any_order(windowed: bool, tmp_path: Pat
     file.write(2 * step, b"end")
     file.write(0, b"begin")
     file.write(step, b"middle")
-    assert file.append(b"more") == 2 * step + 3
+    file.append(b"more")
+    assert file.nbytes == 2 * step + 7
     buffer = bytearray(6)
     file.read_into(step, memoryview(buffer))
+    file.sync()  # gives back what append took ahead
     file.close()
     file.close()  # a second call does nothing
     assert buffer == b"middle"
@@ -370,6 +372,53 @@ def test_writes_land_at_their_offsets_in_any_order(windowed: bool, tmp_path: Pat
             written.seek(offset)
             assert written.read(len(expected)) == expected
         assert written.read() == b""
+
+
+def test_a_growing_file_takes_its_extents_ahead_and_gives_back_the_rest(
+    tmp_path: Path, monkeypatch
+):
+    """Room doubles as it is asked for, up to 64 MiB ahead, so that few calls ask the disk."""
+    allocate, calls = os.posix_fallocate, []
+
+    def counted(descriptor: int, offset: int, nbytes: int) -> None:
+        calls.append((offset, nbytes))
+        allocate(descriptor, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", counted)
+    file = OutputFile(str(tmp_path / "file"), 0)
+    sizes = [1000] + [4096] * 2000
+    offsets = [file.reserve(nbytes) for nbytes in sizes]
+    assert offsets == np.cumsum([0, *sizes[:-1]]).tolist()
+    assert len(calls) < 20
+    assert [at for at, _ in calls[1:]] == np.cumsum([n for _, n in calls[:-1]]).tolist()
+    assert file.reserve(300 << 20) == file.nbytes - (300 << 20)
+    assert calls[-1][1] <= (300 << 20) + OutputFile.START
+    for at, mark in ((offsets[7], b"seven"), (file.nbytes - 4, b"last")):
+        file.write(at, mark)
+    file.sync()
+    assert (tmp_path / "file").stat().st_size == file.nbytes
+    file.close()
+    with (tmp_path / "file").open("rb") as written:
+        written.seek(offsets[7])
+        assert written.read(5) == b"seven"
+        written.seek(-4, os.SEEK_END)
+        assert written.read() == b"last"
+
+
+def test_a_nearly_full_disk_is_used_to_its_last_byte(tmp_path: Path, monkeypatch):
+    allocate = os.posix_fallocate
+
+    def small(descriptor: int, offset: int, nbytes: int) -> None:
+        if offset + nbytes > 1000:
+            raise OSError(28, "No space left on device")
+        allocate(descriptor, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", small)
+    file = OutputFile(str(tmp_path / "file"), 0)
+    assert [file.reserve(nbytes) for nbytes in (300, 300, 400)] == [0, 300, 600]
+    with pytest.raises(OutputError, match=r"file: the disk is full .*nothing was published"):
+        file.reserve(1)
+    file.close()
 
 
 def test_an_existing_file_is_never_written_into(tmp_path: Path):

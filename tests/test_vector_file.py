@@ -522,7 +522,6 @@ REFUSED: dict[str, Callable[[Manifest], object]] = {
     "norm negative": of_w(norm=-1.0),
     "norm NaN": of_w(norm=math.nan),
     "norm infinite": of_w(norm=math.inf),
-    "norm whose square overflows": of_w(norm=1e308),
     "norm beyond floats": of_w(norm=10**400),
     "unrestored a text": of_w(unrestored="none"),
     "unrestored beyond floats": of_w(unrestored=10**400),
@@ -588,7 +587,7 @@ def keys_of(value: Any, names: tuple[str, ...] = ("w", "zero", "ids")) -> Iterat
             yield from ((place, *rest) for rest in keys_of(inner))
 
 
-ODD = ["(gone)", None, True, -1, 10**400, math.nan, "\u001b[31m", [], {"a": {}}]
+ODD = ["(gone)", None, True, -1, 1e308, 10**400, math.nan, "\u001b[31m", [], {"a": {}}]
 
 
 @pytest.mark.parametrize("kind", ["pair", "combination"])
@@ -1259,11 +1258,11 @@ def golden_family(folder: Path) -> None:
         base = np.array(exponent[dtype], unsigned) + low
         base[::3] |= np.array(1, unsigned) << np.array(8 * width - 1, unsigned)
         tuned = base + (scattered(base.size, seed + 9) % 7 < 2).astype(unsigned)
-        tuned[5::97] ^= np.array(3, unsigned) << np.array(8 * width - 7, unsigned)  # far away
+        if width == 2:  # far away: exceptions, and values that fp32 would not restore
+            tuned[5::97] ^= np.array(3 << 9, unsigned)
         tuned[7::101] = np.array(1, unsigned) << np.array(8 * width - 1, unsigned)  # -0
-        tuned[8::149] = np.array((0x7F81 if dtype != "F16" else 0x7C01), unsigned) << np.array(
-            8 * width - 16, unsigned
-        )  # NaN of one kind; of fp64, a large number
+        nan = {"F16": 0x7C01, "F64": 0x7FF1}.get(dtype, 0x7F81)
+        tuned[8::149] = np.array(nan, unsigned) << np.array(8 * width - 16, unsigned)
         for side, patterns in (("base", base), ("tuned", tuned)):
             sides[side][f"model.layers.{seed}.weight"] = from_bits(patterns, dtype, (40, 12))
     for tensors in sides.values():
