@@ -12,8 +12,11 @@ demo: $(VENV)/.train
 test: $(VENV)/.core
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/.train
+slow: $(VENV)/.train .venv-mergekit
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+.venv-mergekit:
+	benchmarks/mergekit_setup.sh
 
 check: $(VENV)/.core
 	$(BIN)/ruff check .
