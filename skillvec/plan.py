@@ -150,7 +150,10 @@ def plan_store(
                 ledger.append(ledger_line(base.get(name) or tuned[name], status, note))
     else:
         ledger += [{"name": name, "status": "excluded"} for name in manifest["excluded"]]
-    plan = Plan(verb, jobs, ledger=ledger, vectors=vector.files(), mixes=vector.mixes())
+    plan = Plan(
+        verb, jobs, ledger=ledger, vectors=vector.files(), mixes=vector.mixes(),
+        warnings=kinship_warnings(vector),
+    )  # fmt: skip
     return plan, entries
 
 
@@ -265,6 +268,16 @@ def _same_delta(vector: SkillVector, name: str) -> str | None:
     return None
 
 
+def kinship_warnings(vector: SkillVector) -> list[str]:
+    """Return a warning where vectors of unrelated bases are combined."""
+    sketches = [part.manifest["base"]["sketch"] for part in vector.parts]
+    cosines = [relatedness(sketches[0], other) for other in sketches[1:]]
+    if not any(cosine is not None and cosine < RELATED for cosine in cosines):
+        return []
+    refs = ", ".join(dict.fromkeys(part.manifest["base"]["ref"] for part in vector.parts))
+    return [f"the vectors were taken from bases that are not related: {refs}"]
+
+
 def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]:
     """Return the verdict on a target whose tensors fit, and warnings.
 
@@ -272,7 +285,7 @@ def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]
     unknown lineage": nothing says so.
     """
     base = vector.manifest["base"]
-    warnings = []
+    warnings = kinship_warnings(vector)
     if base["tokenizer"] and target.tokenizer_digest not in (None, base["tokenizer"]):
         warnings.append(
             "the target's tokenizer differs from the base's: a token may mean something else"

@@ -96,7 +96,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
         if len(content) > MAX_NBYTES:
             raise ValueError(f"expected at most {MAX_NBYTES} bytes, found more")
         data = PARSERS[path.suffix.lower()](content.decode("utf-8-sig"))
-    except (OSError, ValueError, ArithmeticError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: no recipe can be read from it: {error}") from None
     return parse_recipe(data, str(path))
 

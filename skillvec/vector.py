@@ -35,7 +35,7 @@ from skillvec.storage import (
 from skillvec.vectorfile import SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
 
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
-SKETCH_TENSORS, SKETCH_NUMEL = 48, 6
+SKETCH_TENSORS, SKETCH_NUMEL = 48, 288  # matrices, and values of all of them
 FP32_MAX = 3.4028234e38
 
 
@@ -468,7 +468,9 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a manifest records of a checkpoint, short of its tensors."""
-    snapshot = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", os.fspath(checkpoint.path) + "/")
+    # as written: a file in the Hub's cache is a link that leads out of its snapshot
+    place = os.path.abspath(os.path.expanduser(checkpoint.ref))
+    snapshot = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", f"{place}/{checkpoint.path}/")
     return {
         "ref": checkpoint.ref,
         "revision": snapshot.group(1) if snapshot else None,
@@ -488,30 +490,36 @@ def sketch(checkpoint: Checkpoint) -> dict[str, list[int]]:
     Fine-tuning hardly moves weights, so two checkpoints of one origin have nearly the same sketch,
     whatever their dtypes; those of another training run have nothing in common.
     """
-    matrices = [
-        s for s in checkpoint.values() if len(s.shape) > 1 and s.dtype in FLOATS and s.numel
-    ]
+    floats = [spec for spec in checkpoint.values() if spec.dtype in FLOATS and spec.numel]
+    matrices = [spec for spec in floats if len(spec.shape) > 1]
     matrices.sort(key=lambda spec: digest_bytes(spec.name.encode()))
+    chosen = sorted(matrices[:SKETCH_TENSORS], key=lambda spec: spec.name)
+    kept = min(64, SKETCH_NUMEL // max(1, len(chosen)))
     found = {}
-    for spec in sorted(matrices[:SKETCH_TENSORS], key=lambda spec: spec.name):
+    for spec in chosen:
         numel = min(64, spec.numel)
         content = bytearray(numel * ITEMSIZE[spec.dtype])
         middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
         read_into(spec.path, spec.start + middle, memoryview(content))
-        values = widen(from_bytes(content, spec.dtype), spec.dtype).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            values = widen(from_bytes(content, spec.dtype), spec.dtype).astype(np.float64)
         values = np.nan_to_num(values, posinf=0, neginf=0)
-        size = float(np.sqrt(np.mean(values**2))) or 1.0
-        steps = np.clip(np.rint(32 * values[:SKETCH_NUMEL] / size), -127, 127)
-        found[spec.name] = [int(step) for step in steps]
+        values /= np.abs(values).max() or 1.0
+        if (values[:kept] != values[0]).any():  # constants say nothing
+            size = np.sqrt(np.mean(values**2))
+            steps = np.clip(np.rint(32 * values[:kept] / size), -127, 127)
+            found[spec.name] = [int(step) for step in steps]
     return found
 
 
 def relatedness(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> float | None:
     """Return the cosine of two sketches over the matrices they share, None where there is none."""
-    names = [n for n in one if n in other and len(one[n]) == len(other[n])]
-    x, y = ([step for name in names for step in side[name]] for side in (one, other))
-    norms = sum(a * a for a in x) * sum(b * b for b in y)
-    return sum(a * b for a, b in zip(x, y, strict=True)) / sqrt(norms) if norms else None
+    shared = [
+        steps for name in one if name in other
+        for steps in zip(one[name], other[name], strict=False)
+    ]  # fmt: skip
+    norms = sum(a * a for a, _ in shared) * sum(b * b for _, b in shared)
+    return sum(a * b for a, b in shared) / sqrt(norms) if norms else None
 
 
 def probe_digest(checkpoint: Checkpoint) -> str:

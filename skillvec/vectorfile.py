@@ -492,8 +492,8 @@ def tensor_entry(
     """Return the manifest's line on one tensor; the norm in the 5 digits it is good for."""
     line = {
         "dtype": entry.dtype, "shape": list(entry.shape), "codec": codec, "block": block,
-        "digest": digest, "changed": changed, "norm": float(f"{min(norm, MAX_NORM):.4e}"), "base": base,
-        "tuned": tuned,
+        "digest": digest, "changed": changed, "norm": float(f"{min(norm, MAX_NORM):.4e}"),
+        "base": base, "tuned": tuned,
     }  # fmt: skip
     return line | ({"unrestored": unrestored} if unrestored else {})
 

@@ -130,16 +130,17 @@ def combine(
     """Merge vectors by an operator of docs/operators.md, or by an Operator of your own.
 
     `weights` are 1 if not given. `recipe`, a YAML or JSON file or its content, names vectors,
-    weights per tensor and layer, and operator instead; a stored combination gives its own. Without `output` the result is computed
-    where it is used; with, it is stored (options as of `save`). Raises UsageError for parameters
-    out of range, IncompatibleError where names or shapes differ.
+    weights per tensor and layer, and operator instead; a stored combination gives its own. Without
+    `output` the result is computed where it is used; with, it is stored (options as of `save`).
+    Raises UsageError for parameters out of range, IncompatibleError where names or shapes differ.
     """
     if recipe is not None:
         if vectors or weights or parameters or seed or op != "linear":
             raise UsageError("a recipe names vectors, weights, operator and seed: give it alone")
-        stored = None if isinstance(recipe, Mapping) else find_vector(recipe)
-        if stored is not None:  # made like that vector
-            recipe = stored.manifest["recipe"] or {}
+        if not isinstance(recipe, Mapping) and os.fspath(recipe).endswith(".safetensors"):
+            recipe = SkillVector.open(recipe).manifest["recipe"]
+            if recipe is None:
+                raise UsageError("recipe: this vector is no combination")
         made = parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
         parts = [SkillVector.open(share.vector) for share in made.shares]
     else:
