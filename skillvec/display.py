@@ -7,10 +7,13 @@ import csv
 import io
 import json
 import sys
+import textwrap
 from typing import Any
 
 from skillvec.errors import printable
 from skillvec.report import Report
+
+STORES = ("diff", "combine", "import-patch", "export-patch")
 
 
 def _print(text: str, to_stderr: bool = False) -> None:
@@ -74,7 +77,7 @@ class Screen:
     def planned(self, report: Report) -> None:
         """Show the plan before the work."""
         facts = report.facts
-        if report.verb in ("diff", "combine", "import-patch"):
+        if report.verb in STORES[:3]:
             self.say("v = TUNED - BASE" if "tuned" in facts else f"v = {facts['formula']}")
             for side in ("tuned", "base") if "tuned" in facts else ():
                 self.say(f"  {side:7} {facts[side]['path']} ({_dtypes(facts[side])})")
@@ -156,10 +159,12 @@ def plan_sentence(report: Report) -> str:
     """Return what a plan would read, write and hold in memory."""
     facts = report.facts
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
+    most = "at most " if report.verb in STORES else ""
     text = (
-        f"reads {human_bytes(facts['nbytes_read'])}, writes {human_bytes(facts['nbytes_written'])},"
-        f" memory about {human_bytes(facts['memory_nbytes'])} with {facts['workers']} workers"
-        f" ({facts['kernels']}); tensors: {counts}"
+        f"reads {human_bytes(facts['nbytes_read'])}, writes {most}"
+        f"{human_bytes(facts['nbytes_written'])}, memory about"
+        f" {human_bytes(facts['memory_nbytes'])}\n"
+        f"{facts['workers']} workers ({facts['kernels']}); tensors: {counts}"
     )
     if facts["files"]:
         text += f"; {len(facts['files'])} weight files, {len(facts['side_files'])} side files"
@@ -175,7 +180,7 @@ def done_sentence(report: Report) -> str:
             f"tensors: {counts}\n{human_count(facts['changed'])} of {human_count(facts['numel'])}"
             f" values listed, {human_bytes(facts['nbytes'])}; they hold on the exact base alone"
         )
-    if report.verb in ("diff", "combine", "import-patch"):
+    if report.verb in STORES[:3]:
         exact = facts["exactness"]
         claim = {
             "bitwise": "base + 1 * v is tuned, bit for bit",
@@ -327,7 +332,8 @@ def _print_vector(facts: dict[str, Any]) -> None:
         f" {exact['replacements']} replacements, {exact['unrestored']} not restored"
     )
     top = (f"{layer['name']} {layer['norm']:.3g}" for layer in facts["layers"][:3])
-    _print(f"  largest  {', '.join(top)}")
+    text = f"  largest  {', '.join(top)}"
+    _print(textwrap.fill(text, 80, subsequent_indent=" " * 11, break_on_hyphens=False))
     if "verdict" in facts:
         _print(f"  verdict  on {facts['target']}: {facts['verdict']}")
 

@@ -96,8 +96,10 @@ class Patch(NamedTuple):
         )
 
 
-def open_patch(ref: str | os.PathLike[str], base: Checkpoint) -> tuple[dict[str, Patch], str]:
-    """Return every float tensor of `base` as a Patch, and the digest of the patch file.
+def open_patch(
+    ref: str | os.PathLike[str], base: Checkpoint
+) -> tuple[dict[str, Patch], Checkpoint, str]:
+    """Return every tensor of `base` as a Patch, the patch's own tensors, and its file's digest.
 
     Raises IncompatibleError for lists that do not fit the base or say they are for another.
     """
@@ -132,7 +134,7 @@ def open_patch(ref: str | os.PathLike[str], base: Checkpoint) -> tuple[dict[str,
             f"patch {opened.ref} does not fit {base.ref}:\n{up_to_five(problems)}"
         )
     path = os.fspath(opened.path)
-    return patches, digest_file_range(path, 0, os.path.getsize(path))
+    return patches, opened, digest_file_range(path, 0, os.path.getsize(path))
 
 
 def is_patch(opened: Checkpoint) -> bool:

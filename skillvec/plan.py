@@ -143,7 +143,8 @@ def plan_store(
     tuned, base = vector.tuned, vector.base
     if tuned is not None and base is not None:
         for name in manifest["equal"]:
-            jobs.append(Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name]))
+            same = tuned.get(name, base[name])  # a patch does not list it
+            jobs.append(Job(name, "copy", same.numel, point=base[name], expected=same))
         for status in ("excluded", "tied"):
             for name in manifest[status]:
                 note = f"copy of {manifest['tied'][name]}" if status == "tied" else ""
@@ -172,7 +173,11 @@ def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
             row += block_count(spec.numel)
     if problems:
         raise IncompatibleError(f"no patch can be made of {vector.ref}:\n{up_to_five(problems)}")
-    return Plan("export-patch", jobs, vectors=vector.files())
+    entries = vector.manifest["tensors"]
+    bound = sum(
+        entries[job.name]["changed"] * (8 + ITEMSIZE[job.out_dtype]) for job in jobs
+    )  # a position takes 4 or 8 bytes
+    return Plan("export-patch", jobs, vectors=vector.files(), bound_nbytes=bound)
 
 
 # -------------------------------------------------------------------------------------- apply

@@ -10,6 +10,7 @@ from typing import Any
 from skillvec.checkpoint import METADATA_KEY, Checkpoint
 from skillvec.errors import FormatError, UsageError, VerificationError
 from skillvec.merging import OPERATORS
+from skillvec.patch import is_patch
 from skillvec.rules import parse_recipe
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import check_shape
@@ -101,7 +102,7 @@ def command_words(vector: SkillVector) -> tuple[str, list[str]]:
     if vector.stored is not None:
         return "combine", [vector.ref]
     sides = [manifest["tuned"]["ref"], manifest["base"]["ref"]]
-    if vector.tuned is vector.base:
+    if vector.tuned is not None and is_patch(vector.tuned):
         return "import-patch", sides
     return "diff", [*sides, *flags(**{key: manifest[key] for key in CHOSEN})]
 

@@ -182,7 +182,7 @@ class SkillVector:
     ) -> "SkillVector":
         """Return what a patch (changed values of the exact base) adds, without computing it."""
         base = open_checkpoint(base, "base")
-        patches, digest = open_patch(patch, base)
+        patches, opened, digest = open_patch(patch, base)
         floats = {name: item for name, item in patches.items() if item.dtype in FLOATS}
         problems = [n for n, item in patches.items() if item.indices and n not in floats]
         if problems:
@@ -197,7 +197,7 @@ class SkillVector:
         matched = {"integers": integers, "tied": {}, "excluded": [], "include": [], "exclude": []}
         manifest = _pair_manifest(theirs, ours, "auto", matched)
         return SkillVector(
-            f"{os.fspath(patch)}::{base.ref}", deltas, manifest, tuned=base, base=base
+            f"{os.fspath(patch)}::{base.ref}", deltas, manifest, tuned=opened, base=base
         )
 
     @staticmethod

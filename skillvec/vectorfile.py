@@ -50,6 +50,7 @@ SIDE = (BLOCKS, EXCEPTIONS, REPLACEMENTS)
 EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])
 REPLACEMENT = np.dtype([("position", "<u4"), ("bits", "<u8")])
 # codec -> the tensors that hold a delta: the payload first
+BLOCK_ROW_NBYTES = 12  # of the block table
 PARTS = {
     "zero": (), "dense": ("",), "sparse": (".values", ".bitmap"), "packed": (".packed",),
 }  # fmt: skip
@@ -537,7 +538,7 @@ class _Shard:
         self.file.reserve(reserved_nbytes)
         self.reserved_nbytes = reserved_nbytes
         self.entries: list[int] = []
-        self.bitmaps_nbytes = 0
+        self.side_nbytes = 0  # bitmaps, block table and records so far
         self.used = False  # whether anything but zeros was put in
         self.records: tuple[int, ...] = ()  # exceptions and replacements
 
@@ -600,6 +601,7 @@ class VectorWriter:
             if row == self._first_rows[owner]:
                 self._begin(owner)
             self._shards[-1].used |= any(piece.size for piece in (encoded.payload, *pieces[1:]))
+            self._shards[-1].side_nbytes += BLOCK_ROW_NBYTES + sum(p.size for p in pieces[1:])
             file = self._shards[-1].file
             offset = file.reserve(encoded.payload.size)
             spilled = [
@@ -617,12 +619,14 @@ class VectorWriter:
     def _begin(self, owner: int) -> None:
         """Begin a tensor; in a new shard where this one might grow over the limit."""
         shard, entry = self._shards[-1], self._entries[owner]
-        held = shard.file.nbytes + shard.bitmaps_nbytes
-        if shard.used and held + entry.nbytes > self._max_shard_nbytes:
+        held = shard.file.nbytes + shard.side_nbytes
+        # its rows, and a fiftieth for exceptions, of which nothing is known
+        bound = entry.nbytes * 51 // 50 + BLOCK_ROW_NBYTES * block_count(entry.numel)
+        if shard.used and held + bound > self._max_shard_nbytes:
             self._open_shard(owner)
             shard = self._shards[-1]
         shard.entries.append(owner)
-        shard.bitmaps_nbytes += entry.bitmap_nbytes
+        shard.side_nbytes += entry.bitmap_nbytes
 
     def stop(self) -> None:
         """Let waiting workers go: the run has failed."""

@@ -226,9 +226,9 @@ def save(
     facts: dict[str, Any] = {"formula": manifest["formula"], "output": os.fspath(path),
                              "dtype": dtype, "codec": codec}  # fmt: skip
     for side in ("tuned", "base") if vector.tuned else ():
-        ref, checkpoint = manifest[side]["ref"], getattr(vector, side)
-        path_of = checkpoint.path if ref == checkpoint.ref else Path(ref).absolute()  # a patch
-        facts[side] = {"ref": ref, "path": os.fspath(path_of), "dtypes": checkpoint.dtypes}
+        checkpoint = getattr(vector, side)
+        facts[side] = {"ref": checkpoint.ref, "path": os.fspath(checkpoint.path),
+                       "dtypes": checkpoint.dtypes}  # fmt: skip
     bound = sum(entry.nbytes for entry in entries)
     plan = replace(plan, bound_nbytes=bound)
     report = planned(plan, facts, workers, watcher)

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -44,6 +45,21 @@ def spawn(*arguments: object, **environment: str) -> subprocess.CompletedProcess
 def vector(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vector") / "skill.safetensors"
     skillvec.diff(family.tuned, family.base, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another vector of the same base."""
+    path = tmp_path_factory.mktemp("other") / "other.safetensors"
+    skillvec.diff(family.sft, family.base, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def patch(vector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("patch") / "patch.safetensors"
+    skillvec.export_patch(vector, path)
     return path
 
 
@@ -86,14 +102,18 @@ def test_exit_codes_and_streams_of_a_real_process(tmp_path: Path, family, vector
      ["apply", "t", "-o", "x", "--lam", "z"],
      ["apply", "t", "v", "-o", "x", "--rounding", "up"], ["diff", "a", "b", "-o", "x", "--bogus"],
      ["orthogonality"], ["inspect"], ["inspect", "a", "b"], ["verify"],
-     ["diff", "a", "b", "-o", "x.safetensors", "--workers", "many"]],
+     ["diff", "a", "b", "-o", "x.safetensors", "--workers", "many"],
+     ["diff", "a", "b", "-o", "x.safetensors", "--codec", "zip"], ["combine", "a", "b"],
+     ["combine", "a", "b", "-o", "x.safetensors", "--include", "*"],
+     ["combine", "a", "b", "-o", "x.safetensors", "--param"], ["import-patch", "a", "-o", "x"],
+     ["export-patch", "a"], ["export-patch", "a", "b", "-o", "x"]],
 )  # fmt: skip
 def test_what_click_refuses_is_usage(arguments: list[str]):
     result = run(*arguments)
     assert result.exit_code == 2 and result.stdout == ""
 
 
-def test_usage_errors_exit_2(tmp_path: Path, family, vector):
+def test_usage_errors_exit_2(tmp_path: Path, family, vector, other):
     out = tmp_path / "out"
     base, tuned, target = family.base, family.tuned, family.target
     shard = target / "model-00001-of-00003.safetensors"
@@ -114,6 +134,17 @@ def test_usage_errors_exit_2(tmp_path: Path, family, vector):
         "both tuned and base": ("apply", target, "-o", out, "--tuned", tuned),
         "at least two": ("orthogonality", vector),
         "nothing to verify": ("verify", target),
+        "either a vector or": ("apply", target, vector, other, "-o", out, "--tuned", tuned,
+                               "--base", base),
+        "there are none": ("apply", target, "-o", out, "--tuned", tuned, "--base", base,
+                           "--op", "ties"),
+        "at least one vector": ("combine", "-o", v),
+        "expected one of linear": ("combine", vector, other, "-o", v, "--op", "slerp"),
+        "expected one of bf16": ("combine", vector, other, "-o", v, "--dtype", "int8"),
+        "a size such as 5GB": ("diff", tuned, base, "-o", v, "--max-shard-size", "5 apples"),
+        "workers -1: expected at least 1": ("combine", vector, other, "-o", v, "--workers", "-1"),
+        "only a vector has a verdict": ("inspect", target, "--target", base),
+        "is made of a stored": ("export-patch", f"{tuned}::{base}", "-o", v),
         "one .safetensors file": ("apply", shard, vector, "-o", out,
                                   "--include", "model.embed_tokens.weight"),
     }.items():  # fmt: skip
@@ -135,7 +166,7 @@ def test_run_errors_exit_1(tmp_path: Path, family, vector):
     assert any(tensor in message for tensor in toy())
 
 
-def test_incompatible_inputs_exit_3(tmp_path: Path, family, vector):
+def test_incompatible_inputs_exit_3(tmp_path: Path, family, vector, other, patch):
     small = save(tmp_path / "small", toy(0, layers=1))
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80")
@@ -147,6 +178,11 @@ def test_incompatible_inputs_exit_3(tmp_path: Path, family, vector):
         "this is a skill vector": ("apply", vector, vector, "-o", tmp_path / "out"),
         "not a skill vector": ("apply", family.target, family.base, "-o", tmp_path / "out"),
         "not in": ("orthogonality", vector, f"{small}::{small}"),
+        "do not match": ("combine", vector, f"{small}::{small}", "-o", v),
+        "(no manifest in its header)": ("combine", vector, family.base, "-o", v),
+        "does not fit": ("inspect", vector, "--target", small),
+        "exact base": ("export-patch", vector, "--base", family.sft, "-o", v),
+        "model of another shape": ("import-patch", patch, small, "-o", v),
         "pickled": ("diff", tmp_path / "pickled", family.base, "-o", v),
         "match no tensor": ("diff", family.tuned, family.base, "-o", v, "--include", "nothing*"),
     }.items():
@@ -203,23 +239,40 @@ def strict(text: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
-def each_verb(tmp_path: Path, family, vector) -> dict[str, list[object]]:
-    return {
-        "diff": ["diff", family.tuned, family.base, "-o", tmp_path / "v.safetensors"],
-        "apply": ["apply", family.target, vector, "-o", tmp_path / "out"],
+Verbs = Callable[[Path], dict[str, list[object]]]
+
+
+@pytest.fixture(scope="module")
+def every_verb(family, vector, other, patch) -> Verbs:
+    """Return what gives a good command line of every command, by the folder to write to."""
+    return lambda folder: {
+        "diff": ["diff", family.tuned, family.base, "-o", folder / "v.safetensors"],
+        "combine": ["combine", f"{vector}=0.7", f"{other}=-0.3", "-o", folder / "v.safetensors"],
+        "apply": ["apply", family.target, vector, "-o", folder / "out"],
+        "import-patch": ["import-patch", patch, family.base, "-o", folder / "v.safetensors"],
+        "export-patch": ["export-patch", vector, "-o", folder / "v.safetensors"],
         "orthogonality": ["orthogonality", vector, f"{family.sft}::{family.base}"],
         "inspect": ["inspect", vector],
         "verify": ["verify", vector],
     }
 
 
-def test_every_command_is_tried_here(tmp_path: Path, family, vector):
-    assert sorted(each_verb(tmp_path, family, vector)) == COMMANDS
+WRITERS = ["diff", "combine", "apply", "import-patch", "export-patch"]
+PLANNED = [*WRITERS, "orthogonality"]  # those that plan before they work
+SELECTIVE = ["diff", "apply", "orthogonality"]  # those that take globs
+
+
+def test_every_command_is_tried_here(tmp_path: Path, every_verb: Verbs):
+    assert sorted(every_verb(tmp_path)) == COMMANDS
+    for verb, command in main.commands.items():
+        spelled = {text for p in command.params for text in p.opts}
+        assert ("--output" in spelled) == (verb in WRITERS)
+        assert ("--include" in spelled) == (verb in SELECTIVE)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
-def test_json_is_one_document_with_every_tensor(verb: str, tmp_path: Path, family, vector):
-    result = run(*each_verb(tmp_path, family, vector)[verb], "--json")
+def test_json_is_one_document_with_every_tensor(verb: str, tmp_path: Path, every_verb: Verbs):
+    result = run(*every_verb(tmp_path)[verb], "--json")
     assert result.exit_code == 0
     report = strict(result.stdout)
     assert report["verb"] == verb
@@ -272,14 +325,14 @@ def test_json_stays_json_where_numbers_are_not_finite(tmp_path: Path):
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
-def test_quiet_prints_one_line_alone(verb: str, tmp_path: Path, family, vector):
-    arguments = each_verb(tmp_path, family, vector)[verb]
+def test_quiet_prints_one_line_alone(verb: str, tmp_path: Path, vector, every_verb: Verbs):
+    arguments = every_verb(tmp_path)[verb]
     result = run(*arguments, "-q")
     assert result.exit_code == 0
     assert all(line.startswith("warning: ") for line in result.stderr.splitlines())
     lines = result.stdout.splitlines()
     assert len(lines) == 1
-    if verb in ("diff", "apply"):
+    if verb in WRITERS:
         assert lines == [str(arguments[-1])]
     elif verb in ("inspect", "verify"):
         assert lines == [str(vector)]
@@ -294,13 +347,19 @@ def test_quiet_and_relative_paths_print_the_resolved_path(tmp_path: Path, family
     assert run("verify", "v.safetensors", "-q").stdout == f"{tmp_path}/v.safetensors\n"
 
 
-@pytest.mark.parametrize("verb", ["diff", "apply", "orthogonality"])
-def test_talk_goes_to_stderr_and_data_to_stdout(verb: str, tmp_path: Path, family, vector):
-    result = run(*each_verb(tmp_path, family, vector)[verb])
-    talk = {"diff": ["v = TUNED - BASE", "output"], "apply": ["OUT = TARGET + LAM * V", "output"]}
-    for words in talk.get(verb, ["warning: "]):
+@pytest.mark.parametrize("verb", PLANNED)
+def test_talk_goes_to_stderr_and_data_to_stdout(verb: str, tmp_path: Path, every_verb: Verbs):
+    result = run(*every_verb(tmp_path)[verb])
+    talk, answer = {
+        "diff": (["v = TUNED - BASE", "output"], "values changed"),
+        "combine": (["v = linear(", "=0.7 ", "=-0.3)", "output"], "values changed"),
+        "apply": (["OUT = TARGET + LAM * V", "output"], "realised gain"),
+        "import-patch": (["v = TUNED - BASE", "output"], "values changed"),
+        "export-patch": (["output"], "values listed"),
+        "orthogonality": (["warning: "], "cosine"),
+    }[verb]
+    for words in talk:
         assert words in result.stderr and words not in result.stdout
-    answer = {"diff": "values changed", "apply": "realised gain", "orthogonality": "cosine"}[verb]
     assert answer in result.stdout
 
 
@@ -322,30 +381,38 @@ def test_verbose_shows_every_tensor(tmp_path: Path, family, vector):
 # --------------------------------------------------------------------------------------- dry runs
 
 
-@pytest.mark.parametrize("verb", ["diff", "apply", "orthogonality"])
-def test_a_dry_run_writes_nothing_and_says_what_would_be(verb: str, tmp_path: Path, family, vector):
-    arguments = each_verb(tmp_path, family, vector)[verb]
+@pytest.mark.parametrize("verb", PLANNED)
+def test_a_dry_run_writes_nothing_and_says_what_would_be(
+    verb: str, tmp_path: Path, vector, other, patch, every_verb: Verbs
+):
+    arguments = every_verb(tmp_path)[verb]
     result = run(*arguments, "--dry-run", "--json")
     assert result.exit_code == 0 and list(tmp_path.iterdir()) == []
     report = strict(result.stdout)
     nbytes = sum(tensor.nbytes for tensor in toy().values())
+    first, second, listed = (path.stat().st_size for path in (vector, other, patch))
+    reads = {
+        "diff": 2 * nbytes, "combine": first + second, "apply": nbytes + first,
+        "import-patch": nbytes + listed, "export-patch": nbytes + first,
+        "orthogonality": first + 2 * nbytes,
+    }[verb]  # fmt: skip
     assert {line["name"] for line in report["tensors"]} == set(toy())
     assert report["workers"] >= 1 and report["memory_nbytes"] > 0
     if verb == "apply":
         assert report["files"] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
         assert {"config.json", "notes.txt"} < set(report["side_files"])
         assert report["verdict"] == "same family"
-    if verb == "orthogonality":
-        assert report["nbytes_written"] == 0
-    assert 2 * nbytes <= report["nbytes_read"] < 4 * nbytes + 100_000
+    assert (report["nbytes_written"] > 0) == (verb in WRITERS)
+    # headers are not counted, side files are, and a patch's base is read twice
+    assert reads / 4 <= report["nbytes_read"] < reads + nbytes + 5_000
     text = run(*arguments, "--dry-run")
     words = " ".join(text.stdout.split())
     assert "reads" in words and "writes" in words and "memory" in words
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_states_the_bytes_that_a_run_then_writes(tmp_path: Path, family, vector):
-    arguments = each_verb(tmp_path, family, vector)["apply"]
+def test_a_dry_run_states_the_bytes_that_a_run_then_writes(tmp_path: Path, every_verb: Verbs):
+    arguments = every_verb(tmp_path)["apply"]
     planned = strict(run(*arguments, "--dry-run", "--json").stdout)
     run(*arguments)
     written = sum(len(content) for content in contents(tmp_path / "out").values())
@@ -356,9 +423,9 @@ def test_a_dry_run_states_the_bytes_that_a_run_then_writes(tmp_path: Path, famil
     } == set(contents(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("verb", ["diff", "apply"])
-def test_a_dry_run_refuses_what_a_run_refuses(verb: str, tmp_path: Path, family, vector):
-    arguments = each_verb(tmp_path, family, vector)[verb]
+@pytest.mark.parametrize("verb", WRITERS)
+def test_a_dry_run_refuses_what_a_run_refuses(verb: str, tmp_path: Path, every_verb: Verbs):
+    arguments = every_verb(tmp_path)[verb]
     arguments[arguments.index("-o") + 1] = tmp_path / "absent" / "out.safetensors"
     refused(run(*arguments, "--dry-run"), 2, "does not exist")
     arguments[arguments.index("-o") + 1] = existing = tmp_path / "out.safetensors"
@@ -370,9 +437,9 @@ def test_a_dry_run_refuses_what_a_run_refuses(verb: str, tmp_path: Path, family,
 # ---------------------------------------------------------------------- places for the output
 
 
-@pytest.mark.parametrize("verb", ["diff", "apply"])
-def test_an_existing_output_needs_force(verb: str, tmp_path: Path, family, vector):
-    arguments = each_verb(tmp_path, family, vector)[verb]
+@pytest.mark.parametrize("verb", WRITERS)
+def test_an_existing_output_needs_force(verb: str, tmp_path: Path, every_verb: Verbs):
+    arguments = every_verb(tmp_path)[verb]
     assert run(*arguments).exit_code == 0
     before = contents(tmp_path)
     refused(run(*arguments), 2, "exists already", "--force", str(arguments[-1]))
@@ -422,16 +489,21 @@ def test_force_onto_an_empty_folder_is_taken(tmp_path: Path, family, vector):
     assert run("apply", family.target, vector, "-o", tmp_path / "out", "--force").exit_code == 0
 
 
-def test_force_of_diff_never_replaces_a_folder(tmp_path: Path, family):
+@pytest.mark.parametrize("verb", ["diff", "combine", "import-patch", "export-patch"])
+def test_force_never_replaces_a_folder_that_holds_no_vector(
+    verb: str, tmp_path: Path, every_verb: Verbs
+):
     (tmp_path / "v.safetensors").mkdir()
-    result = run("diff", family.tuned, family.base, "-o", tmp_path / "v.safetensors", "--force")
-    refused(result, 2, "folder")
+    (tmp_path / "v.safetensors" / "thesis.tex").write_bytes(b"years")
+    refused(run(*every_verb(tmp_path)[verb], "--force"), 2, "folder")
+    assert (tmp_path / "v.safetensors" / "thesis.tex").exists()
 
 
 def test_an_output_inside_or_around_an_input_is_refused_even_with_force(tmp_path: Path, family):
     base, tuned = save(tmp_path / "all" / "base", toy()), save(tmp_path / "all" / "tuned", toy(1))
     vector = tmp_path / "v.safetensors"
     skillvec.diff(tuned, base, vector)
+    skillvec.export_patch(vector, tmp_path / "p.safetensors")
     (tmp_path / "link").symlink_to(base)
     before = contents(tmp_path)
     for arguments in (
@@ -444,6 +516,14 @@ def test_an_output_inside_or_around_an_input_is_refused_even_with_force(tmp_path
         ("apply", base, "--tuned", tuned, "--base", base, "-o", tuned / "out"),
         ("apply", base / "model.safetensors", vector, "-o", base / "model.safetensors"),
         ("apply", base / "model.safetensors", vector, "-o", vector),
+        ("apply", base, vector, f"{tuned}::{base}", "-o", tuned / "out"),
+        ("combine", vector, f"{tuned}::{base}=0.5", "-o", vector),
+        ("combine", vector, f"{tuned}::{base}=0.5", "-o", tuned / "v.safetensors"),
+        ("combine", vector, "-o", vector),
+        ("import-patch", tmp_path / "p.safetensors", base, "-o", base / "v.safetensors"),
+        ("import-patch", tmp_path / "p.safetensors", base, "-o", tmp_path / "p.safetensors"),
+        ("export-patch", vector, "-o", vector),
+        ("export-patch", vector, "-o", base / "v.safetensors"),
         ("diff", tuned, base, "-o", tmp_path / "link" / "v.safetensors"),
         ("apply", base, vector, "-o", tmp_path / "link" / "out"),
         ("apply", base, vector, "-o", tmp_path / "link"),
@@ -500,18 +580,18 @@ def test_include_and_exclude_choose_tensors(tmp_path: Path, family, vector):
 
 
 @pytest.mark.parametrize("option", ["--include", "--exclude"])
-@pytest.mark.parametrize("verb", ["diff", "apply", "orthogonality"])
+@pytest.mark.parametrize("verb", SELECTIVE)
 def test_a_glob_that_matches_nothing_is_refused(
-    option: str, verb: str, tmp_path: Path, family, vector
+    option: str, verb: str, tmp_path: Path, every_verb: Verbs
 ):
-    arguments = each_verb(tmp_path, family, vector)[verb]
+    arguments = every_verb(tmp_path)[verb]
     refused(run(*arguments, option, "model.layer.*"), 3, "match no tensor", "model.layer.*")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_excluding_everything_is_refused(tmp_path: Path, family, vector):
-    for verb in ("diff", "apply", "orthogonality"):
-        arguments = each_verb(tmp_path, family, vector)[verb]
+def test_excluding_everything_is_refused(tmp_path: Path, every_verb: Verbs):
+    for verb in SELECTIVE:
+        arguments = every_verb(tmp_path)[verb]
         result = run(*arguments, "--exclude", "*")
         assert result.exit_code in (2, 3) and "no tensor" in result.stderr, verb
     assert list(tmp_path.iterdir()) == []
@@ -521,21 +601,47 @@ def test_excluding_everything_is_refused(tmp_path: Path, family, vector):
 
 SHOWN_ONLY = {"json", "quiet", "verbose", "csv", "help"}  # how to print, not what to do
 PYTHON_ONLY = {"watcher"}  # an object
+SPELLED = {"param": "parameters"}  # of one NAME=VALUE each
+MERGING = {"vectors", "op", "parameters", "recipe"}  # what makes one vector of several words
+
+
+def words_of(verb: str) -> dict[str, click.Parameter]:
+    """Return the options and arguments of a command under the names they have in Python."""
+    words: dict[str, click.Parameter] = {}
+    for parameter in main.commands[verb].params:
+        name = parameter.name
+        if isinstance(parameter, click.Option):
+            (long,) = [text for text in parameter.opts if text.startswith("--")]
+            name = long[2:].replace("-", "_")
+        words[SPELLED.get(name, name)] = parameter
+    return {name: word for name, word in words.items() if name not in SHOWN_ONLY}
+
+
+def parameters_of(verb: str) -> dict[str, python_inspect.Parameter]:
+    """Return the parameters of the Python function, those that it hands on to `save` included."""
+    found = dict(python_inspect.signature(getattr(skillvec, verb.replace("-", "_"))).parameters)
+    if found.pop("options", None) is not None:
+        saved = python_inspect.signature(verbs.save).parameters
+        found |= {name: saved[name] for name in saved if name not in ("vector", "output")}
+    return {name: item for name, item in found.items() if name not in PYTHON_ONLY}
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_option_is_a_parameter_and_every_parameter_an_option(verb: str):
-    words = {}
-    for parameter in main.commands[verb].params:
-        if isinstance(parameter, click.Option):
-            (long,) = [text for text in parameter.opts if text.startswith("--")]
-            words[long[2:].replace("-", "_")] = parameter
-        else:
-            words[parameter.name] = parameter
-    function = python_inspect.signature(getattr(skillvec, verb))
-    assert set(words) - SHOWN_ONLY == set(function.parameters) - PYTHON_ONLY
-    for name in set(words) - SHOWN_ONLY:
-        option, default = words[name], function.parameters[name].default
+    words, parameters = words_of(verb), parameters_of(verb)
+    if verb == "combine":
+        del parameters["weights"]  # VECTOR=WEIGHT
+    if verb == "apply":  # its words make the vector as combine would, with the same defaults
+        merging = {name: words.pop(name) for name in MERGING}
+        del parameters["vector"]
+        for name, option in merging.items():
+            other = words_of("combine")[name]
+            assert (option.default, option.opts) == (other.default, other.opts), name
+    if verb == "import-patch":
+        del parameters["dtype"]  # the base's
+    assert set(words) == set(parameters)
+    for name, option in words.items():
+        default = parameters[name].default
         if isinstance(option, click.Option) and not option.required and not option.multiple:
             given = option.get_default(click.Context(main.commands[verb]))
             given = None if "UNSET" in repr(given).upper() else given
@@ -546,9 +652,14 @@ def test_options_are_spelled_as_users_of_merge_tools_expect():
     for verb in COMMANDS:
         spelled = {text for p in main.commands[verb].params for text in p.opts}
         assert {"--json", "-q", "--quiet", "-v", "--verbose"} <= spelled
-        if verb in ("diff", "apply"):
-            assert {"-o", "--output", "--force", "--dry-run", "--include", "--exclude",
-                    "--dtype", "--workers"} <= spelled  # fmt: skip
+        if verb in WRITERS:
+            assert {"-o", "--output", "--force", "--dry-run", "--workers"} <= spelled
+        if verb in SELECTIVE:
+            assert {"--include", "--exclude", "--dry-run"} <= spelled
+        if verb in ("diff", "combine", "apply"):
+            assert "--dtype" in spelled
+        if verb in ("diff", "combine"):
+            assert {"--codec", "--max-shard-size"} <= spelled
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -598,8 +709,9 @@ def imported_by(*arguments: object) -> set[str]:
     return set(done.stdout.splitlines()[-1].removeprefix("MODULES ").split())
 
 
-def test_no_command_imports_what_it_does_not_need(tmp_path: Path, family, vector):
-    for verb, arguments in each_verb(tmp_path, family, vector).items():
+def test_no_command_imports_what_it_does_not_need(tmp_path: Path, every_verb: Verbs):
+    for verb, arguments in every_verb(tmp_path).items():
+        arguments = [*arguments, "--force"] if verb in WRITERS else arguments
         found = imported_by(*arguments)
         assert "numpy" in found  # the probe sees modules at all
         assert not found & set(HEAVY), verb
@@ -615,22 +727,22 @@ def test_help_imports_no_numbers(arguments: list[str]):
 # ------------------------------------------------------------------------------------ terminals
 
 
-def test_no_bar_and_no_colours_off_a_terminal(tmp_path: Path, family, vector):
-    for arguments in each_verb(tmp_path, family, vector).values():
-        done = spawn(*arguments, TERM="xterm-256color")
+def test_no_bar_and_no_colours_off_a_terminal(tmp_path: Path, every_verb: Verbs):
+    for verb, arguments in every_verb(tmp_path).items():
+        force = ["--force"] if verb in WRITERS else []
+        done = spawn(*arguments, *force, TERM="xterm-256color")
         assert done.returncode == 0
         assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
 
 
 # Slows every read down, so that a small job lasts as long as a big one.
 SLOW = """
-import sys, time
-from skillvec import engine, storage
-read = storage.read_into
+import os, sys, time
+read = os.preadv
 def slow(*arguments):
-    time.sleep(0.05)
-    read(*arguments)
-engine.read_into = slow
+    time.sleep(0.02)
+    return read(*arguments)
+os.preadv = slow
 from skillvec.cli import main
 main(sys.argv[1:])
 """
@@ -670,29 +782,79 @@ def test_a_bar_with_speed_and_time_left_on_a_terminal(tmp_path: Path, family, ve
     assert code == 0 and "/s" not in shown
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_no_line_is_wider_than_the_terminal(verb: str, tmp_path: Path, monkeypatch):
-    # Long names, as real models have them; the paths of inputs are the user's own.
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.chdir(tmp_path)
+NARROW = {
+    "diff": ["diff", "t", "b", "-o", "w.safetensors"],
+    "combine": ["combine", "v.safetensors=0.7", "u.safetensors=-0.3", "-o", "w.safetensors"],
+    "combine by ties": ["combine", "v.safetensors", "u.safetensors=-0.3", "--op", "ties",
+                        "--param", "density=0.25", "-o", "w.safetensors"],
+    "apply": ["apply", "b", "v.safetensors", "-o", "o"],
+    "apply several": ["apply", "b", "v.safetensors=0.7", "t::b=-0.3", "--op", "dare_ties", "-o",
+                      "o"],
+    "import-patch": ["import-patch", "p.safetensors", "b", "-o", "w.safetensors"],
+    "export-patch": ["export-patch", "v.safetensors", "-o", "w.safetensors"],
+    "orthogonality": ["orthogonality", "v.safetensors", "t::b", "c.safetensors"],
+    "inspect": ["inspect", "v.safetensors"],
+    "inspect combination": ["inspect", "c.safetensors", "--target", "b"],
+    "inspect merged": ["inspect", "m"],
+    "inspect patch": ["inspect", "p.safetensors"],
+    "verify": ["verify", "v.safetensors"],
+    "verify combination": ["verify", "c.safetensors"],
+    "verify merged": ["verify", "m"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of models with long tensor names, as real models have them."""
+    folder = tmp_path_factory.mktemp("narrow")
     deep = "model.language_model.layers.0.mlp.experts.127.shared_expert_gate_up_projection.weight"
     base = toy() | {deep: torch.ones(3, 4096).to(torch.bfloat16)}
-    save(tmp_path / "b", base)
-    save(tmp_path / "t", perturbed(base))
-    skillvec.diff("t", "b", "v.safetensors")
-    arguments = {
-        "diff": ["diff", "t", "b", "-o", "w.safetensors"],
-        "apply": ["apply", "b", "v.safetensors", "-o", "o"],
-        "orthogonality": ["orthogonality", "v.safetensors", "t::b"],
-        "inspect": ["inspect", "v.safetensors"],
-        "verify": ["verify", "v.safetensors"],
-    }[verb]
-    for more in ([], ["-v", "--force"] if verb in ("diff", "apply") else ["-v"]):
-        result = run(*arguments, *more)
+    save(folder / "b", base)
+    save(folder / "t", perturbed(base))
+    save(folder / "s", perturbed(base, 4))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        skillvec.diff("t", "b", "v.safetensors", method="grpo", license="apache-2.0")
+        skillvec.diff("s", "b", "u.safetensors")
+        skillvec.export_patch("v.safetensors", "p.safetensors")
+        words = ("v.safetensors=0.7", "u.safetensors=-0.3", "--op", "ties", "-o")
+        assert run("combine", *words, "c.safetensors").exit_code == 0
+        assert run("apply", "b", *words, "m").exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_no_line_is_wider_than_the_terminal(name: str, narrow: Path, monkeypatch):
+    # Paths of inputs are the user's own, and a command that can be copied is not cut.
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(narrow)
+    words = NARROW[name]
+    planned = ["--dry-run"] if words[0] not in ("inspect",) else []
+    for more in ([], ["-v"], [*planned, "-v"], planned):
+        result = run(*words, *more, *(["--force"] if words[0] in WRITERS else []))
         assert result.exit_code == 0, result.output
         for line in result.stdout.splitlines():
-            if str(tmp_path) not in line:
+            if str(narrow) not in line and not line.startswith("  skillvec "):
                 assert len(line.rstrip()) <= 80, line
+
+
+def test_names_too_long_do_not_hide_the_terminal_s_edge(narrow: Path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(narrow)
+    shown = run("inspect", "c.safetensors", "--target", "b").stdout
+    for words in ("ties(v.safetensors=0.7 u.safetensors=-0.3)", "parent   v.safetensors (",
+                  "parent   u.safetensors (", "identity ", "packed", "verdict  on b: exact base",
+                  "\u2026"):  # fmt: skip
+        assert words in shown, words
+    assert "v = ties(v.safetensors=0.7 u.safetensors=-0.3)" in run(
+        *NARROW["combine by ties"], "--force"
+    ).stderr.replace("=1 ", "=0.7 ")
+    talk = run(*NARROW["apply several"], "--force").stderr
+    assert "vector  dare_ties(0.7*v.safetensors, -0.3*t::b)" in talk
+    assert "verdict exact base" in talk
+    shown = run("inspect", "v.safetensors").stdout
+    assert "method   grpo" in shown and "licence  apache-2.0" in shown
+    assert "b + 1 * ties(0.7*v.safetensors, -0.3*u.safetensors)" in run("inspect", "m").stdout
 
 
 def test_control_characters_of_a_file_never_reach_the_terminal(tmp_path: Path, family):
@@ -711,10 +873,10 @@ def test_control_characters_of_a_file_never_reach_the_terminal(tmp_path: Path, f
 # --------------------------------------------------------------------------------- single answers
 
 
-def test_csv_holds_the_numbers_of_json(tmp_path: Path, family, vector):
+def test_csv_holds_the_numbers_of_json(tmp_path: Path, every_verb: Verbs):
     import csv
 
-    arguments = each_verb(tmp_path, family, vector)["orthogonality"]
+    arguments = every_verb(tmp_path)["orthogonality"]
     report = strict(run(*arguments, "--csv", tmp_path / "rows.csv", "--json").stdout)
     with (tmp_path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -729,8 +891,8 @@ def test_csv_holds_the_numbers_of_json(tmp_path: Path, family, vector):
     assert not tensors
 
 
-def test_a_csv_that_cannot_be_written_leaves_no_traceback(tmp_path: Path, family, vector):
-    arguments = each_verb(tmp_path, family, vector)["orthogonality"]
+def test_a_csv_that_cannot_be_written_leaves_no_traceback(tmp_path: Path, every_verb: Verbs):
+    arguments = every_verb(tmp_path)["orthogonality"]
     result = run(*arguments, "--csv", tmp_path / "absent" / "rows.csv")
     assert result.exit_code in (1, 2) and "rows.csv" in result.stderr
 
@@ -756,6 +918,22 @@ def test_a_hostile_recipe_is_an_error_of_ours(tmp_path: Path, family, vector):
         true | {"request": request | {"rounding": []}}, true | {"request": None},
         true | {"request": request | {"include": 3}},
         true | {"request": request | {"exclude": [3]}},
+    ]  # fmt: skip
+    part, share = true["vector"], {"vector": true["vector"]["ref"]}
+    hostile += [
+        true | {"vector": {"recipe": recipe, "parts": parts}}
+        for recipe, parts in (
+            ({"vectors": []}, []), ({"vectors": [share]}, []), ({"vectors": [share]}, [part, part]),
+            ({"vectors": [share] * 2}, [part]), ({"vectors": [share], "op": "nope"}, [part]),
+            ({"vectors": [share], "op": 3}, [part]), ({"vectors": 3}, [part]), (3, [part]),
+            ({"vectors": [share]}, [3]), ({"vectors": [share]}, [{"ref": 3, "digest": ""}]),
+            ({"vectors": [share], "seed": 1 << 99}, [part]),
+            ({"vectors": [share | {"weight": "x"}]}, [part]),
+            ({"vectors": [share | {"weight": [1, 2]}]}, [part]),
+            ({"vectors": [share | {"rules": [{"match": "*", "density": 2}]}], "op": "ties"}, [part]),
+            ({"vectors": [share]}, [{"recipe": {"vectors": [share]}, "parts": [part]}]),
+            ({"vectors": [share]}, [{"tuned": "nowhere", "base": "nowhere"}]),
+        )
     ]  # fmt: skip
     failures = []
     for number, recipe in enumerate(hostile):
