@@ -10,7 +10,7 @@ demo: $(VENV)/.train
 	$(BIN)/python -m recipes.mini.demo
 
 test: $(VENV)/.core
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 slow: $(VENV)/.train .venv-mergekit
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -13,6 +13,11 @@ from typing import Any
 from skillvec.errors import printable
 from skillvec.report import Report
 
+
+def _files(files: list[str], kind: str = "") -> str:
+    return f"{len(files)} {kind}file{'' if len(files) == 1 else 's'}"
+
+
 STORES = ("diff", "combine", "import-patch", "export-patch")
 
 
@@ -167,7 +172,7 @@ def plan_sentence(report: Report) -> str:
         f"{facts['workers']} workers ({facts['kernels']}); tensors: {counts}"
     )
     if facts["files"]:
-        text += f"; {len(facts['files'])} weight files, {len(facts['side_files'])} side files"
+        text += f"; {_files(facts['files'], 'weight ')}, {_files(facts['side_files'], 'side ')}"
     return text
 
 
@@ -289,7 +294,7 @@ def _print_inspect(report: Report) -> None:
     _print(
         f"  {facts['model_type'] or 'no config'}, {human_count(facts['numel'])} values in"
         f" {len(report.ledger)} tensors ({dtypes}), {human_bytes(facts['nbytes'])} in"
-        f" {len(facts['files'])} files"
+        f" {_files(facts['files'])}"
     )
     if facts["ties_embeddings"] is not None:
         _print(f"  embeddings tied: {'yes' if facts['ties_embeddings'] else 'no'}")

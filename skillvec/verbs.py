@@ -446,7 +446,7 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     report = Report("inspect", {"path": os.fspath(opened.path), "nbytes": opened.nbytes})
     facts = report.facts
     facts |= {
-        "kind": "model",
+        "kind": "patch" if is_patch(opened) else "model",
         "files": [file.name for file in opened.files],
         "numel": sum(spec.numel for spec in opened.values()),
         "dtypes": opened.dtypes,
