@@ -7,13 +7,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
-from families import perturbed, save, toy
+from families import from_bits, perturbed, save, toy
 
 import skillvec
+from skillvec import storage
 from skillvec.errors import FormatError, OutputError, SkillvecError
 
 UNFINISHED = ".skillvec-unfinished"
@@ -39,27 +44,49 @@ def vector(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(family, vector, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What diff and apply write when nothing goes wrong."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    skillvec.apply(family.target, vector, folder / "out")
-    return {"diff": contents(vector), "apply": contents(folder / "out")}
+    """What diff (to a file and to shards) and apply write when nothing goes wrong."""
+    folder, found = tmp_path_factory.mktemp("undisturbed"), {}
+    for verb in OUTPUT:
+        call(verb, folder / f"{verb}.safetensors", family, vector)
+        found[verb] = contents(folder / f"{verb}.safetensors")
+    assert len(found["diff"]) == 1 and len(found["shards"]) > 2
+    return found
+
+
+# diff as it is by default (packed), and to shards with bitmaps beside the values
+OPTIONS = {"diff": {}, "shards": {"codec": "sparse", "max_shard_size": "8KB"}}
+OUTPUT = {"diff": "v.safetensors", "shards": "v.safetensors", "apply": "out"}
+VERBS = list(OUTPUT)
 
 
 def call(verb: str, output: Path, family, vector, **options) -> None:
-    if verb == "diff":
-        skillvec.diff(family.tuned, family.base, output, workers=1, **options)
-    else:
+    if verb == "apply":
         skillvec.apply(family.target, vector, output, workers=1, **options)
+    else:
+        skillvec.diff(family.tuned, family.base, output, workers=1, **OPTIONS[verb], **options)
 
 
-OUTPUT = {"diff": "v.safetensors", "apply": "out"}
+@contextmanager
+def seconds(limit: int) -> Iterator[None]:
+    """Fail where the work inside takes longer: a hang, not a slow machine."""
+
+    def stop(number: int, at: object) -> None:
+        raise AssertionError(f"not done after {limit} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit, 3)  # again, where clearing up hangs too
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # ------------------------------------------------------------------------------------ full disks
 
 # What puts bytes or names on the disk, as (module, function).
-WRITING = [(os, "mkdir"), (os, "posix_fallocate"), (os, "pwrite"), (os, "fsync"), (os, "rename"),
-           (shutil, "copyfile"), (Path, "write_text")]  # fmt: skip
+WRITING = [(os, "mkdir"), (os, "posix_fallocate"), (os, "ftruncate"), (os, "pwrite"), (os, "fsync"),
+           (os, "rename"), (shutil, "copyfile"), (Path, "write_text")]  # fmt: skip
 
 
 def fail_at(monkeypatch, number: int, code: int) -> list[str]:
@@ -84,19 +111,27 @@ def fail_at(monkeypatch, number: int, code: int) -> list[str]:
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("verb", ["diff", "apply"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_disk_that_is_full_at_any_moment_publishes_nothing(
     verb: str, old: bool, tmp_path: Path, family, vector, undisturbed
 ):
+    """`old` is a model where apply writes, a file where shards go, shards where a file goes."""
     before: dict[str, bytes] = {}
     output = tmp_path / OUTPUT[verb]
+
+    def make_old() -> None:
+        if verb == "diff":
+            call("shards", output, family, vector)
+        else:
+            save(output, toy(9))
+
     if old:
-        save(output, toy(9))
+        make_old()
         before = contents(output)
     dtype = {"dtype": "fp32"} if verb == "apply" else {}  # a new size: the index is written anew
     failures: list[str] = []
     reached: set[str] = set()
-    for number in range(200):
+    for number in range(300):
         with pytest.MonkeyPatch.context() as patch:
             seen, succeeded = fail_at(patch, number, 28), False
             try:
@@ -119,11 +154,15 @@ def test_a_disk_that_is_full_at_any_moment_publishes_nothing(
         if contents(output) != before:  # start every turn from the same state
             shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
             if old:
-                save(output, toy(9))
+                make_old()
+    else:
+        raise AssertionError("there are more calls than were tried")
     assert {"mkdir", "posix_fallocate", "pwrite", "fsync"} <= reached
-    assert "rename" in reached or (old and verb == "apply")  # two folders are exchanged instead
+    assert "ftruncate" in reached or verb == "apply"
+    assert "write_text" in reached or verb == "diff"
+    assert "rename" in reached or (old and verb != "shards")  # exchanged in one step instead
     assert not failures, "\n".join(failures)
-    if verb == "diff":
+    if verb != "apply":
         assert contents(output) == undisturbed[verb]
 
 
@@ -160,6 +199,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, large_family):
     command = [sys.executable, "-m", "skillvec"]
     for arguments in (
         ["diff", tuned, base, "-o", small_disk / "v.safetensors"],
+        ["diff", tuned, base, "-o", small_disk / "v.safetensors", "--max-shard-size", "400kB"],
         ["apply", base, "--tuned", tuned, "--base", base, "-o", small_disk / "out"],
     ):
         done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
@@ -185,7 +225,7 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path: Path, family):
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("verb", ["diff", "apply"])
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("code", [13, 30, 5])  # EACCES, EROFS, EIO
 def test_what_the_system_refuses_is_an_output_error(
     verb: str, code: int, tmp_path: Path, family, vector, monkeypatch
@@ -268,8 +308,12 @@ main(sys.argv[2:])
 
 
 def command_line(verb: str, output: Path, family, vector) -> list[str]:
-    inputs = [family.tuned, family.base] if verb == "diff" else [family.target, vector]
-    return [verb, *map(str, inputs), "-o", str(output), "--workers", "1"]
+    if verb == "apply":
+        return [verb, str(family.target), str(vector), "-o", str(output), "--workers", "1"]
+    words = ["diff", str(family.tuned), str(family.base), "-o", str(output), "--workers", "2"]
+    for key, value in OPTIONS[verb].items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    return words
 
 
 def start_and_wait_for_the_middle(arguments: list[str], announced: int) -> subprocess.Popen[str]:
@@ -282,7 +326,7 @@ def start_and_wait_for_the_middle(arguments: list[str], announced: int) -> subpr
     return process
 
 
-@pytest.mark.parametrize(("verb", "announced"), [("diff", 4), ("apply", 2), ("apply", 9)])
+@pytest.mark.parametrize(("verb", "announced"), [("diff", 4), ("shards", 7), ("apply", 9)])
 def test_ctrl_c_in_the_middle_leaves_nothing(
     verb: str, announced: int, tmp_path: Path, family, vector
 ):
@@ -296,8 +340,9 @@ def test_ctrl_c_in_the_middle_leaves_nothing(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("verb", ["diff", "apply"])
+@pytest.mark.parametrize(
+    ("verb", "kill"), [*((verb, signal.SIGKILL) for verb in VERBS), ("shards", signal.SIGTERM)]
+)
 def test_a_killed_run_is_recognisably_unfinished_and_the_next_one_clears_it(
     verb: str, kill: signal.Signals, tmp_path: Path, family, vector, undisturbed
 ):
@@ -367,11 +412,11 @@ def clean():
         (shutil.copytree if os.path.isdir(old) else shutil.copyfile)(old, output)
 
 def run(force):
-    options = {"workers": 1, "force": force}
-    if request["verb"] == "diff":
-        verbs.diff(request["tuned"], request["base"], output, **options)
-    else:
+    options = {"workers": 1, "force": force} | request["options"]
+    if request["verb"] == "apply":
         verbs.apply(request["target"], request["vector"], output, **options)
+    else:
+        verbs.diff(request["tuned"], request["base"], output, **options)
 
 def dying(function, seen, moment):
     def wrapped(*arguments, **options):
@@ -384,9 +429,10 @@ def dying(function, seen, moment):
 def child(moment):
     seen = []
     for name in ("mkdir", "posix_fallocate", "pwrite", "fsync", "rename", "unlink", "rmdir",
-                 "close"):
+                 "close", "ftruncate"):
         setattr(os, name, dying(getattr(os, name), seen, moment))
     shutil.copyfile = dying(shutil.copyfile, seen, moment)
+    Path.write_text = dying(Path.write_text, seen, moment)
     run(force=bool(old))
 
 os.fsync = lambda descriptor: None  # a killed process loses nothing that it wrote
@@ -420,8 +466,9 @@ print(json.dumps(result))
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("verb", ["diff", "apply"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_run_may_be_killed_at_every_single_moment(verb: str, old: bool, tmp_path: Path):
+    """`old` is a model where apply writes, a file where shards go, shards where a file goes."""
     (tmp_path / "place").mkdir()
     few = dict(list(toy().items())[:3])  # every tensor is a moment more, and no new kind of one
     base, tuned = save(tmp_path / "base", few), save(tmp_path / "tuned", perturbed(few))
@@ -429,15 +476,16 @@ def test_a_run_may_be_killed_at_every_single_moment(verb: str, old: bool, tmp_pa
     vector = tmp_path / "vector.safetensors"
     skillvec.diff(tuned, base, vector)
     earlier: Path | None = None
-    if old and verb == "diff":
+    if old and verb != "apply":
         earlier = tmp_path / "earlier.safetensors"
-        skillvec.diff(target, base, earlier)
+        skillvec.diff(target, base, earlier, max_shard_size="4KB" if verb == "diff" else "5GB")
+        assert earlier.is_dir() == (verb == "diff")
     elif old:
         earlier = save(tmp_path / "earlier", toy(9))
     request = {
         "verb": verb, "output": str(tmp_path / "place" / OUTPUT[verb]), "vector": str(vector),
         "tuned": str(tuned), "base": str(base), "target": str(target),
-        "old": str(earlier) if earlier else None,
+        "old": str(earlier) if earlier else None, "options": OPTIONS.get(verb, {}),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", EVERY_MOMENT, json.dumps(request)],
@@ -504,52 +552,169 @@ def test_runs_to_one_output_end_right_or_are_refused_and_never_mix(
         assert contents(tmp_path / str(number)) == undisturbed["apply"]
 
 
-def test_an_input_cut_short_during_the_run_publishes_nothing(tmp_path: Path, family):
-    base, tuned = save(tmp_path / "base", toy()), save(tmp_path / "tuned", perturbed(toy()))
+# ---------------------------------------------------------------------- inputs that fail, workers
 
-    class Cutter:
-        def planned(self, report: object) -> None:
-            os.truncate(tuned / "model.safetensors", 3000)
 
-        def advanced(self, done_nbytes: int, total_nbytes: int) -> None: ...
+class Armed:
+    """A watcher that does something when all is planned and nothing is read."""
 
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act = act
+
+    def planned(self, report: object) -> None:
+        self._act()
+
+    def advanced(self, done_nbytes: int, total_nbytes: int) -> None: ...
+
+
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def long_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Base and tuned with a tensor of six blocks and some small ones, changed here and there."""
+    folder = tmp_path_factory.mktemp("long")
+    patterns = np.full(BLOCKS << 20, 0x3F80, np.uint16)
+    base = {"long": from_bits(patterns, "BF16"), **toy()}
+    patterns[:: 1 << 10] += 1
+    tuned = {"long": from_bits(patterns, "BF16"), **perturbed(toy())}
+    return save(folder / "base", base), save(folder / "tuned", tuned)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("codec", ["dense", "sparse", "packed"])
+def test_an_input_cut_short_during_the_run_publishes_nothing(
+    codec: str, workers: int, tmp_path: Path, long_pair
+):
+    """The end of the file as it is, whichever block was the first to miss bytes; and no hang."""
+    base, file = long_pair[0], tmp_path / "tuned.safetensors"
+    shutil.copyfile(long_pair[1] / "model.safetensors", file)
+    size = file.stat().st_size // 2
     (tmp_path / "place").mkdir()
-    # the end of the file as it is, whichever tensor was the first to miss bytes
-    with pytest.raises(FormatError, match=r"tuned/model\.safetensors: .* ends at byte 3000\b"):
-        skillvec.diff(tuned, base, tmp_path / "place" / "v.safetensors", watcher=Cutter())
+    with seconds(60), pytest.raises(FormatError, match=rf"tuned\.safetensors: .* byte {size}\b"):
+        skillvec.diff(
+            file, base / "model.safetensors", tmp_path / "place" / "v.safetensors", codec=codec,
+            max_shard_size="1MB", workers=workers, watcher=Armed(lambda: os.truncate(file, size)),
+        )  # fmt: skip
+    assert names(tmp_path / "place") == []
+
+
+@pytest.mark.parametrize("verb", ["apply", "combine"])
+def test_a_vector_cut_short_during_the_run_publishes_nothing(
+    verb: str, tmp_path: Path, family, vector
+):
+    folder = tmp_path / "v.safetensors"
+    skillvec.diff(family.tuned, family.base, folder, max_shard_size="4KB")
+    file = sorted(folder.glob("*.safetensors"))[1]
+    (tmp_path / "place").mkdir()
+    watcher = Armed(lambda: os.truncate(file, file.stat().st_size - 400))
+    with seconds(60), pytest.raises(FormatError, match=f"{file.name}: the file ends"):
+        if verb == "apply":
+            skillvec.apply(family.base, folder, tmp_path / "place" / "out", watcher=watcher)
+        else:
+            skillvec.combine(folder, output=tmp_path / "place" / "x.safetensors", watcher=watcher)
     assert names(tmp_path / "place") == []
 
 
 def test_an_input_that_cannot_be_read_is_not_called_an_output_that_cannot_be_written(
     tmp_path: Path, family, monkeypatch
 ):
-    from skillvec import engine
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(5, "Input/output error")
 
-    def failing(path: str, offset: int, buffer: memoryview) -> None:
-        raise OSError(5, "Input/output error", path)
-
-    monkeypatch.setattr(engine, "read_into", failing)
-    with pytest.raises(OSError, match="tuned") as caught:
-        skillvec.diff(family.tuned, family.base, tmp_path / "v.safetensors")
-    assert "write" not in str(caught.value)
+    watcher = Armed(lambda: monkeypatch.setattr(os, "preadv", failing))
+    with pytest.raises(SkillvecError, match=r"(tuned|base).*cannot be read") as caught:
+        skillvec.diff(family.tuned, family.base, tmp_path / "v.safetensors", watcher=watcher)
+    assert not isinstance(caught.value, OutputError) and "write" not in str(caught.value)
     assert names(tmp_path) == []
 
 
 def test_an_error_of_one_worker_stops_the_others_and_is_the_one_raised(
     tmp_path: Path, family, monkeypatch
 ):
-    from skillvec import engine
+    read, seen = os.preadv, []
 
-    read, seen = engine.read_into, []
-
-    def failing(path: str, offset: int, buffer: memoryview) -> None:
-        seen.append(path)
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        seen.append(offset)
         if len(seen) == 5:
             raise MemoryError("the fifth read")
-        read(path, offset, buffer)
+        return read(descriptor, buffers, offset)
 
-    monkeypatch.setattr(engine, "read_into", failing)
-    with pytest.raises(MemoryError, match="the fifth read"):
-        skillvec.diff(family.tuned, family.base, tmp_path / "v.safetensors", workers=2)
+    watcher = Armed(lambda: monkeypatch.setattr(os, "preadv", failing))
+    with seconds(60), pytest.raises(MemoryError, match="the fifth read"):
+        skillvec.diff(
+            family.tuned, family.base, tmp_path / "v.safetensors", workers=2, watcher=watcher
+        )
     assert len(seen) < 2 * len(toy())
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.parametrize("where", ["read", "turn", "reserve", "write"])
+def test_an_error_while_others_wait_for_their_turn_frees_them(
+    where: str, workers: int, tmp_path: Path, long_pair, monkeypatch
+):
+    """The block whose turn it is fails, once all other workers stand in line behind it."""
+    waiting, turn = set(), storage.Turns.turn
+    armed = threading.Event()
+
+    def fail_when_all_wait() -> None:
+        in_worker = threading.current_thread() is not threading.main_thread()
+        if armed.is_set() and in_worker:  # once: the error of the others would not be this one
+            armed.clear()
+            end = time.monotonic() + 10
+            while len(waiting) < workers - 1 and time.monotonic() < end:
+                time.sleep(0.01)
+            assert len(waiting) >= workers - 1, "the others do not wait"
+            raise OSError(5, "Input/output error")  # a full disk would be asked for less room
+
+    @contextmanager
+    def counted(self: storage.Turns, number: int) -> Iterator[bool]:
+        if number == 0 and where == "turn":
+            fail_when_all_wait()
+        if number:
+            waiting.add(number)
+        with turn(self, number) as going:
+            yield going
+
+    def failing(function: Callable) -> Callable:
+        def wrapped(*arguments: object) -> object:
+            fail_when_all_wait()
+            return function(*arguments)
+
+        return wrapped
+
+    monkeypatch.setattr(storage.Turns, "turn", counted)
+    name = {"read": "preadv", "reserve": "posix_fallocate", "write": "pwrite"}.get(where)
+    if name:
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    tuned, base = long_pair[1] / "model.safetensors", long_pair[0] / "model.safetensors"
+    expected = SkillvecError if where == "read" else OutputError
+    with seconds(60), pytest.raises(expected, match="Input/output error"):
+        skillvec.diff(
+            tuned, base, tmp_path / "v.safetensors", codec="dense", workers=workers,
+            watcher=Armed(armed.set),
+        )  # fmt: skip
+    assert names(tmp_path) == []
+    assert threading.active_count() < 3  # nobody is left behind
+
+
+def test_blocks_done_in_any_order_give_the_same_bytes(tmp_path: Path, long_pair, monkeypatch):
+    """Workers are late here and there: the turns, not the clock, decide where a block lies."""
+    from skillvec import engine
+
+    tuned, base = long_pair[1] / "model.safetensors", long_pair[0] / "model.safetensors"
+    encode, delays = engine.encode_block, iter(np.random.default_rng(1).random(1000).tolist())
+
+    def late(*arguments):
+        time.sleep(next(delays) * 0.05)
+        return encode(*arguments)
+
+    for codec, size in (("packed", "5GB"), ("sparse", "1MB")):
+        options = {"codec": codec, "max_shard_size": size}
+        skillvec.diff(tuned, base, tmp_path / f"{codec}0.safetensors", workers=1, **options)
+        with pytest.MonkeyPatch.context() as patch, seconds(60):
+            patch.setattr(engine, "encode_block", late)
+            skillvec.diff(tuned, base, tmp_path / f"{codec}1.safetensors", workers=5, **options)
+        found = [contents(tmp_path / f"{codec}{number}.safetensors") for number in (0, 1)]
+        assert found[0] == found[1]

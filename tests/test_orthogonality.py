@@ -144,7 +144,9 @@ def test_exceptions_count_with_their_exact_value(tmp_path: Path) -> None:
     base[::10] = 2.0**-9  # one in ten is below the share at which diff would choose fp32
     save(tmp_path / "tuned", {"x": tuned})
     save(tmp_path / "base", {"x": base})
-    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    vector = sv.diff(
+        tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors", codec="dense"
+    )
     assert vector.manifest["exactness"]["exceptions"] == 200
     stored = load(tmp_path / "v.safetensors")["x"]
     assert stored.dtype == torch.bfloat16

@@ -95,6 +95,7 @@ def test_defaults_are_filled_in_and_left_out() -> None:
     full = {"op": "linear", "parameters": {}, "seed": 0,
             "vectors": [{"vector": "a", "weight": 1, "parameters": {}, "rules": []}]}  # fmt: skip
     assert parse_recipe(full) == recipe
+    assert Recipe("linear", (Share("a"),)) == recipe
 
 
 def test_to_dict_shares_nothing_with_the_recipe() -> None:
@@ -123,6 +124,11 @@ def test_yaml_takes_the_exponents_json_takes(number: str, value: float, tmp_path
     """YAML 1.1 reads 1e-3 as text; nobody means that."""
     (tmp_path / "r.yaml").write_text(f"vectors: [{{vector: a, weight: {number}}}]")
     assert read_recipe(tmp_path / "r.yaml").shares[0].weight == value
+
+
+def test_colons_and_digits_in_text_stay(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("vectors: [{vector: hf://org/v@1.0}, {vector: '1:30'}]")
+    assert read_recipe(tmp_path / "r.yaml").shares == (Share("hf://org/v@1.0"), Share("1:30"))
 
 
 # --------------------------------------------------------------------------- the example, by hand
@@ -469,6 +475,15 @@ def test_errors_name_the_place(data: Any, place: str, message: str) -> None:
     found = str(raised.value)
     assert found == message or (found.startswith(message) and len(found) < len(message) + 60)
     assert len(found) < 160
+
+
+def test_an_error_survives_a_value_too_deep_to_print() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(UsageError) as raised:
+        parse_recipe(share(weight=deep))
+    assert str(raised.value).endswith(": expected a finite number, found list")
 
 
 def test_the_place_has_a_default() -> None:

@@ -1,0 +1,60 @@
+"""A second reader of vector files, from docs/format.md alone: numpy, safetensors and zstandard."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from safetensors import deserialize, safe_open
+
+BLOCK, NONE, SUFFIX = 1048576, np.zeros(0, np.uint8), {"sparse": ".values", "packed": ".packed"}
+FLOAT = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}  # BF16 as its bit patterns
+RECORDS = {"skillvec.exceptions": "<u4,<f4", "skillvec.replacements": "<u4,<u8"}
+
+
+def decode(codec, payload, bitmap, out):
+    """Write one block's values, all zero until now, from its bytes."""
+
+    def expanded(piece, nbytes):
+        assert piece.size == nbytes or zstandard.frame_content_size(piece) == nbytes
+        return piece if piece.size == nbytes else np.frombuffer(zstandard.decompress(piece), "u1")
+
+    if codec == "packed" and payload.size not in (0, out.nbytes):
+        width, head = out.itemsize, 4 + 4 * out.itemsize
+        ends = np.cumsum([head, *payload[:head].view("<u4")])
+        bitmap, *planes = np.split(payload, ends)[1:-1]
+        bitmap = expanded(bitmap, -(-out.size // 8)) if bitmap.size else NONE
+        count = np.unpackbits(bitmap).sum() if bitmap.size else out.size
+        turned = np.stack([expanded(p, count) for p in planes], 1).ravel().view(f"<u{width}")
+        payload = turned >> 1 | turned << (8 * width - 1)
+    if payload.size:
+        marks = np.unpackbits(bitmap, bitorder="little") if bitmap.size else np.ones(out.size)
+        out[np.flatnonzero(marks)] = payload.view(out.dtype)  # raises where counts differ
+
+
+def read_vector(path):
+    """Return the manifest, and name -> exact delta, positions and bits of its replacements."""
+    index, files, deltas = Path(path, "vector.safetensors.index.json"), [Path(path)], {}
+    if index.exists():
+        files, said = sorted(index.parent.glob("*.safetensors")), json.loads(index.read_bytes())
+    said = said["metadata"] if index.exists() else safe_open(path, "np").metadata()
+    files = [dict(deserialize(file.read_bytes())) for file in files]
+    for name, entry in json.loads(said["skillvec"])["tensors"].items():
+        stored, first = name + SUFFIX.get(entry["codec"], ""), entry["block"]
+        held = next((file for file in files if stored in file), {})
+        held = {tensor: np.frombuffer(t["data"], "u1") for tensor, t in held.items()}
+        found, raw = [], np.zeros(entry["shape"], FLOAT[entry["dtype"]]).ravel()
+        rows = held.get("skillvec.blocks", NONE).view("<u4").reshape(-1, 3)
+        own = rows[first:][: -(-raw.size // BLOCK)]
+        bitmap = held[f"{name}.bitmap"] if entry["codec"] == "sparse" else NONE
+        pieces = np.split(held.get(stored, NONE), np.cumsum(own[:, 0]))
+        for at, piece in zip(range(0, BLOCK * len(own), BLOCK), pieces, strict=False):
+            decode(entry["codec"], piece, bitmap[at // 8 :][: BLOCK // 8], raw[at : at + BLOCK])
+        wide = (raw.astype("<u4") << 16).view("<f4") if raw.dtype == "<u2" else raw * np.float32(1)
+        for column, kind in enumerate(RECORDS, 1):
+            records = held.get(kind, NONE).view(RECORDS[kind])[rows[:first, column].sum() :]
+            block = np.repeat(np.arange(len(own)), own[:, column])
+            found += [BLOCK * block + records["f0"][: block.size], records["f1"][: block.size]]
+        wide[found[0]] = found[1]
+        deltas[name] = wide.reshape(entry["shape"]), *found[2:]
+    return json.loads(said["skillvec"]), deltas
