@@ -113,9 +113,9 @@ def measure(
     Counts are added up as they come, sums of floats in the order of blocks and jobs.
     """
     used = [m for job in plan.jobs for m in job.deltas if isinstance(m, MixDelta)]
-    # a scope of all tensors counts those that have no job as well, and each of them once
+    # a scope of all tensors counts those that have no job as well, each once, in its own order
     wide = [mix for mix in plan.mixes if not mix.per_tensor]
-    each = {(mix.scope, mix.spec.name): mix for mix in (*used, *wide)}
+    each = {(mix.scope, mix.spec.name): mix for mix in (*wide, *used)}
     mixes = [m for m in each.values() if m.operator.passes(m.parameters) > number]
     if not mixes:
         return plan

@@ -113,6 +113,19 @@ def test_signs_and_exponents_get_planes_of_their_own(dtype: str) -> None:
     assert saved > 0.4 * values.size  # of a byte of exponent, its 7 or 8 bits; 5 for fp16
 
 
+def test_what_is_exactly_as_long_packed_as_not_is_taken_for_what_it_is() -> None:
+    """Of so many sizes some have a frame, or a block, of just the length of what it holds."""
+    for dtype in ("BF16", "F64"):
+        for kind in ("steps", "subnormal"):
+            for size in range(1, 120):
+                check(made(dtype, size, 1.0, kind, 0), "packed")
+    for size in range(1, 200):
+        values = np.zeros(size, np.uint16)
+        values[-1] = 0x3F80  # planes of one byte, and a bitmap that may shrink
+        check(values, "packed")
+        check(np.full(size, 0x3F80, np.uint16), "packed")
+
+
 def test_threads_do_not_share_what_they_compress_with() -> None:
     blocks = [made("BF16", 1 << 16, 0.1, "steps", seed) for seed in range(24)]
     expected = [encode_block(block, "packed").payload.tobytes() for block in blocks]
@@ -263,8 +276,8 @@ def test_what_the_hostile_blocks_are_made_of_is_right() -> None:
             found = decoded("packed", planes(low, bitmap), b"", NUMEL, "BF16")
             assert np.flatnonzero(found).tolist() == marked.tolist()
             assert set(found[marked].tolist()) == {0x2000}
-    found = decoded("packed", of_pieces(b"", frame(bytes(NUMEL)), bytes(NUMEL)), b"", NUMEL, "BF16")
-    assert not found.any()
+    for pieces in ((b"", frame(bytes(NUMEL)), bytes(NUMEL)), (bytes(126), b"", b"")):  # zeros too
+        assert not decoded("packed", of_pieces(*pieces), b"", NUMEL, "BF16").any()
 
 
 BITS = [1 << bit for bit in range(8)]

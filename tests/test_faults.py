@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Family
 from families import from_bits, perturbed, save, toy
 
 import skillvec
@@ -36,6 +37,18 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """As the session's, of one layer: every tensor is a moment more, and no new kind of one."""
+    folder = tmp_path_factory.mktemp("family")
+    base = toy(layers=1)
+    sides = {"base": base, "tuned": perturbed(base, density=0.2), "sft": perturbed(base, 2)}
+    paths = {name: save(folder / name, tensors) for name, tensors in sides.items()}
+    files = {"tokenizer.json": "{}", "notes.txt": "kept byte for byte\n"}
+    target = save(folder / "target", perturbed(base, 3), shards=3, side_files=files)
+    return Family(**paths, target=target)
+
+
+@pytest.fixture(scope="module")
 def vector(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vector") / "skill.safetensors"
     skillvec.diff(family.tuned, family.base, path)
@@ -54,7 +67,7 @@ def undisturbed(family, vector, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 # diff as it is by default (packed), and to shards with bitmaps beside the values
-OPTIONS = {"diff": {}, "shards": {"codec": "sparse", "max_shard_size": "8KB"}}
+OPTIONS = {"diff": {}, "shards": {"codec": "sparse", "max_shard_size": "6KB"}}
 OUTPUT = {"diff": "v.safetensors", "shards": "v.safetensors", "apply": "out"}
 VERBS = list(OUTPUT)
 
@@ -209,7 +222,9 @@ def test_a_disk_that_is_really_full(small_disk: Path, large_family):
 
 
 def test_a_disk_that_the_side_files_fill(small_disk: Path, tmp_path: Path, family):
-    target = save(tmp_path / "target", toy(3), side_files={"tokenizer.json": b"x" * (3 << 20)})
+    target = save(
+        tmp_path / "target", toy(3, layers=1), side_files={"tokenizer.json": b"x" * (3 << 20)}
+    )
     with pytest.raises(OutputError, match=r"tokenizer\.json.*full"):
         skillvec.apply(target, skillvec.diff(family.tuned, family.base), small_disk / "out")
     assert names(small_disk) == []
@@ -470,6 +485,7 @@ print(json.dumps(result))
 def test_a_run_may_be_killed_at_every_single_moment(verb: str, old: bool, tmp_path: Path):
     """`old` is a model where apply writes, a file where shards go, shards where a file goes."""
     (tmp_path / "place").mkdir()
+    options = {"codec": "sparse", "max_shard_size": 1} if verb == "shards" else {}
     few = dict(list(toy().items())[:3])  # every tensor is a moment more, and no new kind of one
     base, tuned = save(tmp_path / "base", few), save(tmp_path / "tuned", perturbed(few))
     target = save(tmp_path / "target", perturbed(few, 3), shards=2, side_files={"notes.txt": "x"})
@@ -485,7 +501,7 @@ def test_a_run_may_be_killed_at_every_single_moment(verb: str, old: bool, tmp_pa
     request = {
         "verb": verb, "output": str(tmp_path / "place" / OUTPUT[verb]), "vector": str(vector),
         "tuned": str(tuned), "base": str(base), "target": str(target),
-        "old": str(earlier) if earlier else None, "options": OPTIONS.get(verb, {}),
+        "old": str(earlier) if earlier else None, "options": options,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", EVERY_MOMENT, json.dumps(request)],
@@ -494,6 +510,8 @@ def test_a_run_may_be_killed_at_every_single_moment(verb: str, old: bool, tmp_pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     moments = found["moments"]
+    made = tmp_path / "place" / OUTPUT[verb]
+    assert len(list(made.glob("vector-*"))) == (len(few) if verb == "shards" else 0)
     assert len(moments) > 12 and moments[-1][0] == 0  # the last child lived
     before, new, name = found["old"], found["new"], OUTPUT[verb]
     wrong = []
@@ -645,7 +663,7 @@ def test_an_error_of_one_worker_stops_the_others_and_is_the_one_raised(
         skillvec.diff(
             family.tuned, family.base, tmp_path / "v.safetensors", workers=2, watcher=watcher
         )
-    assert len(seen) < 2 * len(toy())
+    assert len(seen) < 2 * len(toy(layers=1))
     assert names(tmp_path) == []
 
 

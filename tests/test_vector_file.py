@@ -250,9 +250,9 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 def restored(vector: Path, base: Path) -> dict[str, np.ndarray]:
     """Return base + vector as bit patterns, by nothing but the file format."""
     manifest, deltas = reader.read_vector(vector)
-    found = {}
+    points, found = dict(safetensors.deserialize(base.read_bytes())), {}
     for name, (delta, positions, patterns) in deltas.items():
-        said = dict(safetensors.deserialize(base.read_bytes()))[name]
+        said = points[name]
         dtype = manifest["tensors"][name]["tuned"][0]
         assert said["dtype"] == dtype
         point = np.frombuffer(said["data"], reader.FLOAT[dtype])
@@ -364,28 +364,32 @@ def test_the_identity_is_that_of_the_displacement_whatever_the_codec(
     assert len(identities | {made.manifest["identity"]}) == 5
 
 
-@pytest.mark.parametrize("codec", ["dense", "sparse", "packed"])
+@pytest.mark.parametrize("codec", ["dense", "sparse", "packed", "auto"])
 def test_tensors_lie_in_the_order_of_the_format(codec: str, tmp_path: Path):
     """Payloads from wide dtypes to bytes, then bitmaps, then side tensors; zeros are positive."""
     base = {"d": torch.zeros(9).double(), "c": torch.zeros(9), "b": torch.zeros(9).half(),
-            "a": torch.zeros(9).bfloat16(), "n": torch.zeros(9).half()}  # fmt: skip
+            "a": torch.zeros(9).bfloat16(), "n": torch.zeros(9).half(),
+            "l": torch.zeros(900).bfloat16(), "w": torch.zeros(900).double()}  # fmt: skip
     tuned = {name: tensor - 1 for name, tensor in base.items()}
     for tensor in tuned.values():
-        tensor[:5] = -0.0
+        tensor[: -(-tensor.numel() // 10)] = -0.0
     left, right = save(tmp_path / "tuned", tuned), save(tmp_path / "base", base)
     skillvec.diff(left, right, tmp_path / "v.safetensors", codec=codec)
     manifest, (tensors,) = read_raw(tmp_path / "v.safetensors")
-    first, *behind = PARTS[codec]
-    names = "dcabn"
     side = [SIDE[0], SIDE[2]]  # no exceptions here
-    assert (
-        list(tensors) == [n + first for n in names] + [n + p for p in behind for n in names] + side
-    )
-    blocks = [manifest["tensors"][name]["block"] for name in names]
-    assert blocks == list(range(len(names)))
+    dense, packed = ("dcabn", "wl") if codec == "auto" else ("", "dwcabln")
+    if codec == "dense":
+        dense, packed = "dwcabln", ""
+    first, *behind = PARTS["packed" if codec == "auto" else codec]
+    names = [*dense, *(name + first for name in packed)]
+    names += [name + part for part in behind for name in packed]
+    assert list(tensors) == names + side
+    blocks = [manifest["tensors"][name]["block"] for name in dense + packed]
+    assert blocks == list(range(len(base)))
     for name, (delta, *_) in reader.read_vector(tmp_path / "v.safetensors")[1].items():
-        assert delta.tolist() == [0] * 5 + [-1] * 4, name
-        assert not np.signbit(delta[:5]).any()
+        zeros = -(-delta.size // 10)
+        assert delta.tolist() == [0] * zeros + [-1] * (delta.size - zeros), name
+        assert not np.signbit(delta[:zeros]).any()
 
 
 @pytest.mark.parametrize("kind", HOLDERS)
@@ -450,6 +454,8 @@ def of_zero(**changes: object) -> Callable[[Manifest], object]:
 REFUSED: dict[str, Callable[[Manifest], object]] = {
     "schema of tomorrow": lambda m: m.update(schema=2),
     "schema as text": lambda m: m.update(schema="1"),
+    "schema as a float": lambda m: m.update(schema=1.0),
+    "schema a boolean": lambda m: m.update(schema=True),
     "no schema": lambda m: m.pop("schema"),
     "other blocks": lambda m: m.update(block_numel=1 << 18),
     "no tensors": lambda m: m.pop("tensors"),
@@ -459,9 +465,11 @@ REFUSED: dict[str, Callable[[Manifest], object]] = {
     "a tensor's entry is null": lambda m: m["tensors"].update(w=None),
     "no base digest": lambda m: m["tensors"]["w"].pop("base"),
     "base digest is a number": of_w(base=["BF16", 3]),
-    "base dtype unknown": of_w(base=["I32", "0"]),
+    "base dtype unknown": of_w(base=["I32", "0" * 32]),
+    "base digest too short": of_w(base=["BF16", "0" * 31]),
+    "base without tuned": of_w(tuned=None),
     "base entry too short": of_w(base=["BF16"]),
-    "tuned dtype a list": of_w(tuned=[["BF16"], "0"]),
+    "tuned dtype a list": of_w(tuned=[["BF16"], "0" * 32]),
     "digest missing": lambda m: m["tensors"]["w"].pop("digest"),
     "digest a number": of_w(digest=1),
     "codec unknown": of_w(codec="zip"),
