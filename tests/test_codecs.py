@@ -218,6 +218,9 @@ HOSTILE: dict[str, tuple[str, bytes, bytes, str]] = {
     "all values, a plane of the marked": ("packed", planes(PLANE, b""), b"", "zstd"),
     "a frame of one byte less": ("packed", planes(frame(PLANE[:-1])), b"", "142 bytes, expected"),
     "a frame of one byte more": ("packed", planes(frame(PLANE + b"\0")), b"", "144 bytes, exp"),
+    "a frame longer than what it holds": (
+        "packed", planes(frame(np.random.default_rng(0).bytes(COUNT))), b"", "143 bytes, expected",
+    ),
     "a frame of nothing": ("packed", planes(frame(b"")), b"", "0 bytes, expected 143"),
     "a frame that does not state its size": (
         "packed", planes(frame(PLANE, write_content_size=False)), b"", "expected 143",

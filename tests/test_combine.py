@@ -988,6 +988,27 @@ def test_an_operator_of_ones_own(scope: str, kind: type, world: World, tmp_path:
     assert sv.verify(tmp_path / "1").facts["verified"]
 
 
+def test_what_is_measured_of_one_combination_is_not_taken_for_another(family, small) -> None:
+    """Of the same vectors by other operators, weights, parameters, seeds; of other vectors."""
+    a, b, _ = small
+    counted = Balanced("tensor", np.int64)
+    counted.name = "counted"
+    ties = {"op": "ties", "parameters": {"density": 0.3}}
+    across = {"op": "orthogonal", "parameters": {"scope": "vector"}}
+    pair = sv.diff(family.sft, family.tuned)
+    combos = [
+        sv.combine(a, b, op=Balanced()), sv.combine(a, b, op=counted), sv.combine(a, b, **ties),
+        sv.combine(b, a, **ties), sv.combine(a, b, op="ties", parameters={"density": 0.6}),
+        sv.combine(a, b, **across), sv.combine(a, pair, **across), sv.combine(b, pair, **across),
+        sv.combine(a, b, op="della"), sv.combine(a, b, op="della", weights=[2, 1]),
+        sv.combine(a, b, op="della", seed=1),
+    ]  # fmt: skip
+    together = sv.orthogonality(a, *combos).facts["pairs"]  # a and each come first
+    for combo, pair_of_a in zip(combos, together, strict=False):
+        alone = sv.orthogonality(a, combo).facts["pairs"][0]
+        assert alone == pair_of_a, (combo.ref, combo.recipe)
+
+
 class Telltale(Balanced):
     """Shows the last bit of what was measured over the whole vector in every value."""
 
@@ -1149,6 +1170,22 @@ def test_any_form_of_the_very_vector_proves_a_model(movable: Path) -> None:
     sv.apply(target, tuned=movable / "a", base=movable / "base", output=movable / "pair")
     assert run("verify", movable / "pair", "--vector", a).exit_code == 0
     assert run("verify", movable / "pair", "--vector", movable / "b.safetensors").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "name,words",
+    [("a.safetensors", ["--target", "target"]), ("a.safetensors", ["--vector", "b.safetensors"]),
+     ("c.safetensors", ["--base", "base"]), ("c.safetensors", ["--tuned", "a"]),
+     ("c.safetensors", ["--target", "target"]), ("merged", ["--base", "base"]),
+     ("stored", ["--tuned", "a"])],
+)  # fmt: skip
+def test_words_that_verify_has_no_use_for_are_refused(
+    name: str, words: list[str], movable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than to say that it holds, of something else than was meant."""
+    monkeypatch.chdir(movable)
+    result = run("verify", name, *words)
+    assert result.exit_code == 2 and words[0].strip("-") in result.stderr, result.output
 
 
 def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
