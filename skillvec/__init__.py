@@ -35,8 +35,16 @@ _HOME = dict.fromkeys(__all__, "errors") | {
     "SkillVector": "vector",
     "open_checkpoint": "checkpoint",
     **dict.fromkeys(
-        ("apply", "combine", "diff", "export_patch", "import_patch", "inspect", "orthogonality",
-         "verify"),
+        (
+            "apply",
+            "combine",
+            "diff",
+            "export_patch",
+            "import_patch",
+            "inspect",
+            "orthogonality",
+            "verify",
+        ),
         "verbs",
     ),
 }
