@@ -778,6 +778,17 @@ def tied_models(folder: Path, stored: bool) -> dict[str, Path]:
     return saved
 
 
+def test_the_pair_under_an_operator_of_ones_own(tmp_path: Path) -> None:
+    """Whether it goes by the names of tensors is not known, so its pair is taken for two."""
+    paths = tied_models(tmp_path, True)
+    a, b = (sv.diff(paths[side], paths["base"]) for side in "ab")
+    with pytest.raises(sv.IncompatibleError, match=r"lm_head\.weight.*two different"):
+        sv.apply(paths["target"], sv.combine(a, b, op=Balanced()), tmp_path / "out")
+    operator = Balanced()
+    operator.random = False  # said by its author
+    sv.apply(paths["target"], sv.combine(a, b, op=operator), tmp_path / "out")
+
+
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("op,given", [
     ("linear", {}), ("ties", {}), ("orthogonal", {"scope": "vector"}), ("sparsify", {}),
@@ -991,6 +1002,12 @@ def test_an_operator_of_ones_own(scope: str, kind: type, world: World, tmp_path:
 def test_what_is_measured_of_one_combination_is_not_taken_for_another(family, small) -> None:
     """Of the same vectors by other operators, weights, parameters, seeds; of other vectors."""
     a, b, _ = small
+
+    class Leaning(Balanced):
+        def settle(self, number, total, weights, parameters, known):
+            norms = super().settle(number, total, weights, parameters, known)
+            return [norm * weight for norm, weight in zip(norms, weights, strict=True)]
+
     counted = Balanced("tensor", np.int64)
     counted.name = "counted"
     ties = {"op": "ties", "parameters": {"density": 0.3}}
@@ -1001,7 +1018,8 @@ def test_what_is_measured_of_one_combination_is_not_taken_for_another(family, sm
         sv.combine(b, a, **ties), sv.combine(a, b, op="ties", parameters={"density": 0.6}),
         sv.combine(a, b, **across), sv.combine(a, pair, **across), sv.combine(b, pair, **across),
         sv.combine(a, b, op="della"), sv.combine(a, b, op="della", weights=[2, 1]),
-        sv.combine(a, b, op="della", seed=1),
+        sv.combine(a, b, op="della", seed=1), sv.combine(a, b, op=Leaning()),
+        sv.combine(a, b, op=Leaning(), weights=[2, 1]),
     ]  # fmt: skip
     together = sv.orthogonality(a, *combos).facts["pairs"]  # a and each come first
     for combo, pair_of_a in zip(combos, together, strict=False):

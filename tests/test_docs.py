@@ -16,6 +16,7 @@ import pytest
 
 import skillvec
 from skillvec.cli import main
+from skillvec.merging import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 CLI_PAGE = ROOT / "docs" / "cli.md"
@@ -82,6 +83,16 @@ def test_every_command_and_option_is_documented():
             if isinstance(parameter, click.Option):
                 for spelled in parameter.opts:
                     assert re.search(rf"{re.escape(spelled)}\b", section), (name, spelled)
+
+
+def test_every_operator_and_its_parameters_are_documented():
+    page = (ROOT / "docs" / "operators.md").read_text()
+    for name, operator in OPERATORS.items():
+        assert re.search(rf"\b{name}\b", README.read_text()), f"README does not mention {name}"
+        section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for parameter, default in operator.defaults.items():
+            value = str(default).lower() if isinstance(default, bool) else default
+            assert f"{parameter} {value}" in section, (name, parameter)
 
 
 # ------------------------------------------------------------------------------------- the README

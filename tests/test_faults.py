@@ -355,6 +355,34 @@ def test_ctrl_c_in_the_middle_leaves_nothing(
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_ctrl_c_between_the_start_of_two_threads_leaves_nobody_at_work(
+    verb: str, tmp_path: Path, family, vector, monkeypatch
+):
+    start, write, started = threading.Thread.start, storage.OutputFile.write, []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+
+    def slow(*arguments: object) -> None:
+        time.sleep(0.02)
+        write(*arguments)
+
+    monkeypatch.setattr(storage.OutputFile, "write", slow)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with seconds(60), pytest.raises(KeyboardInterrupt):
+        if verb == "apply":
+            skillvec.apply(family.target, vector, tmp_path / "out", workers=3)
+        else:
+            output = tmp_path / OUTPUT[verb]
+            skillvec.diff(family.tuned, family.base, output, workers=3, **OPTIONS[verb])
+    assert names(tmp_path) == []
+    assert len(started) == 2 and not any(thread.is_alive() for thread in started)
+
+
 @pytest.mark.parametrize(
     ("verb", "kill"), [*((verb, signal.SIGKILL) for verb in VERBS), ("shards", signal.SIGTERM)]
 )
