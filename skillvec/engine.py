@@ -170,9 +170,9 @@ class _Run:
 
     def run(self, workers: int, progress: Callable[[int], None] | None) -> list[JobResult]:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.1)
@@ -181,7 +181,8 @@ class _Run:
         finally:
             self._halt()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # Ctrl-C may come while they are started
+                    thread.join()
         if self._error is not None:
             raise self._error
         return [result for result in self._results if result is not None]

@@ -485,11 +485,16 @@ def verify(
     were when it was made, unless given here. Raises VerificationError naming the tensors where it
     does not hold.
     """
-    if find_vector(path) is not None:
+    given = {"tuned": tuned, "base": base, "target": target, "vector": vector}
+    stored = find_vector(path)
+    if stored is not None:
+        _refuse_idle(given, ("tuned", "base") if stored.manifest["tuned"] else ())
         return _verify_vector(SkillVector.open(path), tuned, base, workers, dry_run, watcher)
     opened = open_tensors(path, "input")
     recipe = read_merged(opened)
     said = recipe["vector"]
+    subtracted = "tuned" in said or (tuned is not None and base is not None)
+    _refuse_idle(given, tuple(given) if subtracted else ("target", "vector"))
     if vector is not None:
         displacement = SkillVector.open(vector)
     elif "tuned" in said:
@@ -558,6 +563,13 @@ def _plan_apply(
             f" dtype to from_pretrained to load {dtype}"
         )
     return plan, recipe
+
+
+def _refuse_idle(given: Mapping[str, Any], used: Sequence[str]) -> None:
+    """Raise UsageError for what verify would not look at: it must not say that it holds."""
+    idle = [name for name, value in given.items() if value is not None and name not in used]
+    if idle:
+        raise UsageError(f"{', '.join(idle)}: this proof does not take it")
 
 
 def _verify_vector(
