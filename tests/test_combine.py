@@ -395,6 +395,12 @@ def test_laws_of_sums(small) -> None:
         assert not any(part.parts for part in grouped.parts)
     three = 0.5 * (2 * (a + b) - c) + b
     assert [share.weight for share in three.recipe.shares] == [1, 1, 0.5, 1]
+    again = sv.combine(2 * a, b, weights=[3, 1]) + sv.combine(b)
+    assert [share.weight for share in again.recipe.shares] == [6, 1, 1]
+    ruled = (rules.Rule("*", 0.5), rules.Rule("*.layers.*", (0.0, 1.0)))
+    share = rules.Share(a.ref, 3.0, {}, ruled)
+    doubled = sv.SkillVector.combined([2 * a], rules.Recipe("linear", (share,))).recipe.shares[0]
+    assert doubled.weight == 6 and [rule.weight for rule in doubled.rules] == [1, (0, 2)]
 
 
 def test_nothing_is_left_of_a_minus_a(family, small) -> None:
@@ -431,6 +437,9 @@ def test_what_has_no_meaning_is_a_type_error_that_says_what_to_do(family, small)
         "finite number": lambda: a * "2",
         "finite": lambda: float("nan") * a,
         "finite ": lambda: a * float("inf"),
+        r"vector / 0: expected a number that is not 0": lambda: a / 0,
+        r"vector / '2'": lambda: a / "2",
+        r"vector \+ int: ": lambda: 1 + a,
         "save it as it is first": lambda: ties + a,
         "not a plain sum": lambda: a - ties,
         "a plain sum": lambda: ruled + b,
@@ -483,8 +492,9 @@ def test_stored_vectors_and_pairs_mix(family, small) -> None:
 
 def test_what_a_pair_leaves_out_stays_out_of_the_proof(family, small) -> None:
     """A difference that was never stored has its filters in the recipe alone."""
-    a, _, folder = small
+    a, b, folder = small
     pair = sv.diff(family.sft, family.base, exclude=["*.bias", "lm_head*"])
+    assert pair.manifest["identity"] != b.manifest["identity"]
     for number, vector in enumerate((pair, a + pair)):
         sv.apply(family.target, vector, folder / str(number))
         assert sv.verify(folder / str(number)).facts["verified"]
@@ -515,6 +525,12 @@ def test_angles_of_combinations(family, small) -> None:
     report = sv.orthogonality(lazily, 2 * a)
     assert report.facts["vectors"][1] == f"2*{a.ref}"
     assert a.ref in report.facts["vectors"][0] and "0.7" in report.facts["vectors"][0]
+    assert report.facts["lineage"] == ["BF16 - BF16", "BF16 - BF16"]
+    fp32 = save(folder / "fp32", {name: tensor.float() for name, tensor in tuned.items()})
+    mixed = a + sv.diff(fp32, family.base)
+    assert sv.orthogonality(mixed, lazily.save(folder / "d.safetensors")).facts["lineage"] == [
+        "BF16 - BF16, F32 - BF16", "BF16",
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- sv.combine
@@ -612,6 +628,26 @@ def test_vectors_of_different_bases_have_no_exact_base(family, small) -> None:
         report = sv.apply(family.base, vector, folder / "out", force=True)
         assert report.facts["verdict"] == "exact base"
         assert not any("differs from it" in warning for warning in report.warnings)
+
+
+def test_an_exact_base_is_one_of_all_parents_to_the_last_byte(tmp_path: Path) -> None:
+    """Probes are of 4 KiB; where digests of whole tensors are known they have the last word."""
+    base = {"w": torch.randn(300, 300, generator=torch.manual_seed(0)).bfloat16()}
+    near = {"w": base["w"].clone()}
+    near["w"][0, 0] += 1
+    for name, model in (("base", base), ("near", near), ("tuned", perturbed(base))):
+        save(tmp_path / name, model)
+    a, b, c = (
+        sv.diff(tmp_path / tuned, tmp_path / other, tmp_path / f"{tuned}-{other}.safetensors")
+        for tuned, other in (("tuned", "base"), ("near", "base"), ("tuned", "near"))
+    )
+    for vector, target, verdict in (
+        (a + b, "base", "exact base"), (a + b, "near", "same family"),
+        (a + c, "base", "same family"),
+    ):  # fmt: skip
+        report = sv.apply(tmp_path / target, vector, tmp_path / "out", force=True)
+        assert report.facts["verdict"] == verdict, (vector.ref, target)
+        assert any("differs from it" in w for w in report.warnings) == (target == "near")
 
 
 def test_a_stored_dtype_is_one_rounding_more_and_never_infinite(family, small) -> None:

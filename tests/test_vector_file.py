@@ -783,6 +783,29 @@ def test_bytes_moved_between_rows_are_found(made: Made, tmp_path: Path):
     assert "does not fit" in refused(made, path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("codec", ["dense", "sparse", "packed"])
+def test_no_row_holds_more_than_a_block(codec: str, tmp_path: Path):
+    """Also where the rows of the delta fill its payload together."""
+    base = {"w": torch.zeros(2 * BLOCK).bfloat16()}
+    noise = test_codecs.made("BF16", 2 * BLOCK, 0.9, "wild", 1)
+    tuned = {"w": from_bits(np.where(noise & 0x7F80 == 0x7F80, 0, noise), "BF16")}
+    left, right = save(tmp_path / "tuned", tuned), save(tmp_path / "base", base)
+    skillvec.diff(left, right, tmp_path / "v.safetensors", codec=codec)
+    manifest, (tensors,) = read_raw(tmp_path / "v.safetensors")
+    assert manifest["tensors"]["w"]["codec"] == codec
+    rows = rows_of(tensors)
+    moved = 2 * BLOCK - int(rows[0, 0]) + 2
+    rows[:, 0] += np.array([moved, -moved], np.int64).astype(np.uint32)
+    assert rows.min(axis=0)[0] > 0 and rows[:, 0].sum() == len(tensors["w" + PARTS[codec][0]][2])
+    tensors[SIDE[0]] = "U8", [2, 12], rows.tobytes()
+    manifest["side"][0][SIDE[0]] = digest(rows.tobytes())
+    manifest["digest"] = manifest_digest(manifest)
+    path = write_raw(tmp_path / "h.safetensors", manifest, [tensors])
+    with pytest.raises(FormatError, match=rf"w: {SIDE[0]} does not fit its {codec} bytes"):
+        skillvec.apply(right, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 EXCEPTION = [("at", "<u4"), ("value", "<f4")]
 REPLACEMENT = [("at", "<u4"), ("bits", "<u8")]
 
@@ -823,7 +846,9 @@ def test_positions_must_rise_within_their_block(
 
 
 @pytest.mark.parametrize("name", SIDE)
-@pytest.mark.parametrize("harm", ["missing", "shorter", "longer", "other dtype", "flat"])
+@pytest.mark.parametrize(
+    "harm", ["missing", "shorter", "longer", "wider", "other dtype", "flat", "deep"]
+)
 @pytest.mark.parametrize("kind", ["packed", "shards"])
 def test_side_tensors_must_have_the_size_that_the_blocks_say(
     kind: str, name: str, harm: str, made_of: Callable[[str], Made], tmp_path: Path
@@ -837,8 +862,10 @@ def test_side_tensors_must_have_the_size_that_the_blocks_say(
         files[-1][name] = {
             "shorter": (dtype, [count - 1, width], content[:-width]),
             "longer": (dtype, [count + 1, width], content + content[:width]),
+            "wider": (dtype, [count, width + 1], content + bytes(count)),
             "other dtype": ("I8", [count, width], content),
             "flat": (dtype, [count * width], content),
+            "deep": (dtype, [count, width, 1], content),
         }[harm]
         manifest["side"][-1][name] = digest(files[-1][name][2])
     path = made.write(tmp_path / "v.safetensors", manifest, files)
