@@ -420,7 +420,13 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
     """Return what the manifest of a combination says before its data is read."""
     manifests = [part.manifest for part in parts]
     base = dict(manifests[0]["base"])
-    if len({m["base"]["probe"] for m in manifests}) > 1:
+    digests: dict[str, list[str]] = {}
+    differ = len({m["base"]["probe"] for m in manifests}) > 1
+    for m in manifests:
+        for name, entry in m.get("tensors", {}).items():
+            if entry["base"]:  # a stored combination has none
+                differ |= digests.setdefault(name, entry["base"]) != entry["base"]
+    if differ:
         base["probe"] = None  # no model is the base of them all
     words = recipe.to_dict()
     identities = [m["identity"] for m in manifests]
