@@ -24,6 +24,7 @@ __all__ = [
     "export_patch",
     "import_patch",
     "inspect",
+    "norms",
     "open_checkpoint",
     "orthogonality",
     "verify",
@@ -42,15 +43,17 @@ _HOME = dict.fromkeys(__all__, "errors") | {
             "export_patch",
             "import_patch",
             "inspect",
-            "orthogonality",
             "verify",
         ),
         "verbs",
     ),
+    "norms": "comparison",
+    "orthogonality": "comparison",
 }
 
 if TYPE_CHECKING:
     from skillvec.checkpoint import Checkpoint, open_checkpoint
+    from skillvec.comparison import norms, orthogonality
     from skillvec.errors import (
         FormatError,
         IncompatibleError,
@@ -68,7 +71,6 @@ if TYPE_CHECKING:
         export_patch,
         import_patch,
         inspect,
-        orthogonality,
         verify,
     )
 

@@ -1,21 +1,30 @@
 """Measured sums into statements: realised gain, cosines and how far they are from chance.
 
-Pure arithmetic on the sums that the engine brings back; reads nothing.
+Pure arithmetic on the sums that the engine brings back; reads nothing. Numbers of a layer, a module
+or the whole model come from sums over its tensors, never from averaged cosines.
+docs/orthogonality.md has every formula.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import combinations
+from collections.abc import Callable, Mapping, Sequence
 from math import copysign, sqrt
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Matrix = npt.NDArray[np.float64]
+from skillvec import measures
+from skillvec.measures import Request
+
+Row = dict[str, Any]
+Sums = Mapping[str, Any]
+Record = tuple[str, int, Any]  # tensor, its number of values, sums of measures.layout
+NO_LAYER = "(no layer)"
 
 
-def realised(sums: Sequence[float] | Matrix, lam: float) -> tuple[float | None, float | None]:
+def realised(
+    sums: Sequence[float] | npt.NDArray[np.float64], lam: float
+) -> tuple[float | None, float | None]:
     """Return gain and cosine of what was written against what was asked, lam * delta.
 
     `sums` are |written|^2, <written, delta> and |delta|^2. The gain is the projection
@@ -44,6 +53,12 @@ def kind_of(name: str) -> str:
     return re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "*", rest)
 
 
+def module_of(name: str) -> str:
+    """Return the part of a layer that a tensor is in, or the name of one outside of all layers."""
+    parts = kind_of(name).split(".")
+    return parts[0] if layer_of(name) else ".".join(parts[:-1]) or parts[0]
+
+
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a sort key that puts layer 10 behind layer 9."""
     return [
@@ -51,65 +66,268 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def pair_row(gram: Matrix, i: int, j: int, numel: int) -> dict[str, Any]:
-    """Return cosine, norms and z of two of the deltas whose inner products are `gram`.
+# ------------------------------------------------------------------------------------- levels
 
-    z is the cosine over 1 / sqrt(numel), its standard deviation for unrelated directions in
-    `numel` dimensions. Cosine and z are None where a delta is zero.
+
+def by_level(names: Sequence[str], row: Callable[[list[int]], Row]) -> dict[str, Any]:
+    """Return `row` of all tensors, of each module, kind and layer, and of each tensor.
+
+    `names` are in natural order; `row` takes positions in them.
     """
-    norms = sqrt(max(gram[i, i], 0.0)), sqrt(max(gram[j, j], 0.0))
-    product = norms[0] * norms[1]
-    cosine = float(gram[i, j]) / product if product > 0 else None
-    if cosine is not None:
-        cosine = max(-1.0, min(1.0, cosine))
+    found: dict[str, Any] = {"overall": row(list(range(len(names))))}
+    for level, key in (("modules", module_of), ("kinds", kind_of), ("layers", layer_of)):
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            groups.setdefault(key(name) or NO_LAYER, []).append(i)
+        found[level] = [{"name": name, **row(members)} for name, members in groups.items()]
+    found["tensors"] = [
+        {"name": name, "layer": layer_of(name), "kind": kind_of(name), "module": module_of(name),
+         **row([i])}
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    return found
+
+
+def _summed(terms: Sequence[Sums], members: list[int]) -> dict[str, Any]:
+    return {key: sum(terms[i][key] for i in members) for key in terms[0]}
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole > 0 else None
+
+
+# -------------------------------------------------------------------------------------- vectors
+
+
+def vector_levels(records: Sequence[Record], i: int, subspaces: Sequence[Row]) -> dict[str, Any]:
+    """Return the numbers of vector `i` at every level.
+
+    `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
+    """
+    terms = []
+    for _, numel, record in records:
+        held = record["vectors"][i]
+        terms.append({"numel": numel} | {key: held[key] for key in held.dtype.names})
+    whole = sum(term["square"] for term in terms)
+
+    def row(members: list[int]) -> Row:
+        found = vector_row(_summed(terms, members), whole)
+        return found | weighted([subspaces[n] for n in members])
+
+    return by_level([name for name, _, _ in records], row)
+
+
+def vector_row(sums: Sums, whole: float) -> Row:
+    """Return norm, density and rounding of one delta; `whole` is the squared norm of all of it."""
+    square, moved = max(float(sums["square"]), 0.0), float(sums["moved"])
+    steps = [float(count) for count in sums["steps"]] if moved else None
+    gain, cosine = realised((sums["kept_sq"], sums["kept_dot"], sums["sampled"]), 1.0)
     return {
-        "numel": numel,
-        "cosine": cosine,
-        "z": None if cosine is None else cosine * sqrt(numel),
-        "norm_a": norms[0],
-        "norm_b": norms[1],
-        "norm_ratio": norms[0] / norms[1] if norms[1] > 0 else None,
+        "numel": int(sums["numel"]),
+        "norm": sqrt(square),
+        "rms": sqrt(square / sums["numel"]) if sums["numel"] else None,
+        "energy_share": _ratio(square, whole),
+        "density": _ratio(sums["support"], sums["numel"]),
+        "steps": steps,
+        "below_half_step": sum(steps[:2]) / moved if steps else None,
+        "kept_gain": gain if moved else None,
+        "kept_cosine": cosine if moved else None,
+        "absorbed": _ratio(sums["absorbed"], moved),
     }
 
 
-def compare(
-    grams: Sequence[tuple[str, int, Matrix]], labels: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Return for every pair of vectors its rows per tensor, layer, module kind and overall.
+def weighted(rows: Sequence[Row]) -> Row:
+    """Return the means of what is known of several matrices, weighted by their energy.
 
-    `grams` holds (tensor name, numel, inner products) in any order.
+    Each row holds `energy` and numbers; lists are those of one matrix and not averaged. An error
+    is the largest.
     """
-    ordered = sorted(grams, key=lambda item: natural_order(item[0]))
-    pairs = []
-    for i, j in combinations(range(len(labels)), 2):
-        pairs.append(
-            {
-                "a": labels[i],
-                "b": labels[j],
-                "overall": _group(ordered, i, j),
-                "layers": _groups(((layer_of(item[0]), item) for item in ordered), i, j),
-                "kinds": _groups(((kind_of(item[0]), item) for item in ordered), i, j),
-                "tensors": [
-                    {"name": name, **pair_row(gram, i, j, numel)} for name, numel, gram in ordered
-                ],
-            }
+    known = [row for row in rows if row]
+    if not known:
+        return {}
+    if len(known) == len(rows) == 1:
+        return {key: value for key, value in known[0].items() if key != "energy"}
+    found: Row = {}
+    for key in known[0]:
+        held = [(row["energy"], row[key]) for row in known if row[key] is not None]
+        if key == "energy" or any(isinstance(value, list) for _, value in held):
+            continue
+        total = sum(energy for energy, _ in held)
+        mean = sum(energy * value for energy, value in held) / total if total else None
+        found[key] = max(v for _, v in held) if key.endswith("_error") and held else mean
+    return found
+
+
+# ---------------------------------------------------------------------------------------- pairs
+
+
+def pair_levels(
+    records: Sequence[Record], request: Request, n: int, control: int | None,
+    subspaces: Sequence[Row],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the numbers of the request's pair `n` at every level, and the forecast.
+
+    `control` is its number among the request's controls.
+    """
+    terms = [pair_terms(numel, record, request, n, control) for _, numel, record in records]
+
+    def row(members: list[int]) -> Row:
+        return pair_row(_summed(terms, members)) | weighted([subspaces[m] for m in members])
+
+    found = by_level([name for name, _, _ in records], row)
+    return found | {"forecast": forecast(found)}
+
+
+def pair_terms(
+    numel: int, record: Any, request: Request, n: int, control: int | None
+) -> dict[str, Any]:
+    """Return of one tensor what adds up over tensors."""
+    i, j = request.pairs[n]
+    a, b, pair = record["vectors"][i], record["vectors"][j], record["pairs"][n]
+    terms: dict[str, Any] = {"numel": numel, "flips": record["flips"][n]}
+    terms |= {key: pair[key] for key in measures.PAIR}
+    for side, vector in (("a", a), ("b", b)):
+        terms |= {f"{key}_{side}": vector[key] for key in ("square", "support", "sampled")}
+        terms[f"along_{side}"] = _ratio(pair["product"] ** 2, (b if side == "a" else a)["square"])
+        terms[f"along_{side}"] = terms[f"along_{side}"] or 0.0
+    groups = -(-numel // measures.group_width(numel)) if numel else 0
+    spread = pair["groups_sq"] - (pair["product"] ** 2 / groups if groups else 0)
+    terms["variance"] = pair["groups_sq"] if groups < 2 else groups / (groups - 1) * spread
+    both = a["support"] * b["support"]
+    terms["chance"] = both / numel if numel else 0.0
+    neither = (numel - a["support"]) * (numel - b["support"])
+    terms["chance_var"] = both * neither / (numel**2 * (numel - 1)) if numel > 1 else 0.0
+    if control is not None:
+        held = record["controls"][control]
+        one = record["vectors"][request.controls[control][0]]
+        terms |= {f"control_{key}": held[key] for key in measures.CONTROL}
+        terms["control_square"] = one["square"]
+    return terms
+
+
+def pair_row(sums: Sums) -> Row:
+    """Return angle, support and meeting of two deltas from their summed terms.
+
+    Angle and z are None where a delta is zero.
+    """
+    squares = [max(float(sums[f"square_{side}"]), 0.0) for side in "ab"]
+    norms = [sqrt(square) for square in squares]
+    size = norms[0] * norms[1]
+    numel, shared, chance = int(sums["numel"]), float(sums["shared"]), float(sums["chance"])
+    cosine, z, z_groups = angle(sums["product"], sums["groups_sq"], size, numel)
+    union = sums["support_a"] + sums["support_b"] - shared
+    flips = np.asarray(sums["flips"])
+    reached = np.count_nonzero(np.abs(flips) >= abs(sums["product"]) * (1 - 1e-12))
+    found = {
+        "numel": numel,
+        "cosine": cosine,
+        "cosine_se": sqrt(max(float(sums["variance"]), 0.0)) / size if size > 0 else None,
+        "z": z,
+        "p": None if cosine is None else chance_of(cosine, numel),
+        "z_groups": z_groups,
+        "p_flips": (1 + reached) / (1 + flips.size) if flips.size and size > 0 else None,
+        "norm_a": norms[0],
+        "norm_b": norms[1],
+        "norm_ratio": _ratio(norms[0], norms[1]),
+        "density_a": _ratio(sums["support_a"], numel),
+        "density_b": _ratio(sums["support_b"], numel),
+        "jaccard": _ratio(shared, union),
+        "lift": _ratio(shared, chance),
+        "overlap_z": _ratio(shared - chance, sqrt(sums["chance_var"])),
+        "sign_agreement": _ratio(sums["agree"], shared),
+        "sign_z": (2 * float(sums["agree"]) - shared) / sqrt(shared) if shared else None,
+        "along": _ratio(sums["along_a"], squares[0]),
+    }
+    for side in "ab":
+        found[f"on_support_{side}"] = _ratio(sums[f"met_{side}"], sums[f"sampled_{side}"])
+        found[f"conflict_{side}"] = _ratio(sums[f"clash_{side}"], sums[f"sampled_{side}"])
+    if "control_product" in sums:
+        size = sqrt(max(float(sums["control_square"]), 0.0)) * norms[1]
+        angles = angle(sums["control_product"], sums["control_groups_sq"], size, numel)
+        found |= zip(("control_cosine", "control_z", "control_z_groups"), angles, strict=True)
+    return found
+
+
+def angle(
+    product: float, groups_sq: float, size: float, numel: int
+) -> tuple[float | None, float | None, float | None]:
+    """Return cosine, z against isotropic directions, and z against signs flipped in groups."""
+    if not size > 0:
+        return None, None, None
+    cosine = max(-1.0, min(1.0, float(product) / size))
+    z_groups = float(product) / sqrt(groups_sq) if groups_sq > 0 else None
+    return cosine, cosine * sqrt(numel), z_groups
+
+
+def chance_of(cosine: float, numel: int) -> float:
+    """Return how often unrelated directions have a cosine as far from 0: the two-sided p.
+
+    The square of the cosine of a fixed and an isotropic direction follows
+    Beta(1/2, (numel - 1) / 2).
+    """
+    from scipy.special import betainc
+
+    if numel < 2:
+        return 1.0
+    return float(betainc((numel - 1) / 2, 0.5, 1 - cosine * cosine))
+
+
+# ------------------------------------------------------------------------------------ sentences
+
+
+CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
+
+
+def forecast(pair: dict[str, Any]) -> Row:
+    """Return what adding a to a model that holds b meets there, and the layers to look at.
+
+    The layers are those in which most of a's energy lies along b, if that is clear of chance.
+    """
+    overall = pair["overall"]
+    whole = overall["norm_a"] ** 2
+    layers = []
+    for row in pair["layers"]:
+        if row["along"] is not None and abs(row["z_groups"] or 0) >= CLEAR:
+            share = row["along"] * row["norm_a"] ** 2 / whole
+            layers.append(
+                {"name": row["name"], "share": share, "cosine": row["cosine"],
+                 "z_groups": row["z_groups"], "conflict": row["conflict_a"]}
+            )  # fmt: skip
+    layers.sort(key=lambda row: -row["share"])
+    found: Row = {
+        "along": overall["along"],
+        "on_support": overall["on_support_a"],
+        "conflict": overall["conflict_a"],
+        "in_subspace": overall.get("a_in_b"),
+        "layers": layers[:5],
+    }
+    if overall["along"] is None:
+        return found | {"sentence": "A is zero: nothing would be added"}
+    words = [f"{_percent(overall['along'])} of A's energy lies along B"]
+    if found["in_subspace"] is not None:
+        chance = overall["in_chance"]
+        words.append(
+            f"{_percent(found['in_subspace'])} in B's top singular directions"
+            f" (chance {_percent(chance)})"
         )
-    return pairs
+    if found["conflict"] is not None:
+        words.append(f"{_percent(found['conflict'])} meets weights that B moved the other way")
+    where = ", ".join(row["name"] for row in found["layers"][:3])
+    look = f"; look at {where}" if where else "; no layer stands out"
+    return found | {"sentence": f"adding A to a model that holds B: {', '.join(words)}{look}"}
 
 
-def _group(items: Iterable[tuple[str, int, Matrix]], i: int, j: int) -> dict[str, Any]:
-    numel, total = 0, None
-    for _, count, gram in items:
-        numel += count
-        total = gram if total is None else total + gram
-    assert total is not None
-    return pair_row(total, i, j, numel)
+def sentence(overall: Row) -> str:
+    """Return what the overall numbers of a pair mean."""
+    cosine, z = overall["cosine"], overall["z_groups"]
+    if cosine is None or z is None:
+        return "one of the deltas is zero, or they share no value: there is no angle to judge"
+    size = f"cosine {cosine:+.4f} \u00b1 {1.96 * overall['cosine_se']:.4f}"
+    if abs(z) < 3:
+        return f"{size}: no more than unrelated directions show (z {z:+.1f})"
+    degree = "nearly orthogonal" if abs(cosine) < 0.1 else "aligned" if cosine > 0 else "opposed"
+    return f"{size}: {degree}, but not by chance (z {z:+.0f})"
 
 
-def _groups(
-    keyed: Iterable[tuple[str, tuple[str, int, Matrix]]], i: int, j: int
-) -> list[dict[str, Any]]:
-    groups: dict[str, list[tuple[str, int, Matrix]]] = {}
-    for key, item in keyed:
-        groups.setdefault(key or "(no layer)", []).append(item)
-    return [{"name": key, **_group(items, i, j)} for key, items in groups.items()]
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -162,3 +162,20 @@ class Block:
         for begin in range(0, self.size, STEP):
             wide = [part.wide(begin, begin + STEP) for part in parts]
             yield Place(source.spec.name, self.begin + begin, source.seed, source.streams), wide
+
+
+def read_values(
+    source: DeltaSource | TensorSpec, readers: Mapping[str, BlockReader], out: Array
+) -> None:
+    """Add a whole delta, or a tensor of a model, to `out`, flat and in fp32."""
+    spec = source if isinstance(source, TensorSpec) else source.spec
+    workspace = Workspace()
+    for index in range(block_count(spec.numel)):
+        block = Block(index, spec.numel, workspace, readers, {})
+        if isinstance(source, TensorSpec):
+            delta = Delta(block.read("point", source), source.dtype)
+        else:
+            delta = block.delta(source, "delta0")[0]
+        for begin in range(0, block.size, STEP):
+            end = min(begin + STEP, block.size)
+            out[block.begin + begin : block.begin + end] += delta.wide(begin, end)

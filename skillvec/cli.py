@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from skillvec import __version__
-from skillvec.display import Screen, pairs_csv
+from skillvec.display import Screen
 from skillvec.errors import SkillvecError, printable
 
 Command = Callable[..., Any]
@@ -303,27 +303,70 @@ def export_patch(vector: str, output: str, as_json: bool, quiet: bool, verbose: 
     screen.show(report, last_line=report.facts["output"])
 
 
+def _reports(command: Command) -> Command:
+    """Add the options of a command that measures vectors."""
+    options = [
+        click.option("--against", metavar="W", help="Weights: for rounding, and their subspaces."),
+        click.option("--subspace", type=int, default=0, metavar="K",
+                     help="Compare the K leading singular directions."),
+        click.option("--device", default="auto", show_default=True,
+                     help="Of --subspace: cpu, cuda or cuda:N."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of anything random."),
+        click.option("-o", "--output", type=click.Path(),
+                     help="Folder for report.json, report.csv and report.html."),
+        click.option("--figures", is_flag=True, help="Also draw the figures as SVG and PNG."),
+        click.option("--force", is_flag=True, help="Overwrite an existing report."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("vectors", nargs=-1, required=True, metavar="A B [C ...]")
-@click.option("--csv", "csv_file", type=click.File("w"), help="Also write the rows as CSV.")
+@click.option(
+    "--control",
+    metavar="random|VECTOR",
+    help="In place of the first of each pair: random signs, or a vector.",
+)
+@click.option(
+    "--sign-flips", type=int, default=0, metavar="N", help="Draws of a randomisation test."
+)
+@_reports
 @_shared(writes=False)
-def orthogonality(vectors: tuple[str, ...], csv_file: Any, as_json: bool, quiet: bool,
-                  verbose: bool, **options: Any) -> None:  # fmt: skip
-    """Compare deltas: cosine, norms, and z against unrelated directions.
+def orthogonality(vectors: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool,
+                  **options: Any) -> None:  # fmt: skip
+    """Compare deltas: angles against chance, supports, rounding, subspaces.
 
-    Each input is a vector file or TUNED::BASE.
+    Each input is a vector file or TUNED::BASE. docs/orthogonality.md explains every number.
     """
-    from skillvec import verbs
+    from skillvec import comparison
 
     report, screen = _run(
-        lambda screen: verbs.orthogonality(*vectors, watcher=screen, **options),
+        lambda screen: comparison.orthogonality(*vectors, watcher=screen, **options),
         as_json=as_json, quiet=quiet, verbose=verbose,
     )  # fmt: skip
-    last = None
-    if "pairs" in report.facts:
+    last = report.facts.get("output")
+    if last is None and "pairs" in report.facts:
         last = "\n".join(str(pair["overall"]["cosine"]) for pair in report.facts["pairs"])
-        if csv_file is not None:
-            csv_file.write(pairs_csv(report))
+    screen.show(report, last_line=last)
+
+
+@main.command()
+@click.argument("vector")
+@_reports
+@_shared(writes=False)
+def norms(vector: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Measure VECTOR (a file or TUNED::BASE) by layer and module: norms, density, rounding."""
+    from skillvec import comparison
+
+    report, screen = _run(
+        lambda screen: comparison.norms(vector, watcher=screen, **options),
+        as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+    last = report.facts.get("output")
+    if last is None and "norms" in report.facts:
+        last = str(report.facts["norms"][0]["overall"]["norm"])
     screen.show(report, last_line=last)
 
 

@@ -3,9 +3,8 @@
 Only this module imports rich, and only to draw a table or a bar: a quiet run starts faster.
 """
 
-import csv
-import io
 import json
+import re
 import sys
 import textwrap
 from typing import Any
@@ -115,7 +114,7 @@ class Screen:
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task("", total=total_nbytes)
-        self._bar.update(self._task, completed=done_nbytes)
+        self._bar.update(self._task, completed=done_nbytes, total=total_nbytes)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -140,9 +139,9 @@ class Screen:
             self._show_human(report)
 
     def _show_human(self, report: Report) -> None:
-        if "pairs" in report.facts:
-            for pair, lineage in _pairs(report):
-                _print_pair(pair, lineage, self.verbose)
+        if "norms" in report.facts:
+            shown = _print_comparison if report.facts["pairs"] else _print_norms
+            shown(report, self.verbose)
             return
         if report.verb == "inspect":
             _print_inspect(report)
@@ -219,14 +218,6 @@ def _stored_as(dtype: str) -> str:
     return "fp32 (fp64 where an input is)" if dtype == "auto" else dtype
 
 
-def _pairs(report: Report) -> list[tuple[dict[str, Any], str]]:
-    lineage = dict(zip(report.facts["vectors"], report.facts["lineage"], strict=True))
-    return [
-        (pair, f"A from {lineage[pair['a']]}, B from {lineage[pair['b']]}")
-        for pair in report.facts["pairs"]
-    ]
-
-
 def _table(columns: list[str], rows: list[list[str]]) -> None:
     """Print a table no wider than the terminal: names too long lose their beginning."""
     from rich import box
@@ -246,42 +237,92 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def _pair_cells(row: dict[str, Any]) -> list[str]:
-    return [
-        _number(row["cosine"], "+.5f"),
-        _number(row["z"], "+.1f"),
-        _number(row["norm_a"], ".4g"),
-        _number(row["norm_b"], ".4g"),
-        _number(row["norm_ratio"], ".3g"),
-        human_count(row["numel"]),
-    ]
+PAIR_COLUMNS = {  # title: key, format
+    "cosine": ("cosine", "+.4f"), "\u00b1": ("cosine_se", ".4f"), "z": ("z", "+.1f"),
+    "z groups": ("z_groups", "+.1f"), "control": ("control_cosine", "+.4f"),
+    "|A|/|B|": ("norm_ratio", ".3g"), "lift": ("lift", ".2f"), "signs": ("sign_agreement", ".3f"),
+}  # fmt: skip
+SUBSPACE_COLUMNS = {
+    "overlap": ("overlap_left", ".3f"), "chance": ("overlap_chance", ".3f"),
+    "A in B": ("a_in_b", ".2e"), "B in A": ("b_in_a", ".2e"), "chance ": ("in_chance", ".2e"),
+    "SAR A": ("sar_a", ".3f"), "SAR B": ("sar_b", ".3f"),
+}  # fmt: skip
 
 
-def _print_pair(pair: dict[str, Any], lineage: str, verbose: bool) -> None:
-    columns = ["", "cosine", "z", "|A|", "|B|", "|A|/|B|", "values"]
-    rows = [["overall", *_pair_cells(pair["overall"])]]
-    for group in ("kinds", "layers", *(["tensors"] if verbose else [])):
-        rows.append([""] * len(columns))
-        rows += [[row["name"].removesuffix(".weight"), *_pair_cells(row)] for row in pair[group]]
-    _print(f"A = {pair['a']}\nB = {pair['b']}\n{lineage}")
-    _table(columns, rows)
-    _print(orthogonality_sentence(pair["overall"]))
+def _print_comparison(report: Report, verbose: bool) -> None:
+    """Print one screen: who was compared, every pair, what it means; all levels if verbose."""
+    facts = report.facts
+    letters = {label: chr(ord("A") + i % 26) for i, label in enumerate(facts["vectors"])}
+    for vector in facts["norms"]:
+        _print(_wrapped(f"{letters[vector['label']]} = {_vector_line(vector)}"))
+    shown = {title: spec for title, spec in PAIR_COLUMNS.items()
+             if title != "control" or facts["control"]}  # fmt: skip
+    rows = []
+    for pair in facts["pairs"]:
+        words = f"{letters[pair['a']]}, {letters[pair['b']]}"
+        rows.append([words, *_columns(pair["overall"], shown)])
+        for level in ("modules", "kinds", "layers", "tensors") if verbose else ("kinds",):
+            if not verbose and (len(facts["pairs"]) > 1 or len(pair[level]) > 14):
+                continue
+            rows += [[f"  {row['name'].removesuffix('.weight')}", *_columns(row, shown)]
+                     for row in pair[level]]  # fmt: skip
+    _table(["", *shown], rows)
+    if facts["subspace"]:
+        _print(f"\ntop {facts['subspace']['k']} singular directions")
+        _table(["", *SUBSPACE_COLUMNS], [
+            [f"{letters[pair['a']]}, {letters[pair['b']]}",
+             *_columns(pair["overall"], SUBSPACE_COLUMNS)] for pair in facts["pairs"]
+        ])  # fmt: skip
+    for pair in facts["pairs"]:
+        words = f"{letters[pair['a']]}, {letters[pair['b']]}: {pair['sentence']}."
+        own = {"A": letters[pair["a"]], "B": letters[pair["b"]]}
+        forecast = re.sub(r"\b[AB]\b", lambda found: own[found[0]], pair["forecast"]["sentence"])  # noqa: B023
+        _print(_wrapped(f"{words} {forecast[0].upper()}{forecast[1:]}."))
 
 
-def orthogonality_sentence(overall: dict[str, Any]) -> str:
-    """Return what the overall cosine means against unrelated directions."""
-    if overall["cosine"] is None:
-        return "one of the deltas is zero: there is no angle"
-    chance = overall["numel"] ** -0.5
-    z = abs(overall["z"])
-    if z < 3:
-        meaning = "no more than unrelated directions show"
-    else:
-        meaning = f"{z:.0f} times what unrelated directions show"
-    return (
-        f"cosine {overall['cosine']:+.5f}: {meaning}\n"
-        f"(their cosines have a standard deviation of {chance:.2g})"
-    )
+def _vector_line(vector: dict[str, Any]) -> str:
+    """Return label, dtype lineage, norm and density of a vector."""
+    row = vector["overall"]
+    words = f"{vector['label']} ({vector['lineage']}), norm {row['norm']:.4g}"
+    if row["density"] is not None:
+        words += f", {100 * row['density']:.3g} % changed"
+    if row["below_half_step"] is not None:
+        words += f", {100 * row['below_half_step']:.2g} % by under half a 16-bit step"
+    return words
+
+
+def _columns(row: dict[str, Any], shown: dict[str, tuple[str, str]]) -> list[str]:
+    cells = {title: _number(row.get(key), form) for title, (key, form) in shown.items()}
+    if cells.get("\u00b1", "-") != "-":  # of 95 %
+        cells["\u00b1"] = _number(1.96 * row["cosine_se"], ".4f")
+    return list(cells.values())
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False,
+                         break_long_words=False)  # fmt: skip
+
+
+def _print_norms(report: Report, verbose: bool) -> None:
+    """Print norms by kind and layer, with bars of the root mean square of the values."""
+    (vector,) = report.facts["norms"]
+    _print(_wrapped(_vector_line(vector)))
+    rows = []
+    for level in ("modules", "kinds", "layers", *(["tensors"] if verbose else [])):
+        most = max((row["rms"] or 0 for row in vector[level]), default=0)
+        rows.append([level, *[""] * 5])
+        for row in vector[level]:
+            filled = round(16 * (row["rms"] or 0) / most) if most else 0
+            rows.append([
+                f"  {row['name'].removesuffix('.weight')}", _number(row["norm"], ".4g"),
+                _number(row["rms"], ".2e"), f"{'█' * filled:16}",
+                _percent(row["energy_share"]), _percent(row["density"]),
+            ])  # fmt: skip
+    _table(["", "norm", "rms", f"{'(rms)':16}", "energy", "changed"], rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g} %"
 
 
 def _print_inspect(report: Report) -> None:
@@ -357,18 +398,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return "x".join(map(str, value)) or "scalar"
     return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)
-
-
-def pairs_csv(report: Report) -> str:
-    """Return the rows of an orthogonality report as CSV: pair, level, name and numbers."""
-    text = io.StringIO()
-    columns = ["name", "numel", "cosine", "z", "norm_a", "norm_b", "norm_ratio"]
-    writer = csv.DictWriter(text, ["a", "b", "level", *columns], lineterminator="\n")
-    writer.writeheader()
-    for pair in report.facts["pairs"]:
-        sides = {"a": pair["a"], "b": pair["b"]}
-        writer.writerow(sides | {"level": "overall", "name": "overall"} | pair["overall"])
-        for level in ("kinds", "layers", "tensors"):
-            for row in pair[level]:
-                writer.writerow(sides | {"level": level[:-1]} | row)
-    return text.getvalue()

@@ -20,6 +20,7 @@ from skillvec.blocks import Block, Workspace
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import Array, narrow, widen
+from skillvec.measures import block_sums, layout, sample
 from skillvec.operators import Delta
 from skillvec.patch import PatchWriter
 from skillvec.plan import Job, Plan
@@ -44,8 +45,8 @@ class JobResult:
     """What happened to one tensor.
 
     `digests` by role (point, tuned, base, delta0.., output); `sums` are written^2,
-    written * delta and delta^2 for add, delta^2 for store, the Gram matrix for gram. `found` is
-    what an operator measured.
+    written * delta and delta^2 for add, delta^2 for store, those of measures.layout for compare.
+    `found` is what an operator measured.
     """
 
     job: Job
@@ -195,7 +196,9 @@ class _Run:
     def _all_tasks(self) -> Iterator[tuple[int, int]]:
         for number, job in enumerate(self._plan.jobs):
             blocks = block_count(job.numel)
-            width = {"add": 3, "store": 1, "gram": len(job.deltas) ** 2}.get(job.operator, 0)
+            width = {"add": 3, "store": 1}.get(job.operator, 0)
+            if job.operator == "compare" and self._plan.request is not None:
+                width = layout(self._plan.request).itemsize // 8
             self._states[number] = _State(blocks, np.zeros((blocks, width)), np.zeros(5, np.int64))
             if not blocks:
                 self._finish(number, Workspace())
@@ -234,9 +237,8 @@ class _Run:
         tally = np.zeros(5, np.int64)
         if job.operator == "measure":
             self._measure(job, state, block)
-        elif job.operator == "gram":
-            deltas = [block.delta(delta, f"delta{i}")[0] for i, delta in enumerate(job.deltas)]
-            state.sums[index] = operators.gram(deltas).ravel()
+        elif job.operator == "compare":
+            state.sums[index] = self._compared(job, block)
         elif job.operator == "same":
             deltas = [block.delta(delta, f"delta{i}")[0] for i, delta in enumerate(job.deltas)]
             one, other = (_narrowed(delta, deltas[0].dtype, job.name) for delta in deltas)
@@ -289,6 +291,23 @@ class _Run:
             block.digest("output", out)
         return True
 
+    def _compared(self, job: Job, block: Block) -> Array:
+        """Return the sums of one block of several deltas."""
+        assert self._plan.request is not None
+        deltas: list[Delta] = []
+        weights: list[tuple[Array, str] | None] = []
+        point = sample(block.read("point", job.point)) if job.point else None
+        for i, source in enumerate(job.deltas):
+            deltas.append(block.delta(source, f"delta{i}")[0])
+            if job.point is not None and point is not None:
+                weights.append((point, job.point.dtype))
+            elif isinstance(source, PairDelta):  # copied: the next pair reads into the same buffer
+                dtype = source.base.dtype
+                weights.append((sample(block.array("base", dtype)).copy(), dtype))
+            else:
+                weights.append(None)
+        return block_sums(deltas, weights, self._plan.request, job.name, job.numel, block.begin)
+
     def _measure(self, job: Job, state: _State, block: Block) -> None:
         """Add one block to what an operator measures: counts to its scope, floats by block."""
         mix = job.deltas[0]
@@ -318,7 +337,7 @@ class _Run:
             state.sums[block.index] = found.delta_sq
         elif isinstance(job.deltas[0], MixDelta):
             tally[CHANGED] = np.count_nonzero(delta.values)
-            state.sums[block.index] = operators.gram([delta]).ravel()
+            state.sums[block.index] = operators.group_products(delta, delta).sum()
         values = delta.values
         if delta.dtype != job.out_dtype:
             values = _narrowed(delta, job.out_dtype, job.name)

@@ -172,29 +172,39 @@ def blend(a: Array, b: Array, dtype: str, beta: float, out: Array) -> None:
         _library_blend(numkong, a, b, dtype, beta, out)
 
 
-def dot(a: Array, b: Array) -> float:
-    """Return the inner product of two BF16, F32 or F64 arrays of one dtype, to 3e-7 of the norms.
+def group_dots(a: Array, b: Array, width: int) -> npt.NDArray[np.float64]:
+    """Return the inner products of groups of `width` neighbours, the last one shorter.
 
-    fp32 sums of 1,024 products each, added up in fp64; all in fp64 where squares leave fp32. BF16
-    is given as uint16 patterns.
+    BF16 (as uint16 patterns), F32 or F64 arrays of one dtype. fp32 sums in each group, each good to
+    3e-7 of the norms; all in fp64 where squares leave fp32.
     """
-    whole = a.size // DOT_ROW * DOT_ROW
-    rows = a[:whole].reshape(-1, DOT_ROW), b[:whole].reshape(-1, DOT_ROW)
-    numkong = _numkong()
+    whole = a.size // width * width
+    dtype = "BF16" if a.dtype == np.uint16 else "F32"
+    numkong = _numkong() if dtype == "BF16" and width >= LANES else None
+    if dtype == "BF16" and numkong is None:
+        a, b = widen(a, dtype), widen(b, dtype)
+    rows = a[:whole].reshape(-1, width), b[:whole].reshape(-1, width)
+    ends = a[whole:], b[whole:]
+    sums = np.empty(-(-a.size // width))
+    count = whole // width
     with np.errstate(all="ignore"):
-        if a.dtype != np.uint16:
-            ends = a[whole:], b[whole:]
-            total = float(np.vecdot(*rows).sum(dtype=np.float64)) + float(np.dot(*ends))
-        elif numkong is None:
-            return dot(widen(a, "BF16"), widen(b, "BF16"))
+        if numkong is None:
+            sums[:count] = np.vecdot(*rows) if width > 1 else a.astype(np.float64) * b
+            sums[count:] = np.dot(*ends)
         else:
-            total = float(numkong.dot(a[whole:], b[whole:], "bf16")) if whole < a.size else 0.0
-            if whole:
-                total += float(np.asarray(numkong.dot(*rows, "bf16")).sum(dtype=np.float64))
-        if np.isfinite(total):
-            return total
-        dtype = "BF16" if a.dtype == np.uint16 else "F32"
-        return float(np.dot(widen(a, dtype).astype(np.float64), widen(b, dtype)))
+            if count:
+                sums[:count] = np.asarray(numkong.dot(*rows, "bf16"))
+            if count < sums.size:
+                sums[count:] = numkong.dot(*ends, "bf16")
+        if not np.isfinite(sums).all():
+            a, b = (widen(x, dtype).astype(np.float64) for x in (a, b))
+            sums[:] = [a[i : i + width] @ b[i : i + width] for i in range(0, a.size, width)]
+    return sums
+
+
+def dot(a: Array, b: Array) -> float:
+    """Return the inner product, added up in fp64, of what `group_dots` takes."""
+    return float(group_dots(a, b, DOT_ROW).sum())
 
 
 def stochastic_narrow(values: F32Array, dtype: str, random16: npt.NDArray[np.uint16]) -> Array:

@@ -2,8 +2,8 @@
 
 A delta is held as values of a storage dtype plus exceptions: positions where that dtype cannot
 hold `tuned - base`, with the fp32 difference itself. `subtract` makes deltas, `add` applies them,
-`moments` and `gram` measure. Deltas are finite and their zeros positive; a zero delta, and any
-delta on a NaN or an infinity, leaves the target's bits alone.
+`moments` and `group_products` measure. Deltas are finite and their zeros positive; a zero delta,
+and any delta on a NaN or an infinity, leaves the target's bits alone.
 """
 
 from typing import NamedTuple
@@ -302,49 +302,42 @@ def add(
         )
 
 
-def gram(deltas: list[Delta]) -> npt.NDArray[np.float64]:
-    """Return the matrix of inner products of deltas of one length, added up in fp64."""
-    count = len(deltas)
-    products = np.zeros((count, count))
-    if all(delta.dtype == "BF16" for delta in deltas):
-        for i, x in enumerate(deltas):
-            for j, y in enumerate(deltas[: i + 1]):
-                products[i, j] = kernels.dot(x.values, y.values)
-                if x.positions.size or y.positions.size:
-                    products[i, j] += _correction(x, y)
-    else:
-        for begin in range(0, deltas[0].values.size, STEP):
-            wide = [delta.wide(begin, begin + STEP) for delta in deltas]
-            wide = [values.astype(np.result_type(*wide), copy=False) for values in wide]
-            for i in range(count):
-                for j in range(i + 1):
-                    products[i, j] += kernels.dot(wide[i], wide[j])
-    return np.tril(products) + np.tril(products, -1).T
+def group_products(x: Delta, y: Delta, width: int = kernels.DOT_ROW) -> npt.NDArray[np.float64]:
+    """Return the inner products of two deltas over groups of `width` neighbours, a power of two.
+
+    fp32 sums in a group; the exceptions' own in fp64.
+    """
+    if x.dtype == y.dtype == "BF16":
+        sums = kernels.group_dots(x.values, y.values, width)
+        at, more = _correction(x, y)
+        if at.size:
+            sums += np.bincount(at // width, more, minlength=sums.size)
+        return sums
+    parts = []
+    for begin in range(0, x.values.size, STEP):
+        one, other = x.wide(begin, begin + STEP), y.wide(begin, begin + STEP)
+        dtype = np.result_type(one, other)
+        parts.append(kernels.group_dots(one.astype(dtype), other.astype(dtype), width))
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _correction(x: Delta, y: Delta) -> float:
-    """Return what the exceptions add to the inner product of the stored BF16 values.
+def _correction(x: Delta, y: Delta) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """Return where exceptions change the products of the stored BF16 values, and by how much.
 
     <x + e, y + f> - <x, y> = <e, y> + <x, f> + <e, f>, where e and f stand at exceptions only.
     """
-    total = 0.0
-    errors = []
-    for delta, other in ((x, y), (y, x)):
-        at = delta.positions
-        errors.append(delta.exact.astype(np.float64) - widen(delta.values[at], "BF16"))
-        total += float(np.dot(errors[-1], widen(other.values[at], "BF16").astype(np.float64)))
-    if x is y:
-        return total + float(np.dot(errors[0], errors[0]))
-    if x.positions.size and y.positions.size:
-        spot = np.searchsorted(y.positions, x.positions)
-        spot[spot == y.positions.size] = 0
-        shared = y.positions[spot] == x.positions
-        total += float(np.dot(errors[0][shared], errors[1][spot[shared]]))
-    return total
+    at = np.union1d(x.positions, y.positions).astype(np.intp)
+    if not at.size:
+        return at, np.zeros(0)
+    stored, exact = np.empty((2, at.size)), np.empty((2, at.size))
+    for row, delta in enumerate((x, y)):
+        stored[row] = exact[row] = widen(delta.values[at], "BF16")
+        exact[row, np.searchsorted(at, delta.positions)] = delta.exact
+    return at, exact[0] * exact[1] - stored[0] * stored[1]
 
 
 def _squared(delta: Delta) -> float:
-    return float(gram([delta])[0, 0])
+    return float(group_products(delta, delta).sum())
 
 
 class Moments(NamedTuple):

@@ -88,6 +88,13 @@ def output_model(
     return path
 
 
+def output_report(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Path:
+    path = _place(output, force, inputs)
+    if path.exists() and not (path / "report.json").is_file():
+        raise UsageError(f"output {path}: holds no report, so --force does not replace it")
+    return path
+
+
 @contextlib.contextmanager
 def writing(plan: Plan, path: Path, force: bool) -> Iterator[tuple[Staging, list[OutputFile]]]:
     """Yield the staging folder and the plan's files, allocated in full; close what is left open."""

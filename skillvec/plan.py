@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint
-from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.errors import IncompatibleError, up_to_five
 from skillvec.kernels import FLOATS
+from skillvec.measures import Request
 from skillvec.storage import ITEMSIZE, TensorSpec, encode_header
 from skillvec.vector import (
     DeltaSource,
@@ -35,10 +36,10 @@ class Job:
     """All the work on one tensor.
 
     `operator` is store (deltas[0] into a vector file), add (point + lam * deltas[0]), copy (point),
-    gram (inner products of deltas), same (deltas[0] is deltas[1]), list (what point + deltas[0]
-    changes, into a patch) or measure (what the operator of deltas[0] needs to know). The result
-    goes to `output`, a file number and an absolute offset, or is compared with `expected`, or is
-    only measured.
+    compare (deltas with each other and with the weights `point`, as the plan's request says), same
+    (deltas[0] is deltas[1]), list (what point + deltas[0] changes, into a patch) or measure (what
+    the operator of deltas[0] needs to know). The result goes to `output`, a file number and an
+    absolute offset, or is compared with `expected`, or is only measured.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Plan:
     index: dict[str, Any] | None = None  # a new index, where sizes change
     left_behind: list[str] = field(default_factory=list)
     bound_nbytes: int = 0  # the most that a vector takes
+    request: Request | None = None  # what compare measures
 
     @property
     def nbytes_read(self) -> int:
@@ -467,15 +469,17 @@ def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
     return replace(applied, verb="verify", jobs=jobs, outputs=[], copies=[])
 
 
-# -------------------------------------------------------------------------------- orthogonality
+# -------------------------------------------------------------------------------------- compare
 
 
-def plan_gram(
-    vectors: Sequence[SkillVector], include: Sequence[str] = (), exclude: Sequence[str] = ()
+def plan_compare(
+    vectors: Sequence[SkillVector],
+    request: Request,
+    against: Checkpoint | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Plan:
-    """Plan the inner products of two or more vectors, tensor by tensor."""
-    if len(vectors) < 2:
-        raise UsageError(f"expected at least two vectors, found {len(vectors)}")
+    """Plan the measuring of vectors tensor by tensor, with the weights `against` beside them."""
     names = list(dict.fromkeys(name for vector in vectors for name in vector.deltas))
     refuse_idle_globs(names, include, exclude)
     jobs, problems, ledger = [], [], []
@@ -498,14 +502,17 @@ def plan_gram(
         if len(set(shapes)) > 1:
             problems.append(f"{name}: " + ", ".join(str(list(shape)) for shape in shapes))
             continue
+        weights = against.get(name) if against is not None else None
+        if against is not None and (weights is None or weights.shape != spec.shape):
+            problems.append(f"{name} {list(spec.shape)}: not so in {against.ref}")
         deltas = tuple(vector.deltas[name] for vector in vectors)
-        jobs.append(Job(name, "gram", spec.numel, deltas=deltas))
+        jobs.append(Job(name, "compare", spec.numel, point=weights, deltas=deltas))
     if problems:
         raise IncompatibleError(
-            f"the vectors do not match (--exclude GLOB leaves tensors out):\n{up_to_five(problems)}"
+            f"the inputs do not match (--exclude GLOB leaves tensors out):\n{up_to_five(problems)}"
         )
     if not jobs:
         raise IncompatibleError("no tensor is left to compare")
     files = [file for vector in vectors for file in vector.files()]
     mixes = [mix for vector in vectors for mix in vector.mixes()]
-    return Plan("orthogonality", jobs, ledger=ledger, vectors=files, mixes=mixes)
+    return Plan("orthogonality", jobs, ledger=ledger, vectors=files, mixes=mixes, request=request)

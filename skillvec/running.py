@@ -37,7 +37,7 @@ def planned(
         "memory_nbytes": (64 + count * each) << 20,
         "kernels": kernels.kernels_in_use(),
     }
-    status = {"add": "applied", "store": "delta", "copy": "passed through", "gram": "compared",
+    status = {"add": "applied", "store": "delta", "copy": "passed through", "compare": "compared",
               "same": "compared", "list": "listed"}  # fmt: skip
     report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
     named = {line["name"] for line in plan.ledger}

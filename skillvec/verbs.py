@@ -1,4 +1,4 @@
-"""The public actions: diff, combine, apply, orthogonality, inspect, verify.
+"""The public actions on vectors and models: diff, combine, apply, inspect, verify.
 
 Each one opens, plans, checks the output, runs, proves and publishes, in this order, and answers
 with a Report. Parameters have the names of the command line's flags.
@@ -14,7 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from skillvec import __version__, analysis
+from skillvec import __version__
 from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint, open_checkpoint, open_tensors
 from skillvec.codecs import CODECS
 from skillvec.engine import JobResult
@@ -41,7 +41,6 @@ from skillvec.plan import (
     fitting,
     ledger_line,
     plan_apply,
-    plan_gram,
     plan_patch,
     plan_store,
     plan_verify_apply,
@@ -378,48 +377,6 @@ def apply(
             fsync_path(os.fspath(made / INDEX))
         stage.publish(made if point.path.is_dir() else Path(files[0].path))
     report_apply(report, plan, results)
-    return report
-
-
-def orthogonality(
-    *vectors: PathLike | SkillVector,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    workers: int | None = None,
-    dry_run: bool = False,
-    watcher: Watcher | None = None,
-) -> Report:
-    """Compare two or more deltas: cosine, norms and z-score against unrelated directions.
-
-    Each input is a vector file, a SkillVector or "TUNED::BASE". Sums are fp64 over fixed blocks:
-    the same digits whatever the worker count. The facts hold for every pair `overall`, `layers`,
-    `kinds` and `tensors`, each with cosine, z (cosine times sqrt of the number of values), both
-    norms and their ratio.
-    """
-    opened = [SkillVector.open(ref) for ref in vectors]
-    plan = plan_gram(opened, include, exclude)
-    labels = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
-    facts: dict[str, Any] = {"vectors": labels, "lineage": [v.dtypes for v in opened]}
-    report = planned(plan, facts, workers, watcher)
-    if dry_run:
-        return report
-    results = run_plan(measured(plan, workers, watcher), [], workers, watcher)
-    scales = [v.scale for v in opened]
-    grams = []
-    for result in results:
-        matrix = result.sums.reshape(len(opened), len(opened))
-        for i, scale in enumerate(scales):
-            matrix[i] *= scale
-            matrix[:, i] *= scale
-        grams.append((result.job.name, result.job.numel, matrix))
-    report.facts["pairs"] = analysis.compare(grams, labels)
-    report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
-    if any("BF16" in v.dtypes for v in opened):
-        report.warnings.append(
-            "inputs are bf16: a vector taken from bf16 checkpoints is a thresholded copy of the"
-            " true update, and deltas that share a bf16 checkpoint share its rounding error with"
-            " opposite sign, which shows as a small negative cosine"
-        )
     return report
 
 

@@ -13,10 +13,10 @@ import skillvec
 PACKAGE = Path(skillvec.__file__).parent
 # Top to bottom: a module may import those behind it in this list, and no other.
 ORDER = [
-    "__main__", "cli", "display", "verbs", "provenance", "running", "summary", "outputs",
-    "engine", "blocks", "plan", "vector", "rules", "patch", "analysis", "vectorfile",
-    "checkpoint", "merging", "operators", "codecs", "kernels", "storage", "report", "errors",
-    "__init__",
+    "__main__", "cli", "display", "verbs", "comparison", "provenance", "running", "summary",
+    "outputs", "engine", "blocks", "plan", "vector", "rules", "patch", "page", "analysis",
+    "subspace", "vectorfile", "checkpoint", "measures", "merging", "operators", "codecs", "kernels",
+    "storage", "report", "errors", "__init__",
 ]  # fmt: skip
 # (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
 # vector.save() is the verb.
@@ -27,11 +27,11 @@ HOMES = {
     "rich": {"display"},
     "numkong": {"kernels"},
     "xxhash": {"kernels", "storage", "engine", "vectorfile", "merging"},
-    "zstandard": {"codecs"}, "yaml": {"rules"},
+    "zstandard": {"codecs"}, "yaml": {"rules"}, "vl_convert": {"page"},
     "numpy": {
         "blocks",
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
-        "summary", "patch",
+        "summary", "patch", "measures", "comparison", "subspace",
     },
     "torch": set(ORDER), "transformers": set(ORDER), "huggingface_hub": set(ORDER),
     "scipy": set(ORDER),
@@ -39,6 +39,7 @@ HOMES = {
 # Imported inside functions only: their import costs more than the work on a small model, and
 # rich is not wanted by a quiet run.
 LAZY = {
+    "vl_convert",
     "torch",
     "transformers",
     "huggingface_hub",

@@ -130,14 +130,18 @@ def test_moments_leave_out_what_is_not_finite() -> None:
     assert found == operators.Moments(1, 0.25, 0.25, 2.25)
 
 
+def gram(deltas: list[Delta]) -> np.ndarray:
+    return np.array([[operators.group_products(x, y).sum() for y in deltas] for x in deltas])
+
+
 def test_gram_by_hand() -> None:
     """x = (1, 2, 3) with the 3 standing for an exact 3.5, y = (1, 0, -1)."""
     x = narrow(np.array([1, 2, 3], np.float32), "BF16")
     y = narrow(np.array([1, 0, -1], np.float32), "BF16")
     exception = Delta(x, "BF16", np.array([2], np.uint32), np.array([3.5], np.float32))
-    found = operators.gram([Delta(x, "BF16"), exception, Delta(y, "BF16")])
+    found = gram([Delta(x, "BF16"), exception, Delta(y, "BF16")])
     assert found.tolist() == [[14, 15.5, -2], [15.5, 17.25, -2.5], [-2, -2.5, 2]]
-    mixed = operators.gram([exception, Delta(np.array([1.0, 0, -1]), "F64")])
+    mixed = gram([exception, Delta(np.array([1.0, 0, -1]), "F64")])
     assert mixed.tolist() == [[17.25, -2.5], [-2.5, 2]]
 
 
@@ -384,9 +388,9 @@ def test_gram_is_the_float64_sum_over_exact_values() -> None:
     tuned, base = (np.full(1000, pattern, np.uint16) for pattern in (0x3F80, 0x3B00))
     delta = subtract(tuned, base, "BF16").delta
     exact = 0.998046875
-    assert operators.gram([delta])[0, 0] == pytest.approx(1000 * exact**2, rel=1e-6)
+    assert gram([delta])[0, 0] == pytest.approx(1000 * exact**2, rel=1e-6)
     half = Delta(delta.values, "BF16", delta.positions[::2].copy(), delta.exact[::2].copy())
-    assert operators.gram([delta, half])[0, 1] == pytest.approx(500 * exact * (1 + exact), rel=1e-6)
+    assert gram([delta, half])[0, 1] == pytest.approx(500 * exact * (1 + exact), rel=1e-6)
     assert subtract(tuned, base, "BF16").delta_sq == pytest.approx(1000 * exact**2, rel=1e-5)
 
 
@@ -399,9 +403,29 @@ def test_gram_is_the_float64_matrix_to_1e_6_of_the_norms(dtype: str) -> None:
     wide = np.array([widen(delta.values, dtype) for delta in deltas], np.float64)
     expected = wide @ wide.T
     norms = np.sqrt(np.diag(expected))
-    found = operators.gram(deltas)
+    found = gram(deltas)
     assert (np.abs(found - expected) <= 1e-6 * np.outer(norms, norms)).all()
     assert np.array_equal(found, found.T)
+
+
+@pytest.mark.parametrize("dtypes", [("BF16", "BF16"), ("BF16", "F32"), ("F64", "F16")])
+@pytest.mark.parametrize("width", [1, 8, 64, 1024])
+def test_groups_of_neighbours_add_up_apart(dtypes: tuple[str, str], width: int) -> None:
+    """Over more than one piece, with an exception in the first, a middle and the last group."""
+    rng = np.random.default_rng(3)
+    size = 70_001 if width > 8 else 2001
+    deltas = []
+    for dtype in dtypes:
+        delta = Delta(narrow(rng.normal(size=size).astype(np.float32), dtype), dtype)
+        if dtype == "BF16":
+            at = np.array([1, size // 2, size - 1], np.uint32)
+            delta = delta._replace(positions=at, exact=rng.normal(size=3).astype(np.float32))
+        deltas.append(delta)
+    a, b = (delta.wide(0, size).astype(np.float64) for delta in deltas)
+    expected = np.add.reduceat(a * b, np.arange(0, size, width))
+    found = operators.group_products(*deltas, width)
+    assert found.shape == expected.shape
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5 * width)
 
 
 @pytest.mark.parametrize("size", [1e25, 1e-30])
@@ -409,7 +433,7 @@ def test_squares_beyond_fp32_still_have_a_norm(size: float) -> None:
     """1e25 squared is past fp32, 1e-30 squared below it; the fp64 sums know both."""
     delta = Delta(narrow(np.full(100, size), "BF16"), "BF16")
     value = float(widen(delta.values, "BF16")[0])
-    assert operators.gram([delta])[0, 0] == pytest.approx(100 * value**2, rel=1e-6)
+    assert gram([delta])[0, 0] == pytest.approx(100 * value**2, rel=1e-6)
 
 
 @pytest.mark.parametrize("lam", [0.0, -0.0, 1e-60])

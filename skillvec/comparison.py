@@ -1,0 +1,421 @@
+"""The verbs that measure vectors: orthogonality and norms.
+
+One pass over the data gives every sum; singular subspaces, where asked, take the matrices one by
+one after it. What is said of them is made in `analysis`; what is written, in `page`.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skillvec import analysis, page, subspace
+from skillvec.blocks import read_values
+from skillvec.checkpoint import Checkpoint, open_checkpoint
+from skillvec.engine import JobResult
+from skillvec.errors import UsageError
+from skillvec.measures import STEP_EDGES, Request, layout
+from skillvec.outputs import PathLike, output_report
+from skillvec.plan import Plan, plan_compare
+from skillvec.report import Report, Watcher
+from skillvec.running import measured, planned, run_plan
+from skillvec.storage import forget_open_files, fsync_path, staging
+from skillvec.summary import job_line
+from skillvec.vector import SkillVector
+from skillvec.vectorfile import BlockReader
+
+SCHEMA = 1
+MOST_FLIPS = 100_000
+HALF = ("BF16", "F16")
+
+
+def orthogonality(
+    *vectors: PathLike | SkillVector,
+    against: PathLike | Checkpoint | None = None,
+    control: PathLike | SkillVector | None = None,
+    sign_flips: int = 0,
+    subspace: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+    output: PathLike | None = None,
+    figures: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    workers: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Compare two or more deltas: angles against chance, supports, rounding, subspaces.
+
+    Each input is a vector file, a SkillVector or "TUNED::BASE". The facts hold for every pair, and
+    for every vector, the numbers that docs/orthogonality.md explains: overall, per module, kind,
+    layer and tensor. `against` are weights, for rounding and for their own subspaces (a pair has
+    its base). `control` is "random" (the first of a pair with its signs drawn anew by `seed`) or a
+    vector to put in its place. `sign_flips` draws make a randomisation test. `subspace` K compares
+    the K leading singular directions of every matrix on the torch `device`. `output` is a folder
+    for report.json, report.csv and report.html, with `figures` as SVG and PNG beside them.
+    The same digits whatever the worker count. Raises UsageError, IncompatibleError, FormatError.
+    """
+    if len(vectors) < 2:
+        raise UsageError(f"expected at least two vectors, found {len(vectors)}")
+    return _compare(
+        "orthogonality", vectors, against=against, control=control, sign_flips=sign_flips,
+        subspace_k=subspace, device=device, seed=seed, output=output, figures=figures,
+        include=include, exclude=exclude, workers=workers, dry_run=dry_run, force=force,
+        watcher=watcher,
+    )  # fmt: skip
+
+
+def norms(
+    vector: PathLike | SkillVector,
+    *,
+    against: PathLike | Checkpoint | None = None,
+    subspace: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+    output: PathLike | None = None,
+    figures: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    workers: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Measure one delta: norm, density, rounding and spectrum at every level, as `orthogonality`.
+
+    It reads the values, so the norms have more digits than those of the manifest.
+    """
+    return _compare(
+        "norms", [vector], against=against, subspace_k=subspace, device=device, seed=seed,
+        output=output, figures=figures, include=include, exclude=exclude, workers=workers,
+        dry_run=dry_run, force=force, watcher=watcher,
+    )  # fmt: skip
+
+
+def _compare(
+    verb: str,
+    vectors: Sequence[PathLike | SkillVector],
+    *,
+    against: PathLike | Checkpoint | None,
+    control: PathLike | SkillVector | None = None,
+    sign_flips: int = 0,
+    subspace_k: int,
+    device: str,
+    seed: int,
+    output: PathLike | None,
+    figures: bool,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    workers: int | None,
+    dry_run: bool,
+    force: bool,
+    watcher: Watcher | None,
+) -> Report:
+    if not 0 <= sign_flips <= MOST_FLIPS:
+        raise UsageError(f"sign_flips {sign_flips}: expected 0 to {MOST_FLIPS}")
+    if subspace_k < 0:
+        raise UsageError(f"subspace {subspace_k}: expected at least 1")
+    if figures and output is None:
+        raise UsageError("figures need an output folder")
+    opened = [SkillVector.open(ref) for ref in vectors]
+    names = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
+    weights = open_checkpoint(against, "against") if against is not None else None
+    other = None
+    if control is not None and control != "random":
+        other = SkillVector.open(control, "control")
+    request = _request(len(opened), control is not None, other is not None, seed, sign_flips)
+    measured_ones = [v.unscaled() for v in [*opened, *([other] if other else [])]]
+    plan = plan_compare(measured_ones, request, weights, include, exclude)
+    inputs = [side for v in measured_ones for side in v.inputs()]
+    path = None
+    if output is not None:
+        page.check_available()
+        path = output_report(output, force, [*inputs, *([weights] if weights else [])])
+    facts: dict[str, Any] = {
+        "schema": SCHEMA,
+        "vectors": names,
+        "lineage": [v.dtypes for v in opened],
+        "against": weights.ref if weights else None,
+        "control": (other.ref if other else "random") if control is not None else None,
+        "seed": seed,
+        "sign_flips": sign_flips,
+        "subspace": None,
+        "step_edges": list(STEP_EDGES),
+    }
+    if path is not None:
+        facts["output"] = os.fspath(path)
+    if subspace_k:
+        facts["subspace"] = {"k": subspace_k, "device": subspace.resolve_device(device)}
+    report = planned(replace(plan, verb=verb), facts, workers, watcher)
+    if dry_run:
+        return report
+    plan = measured(plan, workers, watcher)
+    results = run_plan(plan, [], workers, watcher)
+    results.sort(key=lambda result: analysis.natural_order(result.job.name))
+    spectra = _subspaces(results, plan, report, watcher) if subspace_k else None
+    _conclude(report, results, request, opened, spectra)
+    report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
+    if path is not None:
+        _write(report, path, force, figures)
+    return report
+
+
+def _request(count: int, controlled: bool, other: bool, seed: int, flips: int) -> Request:
+    """Return what is measured: all pairs, and for each the control in place of its first."""
+    pairs = tuple(combinations(range(count), 2))
+    controls = tuple((count if other else i, j, not other) for i, j in pairs) if controlled else ()
+    return Request(count + other, pairs, controls, seed, flips)
+
+
+def _conclude(
+    report: Report,
+    results: Sequence[JobResult],
+    request: Request,
+    opened: Sequence[SkillVector],
+    spectra: "_Spectra | None",
+) -> None:
+    """Turn sums into the facts of the report."""
+    form = layout(request)
+    records = [(r.job.name, r.job.numel, r.sums.view(form)[0]) for r in results]
+    nothing: list[dict[str, Any]] = [{} for _ in records]
+    labels, lineage = report.facts["vectors"], report.facts["lineage"]
+    report.facts["norms"] = [
+        {"label": labels[i], "lineage": lineage[i]}
+        | analysis.vector_levels(records, i, spectra.vectors[i] if spectra else nothing)
+        for i in range(len(opened))
+    ]
+    report.facts["pairs"] = []
+    for n, (i, j) in enumerate(request.pairs):
+        control = n if request.controls else None
+        found = analysis.pair_levels(
+            records, request, n, control, spectra.pairs[n] if spectra else nothing
+        )
+        said = {"a": labels[i], "b": labels[j], "lineage_a": lineage[i], "lineage_b": lineage[j],
+                "control": report.facts["control"],
+                "sentence": analysis.sentence(found["overall"])}  # fmt: skip
+        steps = sum(record["vectors"][k]["step_sq"] for _, _, record in records for k in (i, j)[:1])
+        said["shared_rounding"] = _shared_rounding(
+            opened[i], opened[j], found["overall"], float(steps)
+        )
+        report.facts["pairs"].append(said | found)
+    report.warnings += _warnings(report.facts["pairs"], lineage)
+
+
+def _shared_rounding(
+    a: SkillVector, b: SkillVector, overall: dict[str, Any], step_sq: float
+) -> dict[str, Any] | None:
+    """Return the 16-bit checkpoint that both deltas hang on, and the cosine its rounding may add.
+
+    Where training went on from an unrounded master copy, the rounding error of the saved
+    checkpoint stands in both deltas: with opposite signs where one ends in it and the other begins
+    there. Uniform errors have a variance of step^2 / 12.
+    """
+    for side_a, side_b in (("base", "tuned"), ("tuned", "base"), ("base", "base"),
+                           ("tuned", "tuned")):  # fmt: skip
+        one, other = a.manifest[side_a], b.manifest[side_b]
+        if a.parts or b.parts or not one or not other or one["probe"] != other["probe"]:
+            continue
+        if not set(one["dtypes"]) & set(HALF):
+            return None
+        size = overall["norm_a"] * overall["norm_b"]
+        sign = 1 if side_a == side_b else -1
+        cosine = sign * step_sq / 12 / size if step_sq and size else None
+        roles = f"{side_a} of A and {side_b} of B"
+        return {"checkpoint": one["ref"], "roles": roles, "cosine": cosine}
+    return None
+
+
+def _warnings(pairs: Sequence[dict[str, Any]], lineage: Sequence[str]) -> list[str]:
+    found = []
+    for pair in pairs:
+        shared = pair["shared_rounding"]
+        if shared is not None:
+            size = "" if shared["cosine"] is None else f" of about {shared['cosine']:+.2g}"
+            found.append(
+                f"{shared['checkpoint']} is 16-bit, and {shared['roles']}: if training went on from"
+                f" an fp32 master, its rounding error alone gives A = {pair['a']} and"
+                f" B = {pair['b']} a cosine{size}"
+            )
+    if any(dtype in words for words in lineage for dtype in HALF):
+        found.append(
+            "inputs are 16-bit: a vector taken from bf16 or fp16 checkpoints is a thresholded copy"
+            " of the true update, so supports and cosines are those of what was kept"
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------ subspaces
+
+
+class _Spectra:
+    """What is known of each matrix, by vector or pair and tensor; nothing for what is none."""
+
+    def __init__(self, request: Request, tensors: int) -> None:
+        self.vectors: list[list[dict[str, Any]]]
+        self.vectors = [[{} for _ in range(tensors)] for _ in range(request.vectors)]
+        self.pairs: list[list[dict[str, Any]]]
+        self.pairs = [[{} for _ in range(tensors)] for _ in request.pairs]
+
+
+def _subspaces(
+    results: Sequence[JobResult], plan: Plan, report: Report, watcher: Watcher | None
+) -> _Spectra:
+    """Decompose every matrix of every vector, one in memory at a time, and relate them."""
+    assert plan.request is not None
+    said, seed = report.facts["subspace"], plan.request.seed
+    spectra = _Spectra(plan.request, len(results))
+    matrices = [n for n, result in enumerate(results) if _is_matrix(result)]
+    said |= {"exact": 0, "randomised": 0, "left_out": len(results) - len(matrices), "error": 0.0}
+    readers = {path: BlockReader(file) for file in plan.vectors for path in file.headers}
+    total = sum(results[n].job.nbytes_read for n in matrices)
+    done = 0
+    try:
+        for n in matrices:
+            _relate(results[n], n, plan.request, said, seed, readers, spectra)
+            done += results[n].job.nbytes_read
+            if watcher:
+                watcher.advanced(done, total)
+    finally:
+        forget_open_files()
+    return spectra
+
+
+def _is_matrix(result: JobResult) -> bool:
+    shape = result.job.deltas[0].spec.shape
+    return len(shape) == 2 and min(shape) > 1
+
+
+def _relate(
+    result: JobResult, n: int, request: Request, said: dict[str, Any], seed: int,
+    readers: dict[str, BlockReader], spectra: _Spectra,
+) -> None:  # fmt: skip
+    """Fill in what the singular subspaces of one tensor's deltas say."""
+    job, k, device = result.job, said["k"], said["device"]
+    shape = job.deltas[0].spec.shape
+
+    def matrix(*numbers: int) -> Any:
+        values = np.zeros(job.numel, np.float32)
+        for number in numbers:
+            read_values(job.deltas[number], readers, values)
+        return values.reshape(shape)
+
+    def spectrum(values: Any) -> subspace.Spectrum:
+        found = subspace.decompose(values, k, device, seed)
+        said["exact" if found.exact else "randomised"] += 1
+        said["error"] = max(said["error"], found.error)
+        return found
+
+    wanted = range(1 + max((j for _, j in request.pairs), default=0))  # not the control
+    alone = [spectrum(matrix(i)) for i in wanted]
+    merged = [spectrum(matrix(i, j)) for i, j in request.pairs]
+    point = None
+    if job.point is not None:
+        values = np.zeros(job.numel, np.float32)
+        read_values(job.point, readers, values)
+        point = spectrum(values.reshape(shape))
+        del values
+    for i in wanted:
+        values, own = matrix(i), alone[i]
+        inside = {
+            j: subspace.shares_inside(values, alone[j], device)
+            for j in wanted
+            if (i, j) in request.pairs or (j, i) in request.pairs
+        }
+        aligned = {
+            m: subspace.alignment_ratio(values, merged[m], device)
+            for m, pair in enumerate(request.pairs)
+            if i in pair
+        }
+        within = subspace.shares_inside(values, point, device) if point is not None else None
+        spectra.vectors[i][n] = {
+            "energy": own.norm_sq,
+            "stable_rank": own.stable_rank,
+            "effective_rank": own.effective_rank,
+            "top_energy": float((own.values**2).sum()) / own.norm_sq if own.norm_sq else None,
+            "energy_in_w": within[2] if within else None,
+            "svd_error": own.error,
+        }
+        for m, pair in enumerate(request.pairs):
+            if i in pair:
+                side, across = ("a", "b") if i == pair[0] else ("b", "a")
+                row = spectra.pairs[m][n]
+                share = inside[pair[1] if side == "a" else pair[0]]
+                row |= {f"energy_{side}": own.norm_sq, f"sar_{side}": aligned[m],
+                        f"{side}_in_{across}": share[2] if share else None}  # fmt: skip
+    for m, (i, j) in enumerate(request.pairs):
+        spectra.pairs[m][n] |= _angles(alone[i], alone[j], k, shape)
+
+
+def _angles(
+    one: subspace.Spectrum, other: subspace.Spectrum, k: int, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    left, right = subspace.principal_angles(one, other)
+    rows, columns = shape
+    k = min(k, rows, columns)
+    met = subspace.interference([one, other])
+    overlaps = [float(np.mean(np.cos(np.radians(angles)) ** 2)) if angles else None
+                for angles in (left, right)]  # fmt: skip
+    return {
+        "overlap_left": overlaps[0],
+        "overlap_right": overlaps[1],
+        "overlap_chance": (k / rows + k / columns) / 2,
+        "in_chance": k * k / (rows * columns),
+        "interference": met.raw,
+        "interference_share": met.relative,
+        "angles_left": left,
+        "angles_right": right,
+    }
+
+
+# -------------------------------------------------------------------------------------- written
+
+
+def _write(report: Report, path: Path, force: bool, figures: bool) -> None:
+    """Write the report's folder beside its place and move it there."""
+    content = report.to_dict()
+    with staging(path, force) as stage:
+        made = stage.folder / "made"
+        made.mkdir()
+        files = {
+            "report.json": (json.dumps(content, indent=1) + "\n").encode(),
+            "report.csv": csv_text(content).encode(),
+            "report.html": page.html(content).encode(),
+        }
+        if figures:
+            (made / "figures").mkdir()
+            files |= {f"figures/{name}": drawn for name, drawn in page.figures(content)}
+        for name, data in files.items():
+            (made / name).write_bytes(data)
+            fsync_path(os.fspath(made / name))
+        stage.publish(made)
+
+
+def csv_text(content: dict[str, Any]) -> str:
+    """Return every row of every level as CSV: pairs first, then vectors, with `b` empty."""
+    rows = list(_flat_rows(content))
+    text = io.StringIO()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flat_rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    sets = [({"a": pair["a"], "b": pair["b"]}, pair) for pair in content["pairs"]]
+    sets += [({"a": norms["label"], "b": ""}, norms) for norms in content["norms"]]
+    for sides, levels in sets:
+        overall = [{"name": "overall"} | levels["overall"]]
+        for level in ("overall", "modules", "kinds", "layers", "tensors"):
+            for row in overall if level == "overall" else levels[level]:
+                plain = {k: v for k, v in row.items() if not isinstance(v, list)}
+                yield sides | {"level": level.removesuffix("s")} | plain

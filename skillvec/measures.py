@@ -1,0 +1,212 @@
+"""What the blocks of several deltas tell of each other: sums that add up over blocks and tensors.
+
+Pure functions on numpy blocks, no paths, no threads. Inner products, supports and signs are taken
+over every value; shares of energy and rounding on a sample, which stands at the same positions
+in every input. docs/orthogonality.md says what becomes of the sums.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from skillvec.kernels import Array, F32Array, narrow, widen
+from skillvec.merging import random_bits
+from skillvec.operators import Delta, group_products
+
+Sums = npt.NDArray[np.float64]
+CHUNK = 1 << 17  # values of which masks are made at a time: they stay in the second cache
+GROUP = 1024  # neighbours whose products have one sign in the sign-flip null
+RUNS, RUN = 32, 1024  # of the sample of a block
+STEP_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of |delta| in steps of the 16-bit grid
+VECTOR = ("square", "support", "sampled", "moved", "kept_dot", "kept_sq", "absorbed", "step_sq")
+PAIR = ("product", "groups_sq", "shared", "agree", "met_a", "met_b", "clash_a", "clash_b")
+CONTROL = ("product", "groups_sq")
+
+
+class Request(NamedTuple):
+    """What is measured in one pass over as many deltas as `vectors`.
+
+    `pairs` are compared in everything; `controls` (i, j, redrawn) in their angle alone, where
+    `redrawn` means that the signs of i are drawn anew. `sign_flips` is the number of draws.
+    """
+
+    vectors: int
+    pairs: tuple[tuple[int, int], ...] = ()
+    controls: tuple[tuple[int, int, bool], ...] = ()
+    seed: int = 0
+    sign_flips: int = 0
+
+
+def layout(request: Request) -> np.dtype[np.void]:
+    """Return the structured dtype of the sums, all float64: counts are exact to 2^53."""
+    vector = [(name, "f8") for name in VECTOR]
+    return np.dtype(
+        [
+            ("vectors", [*vector, ("steps", "f8", len(STEP_EDGES) + 1)], (request.vectors,)),
+            ("pairs", [(name, "f8") for name in PAIR], (len(request.pairs),)),
+            ("controls", [(name, "f8") for name in CONTROL], (len(request.controls),)),
+            ("flips", "f8", (len(request.pairs), request.sign_flips)),
+        ]
+    )
+
+
+def group_width(numel: int) -> int:
+    """Return how many neighbours make a group: a power of two, 1,024 groups or more if it can."""
+    return 1 if numel < 2 * GROUP else min(GROUP, 1 << (numel // GROUP).bit_length() - 1)
+
+
+def block_sums(
+    deltas: Sequence[Delta],
+    weights: Sequence[tuple[Array, str] | None],
+    request: Request,
+    name: str,
+    numel: int,
+    begin: int,
+) -> Sums:
+    """Return the sums of `layout` over one block of a tensor of `numel` values, flat.
+
+    All deltas are of one length and stand at `begin` in their tensor. `weights` are the sampled
+    weights that each is a change of, in a storage dtype, or None where they are not known.
+    """
+    record = np.zeros(1, layout(request))
+    vectors, pairs, controls = (record[key][0] for key in ("vectors", "pairs", "controls"))
+    width = group_width(numel)
+    for i, delta in enumerate(deltas):
+        vectors["square"][i] = group_products(delta, delta).sum()
+    for n, (i, j) in enumerate(request.pairs):
+        groups = group_products(deltas[i], deltas[j], width)
+        pairs["product"][n], pairs["groups_sq"][n] = groups.sum(), groups @ groups
+        if request.sign_flips:
+            key = f"{request.seed}:flips:{name}:{begin}"
+            record["flips"][0, n] = flipped_sums(groups, request.sign_flips, key)
+    for n, (i, j, redrawn) in enumerate(request.controls):
+        key = f"{request.seed}:control:{i}:{name}"
+        other = redraw_signs(deltas[i], key, begin) if redrawn else deltas[i]
+        groups = group_products(other, deltas[j], width)
+        controls["product"][n], controls["groups_sq"][n] = groups.sum(), groups @ groups
+    _count_supports(deltas, request, vectors, pairs)
+    seen = [_sampled(delta) for delta in deltas]
+    scale = deltas[0].values.size / seen[0].size
+    for i, values in enumerate(seen):
+        vectors["sampled"][i] = scale * float(np.dot(values, values))
+        held = weights[i]
+        if held is not None:
+            _measure_rounding(values, *held, scale, vectors[i : i + 1])
+    for n, (i, j) in enumerate(request.pairs):
+        _measure_meeting(seen[i], seen[j], scale, pairs[n : n + 1])
+    return record.view(np.float64)
+
+
+def flipped_sums(groups: Sums, draws: int, key: str) -> Sums:
+    """Return the sum of `groups` with the sign of each drawn anew, `draws` times.
+
+    The null of a randomisation test (Fisher 1935): addressed by `key`, so it is the same whatever
+    runs beside it.
+    """
+    sums = np.empty(draws)
+    rows = -(-groups.size // 32)  # words of 32 signs a draw
+    for first in range(0, draws, 256):  # bounds the matrix of signs
+        count = min(256, draws - first)
+        words = random_bits(key, first * rows, count * rows).view(np.uint8)
+        signs = np.unpackbits(words).reshape(count, 32 * rows)[:, : groups.size]
+        sums[first : first + count] = 2.0 * (signs @ groups) - groups.sum()
+    return sums
+
+
+def redraw_signs(delta: Delta, key: str, begin: int) -> Delta:
+    """Return a delta with the same magnitudes, hence support and norm, and random signs."""
+    size = delta.values.size
+    words = random_bits(key, begin // 32, -(-size // 32)).view(np.uint8)
+    negative = np.unpackbits(words, count=size)
+    if delta.dtype == "BF16":
+        values = delta.values ^ (negative.astype(np.uint16) << 15)
+    else:
+        values = np.where(negative, -delta.values, delta.values)
+    exact = np.where(negative[delta.positions], -delta.exact, delta.exact)
+    return delta._replace(values=values, exact=exact)
+
+
+def _count_supports(
+    deltas: Sequence[Delta], request: Request, vectors: Array, pairs: Array
+) -> None:
+    """Count values that are not 0, that two deltas share, and that agree in sign there."""
+    for begin in range(0, deltas[0].values.size, CHUNK):
+        changed, negative = [], []
+        for i, delta in enumerate(deltas):
+            values = delta.values[begin : begin + CHUNK]
+            signed = values.view(np.int16) if delta.dtype == "BF16" else values
+            changed.append(values != 0)
+            negative.append(signed < 0)
+            vectors["support"][i] += np.count_nonzero(changed[-1])
+        for n, (i, j) in enumerate(request.pairs):
+            shared = changed[i] & changed[j]
+            pairs["shared"][n] += np.count_nonzero(shared)
+            shared &= negative[i] == negative[j]
+            pairs["agree"][n] += np.count_nonzero(shared)
+
+
+def sample(values: Array) -> Array:
+    """Return 32 runs of 1,024 values at equal distances in a block, or all of a short one."""
+    if values.size <= RUNS * RUN:
+        return values
+    width = values.size // RUNS
+    return values[: RUNS * width].reshape(RUNS, width)[:, :RUN].ravel()
+
+
+def _sampled(delta: Delta) -> F32Array:
+    """Return the sample of a delta in fp32, exceptions in place."""
+    values = widen(sample(delta.values), delta.dtype).astype(np.float32)
+    if delta.positions.size:
+        marks = np.zeros(delta.values.size, np.int32)
+        marks[delta.positions] = np.arange(1, delta.positions.size + 1)
+        at = sample(marks)
+        values[at > 0] = delta.exact[at[at > 0] - 1]
+    return values
+
+
+def _measure_meeting(a: F32Array, b: F32Array, scale: float, pair: Array) -> None:
+    """Add up the energy of two deltas where the other is not 0, and where signs differ."""
+    clash = np.signbit(a) != np.signbit(b)
+    for name, one, other in (("a", a, b), ("b", b, a)):
+        met = one * (other != 0)  # several times faster than np.where
+        opposed = met * clash
+        pair[f"met_{name}"] = scale * float(np.dot(met, met))
+        pair[f"clash_{name}"] = scale * float(np.dot(opposed, opposed))
+
+
+def _measure_rounding(
+    values: F32Array, weights: Array, dtype: str, scale: float, vector: Array
+) -> None:
+    """Measure a delta in steps of the 16-bit grid at its weights, and what that grid keeps of it.
+
+    The grid is that of the weights' dtype where it has 16 bits, else BF16's.
+    """
+    grid = dtype if dtype in ("BF16", "F16") else "BF16"
+    wide = widen(weights, dtype).astype(np.float32)
+    held = narrow(wide, grid)
+    changed = values != 0
+    with np.errstate(all="ignore"):
+        kept = widen(narrow(wide + values, grid), grid) - widen(held, grid)
+        kept *= changed
+    kept[~np.isfinite(kept)] = 0
+    fraction, smallest = (7, 1) if grid == "BF16" else (10, 113)  # bits; biased exponent
+    step = np.maximum(_exponent(widen(held, grid)), smallest) - fraction  # biased, may be below 0
+    bins = np.clip(_exponent(values) - step + 3, 0, len(STEP_EDGES))
+    moved = np.count_nonzero(changed)
+    steps = np.bincount(bins, minlength=len(STEP_EDGES) + 1)
+    steps[0] -= values.size - moved  # zeros have the smallest exponent
+    vector["steps"] = scale * steps
+    vector["moved"] = scale * moved
+    vector["kept_dot"] = scale * float(np.dot(kept, values))
+    vector["kept_sq"] = scale * float(np.dot(kept, kept))
+    vector["absorbed"] = scale * (moved - np.count_nonzero(kept))
+    squares = (2 * step.astype(np.int64) + (1023 - 2 * 127) << 52).view(np.float64)
+    vector["step_sq"] = scale * float(squares.sum())
+
+
+def _exponent(values: F32Array) -> npt.NDArray[np.int32]:
+    """Return the biased exponents of fp32 values."""
+    bits: npt.NDArray[np.int32] = np.ascontiguousarray(values, np.float32).view(np.int32)
+    return bits >> 23 & 0xFF
