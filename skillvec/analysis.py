@@ -20,6 +20,8 @@ Row = dict[str, Any]
 Sums = Mapping[str, Any]
 Record = tuple[str, int, Any]  # tensor, its number of values, sums of measures.layout
 NO_LAYER = "(no layer)"
+WEIGHTS = ("energy", "energy_a", "energy_b")
+OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
 
 
 def realised(
@@ -139,23 +141,31 @@ def vector_row(sums: Sums, whole: float) -> Row:
 def weighted(rows: Sequence[Row]) -> Row:
     """Return the means of what is known of several matrices, weighted by their energy.
 
-    Each row holds `energy` and numbers; lists are those of one matrix and not averaged. An error
-    is the largest.
+    Rows hold `energy`, or `energy_a` and `energy_b`, beside the numbers. Lists belong to one matrix
+    and are left out of means; of errors the largest is taken.
     """
     known = [row for row in rows if row]
-    if not known:
-        return {}
-    if len(known) == len(rows) == 1:
-        return {key: value for key, value in known[0].items() if key != "energy"}
+    keys = [key for key in (known[0] if known else ()) if key not in WEIGHTS]
+    if len(rows) == 1:
+        return {key: known[0][key] for key in keys}
     found: Row = {}
-    for key in known[0]:
-        held = [(row["energy"], row[key]) for row in known if row[key] is not None]
-        if key == "energy" or any(isinstance(value, list) for _, value in held):
+    for key in keys:
+        held = [(_weight(row, key), row[key]) for row in known if row[key] is not None]
+        if any(isinstance(value, list) for _, value in held):
             continue
         total = sum(energy for energy, _ in held)
-        mean = sum(energy * value for energy, value in held) / total if total else None
-        found[key] = max(v for _, v in held) if key.endswith("_error") and held else mean
+        found[key] = sum(energy * value for energy, value in held) / total if total else None
+        if key.endswith("_error"):
+            found[key] = max((value for _, value in held), default=None)
     return found
+
+
+def _weight(row: Row, key: str) -> float:
+    """Return the energy of what a number is of: a vector's, a pair's first or second, or both."""
+    if "energy" in row:
+        return float(row["energy"])
+    a, b = row["energy_a"], row["energy_b"]
+    return float(a if key in OF_A else b if key in OF_B else sqrt(a * b))
 
 
 # ---------------------------------------------------------------------------------------- pairs
@@ -225,7 +235,7 @@ def pair_row(sums: Sums) -> Row:
         "z": z,
         "p": None if cosine is None else chance_of(cosine, numel),
         "z_groups": z_groups,
-        "p_flips": (1 + reached) / (1 + flips.size) if flips.size and size > 0 else None,
+        "p_flips": (1 + reached) / (1 + flips.size) if flips.size and z_groups is not None else None,
         "norm_a": norms[0],
         "norm_b": norms[1],
         "norm_ratio": _ratio(norms[0], norms[1]),
@@ -304,8 +314,8 @@ def forecast(pair: dict[str, Any]) -> Row:
     if overall["along"] is None:
         return found | {"sentence": "A is zero: nothing would be added"}
     words = [f"{_percent(overall['along'])} of A's energy lies along B"]
-    if found["in_subspace"] is not None:
-        chance = overall["in_chance"]
+    chance = overall.get("in_chance")
+    if found["in_subspace"] is not None and chance is not None:
         words.append(
             f"{_percent(found['in_subspace'])} in B's top singular directions"
             f" (chance {_percent(chance)})"

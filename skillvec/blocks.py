@@ -165,9 +165,10 @@ class Block:
 
 
 def read_values(
-    source: DeltaSource | TensorSpec, readers: Mapping[str, BlockReader], out: Array
-) -> None:
-    """Add a whole delta, or a tensor of a model, to `out`, flat and in fp32."""
+    source: DeltaSource | TensorSpec, readers: Mapping[str, BlockReader], out: Array,
+    factor: float = 1.0,
+) -> None:  # fmt: skip
+    """Add a whole delta times `factor`, or a tensor of a model, to `out`, flat and in fp32."""
     spec = source if isinstance(source, TensorSpec) else source.spec
     workspace = Workspace()
     for index in range(block_count(spec.numel)):
@@ -178,4 +179,4 @@ def read_values(
             delta = block.delta(source, "delta0")[0]
         for begin in range(0, block.size, STEP):
             end = min(begin + STEP, block.size)
-            out[block.begin + begin : block.begin + end] += delta.wide(begin, end)
+            out[block.begin + begin : block.begin + end] += factor * delta.wide(begin, end)

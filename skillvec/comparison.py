@@ -132,10 +132,10 @@ def _compare(
     other = None
     if control is not None and control != "random":
         other = SkillVector.open(control, "control")
-    request = _request(len(opened), control is not None, other is not None, seed, sign_flips)
-    measured_ones = [v.unscaled() for v in [*opened, *([other] if other else [])]]
-    plan = plan_compare(measured_ones, request, weights, include, exclude)
-    inputs = [side for v in measured_ones for side in v.inputs()]
+    compared = [*opened, *([other] if other else [])]
+    request = _request(compared, len(opened), control is not None, seed, sign_flips)
+    plan = plan_compare(compared, request, weights, include, exclude)
+    inputs = [side for vector in compared for side in vector.inputs()]
     path = None
     if output is not None:
         page.check_available()
@@ -169,11 +169,14 @@ def _compare(
     return report
 
 
-def _request(count: int, controlled: bool, other: bool, seed: int, flips: int) -> Request:
-    """Return what is measured: all pairs, and for each the control in place of its first."""
+def _request(
+    compared: Sequence[SkillVector], count: int, controlled: bool, seed: int, flips: int
+) -> Request:
+    """Return what is measured: all pairs of the first `count`, and the control of each."""
     pairs = tuple(combinations(range(count), 2))
+    other = len(compared) > count
     controls = tuple((count if other else i, j, not other) for i, j in pairs) if controlled else ()
-    return Request(count + other, pairs, controls, seed, flips)
+    return Request(tuple(vector.scale for vector in compared), pairs, controls, seed, flips)
 
 
 def _conclude(
@@ -261,7 +264,7 @@ class _Spectra:
 
     def __init__(self, request: Request, tensors: int) -> None:
         self.vectors: list[list[dict[str, Any]]]
-        self.vectors = [[{} for _ in range(tensors)] for _ in range(request.vectors)]
+        self.vectors = [[{} for _ in range(tensors)] for _ in request.scales]
         self.pairs: list[list[dict[str, Any]]]
         self.pairs = [[{} for _ in range(tensors)] for _ in request.pairs]
 
@@ -305,7 +308,7 @@ def _relate(
     def matrix(*numbers: int) -> Any:
         values = np.zeros(job.numel, np.float32)
         for number in numbers:
-            read_values(job.deltas[number], readers, values)
+            read_values(job.deltas[number], readers, values, request.scales[number])
         return values.reshape(shape)
 
     def spectrum(values: Any) -> subspace.Spectrum:

@@ -176,7 +176,7 @@ def group_dots(a: Array, b: Array, width: int) -> npt.NDArray[np.float64]:
     """Return the inner products of groups of `width` neighbours, the last one shorter.
 
     BF16 (as uint16 patterns), F32 or F64 arrays of one dtype. fp32 sums in each group, each good to
-    3e-7 of the norms; all in fp64 where squares leave fp32.
+    3e-7 of the norms; all in fp64 where products leave fp32.
     """
     whole = a.size // width * width
     dtype = "BF16" if a.dtype == np.uint16 else "F32"
@@ -196,10 +196,19 @@ def group_dots(a: Array, b: Array, width: int) -> npt.NDArray[np.float64]:
                 sums[:count] = np.asarray(numkong.dot(*rows, "bf16"))
             if count < sums.size:
                 sums[count:] = numkong.dot(*ends, "bf16")
-        if not np.isfinite(sums).all():
+        size = np.abs(sums).max(initial=0)
+        if not np.isfinite(size) or (size < 1e-30 and _are_tiny(a, b)):
             a, b = (widen(x, dtype).astype(np.float64) for x in (a, b))
             sums[:] = [a[i : i + width] @ b[i : i + width] for i in range(0, a.size, width)]
     return sums
+
+
+def _are_tiny(a: Array, b: Array) -> bool:
+    """Return whether products may be too small for fp32, while neither array is 0."""
+    most = [
+        float(np.abs(widen(x, "BF16" if x.dtype == np.uint16 else "F32")).max()) for x in (a, b)
+    ]
+    return 0 < most[0] * most[1] < 1e-30
 
 
 def dot(a: Array, b: Array) -> float:

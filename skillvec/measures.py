@@ -26,13 +26,13 @@ CONTROL = ("product", "groups_sq")
 
 
 class Request(NamedTuple):
-    """What is measured in one pass over as many deltas as `vectors`.
+    """What is measured in one pass over deltas, each taken times its factor in `scales`.
 
     `pairs` are compared in everything; `controls` (i, j, redrawn) in their angle alone, where
     `redrawn` means that the signs of i are drawn anew. `sign_flips` is the number of draws.
     """
 
-    vectors: int
+    scales: tuple[float, ...]
     pairs: tuple[tuple[int, int], ...] = ()
     controls: tuple[tuple[int, int, bool], ...] = ()
     seed: int = 0
@@ -44,7 +44,7 @@ def layout(request: Request) -> np.dtype[np.void]:
     vector = [(name, "f8") for name in VECTOR]
     return np.dtype(
         [
-            ("vectors", [*vector, ("steps", "f8", len(STEP_EDGES) + 1)], (request.vectors,)),
+            ("vectors", [*vector, ("steps", "f8", len(STEP_EDGES) + 1)], (len(request.scales),)),
             ("pairs", [(name, "f8") for name in PAIR], (len(request.pairs),)),
             ("controls", [(name, "f8") for name in CONTROL], (len(request.controls),)),
             ("flips", "f8", (len(request.pairs), request.sign_flips)),
@@ -73,6 +73,7 @@ def block_sums(
     record = np.zeros(1, layout(request))
     vectors, pairs, controls = (record[key][0] for key in ("vectors", "pairs", "controls"))
     width = group_width(numel)
+    deltas = [_scaled(delta, by) for delta, by in zip(deltas, request.scales, strict=True)]
     for i, delta in enumerate(deltas):
         vectors["square"][i] = group_products(delta, delta).sum()
     for n, (i, j) in enumerate(request.pairs):
@@ -82,7 +83,7 @@ def block_sums(
             key = f"{request.seed}:flips:{name}:{begin}"
             record["flips"][0, n] = flipped_sums(groups, request.sign_flips, key)
     for n, (i, j, redrawn) in enumerate(request.controls):
-        key = f"{request.seed}:control:{i}:{name}"
+        key = f"{request.seed}:control:{name}"
         other = redraw_signs(deltas[i], key, begin) if redrawn else deltas[i]
         groups = group_products(other, deltas[j], width)
         controls["product"][n], controls["groups_sq"][n] = groups.sum(), groups @ groups
@@ -90,13 +91,20 @@ def block_sums(
     seen = [_sampled(delta) for delta in deltas]
     scale = deltas[0].values.size / seen[0].size
     for i, values in enumerate(seen):
-        vectors["sampled"][i] = scale * float(np.dot(values, values))
+        vectors["sampled"][i] = scale * _dot(values, values)
         held = weights[i]
         if held is not None:
             _measure_rounding(values, *held, scale, vectors[i : i + 1])
     for n, (i, j) in enumerate(request.pairs):
         _measure_meeting(seen[i], seen[j], scale, pairs[n : n + 1])
     return record.view(np.float64)
+
+
+def _scaled(delta: Delta, factor: float) -> Delta:
+    if factor == 1:
+        return delta
+    values = delta.wide(0, delta.values.size) * np.float64(factor)
+    return Delta(values, "F64")
 
 
 def flipped_sums(groups: Sums, draws: int, key: str) -> Sums:
@@ -111,7 +119,7 @@ def flipped_sums(groups: Sums, draws: int, key: str) -> Sums:
         count = min(256, draws - first)
         words = random_bits(key, first * rows, count * rows).view(np.uint8)
         signs = np.unpackbits(words).reshape(count, 32 * rows)[:, : groups.size]
-        sums[first : first + count] = 2.0 * (signs @ groups) - groups.sum()
+        sums[first : first + count] = 2.0 * np.vecdot(signs, groups) - groups.sum()
     return sums
 
 
@@ -155,9 +163,13 @@ def sample(values: Array) -> Array:
     return values[: RUNS * width].reshape(RUNS, width)[:, :RUN].ravel()
 
 
-def _sampled(delta: Delta) -> F32Array:
-    """Return the sample of a delta in fp32, exceptions in place."""
-    values = widen(sample(delta.values), delta.dtype).astype(np.float32)
+def _dot(a: Sums, b: Sums) -> float:
+    return float((a * b).sum())  # np.dot would wake threads of its own, beside the workers
+
+
+def _sampled(delta: Delta) -> Sums:
+    """Return the sample of a delta, exceptions in place."""
+    values = widen(sample(delta.values), delta.dtype).astype(np.float64)
     if delta.positions.size:
         marks = np.zeros(delta.values.size, np.int32)
         marks[delta.positions] = np.arange(1, delta.positions.size + 1)
@@ -166,44 +178,44 @@ def _sampled(delta: Delta) -> F32Array:
     return values
 
 
-def _measure_meeting(a: F32Array, b: F32Array, scale: float, pair: Array) -> None:
+def _measure_meeting(a: Sums, b: Sums, scale: float, pair: Array) -> None:
     """Add up the energy of two deltas where the other is not 0, and where signs differ."""
     clash = np.signbit(a) != np.signbit(b)
     for name, one, other in (("a", a, b), ("b", b, a)):
         met = one * (other != 0)  # several times faster than np.where
         opposed = met * clash
-        pair[f"met_{name}"] = scale * float(np.dot(met, met))
-        pair[f"clash_{name}"] = scale * float(np.dot(opposed, opposed))
+        pair[f"met_{name}"] = scale * _dot(met, met)
+        pair[f"clash_{name}"] = scale * _dot(opposed, opposed)
 
 
 def _measure_rounding(
-    values: F32Array, weights: Array, dtype: str, scale: float, vector: Array
+    values: Sums, weights: Array, dtype: str, scale: float, vector: Array
 ) -> None:
     """Measure a delta in steps of the 16-bit grid at its weights, and what that grid keeps of it.
 
     The grid is that of the weights' dtype where it has 16 bits, else BF16's.
     """
     grid = dtype if dtype in ("BF16", "F16") else "BF16"
-    wide = widen(weights, dtype).astype(np.float32)
-    held = narrow(wide, grid)
     changed = values != 0
     with np.errstate(all="ignore"):
-        kept = widen(narrow(wide + values, grid), grid) - widen(held, grid)
-        kept *= changed
+        wide, single = widen(weights, dtype).astype(np.float32), values.astype(np.float32)
+        held = narrow(wide, grid)
+        written = widen(narrow(wide + single, grid), grid) - widen(held, grid)
+        kept = (written * changed).astype(np.float64)
     kept[~np.isfinite(kept)] = 0
     fraction, smallest = (7, 1) if grid == "BF16" else (10, 113)  # bits; biased exponent
     step = np.maximum(_exponent(widen(held, grid)), smallest) - fraction  # biased, may be below 0
-    bins = np.clip(_exponent(values) - step + 3, 0, len(STEP_EDGES))
+    bins = np.clip(_exponent(single) - step + 3, 0, len(STEP_EDGES)) * changed
     moved = np.count_nonzero(changed)
     steps = np.bincount(bins, minlength=len(STEP_EDGES) + 1)
-    steps[0] -= values.size - moved  # zeros have the smallest exponent
+    steps[0] -= values.size - moved
     vector["steps"] = scale * steps
     vector["moved"] = scale * moved
-    vector["kept_dot"] = scale * float(np.dot(kept, values))
-    vector["kept_sq"] = scale * float(np.dot(kept, kept))
+    vector["kept_dot"] = scale * _dot(kept, values)
+    vector["kept_sq"] = scale * _dot(kept, kept)
     vector["absorbed"] = scale * (moved - np.count_nonzero(kept))
     squares = (2 * step.astype(np.int64) + (1023 - 2 * 127) << 52).view(np.float64)
-    vector["step_sq"] = scale * float(squares.sum())
+    vector["step_sq"] = scale * float((squares * np.isfinite(wide)).sum())
 
 
 def _exponent(values: F32Array) -> npt.NDArray[np.int32]:

@@ -326,7 +326,7 @@ def test_a_combination_with_itself_is_measured_once(world: World) -> None:
             report = sv.orthogonality(combo, -2 * combo, workers=5)
             (pair,) = report.facts["pairs"]
             assert pair["overall"]["norm_a"] == alone["overall"]["norm_a"]
-            assert pair["overall"]["cosine"] == pytest.approx(-1, abs=1e-12)
+            assert pair["overall"]["cosine"] == pytest.approx(-1, abs=1e-7)
 
 
 def test_only_some_tensors_compared_are_measured_over_all(world: World, tmp_path: Path) -> None:
