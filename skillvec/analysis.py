@@ -235,7 +235,9 @@ def pair_row(sums: Sums) -> Row:
         "z": z,
         "p": None if cosine is None else chance_of(cosine, numel),
         "z_groups": z_groups,
-        "p_flips": (1 + reached) / (1 + flips.size) if flips.size and z_groups is not None else None,
+        "p_flips": (1 + reached) / (1 + flips.size)
+        if flips.size and z_groups is not None
+        else None,
         "norm_a": norms[0],
         "norm_b": norms[1],
         "norm_ratio": _ratio(norms[0], norms[1]),
@@ -280,6 +282,22 @@ def chance_of(cosine: float, numel: int) -> float:
     if numel < 2:
         return 1.0
     return float(betainc((numel - 1) / 2, 0.5, 1 - cosine * cosine))
+
+
+def hidden_product(records: Sequence[Record], i: int) -> float:
+    """Return how far rounding its base moves the inner product of delta `i` with what ends there.
+
+    The base was saved with an error e, uniform over a step s of its grid, and training went on from
+    the unrounded weights. Of an update of (k + f) s, f below 1, rounding keeps k or k + 1 steps and
+    E[v e] = -s^2 f (1 - f) / 2. Sparse deltas have k = 0 and f = p, the share of changed values: a
+    changed value has -s^2 (1 - p) / 2; over all f the mean is -s^2 / 12. The sum of it, positive.
+    """
+    total = 0.0
+    for _, numel, record in records:
+        vector = record["vectors"][i]
+        density = vector["moved"] / numel if numel else 1.0
+        total += max(1 / 12, (1 - density) / 2) * float(vector["step_sq"])
+    return total
 
 
 # ------------------------------------------------------------------------------------ sentences
@@ -327,8 +345,8 @@ def forecast(pair: dict[str, Any]) -> Row:
     return found | {"sentence": f"adding A to a model that holds B: {', '.join(words)}{look}"}
 
 
-def sentence(overall: Row) -> str:
-    """Return what the overall numbers of a pair mean."""
+def sentence(overall: Row, rounding: float | None = None) -> str:
+    """Return what the overall numbers of a pair mean; `rounding` is a cosine that it may give."""
     cosine, z = overall["cosine"], overall["z_groups"]
     if cosine is None or z is None:
         return "one of the deltas is zero, or they share no value: there is no angle to judge"
@@ -336,7 +354,8 @@ def sentence(overall: Row) -> str:
     if abs(z) < 3:
         return f"{size}: no more than unrelated directions show (z {z:+.1f})"
     degree = "nearly orthogonal" if abs(cosine) < 0.1 else "aligned" if cosine > 0 else "opposed"
-    return f"{size}: {degree}, but not by chance (z {z:+.0f})"
+    known = f", of which rounding may give {rounding:+.4f}" if rounding is not None else ""
+    return f"{size}{known}: {degree}, but not by chance (z {z:+.0f})"
 
 
 def _percent(share: float) -> str:

@@ -203,37 +203,34 @@ def _conclude(
             records, request, n, control, spectra.pairs[n] if spectra else nothing
         )
         said = {"a": labels[i], "b": labels[j], "lineage_a": lineage[i], "lineage_b": lineage[j],
-                "control": report.facts["control"],
-                "sentence": analysis.sentence(found["overall"])}  # fmt: skip
-        steps = sum(record["vectors"][k]["step_sq"] for _, _, record in records for k in (i, j)[:1])
-        said["shared_rounding"] = _shared_rounding(
-            opened[i], opened[j], found["overall"], float(steps)
-        )
+                "control": report.facts["control"]}  # fmt: skip
+        shared = _shared_rounding(opened, (i, j), records, found["overall"])
+        rounding = shared["cosine"] if shared else None
+        said |= {"shared_rounding": shared,
+                 "sentence": analysis.sentence(found["overall"], rounding)}  # fmt: skip
         report.facts["pairs"].append(said | found)
     report.warnings += _warnings(report.facts["pairs"], lineage)
 
 
 def _shared_rounding(
-    a: SkillVector, b: SkillVector, overall: dict[str, Any], step_sq: float
-) -> dict[str, Any] | None:
-    """Return the 16-bit checkpoint that both deltas hang on, and the cosine its rounding may add.
+    opened: Sequence[SkillVector], pair: tuple[int, int], records: Sequence[analysis.Record],
+    overall: dict[str, Any],
+) -> dict[str, Any] | None:  # fmt: skip
+    """Return the 16-bit checkpoint in which one delta ends and the other begins, if there is one.
 
-    Where training went on from an unrounded master copy, the rounding error of the saved
-    checkpoint stands in both deltas: with opposite signs where one ends in it and the other begins
-    there. Uniform errors have a variance of step^2 / 12.
+    With the cosine that its rounding alone gives if training went on from an unrounded master.
     """
-    for side_a, side_b in (("base", "tuned"), ("tuned", "base"), ("base", "base"),
-                           ("tuned", "tuned")):  # fmt: skip
-        one, other = a.manifest[side_a], b.manifest[side_b]
-        if a.parts or b.parts or not one or not other or one["probe"] != other["probe"]:
+    for first, second in (pair, pair[::-1]):
+        begins, ends = opened[first].manifest["base"], opened[second].manifest["tuned"]
+        if opened[first].parts or not ends or ends["probe"] != begins["probe"]:
             continue
-        if not set(one["dtypes"]) & set(HALF):
-            return None
+        if not set(begins["dtypes"]) & set(HALF):
+            continue
         size = overall["norm_a"] * overall["norm_b"]
-        sign = 1 if side_a == side_b else -1
-        cosine = sign * step_sq / 12 / size if step_sq and size else None
-        roles = f"{side_a} of A and {side_b} of B"
-        return {"checkpoint": one["ref"], "roles": roles, "cosine": cosine}
+        hidden = analysis.hidden_product(records, first)
+        roles = "base of A and tuned of B" if first == pair[0] else "tuned of A and base of B"
+        cosine = -hidden / size if hidden and size else None
+        return {"checkpoint": begins["ref"], "roles": roles, "cosine": cosine}
     return None
 
 
@@ -244,9 +241,9 @@ def _warnings(pairs: Sequence[dict[str, Any]], lineage: Sequence[str]) -> list[s
         if shared is not None:
             size = "" if shared["cosine"] is None else f" of about {shared['cosine']:+.2g}"
             found.append(
-                f"{shared['checkpoint']} is 16-bit, and {shared['roles']}: if training went on from"
-                f" an fp32 master, its rounding error alone gives A = {pair['a']} and"
-                f" B = {pair['b']} a cosine{size}"
+                f"A = {pair['a']} and B = {pair['b']} share the 16-bit {shared['checkpoint']}"
+                f" ({shared['roles']}): if training went on from fp32 master weights, its"
+                f" rounding alone gives a cosine{size}"
             )
     if any(dtype in words for words in lineage for dtype in HALF):
         found.append(

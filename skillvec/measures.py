@@ -6,6 +6,7 @@ in every input. docs/orthogonality.md says what becomes of the sums.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from skillvec.merging import random_bits
 from skillvec.operators import Delta, group_products
 
 Sums = npt.NDArray[np.float64]
-CHUNK = 1 << 17  # values of which masks are made at a time: they stay in the second cache
+CHUNK = 1 << 16  # values of which masks are made at a time: they stay in the second cache
 GROUP = 1024  # neighbours whose products have one sign in the sign-flip null
 RUNS, RUN = 32, 1024  # of the sample of a block
 STEP_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of |delta| in steps of the 16-bit grid
@@ -39,6 +40,7 @@ class Request(NamedTuple):
     sign_flips: int = 0
 
 
+@cache
 def layout(request: Request) -> np.dtype[np.void]:
     """Return the structured dtype of the sums, all float64: counts are exact to 2^53."""
     vector = [(name, "f8") for name in VECTOR]
@@ -171,10 +173,12 @@ def _sampled(delta: Delta) -> Sums:
     """Return the sample of a delta, exceptions in place."""
     values = widen(sample(delta.values), delta.dtype).astype(np.float64)
     if delta.positions.size:
-        marks = np.zeros(delta.values.size, np.int32)
-        marks[delta.positions] = np.arange(1, delta.positions.size + 1)
-        at = sample(marks)
-        values[at > 0] = delta.exact[at[at > 0] - 1]
+        at, exact = delta.positions.astype(np.int64), delta.exact
+        if delta.values.size > values.size:
+            run, offset = np.divmod(at, delta.values.size // RUNS)
+            seen = (run < RUNS) & (offset < RUN)
+            at, exact = (run * RUN + offset)[seen], exact[seen]
+        values[at] = exact
     return values
 
 
@@ -215,7 +219,7 @@ def _measure_rounding(
     vector["kept_sq"] = scale * _dot(kept, kept)
     vector["absorbed"] = scale * (moved - np.count_nonzero(kept))
     squares = (2 * step.astype(np.int64) + (1023 - 2 * 127) << 52).view(np.float64)
-    vector["step_sq"] = scale * float((squares * np.isfinite(wide)).sum())
+    vector["step_sq"] = scale * float((squares * (changed & np.isfinite(wide))).sum())
 
 
 def _exponent(values: F32Array) -> npt.NDArray[np.int32]:

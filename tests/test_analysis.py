@@ -185,6 +185,7 @@ def test_what_the_sentences_say() -> None:
     assert analysis.sentence(row) == (
         "cosine +0.0200 \u00b1 0.0020: nearly orthogonal, but not by chance (z +20)"
     )
+    assert "\u00b1 0.0020, of which rounding may give -0.0100:" in analysis.sentence(row, -0.01)
     assert "aligned" in analysis.sentence(row | {"cosine": 0.5})
     assert "opposed" in analysis.sentence(row | {"cosine": -0.5})
     assert "no more than unrelated directions show (z -2.9)" in analysis.sentence(
@@ -233,5 +234,6 @@ def test_numbers_of_matrices_are_weighted_by_energy() -> None:
     assert analysis.weighted(rows[:1]) == {"stable_rank": 2.0, "svd_error": 0.1, "list": [1]}
     assert analysis.weighted([{}]) == {} == analysis.weighted([{}, {}])
     pairs = [{"energy_a": 4.0, "energy_b": 1.0, "a_in_b": 1.0, "b_in_a": 1.0, "sti": 1.0},
-             {"energy_a": 1.0, "energy_b": 4.0, "a_in_b": 0.0, "b_in_a": 0.0, "sti": 0.0}]  # fmt: skip
+             {"energy_a": 1.0, "energy_b": 4.0, "a_in_b": 0.0, "b_in_a": 0.0,
+              "sti": 0.0}]  # fmt: skip
     assert analysis.weighted(pairs) == {"a_in_b": 0.8, "b_in_a": 0.2, "sti": 0.5}

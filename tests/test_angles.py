@@ -91,8 +91,8 @@ def test_every_number_of_a_family(form: str, family, tmp_path: Path) -> None:
         for path, ref in zip(refs, given, strict=True):
             sv.diff(*ref.split("::"), path)
             made[str(path)] = made[ref]
-    report = sv.orthogonality(*refs, against=family.base, **options)
-    worst = check(report, made, family.base)
+    report = sv.orthogonality(*refs, against=family.target, **options)
+    worst = check(report, made, family.target)
     assert {"cosine_se", "z_groups", "p_flips", "overlap_z", "sign_z", "conflict_a", "along",
             "control_z", "steps", "kept_gain", "absorbed", "effective_rank", "energy_in_w",
             "angles_left", "interference", "sar_b", "a_in_b"} <= set(worst)  # fmt: skip
@@ -231,6 +231,8 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     rng = np.random.default_rng(5)
     sizes = {"layers.0.w": 2**20 + 3000, "layers.1.w": 2**15 + 40, "layers.2.w": 70_001}
     base = {n: torch.from_numpy(normal(rng, s) * 0.02).bfloat16() for n, s in sizes.items()}
+    for weights in base.values():
+        weights[::11] = 2.0**-19
     save(folder / "base", base)
     refs = []
     for side, density in (("a", 0.2), ("b", 0.7)):
@@ -239,11 +241,15 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             noise = normal(rng, weights.numel()) * (rng.random(weights.numel()) < density)
             noise *= np.linspace(0.1, 3, weights.numel())  # no sample sees the mean by luck
             tuned[name] = (weights.float() + torch.from_numpy(noise * 3e-4).float()).bfloat16()
+            if side == "a":
+                tuned[name][::22] = 2.0**-10  # the difference needs an exception
         refs.append(f"{save(folder / side, tuned)}::{folder / 'base'}")
     return refs
 
 
 def test_sampled_numbers_follow_the_sample_rule(long: list[str]) -> None:
+    other = Path(long[1].split("::")[0])
+    check(sv.norms(long[0], against=other), against=other)
     report = sv.orthogonality(*long)
     check(report)
     row = rows(report)["overall", ""]
@@ -336,6 +342,19 @@ def test_a_factor_scales_norms_and_nothing_else(factor: float, family) -> None:
                             "on_support_a", "on_support_b", "along", "overlap_left",
                             "overlap_right", "a_in_b", "b_in_a"):  # fmt: skip
                 assert found == pytest.approx(value, rel=1e-5, abs=1e-6), column
+
+
+def test_factors_and_sums_of_vectors(family, tmp_path: Path) -> None:
+    """3 * a and a - b are measured as what they are, on the grid of W as well."""
+    a = sv.diff(family.tuned, family.base, tmp_path / "a.safetensors")
+    b = sv.diff(family.sft, family.base, tmp_path / "b.safetensors")
+    report = sv.orthogonality(3 * a, a - b, against=family.base, subspace=2)
+    one, other = (angles.side(side, family.base).values for side in (family.tuned, family.sft))
+    scaled = Side({name: 3 * x for name, x in one.items()})
+    difference = Side({name: x - other[name] for name, x in one.items()})
+    labels = report.to_dict()["vectors"]
+    assert labels[0] == f"3*{a.ref}"
+    check(report, dict(zip(labels, (scaled, difference), strict=True)), family.base)
 
 
 # --------------------------------------------------------------------------------- planted cases
@@ -454,27 +473,41 @@ def test_ranks_by_hand(tmp_path: Path) -> None:
     assert found["energy_in_w"] == pytest.approx(1 / 3, abs=1e-4)  # the second direction
 
 
-def test_the_planted_layer_comes_first(tmp_path: Path) -> None:
-    """Only layer 1 of B holds a piece of A; the other layers stay within chance."""
-    a, b = small(9), small(10)
-    for name in b:
-        if ".layers.1." in name:
-            b[name] += 0.5 * a[name]
+def test_planted_layers_come_first(tmp_path: Path) -> None:
+    """B holds half of A in layer 10 and a quarter in layer 2; the others stay within chance."""
+    planted = {"model.layers.10": 0.5, "model.layers.2": 0.25}
+    rng = np.random.default_rng(9)
+    names = [f"model.layers.{i}.{kind}" for i in (0, 2, 10, 11) for kind in ("up.w", "down.w")]
+    a = {name: normal(rng, 60, 50) for name in [*names, "head"]}
+    b = {name: normal(rng, *x.shape) for name, x in a.items()}
+    for name in names:
+        b[name] += planted.get(".".join(name.split(".")[:3]), 0) * a[name]
     report = sv.orthogonality(*refs_of(tmp_path, a, b)).to_dict()
     (pair,) = report["pairs"]
-    first = pair["forecast"]["layers"][0]
-    assert first["name"] == "model.layers.1"
     layers = {row["name"]: row for row in pair["layers"]}
-    assert first["cosine"] == layers["model.layers.1"]["cosine"]
-    assert first["z_groups"] == layers["model.layers.1"]["z_groups"] > 10
-    assert first["cosine"] == pytest.approx(0.5 / sqrt(1.25), abs=0.05)
+    assert list(layers) == ["(no layer)", *(f"model.layers.{i}" for i in (0, 2, 10, 11))]
+    forecast = pair["forecast"]
+    assert [row["name"] for row in forecast["layers"]] == list(planted)
+    whole = pair["overall"]["norm_a"] ** 2
+    for found in forecast["layers"]:
+        row, size = layers[found["name"]], planted[found["name"]]
+        assert found["cosine"] == row["cosine"] == pytest.approx(size / sqrt(1 + size**2), abs=0.05)
+        assert found["z_groups"] == row["z_groups"] > 4
+        assert found["conflict"] == row["conflict_a"] < 0.45
+        assert found["share"] == pytest.approx(row["along"] * row["norm_a"] ** 2 / whole)
+        # two of nine tensors
+        assert found["share"] == pytest.approx(found["cosine"] ** 2 * 2 / 9, rel=0.1)
+        assert found["name"] in forecast["sentence"]
     for name, row in layers.items():
-        assert name == "model.layers.1" or abs(row["z"]) < 4 > abs(row["z_groups"])
+        assert name in planted or (abs(row["z"]) < 4 and abs(row["z_groups"]) < 4)
     for row in pair["tensors"]:  # the cells of the heat map
-        if row["numel"] > 100:
-            assert (row["cosine"] > 0.25) == (row["layer"] == "model.layers.1"), row["name"]
-    assert pair["forecast"]["along"] == pytest.approx(pair["overall"]["along"])
-    assert pair["forecast"]["in_subspace"] is None
+        assert (row["cosine"] > 0.15) == (row["layer"] in planted), row["name"]
+    for number, column in (("along", "along"), ("on_support", "on_support_a"),
+                           ("conflict", "conflict_a")):  # fmt: skip
+        assert forecast[number] == pair["overall"][column] is not None
+    assert forecast["in_subspace"] is None
+    pair = sv.orthogonality(*refs_of(tmp_path, a, b), subspace=2).to_dict()["pairs"][0]
+    assert pair["forecast"]["in_subspace"] == pair["overall"]["a_in_b"] > 0
 
 
 # ------------------------------------------------------------------------------- laws of chance
@@ -559,7 +592,7 @@ def test_groups_add_up_over_tensors(tmp_path: Path) -> None:
     """Tensors of very different sizes: the overall z_groups is standard normal as well."""
     rng = np.random.default_rng(15)
     overall = []
-    for i in range(60):
+    for i in range(40):
         deltas = (
             {"l.0.w": normal(rng, 40, 60) * 3, "l.0.b": normal(rng, 9), "n": normal(rng, 300)}
             for _ in range(2)
@@ -594,6 +627,15 @@ def test_the_random_control_has_the_same_support_and_norms(tmp_path: Path) -> No
     norms = sqrt(sum((i + 1) ** 2 for i in range(12))) * sqrt(12 * 4)
     total = sum(round(sign) * (i + 1) * 2 for i, sign in enumerate(signs)) / norms
     assert found["overall", ""]["control_cosine"] == pytest.approx(total)
+
+
+def test_the_random_control_of_bf16_values_and_exceptions(long: list[str]) -> None:
+    """Signs of stored values and of their exact differences are drawn, in every block."""
+    for seed in (0, 1):
+        found = rows(sv.orthogonality(long[0], long[0], control="random", seed=seed))
+        for key, row in found.items():
+            assert row["cosine"] == pytest.approx(1, abs=1e-6)
+            assert 0 < abs(row["control_z_groups"]) < 4.5, key
 
 
 def test_controls_and_flips_are_addressed_by_the_seed(tmp_path: Path) -> None:
@@ -644,12 +686,12 @@ def rounding_row(folder: Path, weights: torch.Tensor, delta: list[float], form: 
     return entry["overall"]
 
 
-@pytest.mark.parametrize("form", ["pair", "stored"])
-@pytest.mark.parametrize(("dtype", "step"), [("BF16", 2.0**-7), ("F16", 2.0**-10)])
+@pytest.mark.parametrize(
+    ("form", "dtype", "step"),
+    [("pair", "BF16", 2.0**-7), ("stored", "BF16", 2.0**-7), ("pair", "F16", 2.0**-10)],
+)
 def test_steps_and_kept_gain_by_hand(form: str, dtype: str, step: float, tmp_path: Path) -> None:
     """Around 1.0: a quarter of a step is lost, a whole one is kept, .75 becomes a whole one."""
-    if dtype == "F16" and form == "stored":
-        pytest.skip("the same code")
     weights = torch.ones(8, dtype=TORCH_DTYPE[dtype])
     sizes = [0.0, 0.2, -0.1, 0.25, 1.0, 0.75, -3.0, 40.0]  # below 1.0 the grid is twice as fine
     row = rounding_row(tmp_path, weights, [size * step for size in sizes], form)
@@ -727,7 +769,11 @@ def test_the_fp32_master_trap_is_seen_and_named(rl_saved: str, tmp_path: Path) -
     overall = rows(report)["overall", ""]
     assert overall["cosine"] < -0.1
     assert overall["z_groups"] < -10
-    assert any("master" in w or "rounding error" in w for w in report.warnings), report.warnings
+    assert any("master" in w and str(middle) in w for w in report.warnings), report.warnings
+    shared = report.to_dict()["pairs"][0]["shared_rounding"]
+    assert shared["checkpoint"] == str(middle)
+    if rl_saved == "fp32":  # uniform errors, variance step^2 / 12
+        assert shared["cosine"] == pytest.approx(overall["cosine"], rel=0.15)
     check(report)
 
 
@@ -738,7 +784,25 @@ def test_the_same_update_saved_in_fp32_is_within_chance(tmp_path: Path) -> None:
     )
     report = sv.orthogonality(f"{tuned}::{middle}", f"{middle}::{base}")
     assert abs(rows(report)["overall", ""]["z_groups"]) < 4
-    assert not any("master" in w or "rounding error" in w for w in report.warnings)
+    assert report.warnings == []
+    assert report.to_dict()["pairs"][0]["shared_rounding"] is None
+
+
+def test_two_updates_of_one_rounded_base_share_it_too(tmp_path: Path) -> None:
+    """Both went on from the master of a base that was saved in bf16: a positive cosine."""
+    rng = np.random.default_rng(23)
+    w0, *_ = masters(rng)
+    base = save(tmp_path / "base", to_bf16(w0))
+    refs = []
+    for i in range(2):
+        tuned = {n: w + normal(rng, *w.shape) * np.float32(2e-5) for n, w in w0.items()}
+        refs.append(f"{save(tmp_path / str(i), tuned)}::{base}")
+    report = sv.orthogonality(*refs)
+    cosine = rows(report)["overall", ""]["cosine"]
+    assert cosine > 0.3
+    shared = report.to_dict()["pairs"][0]["shared_rounding"]
+    assert shared["cosine"] == pytest.approx(cosine, rel=0.15)
+    assert any(str(base) in warning for warning in report.warnings)
 
 
 # ------------------------------------------------------------------------- one vector by itself
@@ -752,6 +816,19 @@ def test_norms_is_the_same_entry(family) -> None:
     assert alone["norms"][0] == both["norms"][1]
     assert alone["vectors"] == refs[1:]
     assert alone["lineage"] == ["BF16 - BF16"]
+
+
+def test_every_key_and_column_is_documented(family) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "orthogonality.md").read_text()
+    refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
+    said = sv.orthogonality(*refs, subspace=2, control="random", against=family.base).to_dict()
+    pair, vector = said["pairs"][0], said["norms"][0]
+    holders = [said, pair, vector, said["subspace"], pair["tensors"][0], vector["tensors"][0],
+               pair["forecast"], pair["shared_rounding"]]  # fmt: skip
+    missing = {key for held in holders for key in held if f"`{key}`" not in page}
+    assert not missing
+    for key in said:  # each in the table of the file
+        assert f"`{key}`" in page.split("## The files")[1], key
 
 
 def test_energy_shares_add_up_to_one(family) -> None:

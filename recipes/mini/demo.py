@@ -88,8 +88,9 @@ def transfer(out: Path) -> dict[str, Path]:
     run("inspect", skill)
     run("diff", out / "theta_sft_S", out / "base", "-o", sft_s, "--force")
     run("diff", out / "theta_sft_T", out / "base", "-o", sft_t, "--force")
-    run("orthogonality", skill, sft_s)
-    run("orthogonality", sft_s, sft_t)
+    angles = ("--control", "random", "--sign-flips", "999", "--subspace", "8")
+    written = ("--against", out / "base", "-o", out / "report", "--figures", "--force")
+    run("orthogonality", skill, sft_s, sft_t, *angles, *written)
     merged = {}
     for lam in LAMBDAS:
         folder = out / f"merged_lam_{lam:g}"
