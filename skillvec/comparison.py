@@ -124,6 +124,8 @@ def _compare(
         raise UsageError(f"sign_flips {sign_flips}: expected 0 to {MOST_FLIPS}")
     if subspace_k < 0:
         raise UsageError(f"subspace {subspace_k}: expected at least 1")
+    if seed < 0:
+        raise UsageError(f"seed {seed}: expected at least 0")
     if figures and output is None:
         raise UsageError("figures need an output folder")
     opened = [SkillVector.open(ref) for ref in vectors]
@@ -321,7 +323,8 @@ def _relate(
     if job.point is not None:
         values = np.zeros(job.numel, np.float32)
         read_values(job.point, readers, values)
-        point = spectrum(values.reshape(shape))
+        if np.isfinite(values).all():
+            point = spectrum(values.reshape(shape))
         del values
     for i in wanted:
         values, own = matrix(i), alone[i]
@@ -360,7 +363,7 @@ def _angles(
 ) -> dict[str, Any]:
     left, right = subspace.principal_angles(one, other)
     rows, columns = shape
-    k = min(k, rows, columns)
+    k = max(one.values.size, other.values.size) or min(k, rows, columns)  # fewer of low rank
     met = subspace.interference([one, other])
     overlaps = [float(np.mean(np.cos(np.radians(angles)) ** 2)) if angles else None
                 for angles in (left, right)]  # fmt: skip

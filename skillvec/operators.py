@@ -309,8 +309,8 @@ def group_products(x: Delta, y: Delta, width: int = kernels.DOT_ROW) -> npt.NDAr
     """
     if x.dtype == y.dtype == "BF16":
         sums = kernels.group_dots(x.values, y.values, width)
-        at, more = _correction(x, y)
-        if at.size:
+        if x.positions.size or y.positions.size:
+            at, more = _correction(x, y)
             sums += np.bincount(at // width, more, minlength=sums.size)
         return sums
     parts = []
@@ -321,19 +321,25 @@ def group_products(x: Delta, y: Delta, width: int = kernels.DOT_ROW) -> npt.NDAr
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _correction(x: Delta, y: Delta) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+def _correction(x: Delta, y: Delta) -> tuple[U32Array, npt.NDArray[np.float64]]:
     """Return where exceptions change the products of the stored BF16 values, and by how much.
 
     <x + e, y + f> - <x, y> = <e, y> + <x, f> + <e, f>, where e and f stand at exceptions only.
     """
-    at = np.union1d(x.positions, y.positions).astype(np.intp)
-    if not at.size:
-        return at, np.zeros(0)
-    stored, exact = np.empty((2, at.size)), np.empty((2, at.size))
-    for row, delta in enumerate((x, y)):
-        stored[row] = exact[row] = widen(delta.values[at], "BF16")
-        exact[row, np.searchsorted(at, delta.positions)] = delta.exact
-    return at, exact[0] * exact[1] - stored[0] * stored[1]
+    stored = [widen(delta.values[delta.positions], "BF16").astype(np.float64) for delta in (x, y)]
+    if x is y:
+        return x.positions, x.exact.astype(np.float64) ** 2 - stored[0] ** 2
+    errors = [delta.exact - held for delta, held in zip((x, y), stored, strict=True)]
+    places, amounts = [x.positions, y.positions], []
+    for delta, other, error in ((x, y, errors[0]), (y, x, errors[1])):
+        amounts.append(error * widen(other.values[delta.positions], "BF16"))
+    if x.positions.size and y.positions.size:
+        spot = np.searchsorted(y.positions, x.positions)
+        spot[spot == y.positions.size] = 0
+        shared = y.positions[spot] == x.positions
+        places.append(x.positions[shared])
+        amounts.append(errors[0][shared] * errors[1][spot[shared]])
+    return np.concatenate(places), np.concatenate(amounts)
 
 
 def _squared(delta: Delta) -> float:

@@ -264,6 +264,7 @@ def test_what_cannot_be_asked(family, tmp_path: Path) -> None:
     for error, words, options in (
         (sv.UsageError, "sign_flips -1: expected 0", {"sign_flips": -1}),
         (sv.UsageError, "subspace -1", {"subspace": -1}),
+        (sv.UsageError, "seed -1: expected at least 0", {"seed": -1}),
         (sv.UsageError, "figures need an output", {"figures": True}),
         (sv.UsageError, "device 'tpu'", {"subspace": 1, "device": "tpu"}),
         (sv.IncompatibleError, "not so in", {"against": save(tmp_path / "w", toy(0, width=16))}),
