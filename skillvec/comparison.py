@@ -312,12 +312,12 @@ def _relate(
 
     def spectrum(values: Any) -> subspace.Spectrum:
         found = subspace.decompose(values, k, device, seed)
-        said["exact" if found.exact else "randomised"] += 1
         said["error"] = max(said["error"], found.error)
         return found
 
     wanted = range(1 + max((j for _, j in request.pairs), default=0))  # not the control
     alone = [spectrum(matrix(i)) for i in wanted]
+    said["exact" if alone[0].exact else "randomised"] += 1
     merged = [spectrum(matrix(i, j)) for i, j in request.pairs]
     point = None
     if job.point is not None:

@@ -218,8 +218,11 @@ def _stored_as(dtype: str) -> str:
     return "fp32 (fp64 where an input is)" if dtype == "auto" else dtype
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table no wider than the terminal: names too long lose their beginning."""
+def _table(columns: list[str], rows: list[list[str]], bars: str = "") -> None:
+    """Print a table no wider than the terminal: names too long lose their beginning.
+
+    The column `bars` is set to the left, all others but the first to the right.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -231,7 +234,8 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column(columns[0], no_wrap=True)
     for column, width in zip(columns[1:], widths[1:], strict=True):
-        table.add_column(column, justify="right", no_wrap=True, min_width=width)
+        side: Any = "left" if column == bars else "right"
+        table.add_column(column, justify=side, no_wrap=True, min_width=width)
     for name, *cells in rows:
         table.add_row(name if len(name) <= room else f"\u2026{name[1 - room :]}", *cells)
     console.print(table)
@@ -255,8 +259,9 @@ def _print_comparison(report: Report, verbose: bool) -> None:
     letters = {label: chr(ord("A") + i % 26) for i, label in enumerate(facts["vectors"])}
     for vector in facts["norms"]:
         _print(_wrapped(f"{letters[vector['label']]} = {_vector_line(vector)}"))
-    shown = {title: spec for title, spec in PAIR_COLUMNS.items()
-             if title != "control" or facts["control"]}  # fmt: skip
+    left_out = {"z", "lift"} if verbose else set()  # room for names; the report has them all
+    left_out |= set() if facts["control"] else {"control"}
+    shown = {title: spec for title, spec in PAIR_COLUMNS.items() if title not in left_out}
     rows = []
     for pair in facts["pairs"]:
         words = f"{letters[pair['a']]}, {letters[pair['b']]}"
@@ -264,6 +269,7 @@ def _print_comparison(report: Report, verbose: bool) -> None:
         for level in ("modules", "kinds", "layers", "tensors") if verbose else ("kinds",):
             if not verbose and (len(facts["pairs"]) > 1 or len(pair[level]) > 14):
                 continue
+            rows += [[""] * (1 + len(shown))] if verbose else []
             rows += [[f"  {row['name'].removesuffix('.weight')}", *_columns(row, shown)]
                      for row in pair[level]]  # fmt: skip
     _table(["", *shown], rows)
@@ -315,10 +321,10 @@ def _print_norms(report: Report, verbose: bool) -> None:
             filled = round(16 * (row["rms"] or 0) / most) if most else 0
             rows.append([
                 f"  {row['name'].removesuffix('.weight')}", _number(row["norm"], ".4g"),
-                _number(row["rms"], ".2e"), f"{'█' * filled:16}",
+                _number(row["rms"], ".2e"), "█" * filled,
                 _percent(row["energy_share"]), _percent(row["density"]),
             ])  # fmt: skip
-    _table(["", "norm", "rms", f"{'(rms)':16}", "energy", "changed"], rows)
+    _table(["", "norm", "rms", "(rms)", "energy", "changed"], rows, bars="(rms)")
 
 
 def _percent(share: float | None) -> str:

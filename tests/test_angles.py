@@ -772,8 +772,11 @@ def test_the_fp32_master_trap_is_seen_and_named(rl_saved: str, tmp_path: Path) -
     assert any("master" in w and str(middle) in w for w in report.warnings), report.warnings
     shared = report.to_dict()["pairs"][0]["shared_rounding"]
     assert shared["checkpoint"] == str(middle)
-    if rl_saved == "fp32":  # uniform errors, variance step^2 / 12
-        assert shared["cosine"] == pytest.approx(overall["cosine"], rel=0.15)
+    assert shared["roles"] == "base of A and tuned of B"
+    assert shared["cosine"] == pytest.approx(overall["cosine"], rel=0.15)
+    swapped = sv.orthogonality(f"{middle}::{base}", f"{tuned}::{middle}").to_dict()["pairs"][0]
+    assert swapped["shared_rounding"]["roles"] == "tuned of A and base of B"
+    assert swapped["shared_rounding"]["cosine"] == pytest.approx(shared["cosine"])
     check(report)
 
 
@@ -789,7 +792,10 @@ def test_the_same_update_saved_in_fp32_is_within_chance(tmp_path: Path) -> None:
 
 
 def test_two_updates_of_one_rounded_base_share_it_too(tmp_path: Path) -> None:
-    """Both went on from the master of a base that was saved in bf16: a positive cosine."""
+    """Both went on from the master of a base that was saved in bf16: a positive cosine.
+
+    It is not foreseen, as most bases are where training began; what is said is that they are bf16.
+    """
     rng = np.random.default_rng(23)
     w0, *_ = masters(rng)
     base = save(tmp_path / "base", to_bf16(w0))
@@ -798,11 +804,9 @@ def test_two_updates_of_one_rounded_base_share_it_too(tmp_path: Path) -> None:
         tuned = {n: w + normal(rng, *w.shape) * np.float32(2e-5) for n, w in w0.items()}
         refs.append(f"{save(tmp_path / str(i), tuned)}::{base}")
     report = sv.orthogonality(*refs)
-    cosine = rows(report)["overall", ""]["cosine"]
-    assert cosine > 0.3
-    shared = report.to_dict()["pairs"][0]["shared_rounding"]
-    assert shared["cosine"] == pytest.approx(cosine, rel=0.15)
-    assert any(str(base) in warning for warning in report.warnings)
+    assert rows(report)["overall", ""]["cosine"] > 0.3
+    assert report.to_dict()["pairs"][0]["shared_rounding"] is None
+    assert any("16-bit" in warning for warning in report.warnings)
 
 
 # ------------------------------------------------------------------------- one vector by itself
@@ -820,7 +824,7 @@ def test_norms_is_the_same_entry(family) -> None:
 
 def test_every_key_and_column_is_documented(family) -> None:
     page = (Path(__file__).parent.parent / "docs" / "orthogonality.md").read_text()
-    refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
+    refs = [f"{family.tuned}::{family.sft}", f"{family.sft}::{family.base}"]
     said = sv.orthogonality(*refs, subspace=2, control="random", against=family.base).to_dict()
     pair, vector = said["pairs"][0], said["norms"][0]
     holders = [said, pair, vector, said["subspace"], pair["tensors"][0], vector["tensors"][0],
