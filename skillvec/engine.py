@@ -20,7 +20,7 @@ from skillvec.blocks import Block, Workspace
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import Array, narrow, widen
-from skillvec.measures import block_sums, layout, sample
+from skillvec.measures import block_sums, layout, masks_nbytes, sample
 from skillvec.operators import Delta
 from skillvec.patch import PatchWriter
 from skillvec.plan import Job, Plan
@@ -306,7 +306,10 @@ class _Run:
                 weights.append((sample(block.array("base", dtype)).copy(), dtype))
             else:
                 weights.append(None)
-        return block_sums(deltas, weights, self._plan.request, job.name, job.numel, block.begin)
+        masks = block.workspace.array("masks", "U8", masks_nbytes(len(deltas), block.size))
+        return block_sums(
+            deltas, weights, self._plan.request, job.name, job.numel, block.begin, masks
+        )
 
     def _measure(self, job: Job, state: _State, block: Block) -> None:
         """Add one block to what an operator measures: counts to its scope, floats by block."""
@@ -337,7 +340,7 @@ class _Run:
             state.sums[block.index] = found.delta_sq
         elif isinstance(job.deltas[0], MixDelta):
             tally[CHANGED] = np.count_nonzero(delta.values)
-            state.sums[block.index] = operators.group_products(delta, delta).sum()
+            state.sums[block.index] = operators.squared(delta)
         values = delta.values
         if delta.dtype != job.out_dtype:
             values = _narrowed(delta, job.out_dtype, job.name)

@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from skillvec.kernels import Array, F32Array, narrow, widen
 from skillvec.merging import random_bits
-from skillvec.operators import Delta, group_products
+from skillvec.operators import Delta, group_products, squared
+from skillvec.vectorfile import BLOCK_NUMEL
 
 Sums = npt.NDArray[np.float64]
-CHUNK = 1 << 16  # values of which masks are made at a time: they stay in the second cache
 GROUP = 1024  # neighbours whose products have one sign in the sign-flip null
-RUNS, RUN = 32, 1024  # of the sample of a block
+SAMPLED = 4 * BLOCK_NUMEL  # one block in so many values is sampled: small steps cost as much
+RUNS, RUN = 32, 512  # of the sample of a block: its arrays stay below malloc's mmap threshold
 STEP_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of |delta| in steps of the 16-bit grid
 VECTOR = ("square", "support", "sampled", "moved", "kept_dot", "kept_sq", "absorbed", "step_sq")
 PAIR = ("product", "groups_sq", "shared", "agree", "met_a", "met_b", "clash_a", "clash_b")
@@ -59,6 +60,11 @@ def group_width(numel: int) -> int:
     return 1 if numel < 2 * GROUP else min(GROUP, 1 << (numel // GROUP).bit_length() - 1)
 
 
+def masks_nbytes(deltas: int, numel: int) -> int:
+    """Return the scratch bytes that `block_sums` wants for a block of `numel` values."""
+    return 2 * (deltas + 1) * numel
+
+
 def block_sums(
     deltas: Sequence[Delta],
     weights: Sequence[tuple[Array, str] | None],
@@ -66,18 +72,20 @@ def block_sums(
     name: str,
     numel: int,
     begin: int,
+    masks: Array,
 ) -> Sums:
     """Return the sums of `layout` over one block of a tensor of `numel` values, flat.
 
     All deltas are of one length and stand at `begin` in their tensor. `weights` are the sampled
-    weights that each is a change of, in a storage dtype, or None where they are not known.
+    weights that each is a change of, in a storage dtype, or None where they are not known; `masks`
+    is room for `masks_nbytes`.
     """
     record = np.zeros(1, layout(request))
     vectors, pairs, controls = (record[key][0] for key in ("vectors", "pairs", "controls"))
     width = group_width(numel)
     deltas = [_scaled(delta, by) for delta, by in zip(deltas, request.scales, strict=True)]
     for i, delta in enumerate(deltas):
-        vectors["square"][i] = group_products(delta, delta).sum()
+        vectors["square"][i] = squared(delta)
     for n, (i, j) in enumerate(request.pairs):
         groups = group_products(deltas[i], deltas[j], width)
         pairs["product"][n], pairs["groups_sq"][n] = groups.sum(), groups @ groups
@@ -89,9 +97,21 @@ def block_sums(
         other = redraw_signs(deltas[i], key, begin) if redrawn else deltas[i]
         groups = group_products(other, deltas[j], width)
         controls["product"][n], controls["groups_sq"][n] = groups.sum(), groups @ groups
-    _count_supports(deltas, request, vectors, pairs)
+    _count_supports(deltas, request, vectors, pairs, masks)
+    if begin % SAMPLED == 0:
+        _measure_sample(deltas, weights, request, numel, begin, vectors, pairs)
+    return record.view(np.float64)
+
+
+def _measure_sample(
+    deltas: Sequence[Delta], weights: Sequence[tuple[Array, str] | None], request: Request,
+    numel: int, begin: int, vectors: Array, pairs: Array,
+) -> None:  # fmt: skip
+    """Take the sums of the sampled values, scaled to the whole tensor."""
     seen = [_sampled(delta) for delta in deltas]
-    scale = deltas[0].values.size / seen[0].size
+    last = (numel - 1) // SAMPLED * SAMPLED  # where the last sampled block begins
+    looked_at = last // SAMPLED * BLOCK_NUMEL + min(BLOCK_NUMEL, numel - last)
+    scale = deltas[0].values.size / seen[0].size * numel / looked_at
     for i, values in enumerate(seen):
         vectors["sampled"][i] = scale * _dot(values, values)
         held = weights[i]
@@ -99,7 +119,6 @@ def block_sums(
             _measure_rounding(values, *held, scale, vectors[i : i + 1])
     for n, (i, j) in enumerate(request.pairs):
         _measure_meeting(seen[i], seen[j], scale, pairs[n : n + 1])
-    return record.view(np.float64)
 
 
 def _scaled(delta: Delta, factor: float) -> Delta:
@@ -139,57 +158,65 @@ def redraw_signs(delta: Delta, key: str, begin: int) -> Delta:
 
 
 def _count_supports(
-    deltas: Sequence[Delta], request: Request, vectors: Array, pairs: Array
+    deltas: Sequence[Delta], request: Request, vectors: Array, pairs: Array, masks: Array
 ) -> None:
-    """Count values that are not 0, that two deltas share, and that agree in sign there."""
-    for begin in range(0, deltas[0].values.size, CHUNK):
-        changed, negative = [], []
-        for i, delta in enumerate(deltas):
-            values = delta.values[begin : begin + CHUNK]
-            signed = values.view(np.int16) if delta.dtype == "BF16" else values
-            changed.append(values != 0)
-            negative.append(signed < 0)
-            vectors["support"][i] += np.count_nonzero(changed[-1])
-        for n, (i, j) in enumerate(request.pairs):
-            shared = changed[i] & changed[j]
-            pairs["shared"][n] += np.count_nonzero(shared)
-            shared &= negative[i] == negative[j]
-            pairs["agree"][n] += np.count_nonzero(shared)
+    """Count values that are not 0, that two deltas share, and that agree in sign there.
+
+    In few calls over whole blocks: between two calls the workers wait for each other.
+    """
+    rows = masks.view(np.bool_).reshape(-1, deltas[0].values.size)
+    shared, opposed = rows[-2:]
+    for i, delta in enumerate(deltas):
+        signed = delta.values.view(np.int16) if delta.dtype == "BF16" else delta.values
+        np.not_equal(signed, 0, out=rows[2 * i])
+        np.less(signed, 0, out=rows[2 * i + 1])
+        vectors["support"][i] = np.count_nonzero(rows[2 * i])
+    for n, (i, j) in enumerate(request.pairs):
+        np.logical_and(rows[2 * i], rows[2 * j], out=shared)
+        np.not_equal(rows[2 * i + 1], rows[2 * j + 1], out=opposed)
+        np.logical_and(shared, opposed, out=opposed)
+        pairs["shared"][n] = count = np.count_nonzero(shared)
+        pairs["agree"][n] = count - np.count_nonzero(opposed)
 
 
 def sample(values: Array) -> Array:
-    """Return 32 runs of 1,024 values at equal distances in a block, or all of a short one."""
+    """Return 32 runs of 512 values at equal distances in a block, or all of a short one."""
     if values.size <= RUNS * RUN:
         return values
     width = values.size // RUNS
     return values[: RUNS * width].reshape(RUNS, width)[:, :RUN].ravel()
 
 
-def _dot(a: Sums, b: Sums) -> float:
-    return float(np.einsum("i,i", a, b))  # np.dot has threads of its own, beside the workers
+def _dot(a: Array, b: Array) -> float:
+    """Return an inner product, summed by runs and then in fp64 (np.dot has threads of its own)."""
+    whole = a.size // RUN * RUN
+    runs = np.vecdot(a[:whole].reshape(-1, RUN), b[:whole].reshape(-1, RUN))
+    return float(runs.sum(dtype=np.float64)) + float(np.dot(a[whole:], b[whole:]))
 
 
-def _sampled(delta: Delta) -> Sums:
-    """Return the sample of a delta, exceptions in place."""
-    values = widen(sample(delta.values), delta.dtype).astype(np.float64)
+def _sampled(delta: Delta) -> Array:
+    """Return the sample of a delta, exceptions in place; in fp64 where squares leave fp32."""
+    values = widen(sample(delta.values), delta.dtype)
     if delta.positions.size:
+        values = values.copy()
         at, exact = delta.positions.astype(np.int64), delta.exact
         if delta.values.size > values.size:
             run, offset = np.divmod(at, delta.values.size // RUNS)
             seen = (run < RUNS) & (offset < RUN)
             at, exact = (run * RUN + offset)[seen], exact[seen]
         values[at] = exact
-    return values
+    most = float(np.abs(values).max())
+    return values if 1e-12 < most < 1e12 or not most else values.astype(np.float64)
 
 
-def _measure_meeting(a: Sums, b: Sums, scale: float, pair: Array) -> None:
+def _measure_meeting(a: Array, b: Array, scale: float, pair: Array) -> None:
     """Add up the energy of two deltas where the other is not 0, and where signs differ."""
-    clash = np.signbit(a) != np.signbit(b)
-    for name, one, other in (("a", a, b), ("b", b, a)):
-        met = one * (other != 0)  # several times faster than np.where
-        opposed = met * clash
-        pair[f"met_{name}"] = scale * _dot(met, met)
-        pair[f"clash_{name}"] = scale * _dot(opposed, opposed)
+    met = ((a != 0) & (b != 0)).astype(a.dtype)
+    clash = met * ((a < 0) != (b < 0))
+    for name, values in (("a", a), ("b", b)):
+        squares = values * values
+        pair[f"met_{name}"] = scale * _dot(squares, met)
+        pair[f"clash_{name}"] = scale * _dot(squares, clash)
 
 
 def _measure_rounding(

@@ -149,7 +149,7 @@ def subtract(
     delta = Delta(out, value_dtype, _join(positions, NO_POSITIONS), _join(differences, NO_VALUES))
     return Subtraction(
         delta,
-        _squared(delta) if measure else 0.0,
+        squared(delta) if measure else 0.0,
         _join(replaced, NO_POSITIONS),
         _join(bits, NO_BITS),
         changed,
@@ -188,7 +188,7 @@ def _subtract_bf16(
             replaced = at[piece.replace].astype(np.uint32)
             bits = tuned[replaced].astype(np.uint64)
     delta = Delta(out, "BF16", *inexact)
-    delta_sq = _squared(delta) if measure else 0.0
+    delta_sq = squared(delta) if measure else 0.0
     if not np.isfinite(delta_sq) if measure else _has_nonfinite(out):
         return None
     return Subtraction(delta, delta_sq, replaced, bits, int(np.count_nonzero(out)) + hidden, 0)
@@ -327,8 +327,6 @@ def _correction(x: Delta, y: Delta) -> tuple[U32Array, npt.NDArray[np.float64]]:
     <x + e, y + f> - <x, y> = <e, y> + <x, f> + <e, f>, where e and f stand at exceptions only.
     """
     stored = [widen(delta.values[delta.positions], "BF16").astype(np.float64) for delta in (x, y)]
-    if x is y:
-        return x.positions, x.exact.astype(np.float64) ** 2 - stored[0] ** 2
     errors = [delta.exact - held for delta, held in zip((x, y), stored, strict=True)]
     places, amounts = [x.positions, y.positions], []
     for delta, other, error in ((x, y, errors[0]), (y, x, errors[1])):
@@ -342,8 +340,13 @@ def _correction(x: Delta, y: Delta) -> tuple[U32Array, npt.NDArray[np.float64]]:
     return np.concatenate(places), np.concatenate(amounts)
 
 
-def _squared(delta: Delta) -> float:
-    return float(group_products(delta, delta).sum())
+def squared(delta: Delta) -> float:
+    """Return the squared norm of a delta, as `group_products` adds it up."""
+    if delta.dtype != "BF16" or not delta.positions.size:
+        return float(group_products(delta, delta).sum())
+    stored = widen(delta.values[delta.positions], "BF16").astype(np.float64)
+    more = np.vecdot(delta.exact, delta.exact.astype(np.float64)) - np.vecdot(stored, stored)
+    return kernels.dot(delta.values, delta.values) + float(more)
 
 
 class Moments(NamedTuple):

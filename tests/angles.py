@@ -88,15 +88,16 @@ def groups_of(names: list[str]) -> dict[tuple[str, str], list[str]]:
 
 def sample(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sampled positions of a tensor of n values, and how many values each stands for."""
-    found, scale = [np.arange(0)], [np.zeros(0)]
-    for start in range(0, n, 2**20):
+    found, scale, seen = [np.arange(0)], [np.zeros(0)], 0
+    for start in range(0, n, 2**22):
         size = min(2**20, n - start)
+        seen += size
         at = np.arange(size)
-        if size > 2**15:
-            at = np.concatenate([run * (size // 32) + np.arange(1024) for run in range(32)])
+        if size > 2**14:
+            at = np.concatenate([run * (size // 32) + np.arange(512) for run in range(32)])
         found.append(start + at)
         scale.append(np.full(at.size, size / at.size))
-    return np.concatenate(found), np.concatenate(scale)
+    return np.concatenate(found), np.concatenate(scale) * (n / seen if n else 1)
 
 
 def step_at(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:

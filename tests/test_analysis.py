@@ -177,7 +177,17 @@ def test_p_is_the_share_of_the_sphere(numel: int) -> None:
         if numel >= 10**5:
             p = analysis.chance_of(z / sqrt(numel), numel)
             assert p == pytest.approx(erfc(z / sqrt(2)), rel=1e-3)
-    assert analysis.chance_of(1.0, 1) == 1.0
+    assert analysis.chance_of(1.0, 1) == 1.0 and analysis.chance_of(-1.0, numel) == 0.0
+
+
+@pytest.mark.parametrize("numel", [1000, 1001, 4096, 10**6, 10**9])
+def test_p_of_many_values_is_the_beta_law(numel: int) -> None:
+    from scipy.special import betainc
+
+    for z in (0.01, 0.5, 2.0, 4.0, 6.0):
+        cosine = z / sqrt(numel)
+        expected = betainc((numel - 1) / 2, 0.5, 1 - cosine**2)
+        assert analysis.chance_of(-cosine, numel) == pytest.approx(expected, rel=3e-5)
 
 
 def test_what_the_sentences_say() -> None:
@@ -204,6 +214,10 @@ def test_the_forecast_names_the_layers_that_stand_out() -> None:
         [(name, *sums) for name, sums in zip(names, (quiet, loud), strict=True)],
         REQUEST, 0, None, [{}, {}],
     )  # fmt: skip
+    outside = analysis.pair_levels(
+        [("norm", *loud), ("other", *quiet)], REQUEST, 0, None, [{}, {}]
+    )  # fmt: skip
+    assert [layer["name"] for layer in outside["forecast"]["layers"]] == ["norm"]
     (layer,) = pair["forecast"]["layers"]
     assert layer["name"] == "l.1" and layer["share"] == pytest.approx(0.25)
     assert pair["forecast"]["along"] == pytest.approx(0.25, rel=1e-4)

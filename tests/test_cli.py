@@ -721,7 +721,7 @@ def test_no_command_imports_what_it_does_not_need(tmp_path: Path, every_verb: Ve
         arguments = [*arguments, "--force"] if verb in WRITERS else arguments
         found = imported_by(*arguments)
         assert "numpy" in found  # the probe sees modules at all
-        allowed = {"scipy"} if verb == "orthogonality" else set()  # for exact p
+        allowed = {"scipy"} if verb == "orthogonality" else set()  # p of small tensors
         assert not found & set(HEAVY) - allowed, verb
 
 

@@ -15,7 +15,7 @@ PACKAGE = Path(skillvec.__file__).parent
 ORDER = [
     "__main__", "cli", "display", "verbs", "comparison", "provenance", "running", "summary",
     "outputs", "engine", "blocks", "plan", "vector", "rules", "patch", "page", "analysis",
-    "subspace", "vectorfile", "checkpoint", "measures", "merging", "operators", "codecs", "kernels",
+    "subspace", "measures", "vectorfile", "checkpoint", "merging", "operators", "codecs", "kernels",
     "storage", "report", "errors", "__init__",
 ]  # fmt: skip
 # (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
