@@ -206,7 +206,8 @@ def group_dots(a: Array, b: Array, width: int) -> npt.NDArray[np.float64]:
 def _are_tiny(a: Array, b: Array) -> bool:
     """Return whether products may be too small for fp32, while neither array is 0."""
     most = [
-        float(np.abs(widen(x, "BF16" if x.dtype == np.uint16 else "F32")).max()) for x in (a, b)
+        float(np.abs(widen(x, "BF16" if x.dtype == np.uint16 else "F32")).max(initial=0))
+        for x in (a, b)
     ]
     return 0 < most[0] * most[1] < 1e-30
 
