@@ -94,12 +94,15 @@ def test_other_dtypes_and_mixtures(dtypes: tuple[str, str], tmp_path: Path) -> N
     check_pair(report.facts["pairs"][0], script(*sides))
 
 
-def pair_of(a: dict, b: dict, tmp_path: Path, dtype: torch.dtype = torch.float32) -> dict:
+def pair_of(
+    a: dict, b: dict, tmp_path: Path, dtype: torch.dtype = torch.float32, **options: int
+) -> dict:
     """Return the report's pair for two deltas given as tensors."""
     zero = {name: torch.zeros_like(tensor) for name, tensor in a.items()}
     for name, tensors in (("a", a), ("b", b), ("zero", zero)):
         save(tmp_path / name, {n: t.to(dtype) for n, t in tensors.items()})
-    report = sv.orthogonality(*(f"{tmp_path / side}::{tmp_path / 'zero'}" for side in "ab"))
+    refs = (f"{tmp_path / side}::{tmp_path / 'zero'}" for side in "ab")
+    report = sv.orthogonality(*refs, **options)
     return report.facts["pairs"][0]
 
 
@@ -257,6 +260,26 @@ def test_a_report_is_a_folder(family, tmp_path: Path) -> None:
         with pytest.raises(sv.UsageError, match=words):
             sv.norms(refs[0], output=place, force=True)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_page_that_cannot_be_drawn_is_refused_before_the_work(
+    family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = f"{family.tuned}::{family.base}"
+    monkeypatch.setattr("skillvec.page.find_spec", lambda name: None)
+    monkeypatch.setattr("skillvec.comparison.run_plan", lambda *_: pytest.fail("worked"))
+    with pytest.raises(sv.UsageError, match=r"skillvec\[report\]"):
+        sv.orthogonality(ref, ref, output=tmp_path / "r")
+    assert not list(tmp_path.iterdir())
+
+
+def test_chance_levels_are_those_of_the_rank_that_there_is(tmp_path: Path) -> None:
+    a, b = torch.zeros(40, 20), torch.zeros(40, 20)
+    a[0, 0], a[1, 1], b[2, 2] = 1, 2, 3
+    pair = pair_of({"x": a}, {"x": b}, tmp_path, subspace=8)["overall"]
+    assert pair["overlap_chance"] == pytest.approx((2 / 40 + 2 / 20) / 2)
+    assert pair["in_chance"] == pytest.approx(4 / 800)
+    assert pair["overlap_left"] == pytest.approx(0, abs=1e-12)
 
 
 def test_what_cannot_be_asked(family, tmp_path: Path) -> None:

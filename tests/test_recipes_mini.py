@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import angles
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+import skillvec
 from recipes.mini.demo import RANDOM, SFT_ONLY, conclude, main
 from recipes.mini.evaluate import (
     MAX_ANSWER_TOKENS,
@@ -279,6 +281,12 @@ def test_four_models_train_and_load(world: World, tmp_path: Path) -> None:
     assert weights["theta_rl_S"].keys() == weights["theta_sft_S"].keys()
     asked = questions(world.t)
     assert evaluate_checkpoint(tmp_path / "theta_sft_T", asked).questions == len(asked)
+    # what the demo's page says of such models, against the float64 script
+    sides = (("theta_rl_S", "theta_sft_S"), ("theta_sft_S", "base"), ("theta_sft_T", "base"))
+    refs = [f"{tmp_path / tuned}::{tmp_path / of}" for tuned, of in sides]
+    options = {"control": "random", "sign_flips": 99, "subspace": 4}
+    skillvec.orthogonality(*refs, **options, output=tmp_path / "report")
+    assert angles.main([str(tmp_path / "report" / "report.json")]) == 0
     # the same texts and seeds give the same bytes
     again = tmp_path / "again"
     run_stages(stages[:1], world, again)
