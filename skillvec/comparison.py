@@ -414,8 +414,12 @@ def csv_text(content: dict[str, Any]) -> str:
 
 
 def _flat_rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    sets = [({"a": pair["a"], "b": pair["b"]}, pair) for pair in content["pairs"]]
-    sets += [({"a": norms["label"], "b": ""}, norms) for norms in content["norms"]]
+    said = ("a", "b", "lineage_a", "lineage_b")
+    sets = [({key: pair[key] for key in said}, pair) for pair in content["pairs"]]
+    sets += [
+        (dict(zip(said, (norms["label"], "", norms["lineage"], ""), strict=True)), norms)
+        for norms in content["norms"]
+    ]
     for sides, levels in sets:
         overall = [{"name": "overall"} | levels["overall"]]
         for level in ("overall", "modules", "kinds", "layers", "tensors"):

@@ -210,6 +210,7 @@ def test_csv_holds_every_number_of_every_row(family) -> None:
     report = sv.orthogonality(*refs, control="random", subspace=2).to_dict()
     rows = list(csv.DictReader(io.StringIO(csv_text(report))))
     expected = []
+    lineage = dict.fromkeys(("lineage_a", "lineage_b"), "BF16 - BF16")
     sets = [
         (refs, report["pairs"][0]),
         *(([ref, ""], n) for ref, n in zip(refs, report["norms"], strict=True)),
@@ -217,7 +218,8 @@ def test_csv_holds_every_number_of_every_row(family) -> None:
     for (a, b), entry in sets:
         for level in ("overall", "modules", "kinds", "layers", "tensors"):
             held = entry[level] if level != "overall" else [entry[level] | {"name": "overall"}]
-            expected += [{"a": a, "b": b, "level": level.removesuffix("s")} | row for row in held]
+            sides = {"a": a, "b": b} | lineage | ({} if b else {"lineage_b": ""})
+            expected += [sides | {"level": level.removesuffix("s")} | row for row in held]
     assert len(rows) == len(expected)
     numbers = 0
     for row, held in zip(rows, expected, strict=True):
