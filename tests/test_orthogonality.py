@@ -242,6 +242,43 @@ def test_command_line_says_the_same(family) -> None:
     assert json.loads(result.stdout) == report
 
 
+def test_one_screen_says_what_it_means(family) -> None:
+    refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
+    (pair,) = sv.orthogonality(*refs, control="random").facts["pairs"]
+    overall, env = pair["overall"], {"COLUMNS": "80"}
+    plain = CliRunner(env=env).invoke(main, ["orthogonality", *refs]).stdout
+    shown = CliRunner(env=env).invoke(main, ["orthogonality", *refs, "--control", "random"]).stdout
+    first = next(line for line in shown.splitlines() if line.startswith("A, B "))
+    for number in (f"{overall['cosine']:+.4f}", f"{1.96 * overall['cosine_se']:.4f}",
+                   f"{overall['z_groups']:+.1f}", f"{overall['control_cosine']:+.4f}"):  # fmt: skip
+        assert number in first
+    assert " control " in shown and " control " not in plain
+    for text in (plain, shown):
+        lines = [line for line in text.splitlines() if "::" not in line]  # long paths
+        assert len(text.splitlines()) <= 40 and max(map(len, lines)) <= 80
+        words = " ".join(text.split())
+        assert pair["sentence"] in words and "BF16 - BF16" in words
+        assert "Adding A to a model that holds B" in words
+    three = [*refs, f"{family.target}::{family.base}"]
+    text = CliRunner(env=env).invoke(main, ["orthogonality", *three, "--subspace", "2"]).stdout
+    assert "Adding B to a model that holds C" in " ".join(text.split())
+    assert "top 2 singular directions" in text and "self_attn" not in text
+
+
+def test_weights_that_are_no_numbers_have_no_subspaces(tmp_path: Path) -> None:
+    draw = torch.manual_seed(0)
+    base = {"x": torch.randn(8, 6, generator=draw), "y": torch.randn(8, 6, generator=draw)}
+    save(tmp_path / "base", base)
+    save(tmp_path / "tuned", perturbed(base))
+    save(tmp_path / "w", {"x": base["x"], "y": torch.full((8, 6), torch.inf)})
+    ref = f"{tmp_path / 'tuned'}::{tmp_path / 'base'}"
+    report = sv.norms(ref, against=tmp_path / "w", subspace=2)
+    rows = {row["name"]: row for row in report.facts["norms"][0]["tensors"]}
+    assert rows["x"]["energy_in_w"] > 0 and rows["y"]["energy_in_w"] is None
+    assert rows["y"]["stable_rank"] > 1
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def test_a_report_is_a_folder(family, tmp_path: Path) -> None:
     refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
     report = sv.orthogonality(*refs, output=tmp_path / "r", figures=True)
