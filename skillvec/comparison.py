@@ -230,6 +230,7 @@ def _shared_rounding(
             continue
         size = overall["norm_a"] * overall["norm_b"]
         hidden = analysis.hidden_product(records, first)
+        hidden *= opened[first].scale * opened[second].scale
         roles = "base of A and tuned of B" if first == pair[0] else "tuned of A and base of B"
         cosine = -hidden / size if hidden and size else None
         return {"checkpoint": begins["ref"], "roles": roles, "cosine": cosine}

@@ -20,7 +20,7 @@ from skillvec.blocks import Block, Workspace
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import Array, narrow, widen
-from skillvec.measures import block_sums, layout, masks_nbytes, sample
+from skillvec.measures import block_sums, is_sampled, layout, masks_nbytes, sample
 from skillvec.operators import Delta
 from skillvec.patch import PatchWriter
 from skillvec.plan import Job, Plan
@@ -296,12 +296,16 @@ class _Run:
         assert self._plan.request is not None
         deltas: list[Delta] = []
         weights: list[tuple[Array, str] | None] = []
-        point = sample(block.read("point", job.point)) if job.point else None
+        sampled, point = is_sampled(block.begin), None
+        if job.point is not None and sampled:
+            point = sample(block.read("point", job.point)), job.point.dtype
         for i, source in enumerate(job.deltas):
             deltas.append(block.delta(source, f"delta{i}")[0])
-            if job.point is not None and point is not None:
-                weights.append((point, job.point.dtype))
-            elif isinstance(source, PairDelta):  # copied: the next pair reads into the same buffer
+            if job.point is not None:
+                weights.append(point)
+            elif (
+                isinstance(source, PairDelta) and sampled
+            ):  # copied: the next pair reads into the same buffer
                 dtype = source.base.dtype
                 weights.append((sample(block.array("base", dtype)).copy(), dtype))
             else:

@@ -98,7 +98,7 @@ def block_sums(
         groups = group_products(other, deltas[j], width)
         controls["product"][n], controls["groups_sq"][n] = groups.sum(), groups @ groups
     _count_supports(deltas, request, vectors, pairs, masks)
-    if begin % SAMPLED == 0:
+    if is_sampled(begin):
         _measure_sample(deltas, weights, request, numel, begin, vectors, pairs)
     return record.view(np.float64)
 
@@ -177,6 +177,11 @@ def _count_supports(
         np.logical_and(shared, opposed, out=opposed)
         pairs["shared"][n] = count = np.count_nonzero(shared)
         pairs["agree"][n] = count - np.count_nonzero(opposed)
+
+
+def is_sampled(begin: int) -> bool:
+    """Return whether the block that begins there is one of those that are sampled."""
+    return begin % SAMPLED == 0
 
 
 def sample(values: Array) -> Array:

@@ -366,6 +366,9 @@ def test_the_trap_of_an_fp32_master_is_foreseen(update: float, tmp_path: Path) -
         assert 0.6 < foreseen / found < 1.6
         assert any("fp32 master" in w and f"{foreseen:+.2g}" in w for w in report.warnings)
         assert "rounding may give -" in pair["sentence"]
+    turned = -3 * sv.diff(tmp_path / "rl", tmp_path / "sft")  # E[<-3 v, e>] is the opposite
+    (pair,) = sv.orthogonality(turned, refs[1]).facts["pairs"]
+    assert pair["shared_rounding"]["cosine"] == pytest.approx(-foreseen, rel=0.01)
     report = sv.orthogonality(*(ref.replace("::", "32::") + "32" for ref in refs))
     (pair,) = report.facts["pairs"]
     assert pair["shared_rounding"] is None and abs(pair["overall"]["z"]) < 4
