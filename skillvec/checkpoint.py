@@ -8,7 +8,7 @@ import fnmatch
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -186,12 +186,6 @@ class Checkpoint(Mapping[str, TensorSpec]):
                 elif os.path.realpath(full) not in ours and relative != INDEX:
                     left.append(relative)
         return copied, left
-
-    def select(self, names: Iterable[str]) -> "Checkpoint":
-        """Return the checkpoint with only the given tensors."""
-        wanted = set(names)
-        kept = {name: spec for name, spec in self._tensors.items() if name in wanted}
-        return Checkpoint(self.ref, self.path, kept, self.metadata)
 
 
 def open_checkpoint(ref: str | os.PathLike[str] | Checkpoint, role: str = "model") -> Checkpoint:

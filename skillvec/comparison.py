@@ -344,6 +344,7 @@ def _relate(
             "energy": own.norm_sq,
             "stable_rank": own.stable_rank,
             "effective_rank": own.effective_rank,
+            "effective_rank_error": own.effective_rank_error,
             "top_energy": float((own.values**2).sum()) / own.norm_sq if own.norm_sq else None,
             "energy_in_w": within[2] if within else None,
             "svd_error": own.error,
