@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from functools import reduce, wraps
 from typing import Any
 
 import click
@@ -37,76 +38,95 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
+def _add(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options in this order."""
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
+
+
 def _shared(
-    *, writes: bool, selects: bool = True, globs: bool = True
+    *, writes: bool = False, selects: bool = True, globs: bool = True, works: bool = True
 ) -> Callable[[Command], Command]:
+    """Add the options that commands share, and show the report that the command returns.
+
+    The command is given the screen; it returns a report and what `--quiet` prints.
+    """
     options = [
-        click.option("--workers", type=int, help="Threads; one a core by default."),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-        click.option("-q", "--quiet", is_flag=True, help="Print the output's path alone."),
+        click.option("-q", "--quiet", is_flag=True, help="Print the path or the answer alone."),
         click.option("-v", "--verbose", is_flag=True, help="Show every tensor."),
     ]
+    if works:
+        options.insert(0, click.option("--workers", type=int, help="Threads; one a core."))
     if selects:
-        options = [
-            click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop."),
-            *options,
-        ]
+        options.insert(
+            0, click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop.")
+        )
     if selects and globs:
-        options = [
+        options[:0] = [
             click.option("--include", multiple=True, metavar="GLOB", help="Only these tensors."),
             click.option("--exclude", multiple=True, metavar="GLOB", help="Not these tensors."),
-            *options,
         ]
     if writes:
-        options = [
+        options[:0] = [
             click.option("-o", "--output", required=True, type=click.Path(), help="What to write."),
             click.option("--force", is_flag=True, help="Overwrite an existing output."),
-            *options,
         ]
 
     def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
+        @wraps(command)
+        def shown(as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
+            screen = Screen(as_json=as_json, quiet=quiet, verbose=verbose)
+            try:
+                report, last_line = command(screen, **given)
+            finally:
+                screen.close()
+            screen.show(report, last_line=last_line)
+
+        return _add(*options)(shown)
 
     return decorate
 
 
-def _stores(command: Command) -> Command:
-    """Add the options of a command that writes a vector."""
-    options = [
-        click.option(
-            "--codec",
-            type=click.Choice(["auto", "dense", "sparse", "packed"]),
-            default="auto",
-            show_default=True,
-            help="auto takes the smallest; sparse is faster, dense plain tensors.",
-        ),
-        click.option(
-            "--max-shard-size", default="5GB", show_default=True,
-            help="Above it the output is a folder of shards.",
-        ),
-        click.option("--method", help="Label: how TUNED was trained, such as grpo."),
-        click.option("--notes", help="Label: free text."),
-        click.option("--license", help="Label: licence of the vector."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+def _written(vector: Any) -> tuple[Any, str]:
+    """Return the report of a vector that was stored, and its path."""
+    return vector.report, vector.report.facts["output"]
 
 
-def _combines(command: Command) -> Command:
-    """Add the options of a command that merges several vectors."""
-    options = [
-        click.option("--op", default="linear", show_default=True,
-                     help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify,"
-                     " orthogonal: docs/operators.md."),
-        click.option("--param", "params", multiple=True, metavar="NAME=VALUE",
-                     help="Parameter of the operator, such as density=0.3."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+_stores = _add(  # of a command that writes a vector
+    click.option(
+        "--codec",
+        type=click.Choice(["auto", "dense", "sparse", "packed"]),
+        default="auto",
+        show_default=True,
+        help="auto takes the smallest; sparse is faster, dense plain tensors.",
+    ),
+    click.option(
+        "--max-shard-size", default="5GB", show_default=True,
+        help="Above it the output is a folder of shards.",
+    ),
+    click.option("--method", help="Label: how TUNED was trained, such as grpo."),
+    click.option("--notes", help="Label: free text."),
+    click.option("--license", help="Label: licence of the vector."),
+)  # fmt: skip
+_combines = _add(  # of a command that merges several vectors
+    click.option("--op", default="linear", show_default=True,
+                 help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify,"
+                 " orthogonal: docs/operators.md."),
+    click.option("--param", "params", multiple=True, metavar="NAME=VALUE",
+                 help="Parameter of the operator, such as density=0.3."),
+)  # fmt: skip
+_reports = _add(  # of a command that measures vectors
+    click.option("--against", metavar="W", help="Weights: for rounding, and their subspaces."),
+    click.option("--subspace", type=int, default=0, metavar="K",
+                 help="Compare the K leading singular directions."),
+    click.option("--device", default="auto", show_default=True,
+                 help="Of --subspace: cpu, cuda or cuda:N."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of anything random."),
+    click.option("-o", "--output", type=click.Path(),
+                 help="Folder for report.json, report.csv and report.html."),
+    click.option("--figures", is_flag=True, help="Also draw the figures as SVG and PNG."),
+    click.option("--force", is_flag=True, help="Overwrite an existing report."),
+)  # fmt: skip
 
 
 def _weighted(words: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
@@ -138,14 +158,6 @@ def _parameters(params: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _run(verb: Callable[[Screen], Any], *, as_json: bool, quiet: bool, verbose: bool) -> Any:
-    screen = Screen(as_json=as_json, quiet=quiet, verbose=verbose)
-    try:
-        return verb(screen), screen
-    finally:
-        screen.close()
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="skillvec")
 def main() -> None:
@@ -173,19 +185,14 @@ def main() -> None:
 )
 @_stores
 @_shared(writes=True)
-def diff(tuned: str, base: str, output: str, as_json: bool, quiet: bool, verbose: bool,
-         **options: Any) -> None:  # fmt: skip
+def diff(screen: Screen, tuned: str, base: str, output: str, **options: Any) -> Any:
     """Write the skill vector v = TUNED - BASE.
 
     TUNED and BASE are folders with safetensors weights, or single .safetensors files.
     """
     from skillvec import verbs
 
-    vector, screen = _run(
-        lambda screen: verbs.diff(tuned, base, output, watcher=screen, **options),
-        as_json=as_json, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-    screen.show(vector.report, last_line=vector.report.facts["output"])
+    return _written(verbs.diff(tuned, base, output, watcher=screen, **options))
 
 
 @main.command()
@@ -198,8 +205,9 @@ def diff(tuned: str, base: str, output: str, as_json: bool, quiet: bool, verbose
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype; auto is fp32.")
 @_stores
 @_shared(writes=True, globs=False)
-def combine(vectors: tuple[str, ...], params: tuple[str, ...], as_json: bool, quiet: bool,
-            verbose: bool, **options: Any) -> None:  # fmt: skip
+def combine(
+    screen: Screen, vectors: tuple[str, ...], params: tuple[str, ...], **options: Any
+) -> Any:
     """Merge vectors into one: c = 0.7 a - 0.3 b, or by another operator.
 
     \b
@@ -211,14 +219,10 @@ def combine(vectors: tuple[str, ...], params: tuple[str, ...], as_json: bool, qu
     from skillvec import verbs
 
     refs, weights = _weighted(vectors)
-    vector, screen = _run(
-        lambda screen: verbs.combine(
-            *refs, weights=weights or None, parameters=_parameters(params), watcher=screen,
-            **options,
-        ),
-        as_json=as_json, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-    screen.show(vector.report, last_line=vector.report.facts["output"])
+    vector = verbs.combine(
+        *refs, weights=weights or None, parameters=_parameters(params), watcher=screen, **options
+    )
+    return _written(vector)
 
 
 @main.command()
@@ -241,9 +245,8 @@ def combine(vectors: tuple[str, ...], params: tuple[str, ...], as_json: bool, qu
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of anything random.")
 @_shared(writes=True)
-def apply(target: str, vectors: tuple[str, ...], output: str, op: str, params: tuple[str, ...],
-          recipe: str | None, as_json: bool, quiet: bool, verbose: bool,
-          **options: Any) -> None:  # fmt: skip
+def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op: str,
+          params: tuple[str, ...], recipe: str | None, **options: Any) -> Any:  # fmt: skip
     """Write OUT = TARGET + LAM * VECTOR, in the target's own layout.
 
     Several VECTOR=WEIGHT are merged by --op in the same pass. In place of VECTOR, --tuned RL
@@ -260,11 +263,8 @@ def apply(target: str, vectors: tuple[str, ...], output: str, op: str, params: t
             *refs, weights=weights or None, op=op, parameters=_parameters(params),
             seed=0 if recipe else options["seed"], recipe=recipe,
         )  # fmt: skip
-    report, screen = _run(
-        lambda screen: verbs.apply(target, vector, output, watcher=screen, **options),
-        as_json=as_json, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-    screen.show(report, last_line=report.facts["output"])
+    report = verbs.apply(target, vector, output, watcher=screen, **options)
+    return report, report.facts["output"]
 
 
 @main.command("import-patch")
@@ -272,54 +272,26 @@ def apply(target: str, vectors: tuple[str, ...], output: str, op: str, params: t
 @click.argument("base")
 @_stores
 @_shared(writes=True, globs=False)
-def import_patch(patch: str, base: str, output: str, as_json: bool, quiet: bool, verbose: bool,
-                 **options: Any) -> None:  # fmt: skip
+def import_patch(screen: Screen, patch: str, base: str, output: str, **options: Any) -> Any:
     """Make a vector of PATCH, changed values of the exact BASE.
 
     PATCH is a safetensors file of NAME.indices and NAME.values, as TRL sends weights.
     """
     from skillvec import verbs
 
-    vector, screen = _run(
-        lambda screen: verbs.import_patch(patch, base, output, watcher=screen, **options),
-        as_json=as_json, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-    screen.show(vector.report, last_line=vector.report.facts["output"])
+    return _written(verbs.import_patch(patch, base, output, watcher=screen, **options))
 
 
 @main.command("export-patch")
 @click.argument("vector")
 @click.option("--base", help="Where the vector's exact base is now.")
 @_shared(writes=True, globs=False)
-def export_patch(vector: str, output: str, as_json: bool, quiet: bool, verbose: bool,
-                 **options: Any) -> None:  # fmt: skip
+def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> Any:
     """Write what VECTOR changes in its exact base, as NAME.indices and NAME.values."""
     from skillvec import verbs
 
-    report, screen = _run(
-        lambda screen: verbs.export_patch(vector, output, watcher=screen, **options),
-        as_json=as_json, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-    screen.show(report, last_line=report.facts["output"])
-
-
-def _reports(command: Command) -> Command:
-    """Add the options of a command that measures vectors."""
-    options = [
-        click.option("--against", metavar="W", help="Weights: for rounding, and their subspaces."),
-        click.option("--subspace", type=int, default=0, metavar="K",
-                     help="Compare the K leading singular directions."),
-        click.option("--device", default="auto", show_default=True,
-                     help="Of --subspace: cpu, cuda or cuda:N."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of anything random."),
-        click.option("-o", "--output", type=click.Path(),
-                     help="Folder for report.json, report.csv and report.html."),
-        click.option("--figures", is_flag=True, help="Also draw the figures as SVG and PNG."),
-        click.option("--force", is_flag=True, help="Overwrite an existing report."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    report = verbs.export_patch(vector, output, watcher=screen, **options)
+    return report, report.facts["output"]
 
 
 @main.command()
@@ -333,57 +305,42 @@ def _reports(command: Command) -> Command:
     "--sign-flips", type=int, default=0, metavar="N", help="Draws of a randomisation test."
 )
 @_reports
-@_shared(writes=False)
-def orthogonality(vectors: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool,
-                  **options: Any) -> None:  # fmt: skip
+@_shared()
+def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> Any:
     """Compare deltas: angles against chance, supports, rounding, subspaces.
 
     Each input is a vector file or TUNED::BASE. docs/orthogonality.md explains every number.
     """
     from skillvec import comparison
 
-    report, screen = _run(
-        lambda screen: comparison.orthogonality(*vectors, watcher=screen, **options),
-        as_json=as_json, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-    last = report.facts.get("output")
-    if last is None and "pairs" in report.facts:
-        last = "\n".join(str(pair["overall"]["cosine"]) for pair in report.facts["pairs"])
-    screen.show(report, last_line=last)
+    report = comparison.orthogonality(*vectors, watcher=screen, **options)
+    cosines = [str(pair["overall"]["cosine"]) for pair in report.facts.get("pairs", [])]
+    return report, report.facts.get("output") or "\n".join(cosines) or None
 
 
 @main.command()
 @click.argument("vector")
 @_reports
-@_shared(writes=False)
-def norms(vector: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+@_shared()
+def norms(screen: Screen, vector: str, **options: Any) -> Any:
     """Measure VECTOR (a file or TUNED::BASE) by layer and module: norms, density, rounding."""
     from skillvec import comparison
 
-    report, screen = _run(
-        lambda screen: comparison.norms(vector, watcher=screen, **options),
-        as_json=as_json, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-    last = report.facts.get("output")
-    if last is None and "norms" in report.facts:
-        last = str(report.facts["norms"][0]["overall"]["norm"])
-    screen.show(report, last_line=last)
+    report = comparison.norms(vector, watcher=screen, **options)
+    measured = [str(entry["overall"]["norm"]) for entry in report.facts.get("norms", [])]
+    return report, report.facts.get("output") or "\n".join(measured) or None
 
 
 @main.command()
 @click.argument("path")
 @click.option("--target", help="Of a vector: give the verdict on this model.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the resolved path alone.")
-@click.option("-v", "--verbose", is_flag=True, help="Show every tensor.")
-def inspect(path: str, target: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
+@_shared(selects=False, works=False)
+def inspect(screen: Screen, path: str, target: str | None) -> Any:
     """Describe a model or a vector from its headers alone."""
     from skillvec import verbs
 
-    report, screen = _run(
-        lambda screen: verbs.inspect(path, target), as_json=as_json, quiet=quiet, verbose=verbose
-    )
-    screen.show(report, last_line=report.facts["path"])
+    report = verbs.inspect(path, target)
+    return report, report.facts["path"]
 
 
 @main.command()
@@ -393,8 +350,8 @@ def inspect(path: str, target: str | None, as_json: bool, quiet: bool, verbose: 
 @click.option("--target", help="Of a merged model: where TARGET is now.")
 @click.option("--vector", help="Of a merged model: where VECTOR is now.")
 @click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop.")
-@_shared(writes=False, selects=False)
-def verify(path: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+@_shared(selects=False)
+def verify(screen: Screen, path: str, **options: Any) -> Any:
     """Prove a vector or a merged model from the disk, bit for bit.
 
     A vector: VECTOR + BASE = TUNED, or that it is what its parents give. A merged model:
@@ -403,11 +360,8 @@ def verify(path: str, as_json: bool, quiet: bool, verbose: bool, **options: Any)
     """
     from skillvec import verbs
 
-    report, screen = _run(
-        lambda screen: verbs.verify(path, watcher=screen, **options),
-        as_json=as_json, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-    screen.show(report, last_line=report.facts["path"])
+    report = verbs.verify(path, watcher=screen, **options)
+    return report, report.facts["path"]
 
 
 if __name__ == "__main__":
