@@ -15,6 +15,7 @@ __all__ = [
     "OutputError",
     "Report",
     "SkillVector",
+    "SkillVectorCallback",
     "SkillvecError",
     "UsageError",
     "VerificationError",
@@ -34,6 +35,7 @@ _HOME = dict.fromkeys(__all__, "errors") | {
     "Checkpoint": "checkpoint",
     "Report": "report",
     "SkillVector": "vector",
+    "SkillVectorCallback": "training",
     "open_checkpoint": "checkpoint",
     **dict.fromkeys(
         (
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from skillvec.report import Report
+    from skillvec.training import SkillVectorCallback
     from skillvec.vector import SkillVector
     from skillvec.verbs import (
         apply,

@@ -1,0 +1,113 @@
+"""The callback: the vector beside every checkpoint, and what it refuses when."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from families import perturbed, save, toy
+
+import skillvec as sv
+
+
+def call(callback: object, folder: Path, step: int, first: bool = True) -> None:
+    """Save as a Trainer does: the checkpoint is there when on_save is called."""
+    state = SimpleNamespace(global_step=step, is_world_process_zero=first)
+    callback.on_save(SimpleNamespace(output_dir=str(folder)), state, None)
+
+
+def test_every_checkpoint_has_its_vector_beside_it(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", toy(0, "F32"))
+    callback = sv.SkillVectorCallback(base, method="grpo")
+    for step in (10, 20):
+        save(tmp_path / "out" / f"checkpoint-{step}", perturbed(toy(0, "F32"), step))
+        call(callback, tmp_path / "out", step)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["checkpoint-10", "checkpoint-20", "skill-10.safetensors",
+                     "skill-20.safetensors"]  # fmt: skip
+    assert callback.written == [tmp_path / "out" / name for name in names[2:]]
+    for step, path in zip((10, 20), callback.written, strict=True):
+        vector = sv.SkillVector.open(path)
+        assert vector.manifest["training"]["method"] == "grpo"
+        assert sv.verify(path).facts["verified"]  # base + v is the checkpoint
+        assert vector.manifest["tuned"]["ref"].endswith(f"checkpoint-{step}")
+    call(callback, tmp_path / "out", 20)  # a resumed run saves it again
+    assert len(callback.written) == 3
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", toy(0, "F32"))
+    callback = sv.SkillVectorCallback(base)
+    call(callback, tmp_path / "out", 10, first=False)  # nor does it look for a checkpoint
+    assert callback.written == []
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(sv.UsageError, match="no such"):
+        sv.SkillVectorCallback(tmp_path / "absent")
+    callback = sv.SkillVectorCallback(save(tmp_path / "base", toy(0, "F32")))
+    model = SimpleNamespace(peft_config={"default": 1})
+    with pytest.raises(sv.UsageError, match="adapter"):
+        callback.on_train_begin(None, None, None, model=model)
+    callback.on_train_begin(None, None, None, model=SimpleNamespace())
+
+
+def test_a_vector_that_cannot_be_written_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("skillvec.training.logger.error", said.append)
+    base = save(tmp_path / "base", toy(0, "F32"))
+    callback = sv.SkillVectorCallback(base)
+    save(tmp_path / "out" / "checkpoint-5", toy(0, "F32", width=16))
+    call(callback, tmp_path / "out", 5)
+    (words,) = said
+    assert "no skill vector of" in words and f"skillvec diff {tmp_path}/out/checkpoint-5" in words
+    assert callback.written == [] and not (tmp_path / "out" / "skill-5.safetensors").exists()
+
+
+def test_16_bit_checkpoints_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("skillvec.training.logger.warning_once", said.append)
+    for dtype, warnings in (("F32", 0), ("BF16", 1)):
+        base = save(tmp_path / f"{dtype}-base", toy(0, dtype))
+        save(tmp_path / dtype / "checkpoint-1", perturbed(toy(0, dtype)))
+        call(sv.SkillVectorCallback(base), tmp_path / dtype, 1)
+        assert len(said) == warnings
+
+
+@pytest.mark.slow
+def test_a_real_trainer_calls_it(tmp_path: Path) -> None:
+    """Two steps of TRL's SFTTrainer from an fp32 model; every checkpoint is base + v."""
+    for package in ("trl", "datasets", "accelerate"):
+        pytest.importorskip(package)
+    import datasets
+    import trl
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from recipes.mini.world import WorldConfig, build_tokenizer, build_world
+
+    tokenizer = build_tokenizer(build_world(WorldConfig(people_base=8, people_s=4, people_t=4,
+                                                        first_names=4, values=3)))  # fmt: skip
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=len(tokenizer), **shape, **heads, tie_word_embeddings=True)
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    callback = sv.SkillVectorCallback(tmp_path / "base", method="sft")
+    settings = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"), max_steps=2, save_steps=1, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, report_to=[], per_device_train_batch_size=2,
+        learning_rate=1e-2, warmup_steps=0, disable_tqdm=True,
+    )  # fmt: skip
+    texts = [{"text": " ".join(list(tokenizer.get_vocab())[:6])}] * 4
+    trainer = trl.SFTTrainer(
+        model=model, args=settings, train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=tokenizer, callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    assert [path.name for path in callback.written] == [
+        "skill-1.safetensors", "skill-2.safetensors",
+    ]  # fmt: skip
+    for path in callback.written:
+        assert sv.verify(path).facts["verified"]
+        assert sv.SkillVector.open(path).manifest["exactness"]["claim"] in ("bitwise", "partial")
