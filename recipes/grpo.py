@@ -1,0 +1,58 @@
+"""Reinforcement learning with TRL's GRPOTrainer: theta_rl, a whole model in fp32.
+
+    python -m recipes.grpo --config grpo.yaml [--any_argument value ...]
+
+The configuration holds the arguments of `GrpoData`, trl.GRPOConfig and trl.ModelConfig; the command
+line goes over it. `model_name_or_path` is theta_sft, so that the skill is what comes out minus what
+went in. `use_vllm: true` generates with vLLM; LoRA by `use_peft: true`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from recipes.training import (
+    Data,
+    callbacks_for,
+    load_rewards,
+    load_rows,
+    model_arguments,
+    train_and_save,
+)
+
+
+@dataclass
+class GrpoData(Data):
+    """Rows to ask about, and how answers are rewarded."""
+
+    columns: list[str] = field(default_factory=lambda: ["prompt"])
+    rewards: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Reward functions as module:function; columns come by keyword."},
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    import trl
+
+    parser = trl.TrlParser((GrpoData, trl.GRPOConfig, trl.ModelConfig), description=__doc__)
+    data, settings, model = parser.parse_args_and_config(arguments)
+    rewards = load_rewards(data.rewards)
+    if not rewards:
+        raise ValueError("rewards: expected at least one module:function")
+    rows, callbacks = load_rows(data), callbacks_for(data, model, "grpo")
+    settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
+    trainer = trl.GRPOTrainer(
+        model=model.model_name_or_path,
+        reward_funcs=rewards,
+        args=settings,
+        train_dataset=rows,
+        peft_config=trl.get_peft_config(model),
+        callbacks=callbacks,
+    )
+    train_and_save(trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Supervised fine-tuning with TRL's SFTTrainer: theta_sft, a whole model in fp32.
+
+    python -m recipes.sft --config sft.yaml [--any_argument value ...]
+
+The configuration holds the arguments of `Data` (recipes/training.py), trl.SFTConfig and
+trl.ModelConfig; the command line goes over it. LoRA by `use_peft: true`; the adapter is merged
+into what is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recipes.training import Data, callbacks_for, load_rows, model_arguments, train_and_save
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    import trl
+
+    parser = trl.TrlParser((Data, trl.SFTConfig, trl.ModelConfig), description=__doc__)
+    data, settings, model = parser.parse_args_and_config(arguments)
+    rows, callbacks = load_rows(data), callbacks_for(data, model, "sft")
+    settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
+    trainer = trl.SFTTrainer(
+        model=model.model_name_or_path,
+        args=settings,
+        train_dataset=rows,
+        peft_config=trl.get_peft_config(model),
+        callbacks=callbacks,
+    )
+    train_and_save(trainer)
+
+
+if __name__ == "__main__":
+    main()

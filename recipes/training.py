@@ -1,0 +1,110 @@
+"""What the training recipes share: rows from the Hub or a file, rewards by name, whole weights out.
+
+Hides where data comes from and how adapters become models. Rows are checked before a model is
+loaded: a missing column or an empty value names the source, the column and the rows. What is saved
+is always a whole model in the dtype that it was trained in, because a skill vector is a difference
+of whole models.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from skillvec import SkillVectorCallback
+
+FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class Data:
+    """Where the rows are and what a row must hold."""
+
+    data: str = field(metadata={"help": "Hub id, or a .json, .jsonl, .parquet or .csv file."})
+    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub id."})
+    split: str = field(default="train", metadata={"help": "Split of a Hub id."})
+    columns: list[str] = field(
+        default_factory=lambda: ["text"],
+        metadata={"help": "Columns that every row must fill: text, messages, prompt, ..."},
+    )
+    vectors: bool = field(
+        default=False,
+        metadata={"help": "Write skill-N.safetensors beside every checkpoint-N (full training)."},
+    )
+
+
+def load_rows(data: Data) -> Any:
+    """Return the rows as a datasets.Dataset.
+
+    Raises ValueError for a column that is missing, and for rows in which one is empty.
+    """
+    import datasets
+
+    suffix = Path(data.data).suffix
+    if suffix in FILES:
+        if not Path(data.data).is_file():
+            raise ValueError(f"{data.data}: no such file")
+        rows = datasets.load_dataset(FILES[suffix], data_files=data.data, split="train")
+    else:
+        rows = datasets.load_dataset(data.data, data.subset, split=data.split)
+    for column in data.columns:
+        if column not in rows.column_names:
+            found = ", ".join(rows.column_names)
+            raise ValueError(f"{data.data}: no column {column!r}; found {found}")
+        empty = [i for i, value in enumerate(rows[column]) if _is_empty(value)]
+        if empty:
+            shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+            raise ValueError(f"{data.data}: {column!r} is empty in {len(empty)} rows: {shown}")
+    return rows
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list) and not (value and str(value).strip()))
+
+
+def load_rewards(names: Sequence[str]) -> list[Callable[..., list[float]]]:
+    """Return reward functions from "module:function"; ValueError where there is none."""
+    rewards = []
+    for name in names:
+        module, colon, function = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), function) if colon else None
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"reward {name}: {error}") from None
+        if not callable(found):
+            raise ValueError(f"reward {name}: expected module:function")
+        rewards.append(found)
+    return rewards
+
+
+def callbacks_for(data: Data, model: Any, method: str) -> list[SkillVectorCallback]:
+    """Return the callback that writes vectors, if they are asked for."""
+    if not data.vectors:
+        return []
+    if model.use_peft:
+        raise ValueError("vectors: an adapter's checkpoints hold no whole weights; diff the result")
+    return [SkillVectorCallback(model.model_name_or_path, method=method)]
+
+
+def model_arguments(model: Any) -> dict[str, Any]:
+    """Return what from_pretrained is called with; TRL's default dtype is fp32, which v needs."""
+    asked = {"revision": model.model_revision, "dtype": model.dtype,
+             "attn_implementation": model.attn_implementation}  # fmt: skip
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def train_and_save(trainer: Any) -> None:
+    """Train, resuming if the arguments say so, and save a whole model: adapters are merged."""
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    folder = trainer.args.output_dir
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        trainer.save_model(folder)  # gathers what FSDP and ZeRO have spread
+        return
+    merged = model.merge_and_unload()
+    if trainer.is_world_process_zero():
+        merged.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
