@@ -31,25 +31,13 @@ __all__ = [
     "verify",
 ]
 
-_HOME = dict.fromkeys(__all__, "errors") | {
+_HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all__} | {
     "Checkpoint": "checkpoint",
     "Report": "report",
     "SkillVector": "vector",
     "SkillVectorCallback": "training",
-    "open_checkpoint": "checkpoint",
-    **dict.fromkeys(
-        (
-            "apply",
-            "combine",
-            "diff",
-            "export_patch",
-            "import_patch",
-            "inspect",
-            "verify",
-        ),
-        "verbs",
-    ),
     "norms": "comparison",
+    "open_checkpoint": "checkpoint",
     "orthogonality": "comparison",
 }
 

@@ -172,14 +172,10 @@ def _weight(row: Row, key: str) -> float:
 
 
 def pair_levels(
-    records: Sequence[Record], request: Request, n: int, control: int | None,
-    subspaces: Sequence[Row],
-) -> dict[str, Any]:  # fmt: skip
-    """Return the numbers of the request's pair `n` at every level, and the forecast.
-
-    `control` is its number among the request's controls.
-    """
-    terms = [pair_terms(numel, record, request, n, control) for _, numel, record in records]
+    records: Sequence[Record], request: Request, n: int, subspaces: Sequence[Row]
+) -> dict[str, Any]:
+    """Return the numbers of the request's pair `n` at every level, and the forecast."""
+    terms = [pair_terms(numel, record, request, n) for _, numel, record in records]
 
     def row(members: list[int]) -> Row:
         return pair_row(_summed(terms, members)) | weighted([subspaces[m] for m in members])
@@ -188,9 +184,7 @@ def pair_levels(
     return found | {"forecast": forecast(found)}
 
 
-def pair_terms(
-    numel: int, record: Any, request: Request, n: int, control: int | None
-) -> dict[str, Any]:
+def pair_terms(numel: int, record: Any, request: Request, n: int) -> dict[str, Any]:
     """Return of one tensor what adds up over tensors."""
     i, j = request.pairs[n]
     a, b, pair = record["vectors"][i], record["vectors"][j], record["pairs"][n]
@@ -198,8 +192,7 @@ def pair_terms(
     terms |= {key: pair[key] for key in measures.PAIR}
     for side, vector in (("a", a), ("b", b)):
         terms |= {f"{key}_{side}": vector[key] for key in ("square", "support", "sampled")}
-        terms[f"along_{side}"] = _ratio(pair["product"] ** 2, (b if side == "a" else a)["square"])
-        terms[f"along_{side}"] = terms[f"along_{side}"] or 0.0
+    terms["along"] = _ratio(pair["product"] ** 2, b["square"]) or 0.0
     groups = -(-numel // measures.group_width(numel)) if numel else 0
     spread = pair["groups_sq"] - (pair["product"] ** 2 / groups if groups else 0)
     terms["variance"] = pair["groups_sq"] if groups < 2 else groups / (groups - 1) * spread
@@ -207,9 +200,9 @@ def pair_terms(
     terms["chance"] = both / numel if numel else 0.0
     neither = (numel - a["support"]) * (numel - b["support"])
     terms["chance_var"] = both * neither / (numel**2 * (numel - 1)) if numel > 1 else 0.0
-    if control is not None:
-        held = record["controls"][control]
-        one = record["vectors"][request.controls[control][0]]
+    if request.controls:  # one for each pair
+        held = record["controls"][n]
+        one = record["vectors"][request.controls[n][0]]
         terms |= {f"control_{key}": held[key] for key in measures.CONTROL}
         terms["control_square"] = one["square"]
     return terms
@@ -248,7 +241,7 @@ def pair_row(sums: Sums) -> Row:
         "overlap_z": _ratio(shared - chance, sqrt(sums["chance_var"])),
         "sign_agreement": _ratio(sums["agree"], shared),
         "sign_z": (2 * float(sums["agree"]) - shared) / sqrt(shared) if shared else None,
-        "along": _ratio(sums["along_a"], squares[0]),
+        "along": _ratio(sums["along"], squares[0]),
     }
     for side in "ab":
         found[f"on_support_{side}"] = _ratio(sums[f"met_{side}"], sums[f"sampled_{side}"])

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from skillvec.blocks import read_values
 from skillvec.checkpoint import Checkpoint, open_checkpoint
 from skillvec.engine import JobResult
 from skillvec.errors import UsageError
+from skillvec.kernels import HALVES
 from skillvec.measures import STEP_EDGES, Request, layout
 from skillvec.outputs import PathLike, output_report
 from skillvec.plan import Plan, plan_compare
@@ -33,7 +34,6 @@ from skillvec.vectorfile import BlockReader
 
 SCHEMA = 1
 MOST_FLIPS = 100_000
-HALF = ("BF16", "F16")
 
 
 def orthogonality(
@@ -163,7 +163,9 @@ def _compare(
     plan = measured(plan, workers, watcher)
     results = run_plan(plan, [], workers, watcher)
     results.sort(key=lambda result: analysis.natural_order(result.job.name))
-    spectra = _subspaces(results, plan, report, watcher) if subspace_k else None
+    spectra = _Spectra.empty(request, len(results))
+    if subspace_k:
+        _find_subspaces(results, plan, report, watcher, spectra)
     _conclude(report, results, request, opened, spectra)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
     if path is not None:
@@ -186,24 +188,20 @@ def _conclude(
     results: Sequence[JobResult],
     request: Request,
     opened: Sequence[SkillVector],
-    spectra: "_Spectra | None",
+    spectra: "_Spectra",
 ) -> None:
     """Turn sums into the facts of the report."""
     form = layout(request)
     records = [(r.job.name, r.job.numel, r.sums.view(form)[0]) for r in results]
-    nothing: list[dict[str, Any]] = [{} for _ in records]
     labels, lineage = report.facts["vectors"], report.facts["lineage"]
     report.facts["norms"] = [
         {"label": labels[i], "lineage": lineage[i]}
-        | analysis.vector_levels(records, i, spectra.vectors[i] if spectra else nothing)
+        | analysis.vector_levels(records, i, spectra.vectors[i])
         for i in range(len(opened))
     ]
     report.facts["pairs"] = []
     for n, (i, j) in enumerate(request.pairs):
-        control = n if request.controls else None
-        found = analysis.pair_levels(
-            records, request, n, control, spectra.pairs[n] if spectra else nothing
-        )
+        found = analysis.pair_levels(records, request, n, spectra.pairs[n])
         said = {"a": labels[i], "b": labels[j], "lineage_a": lineage[i], "lineage_b": lineage[j],
                 "control": report.facts["control"]}  # fmt: skip
         shared = _shared_rounding(opened, (i, j), records, found["overall"])
@@ -226,7 +224,7 @@ def _shared_rounding(
         begins, ends = opened[first].manifest["base"], opened[second].manifest["tuned"]
         if opened[first].parts or not ends or ends["probe"] != begins["probe"]:
             continue
-        if not set(begins["dtypes"]) & set(HALF):
+        if not set(begins["dtypes"]) & set(HALVES):
             continue
         size = overall["norm_a"] * overall["norm_b"]
         hidden = analysis.hidden_product(records, first)
@@ -248,7 +246,7 @@ def _warnings(pairs: Sequence[dict[str, Any]], lineage: Sequence[str]) -> list[s
                 f" ({shared['roles']}): if training went on from fp32 master weights, its"
                 f" rounding alone gives a cosine{size}"
             )
-    if any(dtype in words for words in lineage for dtype in HALF):
+    if any(dtype in words for words in lineage for dtype in HALVES):
         found.append(
             "inputs are 16-bit: a vector taken from bf16 or fp16 checkpoints is a thresholded copy"
             " of the true update, so supports and cosines are those of what was kept"
@@ -259,23 +257,27 @@ def _warnings(pairs: Sequence[dict[str, Any]], lineage: Sequence[str]) -> list[s
 # ------------------------------------------------------------------------------------ subspaces
 
 
-class _Spectra:
-    """What is known of each matrix, by vector or pair and tensor; nothing for what is none."""
+class _Spectra(NamedTuple):
+    """What is known of each matrix, by vector or pair and tensor: nothing unless it is asked."""
 
-    def __init__(self, request: Request, tensors: int) -> None:
-        self.vectors: list[list[dict[str, Any]]]
-        self.vectors = [[{} for _ in range(tensors)] for _ in request.scales]
-        self.pairs: list[list[dict[str, Any]]]
-        self.pairs = [[{} for _ in range(tensors)] for _ in request.pairs]
+    vectors: list[list[dict[str, Any]]]
+    pairs: list[list[dict[str, Any]]]
+
+    @staticmethod
+    def empty(request: Request, tensors: int) -> "_Spectra":
+        return _Spectra(
+            [[{} for _ in range(tensors)] for _ in request.scales],
+            [[{} for _ in range(tensors)] for _ in request.pairs],
+        )
 
 
-def _subspaces(
-    results: Sequence[JobResult], plan: Plan, report: Report, watcher: Watcher | None
-) -> _Spectra:
+def _find_subspaces(
+    results: Sequence[JobResult], plan: Plan, report: Report, watcher: Watcher | None,
+    spectra: _Spectra,
+) -> None:  # fmt: skip
     """Decompose every matrix of every vector, one in memory at a time, and relate them."""
     assert plan.request is not None
     said, seed = report.facts["subspace"], plan.request.seed
-    spectra = _Spectra(plan.request, len(results))
     matrices = [n for n, result in enumerate(results) if _is_matrix(result)]
     said |= {"exact": 0, "randomised": 0, "left_out": len(results) - len(matrices), "error": 0.0}
     readers = {path: BlockReader(file) for file in plan.vectors for path in file.headers}
@@ -289,7 +291,6 @@ def _subspaces(
                 watcher.advanced(done, total)
     finally:
         forget_open_files()
-    return spectra
 
 
 def _is_matrix(result: JobResult) -> bool:

@@ -26,6 +26,7 @@ STORAGE_DTYPE: dict[str, Any] = {
     "U64": np.dtype("<u8"), "I64": np.dtype("<i8"),
 }  # fmt: skip
 FLOATS = ("BF16", "F16", "F32", "F64")
+HALVES = ("BF16", "F16")
 DTYPE_NAMES = {  # as users write them
     "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32",
     "float32": "F32", "fp64": "F64", "float64": "F64",

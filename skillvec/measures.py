@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.kernels import Array, F32Array, narrow, widen
+from skillvec.kernels import HALVES, Array, F32Array, narrow, widen
 from skillvec.merging import random_bits
 from skillvec.operators import Delta, group_products, squared
 from skillvec.vectorfile import BLOCK_NUMEL
@@ -30,8 +30,9 @@ CONTROL = ("product", "groups_sq")
 class Request(NamedTuple):
     """What is measured in one pass over deltas, each taken times its factor in `scales`.
 
-    `pairs` are compared in everything; `controls` (i, j, redrawn) in their angle alone, where
-    `redrawn` means that the signs of i are drawn anew. `sign_flips` is the number of draws.
+    `pairs` are compared in everything; `controls` (i, j, redrawn), none or one for each pair, in
+    their angle alone, where `redrawn` means that the signs of i are drawn anew. `sign_flips` is the
+    number of draws.
     """
 
     scales: tuple[float, ...]
@@ -231,7 +232,7 @@ def _measure_rounding(
 
     The grid is that of the weights' dtype where it has 16 bits, else BF16's.
     """
-    grid = dtype if dtype in ("BF16", "F16") else "BF16"
+    grid = dtype if dtype in HALVES else "BF16"
     changed = values != 0
     with np.errstate(all="ignore"):
         wide, single = widen(weights, dtype).astype(np.float32), values.astype(np.float32)

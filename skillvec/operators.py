@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec import kernels
-from skillvec.kernels import Array, F32Array, narrow, widen
+from skillvec.kernels import HALVES, Array, F32Array, narrow, widen
 
 STEP = 1 << 16  # elements a step of the general path, which bounds its temporary arrays
 SAMPLE = 30 << 10  # values a block that moments looks at; fp32 arrays below malloc's mmap threshold
@@ -99,7 +99,7 @@ def _subtract_piece(
     missed = bit_pattern(restored) != bit_pattern(tuned)
     if not exact:
         replace = np.zeros_like(missed)
-    elif tuned_dtype in ("BF16", "F16"):
+    elif tuned_dtype in HALVES:
         replace = missed
     else:  # only what no finite difference restores: -0 and what is not finite
         replace = missed & ((b == 0) | ~np.isfinite(b) | ~np.isfinite(a))

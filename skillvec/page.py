@@ -18,13 +18,12 @@ from math import ceil, exp, isfinite, pi, sqrt
 from statistics import median
 from typing import Any, NamedTuple
 
-from skillvec.analysis import natural_order
+from skillvec.analysis import NO_LAYER, natural_order
 from skillvec.errors import UsageError, printable
 
 Row = dict[str, Any]
 Spec = dict[str, Any]
 
-NO_LAYER = "(no layer)"
 # Numbers as key, title, form; the first of a pair's stand in the table of all pairs.
 PAIR_NUMBERS = (
     ("cosine", "cosine ± 1.96 se", "+.3g"), ("z", "z", "+.3g"),

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from skillvec.checkpoint import Checkpoint, open_checkpoint
 from skillvec.errors import SkillvecError, UsageError
+from skillvec.kernels import HALVES
 from skillvec.verbs import diff
 
 logger = logging.get_logger(__name__)
@@ -61,7 +62,7 @@ class SkillVectorCallback(TrainerCallback):
         self.written.append(path)
         facts = vector.report.facts
         logger.info(f"{path}: norm {facts['norm']:.4g}, {100 * facts['density']:.3g} % changed")
-        if {"BF16", "F16"} & set(vector.manifest["tuned"]["dtypes"]):
+        if set(HALVES) & set(vector.manifest["tuned"]["dtypes"]):
             logger.warning_once(
                 "checkpoints are saved in 16 bits: their skill vectors are thresholded copies of"
                 " the true update. Train from fp32 weights to keep it whole."

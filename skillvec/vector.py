@@ -19,7 +19,7 @@ import numpy as np
 
 from skillvec.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
-from skillvec.kernels import DTYPE_NAMES, FLOATS, from_bytes, widen
+from skillvec.kernels import DTYPE_NAMES, FLOATS, HALVES, from_bytes, widen
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import Patch, open_patch
 from skillvec.rules import Recipe, Share, resolve
@@ -104,7 +104,7 @@ def value_dtype(tuned: str, base: str, dtype: str = "auto") -> tuple[str, bool]:
     if dtype == "auto":
         if "F64" in (tuned, base):
             return "F64", True
-        return (tuned if tuned == base and tuned in ("BF16", "F16") else "F32"), True
+        return (tuned if tuned == base and tuned in HALVES else "F32"), True
     return dtype, dtype == "F32" and "F64" not in (tuned, base)
 
 
@@ -420,12 +420,9 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
     """Return what the manifest of a combination says before its data is read."""
     manifests = [part.manifest for part in parts]
     base = dict(manifests[0]["base"])
-    digests: dict[str, list[str]] = {}
-    differ = len({m["base"]["probe"] for m in manifests}) > 1
-    for m in manifests:
-        for name, entry in m.get("tensors", {}).items():
-            if entry["base"]:  # a stored combination has none
-                differ |= digests.setdefault(name, entry["base"]) != entry["base"]
+    names = {name for part in parts for name in part.deltas}
+    bases = ({p.base_digest(name) for p in parts if name in p.deltas} - {None} for name in names)
+    differ = len({m["base"]["probe"] for m in manifests}) > 1 or any(len(b) > 1 for b in bases)
     if differ:
         base["probe"] = None  # no model is the base of them all
     words = recipe.to_dict()

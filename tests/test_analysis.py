@@ -100,7 +100,7 @@ def record(numel: int, **given: object) -> tuple[str, int, np.void]:
 
 
 def terms(*records: tuple[int, np.void]) -> dict:
-    held = [analysis.pair_terms(numel, sums, REQUEST, 0, 0) for numel, sums in records]
+    held = [analysis.pair_terms(numel, sums, REQUEST, 0) for numel, sums in records]
     return {key: sum(term[key] for term in held) for key in held[0]}
 
 
@@ -143,7 +143,7 @@ def test_groups_of_tensors_add_sums_not_cosines() -> None:
     assert row["z_groups"] == pytest.approx(-8 / sqrt(28))
     assert row["lift"] == 1.0 and row["overlap_z"] is None  # all that chance allows
     assert row["along"] == pytest.approx((81 / 9 + 1) / 10)
-    levels = analysis.pair_levels([("l.0.w", *one), ("l.1.w", *two)], REQUEST, 0, None, [{}, {}])
+    levels = analysis.pair_levels([("l.0.w", *one), ("l.1.w", *two)], REQUEST, 0, [{}, {}])
     assert [row["name"] for row in levels["layers"]] == ["l.0", "l.1"]
     assert [row["cosine"] for row in levels["layers"]] == [-1.0, 1.0]
     assert levels["kinds"][0]["cosine"] == levels["overall"]["cosine"] == pytest.approx(-0.8)
@@ -212,10 +212,10 @@ def test_the_forecast_names_the_layers_that_stand_out() -> None:
     names = ["l.0.w", "l.1.w"]
     pair = analysis.pair_levels(
         [(name, *sums) for name, sums in zip(names, (quiet, loud), strict=True)],
-        REQUEST, 0, None, [{}, {}],
+        REQUEST, 0, [{}, {}],
     )  # fmt: skip
     outside = analysis.pair_levels(
-        [("norm", *loud), ("other", *quiet)], REQUEST, 0, None, [{}, {}]
+        [("norm", *loud), ("other", *quiet)], REQUEST, 0, [{}, {}]
     )  # fmt: skip
     assert [layer["name"] for layer in outside["forecast"]["layers"]] == ["norm"]
     (layer,) = pair["forecast"]["layers"]
