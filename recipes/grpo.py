@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from recipes.training import (
     Data,
     callbacks_for,
-    load_rewards,
+    load_function,
     load_rows,
     model_arguments,
     train_and_save,
@@ -31,6 +31,13 @@ class GrpoData(Data):
         default_factory=list,
         metadata={"help": "Reward functions as module:function; columns come by keyword."},
     )
+    environments: str | None = field(
+        default=None,
+        metadata={
+            "help": "module:function that makes TRL's environment factories by name from the rows, "
+            "whose column `environment` names one."
+        },
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,16 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = trl.TrlParser((GrpoData, trl.GRPOConfig, trl.ModelConfig), description=__doc__)
     data, settings, model = parser.parse_args_and_config(arguments)
-    rewards = load_rewards(data.rewards)
+    rewards = [load_function(name) for name in data.rewards]
     if not rewards:
         raise ValueError("rewards: expected at least one module:function")
     rows, callbacks = load_rows(data), callbacks_for(data, model, "grpo")
+    environments = load_function(data.environments)(rows) if data.environments else None
     settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
     trainer = trl.GRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=rewards,
         args=settings,
         train_dataset=rows,
+        environment_factory=environments,
         peft_config=trl.get_peft_config(model),
         callbacks=callbacks,
     )

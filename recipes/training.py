@@ -9,7 +9,7 @@ of whole models.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,19 +65,16 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list) and not (value and str(value).strip()))
 
 
-def load_rewards(names: Sequence[str]) -> list[Callable[..., list[float]]]:
-    """Return reward functions from "module:function"; ValueError where there is none."""
-    rewards = []
-    for name in names:
-        module, colon, function = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), function) if colon else None
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"reward {name}: {error}") from None
-        if not callable(found):
-            raise ValueError(f"reward {name}: expected module:function")
-        rewards.append(found)
-    return rewards
+def load_function(name: str) -> Callable[..., Any]:
+    """Return the function that "module:function" names; ValueError where there is none."""
+    module, colon, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"{name}: expected module:function")
+    return found
 
 
 def callbacks_for(data: Data, model: Any, method: str) -> list[SkillVectorCallback]:

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 import skillvec as sv
 from recipes.mini.world import WorldConfig, build_tokenizer, build_world, questions
-from recipes.training import Data, callbacks_for, load_rewards, load_rows, model_arguments
+from recipes.training import Data, callbacks_for, load_function, load_rows, model_arguments
 
 WORLD = WorldConfig(people_base=8, people_s=4, people_t=4, first_names=4, values=3, biographies=2)
 
 
-def test_rewards_are_found_by_name_or_refused() -> None:
-    (found,) = load_rewards(["recipes.mini.evaluate:exact_match_reward"])
+def test_functions_are_found_by_name_or_refused() -> None:
+    found = load_function("recipes.mini.evaluate:exact_match_reward")
     assert found(["a", "b"], answer=["a", "c"]) == [1.0, 0.0]
     for name, words in (
         ("recipes.mini.evaluate", "expected module:function"),
@@ -26,7 +26,7 @@ def test_rewards_are_found_by_name_or_refused() -> None:
         ("recipes.mini.evaluate:MAX_ANSWER_TOKENS", "expected module:function"),
     ):
         with pytest.raises(ValueError, match=words):
-            load_rewards([name])
+            load_function(name)
 
 
 def test_vectors_of_adapters_are_refused_before_training(tmp_path: Path) -> None:
