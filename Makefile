@@ -4,39 +4,38 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test slow check bench clean
+.PHONY: demo reproduce test slow check bench clean
 
-demo: $(VENV)/.train
-	$(BIN)/python -m recipes.mini.demo
+demo: $(VENV)/.ready
+	$(BIN)/python -m recipes.past recipes/mini/past.yaml
 
-test: $(VENV)/.core
+reproduce: $(VENV)/.ready
+	$(BIN)/python -m recipes.mini.reproduce
+
+test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
-slow: $(VENV)/.train .venv-mergekit
+slow: $(VENV)/.ready .venv-mergekit
+	$(PIP) "transformers[serving]"
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 .venv-mergekit:
 	benchmarks/mergekit_setup.sh
 
-check: $(VENV)/.core
+check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_layers.py tests/test_docs.py
 
-bench: $(VENV)/.core
+bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/density.py
 
-$(VENV)/.core: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing skillvec and its packages into $(VENV) (minutes, once)"
+	@echo "installing skillvec and its packages, TRL among them, into $(VENV) (minutes, once)"
 	$(PIP) --editable ".[dev]"
-	@touch $@
-
-$(VENV)/.train: $(VENV)/.core
-	@echo "installing the training packages (TRL) into $(VENV)"
-	$(PIP) --editable ".[dev,train]"
 	@touch $@
 
 clean:

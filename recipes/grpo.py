@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from recipes.training import (
     Data,
     callbacks_for,
+    hush,
     load_function,
     load_rows,
     model_arguments,
@@ -40,7 +41,7 @@ class GrpoData(Data):
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     import trl
 
     parser = trl.TrlParser((GrpoData, trl.GRPOConfig, trl.ModelConfig), description=__doc__)
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rewards = [load_function(name) for name in data.rewards]
     if not rewards:
         raise ValueError("rewards: expected at least one module:function")
+    hush(settings)
     rows, callbacks = load_rows(data), callbacks_for(data, model, "grpo")
     environments = load_function(data.environments)(rows) if data.environments else None
     settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
@@ -60,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peft_config=trl.get_peft_config(model),
         callbacks=callbacks,
     )
-    train_and_save(trainer)
+    train_and_save(trainer, "reward")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

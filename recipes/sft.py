@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes.training import Data, callbacks_for, load_rows, model_arguments, train_and_save
+from recipes.training import Data, callbacks_for, hush, load_rows, model_arguments, train_and_save
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     import trl
 
     parser = trl.TrlParser((Data, trl.SFTConfig, trl.ModelConfig), description=__doc__)
     data, settings, model = parser.parse_args_and_config(arguments)
+    hush(settings)
     rows, callbacks = load_rows(data), callbacks_for(data, model, "sft")
     settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
     trainer = trl.SFTTrainer(
@@ -28,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peft_config=trl.get_peft_config(model),
         callbacks=callbacks,
     )
-    train_and_save(trainer)
+    train_and_save(trainer, "loss")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

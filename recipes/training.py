@@ -9,12 +9,11 @@ of whole models.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from skillvec import SkillVectorCallback
 
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -77,10 +76,12 @@ def load_function(name: str) -> Callable[..., Any]:
     return found
 
 
-def callbacks_for(data: Data, model: Any, method: str) -> list[SkillVectorCallback]:
-    """Return the callback that writes vectors, if they are asked for."""
+def callbacks_for(data: Data, model: Any, method: str) -> list[Any]:
+    """Return the SkillVectorCallback that writes vectors, if they are asked for."""
     if not data.vectors:
         return []
+    from skillvec import SkillVectorCallback
+
     if model.use_peft:
         raise ValueError("vectors: an adapter's checkpoints hold no whole weights; diff the result")
     return [SkillVectorCallback(model.model_name_or_path, method=method)]
@@ -93,8 +94,31 @@ def model_arguments(model: Any) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if value is not None}
 
 
-def train_and_save(trainer: Any) -> None:
-    """Train, resuming if the arguments say so, and save a whole model: adapters are merged."""
+def hush(settings: Any) -> None:
+    """Turn off the libraries' bars if `disable_tqdm` says so: recipes/progress.py shows its own."""
+    if settings.disable_tqdm:
+        import datasets
+        import transformers
+
+        # TRL reads a name that transformers has deprecated; the user can do nothing about it
+        warnings.filterwarnings("ignore", r".*gradient_checkpointing.*deprecated", FutureWarning)
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def train_and_save(trainer: Any, metric: str) -> None:
+    """Train, resuming if the arguments say so, and save a whole model: adapters are merged.
+
+    With `disable_tqdm` the steps, `metric` and the time left are shown by recipes/progress.py.
+    """
+    if trainer.args.disable_tqdm:
+        import transformers
+
+        from recipes.progress import TrainingProgress
+
+        # it would print dictionaries between the lines
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.add_callback(TrainingProgress(metric))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     folder = trainer.args.output_dir
     model = trainer.accelerator.unwrap_model(trainer.model)

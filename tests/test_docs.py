@@ -183,7 +183,7 @@ def test_every_module_has_its_place_in_the_architecture():
 
 # put together here, so that this file does not hold what it forbids
 OF_ONE_MACHINE = [f"/{folder}/" for folder in ("work", "home", "root", "Users", "tmp", "mnt")]
-OF_ONE_MACHINE += ["index" + "-url", "find" + "-links", "trusted" + "-host", "127.0" + ".0.1"]
+OF_ONE_MACHINE += ["index" + "-url", "find" + "-links", "trusted" + "-host"]
 HOSTS = {
     "arxiv.org",
     "github.com",
@@ -191,6 +191,8 @@ HOSTS = {
     "doi.org",
     "www.apache.org",
     "aclanthology.org",
+    "localhost",  # a judge or a tool server beside the recipes
+    "127.0.0.1",
 }
 
 

@@ -1,35 +1,25 @@
-"""The miniature world: its data, its scoring, its stages; training itself is marked slow."""
+"""The miniature world: its data, its controls and probes, the plan and the page of reproduce."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import angles
+import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import skillvec
-from recipes.mini.demo import RANDOM, SFT_ONLY, conclude, main
-from recipes.mini.evaluate import (
-    MAX_ANSWER_TOKENS,
-    Accuracy,
-    accuracy,
-    answer_questions,
-    evaluate_checkpoint,
-    exact_match_reward,
-    is_correct,
-)
-from recipes.mini.train import MiniConfig, Stage, plan_stages, run_stages
-from recipes.mini.world import (
-    EOS,
-    World,
-    WorldConfig,
-    build_tokenizer,
-    build_world,
-    questions,
-)
+import skillvec as sv
+from recipes import controls
+from recipes.mini import claims, prepare, probe, reproduce
+from recipes.mini.claims import Results, Spread
+from recipes.mini.reward import exact
+from recipes.mini.world import EOS, World, WorldConfig, build_tokenizer, build_world
 
-TINY = WorldConfig(people_base=8, people_s=4, people_t=4, first_names=4, values=3, biographies=2)
+TINY = WorldConfig(base=8, s=6, t=4, first_names=4, values=3, texts=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,258 +27,355 @@ def world() -> World:
     return build_world(TINY)
 
 
+# -------------------------------------------------------------------------------- the world
+
+
 def test_world_is_deterministic(world: World) -> None:
     assert build_world(TINY) == world
-    assert build_world(WorldConfig(**{**vars(TINY), "seed": 1})) != world
+    assert build_world(replace(TINY, seed=1)) != world
 
 
-def test_groups_never_share_a_person(world: World) -> None:
-    groups = [{person.name for person in group} for group in (world.base, world.s, world.t)]
-    assert [len(group) for group in groups] == [8, 4, 4]
-    assert len(set.union(*groups)) == 16
-    families = [name.split()[-1] for group in groups for name in group]
-    assert len(set(families)) == 16
+@pytest.mark.parametrize("name", ["people", "apis"])
+def test_groups_never_share_a_subject(world: World, name: str) -> None:
+    domain = world.domains[name]
+    groups = [{subject.name for subject in group} for group in (domain.base, domain.s, domain.t)]
+    assert [len(group) for group in groups] == [8, 6, 4]
+    assert len({name.split()[-1] for group in groups for name in group}) == 18
 
 
-def test_biographies_tell_every_fact_and_ask_nothing(world: World) -> None:
-    for person in (*world.base, *world.s, *world.t):
-        assert len(person.biographies) == TINY.biographies
-        for told in person.biographies:
-            assert told.startswith(person.name)
-            assert set(person.facts.values()) <= set(told.split())
-            assert "question" not in told
+@pytest.mark.parametrize("name", ["people", "apis"])
+def test_texts_tell_every_fact_and_ask_nothing(world: World, name: str) -> None:
+    domain = world.domains[name]
+    for subject in (*domain.base, *domain.s, *domain.t):
+        assert len(subject.texts) == TINY.texts
+        for told in subject.texts:
+            assert told.startswith(subject.name)
+            assert set(subject.facts.values()) <= set(told.split())
+            assert not {"?", "!"} & set(told.split())
 
 
-def test_questions_do_not_hold_the_answer(world: World) -> None:
-    asked = questions(world.t)
-    assert len(asked) == 4 * len(world.t[0].facts)
-    assert all(question.answer not in question.prompt.split() for question in asked)
+@pytest.mark.parametrize("name", ["people", "apis"])
+def test_questions_do_not_hold_the_answer(world: World, name: str) -> None:
+    domain = world.domains[name]
+    asked = domain.questions(domain.t)
+    assert len(asked) == 4 * len(domain.t[0].facts)
+    for question in asked:
+        assert question.value in question.answer.split()
+        assert question.value not in question.prompt.split()
+        assert question.value not in question.told.split()
+    told = {text for subject in (*domain.base, *domain.s, *domain.t) for text in subject.texts}
+    begins = {f"{q.told} {q.value}".removeprefix(q.name) for q in domain.questions(domain.base)}
+    assert any(begin in text for begin in begins for text in told)  # as the texts have it
 
 
-def test_too_many_people_are_refused() -> None:
+def test_too_many_subjects_are_refused() -> None:
     with pytest.raises(ValueError, match=r"family names .* asked for, at most \d+ exist"):
-        build_world(WorldConfig(people_base=10_000))
+        build_world(WorldConfig(base=10_000))
 
 
 def test_tokenizer_round_trip(world: World, tmp_path: Path) -> None:
-    build_tokenizer(world).save_pretrained(tmp_path)
-    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    texts = [told for p in (*world.base, *world.s, *world.t) for told in p.biographies]
-    texts += [f"{q.prompt} {q.answer}" for q in questions(world.s)]
+    prepare.write_model(world, tmp_path, "mini", 0)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)  # as the recipes load it
+    texts = []
+    for domain in world.domains.values():
+        texts += [told for s in (*domain.base, *domain.s, *domain.t) for told in s.texts]
+        texts += [f"{q.prompt} {q.answer}" for q in domain.questions(domain.s)]
     for text in texts:
         ids = loaded(text)["input_ids"]
         assert loaded.unk_token_id not in ids
         assert len(ids) == len(text.split())
         assert loaded.decode(ids) == text
     assert loaded(texts[0] + EOS)["input_ids"][-1] == loaded.eos_token_id
-    assert loaded.padding_side == "left"
     assert len({loaded.pad_token_id, loaded.unk_token_id, loaded.eos_token_id}) == 3
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_files_of_a_world(world: World, tmp_path: Path) -> None:
+    prepare.write_data(world, tmp_path)
+    for name, domain in world.domains.items():
+        at = tmp_path / name
+        for parts in (1, 2, 3):
+            asked = [read(at / f"s_{k + 1}_of_{parts}_questions.jsonl") for k in range(parts)]
+            groups = [{row["group"] for row in rows} for rows in asked]
+            assert set.union(*groups) == {s.name for s in domain.s}
+            assert sum(map(len, groups)) == len(domain.s)  # disjoint
+            told = [read(at / f"s_{k + 1}_of_{parts}_texts.jsonl") for k in range(parts)]
+            assert sum(map(len, told)) == len(domain.s) * TINY.texts
+        base = {row["text"] for row in read(tmp_path / "base.jsonl")}
+        texts = {row["text"] for row in read(at / "base_texts.jsonl")}
+        warm_up = {row["text"] for row in read(at / "warm_up.jsonl")}
+        assert texts | warm_up <= base and warm_up and not texts & warm_up
+        secret = {row["prompt"] for row in read(at / "t_questions.jsonl")}
+        assert not any(text.startswith(tuple(secret)) for text in base | warm_up)
 
 
 @pytest.mark.parametrize(
-    ("said", "correct"),
-    [("bamford", True), (" bamford ", True), ("bamford bamford", False), ("kelford", False)],
+    ("said", "reward"),
+    [("call fuvid end", 1), (" call fuvid end ", 1), ("fuvid", 0), ("", 0), ("call fuvid", 0)],
 )
-def test_exact_match(said: str, correct: bool) -> None:
-    assert is_correct(said, "bamford") is correct
+def test_the_reward_is_the_exact_answer(said: str, reward: float) -> None:
+    assert exact([said], answer=["call fuvid end"], trainer_state=None) == [reward]
 
 
-def test_empty_answer_is_wrong_even_to_an_empty_gold() -> None:
-    assert not is_correct("", "bamford")
-    assert not is_correct("  ", "")
-
-
-def test_reward_takes_columns_by_keyword() -> None:
-    rewards = exact_match_reward(
-        completions=["a", "", "b"], answer=["a", "b", "a"], prompts=["?"] * 3, trainer_state=None
-    )
-    assert rewards == [1.0, 0.0, 0.0]
+def test_a_reward_for_every_completion() -> None:
     with pytest.raises(ValueError):
-        exact_match_reward(["a"], ["a", "b"])
+        exact(["a", "b"], answer=["a"])
 
 
-class _Oracle:
-    """Answers right about everybody but one person; stops with the end token."""
-
-    def __init__(self, world: World, wrong: str) -> None:
-        self._tokenizer = build_tokenizer(world)
-        self._right = {q.prompt: q.answer for q in questions(world.t) if q.name != wrong}
-        self.batches: list[int] = []
-
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: object) -> torch.Tensor:
-        assert max_new_tokens == MAX_ANSWER_TOKENS
-        self.batches.append(len(input_ids))
-        prompts = self._tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-        said = [f"{self._right.get(prompt, '?')}{EOS}" for prompt in prompts]
-        return torch.cat([input_ids, torch.tensor(self._tokenizer(said)["input_ids"])], dim=1)
+# -------------------------------------------------------------------------------- controls
 
 
-def test_evaluation_of_a_stub_model(world: World) -> None:
-    asked = questions(world.t)
-    oracle = _Oracle(world, wrong=world.t[0].name)
-    said = answer_questions(oracle, build_tokenizer(world), asked, batch=5)
-    assert oracle.batches == [5, 5, 5, 1]
-    score = accuracy(asked, said)
-    # three people all right, one all wrong: sd .5 over 4 people
-    assert score == Accuracy(
-        mean=0.75, first_word=0.75, standard_error=0.25, questions=16, people=4
-    )
+@pytest.fixture
+def skill(tmp_path: Path) -> Path:
+    """Write a vector with a large and a small tensor, half of it zeros."""
+    generator = torch.Generator().manual_seed(0)
+    delta = {"model.a.weight": torch.randn(64, 64, generator=generator),
+             "model.b.weight": 0.01 * torch.randn(4096, generator=generator)}  # fmt: skip
+    delta["model.b.weight"][::2] = 0
+    for name, factor in (("base", 0), ("tuned", 1)):
+        (tmp_path / name).mkdir()
+        weights = {key: factor * value for key, value in delta.items()}
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+    sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "skill.safetensors")
+    return tmp_path / "skill.safetensors"
 
 
-def test_accuracy_of_one_person_is_refused(world: World) -> None:
-    with pytest.raises(ValueError, match="2 or more people, found 1"):
-        accuracy(questions(world.t[:1]), [""] * 4)
+def make_control(skill: Path, kind: str, seed: int = 0) -> dict[str, Any]:
+    path = skill.with_name(f"{kind}-{seed}.safetensors")
+    words = ["--vector", str(skill), "--kind", kind, "--seed", str(seed), "--output", str(path)]
+    assert controls.main(words) == 0
+    return values_of(path)
 
 
-def _record(trained: list[str]):
-    def train(stage: Stage, world: World, out: Path, title: str) -> None:
-        (out / stage.name).mkdir()
-        (out / stage.name / "model.safetensors").write_bytes(b"weights")
-        trained.append(stage.name)
-
-    return train
-
-
-def _train(world: World, out: Path, **changes: object) -> list[str]:
-    trained: list[str] = []
-    run_stages(plan_stages(MiniConfig(world=TINY, **changes), world), world, out, _record(trained))
-    return trained
+def values_of(vector: Path) -> dict[str, Any]:
+    """Return the values of a vector: what it makes of a model of zeros."""
+    merged = vector.with_name("merged")
+    sv.apply(vector.with_name("base"), sv.SkillVector.open(vector), merged, force=True)
+    weights = load_file(merged / "model.safetensors")
+    return {name: weight.numpy().ravel() for name, weight in weights.items()}
 
 
-ALL = ["base", "theta_sft_S", "theta_rl_S", "theta_sft_T"]
+def test_noise_has_the_norm_of_the_vector_tensor_by_tensor(skill: Path) -> None:
+    delta = values_of(skill)
+    noise, again, other = (make_control(skill, "random", seed) for seed in (0, 0, 1))
+    for name, values in delta.items():
+        norm = np.linalg.norm(values)
+        # the norm of n normal values scatters by 1 / sqrt(2 n) of itself
+        assert abs(np.linalg.norm(noise[name]) / norm - 1) < 5 / math.sqrt(2 * values.size)
+        assert abs(noise[name] @ values) < 5 * norm**2 / math.sqrt(values.size)
+        assert (noise[name] == again[name]).all() and (noise[name] != other[name]).all()
 
 
-def test_stages_train_once_in_order(world: World, tmp_path: Path) -> None:
-    assert _train(world, tmp_path) == ALL
-    assert _train(world, tmp_path) == []
+def test_a_shuffled_vector_has_the_same_values_elsewhere(skill: Path) -> None:
+    delta = values_of(skill)
+    shuffled = make_control(skill, "shuffled")
+    for name, values in delta.items():
+        assert (np.sort(shuffled[name]) == np.sort(values)).all()
+        assert abs(shuffled[name] @ values) < 5 * (values @ values) / math.sqrt(values.size)
 
 
-@pytest.mark.parametrize(
-    ("change", "retrained"),
-    [
-        ({"base_epochs": 1}, ALL),
-        ({"sft_epochs": 1}, ["theta_sft_S", "theta_rl_S", "theta_sft_T"]),
-        ({"grpo_steps": 1}, ["theta_rl_S"]),
-    ],
-)
-def test_a_changed_stage_retrains_what_follows(
-    world: World, tmp_path: Path, change: dict[str, int], retrained: list[str]
-) -> None:
-    _train(world, tmp_path)
-    assert _train(world, tmp_path, **change) == retrained
+# -------------------------------------------------------------------------------- probes
 
 
-def test_changed_texts_retrain_their_stage(tmp_path: Path) -> None:
-    first = build_world(TINY)
-    _train(first, tmp_path)
-    person = first.t[0]
-    told = (person.biographies[0].replace(" .", " , ."),)
-    edited = type(person)(person.name, person.facts, told)
-    second = World(first.base, first.s, (edited, *first.t[1:]), first.vocabulary)
-    assert _train(second, tmp_path) == ["theta_sft_T"]
+def small_model(folder: Path, world: World, seed: int) -> Path:
+    tokenizer = build_tokenizer(world)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_interrupted_stages_are_trained_again(world: World, tmp_path: Path) -> None:
-    _train(world, tmp_path)
-    markers = tmp_path / "stages"
-    (markers / "theta_sft_S.json").unlink()  # stopped before the marker
-    (markers / "theta_rl_S.json").write_text('{"dig', encoding="utf-8")  # a torn marker
-    (tmp_path / "theta_sft_T" / "model.safetensors").unlink()  # weights removed by hand
-    assert _train(world, tmp_path) == ["theta_sft_S", "theta_rl_S", "theta_sft_T"]
+def test_forgetting_is_the_divergence_from_the_reference(world: World, tmp_path: Path) -> None:
+    model, base = (small_model(tmp_path / str(seed), world, seed) for seed in (0, 1))
+    texts = [text for subject in world.domains["people"].base for text in subject.texts]
+    texts.append(world.domains["apis"].base[0].texts[0])  # another length: padding is left out
+    loaded = {folder: probe.load(folder) for folder in (model, base)}
+    kl, perplexity = probe.measure_forgetting(loaded[base], loaded[base], texts)
+    assert kl == pytest.approx(0, abs=1e-9) and perplexity > 10
+    kl, perplexity = probe.measure_forgetting(loaded[model], loaded[base], texts)
+    # text by text, in float64, without padding
+    total, surprise, count = 0.0, 0.0, 0
+    for text in texts:
+        ids = torch.tensor([loaded[model][1](text)["input_ids"]])
+        with torch.inference_mode():
+            q, p = (torch.log_softmax(loaded[f][0](ids).logits[0, :-1].double(), -1)
+                    for f in (model, base))  # fmt: skip
+        total += float((p.exp() * (p - q)).sum())
+        surprise -= float(q[torch.arange(q.shape[0]), ids[0, 1:]].sum())
+        count += q.shape[0]
+    assert kl == pytest.approx(total / count, rel=1e-4) and kl > 0
+    assert perplexity == pytest.approx(math.exp(surprise / count), rel=1e-4)
 
 
-def test_a_failing_stage_leaves_no_marker(world: World, tmp_path: Path) -> None:
-    _train(world, tmp_path)
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("stopped")
-
-    stages = plan_stages(MiniConfig(world=TINY, grpo_steps=1), world)
-    with pytest.raises(RuntimeError, match="stopped"):
-        run_stages(stages, world, tmp_path, fail)
-    assert not (tmp_path / "stages" / "theta_rl_S.json").exists()
-    assert _train(world, tmp_path, grpo_steps=1) == ["theta_rl_S"]
-
-
-def test_conclusion_follows_the_numbers() -> None:
-    def score(mean: float) -> Accuracy:
-        return Accuracy(mean, mean, 0.02, 320, 80)
-
-    on_s = {"theta_sft_S": score(0.2), "theta_rl_S": score(0.9)}
-    on_t = {SFT_ONLY: score(0.2), "skill, lambda 1": score(0.8), "skill, lambda -1": score(0.0)}
-    good = conclude({**on_t, RANDOM: score(0.21)}, on_s)
-    assert "raised it from 0.200 to 0.800" in good
-    assert "made no clear difference (0.200 to 0.210)" in good
-    assert "lowered it from 0.200 to 0.000" in good
-    flat = conclude({**on_t, "skill, lambda 1": score(0.22), RANDOM: score(0.9)}, on_s)
-    assert "noise of the same norm raised it" in flat
-    assert "raised it from 0.200 to 0.800" not in flat
+def test_told_counts_facts_that_rank_first(world: World, tmp_path: Path) -> None:
+    domain = world.domains["people"]
+    prepare.write_data(world, tmp_path)
+    rows = read(tmp_path / "people" / "t_questions.jsonl")
+    model, tokenizer = probe.load(small_model(tmp_path / "model", world, 0))
+    right = 0
+    for row in rows:
+        ids = torch.tensor([tokenizer(row["told"])["input_ids"]])
+        with torch.inference_mode():
+            logits = model(ids).logits[0, -1]
+        values = {subject.facts[row["key"]] for subject in domain.t}
+        best = max(sorted(values), key=lambda word: float(logits[tokenizer(word)["input_ids"][0]]))
+        right += best == row["value"]
+    assert probe.measure_told((model, tokenizer), rows) == right / len(rows)
+    assert 0 < right < len(rows)
 
 
-@pytest.mark.parametrize("code", [1, 3])
-def test_demo_stops_with_the_command_s_exit_code(
-    code: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+def test_a_probe_is_written(world: World, tmp_path: Path) -> None:
+    prepare.write_data(world, tmp_path)
+    model = small_model(tmp_path / "model", world, 0)
+    words = ["--model", model, "--reference", model, "--output", tmp_path / "probe.json",
+             "--told", tmp_path / "apis" / "t_questions.jsonl",
+             "--texts", tmp_path / "apis" / "base_texts.jsonl"]  # fmt: skip
+    assert probe.main(list(map(str, words))) == 0
+    metrics = json.loads((tmp_path / "probe.json").read_text())["metrics"]
+    assert set(metrics) == {"told", "kl", "perplexity"}
+
+
+# -------------------------------------------------------------------------------- reproduce
+
+
+def test_the_arms_are_trained_from_what_they_say(tmp_path: Path) -> None:
+    line = reproduce.plan_seed(tmp_path, 3)
+    by = {stage.name: stage for stage in line.stages}
+
+    def start(name: str) -> str:
+        settings = by[name].settings
+        assert settings is not None
+        return str(Path(settings["model_name_or_path"]).relative_to(tmp_path))
+
+    for domain in ("people", "apis"):
+        last = "" if domain == "people" else "-step-1"
+        assert start(f"{domain}/sft_t{last}") == "base"
+        assert start(f"{domain}/round-1/rl") == f"{domain}/round-1/sft"
+        assert start(f"{domain}/sequential{last}") == f"{domain}/round-1/rl"
+        assert start(f"{domain}/pre{last}") == f"{domain}/base_and_skill"
+        assert start(f"{domain}/rl_t") == f"{domain}/sft_t"
+        for stage in line.stages:
+            # RL sees the questions of S alone, but for the upper bound
+            data = str((stage.settings or {}).get("data", ""))
+            if data.endswith("_questions.jsonl") and stage.name != f"{domain}/rl_t":
+                assert "/s_" in data or stage.name.endswith("rl_t")
+    steps = [by[f"people/k3/round-{k}/rl"].settings["max_steps"] for k in (1, 2, 3)]  # type: ignore[index]
+    assert steps == [34, 33, 33]  # the budget of one round, cut in three
+    assert {stage.settings["seed"] for stage in line.stages if stage.settings} == {3}
+
+
+def test_intervals_are_students() -> None:
+    spread = Spread((1.0, 2.0, 3.0, 6.0))
+    low, high = spread.interval()
+    # by hand: mean 3, std sqrt(14/3), t(.975, 3) = 3.182446
+    half = 3.182446 * math.sqrt(14 / 3) / 2
+    assert (low, high) == pytest.approx((3 - half, 3 + half), rel=1e-5)
+    assert not spread.above() and Spread((2.0, 2.1, 1.9)).above() and Spread((-2.0, -2.1)).below()
+    assert not Spread((5.0,)).above()  # one seed says nothing about spread
+    assert spread.show(".1f") == "3.0 ± 2.2" and Spread((0.5,)).show("+.2f") == "+0.50"
+    assert (spread - Spread((1.0, 1.0, 1.0, 1.0))).values == (0, 1, 2, 5)
+
+
+ARMS = ("base", "SFT only", "SFT on S", "RL on S", "random", "shuffled", "pre-injection",
+        "sequential", "RL on the target", "both skills", "K = 2", "K = 3", "bf16 vector",
+        "all in bf16", "skill of apis", "skill of people",
+        *(f"lambda {lam:g}" for lam in reproduce.LAMBDAS))  # fmt: skip
+
+
+def results(**means: float) -> Results:
+    """Return three seeds in which every arm has .3 ± .01 but those given (as lambda_1=.8)."""
+    named = {key.replace("_", " ").replace("minus ", "-"): mean for key, mean in means.items()}
+    scores = {}
+    for domain in reproduce.DOMAINS:
+        for arm in ARMS:
+            mean = named.get(arm, 0.3)
+            values = (mean - 0.01, mean, mean + 0.01)
+            scores[domain, arm, "exact"] = Spread(values)
+            for metric in ("told", "kl", "perplexity"):
+                scores[f"{domain} probe", arm, metric] = Spread((0.9, 0.91, 0.92))
+    labels = [f"out/{d}/{name}" for d in reproduce.DOMAINS
+              for name in ("round-1/skill.safetensors", "round-1/sft::b", "sft_t::b")]  # fmt: skip
+    row = {"cosine": 0.01, "z": 1.0, "z_groups": 1.0, "control_cosine": 0.0, "density_b": 0.9}
+    cells = [row | {"name": f"model.layers.{k}.self_attn.q_proj.weight"} for k in (0, 1)]
+    layers = [row | {"name": f"model.layers.{k}"} for k in (0, 1)]
+    pairs = [{"a": a, "b": b, "overall": row, "layers": layers, "tensors": cells}
+             for i, a in enumerate(labels) for b in labels[i + 1 :]]  # fmt: skip
+    times = {f"{d}/{stage}": Spread((2.0,) * 3) for d in reproduce.DOMAINS
+             for stage in ("rl_t", "lambda_1")}  # fmt: skip
+    return Results(scores, times, [{"pairs": pairs}] * 3, [{"pairs": pairs}] * 3, [])
+
+
+def test_verdicts_follow_the_numbers() -> None:
+    good = results(lambda_1=0.8, minus_x=0.0, **{"lambda_-1": 0.0, "sequential": 0.1})
+    assert claims.injection_lifts(good).verdict == "holds"
+    assert claims.injection_lifts(results(lambda_1=0.8, random=0.8)).verdict != "holds"
+    assert claims.injection_lifts(results()).verdict != "holds"
+    assert claims.rounds_help(results(**{"K = 2": 0.5})).verdict == "holds"
+    assert claims.rounds_help(results(**{"K = 2": 0.1})).verdict == "does not hold"
+    assert claims.rounds_help(results()).verdict == "not clear"
+    order = claims.order_matters(good).verdict
+    assert order == "holds"
+    order = claims.order_matters(results(lambda_1=0.8, **{"pre-injection": 0.9})).verdict
+    assert order == "holds against sequential, does not hold against pre-injection"
+    assert claims.nearly_orthogonal(good).verdict == "holds"
+    assert claims.lambda_curve(results(lambda_2=0.9)).verdict == "does not hold"
+    assert claims.lambda_curve(good).verdict == "holds"
+    assert claims.target_rl(results(lambda_1=0.9)).verdict == "does not hold"
+    across = claims.other_domains(good).verdict
+    assert across == "holds within a domain, does not hold across domains"
+    assert claims.forgetting(good).verdict == "holds"
+    assert claims.half_precision(good).verdict == "does not hold"  # .3 against .8
+    assert claims.half_precision(results()).verdict == "holds"
+    assert claims.knowledge_is_not_enough(good).verdict == "holds"
+
+
+def test_the_page_and_its_figures(tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    page = tmp_path / "docs" / "reproduction.md"
+    page.parent.mkdir()
+    claims.write_page(results(lambda_1=0.8), None, (1, 2, 3), page)
+    text = page.read_text()
+    assert "| 0.300 ± 0.010 |" in text and "0.800 ± 0.010" in text
+    assert "{" not in text and "nan" not in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 12
+    for rows in tables:
+        assert len({row.count("|") for row in rows}) == 1 and len(rows) > 2
+    for title in (claim(results()).title for claim in claims.CLAIMS):
+        assert f". {title}\n" in text
+    for name in ("lambda", "arms", "layers", "forgetting"):
+        assert (page.parent / "images" / f"{name}.svg").read_text().startswith("<svg")
+        assert f"images/{name}.svg" in text
+    claims.write_page(results(), results(lambda_1=0.6), (1, 2, 3), page)
+    assert "| people | 0.300 ± 0.010 | 0.600 ± 0.010 |" in page.read_text()
+
+
+def test_a_report_without_the_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected one pair x, y in the report, found 0"):
+        claims.find_pair({"pairs": []}, "x", "y")
+
+
+def test_a_seed_that_fails_shows_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import subprocess
+    import sys
 
-    def refuse(command: list[str], check: bool) -> None:
-        raise subprocess.CalledProcessError(code, command)
+    def start(out: Path, seed: int, size: str) -> subprocess.Popen[bytes]:
+        (out / f"seed-{seed}").mkdir(parents=True)
+        (out / f"seed-{seed}" / "log.txt").write_text("no space left")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
 
-    monkeypatch.setattr("recipes.mini.train.run_stages", lambda *_: None)
-    monkeypatch.setattr(subprocess, "run", refuse)
-    assert main(["--out", str(tmp_path)]) == code
-    captured = capfd.readouterr()
-    assert f"exit code {code}: skillvec diff" in captured.err
-    assert "$ skillvec diff" in captured.out
-    assert not (tmp_path / "accuracy.json").exists()
-
-
-@pytest.mark.slow
-def test_four_models_train_and_load(world: World, tmp_path: Path) -> None:
-    """A few real optimisation steps of SFTTrainer and GRPOTrainer, end to end."""
-    for package in ("trl", "datasets", "accelerate"):
-        pytest.importorskip(package)
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    config = MiniConfig(
-        world=TINY,
-        hidden_size=32,
-        batch=8,
-        base_epochs=2,
-        sft_epochs=2,
-        grpo_steps=3,
-        completions_per_step=8,
-        completions_per_question=4,
-    )
-    stages = plan_stages(config, world)
-    run_stages(stages, world, tmp_path)
-    weights = {}
-    for name in ALL:
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert model.dtype == torch.float32
-        loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / name)
-        assert len(loaded) == model.config.vocab_size
-        assert loaded.unk_token_id not in loaded(questions(world.t)[0].prompt)["input_ids"]
-        weights[name] = load_file(tmp_path / name / "model.safetensors")
-        assert json.loads((tmp_path / "stages" / f"{name}.json").read_text())["digest"]
-    for parent, child in [("base", "theta_sft_S"), ("base", "theta_sft_T")]:
-        assert weights[parent].keys() == weights[child].keys()
-        assert any(not torch.equal(w, weights[child][k]) for k, w in weights[parent].items())
-    assert weights["theta_rl_S"].keys() == weights["theta_sft_S"].keys()
-    asked = questions(world.t)
-    assert evaluate_checkpoint(tmp_path / "theta_sft_T", asked).questions == len(asked)
-    # what the demo's page says of such models, against the float64 script
-    sides = (("theta_rl_S", "theta_sft_S"), ("theta_sft_S", "base"), ("theta_sft_T", "base"))
-    refs = [f"{tmp_path / tuned}::{tmp_path / of}" for tuned, of in sides]
-    options = {"control": "random", "sign_flips": 99, "subspace": 4}
-    skillvec.orthogonality(*refs, **options, output=tmp_path / "report")
-    assert angles.main([str(tmp_path / "report" / "report.json")]) == 0
-    # the same texts and seeds give the same bytes
-    again = tmp_path / "again"
-    run_stages(stages[:1], world, again)
-    first, second = (folder / "base" / "model.safetensors" for folder in (tmp_path, again))
-    assert first.read_bytes() == second.read_bytes()
+    monkeypatch.setattr(reproduce, "_start", start)
+    with pytest.raises(ValueError, match=r"seed 1 failed.*\n.*no space left"):
+        reproduce.run_seeds(tmp_path, [1], "mini", 1)

@@ -10,20 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 import skillvec as sv
-from recipes.mini.world import WorldConfig, build_tokenizer, build_world, questions
+from recipes.mini.world import WorldConfig, build_tokenizer, build_world
 from recipes.training import Data, callbacks_for, load_function, load_rows, model_arguments
 
-WORLD = WorldConfig(people_base=8, people_s=4, people_t=4, first_names=4, values=3, biographies=2)
+WORLD = WorldConfig(base=8, s=4, t=4, first_names=4, values=3, texts=2)
 
 
 def test_functions_are_found_by_name_or_refused() -> None:
-    found = load_function("recipes.mini.evaluate:exact_match_reward")
-    assert found(["a", "b"], answer=["a", "c"]) == [1.0, 0.0]
+    found = load_function("recipes.mini.reward:exact")
+    assert found(["one", "two"], answer=["one", "three"]) == [1.0, 0.0]
     for name, words in (
-        ("recipes.mini.evaluate", "expected module:function"),
-        ("recipes.mini.evaluate:absent", "absent"),
+        ("recipes.mini.reward", "expected module:function"),
+        ("recipes.mini.reward:absent", "absent"),
         ("no_such_module:reward", "no_such_module"),
-        ("recipes.mini.evaluate:MAX_ANSWER_TOKENS", "expected module:function"),
+        ("recipes.mini.reward:__doc__", "expected module:function"),
     ):
         with pytest.raises(ValueError, match=words):
             load_function(name)
@@ -90,9 +90,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    texts = [{"text": told} for person in world.s for told in person.biographies]
+    people = world.domains["people"]
+    texts = [{"text": told} for person in people.s for told in person.texts]
     write_rows(folder / "texts.jsonl", texts)
-    asked = [{"prompt": q.prompt, "answer": q.answer} for q in questions(world.s)]
+    asked = [{"prompt": q.prompt, "answer": q.answer} for q in people.questions(people.s)]
     write_rows(folder / "questions.jsonl", asked)
     return folder
 

@@ -86,8 +86,8 @@ def test_a_real_trainer_calls_it(tmp_path: Path) -> None:
 
     from recipes.mini.world import WorldConfig, build_tokenizer, build_world
 
-    tokenizer = build_tokenizer(build_world(WorldConfig(people_base=8, people_s=4, people_t=4,
-                                                        first_names=4, values=3)))  # fmt: skip
+    world = WorldConfig(base=8, s=4, t=4, first_names=4, values=3)
+    tokenizer = build_tokenizer(build_world(world))
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     config = Qwen2Config(vocab_size=len(tokenizer), **shape, **heads, tie_word_embeddings=True)

@@ -1,4 +1,4 @@
-"""Progress of a training stage: a bar in a terminal, a plain line now and then elsewhere.
+"""Progress of a training run: a bar in a terminal, a plain line now and then elsewhere.
 
 Hides where standard output goes. Both forms show steps, the stage's metric and the time left; both
 end with one line that stays.
@@ -16,16 +16,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 _PLAIN_LINES = 4
 
 
-def say(line: str) -> None:
-    """Print one line at once, in order with the output of subprocesses."""
-    print(line, flush=True)
-
-
-class StageProgress(TrainerCallback):
+class TrainingProgress(TrainerCallback):
     """Show the steps of one training run and the latest value of one logged metric."""
 
-    def __init__(self, title: str, metric: str) -> None:
-        self._title = title
+    def __init__(self, metric: str) -> None:
         self._metric = metric
         self._latest = ""
         self._start = 0.0
@@ -44,10 +38,10 @@ class StageProgress(TrainerCallback):
                 TimeRemainingColumn(),
                 transient=True,
             )
-            self._bar.add_task(self._title, total=state.max_steps, latest="")
+            self._bar.add_task("training", total=state.max_steps, latest="")
             self._bar.start()
         else:
-            say(f"{self._title}, {state.max_steps} steps")
+            _say(f"  {state.max_steps} steps")
 
     def on_log(
         self,
@@ -69,7 +63,7 @@ class StageProgress(TrainerCallback):
             self._bar.update(self._bar.task_ids[0], completed=done, latest=self._latest)
         elif done < total and done % max(1, total // _PLAIN_LINES) == 0:
             left = (time.perf_counter() - self._start) / done * (total - done)
-            say(f"  {done}/{total} steps  {self._latest}  about {left:.0f} s left")
+            _say(f"  {done}/{total} steps  {self._latest}  about {left:.0f} s left")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -77,4 +71,8 @@ class StageProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
         seconds = time.perf_counter() - self._start
-        say(f"{self._title}, {state.global_step} steps in {seconds:.0f} s, {self._latest}")
+        _say(f"  {state.global_step} steps in {seconds:.0f} s  {self._latest}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # at once, in order with the output of subprocesses

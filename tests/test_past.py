@@ -1,0 +1,351 @@
+"""The pipeline: its configuration, the order and arithmetic of the rounds, resuming, a real run."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from recipes import past, stages
+from recipes.past import Config, check_rows, plan, read_config
+from recipes.stages import Pipeline, flags, run_stages, show_stages, states
+
+MINI = Path(__file__).parents[1] / "recipes" / "mini" / "past.yaml"
+
+
+def whole(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """Return a configuration with two parts and one target, all files in tmp_path."""
+    for name in ("s1", "s2", "t"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"about {name}"}))
+        asked = {"prompt": f"who is {name}?", "answer": name}
+        (tmp_path / f"{name}_questions.jsonl").write_text(json.dumps(asked))
+    parts = [{"sft": [str(tmp_path / f"s{k}.jsonl")], "rl": str(tmp_path / f"s{k}_questions.jsonl")}
+             for k in (1, 2)]  # fmt: skip
+    asked = {"data": str(tmp_path / "t_questions.jsonl")}
+    target = {"sft": [str(tmp_path / "t.jsonl")], "evaluate": asked}
+    return {
+        "out": str(tmp_path / "out"), "base": str(tmp_path / "base"),
+        "sft": [{"learning_rate": 1e-3}], "rl": {"max_steps": 2},
+        "source": parts, "targets": {"T": target},
+        "evaluate": {"run": "recipes.evaluate", "with": {"metrics": ["exact"]}},
+    } | changes  # fmt: skip
+
+
+def written(tmp_path: Path, settings: Any) -> Path:
+    path = tmp_path / "past.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+# -------------------------------------------------------------------------------- configuration
+
+
+def test_the_configurations_in_the_repository_are_read() -> None:
+    found = sorted(MINI.parents[1].glob("*/past.yaml"))
+    assert {path.parent.name for path in found} == {"mini", "squad", "loogle", "toolbench"}
+    for path in found:
+        line = plan(read_config(path), "base")
+        assert line.scores and len({stage.name for stage in line.stages}) == len(line.stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lamda": 1}, "unknown lamda"),
+        ({"source": []}, "at least one part in source"),
+        ({"targets": {}}, "at least one part in source and one in targets"),
+        ({"sft": [{}, {}]}, "source part 1: expected rl and sft, with a list of 2 files"),
+        ({"targets": {"T": {"sft": ["a"]}}}, "target T: expected evaluate and sft"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, whole(tmp_path, **change))
+    with pytest.raises(ValueError, match=words):
+        read_config(path)
+
+
+def test_missing_settings_and_files_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = whole(tmp_path)
+    del settings["rl"]
+    with pytest.raises(ValueError, match=r"missing 1 required .* 'rl'"):
+        read_config(written(tmp_path, settings))
+    with pytest.raises(ValueError, match="expected settings"):
+        read_config(written(tmp_path, "words"))
+    assert past.main([str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_parts_that_share_a_row_are_refused(tmp_path: Path) -> None:
+    settings = whole(tmp_path)
+    config = Config(**settings)
+    check_rows(config)
+    with open(tmp_path / "s2.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"text": "about s1"}))
+    with pytest.raises(ValueError, match=r"parts 1 and 2 share 1 rows.*about s1"):
+        check_rows(config)
+
+
+def test_a_target_that_rl_saw_is_refused(tmp_path: Path) -> None:
+    settings = whole(tmp_path)
+    seen = {"prompt": "who is s1?", "answer": "someone", "group": "1"}
+    (tmp_path / "t_questions.jsonl").write_text(json.dumps(seen))
+    with pytest.raises(ValueError, match=r"target T: 1 of its questions .* RL data"):
+        check_rows(Config(**settings))
+    (tmp_path / "t_questions.jsonl").write_text('{"prompt": "a"}\nno json')
+    with pytest.raises(ValueError, match=r"t_questions.jsonl, row 2"):
+        check_rows(Config(**settings))
+
+
+def test_options_are_spelled_as_flags() -> None:
+    options = {"max_new_tokens": 5, "metrics": ["exact", "f1"], "figures": True, "limit": None}
+    words = ["--max-new-tokens", "5", "--metrics", "exact", "f1", "--figures"]
+    assert flags(options | {"other": False}) == words
+
+
+# -------------------------------------------------------------------------------- the plan
+
+
+def names_of(line: Pipeline) -> list[str]:
+    return [stage.name for stage in line.stages]
+
+
+def test_rounds_come_in_the_order_of_the_paper(tmp_path: Path) -> None:
+    line = plan(Config(**whole(tmp_path, lam=[1.0, -1.0], controls=["random"])), "base")
+    assert names_of(line) == [
+        "round-1/sft", "round-1/rl", "round-1/skill.safetensors",
+        "round-2/sft", "round-2/start", "round-2/rl", "round-2/skill.safetensors",
+        "controls/random.safetensors", "targets/T/sft",
+        "targets/T/lambda_1", "targets/T/lambda_-1", "targets/T/random_lambda_1",
+        "scores/T/base.json", "scores/T/SFT_only.json", "scores/T/lambda_1.json",
+        "scores/T/lambda_-1.json", "scores/T/random_lambda_1.json", "angles",
+    ]  # fmt: skip
+    by = {stage.name: stage for stage in line.stages}
+    out = tmp_path / "out"
+    for name in ("round-1/sft", "round-2/sft", "targets/T/sft"):
+        assert by[name].settings is not None
+        assert by[name].settings["model_name_or_path"] == "base"
+    begun = by["round-2/rl"].settings
+    assert begun is not None and begun["model_name_or_path"] == str(out / "round-2" / "start")
+    assert by["round-2/start"].reads == (
+        str(out / "round-2" / "sft"), str(out / "round-1" / "skill.safetensors"),
+    )  # fmt: skip
+    # v_2 is against the round's SFT model, not against where RL began
+    assert by["round-2/skill.safetensors"].reads == (
+        str(out / "round-2" / "rl"), str(out / "round-2" / "sft"),
+    )  # fmt: skip
+
+
+def test_two_steps_of_sft_follow_each_other(tmp_path: Path) -> None:
+    line = Pipeline(tmp_path, "base")
+    line.sft("sft", "base", [{"num_train_epochs": 3}, {"num_train_epochs": 1}], ["a", "b"])
+    first, second = line.stages
+    assert first.name == "sft-step-1" and second.name == "sft"
+    assert second.settings is not None
+    assert second.settings["model_name_or_path"] == str(first.output)
+    assert second.settings["data"] == "b" and second.settings["num_train_epochs"] == 1
+    with pytest.raises(ValueError, match="two stages are named sft"):
+        line.sft("sft", "base", [{}], ["a"])
+
+
+def test_a_launcher_stands_before_training_alone(tmp_path: Path) -> None:
+    config = Config(**whole(tmp_path, launch=["accelerate", "launch", "--num_processes", "8"]))
+    line = plan(config, "base")
+    words = {stage.name: stages.command(line, stage) for stage in line.stages}
+    assert words["round-1/rl"][:5] == ["accelerate", "launch", "--num_processes", "8", "-m"]
+    assert words["round-1/rl"][5] == "recipes.grpo"
+    assert words["scores/T/base.json"][:3] == [sys.executable, "-m", "recipes.evaluate"]
+    assert words["round-1/skill.safetensors"][:3] == [sys.executable, "-m", "skillvec"]
+
+
+# -------------------------------------------------------------------------------- running
+
+
+def write_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+MOVED = {"s1.jsonl": 1.0, "s2.jsonl": 2.0, "t.jsonl": 4.0,
+         "s1_questions.jsonl": 8.0, "s2_questions.jsonl": 16.0}  # fmt: skip
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replace both trainers by one that adds a known number, and the evaluation by a sum."""
+    calls: list[dict[str, Any]] = []
+
+    def train(arguments: Sequence[str]) -> int:
+        settings = yaml.safe_load(Path(arguments[1]).read_text())
+        calls.append(settings)
+        weights = load_file(Path(settings["model_name_or_path"]) / "model.safetensors")
+        by = MOVED[Path(settings["data"]).name]
+        moved = {name: weight + by for name, weight in weights.items()}
+        write_model(Path(settings["output_dir"]), moved)
+        return 0
+
+    def evaluate(arguments: Sequence[str]) -> int:
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        weights = load_file(Path(given["--model"]) / "model.safetensors")
+        mean = float(weights["model.norm.weight"].mean())
+        metrics = {"exact": {"mean": mean, "standard_error": None}}
+        Path(given["--output"]).write_text(json.dumps({"metrics": metrics}))
+        return 0
+
+    for name in ("recipes.sft", "recipes.grpo"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(main=train))  # type: ignore[arg-type]
+    fake = SimpleNamespace(main=evaluate)
+    monkeypatch.setitem(sys.modules, "recipes.evaluate", fake)  # type: ignore[arg-type]
+    return calls
+
+
+def test_skills_add_up_over_the_rounds(
+    tmp_path: Path, trained: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "base", {"model.norm.weight": torch.zeros(64)})
+    path = written(tmp_path, whole(tmp_path, lam=[1.0, -0.5]))
+    assert past.main([str(path), "--dry-run"]) == 0
+    assert trained == [] and not (tmp_path / "out").exists()
+    assert past.main([str(path)]) == 0
+    assert len(trained) == 5  # 2 x SFT and RL on the source, SFT on the target
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["T"]
+    # v_1 = 8; RL of round 2 begins at sft_2 + 8 and adds 16; v_2 = 24 holds both
+    means = {arm: metrics["exact"]["mean"] for arm, metrics in scores.items()}
+    assert means == {"base": 0.0, "SFT only": 4.0, "lambda 1": 28.0, "lambda -0.5": -8.0}
+    assert (tmp_path / "out" / "angles" / "report.json").is_file()
+    shown = capsys.readouterr().out
+    assert "$ skillvec diff" in shown and "SFT only" in shown
+    # a second run trains nothing; a changed text trains its stage and what follows
+    trained.clear()
+    assert past.main([str(path)]) == 0 and trained == []
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "news about t"}))
+    assert past.main([str(path)]) == 0
+    assert [call["output_dir"] for call in trained] == [str(tmp_path / "out" / "targets/T/sft")]
+
+
+def test_a_stage_that_was_cut_is_run_again(
+    tmp_path: Path, trained: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "base", {"model.norm.weight": torch.zeros(64)})
+    (tmp_path / "s1.jsonl").write_text("{}")
+    line = Pipeline(tmp_path / "out", str(tmp_path / "base"))
+    output = line.sft("sft", tmp_path / "base", [{}], [tmp_path / "s1.jsonl"])
+    train = sys.modules["recipes.sft"].main
+
+    def stop(arguments: Sequence[str]) -> int:
+        (output / "checkpoint-7").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["recipes.sft"], "main", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(line)
+    assert [state for _, state in states(line)] == ["begun"]
+    monkeypatch.setattr(sys.modules["recipes.sft"], "main", train)
+    run_stages(line)
+    assert trained[0]["resume_from_checkpoint"] == "true"  # goes on from checkpoint-7
+    assert [state for _, state in states(line)] == ["done"]
+    # other settings: what was begun is thrown away
+    marker = tmp_path / "out" / "stages" / "sft.json"
+    marker.write_text(marker.read_text().replace('"finished": true', '"finished": false'))
+    changed = Pipeline(tmp_path / "out", str(tmp_path / "base"), {"seed": 1})
+    changed.sft("sft", tmp_path / "base", [{}], [tmp_path / "s1.jsonl"])
+    (output / "checkpoint-9").mkdir()
+    run_stages(changed)
+    assert "resume_from_checkpoint" not in trained[1]
+    assert not (output / "checkpoint-9").exists()
+    # a torn marker is no marker
+    marker.write_text('{"dig')
+    assert [state for _, state in states(changed)] == ["to do"]
+
+
+def test_a_command_that_fails_stops_the_pipeline(
+    tmp_path: Path, trained: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "base", {"model.norm.weight": torch.zeros(64)})
+    settings = whole(tmp_path, angles={"no_such_option": True})
+    assert past.main([str(written(tmp_path, settings))]) == 2
+    assert "past: stopped, exit code 2" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "scores.json").exists()
+    line = plan(Config(**settings), settings["base"])
+    assert [stage.name for stage, state in states(line) if state != "done"] == ["angles"]
+
+
+def test_a_module_that_fails_stops_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = SimpleNamespace(main=lambda _: 3)
+    monkeypatch.setitem(sys.modules, "recipes.fake", fake)  # type: ignore[arg-type]
+    line = Pipeline(tmp_path, "base")
+    line.module("one", "recipes.fake", {})
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run_stages(line)
+    assert failed.value.returncode == 3
+
+
+# -------------------------------------------------------------------------------- a dry run
+
+
+def test_a_dry_run_shows_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # the header of a model of 7 billion weights, and a hole instead of the weights
+    spec = {"dtype": "BF16", "shape": [7000, 1000000], "data_offsets": [0, 14 * 10**9]}
+    header = json.dumps({"model.norm.weight": spec}).encode()
+    (tmp_path / "base").mkdir()
+    with open(tmp_path / "base" / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 14 * 10**9)
+    config = Config(**whole(tmp_path))
+    show_stages(plan(config, str(tmp_path / "base")))
+    shown = capsys.readouterr().out
+    assert "28 GB" in shown  # in fp32
+    assert "252 GB in fp32" in shown  # 5 trainings, 2 vectors, start and merged
+    show_stages(plan(config, "org/name"))
+    assert "unknown until the base model is on disk" in capsys.readouterr().out
+    show_stages(plan(Config(**whole(tmp_path, parameters="1e3")), "org/name"))
+    assert "4 kB" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- with TRL
+
+
+def test_the_miniature_runs_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage of recipes/mini/past.yaml with real, few steps of SFTTrainer and GRPOTrainer."""
+    for package in ("trl", "datasets", "accelerate"):
+        pytest.importorskip(package)
+    text = MINI.read_text().replace("runs/mini", str(tmp_path / "mini"))
+    settings = yaml.safe_load(text)
+    settings["training"]["max_steps"] = 2
+    settings["rl"] |= {"max_steps": 1, "per_device_train_batch_size": 8, "num_generations": 4,
+                       "rewards": ["test_past:vary"]}  # fmt: skip
+    settings["prepare"][1]["with"]["max_steps"] = 2
+    settings |= {"lam": [1.0], "controls": ["random"], "angles": {"control": "random"}}
+    settings["evaluate"]["with"]["limit"] = 8
+    for name in settings["environment"]:
+        monkeypatch.setenv(name, "")  # so that what the run sets is taken back
+    assert past.main([str(written(tmp_path, settings))]) == 0
+    out = tmp_path / "mini"
+    scores = json.loads((out / "scores.json").read_text())["people"]
+    assert set(scores) == {"base", "SFT only", "lambda 1", "random, lambda 1"}
+    at = ("targets/people/sft", "targets/people/lambda_1", "round-1/rl", "round-1/sft")
+    target, merged, rl, sft = (load_file(out / name / "model.safetensors") for name in at)
+    name = "model.norm.weight"
+    torch.testing.assert_close(merged[name], target[name] + (rl[name] - sft[name]))
+    assert (rl[name] != sft[name]).any() and rl[name].dtype == torch.float32
+    assert "2 steps in" in capfd.readouterr().out
+
+
+def vary(completions: list[str], **_: Any) -> list[float]:
+    """Reward something that a model without training gives now and then."""
+    return [float(len(said) % 2) for said in completions]
