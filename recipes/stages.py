@@ -237,7 +237,8 @@ def _state(line: Pipeline, stage: Stage, known: dict[str, str]) -> tuple[dict[st
 def run_stages(line: Pipeline, first: int = 0, last: int | None = None) -> None:
     """Run what is not done of the stages first..last, in order.
 
-    Raises subprocess.CalledProcessError with the exit code of a command that failed.
+    Raises subprocess.CalledProcessError with the exit code of a command that failed, ValueError for
+    an output that is there and that no stage of this pipeline made.
     """
     known: dict[str, str] = {}
     for number, stage in enumerate(line.stages[:last], 1):
@@ -258,16 +259,25 @@ def run_stages(line: Pipeline, first: int = 0, last: int | None = None) -> None:
 
 def _begin(line: Pipeline, stage: Stage, digests: Mapping[str, str], goes_on: bool) -> None:
     trains = stage.settings is not None
-    if not (goes_on and trains):
-        if stage.output.is_dir():
-            shutil.rmtree(stage.output)
-        stage.output.unlink(missing_ok=True)
+    if not (goes_on and trains) and _is_made(stage):
+        if not _marker(line, stage).exists():
+            raise ValueError(
+                f"{stage.output}: exists and was not made by this pipeline; move it away, or let"
+                f" {stage.name} make another path"
+            )
+        shutil.rmtree(stage.output) if stage.output.is_dir() else stage.output.unlink()
     _record(line, stage, digests, finished=False)
     if stage.settings is not None:
         whole = dict(stage.settings)
-        if goes_on and any(stage.output.glob("checkpoint-*")):
-            whole["resume_from_checkpoint"] = "true"
+        if goes_on and (last := last_checkpoint(stage.output)) is not None:
+            whole["resume_from_checkpoint"] = str(last)
         Path(stage.words[-1]).write_text(yaml.safe_dump(whole), encoding="utf-8")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint-N of a Trainer that is whole: its state is written last."""
+    found = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _record(line: Pipeline, stage: Stage, digests: Mapping[str, str], **more: Any) -> None:

@@ -244,7 +244,10 @@ def test_a_stage_that_was_cut_is_run_again(
     train = sys.modules["recipes.sft"].main
 
     def stop(arguments: Sequence[str]) -> int:
-        (output / "checkpoint-7").mkdir(parents=True)
+        for step in (7, 10, 13):
+            (output / f"checkpoint-{step}").mkdir(parents=True)
+            if step != 13:  # cut while it was written
+                (output / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["recipes.sft"], "main", stop)
@@ -253,7 +256,7 @@ def test_a_stage_that_was_cut_is_run_again(
     assert [state for _, state in states(line)] == ["begun"]
     monkeypatch.setattr(sys.modules["recipes.sft"], "main", train)
     run_stages(line)
-    assert trained[0]["resume_from_checkpoint"] == "true"  # goes on from checkpoint-7
+    assert trained[0]["resume_from_checkpoint"] == str(output / "checkpoint-10")
     assert [state for _, state in states(line)] == ["done"]
     # other settings: what was begun is thrown away
     marker = tmp_path / "out" / "stages" / "sft.json"
@@ -267,6 +270,18 @@ def test_a_stage_that_was_cut_is_run_again(
     # a torn marker is no marker
     marker.write_text('{"dig')
     assert [state for _, state in states(changed)] == ["to do"]
+
+
+def test_files_of_others_are_never_removed(
+    tmp_path: Path, trained: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "base", {"model.norm.weight": torch.zeros(64)})
+    mine = tmp_path / "out" / "round-1" / "sft" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert past.main([str(written(tmp_path, whole(tmp_path)))]) == 2
+    assert "round-1/sft: exists and was not made by this pipeline" in capsys.readouterr().err
+    assert mine.read_text() == "mine" and trained == []
 
 
 def test_a_command_that_fails_stops_the_pipeline(
@@ -344,6 +359,30 @@ def test_the_miniature_runs_end_to_end(
     torch.testing.assert_close(merged[name], target[name] + (rl[name] - sft[name]))
     assert (rl[name] != sft[name]).any() and rl[name].dtype == torch.float32
     assert "2 steps in" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_training_that_was_cut_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    for package in ("trl", "datasets", "accelerate"):
+        pytest.importorskip(package)
+    from recipes.mini import prepare
+
+    assert prepare.main(["--output", str(tmp_path / "start")]) == 0
+    settings = yaml.safe_load(MINI.read_text())["training"] | {"max_length": 64, "max_steps": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    start, data = tmp_path / "start" / "model", tmp_path / "start" / "people" / "t_texts.jsonl"
+    line = Pipeline(tmp_path / "out", str(start), settings)
+    weights = line.sft("sft", start, [{}], [data]) / "model.safetensors"
+    run_stages(line)
+    whole = weights.read_bytes()
+    weights.unlink()  # as if it was cut after the first of two checkpoints
+    (weights.parent / "checkpoint-4" / "trainer_state.json").unlink()
+    marker = tmp_path / "out" / "stages" / "sft.json"
+    marker.write_text(marker.read_text().replace('"finished": true', '"finished": false'))
+    run_stages(line)
+    config = yaml.safe_load((tmp_path / "out" / "stages" / "sft.yaml").read_text())
+    assert config["resume_from_checkpoint"] == str(weights.parent / "checkpoint-2")
+    assert weights.read_bytes() == whole
 
 
 def vary(completions: list[str], **_: Any) -> list[float]:

@@ -365,6 +365,11 @@ def test_a_report_without_the_pair_is_refused() -> None:
         claims.find_pair({"pairs": []}, "x", "y")
 
 
+def test_a_page_wants_finished_seeds(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed-1: start is not done"):
+        claims.gather(tmp_path, [1], "mini")
+
+
 def test_a_seed_that_fails_shows_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,17 +78,20 @@ class Results:
 
 
 def gather(out: Path, seeds: Sequence[int], size: str) -> Results:
-    """Read every score, time and angle; FileNotFoundError for what is not made yet."""
+    """Read every score, time and angle; ValueError names a stage that is not done."""
     scores: dict[tuple[str, str, str], list[float]] = {}
     seconds: dict[str, list[float]] = {}
     angles, bf16, folders = [], [], []
     for seed in seeds:
         line = plan_seed(out / f"seed-{seed}", seed, size)
+        for stage in line.stages:
+            marker = read_marker(line, stage)
+            if not marker.get("finished"):
+                raise ValueError(f"{line.out}: {stage.name} is not done")
+            seconds.setdefault(stage.name, []).append(marker["seconds"])
         for (target, arm), path in line.scores.items():
             for metric, value in json.loads(path.read_text())["metrics"].items():
                 scores.setdefault((target, arm, metric), []).append(value["mean"])
-        for stage in line.stages:
-            seconds.setdefault(stage.name, []).append(read_marker(line, stage)["seconds"])
         angles.append(json.loads((line.out / "angles" / "report.json").read_text()))
         bf16.append(json.loads((line.out / "bf16" / "angles" / "report.json").read_text()))
         folders.append(line.out)

@@ -215,16 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_stages(line)
         return 0
     out = options.out or Path("runs") / ("reproduce" if options.size == "mini" else "larger")
+    from recipes.mini.claims import gather, write_page
+
     try:
         run_seeds(out, options.seeds, options.size, options.jobs)
+        results = {options.size: gather(out, options.seeds, options.size)}
+        if options.size == "larger":  # adds its row to the page of the miniature
+            results["mini"] = gather(Path("runs/reproduce"), options.seeds, "mini")
     except ValueError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
-    from recipes.mini.claims import gather, write_page
-
-    results = {options.size: gather(out, options.seeds, options.size)}
-    if options.size == "larger":
-        results["mini"] = gather(Path("runs/reproduce"), options.seeds, "mini")
     write_page(results["mini"], results.get("larger"), options.seeds, options.page)
     print(f"written: {options.page}", flush=True)
     return 0

@@ -1,0 +1,1 @@
+"""ToolBench: knowledge of APIs by supervised fine-tuning, the skill of calling them by RL."""

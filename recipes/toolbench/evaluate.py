@@ -1,0 +1,169 @@
+"""Evaluation on ToolBench: whole dialogues with the tools, judged three ways, several times.
+
+    python -m recipes.toolbench.evaluate --model M --data questions.jsonl --output scores.json
+
+Hides dialogues and sums. Rows are those of recipes.toolbench.prepare: `prompt` (messages),
+`environment`, `api_list`, `question`. Invariants: every repetition holds its own dialogues, with
+its own seed; a question's score is the mean over them; the standard error is over lists of APIs,
+because queries about one list are not independent. Refuses rows without these columns, and starts
+only after judge and tool server have answered. A failure of either ends the evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from recipes.evaluate import load_model, summarize, write_scores
+from recipes.judges import JudgeError
+from recipes.toolbench.client import ToolServer, ToolServerError
+from recipes.toolbench.dialogue import hold_dialogues, speaker
+from recipes.toolbench.environment import classes_of
+from recipes.toolbench.reward import (
+    has_answer,
+    judge_dialogues,
+    judge_from_environment,
+    read_turns,
+    score,
+    tell,
+)
+
+COLUMNS = ("prompt", "environment", "api_list", "question")
+METRICS = ("judge", "calls_ok", "finish", "reward")
+
+
+def evaluate(
+    model: str,
+    data: Path,
+    judge: Any,
+    server: ToolServer,
+    repetitions: int = 3,
+    turns: int = 5,
+    max_new_tokens: int = 1024,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    batch: int = 16,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Hold and judge the dialogues; return what `main` writes.
+
+    `calls_ok` is the share of a dialogue's turns before the last that were calls and succeeded, 0
+    where the first turn is the last; `finish` says whether it ended with an answer.
+
+    Raises ValueError for rows and settings, JudgeError, ToolServerError.
+    """
+    if repetitions < 1 or turns < 1 or temperature < 0:
+        raise ValueError("repetitions and turns: expected 1 or more; temperature: 0 or more")
+    rows = read_rows(data)[:limit]
+    classes = classes_of(rows, server)
+    server.check()
+    judge.score("Is anything there?", "Observation: no")  # a judge that is down is found out now
+    import torch
+
+    loaded, tokenizer = load_model(model, device=device)
+    if getattr(tokenizer, "response_template", None) is None:
+        raise ValueError(f"{model}: the tokenizer has no response_template; make the model that "
+                         "training starts from with recipes.toolbench.react")  # fmt: skip
+    speak = speaker(loaded, tokenizer, max_new_tokens, temperature, top_p, batch)
+    room = loaded.config.max_position_embeddings - max_new_tokens
+    answers: list[dict[str, Any]] = []
+    for repetition in range(repetitions):
+        torch.manual_seed(seed + repetition)
+        environments = [classes[row["environment"]]() for row in rows]
+        prompts = [row["prompt"] for row in rows]
+        held = hold_dialogues(speak, tokenizer, prompts, environments, turns, room)
+        said = [dialogue.messages for dialogue in held]
+        judged = judge_dialogues(said, environments, [row["question"] for row in rows], judge)
+        for row, messages, env, verdict in zip(rows, said, environments, judged, strict=True):
+            kinds = read_turns(messages, env)
+            answers.append({
+                "question": row["question"], "environment": row["environment"],
+                "repetition": repetition, "said": tell(messages), "turns": kinds,
+                "judge": verdict, "finish": float(has_answer(messages)),
+                "calls_ok": fmean([float(kind == "succeeded") for kind in kinds[:-1]] or [0.0]),
+                "reward": score(kinds, verdict),
+            })  # fmt: skip
+    marks = {m: [fmean(a[m] for a in answers[i :: len(rows)]) for i in range(len(rows))]
+             for m in METRICS}  # fmt: skip
+    groups = [row["environment"] for row in rows]
+    return {
+        "model": model, "data": str(data),
+        "metrics": {name: summarize(marks[name], groups) for name in METRICS},
+        "repetitions": [fmean(a["judge"] for a in answers if a["repetition"] == i)
+                        for i in range(repetitions)],
+        "questions": len(rows), "groups": len(set(groups)),
+        "settings": {
+            "repetitions": repetitions, "turns": turns, "max_new_tokens": max_new_tokens,
+            "temperature": temperature, "top_p": top_p, "batch": batch, "limit": limit,
+            "seed": seed, "judge": f"{judge.model} at {judge.url}", "tools": server.url,
+        },
+        "answers": answers,
+    }  # fmt: skip
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a .jsonl file; ValueError for columns that are missing or empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected rows in JSON, one a line: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    for number, row in enumerate(rows):
+        missing = [name for name in COLUMNS if not row.get(name)]
+        if missing:
+            raise ValueError(f"{path}: row {number}: no {', '.join(missing)}; make the rows with "
+                             "recipes.toolbench.prepare")  # fmt: skip
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate a model on ToolBench questions and write the scores."""
+    parser = argparse.ArgumentParser("recipes.toolbench.evaluate", description=main.__doc__)
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--data", type=Path, required=True, help="questions, .jsonl")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="scores, .json")
+    parser.add_argument("--judge-url", help="instead of JUDGE_URL in the environment")
+    parser.add_argument("--judge-model", help="instead of JUDGE_MODEL in the environment")
+    parser.add_argument("--tool-url", help="instead of TOOLBENCH_URL in the environment")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="in one turn")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    given = vars(parser.parse_args(arguments))
+    output, tool_url = given.pop("output"), given.pop("tool_url")
+    asked = {"url": given.pop("judge_url"), "model": given.pop("judge_model")}
+    try:
+        judge = judge_from_environment(**{name: value for name, value in asked.items() if value})
+        server = ToolServer.from_environment(**({"url": tool_url} if tool_url else {}))
+        scores = evaluate(judge=judge, server=server, **given)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except (JudgeError, ToolServerError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    write_scores(scores, output)
+    for name, found in scores["metrics"].items():
+        deviation = found["standard_error"]
+        spread = "-" if deviation is None else f"{deviation:.3f}"
+        print(f"{name:<10} {found['mean']:7.3f}  standard error {spread}")
+    print(f"written: {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
