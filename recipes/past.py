@@ -177,15 +177,22 @@ def _rows(files: Sequence[str], columns: Sequence[str]) -> set[str]:
     return rows
 
 
-def fetch_base(config: Config) -> str:
-    """Return the folder of the base model; a Hub id (with @revision) is fetched first."""
+def find_base(config: Config, fetch: bool) -> str:
+    """Return the folder of the base model; a Hub id (with @revision) is fetched, if it may be."""
     made = any(Path(config.base).is_relative_to(entry["out"]) for entry in config.prepare)
     if made or Path(config.base).is_dir():
         return config.base
     import huggingface_hub
 
     name, _, revision = config.base.partition("@")
-    return huggingface_hub.snapshot_download(name, revision=revision or None)
+    try:
+        return huggingface_hub.snapshot_download(
+            name, revision=revision or None, local_files_only=not fetch
+        )
+    except (OSError, huggingface_hub.errors.HFValidationError) as error:
+        if fetch:
+            raise ValueError(f"base {config.base}: no such folder, and the Hub: {error}") from None
+        return config.base
 
 
 def report(config: Config, line: Pipeline) -> dict[str, Any]:
@@ -218,7 +225,7 @@ def run(config: Config) -> dict[str, Any]:
     """Run what is not finished, stage by stage; return {target: {arm: metrics}}."""
     os.environ.update({name: str(value) for name, value in config.environment.items()})
     check_rows(config)
-    line = plan(config, fetch_base(config))
+    line = plan(config, find_base(config, fetch=True))
     prepared = len(config.prepare)
     run_stages(line, last=prepared)
     check_rows(config)
@@ -240,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(options.config, {"out": options.out} if options.out else None)
         if options.dry_run:
             check_rows(config)
-            show_stages(plan(config, config.base))
+            show_stages(plan(config, find_base(config, fetch=False)))
             return 0
         run(config)
     except ValueError as error:

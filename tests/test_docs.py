@@ -138,6 +138,12 @@ def test_commands_in_a_page_are_taken_by_the_program(page: Path):
                     command.make_context(words[1], words[2:])  # raises on what it does not know
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules_that_a_page_runs_exist(page: Path):
+    for module in re.findall(r"python -m (recipes[\w.]*\w)", page.read_text()):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+
+
 def test_makefile_targets_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([a-z]+)\b", README.read_text())) - {"it", "the", "a"}:

@@ -1,6 +1,7 @@
 """The pipeline: its configuration, the order and arithmetic of the rounds, resuming, a real run."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,16 @@ def test_the_configurations_in_the_repository_are_read() -> None:
     for path in found:
         line = plan(read_config(path), "base")
         assert line.scores and len({stage.name for stage in line.stages}) == len(line.stages)
+
+
+def test_the_configuration_in_the_documentation_is_read(tmp_path: Path) -> None:
+    text = (MINI.parents[2] / "docs" / "past.md").read_text()
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "past.yaml"
+    path.write_text(shown)
+    line = plan(read_config(path), "base")
+    assert ("news", "lambda -1") in line.scores and ("news", "shuffled, lambda 1") in line.scores
+    assert set(yaml.safe_load(shown)) == set(Config.__dataclass_fields__)  # every setting is shown
 
 
 @pytest.mark.parametrize(
@@ -111,6 +122,31 @@ def test_options_are_spelled_as_flags() -> None:
     options = {"max_new_tokens": 5, "metrics": ["exact", "f1"], "figures": True, "limit": None}
     words = ["--max-new-tokens", "5", "--metrics", "exact", "f1", "--figures"]
     assert flags(options | {"other": False}) == words
+
+
+def test_a_base_on_the_hub_is_fetched_with_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def download(name: str, revision: str | None, local_files_only: bool) -> str:
+        asked.append((name, revision, local_files_only))
+        if local_files_only or name == "absent/model":
+            raise OSError("not in the cache")
+        return "cache/snapshot"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    config = Config(**whole(tmp_path, base="org/name@abc"))
+    assert past.find_base(config, fetch=True) == "cache/snapshot"
+    assert past.find_base(config, fetch=False) == "org/name@abc"  # a dry run fetches nothing
+    assert asked == [("org/name", "abc", False), ("org/name", "abc", True)]
+    with pytest.raises(ValueError, match="base absent/model: no such folder"):
+        past.find_base(Config(**whole(tmp_path, base="absent/model")), fetch=True)
+    made = [{"run": "recipes.mini.prepare", "out": "made"}]
+    config = Config(**whole(tmp_path, base="made/model", prepare=made))
+    assert past.find_base(config, fetch=True) == "made/model"
 
 
 # -------------------------------------------------------------------------------- the plan
