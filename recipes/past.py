@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -254,7 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"past: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"past: stopped, exit code {error.returncode}: {error.cmd}", file=sys.stderr)
+        failed = shlex.join(error.cmd)
+        print(f"past: stopped, exit code {error.returncode}: {failed}", file=sys.stderr)
         return error.returncode
     return 0
 

@@ -131,14 +131,14 @@ def _layers(results: Results) -> Spec:
     scale = {"domain": [-1, 1], "domainMid": 0, "range": ["#0b4d94", "#f4f4f4", "#a11226"]}
     return {
         "title": {
-            "text": "Cosine of two updates by layer and module (people, mean over seeds)",
-            "subtitle": "left: v of RL on S against SFT on T; right: two SFT updates, the control",
+            "text": "Cosine of two updates by layer and module",
+            "subtitle": "people, mean over seeds: v of RL on S, and two SFT updates as the control",
         },
         "data": {"values": text},
-        "facet": {"column": {"field": "pair", "type": "nominal", "title": None,
-                             "sort": list(titles)}},
+        "facet": {"row": {"field": "pair", "type": "nominal", "title": None, "sort": list(titles),
+                          "header": {"labelOrient": "top", "labelAnchor": "start"}}},
         "spec": {
-            "width": {"step": 38}, "height": {"step": 28},
+            "width": {"step": 42}, "height": {"step": 26},
             "layer": [
                 {"mark": "rect", "encoding": {"x": x, "y": y,
                  "color": _quantity("cosine", "cosine", scale=scale)}},
@@ -181,7 +181,7 @@ def _forgetting(results: Results) -> Spec:
             "width": 260, "height": 220,
             "mark": {"type": "point", "filled": True, "size": 50, "opacity": 0.85},
             "encoding": {
-                "x": _quantity("kl", "KL from the base, nats a token"),
+                "x": _quantity("kl", "KL from the base, nats a token", axis={"tickCount": 5}),
                 "y": _quantity("exact", "exact match on T", scale={"domain": [0, 1]}),
                 "color": {"field": "arm", "type": "nominal", "title": None,
                           "scale": {"scheme": "tableau10"},
