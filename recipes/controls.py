@@ -52,22 +52,13 @@ class Noise:
         return (weights[0] * known * noise).astype(values[0].dtype)
 
 
-class Shuffle:
-    """The vector's own values in random order, tensor by tensor."""
+class Shuffle(Noise):
+    """The vector's own values in random order, tensor by tensor; nothing is measured for it."""
 
     name = "shuffled_control"
 
     def passes(self, parameters: Any) -> int:
         return 0
-
-    def scope(self, parameters: Any) -> str:
-        return "tensor"
-
-    def measure(self, *_: Any) -> Any:
-        raise AssertionError("nothing is measured")
-
-    def settle(self, *_: Any) -> Any:
-        raise AssertionError("nothing is measured")
 
     def combine(self, values: Any, weights: Any, parameters: Any, place: Any, known: Any) -> Values:
         shuffled = _generator(place).permutation(values[0])

@@ -197,6 +197,7 @@ HOSTS = {
     "doi.org",
     "www.apache.org",
     "aclanthology.org",
+    "www.w3.org",  # of SVG
     "localhost",  # a judge or a tool server beside the recipes
     "127.0.0.1",
 }

@@ -224,7 +224,7 @@ def test_errors_that_pass_are_tried_again(server: Server, status: int) -> None:
 @pytest.mark.parametrize("status", [429, 500])
 def test_errors_that_stay_end_in_a_clear_error(server: Server, status: int) -> None:
     server.replies = [failure(status)]
-    words = rf"judge tiny at http://127.*: HTTP {status} in 3 tries of 5 s: .*went wrong"
+    words = rf"judge tiny at http://127.0.0.1.*: HTTP {status} in 3 tries of 5 s: .*went wrong"
     with pytest.raises(JudgeError, match=words):
         server.judge().score("q", "a", "a")
     assert len(server.seen) == 3
@@ -331,8 +331,8 @@ def test_the_environment_describes_the_judge(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_judges_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="shows no answer"):
-        Judge("http://x/v1", "m", template="{question} {gold}")
+        Judge("http://localhost/v1", "m", template="{question} {gold}")
     with pytest.raises(ValueError, match="no verdicts"):
-        Judge("http://x/v1", "m", verdicts={})
+        Judge("http://localhost/v1", "m", verdicts={})
     with pytest.raises(ValueError, match="http:// or https://, found 'localhost:8000'"):
         Judge("localhost:8000", "m")

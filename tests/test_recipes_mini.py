@@ -305,14 +305,15 @@ def results(**means: float) -> Results:
                 scores[f"{domain} probe", arm, metric] = Spread((0.9, 0.91, 0.92))
     labels = [f"out/{d}/{name}" for d in reproduce.DOMAINS
               for name in ("round-1/skill.safetensors", "round-1/sft::b", "sft_t::b")]  # fmt: skip
-    row = {"cosine": 0.01, "z": 1.0, "z_groups": 1.0, "control_cosine": 0.0, "density_b": 0.9}
+    row = {"cosine": 0.01, "z": 1.0, "z_groups": 1.0, "control_cosine": 0.0, "density_b": 0.9,
+           "norm_a": 2.0}  # fmt: skip
     cells = [row | {"name": f"model.layers.{k}.self_attn.q_proj.weight"} for k in (0, 1)]
     layers = [row | {"name": f"model.layers.{k}"} for k in (0, 1)]
     pairs = [{"a": a, "b": b, "overall": row, "layers": layers, "tensors": cells}
              for i, a in enumerate(labels) for b in labels[i + 1 :]]  # fmt: skip
     times = {f"{d}/{stage}": Spread((2.0,) * 3) for d in reproduce.DOMAINS
              for stage in ("rl_t", "lambda_1")}  # fmt: skip
-    return Results(scores, times, [{"pairs": pairs}] * 3, [{"pairs": pairs}] * 3, [])
+    return Results(scores, times, [{"pairs": pairs}] * 3, [{"pairs": pairs}] * 3, (1, 2, 3))
 
 
 def test_verdicts_follow_the_numbers() -> None:
@@ -348,7 +349,7 @@ def test_the_page_and_its_figures(tmp_path: Path) -> None:
     assert "| 0.300 ± 0.010 |" in text and "0.800 ± 0.010" in text
     assert "{" not in text and "nan" not in text
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 12
+    assert len(tables) == 13
     for rows in tables:
         assert len({row.count("|") for row in rows}) == 1 and len(rows) > 2
     for title in (claim(results()).title for claim in claims.CLAIMS):
@@ -358,6 +359,25 @@ def test_the_page_and_its_figures(tmp_path: Path) -> None:
         assert f"images/{name}.svg" in text
     claims.write_page(results(), results(lambda_1=0.6), (1, 2, 3), page)
     assert "| people | 0.300 ± 0.010 | 0.600 ± 0.010 |" in page.read_text()
+
+
+def test_a_seed_without_a_skill_is_named_and_counted() -> None:
+    whole = results(lambda_1=0.8)
+    pairs = json.loads(json.dumps(whole.angles[0]["pairs"]))
+    for pair in pairs:
+        if "apis/round-1/skill" in pair["a"] + pair["b"]:
+            nothing = {"cosine": None, "z": None, "z_groups": None, "control_cosine": None,
+                       "norm_a": 0}  # fmt: skip
+            pair["overall"] |= nothing
+            for row in (*pair["layers"], *pair["tensors"]):
+                row["cosine"] = None
+    angles = [whole.angles[0], {"pairs": pairs}, whole.angles[0]]
+    some = replace(whole, angles=angles)
+    assert some.empty("apis") == [2] and some.empty("people") == []
+    assert len(some.pair("apis/round-1/skill", "apis/sft_t", "cosine").values) == 2
+    assert "about apis in seed 2" in claims.injection_lifts(some).evidence
+    assert "learnt nothing" not in claims.injection_lifts(whole).evidence
+    assert claims.nearly_orthogonal(some).verdict == "holds"
 
 
 def test_a_report_without_the_pair_is_refused() -> None:

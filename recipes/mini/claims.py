@@ -64,7 +64,7 @@ class Results:
     seconds: dict[str, Spread]  # stage
     angles: list[dict[str, Any]]  # report.json of each seed
     bf16: list[dict[str, Any]]
-    folders: list[Path]
+    seeds: tuple[int, ...]
 
     def exact(self, domain: str, arm: str) -> Spread:
         return self.scores[domain, arm, "exact"]
@@ -73,15 +73,28 @@ class Results:
         return self.scores[f"{domain} probe", arm, metric]
 
     def pair(self, a: str, b: str, key: str) -> Spread:
-        """Return an overall number of two deltas, named by the ends of their labels."""
-        return Spread(tuple(find_pair(report, a, b)["overall"][key] for report in self.angles))
+        """Return an overall number of two deltas, named by the ends of their labels.
+
+        Seeds in which one of them is zero, and has no angle, are left out.
+        """
+        rows = [find_pair(report, a, b)["overall"] for report in self.angles]
+        return Spread(tuple(row[key] for row in rows if row[key] is not None))
+
+    def empty(self, domain: str) -> list[int]:
+        """Return the seeds in which RL changed nothing: it never met a reward, and v is zero."""
+        name = f"{domain}/round-1/skill"
+        found = []
+        for seed, report in zip(self.seeds, self.angles, strict=True):
+            row = find_pair(report, name, f"{domain}/sft_t")["overall"]
+            found += [seed] * (row["norm_a"] == 0)
+        return found
 
 
 def gather(out: Path, seeds: Sequence[int], size: str) -> Results:
     """Read every score, time and angle; ValueError names a stage that is not done."""
     scores: dict[tuple[str, str, str], list[float]] = {}
     seconds: dict[str, list[float]] = {}
-    angles, bf16, folders = [], [], []
+    angles, bf16 = [], []
     for seed in seeds:
         line = plan_seed(out / f"seed-{seed}", seed, size)
         for stage in line.stages:
@@ -94,11 +107,10 @@ def gather(out: Path, seeds: Sequence[int], size: str) -> Results:
                 scores.setdefault((target, arm, metric), []).append(value["mean"])
         angles.append(json.loads((line.out / "angles" / "report.json").read_text()))
         bf16.append(json.loads((line.out / "bf16" / "angles" / "report.json").read_text()))
-        folders.append(line.out)
     return Results(
         {key: Spread(tuple(values)) for key, values in scores.items()},
         {key: Spread(tuple(values)) for key, values in seconds.items()},
-        angles, bf16, folders,
+        angles, bf16, tuple(seeds),
     )  # fmt: skip
 
 
@@ -163,7 +175,6 @@ def injection_lifts(results: Results) -> Claim:
             (results.exact(d, "lambda 1") - results.exact(d, noise)).above()
             for noise in ("random", "shuffled")
         )
-        and (results.exact(d, "lambda -1") - results.exact(d, "SFT only")).below()
         for d in DOMAINS
     )
     said = [f"{d} {gain.show('+.3f')}" for d, gain in gains.items()]
@@ -174,12 +185,30 @@ def injection_lifts(results: Results) -> Claim:
     text = (
         "v comes from RL on S alone; T is asked about. The random vector has the norm of v in"
         " every tensor, the shuffled one its very values in random places. Against SFT only, seed"
-        f" by seed: {noises}.\n\n"
+        f" by seed: {noises}. Where SFT only is near 0, nothing can lower it.\n\n"
     )
+    every = [[str(seed), *(f"{results.exact(d, arm).values[i]:.3f}" for d in DOMAINS
+                           for arm in ("SFT only", "lambda 1"))]
+             for i, seed in enumerate(results.seeds)]  # fmt: skip
+    heads = ["seed", *(f"{d}, {arm}" for d in DOMAINS for arm in ("SFT only", "+ v"))]
+    text += _nothing_learnt(results)
     return Claim("Post-hoc injection lifts a target that RL never saw",
                  "theta_sft_T + v beats theta_sft_T", HOLDS if good else UNCLEAR,
                  f"gain at lambda 1: {', '.join(said)}; of the random vector: {against['random']}",
-                 text + table(["exact match on T", *DOMAINS], rows))  # fmt: skip
+                 f"{text}{table(['exact match on T', *DOMAINS], rows)}\n\n{table(heads, every)}",
+                 )  # fmt: skip
+
+
+def _nothing_learnt(results: Results) -> str:
+    said = [f"{domain} in seed {', '.join(map(str, seeds))}"
+            for domain in DOMAINS if (seeds := results.empty(domain))]  # fmt: skip
+    if not said:
+        return ""
+    return (
+        f"RL learnt nothing about {'; '.join(said)}: GRPO never met a reward (SFT on S answers"
+        " nothing exactly) and v is zero. Such a seed counts like all others; only angles, which"
+        " a zero vector does not have, leave it out.\n\n"
+    )
 
 
 def lambda_curve(results: Results) -> Claim:
@@ -289,7 +318,8 @@ def _by_layer(results: Results) -> str:
             heads.append(f"{title}, {domain}")
             found = [find_pair(report, a, f"{domain}/sft_t")["layers"] for report in results.angles]
             for same in zip(*found, strict=True):
-                spread = Spread(tuple(row["cosine"] for row in same))
+                cosines = (row["cosine"] for row in same)
+                spread = Spread(tuple(value for value in cosines if value is not None))
                 rows.setdefault(same[0]["name"], []).append(spread.show("+.3f"))
     return table(heads, [[name, *cells] for name, cells in rows.items()])
 

@@ -120,6 +120,8 @@ def _layers(results: Results) -> Spec:
     for title, name in titles.items():
         for report in results.angles:
             for row in find_pair(report, f"people/{name}", "people/sft_t")["tensors"]:
+                if row["cosine"] is None:
+                    continue
                 layer, module = _place(row["name"])
                 sums.setdefault((title, layer, module), []).append(row["cosine"])
     rows = [{"pair": pair, "layer": layer, "module": module, "cosine": sum(v) / len(v)}
