@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# one thread a process: tests run side by side, and idle threads of two would wait for each other
+ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .PHONY: demo reproduce test slow check bench clean
 
@@ -13,11 +15,11 @@ reproduce: $(VENV)/.ready
 	$(BIN)/python -m recipes.mini.reproduce
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 slow: $(VENV)/.ready .venv-mergekit
 	$(PIP) "transformers[serving]"
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(ONE) $(BIN)/python -m pytest -m "slow or not slow"
 
 .venv-mergekit:
 	benchmarks/mergekit_setup.sh
