@@ -16,6 +16,7 @@ from recipes.training import (
     Data,
     callbacks_for,
     hush,
+    ignore_deprecations,
     load_function,
     load_rows,
     model_arguments,
@@ -44,6 +45,7 @@ class GrpoData(Data):
 def main(arguments: Sequence[str] | None = None) -> int:
     import trl
 
+    ignore_deprecations()
     parser = trl.TrlParser((GrpoData, trl.GRPOConfig, trl.ModelConfig), description=__doc__)
     data, settings, model = parser.parse_args_and_config(arguments)
     rewards = [load_function(name) for name in data.rewards]

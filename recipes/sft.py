@@ -11,12 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes.training import Data, callbacks_for, hush, load_rows, model_arguments, train_and_save
+from recipes.training import (
+    Data,
+    callbacks_for,
+    hush,
+    ignore_deprecations,
+    load_rows,
+    model_arguments,
+    train_and_save,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     import trl
 
+    ignore_deprecations()
     parser = trl.TrlParser((Data, trl.SFTConfig, trl.ModelConfig), description=__doc__)
     data, settings, model = parser.parse_args_and_config(arguments)
     hush(settings)

@@ -94,14 +94,17 @@ def model_arguments(model: Any) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if value is not None}
 
 
+def ignore_deprecations() -> None:
+    """Silence what a user can do nothing about: TRL reads a name that transformers deprecated."""
+    warnings.filterwarnings("ignore", r".*gradient_checkpointing.*deprecated", FutureWarning)
+
+
 def hush(settings: Any) -> None:
     """Turn off the libraries' bars if `disable_tqdm` says so: recipes/progress.py shows its own."""
     if settings.disable_tqdm:
         import datasets
         import transformers
 
-        # TRL reads a name that transformers has deprecated; the user can do nothing about it
-        warnings.filterwarnings("ignore", r".*gradient_checkpointing.*deprecated", FutureWarning)
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
 

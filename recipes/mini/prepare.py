@@ -91,6 +91,7 @@ def write_model(world: World, folder: Path, size: str, seed: int) -> None:
         bos_token_id=None,
         **shape,
     )
+    transformers.utils.logging.disable_progress_bar()
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
