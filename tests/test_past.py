@@ -266,8 +266,12 @@ def test_skills_add_up_over_the_rounds(
     trained.clear()
     assert past.main([str(path)]) == 0 and trained == []
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "news about t"}))
+    capsys.readouterr()
     assert past.main([str(path)]) == 0
     assert [call["output_dir"] for call in trained] == [str(tmp_path / "out" / "targets/T/sft")]
+    shown = capsys.readouterr().out
+    assert "round-2/skill.safetensors: done before" in shown
+    assert "$ skillvec apply" in shown and "$ skillvec orthogonality" in shown
 
 
 def test_a_stage_that_was_cut_is_run_again(
@@ -395,7 +399,9 @@ def test_the_miniature_runs_end_to_end(
     name = "model.norm.weight"
     torch.testing.assert_close(merged[name], target[name] + (rl[name] - sft[name]))
     assert (rl[name] != sft[name]).any() and rl[name].dtype == torch.float32
-    assert "2 steps in" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert shown.count("  2 steps in") == 3 and shown.count("  1 steps in") == 1
+    assert "done before" not in shown
 
 
 @pytest.mark.slow
