@@ -1,7 +1,7 @@
 """The yes/no judge of closed-book answers, after SEAL's rule.
 
 Hides the wording. The rule is SEAL's: right is what conveys the gold answer in full and does not
-contradict it; more may be said. The words are our own, because SEAL's are not ours to copy.
+contradict it; more may be said. The words are our own.
 """
 
 from __future__ import annotations
