@@ -123,7 +123,7 @@ def fail_at(monkeypatch, number: int, code: int) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("old", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_disk_that_is_full_at_any_moment_publishes_nothing(
     verb: str, old: bool, tmp_path: Path, family, vector, undisturbed
@@ -508,7 +508,7 @@ print(json.dumps(result))
 """
 
 
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("old", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_run_may_be_killed_at_every_single_moment(verb: str, old: bool, tmp_path: Path):
     """`old` is a model where apply writes, a file where shards go, shards where a file goes."""
