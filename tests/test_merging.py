@@ -482,7 +482,7 @@ def problems(draw: Callable[..., Any], vectors: int = 2, sizes: tuple[int, int] 
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "orthogonal"])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problem=problems())
 def test_the_order_of_two_vectors_does_not_matter(name: str, problem: Any):
     arrays, weights, make = problem
@@ -495,7 +495,7 @@ def test_the_order_of_two_vectors_does_not_matter(name: str, problem: Any):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problem=problems(vectors=3))
 def test_negated_vectors_give_the_negated_result(name: str, problem: Any):
     arrays, weights, make = problem
@@ -509,7 +509,7 @@ def test_negated_vectors_give_the_negated_result(name: str, problem: Any):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(row=st.lists(VALUE, min_size=1, max_size=30))
 def test_one_vector_at_density_1_and_weight_1_is_itself(name: str, dtype: Any, row: list[float]):
     vector = array_of(row, dtype)
@@ -518,7 +518,7 @@ def test_one_vector_at_density_1_and_weight_1_is_itself(name: str, dtype: Any, r
     assert same(run(OPERATORS[name], {"w": [vector]}, [1.0], [chosen])["w"], vector)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problem=problems(vectors=3))
 def test_a_weight_of_0_contributes_nothing(problem: Any):
     arrays, weights, make = problem
@@ -529,7 +529,7 @@ def test_a_weight_of_0_contributes_nothing(problem: Any):
         assert same(found, without), name
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problem=problems(vectors=2))
 def test_a_zero_vector_adds_nothing(problem: Any):
     arrays, weights, make = problem
@@ -541,7 +541,7 @@ def test_a_zero_vector_adds_nothing(problem: Any):
         assert same(found, alone), name
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problem=problems(vectors=2))
 def test_a_power_of_two_passes_through(problem: Any):
     arrays, weights, make = problem
