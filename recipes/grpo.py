@@ -14,13 +14,10 @@ from dataclasses import dataclass, field
 
 from recipes.training import (
     Data,
-    callbacks_for,
-    hush,
     ignore_deprecations,
     load_function,
-    load_rows,
-    model_arguments,
     train_and_save,
+    trainer_arguments,
 )
 
 
@@ -51,18 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rewards = [load_function(name) for name in data.rewards]
     if not rewards:
         raise ValueError("rewards: expected at least one module:function")
-    hush(settings)
-    rows, callbacks = load_rows(data), callbacks_for(data, model, "grpo")
-    environments = load_function(data.environments)(rows) if data.environments else None
-    settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
+    shared = trainer_arguments(data, settings, model, "grpo")
+    make = load_function(data.environments) if data.environments else None
     trainer = trl.GRPOTrainer(
-        model=model.model_name_or_path,
         reward_funcs=rewards,
-        args=settings,
-        train_dataset=rows,
-        environment_factory=environments,
-        peft_config=trl.get_peft_config(model),
-        callbacks=callbacks,
+        environment_factory=make(shared["train_dataset"]) if make else None,
+        **shared,
     )
     train_and_save(trainer, "reward")
     return 0

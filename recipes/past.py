@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from recipes.stages import Pipeline, flat, run_stages, show_stages
+from recipes.training import fetch_model
 
 
 @dataclass(frozen=True)
@@ -181,17 +182,13 @@ def _rows(files: Sequence[str], columns: Sequence[str]) -> set[str]:
 
 def find_base(config: Config, fetch: bool) -> str:
     """Return the folder of the base model; a Hub id (with @revision) is fetched, if it may be."""
-    made = any(Path(config.base).is_relative_to(entry["out"]) for entry in config.prepare)
-    if made or Path(config.base).is_dir():
+    if any(Path(config.base).is_relative_to(entry["out"]) for entry in config.prepare):
         return config.base
-    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
 
-    name, _, revision = config.base.partition("@")
     try:
-        return huggingface_hub.snapshot_download(
-            name, revision=revision or None, local_files_only=not fetch
-        )
-    except (OSError, huggingface_hub.errors.HFValidationError) as error:
+        return fetch_model(config.base, fetch)
+    except (OSError, HFValidationError) as error:
         if fetch:
             raise ValueError(f"base {config.base}: no such folder, and the Hub: {error}") from None
         return config.base

@@ -11,15 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes.training import (
-    Data,
-    callbacks_for,
-    hush,
-    ignore_deprecations,
-    load_rows,
-    model_arguments,
-    train_and_save,
-)
+from recipes.training import Data, ignore_deprecations, train_and_save, trainer_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,16 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ignore_deprecations()
     parser = trl.TrlParser((Data, trl.SFTConfig, trl.ModelConfig), description=__doc__)
     data, settings, model = parser.parse_args_and_config(arguments)
-    hush(settings)
-    rows, callbacks = load_rows(data), callbacks_for(data, model, "sft")
-    settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
-    trainer = trl.SFTTrainer(
-        model=model.model_name_or_path,
-        args=settings,
-        train_dataset=rows,
-        peft_config=trl.get_peft_config(model),
-        callbacks=callbacks,
-    )
+    trainer = trl.SFTTrainer(**trainer_arguments(data, settings, model, "sft"))
     train_and_save(trainer, "loss")
     return 0
 

@@ -76,6 +76,25 @@ def load_function(name: str) -> Callable[..., Any]:
     return found
 
 
+def fetch_model(name: str, fetch: bool = True) -> str:
+    """Return the folder of a model: `name` if it is one, else what the Hub has (name@revision).
+
+    Weights in safetensors and what goes with them; without `fetch` from the cache alone. Raises
+    what huggingface_hub raises.
+    """
+    if Path(name).is_dir():
+        return name
+    import huggingface_hub
+
+    repository, _, revision = name.partition("@")
+    return huggingface_hub.snapshot_download(
+        repository,
+        revision=revision or None,
+        local_files_only=not fetch,
+        allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+    )
+
+
 def callbacks_for(data: Data, model: Any, method: str) -> list[Any]:
     """Return the SkillVectorCallback that writes vectors, if they are asked for."""
     if not data.vectors:
@@ -107,6 +126,22 @@ def hush(settings: Any) -> None:
 
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+
+
+def trainer_arguments(data: Data, settings: Any, model: Any, method: str) -> dict[str, Any]:
+    """Return what both of TRL's trainers take; the rows are checked, no model is loaded yet."""
+    import trl
+
+    hush(settings)
+    rows, callbacks = load_rows(data), callbacks_for(data, model, method)
+    settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
+    return {
+        "model": model.model_name_or_path,
+        "args": settings,
+        "train_dataset": rows,
+        "peft_config": trl.get_peft_config(model),
+        "callbacks": callbacks,
+    }
 
 
 def train_and_save(trainer: Any, metric: str) -> None:

@@ -131,8 +131,11 @@ def test_a_base_on_the_hub_is_fetched_with_its_revision(
 
     asked: list[Any] = []
 
-    def download(name: str, revision: str | None, local_files_only: bool) -> str:
+    def download(
+        name: str, revision: str | None, local_files_only: bool, allow_patterns: list[str]
+    ) -> str:
         asked.append((name, revision, local_files_only))
+        assert "*.safetensors" in allow_patterns and "*.bin" not in allow_patterns
         if local_files_only or name == "absent/model":
             raise OSError("not in the cache")
         return "cache/snapshot"

@@ -2,7 +2,7 @@
 
     python -m recipes.mini.reproduce [--seeds 1 2 3 4 5 6] [--jobs 2] [--size mini]
 
-Every seed is a world, a base model and about 110 stages of its own (recipes/stages.py): the
+Every seed is a world, a base model and some 140 stages of its own (recipes/stages.py): the
 training by recipes.sft and recipes.grpo, every difference, sum and angle by the skillvec command
 line. What is finished is not run again. At the end recipes/mini/claims.py writes the page.
 """

@@ -25,6 +25,7 @@ from typing import Any
 import skillvec as sv
 from recipes.judges import JudgeError
 from recipes.squad.adapters import SETTINGS, Lora, answer_with, stamp, train_adapters
+from recipes.training import fetch_model
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     rows = read_rows(options.data, options.limit)
     groups = list(dict.fromkeys(row["group"] for row in rows))
     arms = {name: read_texts(file, groups) for name, file in named_files(options.texts).items()}
-    base, out = local_folder(options.base), options.output
+    base, out = fetch_model(options.base), options.output
     lora = Lora(
         options.lora_r, options.lora_alpha, tuple(options.lora_target_modules), options.epochs,
         options.learning_rate, options.train_batch, seed=options.seed,
@@ -97,16 +98,6 @@ def run(options: argparse.Namespace) -> None:
             file = out / "scores" / f"{name}.json"
             scores[name] = write_arm(file, rows, answers[name], scoring, facts)
     show(scores, scoring.metrics)
-
-
-def local_folder(base: str) -> str:
-    """Return the folder of a model; a Hub id is downloaded, because skillvec reads folders."""
-    if Path(base).is_dir():
-        return base
-    from huggingface_hub import snapshot_download
-
-    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    return snapshot_download(base, allow_patterns=kinds)
 
 
 def inject(base: str, skill: Path, lam: float, folder: Path) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.toolbench.apis import Api
+from recipes.training import fetch_model
 
 SHOWN = ("nothing", "names", "documents")
 SYSTEM = """You solve the user's task by calling functions, one at a time.
@@ -107,12 +108,7 @@ def write_model(model: str, output: Path) -> None:
     """Write a folder with the model's own files, as links, and the tokenizer for this format."""
     from transformers import AutoTokenizer
 
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
-        folder = Path(snapshot_download(model, allow_patterns=wanted))
+    folder = Path(fetch_model(model))
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{model}: expected a folder or Hub id with *.safetensors")
     if output.resolve() == folder.resolve():
