@@ -14,12 +14,13 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from xxhash import xxh3_128
 
@@ -28,6 +29,7 @@ from skillvec.errors import FormatError, OutputError, SkillvecError
 MAX_HEADER_NBYTES = 100_000_000  # the cap of the official reader
 LEAF_NBYTES = 1 << 20  # a digest is a tree of leaves, so that blocks can be hashed in any order
 MiB = 1 << 20
+REQUESTS = 16  # for small ranges of remote files, at once
 
 # dtype name -> bytes per element; the packed and 8-bit float kinds are known so they can be named
 ITEMSIZE = {
@@ -60,6 +62,85 @@ class Header(NamedTuple):
     tensors: dict[str, TensorSpec]
     metadata: dict[str, str]
     data_start: int
+
+
+# -------------------------------------------------------------------------------- remote files
+
+
+class RemoteFile(Protocol):
+    """A file that is not on this disk yet; `local` is where its bytes lie once it was fetched."""
+
+    nbytes: int
+    local: str | None
+
+    def read_range(self, offset: int, nbytes: int) -> bytes:
+        """Return some of its bytes without fetching it."""
+
+
+class Place(NamedTuple):
+    """Where a reference leads: a folder or a file of this disk, or a repository on the Hub.
+
+    `path` is the folder or file, of the Hub the folder of its small files in the cache. `files`
+    maps names in the folder to addresses: paths of this disk, or of remote files. `member` is the
+    one file of it that is meant, `revision` the commit on the Hub.
+    """
+
+    ref: str
+    path: Path
+    files: dict[str, str]
+    revision: str | None = None
+    member: str | None = None
+
+
+_remotes: dict[str, RemoteFile] = {}  # by the path that stands for it in plans
+
+
+def register_remote(path: str, remote: RemoteFile) -> None:
+    """Let `path` (such as hf://org/name@COMMIT/file) stand for a file that is not here yet."""
+    _remotes[path] = remote
+
+
+def remote_of(path: str) -> RemoteFile | None:
+    """Return the remote file that a path stands for, None for a path of this disk."""
+    return _remotes.get(path)
+
+
+_prefetched: dict[tuple[str, int, int], bytes] = {}  # what read_into will ask for, and takes out
+
+
+def prefetch(ranges: Sequence[tuple[str, int, int]]) -> None:
+    """Read small ranges (path, offset, bytes) of remote files side by side, for `read_into`."""
+    away = [r for r in ranges if r[0] in _remotes and _remotes[r[0]].local is None and r[2]]
+    if away:
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            pieces = pool.map(lambda r: _remotes[r[0]].read_range(r[1], r[2]), away)
+            _prefetched.update(zip(away, pieces, strict=True))
+
+
+def local_path(path: str) -> str:
+    """Return where the bytes of a path lie on this disk; SkillvecError where they are not here."""
+    remote = _remotes.get(path)
+    if remote is None:
+        return path
+    if remote.local is None:
+        raise SkillvecError(f"{path}: not fetched")
+    return remote.local
+
+
+def file_nbytes(path: str) -> int:
+    """Return the size of a file, wherever it lies."""
+    remote = _remotes.get(path)
+    return os.path.getsize(path) if remote is None else remote.nbytes
+
+
+def read_bytes(path: str, offset: int, nbytes: int) -> bytes:
+    """Return at most `nbytes` of a file from `offset` on, wherever it lies."""
+    remote = _remotes.get(path)
+    if remote is not None and remote.local is None:
+        return remote.read_range(offset, nbytes)
+    with open(local_path(path), "rb") as file:
+        file.seek(offset)
+        return file.read(nbytes)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -112,23 +193,22 @@ def read_header(path: str | Path) -> Header:
     the broken rule; OSError where the file cannot be read.
     """
     path = os.fspath(path)
-    with open(path, "rb") as file:
-        file_nbytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise FormatError(f"{path}: {file_nbytes} bytes are too few for a safetensors file")
-        (header_nbytes,) = struct.unpack("<Q", prefix)
-        if header_nbytes > MAX_HEADER_NBYTES:
-            raise FormatError(
-                f"{path}: header of {header_nbytes} bytes, over the cap of {MAX_HEADER_NBYTES}"
-                " (not a safetensors file?)"
-            )
-        data_start = 8 + header_nbytes
-        if data_start > file_nbytes:
-            raise FormatError(
-                f"{path}: header of {header_nbytes} bytes in a file of {file_nbytes}: truncated"
-            )
-        raw = file.read(header_nbytes)
+    nbytes = file_nbytes(path)
+    prefix = read_bytes(path, 0, min(8, nbytes))
+    if len(prefix) < 8:
+        raise FormatError(f"{path}: {nbytes} bytes are too few for a safetensors file")
+    (header_nbytes,) = struct.unpack("<Q", prefix)
+    if header_nbytes > MAX_HEADER_NBYTES:
+        raise FormatError(
+            f"{path}: header of {header_nbytes} bytes, over the cap of {MAX_HEADER_NBYTES}"
+            " (not a safetensors file?)"
+        )
+    data_start = 8 + header_nbytes
+    if data_start > nbytes:
+        raise FormatError(
+            f"{path}: header of {header_nbytes} bytes in a file of {nbytes}: truncated"
+        )
+    raw = read_bytes(path, 8, header_nbytes)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
         json.dumps(header, ensure_ascii=False).encode()  # escaped lone surrogates are no text
@@ -155,9 +235,9 @@ def read_header(path: str | Path) -> Header:
                 f" (expected {position})"
             )
         position += spec.nbytes
-    if position != file_nbytes:
-        rule = "truncated" if position > file_nbytes else "bytes behind the last tensor"
-        raise FormatError(f"{path}: expected {position} bytes, found {file_nbytes}: {rule}")
+    if position != nbytes:
+        rule = "truncated" if position > nbytes else "bytes behind the last tensor"
+        raise FormatError(f"{path}: expected {position} bytes, found {nbytes}: {rule}")
     return Header({spec.name: spec for spec in specs}, metadata, data_start)
 
 
@@ -261,6 +341,13 @@ def read_into(path: str, offset: int, buffer: memoryview) -> None:
     Raises FormatError where the file ends before, SkillvecError where it cannot be read.
     """
     done = 0
+    remote = _remotes.get(path)
+    if remote is not None:
+        if remote.local is None:
+            held = _prefetched.pop((path, offset, len(buffer)), None)
+            buffer[:] = remote.read_range(offset, len(buffer)) if held is None else held
+            return
+        path = remote.local
     try:
         status = _identities.get(path)
         if status is None:

@@ -1,0 +1,328 @@
+"""Tensors that no file holds as they are: views of others, and the root of those that are computed.
+
+A source has a name, dtype and shape, and gives any range of its values in row-major order. A
+`TensorSpec` reads them from a file; a `Derived` makes them of other sources, block by block, so
+that nothing is ever held whole. A `View` says how a tensor is put together from boxes of others
+(fused and split experts, shards, transposes, common rows) and can be sliced, stacked and turned
+without a byte being read.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from skillvec.kernels import STORAGE_DTYPE, Array
+from skillvec.storage import (
+    ITEMSIZE,
+    LEAF_NBYTES,
+    TensorSpec,
+    fold_digest,
+    leaf_digests,
+    read_into,
+)
+
+Index = tuple[int, ...]
+SPAN = 4  # times the wanted values that one read may take, before many short reads are better
+
+
+class Derived(ABC):
+    """A tensor that is made of others when it is read; frozen and picklable.
+
+    `nbytes` is what its values take, not what its parts take on the disk.
+    """
+
+    name: str
+    dtype: str
+    shape: Index
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def path(self) -> str:
+        """The file where its first part lies."""
+        return next(files_of(self), "")
+
+    @property
+    @abstractmethod
+    def parts(self) -> "tuple[Source, ...]":
+        """What it is read from."""
+
+    @abstractmethod
+    def read(self, begin: int, out: Array) -> None:
+        """Fill `out`, 1-D in the storage dtype, with values begin.. in row-major order."""
+
+
+Source = TensorSpec | Derived
+
+
+def value_range(spec: TensorSpec, begin: int, numel: int) -> tuple[str, int, int]:
+    """Return where some values of a tensor lie: path, offset and bytes."""
+    width = ITEMSIZE[spec.dtype]
+    return spec.path, spec.start + begin * width, numel * width
+
+
+def read_values(source: Source, begin: int, out: Array) -> None:
+    """Fill `out`, 1-D in the storage dtype, with the values of a source from `begin` on."""
+    if isinstance(source, TensorSpec):
+        where = source.start + begin * ITEMSIZE[source.dtype]
+        read_into(source.path, where, out.view(np.uint8).data)
+    else:
+        source.read(begin, out)
+
+
+def values_of(source: Source, begin: int, numel: int) -> Array:
+    """Return some values of a source as a new array."""
+    out = np.empty(numel, STORAGE_DTYPE[source.dtype])
+    read_values(source, begin, out)
+    return out
+
+
+def read_raw(source: Source, begin: int, buffer: memoryview) -> None:
+    """Fill `buffer` with the bytes of a source's values from byte `begin` on."""
+    if isinstance(source, TensorSpec):
+        read_into(source.path, source.start + begin, buffer)
+        return
+    width = ITEMSIZE[source.dtype]
+    first, last = begin // width, -(-(begin + len(buffer)) // width)
+    held = values_of(source, first, last - first).view(np.uint8)
+    buffer[:] = held[begin - first * width :][: len(buffer)].data
+
+
+def files_of(source: Source) -> Iterator[str]:
+    """Yield the files that a source is read from, first part first, perhaps one more than once."""
+    if isinstance(source, TensorSpec):
+        yield source.path
+    else:
+        for part in source.parts:
+            yield from files_of(part)
+
+
+def digest_values(source: Source, begin: int = 0, numel: int | None = None) -> str:
+    """Return the digest of some values of a source (all, if not said how many), 8 MiB at a time."""
+    end = source.numel if numel is None else begin + numel
+    width = ITEMSIZE[source.dtype]
+    step = 8 * LEAF_NBYTES // width
+    buffer = np.empty(min(step, max(end - begin, 1)), STORAGE_DTYPE[source.dtype])
+    leaves = bytearray()
+    for at in range(begin, end, step):
+        piece = buffer[: min(step, end - at)]
+        read_values(source, at, piece)
+        leaves += leaf_digests(piece.view(np.uint8).data)
+    return fold_digest(leaves)
+
+
+# ---------------------------------------------------------------------------------------- views
+
+
+class Box(NamedTuple):
+    """A part of a view: view[offset + i] = source[start + strides . i] for every i below sizes.
+
+    `start` and `strides` count elements of the source in row-major order; `source` is anything
+    that whoever reads the view knows how to read.
+    """
+
+    offset: Index
+    sizes: Index
+    source: Any
+    start: int
+    strides: Index
+
+
+class View(NamedTuple):
+    """A tensor made of boxes that do not overlap; what none of them covers is 0."""
+
+    shape: Index
+    boxes: tuple[Box, ...]
+
+    def slice(self, dim: int, begin: int, end: int) -> "View":
+        """Return view[..., begin:end, ...] along a dimension."""
+        boxes = []
+        for box in self.boxes:
+            low = max(box.offset[dim], begin)
+            high = min(box.offset[dim] + box.sizes[dim], end)
+            if low < high:
+                start = box.start + (low - box.offset[dim]) * box.strides[dim]
+                offset, sizes = _put(box.offset, dim, low - begin), _put(box.sizes, dim, high - low)
+                boxes.append(box._replace(offset=offset, sizes=sizes, start=start))
+        return View(_put(self.shape, dim, end - begin), tuple(boxes))
+
+    def transpose(self, one: int, other: int) -> "View":
+        """Return the view with two dimensions swapped."""
+
+        def swapped(index: Index) -> Index:
+            order = list(range(len(index)))
+            order[one], order[other] = order[other], order[one]
+            return tuple(index[i] for i in order)
+
+        boxes = tuple(
+            b._replace(offset=swapped(b.offset), sizes=swapped(b.sizes), strides=swapped(b.strides))
+            for b in self.boxes
+        )
+        return View(swapped(self.shape), boxes)
+
+    def unsqueeze(self) -> "View":
+        """Return the view with a first dimension of 1 more."""
+        boxes = tuple(
+            box._replace(offset=(0, *box.offset), sizes=(1, *box.sizes), strides=(0, *box.strides))
+            for box in self.boxes
+        )
+        return View((1, *self.shape), boxes)
+
+    def squeeze(self) -> "View":
+        """Return the view without its first dimension, which is 1."""
+        assert self.shape[0] == 1
+        boxes = tuple(
+            box._replace(offset=box.offset[1:], sizes=box.sizes[1:], strides=box.strides[1:])
+            for box in self.boxes
+        )
+        return View(self.shape[1:], boxes)
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """What its boxes are read from, each once."""
+        return tuple({id(box.source): box.source for box in self.boxes}.values())
+
+    def fill(self, begin: int, out: Array, read: Callable[[Any, int, Array], None]) -> None:
+        """Fill `out` with values begin..; read(source, begin, out) gives those of a source."""
+        if sum(prod(box.sizes) for box in self.boxes) < prod(self.shape):
+            out[:] = 0
+        for low, sizes in _rectangles(self.shape, begin, begin + out.size):
+            at = sum(map(_times, low, row_major(self.shape))) - begin
+            room = out[at : at + prod(sizes)].reshape(sizes)
+            for box in self.boxes:
+                part = _common(low, sizes, box)
+                if part is not None:
+                    inside: list[Any] = [
+                        slice(o - c, o - c + n)
+                        for o, c, n in zip(part.offset, low, part.sizes, strict=True)
+                    ]
+                    _copy(part, room[(*inside, ...)], read)  # with ..., a scalar stays an array
+
+
+def _times(a: int, b: int) -> int:
+    return a * b
+
+
+def _put(index: Index, dim: int, value: int) -> Index:
+    return (*index[:dim], value, *index[dim + 1 :])
+
+
+def row_major(shape: Sequence[int]) -> Index:
+    """Return the strides, in elements, of a contiguous tensor."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def whole(source: Any, shape: Sequence[int]) -> View:
+    """Return a view that is all of one source."""
+    shape = tuple(shape)
+    if not prod(shape):
+        return View(shape, ())
+    return View(shape, (Box((0,) * len(shape), shape, source, 0, row_major(shape)),))
+
+
+def concatenate(views: Sequence[View], dim: int) -> View:
+    """Return views laid end to end along a dimension; ValueError where their shapes differ."""
+    shapes = {_put(view.shape, dim, 0) for view in views}
+    if len(shapes) != 1:
+        raise ValueError(f"shapes that cannot be joined: {[list(view.shape) for view in views]}")
+    boxes, at = [], 0
+    for view in views:
+        for box in view.boxes:
+            boxes.append(box._replace(offset=_put(box.offset, dim, box.offset[dim] + at)))
+        at += view.shape[dim]
+    return View(_put(views[0].shape, dim, at), tuple(boxes))
+
+
+def stack(views: Sequence[View]) -> View:
+    """Return views stacked along a new first dimension."""
+    return concatenate([view.unsqueeze() for view in views], 0)
+
+
+def _rectangles(shape: Index, begin: int, end: int) -> Iterator[tuple[Index, Index]]:
+    """Cut a range of a row-major tensor into boxes, at most two a dimension: offsets and sizes."""
+    if begin >= end:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = prod(shape[1:])
+    first, last = -(-begin // inner), end // inner  # whole rows
+    if first > last:  # within one row
+        row = begin // inner
+        for offset, sizes in _rectangles(shape[1:], begin - row * inner, end - row * inner):
+            yield (row, *offset), (1, *sizes)
+        return
+    for low, high in ((begin, first * inner), (last * inner, end)):
+        if low == begin and first < last:
+            rest = (0,) * (len(shape) - 1)
+            yield (first, *rest), (last - first, *shape[1:])
+        row = low // inner
+        for offset, sizes in _rectangles(shape[1:], low - row * inner, high - row * inner):
+            yield (row, *offset), (1, *sizes)
+
+
+def _common(low: Index, sizes: Index, box: Box) -> Box | None:
+    """Return the part of a box inside the box of `sizes` at `low`, None where there is none."""
+    start, offset, common = box.start, [], []
+    for a, n, b, m, stride in zip(low, sizes, box.offset, box.sizes, box.strides, strict=True):
+        begin, end = max(a, b), min(a + n, b + m)
+        if begin >= end:
+            return None
+        offset.append(begin)
+        common.append(end - begin)
+        start += (begin - b) * stride
+    return box._replace(offset=tuple(offset), sizes=tuple(common), start=start)
+
+
+def _copy(box: Box, room: Array, read: Callable[[Any, int, Array], None]) -> None:
+    """Read a box into an array of its sizes.
+
+    One read where the values lie together, or nearly so; else one for each run of neighbours.
+    """
+    order = sorted(range(len(box.sizes)), key=lambda dim: -box.strides[dim])
+    order = [dim for dim in order if box.sizes[dim] > 1]
+    numel = prod(box.sizes)
+    span = 1 + sum((n - 1) * stride for n, stride in zip(box.sizes, box.strides, strict=True))
+    if span == numel and room.flags.c_contiguous and order == sorted(order):
+        read(box.source, box.start, room.reshape(-1))
+        return
+    if span <= SPAN * numel:
+        held = np.empty(span, room.dtype)
+        read(box.source, box.start, held)
+        strides = [stride * room.itemsize for stride in box.strides]
+        room[...] = np.lib.stride_tricks.as_strided(held, box.sizes, strides)
+        return
+    far = order[0]  # the dimension whose neighbours lie farthest apart in the source
+    for i in range(box.sizes[far]):
+        part = box._replace(sizes=_put(box.sizes, far, 1), start=box.start + i * box.strides[far])
+        _copy(part, room[(slice(None),) * far + (slice(i, i + 1),)], read)
+
+
+@dataclass(frozen=True)
+class Viewed(Derived):
+    """A tensor that is a view of other sources, all of its dtype."""
+
+    name: str
+    dtype: str
+    view: View
+
+    @property
+    def shape(self) -> Index:  # type: ignore[override]
+        return self.view.shape
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return self.view.sources
+
+    def read(self, begin: int, out: Array) -> None:
+        self.view.fill(begin, out, read_values)
