@@ -1,0 +1,451 @@
+"""Quantised checkpoints: weights that are multiplied by their scales when they are read.
+
+Hides FP8 (DeepSeek, Qwen, MiniMax: blocks, per tensor, fused experts), compressed-tensors (float-,
+int-, naive- and pack-quantized) and MXFP4 (gpt-oss). The values are those that transformers' and
+compressed-tensors' own dequantisation gives in the model's dtype, bit for bit (NaNs up to their
+payload). Where they differ - FP8 whose edge blocks happen to divide a matrix evenly -
+compressed-tensors is followed: its blocks have the size that the config names. What a tensor is
+comes from its partners, never from a list of layers. Memory is bounded by tiles of 2^20 values.
+
+Refused by name: other methods (bitsandbytes, gptq, awq, nvfp4, hqq, fbgemm_fp8, modelopt, ...) and
+formats, reordered columns, rotated weights, scales without weights, weights without scales, and
+8-bit floats or packed integers that no config explains.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from skillvec.errors import FormatError, IncompatibleError, up_to_five
+from skillvec.kernels import DTYPE_NAMES, STORAGE_DTYPE, Array, F32Array, narrow, widen
+from skillvec.sources import Derived, Index, Source, read_values, values_of
+
+TILE = 1 << 20  # values computed, and read, at a time
+RAW: dict[str, Any] = STORAGE_DTYPE | {"F8_E4M3": np.dtype("u1"), "F8_E8M0": np.dtype("u1")}
+FLOATS = ("BF16", "F16", "F32")
+FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+# what serves only kernels that compute in few bits
+UNUSED = {
+    "activations": (
+        ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale",
+        ".output_zero_point", "activation_scale",
+    ),
+    "the KV cache": (".q_scale", ".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point"),
+}  # fmt: skip
+# what means nothing without a weight beside it
+PARTNERS = (
+    "_scale_inv", ".weight_scale", ".weight_zero_point", ".weight_packed", ".weight_shape",
+    ".weight_global_scale", ".weight_g_idx",
+)  # fmt: skip
+PACKED = (".weight_packed", ".qweight", ".qzeros", "_blocks", "__nf4", "__fp4")  # if integers
+
+
+def _e4m3() -> F32Array:
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = np.ldexp(mantissa + 8.0 * (exponent > 0), np.maximum(exponent, 1) - 10)
+    size[[127, 255]] = np.nan
+    return np.array(np.where(code & 128, -size, size), np.float32)
+
+
+E4M3 = _e4m3()
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+TWICE = 2 * np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], 1)  # both of a byte, low half first
+HALVED = np.ldexp(np.float32(1), np.arange(256) - 128)  # so that 2^128 need not be held
+with np.errstate(over="ignore"):
+    POWERS = 2 * HALVED  # 255 is infinite in U8,
+E8M0 = np.where(np.isinf(POWERS), np.float32(np.nan), POWERS)  # and no number in F8_E8M0
+
+
+@dataclass(frozen=True)
+class Dequantised(Derived):
+    """A weight, less its zero points, times the scales of its blocks.
+
+    The last two dimensions of `shape`, swapped where `turned`, are a matrix of codes stored row by
+    row: one a byte, or packed (`bits` > 0) with an offset of 2^(bits-1) in I32, as pairs of E2M1 in
+    U8. The product is rounded to `product`, then to `dtype`.
+    """
+
+    name: str
+    dtype: str
+    shape: Index
+    weight: Source
+    scale: Source
+    block: tuple[int, int]
+    zero: Source | None = None
+    bits: int = 0
+    product: str = "F32"
+    turned: bool = False
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return (self.weight, self.scale, *([] if self.zero is None else [self.zero]))
+
+    def read(self, begin: int, out: Array) -> None:
+        height, width = self.shape[-2:]
+        at = 0
+        while at < out.size:  # whole rows of one matrix, or a part of one row
+            row, low = divmod(begin + at, width)
+            count = min((out.size - at) // width, TILE // width, height - row % height)
+            count, low, high = (count, 0, width) if count and not low else (1, low, width)
+            high = min(high, low + out.size - at, low + TILE)
+            rows, cols = (row % height, row % height + count), (low, high)
+            if self.turned:
+                values = self._box(row // height, cols, rows).T
+            else:
+                values = self._box(row // height, rows, cols)
+            room = out[at : at + values.size].reshape(values.shape)
+            room[...] = narrow(np.ascontiguousarray(values), self.dtype)
+            at += values.size
+
+    def _box(self, number: int, rows: tuple[int, int], cols: tuple[int, int]) -> F32Array:
+        """Return a box of a stored matrix."""
+        with np.errstate(all="ignore"):
+            values = self._codes(number, rows, cols)
+            if self.zero is not None:
+                values = values - self._per_block(self.zero, number, rows, cols)
+            values = values * self._per_block(self.scale, number, rows, cols)
+        if self.product not in ("F32", self.dtype):
+            values = widen(narrow(values, self.product), self.product)
+        return values
+
+    @property
+    def _matrix(self) -> tuple[int, int]:
+        rows, cols = self.shape[-2:]
+        return (cols, rows) if self.turned else (rows, cols)
+
+    def _codes(self, number: int, rows: tuple[int, int], cols: tuple[int, int]) -> F32Array:
+        (height, width), (low, high) = self._matrix, cols
+        first, count = number * height + rows[0], rows[1] - rows[0]
+        if not self.bits:
+            codes = _read_box(self.weight, first, count, width, low, high)
+            return E4M3[codes] if self.weight.dtype == "F8_E4M3" else codes.astype(np.float32)
+        unit = 8 if self.weight.dtype == "U8" else 32
+        start, stop = low * self.bits // unit, -(-high * self.bits // unit)
+        width = -(-width * self.bits // unit)
+        words = _read_box(self.weight, first, count, width, start, stop)
+        if unit == 8:
+            return TWICE[words].reshape(count, -1)[:, low - 2 * start : high - 2 * start]
+        return _unpack(words, self.bits, low * self.bits - 32 * start, high - low)
+
+    def _per_block(
+        self, source: Source, number: int, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> F32Array:
+        """Return scales or zero points so that they broadcast over a box of the matrix."""
+        grid = [-(-n // size) for n, size in zip(self._matrix, self.block, strict=True)]
+        (top, bottom), (left, right) = (
+            (low // size, (high - 1) // size + 1)
+            for (low, high), size in zip((rows, cols), self.block, strict=True)
+        )
+        if source.dtype == "I32":  # zero points, packed down the rows
+            word, end = top * self.bits // 32, -(-bottom * self.bits // 32)
+            words = _read_box(source, word, end - word, grid[1], left, right).T
+            values = _unpack(words, self.bits, top * self.bits - 32 * word, bottom - top).T
+        else:
+            first = top + (number * grid[0] if source.numel > 1 else 0)
+            raw = _read_box(source, first, bottom - top, grid[1], left, right)
+            if source.dtype in ("U8", "F8_E8M0"):
+                powers = HALVED if self.weight.dtype == "U8" else POWERS
+                values = (powers if source.dtype == "U8" else E8M0)[raw]
+            else:
+                values = widen(raw, source.dtype)
+        if right - left > 1:
+            values = values[:, np.arange(*cols) // self.block[1] - left]
+        if bottom - top > 1 and self.block[0] > 1:
+            values = values[np.arange(*rows) // self.block[0] - top]
+        return values.astype(np.float32, copy=False)
+
+
+def _read_box(source: Source, first: int, count: int, width: int, low: int, high: int) -> Array:
+    """Return some columns of some rows of a source seen as rows of `width` values."""
+    box = np.empty((count, high - low), RAW[source.dtype])
+    step = count if high - low == width else max(1, TILE // width)
+    for at in range(0, count, step):
+        rows = min(step, count - at)
+        begin, end = (0, width) if rows > 1 else (low, high)
+        slab = np.empty((rows, end - begin), box.dtype)
+        read_values(source, (first + at) * width + begin, slab.reshape(-1))
+        box[at : at + rows] = slab[:, low - begin : high - begin]
+    return box
+
+
+def _unpack(words: Array, bits: int, begin: int, count: int) -> F32Array:
+    """Return `count` integers of each row of words, from bit `begin` on, without their offset."""
+    position = begin + bits * np.arange(count)
+    index, offset = position >> 5, (position & 31).astype(np.uint32)
+    words = np.ascontiguousarray(words).view(np.uint32)
+    codes = words[:, index] >> offset
+    over = np.flatnonzero(offset + bits > 32)
+    codes[:, over] |= words[:, index[over] + 1] << (32 - offset[over])
+    return (codes & np.uint32((1 << bits) - 1)).astype(np.float32) - np.float32(1 << (bits - 1))
+
+
+Found = tuple[tuple[str, ...], Dequantised, str]  # the names it takes, what they give, the note
+Tensors = Mapping[str, Source]
+Settings = Mapping[str, Any]
+
+
+def dequantised(
+    tensors: Tensors, config: Mapping[str, Any], what: str
+) -> tuple[dict[str, Source], dict[str, str]]:
+    """Return the tensors with quantised weights under their plain names, read dequantised.
+
+    `tensors` have their safetensors dtypes, `config` is the parsed config.json, `what` names the
+    checkpoint in errors. Weights get the config's dtype, bf16 where it has none. The second result
+    says of each weight how it was quantised and of each tensor left out why. Reads headers only,
+    but for the 16 bytes that tell the width of integers packed per channel. Raises FormatError for
+    partners that are missing or do not fit, IncompatibleError for what is not taken.
+    """
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    entries = [c["quantization_config"] for c in (config, *nested) if c.get("quantization_config")]
+    if not entries:
+        _refuse_unexplained(tensors, what)
+        return dict(tensors), {}
+    settings = entries[0] if isinstance(entries[0], dict) else {"quant_method": f"{entries[0]}?"}
+    method = str(settings.get("quant_method", "unnamed method"))
+    if method not in METHODS or any(entry != settings for entry in entries):
+        raise IncompatibleError(
+            f"{what}: quantised ({method[:40]}; {len(entries)} quantization_config), expected one"
+            f" of {', '.join(METHODS)}: dequantise the model with the library that made it, and"
+            " save it, first"
+        )
+    standing: dict[str, Dequantised] = {}
+    notes: dict[str, str] = {}
+    problems, taken = [], set[str]()
+    try:
+        for found in METHODS[method](tensors, settings, _model_dtype(config)):
+            if isinstance(found, str):
+                problems.append(found)
+                continue
+            names, source, note = found
+            if source.name in notes or (source.name in tensors and source.name not in names):
+                problems.append(f"{source.name}: also made by {names[0]}: which is the weight?")
+            standing[names[0]], notes[source.name] = source, note
+            taken.update(names)
+    except IncompatibleError as error:
+        raise IncompatibleError(f"{what}: {error}") from None
+    result: dict[str, Source] = {}
+    for name, tensor in tensors.items():
+        uses = [use for use, ends in UNUSED.items() if name.endswith(ends)]
+        if name in standing:
+            result[standing[name].name] = standing[name]
+        elif uses and name not in taken:
+            notes[name] = f"not a weight: scales {uses[0]}"
+        elif name not in taken:
+            result[name] = tensor
+    if not problems:
+        left = [name for name in result if name.endswith(PARTNERS)]
+        problems = [f"{name}: without the weight that it belongs to" for name in left]
+    if problems:
+        raise FormatError(f"{what}: {method} tensors that do not fit:\n{up_to_five(problems)}")
+    _refuse_unexplained(result, what)
+    return result, notes
+
+
+def _model_dtype(config: Mapping[str, Any]) -> str:
+    text = config.get("text_config")
+    configs = (config, text) if isinstance(text, dict) else (config,)
+    named = [c[key] for c in configs for key in ("dtype", "torch_dtype") if c.get(key) is not None]
+    dtype = str(named[0]).removeprefix("torch.") if named else "bfloat16"
+    if DTYPE_NAMES.get(dtype) not in FLOATS:
+        raise IncompatibleError(
+            f"config.json: dtype {dtype[:40]!r}, expected bfloat16, float16 or float32, in which to"
+            " dequantise the weights"
+        )
+    return DTYPE_NAMES[dtype]
+
+
+def _refuse_unexplained(tensors: Tensors, what: str) -> None:
+    raw = [
+        f"{name}: {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in STORAGE_DTYPE
+        or (name.endswith(PACKED) and tensor.dtype in ("U8", "I32"))
+    ]
+    if raw:
+        raise IncompatibleError(
+            f"{what}: tensors of a dtype that is not taken, or packed, and nothing in config.json"
+            f" says how; dequantise the model first:\n{up_to_five(raw)}"
+        )
+
+
+def _is_size(value: object, most: int = 1 << 40) -> TypeGuard[int]:
+    return type(value) is int and 0 < value <= most
+
+
+def _sizes(pair: object, most: Index = (1 << 40, 1 << 40)) -> tuple[int, int] | None:
+    """Return two sizes that someone wrote, cut to a matrix; None where they are no sizes."""
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_size, pair)):
+        return None
+    return min(pair[0], most[0]), min(pair[1], most[1])
+
+
+def _fp8(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:
+    """Find F8_E4M3 weights with `_scale_inv`, as finegrained_fp8 of transformers has them."""
+    wanted = settings.get("weight_block_size", [128, 128])
+    size = _sizes(wanted)
+    if wanted is not None and size is None:
+        raise IncompatibleError(f"weight_block_size {str(wanted)[:60]}, expected two sizes or null")
+    for name, weight in tensors.items():
+        if weight.dtype != "F8_E4M3" or name.endswith(PARTNERS):
+            continue
+        scale = tensors.get(f"{name}_scale_inv")
+        if scale is None:
+            yield f"{name}: F8_E4M3 without {name}_scale_inv"
+            continue
+        block = _fp8_block(weight.shape, scale, size)
+        if isinstance(block, str):
+            found = f"{scale.dtype} {list(scale.shape)}"
+            yield f"{name} {list(weight.shape)}: {name}_scale_inv {found}: {block}"
+        else:
+            kind = "per tensor" if scale.numel == 1 else f"blocks {block[0]}x{block[1]}"
+            source = Dequantised(name, dtype, weight.shape, weight, scale, block)
+            yield (name, f"{name}_scale_inv"), source, f"fp8 {kind}"
+
+
+def _fp8_block(shape: Index, scale: Source, size: tuple[int, int] | None) -> tuple[int, int] | str:
+    """Return rows and columns of a block, or what is wrong."""
+    if scale.dtype not in (*FLOATS, "U8", "F8_E8M0"):
+        return "expected a float or E8M0"
+    if len(shape) < 2 or not all(shape) or not all(scale.shape):
+        return "expected a matrix and its scales"
+    (rows, cols), grid = shape[-2:], scale.shape[-2:]
+    if scale.numel == 1 or (len(shape) == 3 and scale.shape == shape[:1]):
+        return rows, cols
+    if scale.shape[:-2] != shape[:-2] or len(grid) < 2:
+        return "does not lie over the weight"
+    even = None if rows % grid[0] or cols % grid[1] else (rows // grid[0], cols // grid[1])
+    if size is None or grid != (-(-rows // size[0]), -(-cols // size[1])):
+        return even or f"no grid of blocks of {size or 'one size'}"
+    block = min(size[0], rows), min(size[1], cols)
+    if len(shape) > 2 and even not in (None, block):
+        return f"blocks of {block}, or of {even} in fused halves? cannot tell"
+    return block
+
+
+def _compressed(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:
+    """Find the weights of compressed-tensors: of its groups, the one that the headers fit."""
+    groups = list(_groups(settings))
+    for name, weight in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in ("weight", "weight_packed"):
+            continue
+        if f"{module}.weight_g_idx" in tensors:
+            raise IncompatibleError(
+                f"{module}.weight_g_idx: columns reordered by activations, which compressed-tensors"
+                " no longer reads: decompress with the version that wrote them first"
+            )
+        if f"{module}.weight_scale" not in tensors:
+            if kind == "weight_packed" or weight.dtype in ("F8_E4M3", "I8"):
+                yield f"{name}: {weight.dtype} without {module}.weight_scale"
+            continue
+        tried = [_fit(tensors, name, group, dtype) for group in groups]
+        fits = {found[1]: found for found in tried if not isinstance(found, str)}
+        if len(fits) == 1:
+            yield next(iter(fits.values()))
+        else:
+            why = "; ".join(dict.fromkeys(str(t) for t in tried)) or "no config group"
+            why = "fits more than one config group" if fits else why[:300]
+            yield f"{name} {weight.dtype} {list(weight.shape)}: {why}"
+
+
+def _groups(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Yield what each config group says about weights, with its format."""
+    for key in ("transform_config", "sparsity_config"):
+        entry = settings.get(key) or {}
+        if not isinstance(entry, dict) or (entry.get("format") != "dense" and any(entry.values())):
+            raise IncompatibleError(f"a {key}: decompress the rotated or sparse model first")
+    groups = settings.get("config_groups") or {}
+    for group in groups.values() if isinstance(groups, dict) else [groups]:
+        scheme = group if isinstance(group, dict) else {"weights": group}
+        weights, form = scheme.get("weights"), scheme.get("format") or settings.get("format")
+        if weights is None:  # activations only
+            continue
+        bits = weights.get("num_bits", 8) if isinstance(weights, dict) else None
+        if form not in FORMATS or not _is_size(bits, 8):
+            raise IncompatibleError(
+                f"compressed-tensors format {str(form)[:40]!r}, weights {str(weights)[:80]}:"
+                f" expected {', '.join(FORMATS)} of at most 8 bits: decompress the model first"
+            )
+        yield {"type": "int", "symmetric": True, **weights, "num_bits": bits, "format": form}
+
+
+def _fit(tensors: Tensors, name: str, group: dict[str, Any], dtype: str) -> Found | str:
+    """Return a weight as a group describes it, or why it does not fit."""
+    bits, packed = group["num_bits"], group["format"] == "pack-quantized"
+    module = name.rpartition(".")[0]
+    weight, scale = tensors[name], tensors[f"{module}.weight_scale"]
+    kind = {"float": "F8_E4M3", "int": "I32" if packed else "I8"}.get(str(group["type"]))
+    if (
+        (weight.dtype, name.endswith("_packed"), len(weight.shape)) != (kind, packed, 2)
+        or 0 in weight.shape or (kind == "F8_E4M3" and (packed or bits < 8))
+    ):  # fmt: skip
+        return f"expected {kind} [rows, columns] in {group['format']}, {bits} bits"
+    names, (rows, cols) = [name, f"{module}.weight_scale"], weight.shape
+    strategy, size = str(group.get("strategy")), group.get("group_size")
+    if packed:
+        names.append(f"{module}.weight_shape")
+        stored = tensors.get(names[-1])
+        if stored is None or (stored.dtype, stored.shape) not in (("I64", (2,)), ("I32", (2,))):
+            return f"expected {names[-1]}, two integers"
+        if strategy == "group" and _is_size(size) and len(scale.shape) == 2:
+            cols = scale.shape[1] * size
+        else:
+            rows, cols = map(int, values_of(stored, 0, 2))
+        if (rows, -(-cols * bits // 32)) != weight.shape:
+            return f"{weight.shape[1]} words hold no {cols} columns of {bits} bits"
+    block = {
+        "tensor": (rows, cols), "channel": (1, cols), "block": group.get("block_structure"),
+        "group": (1, size if _is_size(size) and cols % size == 0 else None),
+    }.get(strategy)  # fmt: skip
+    block = _sizes(block, (rows, cols))
+    grid = tuple(-(-n // m) for n, m in zip((rows, cols), block, strict=True)) if block else ()
+    if not block or scale.dtype not in FLOATS or (
+        scale.shape != grid and not scale.numel == prod(grid) == 1
+    ):  # fmt: skip
+        return f"{names[1]} {scale.dtype} {list(scale.shape)}: no floats per {strategy[:20]}"
+    zero, symmetric = tensors.get(f"{module}.weight_zero_point"), group["symmetric"] is True
+    if not symmetric or zero is not None:
+        names.append(f"{module}.weight_zero_point")
+        wanted = ("I8", scale.shape)
+        if packed:  # down the rows; what else is packed has no zero points in the reference
+            wanted = ("I32", (-(-rows * bits // 32), grid[1] if block[0] == 1 else -1))
+        if symmetric or zero is None or (zero.dtype, zero.shape) != wanted or kind == "F8_E4M3":
+            found = f"{zero.dtype} {list(zero.shape)}" if zero else "nothing"
+            return f"{names[-1]}: found {found}, expected {'nothing' if symmetric else wanted}"
+    source = Dequantised(
+        f"{module}.weight", dtype, (rows, cols), weight, scale, block, zero,
+        bits if packed else 0, scale.dtype,
+    )  # fmt: skip
+    spread = {"group": f"groups of {size}", "block": f"blocks {block[0]}x{block[1]}"}
+    label = spread.get(strategy, f"per {strategy}") + ("" if symmetric else ", asymmetric")
+    return tuple(names), source, f"{'fp' if kind == 'F8_E4M3' else 'int'}{bits} {label}"
+
+
+def _mxfp4(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:
+    """Find pairs of `_blocks` and `_scales`, which gpt-oss holds transposed."""
+    for name, tensor in tensors.items():
+        plain, _, part = name.rpartition("_")
+        blocks, scales = tensors.get(f"{plain}_blocks"), tensors.get(f"{plain}_scales")
+        if tensor.dtype != "U8" or part not in ("blocks", "scales"):
+            continue
+        if blocks is None or scales is None:
+            yield f"{name}: without its {'scales' if part == 'blocks' else 'blocks'}"
+        elif part == "blocks":
+            shape, found = blocks.shape, f"{scales.dtype} {list(scales.shape)}"
+            if len(shape) != 4 or shape[3] != 16 or 0 in shape or (
+                (scales.dtype, scales.shape) != ("U8", shape[:3])
+            ):  # fmt: skip
+                yield f"{name} {list(shape)}, scales {found}: expected U8 [e, r, g, 16], [e, r, g]"
+                continue
+            turned = (shape[0], shape[2] * 32, shape[1])
+            source = Dequantised(plain, dtype, turned, blocks, scales, (1, 32), bits=4, turned=True)
+            yield (name, f"{plain}_scales"), source, "mxfp4"
+
+
+METHODS = {
+    "fp8": _fp8, "mxfp8": _fp8, "compressed-tensors": _compressed, "mxfp4": _mxfp4,
+}  # fmt: skip
