@@ -7,7 +7,8 @@ n x n array is built and at most about 24 (m + n) (k + 8) values stand beside th
 The same matrix, seed, device and number of threads give the same numbers; a seed means the same
 random numbers on every device. Sums of squares are added in fp64, and fp32 products are never
 rounded to TF32 or bf16. Refused: devices that are not here, values that are not finite, shapes
-that do not fit. A zero matrix is no error: it has no triplets, and shares of it are None.
+that do not fit. A zero matrix is no error: it has no triplets, and shares of it are None. Where an
+SVD fails or gives values that are not finite, other drivers take its place.
 """
 
 import warnings
@@ -131,10 +132,49 @@ def _whole(tall: "Tensor", k: int) -> tuple["Tensor", F64Array, "Tensor", tuple[
     squares, vectors = torch.linalg.eigh(gram)
     right = vectors[:, -k:]
     image = torch.cat([piece @ right for piece in _pieces(tall)])
-    left, values, turn = torch.linalg.svd(image, full_matrices=False)
+    left, values, turn = _svd(image)
     spectrum = np.sqrt(squares.clamp(min=0).cpu().numpy())
     rank = _effective_rank(spectrum, np.ones_like(spectrum)), 0.0
     return left.to(tall.dtype), values.cpu().numpy(), (right @ turn.T).to(tall.dtype), rank
+
+
+def _svd(matrix: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
+    """Return u, s, v' of a thin matrix by the first driver that gives finite values.
+
+    torch's own divides and conquers and may fail on values that lie together; gesvd iterates by QR
+    (Golub and Kahan 1965), and the Gram matrix in fp64 loses values below 1e-8 of the largest.
+    """
+    import torch
+
+    try:
+        found = torch.linalg.svd(matrix, full_matrices=False)
+        if all(bool(side.isfinite().all()) for side in found):
+            return found[0], found[1], found[2]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass
+    found = _other_drivers(matrix.double().cpu().numpy())
+    one, values, other = (matrix.new_tensor(np.ascontiguousarray(side)) for side in found)
+    return one, values, other
+
+
+def _other_drivers(matrix: F64Array) -> tuple[F64Array, F64Array, F64Array]:
+    from scipy import linalg
+
+    try:
+        u, values, v = linalg.svd(matrix, full_matrices=False, lapack_driver="gesvd")
+        if all(np.isfinite(side).all() for side in (u, values, v)):
+            return u, values, v
+    except np.linalg.LinAlgError:
+        pass
+    if matrix.shape[0] < matrix.shape[1]:
+        v, values, u = _other_drivers(matrix.T)
+        return u.T, values, v.T
+    _, vectors = np.linalg.eigh(matrix.T @ matrix)
+    image = matrix @ vectors[:, ::-1]
+    values = np.linalg.norm(image, axis=0)
+    # columns below rounding are no longer orthogonal: QR keeps what stands before them
+    u, corner = np.linalg.qr(image)
+    return u * np.where(np.diag(corner) < 0, -1.0, 1.0), values, vectors[:, ::-1].T
 
 
 def _krylov(
@@ -201,7 +241,10 @@ def _orthonormal(image: "Tensor", basis: "Tensor") -> tuple["Tensor", F64Array, 
 
 def _ritz(band: F64Array, size: int) -> tuple[F64Array, F64Array, F64Array, F64Array]:
     """Return the SVD u, s, v' of the leading part of B, and each triplet's residual |A'u - s v|."""
-    u, values, v = np.linalg.svd(band[:size, :size])
+    try:
+        u, values, v = np.linalg.svd(band[:size, :size])
+    except np.linalg.LinAlgError:
+        u, values, v = _other_drivers(band[:size, :size])
     return u, values, v, np.linalg.norm(band[:size, size:].T @ u, axis=0)
 
 

@@ -1,0 +1,430 @@
+"""PEFT LoRA adapters: what they add to a base model, as tensors of that model.
+
+Hides PEFT's names, its scalings and the three shapes of its factors (linear, embedding, fused
+experts). A delta is scaling * B A, made block by block where it is read, never held whole. Only
+the base tells how a weight lies (`Conv1D` is turned, and the `fan_in_fan_out` that PEFT saves is
+that of the last module) and which parameter a wrapped one is, so an adapter is fitted to it.
+
+Refused by name: all whose effect is not base + scaling * B A (`NOT_A_SUM`, convolutions, every
+other method of PEFT), initialisations that changed the base (`OTHER_BASE`), names and shapes that
+do not fit the base or fit it in two ways.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from math import prod, sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from skillvec.errors import FormatError, IncompatibleError, up_to_five
+from skillvec.kernels import FLOATS, STORAGE_DTYPE, Array, F32Array, widen
+from skillvec.sources import (
+    Box,
+    Derived,
+    Source,
+    View,
+    digest_values,
+    read_values,
+    whole,
+)
+
+TILE = 1 << 18  # values multiplied at a time: near the cores, whatever the rank
+MOST_RANK, MOST_ALPHA, MOST_NESTED = 1 << 20, 1e30, 4
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+MERGE = "merge it into its base (merge_and_unload, save_pretrained) and give the merged model"
+NOT_A_SUM = {  # keys of adapter_config.json that, if set, make something else of LoRA
+    "use_dora": "DoRA scales the rows of the sum", "lora_bias": "the factors have biases",
+    "alora_invocation_tokens": "activated LoRA holds for some tokens only",
+    "trainable_token_indices": "trainable tokens replace rows",
+    "layer_replication": "layers are replicated", "use_qalora": "QA-LoRA pools its inputs",
+    "use_bdlora": "its factors are block-diagonal", "arrow_config": "Arrow routes tokens",
+    "kasa_config": "KaSA truncates the base", "monteclora_config": "its factors are sampled",
+    "velora_config": "VeLoRA keeps more than factors", "megatron_config": "layers of Megatron",
+}  # fmt: skip
+SAME_BASE = ("", "true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+OTHER_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+KNOWN = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "use_rslora",
+}  # fmt: skip
+
+
+def product(left: Array, right: Array, scaling: float) -> F32Array:
+    """Return scaling * (left @ right), float64 m x r and r x n, rounded once to fp32; 0 is +0.
+
+    Defined as the fp64 sum in the order of the ranks, so the bytes depend on no library, block or
+    thread. BLAS adds in another order: where its sum is too near a rounding boundary to tell, by
+    the bound on both (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), the sum is
+    taken as defined. That is 10^-6 to 10^-1 of the values, and four times as fast at rank 64.
+    """
+    rank = left.shape[1]
+    with np.errstate(all="ignore"):
+        near = left @ right
+        lengths = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=0)
+        slack = np.outer(*lengths) * (2.1 * (rank + 1) * 2.0**-53)
+        low: F32Array = ((near - slack) * scaling).astype(np.float32)
+        at = np.flatnonzero(low != ((near + slack) * scaling).astype(np.float32))
+        rows, columns = np.divmod(at, right.shape[1])
+        total = np.zeros(at.size)
+        for k in range(rank if at.size else 0):
+            total += left[rows, k] * right[k, columns]
+        low[rows, columns] = total * scaling
+        return low + np.float32(0)
+
+
+@dataclass(frozen=True)
+class LowRank(Derived):
+    """scaling * left @ right under the name of a weight, as F32; about 12 tiles of memory.
+
+    `left` and `right` are views of the factors, experts x m x r and experts x r x n; `shape` is
+    experts x m x n, or m x n of one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    left: View
+    right: View
+    scaling: float
+    dtype = "F32"
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return (*self.left.sources, *self.right.sources)
+
+    def read(self, begin: int, out: Array) -> None:
+        """Fill `out` (float32). Raises FormatError where the product is not finite."""
+        (m, n), rank = self.shape[-2:], self.left.shape[2]
+        done = 0
+        while done < out.size:
+            row, column = divmod(begin + done, n)
+            expert, row = divmod(row, m)
+            # the rest of a row that is begun, or rows of one expert that are whole
+            rows = 1 if column else max(1, min(m - row, (out.size - done) // n))
+            room = out[done : done + min(rows * n - column, out.size - done)].reshape(rows, -1)
+            done += room.size
+            width = min(room.shape[1], max(1, TILE // rank))
+            height = max(1, TILE // max(width, rank))
+            for at in range(0, room.shape[1], width):
+                end = min(at + width, room.shape[1])
+                right = _float64(self.right, expert, 2, column + at, column + end)
+                for top in range(0, rows, height):
+                    low = min(top + height, rows)
+                    left = _float64(self.left, expert, 1, row + top, row + low)
+                    room[top:low, at:end] = product(left, right, self.scaling)
+        if not np.isfinite(out).all():
+            raise FormatError(
+                f"{self.path}: {self.name}: NaN, infinities, or products that leave fp32"
+            )
+
+
+def _float64(view: View, expert: int, dim: int, begin: int, end: int) -> npt.NDArray[np.float64]:
+    """Return a part of one expert's factor, read and widened."""
+    view = view.slice(0, expert, expert + 1).slice(dim, begin, end)
+    (source,) = view.sources
+    stored = np.empty(prod(view.shape), STORAGE_DTYPE[source.dtype])
+    view.fill(0, stored, read_values)
+    return widen(stored, source.dtype).astype(np.float64).reshape(view.shape[1:])
+
+
+class Pair(NamedTuple):
+    """The factors of one module: A is rank x in, B is out x rank; an embedding's lie turned."""
+
+    A: Source
+    B: Source
+    embedding: bool
+
+    def sides(self, turned: bool) -> tuple[int, int]:
+        """Return the shape of B A, or of its transpose."""
+        out, inner = self.B.shape[0], self.A.shape[1]
+        return (inner, out) if turned else (out, inner)
+
+    def delta(self, name: str, shape: tuple[int, ...], turned: bool, scaling: float) -> LowRank:
+        """Return scaling * B A as a weight of `shape`, or its transpose where it is turned.
+
+        Of E experts, PEFT keeps rank k of expert e in row e r + k of A and column k E + e of B.
+        """
+        (out, total), inner = self.B.shape, self.A.shape[1]
+        experts = shape[0] if len(shape) == 3 else 1
+        box = Box((0, 0, 0), (experts, out, total // experts), self.B, 0, (1, total, experts))
+        left, right = View(box.sizes, (box,)), whole(self.A, (experts, total // experts, inner))
+        if turned:
+            left, right = right.transpose(1, 2), left.transpose(1, 2)
+        return LowRank(name, shape, left, right, scaling)
+
+
+class Settings(NamedTuple):
+    """What adapter_config.json says of ranks and scalings, checked."""
+
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    rslora: bool
+    turned: bool
+    parameters: list[str]
+
+    def of(self, key: str) -> tuple[int, float]:
+        """Return the rank and the scaling of a module, or of a parameter, by its name."""
+
+        def chosen(patterns: Mapping[str, Any], default: Any) -> Any:
+            found = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", key))
+            return next(found, default)
+
+        rank = chosen(self.rank_pattern, self.rank)
+        return rank, chosen(self.alpha_pattern, self.alpha) / (sqrt(rank) if self.rslora else rank)
+
+
+class Effect(NamedTuple):
+    """What an adapter does to a base, by names of the base: adds `deltas`, puts `whole` weights."""
+
+    deltas: dict[str, LowRank]
+    whole: dict[str, Source]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter, checked as far as it can be without its base.
+
+    `whole` are weights that it brings (modules_to_save, resized embeddings, trained biases).
+    """
+
+    what: str
+    base_ref: str | None
+    revision: str | None
+    whole: dict[str, Source]
+    notes: list[str]
+    pairs: dict[str, tuple[Pair, ...]]  # by module, the outermost wrapper first
+    settings: Settings
+
+    @property
+    def deltas(self) -> dict[str, LowRank]:
+        """What the config alone tells, where no base is at hand; weights may lie turned.
+
+        Raises IncompatibleError where only the base can tell, FormatError for other ranks.
+        """
+        both = [name for name in self.whole if name.removesuffix(".weight") in self.pairs]
+        if self.settings.parameters or both:
+            raise IncompatibleError(
+                f"{self.what}: has {'target_parameters' if not both else f'{both[0]} whole too'}:"
+                " only the base tells what is added: give the base"
+            )
+        deltas = {}
+        for module, (pair, *inner) in self.pairs.items():
+            rank, scaling = self.settings.of(module)
+            if pair.A.shape[0] != rank or inner:
+                raise FormatError(f"{self.what}: {module}: {pair.A.shape[0]} ranks, config {rank}")
+            turned, name = pair.embedding or self.settings.turned, f"{module}.weight"
+            deltas[name] = pair.delta(name, pair.sides(turned), turned, scaling)
+        return deltas
+
+    def fitted(self, base: Mapping[str, Source]) -> Effect:
+        """Return what the adapter does to a base, or to any model of its names and shapes.
+
+        Reads weights that were saved beside their delta: the base's own are left away. Raises
+        IncompatibleError naming weights that the base lacks, that do not fit or fit in two ways.
+        """
+        deltas: dict[str, LowRank] = {}
+        problems = [f"{name}: only in the adapter" for name in self.whole if name not in base]
+        wrong, square = False, []  # whether fan_in_fan_out is wrong, and whom it alone tells
+        for module, pairs in self.pairs.items():
+            name, pair = f"{module}.weight", pairs[0]
+            weight = self.whole.get(name, base.get(name))
+            names = [n for n in base if n.rpartition(".")[0] == module and self._wraps(n)]
+            if names:
+                ways = _ways(names, pairs, self.settings, base)
+                deltas |= ways[0] if ways else {}
+                if len(ways) != 1:
+                    said = f"{module}: {len(ways)} ways to fit its factors to {', '.join(names)}"
+                    problems.append(said)
+                continue
+            rank, scaling = self.settings.of(module)
+            turned = pair.embedding or self.settings.turned
+            if weight is None or len(pairs) > 1:
+                problems.append(f"{name}: only in the adapter")
+            elif pair.A.shape[0] != rank:
+                problems.append(f"{name}: factors of rank {pair.A.shape[0]}, config {rank}")
+            elif weight.shape == pair.sides(turned):
+                deltas[name] = pair.delta(name, weight.shape, turned, scaling)
+                if weight.shape == weight.shape[::-1] and not pair.embedding:
+                    square.append(f"{name}: square, and fan_in_fan_out is wrong for other weights")
+            elif weight.shape == pair.sides(not turned) and not pair.embedding:
+                deltas[name] = pair.delta(name, weight.shape, not turned, scaling)
+                wrong = True
+            else:
+                shapes = f"adapter {list(pair.sides(turned))}, base {list(weight.shape)}"
+                problems.append(f"{name}: {shapes}")
+        problems += square if wrong else []
+        if problems:
+            raise IncompatibleError(
+                f"{self.what}: the adapter does not fit the base (was it made for another one? else"
+                f" {MERGE}):\n{up_to_five(problems)}"
+            )
+        both = [name for name in self.whole if name in deltas]
+        for name in both:
+            weight, point = self.whole[name], base[name]
+            same = (weight.dtype, weight.shape) == (point.dtype, point.shape)
+            if not same or digest_values(weight) != digest_values(point):
+                raise IncompatibleError(
+                    f"{self.what}: {name}: a delta and a weight that is not the base's: {MERGE}"
+                )
+        kept = {name: weight for name, weight in self.whole.items() if name not in deltas}
+        notes = [f"{name}: also saved whole, as it is in the base" for name in both]
+        return Effect(deltas, kept, self.notes + notes)
+
+    def _wraps(self, name: str) -> bool:
+        return any(f".{name}".endswith(f".{target}") for target in self.settings.parameters)
+
+
+def _ways(
+    names: list[str], pairs: tuple[Pair, ...], settings: Settings, base: Mapping[str, Source]
+) -> list[dict[str, LowRank]]:
+    """Return the ways in which nested wrappers fit the parameters of a module, all lying alike.
+
+    PEFT nests them in the order in which the module declares them, which no file tells.
+    """
+    found = []
+    for turned in (False, True):
+        for order in permutations(names) if len(names) == len(pairs) <= MOST_NESTED else ():
+            way = {}
+            for name, pair in zip(order, pairs, strict=True):
+                shape, (rank, scaling) = base[name].shape, settings.of(name)
+                experts = shape[0] if len(shape) == 3 else 1
+                lies = shape[-2:] == pair.sides(turned) and not (turned and experts == 1)
+                if lies and pair.A.shape[0] == rank * experts:  # one expert is never turned
+                    way[name] = pair.delta(name, shape, turned, scaling)
+            found += [way] if len(way) == len(pairs) else []
+    return found
+
+
+def open_adapter(
+    folder_name: str, config: Mapping[str, Any], tensors: Mapping[str, Source], what: str
+) -> Adapter:
+    """Return the adapter of a parsed adapter_config.json and the tensors of its weight file.
+
+    Headers only. Raises FormatError for a broken adapter, IncompatibleError for what is not taken.
+    """
+    settings, notes = _settings(config, what, f"{folder_name}/adapter_config.json")
+    held: dict[tuple[str, int], dict[str, Source]] = {}
+    wholes: dict[str, Source] = {}
+    for key, source in tensors.items():
+        module, factor = _parsed(key, source, what)
+        name = re.sub(r"\.base_layer(?=\.|$)", "", module)
+        group = held.setdefault((name, module.count(".base_layer")), {}) if factor else wholes
+        if (factor or name) in group:
+            raise FormatError(f"{what}: {key}: a second tensor for the same: two adapters in one?")
+        group[factor or name] = source
+    if not held:
+        raise FormatError(f"{what}: {folder_name}: no factors of LoRA in the adapter")
+    pairs: dict[str, tuple[Pair, ...]] = {}
+    problems = []
+    for (module, depth), group in sorted(held.items()):
+        factors = [group[name] for name in FACTORS if name in group]
+        if set(group) not in ({*FACTORS[:2]}, {*FACTORS[2:]}):
+            problems.append(f"{module}: {', '.join(group)} without the other factor")
+        elif factors[0].shape[0] != factors[1].shape[1]:
+            problems.append(f"{module}: A {list(factors[0].shape)}, B {list(factors[1].shape)}")
+        elif len(pairs.get(module, ())) != depth:
+            problems.append(f"{module}: factors inside others that are not there")
+        else:
+            pairs[module] = (
+                *pairs.get(module, ()),
+                Pair(factors[0], factors[1], FACTORS[2] in group),
+            )
+    if problems:
+        raise FormatError(f"{what}: factors that make no product:\n{up_to_five(problems)}")
+    ref, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not all(text is None or type(text) is str for text in (ref, revision)):
+        raise FormatError(
+            f"{what}: base_model_name_or_path, revision: {ref!r:.80}, {revision!r:.80}"
+        )
+    return Adapter(what, ref or None, revision or None, wholes, notes, pairs, settings)
+
+
+def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:
+    """Return the module and the kind of factor of a key, or the name and "" of a whole weight."""
+    found = re.fullmatch(
+        r"base_model\.model\.([^.]+(?:\.[^.]+)*?)"
+        r"(?:\.(lora_[AB])(?:\.[^.]+)?\.weight|\.(lora_embedding_[AB])(?:\.[^.]+)?)?", key
+    )  # fmt: skip
+    if not found:
+        raise FormatError(f"{what}: {key}: expected a name that begins with base_model.model.")
+    module, factor = found[1], found[2] or found[3]
+    if re.search(r"(^|\.)(lora_|token_adapter|original_module|modules_to_save)", module):
+        raise IncompatibleError(f"{what}: {key}: no plain LoRA (DoRA, a bias ...): {MERGE}")
+    if not factor:
+        return module, ""
+    if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
+        kind = "a convolution" if len(source.shape) > 2 else "no matrix of floats"
+        raise IncompatibleError(
+            f"{what}: {key}: {source.dtype} {list(source.shape)}: {kind}: {MERGE}"
+        )
+    return module, factor
+
+
+def _settings(config: Mapping[str, Any], what: str, where: str) -> tuple[Settings, list[str]]:
+    """Check a config; return what scalings depend on, and what is worth saying of the rest."""
+    kind = str(config.get("peft_type")).rpartition(".")[2]
+    if kind != "LORA":
+        raise IncompatibleError(f"{what}: peft_type {kind:.40}, expected LORA: {MERGE}")
+    problems = [f"{key}: {why}" for key, why in NOT_A_SUM.items() if config.get(key)]
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(OTHER_BASE):
+        how = "save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
+        how = "merge it into the base that it was made with" if start == "loftq" else how
+        problems.append(f"init_lora_weights {start:.40} changed the base: {how}")
+    elif start not in SAME_BASE:
+        problems.append(f"init_lora_weights {start:.40}: not known here")
+    if problems:
+        raise IncompatibleError(
+            f"{what}: LoRA of a kind that is not taken (if nothing else is said, {MERGE}):\n"
+            + up_to_five(problems)
+        )
+
+    def taken(key: str, value: Any, fits: bool, expected: str) -> Any:
+        if not fits:
+            raise FormatError(f"{where}: {key}: expected {expected}, found {value!r:.80}")
+        return value
+
+    def number(key: str, value: Any) -> Any:
+        if key.startswith("r"):
+            fits = type(value) is int and 0 < value <= MOST_RANK
+            return taken(key, value, fits, f"a rank from 1 to {MOST_RANK}")
+        fits = type(value) in (int, float) and abs(value) < MOST_ALPHA
+        return float(taken(key, value, fits, f"a number below {MOST_ALPHA:g}"))
+
+    def patterns(key: str) -> dict[str, Any]:
+        held = taken(key, config.get(key) or {}, isinstance(config.get(key) or {}, dict), "a map")
+        for pattern in held:
+            taken(key, pattern, _is_harmless(pattern), "a short pattern of at most 4 repeats")
+        return {pattern: number(key, value) for pattern, value in held.items()}
+
+    rslora, turned = (config.get(key) or False for key in ("use_rslora", "fan_in_fan_out"))
+    for key, flag in (("use_rslora", rslora), ("fan_in_fan_out", turned)):
+        taken(key, flag, type(flag) is bool, "true or false")
+    wrapped = config.get("target_parameters") or []
+    listed = isinstance(wrapped, list) and all(type(name) is str and name for name in wrapped)
+    taken("target_parameters", wrapped, listed, "a list of names")
+    notes = [f"adapter_config.json: {key}: not known, ignored" for key in config
+             if key not in KNOWN and key not in NOT_A_SUM and config[key]]  # fmt: skip
+    r, alpha = number("r", config.get("r", 8)), number("lora_alpha", config.get("lora_alpha", 8))
+    maps = patterns("rank_pattern"), patterns("alpha_pattern")
+    return Settings(r, alpha, *maps, rslora, turned, wrapped), notes
+
+
+def _is_harmless(pattern: str) -> bool:
+    """Return whether a text is a regular expression that cannot take very many steps."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    repeats = len(re.findall(r"[*+{]", pattern))
+    return len(pattern) <= 400 and repeats <= 4 and not re.search(r"\)[*+{]", pattern)

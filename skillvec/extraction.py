@@ -1,0 +1,356 @@
+"""Vectors out as LoRA: the best low-rank factors of every matrix, in a folder that PEFT loads.
+
+Hides which weights LoRA can hold. That is asked of the model class of the base's config, built on
+the meta device: nn.Linear, and transformers' Conv1D, whose weights lie turned. Left out, by name,
+and counted in the energy: embeddings (few servers take them), heads tied to them (a delta on one
+would change both), norms, biases, fused experts, names that are no module of the model.
+
+One matrix is in memory at a time, with its factors; those go to the disk as they come. The share
+of energy that is kept is measured against the factors as they are stored, not taken from singular
+values. Refused: a base whose config is not there or not known to transformers, other shapes.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from skillvec import subspace
+from skillvec.blocks import Block, Workspace
+from skillvec.checkpoint import Checkpoint, open_checkpoint
+from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.kernels import Array, narrow, widen
+from skillvec.measures import Request
+from skillvec.operators import STEP
+from skillvec.outputs import PathLike, output_adapter
+from skillvec.plan import Job, Plan, plan_compare
+from skillvec.report import Line, Report, Watcher
+from skillvec.running import measured, planned
+from skillvec.storage import (
+    ITEMSIZE,
+    OutputFile,
+    encode_header,
+    forget_open_files,
+    fsync_path,
+    staging,
+)
+from skillvec.vector import SkillVector, dtype_of
+from skillvec.vectorfile import BlockReader, block_count
+
+FIRST_RANK = 16  # tried for an energy, then doubled
+LITTLE = 0.9  # of the energy: below, the adapter is another thing than the vector
+PIECE = 1 << 20  # values of the residual at a time
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def extract_lora(
+    vector: PathLike | SkillVector,
+    output: PathLike,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "auto",
+    seed: int = 0,
+    base: str | None = None,
+    dtype: str = "fp32",
+    dry_run: bool = False,
+    force: bool = False,
+    workers: int | None = None,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Write the vector's matrices as a PEFT LoRA adapter for its base: B A is the best of its rank.
+
+    Every matrix gets `rank`, or the smallest rank that keeps the share `energy` of its squared
+    norm. `base` is where the base is now (its config is read), if not where it was. `dtype` is
+    that of the factors; the SVD is in fp32 (fp64 of fp64 deltas), by `device` and `seed`. The
+    report has rank and kept energy of every tensor and of all, with what is left out. Raises
+    UsageError, IncompatibleError, FormatError, OutputError.
+    """
+    if (rank is None) == (energy is None):
+        raise UsageError("extract-lora takes either rank or energy")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank}: expected at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"energy {energy}: expected a share above 0, up to 1")
+    if seed < 0:
+        raise UsageError(f"seed {seed}: expected at least 0")
+    if dtype_of(dtype) == "F64":
+        raise UsageError("dtype fp64: factors are stored in fp32, bf16 or fp16")
+    opened = SkillVector.open(vector)
+    point = opened.base
+    if point is None or base is not None:
+        point = open_checkpoint(base or opened.manifest["base"]["ref"], "base")
+    plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
+    held = _sorted_out(plan.jobs, point)
+    shapes = [job.deltas[0].spec.shape for job in plan.jobs if not held[job.name].why]
+    most = sum(min(rank or m, m, n) * (m + n) * ITEMSIZE[dtype_of(dtype)] for m, n in shapes)
+    plan = replace(plan, verb="extract-lora", bound_nbytes=most)
+    path = output_adapter(output, force, [*opened.inputs(), point])
+    facts: dict[str, Any] = {
+        "vector": opened.ref, "lineage": opened.dtypes, "base": point.ref, "output": str(path),
+        "rank": rank, "energy": energy, "dtype": dtype, "seed": seed,
+        "device": subspace.resolve_device(device),
+    }  # fmt: skip
+    report = planned(plan, facts, workers, watcher)
+    lines = {line["name"]: line for line in report.ledger}
+    for name, hold in held.items():
+        lines[name] |= {"status": "left out", "note": hold.why} if hold.why else {"status": "held"}
+    tied, excluded = opened.manifest["tied"], opened.manifest["excluded"]
+    report.ledger += [{"name": n, "status": "tied", "note": f"copy of {tied[n]}"} for n in tied]
+    report.ledger += [{"name": name, "status": "excluded"} for name in excluded]
+    if dry_run:
+        return report
+    plan = measured(plan, workers, watcher)
+    try:
+        with staging(path, force) as stage:
+            made = stage.folder / "made"
+            made.mkdir()
+            ranks = _write(made / WEIGHTS, plan, opened.scale, held, lines, report.facts, watcher)
+            config = _config(ranks, any(hold.turned for hold in held.values()), point, opened)
+            (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            fsync_path(os.fspath(made / CONFIG))
+            report.facts["nbytes"] = os.path.getsize(made / WEIGHTS)
+            stage.publish(made)
+    finally:
+        forget_open_files()
+    _conclude(report, list(ranks.values()))
+    return report
+
+
+# --------------------------------------------------------------------------------- what it holds
+
+
+class Hold(NamedTuple):
+    """Whether LoRA holds a weight: why not, else whether the module keeps it turned."""
+
+    why: str = ""
+    turned: bool = False
+
+
+def _sorted_out(jobs: Sequence[Job], base: Checkpoint) -> dict[str, Hold]:
+    """Say of every delta whether LoRA holds it. Raises IncompatibleError where none is held."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(_model_of(base).named_modules())
+    owners = Counter(id(getattr(module, "weight", None)) for module in modules.values())
+    held, problems = {}, []
+    for job in jobs:
+        name, shape = job.name, tuple(job.deltas[0].spec.shape)
+        module = modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if len(shape) != 2:
+            held[name] = Hold(f"{len(shape)} dimensions, a matrix has 2")
+        elif not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            kind = "no module" if module is None else f"a {type(module).__name__}"
+            held[name] = Hold(f"{kind} of {base.model_type}, not a linear one")
+        elif tuple(module.weight.shape) != shape:
+            problems.append(f"{name}: {list(shape)}, base {list(module.weight.shape)}")
+        elif owners[id(module.weight)] > 1:
+            held[name] = Hold("tied: a delta would change the other weight too")
+        elif isinstance(module, nn.Embedding):
+            held[name] = Hold("an embedding")
+        else:
+            held[name] = Hold(turned=isinstance(module, Conv1D))
+    if problems:
+        raise IncompatibleError(
+            f"the vector does not fit the config of {base.ref}:\n{up_to_five(problems)}"
+        )
+    if all(hold.why for hold in held.values()):
+        reasons = [f"{name}: {hold.why}" for name, hold in held.items()]
+        raise IncompatibleError(f"no tensor that LoRA could hold:\n{up_to_five(reasons)}")
+    return held
+
+
+def _model_of(base: Checkpoint) -> Any:
+    """Return the model of the base's config, without memory for its weights."""
+    import torch
+    import transformers
+
+    said = {k: v for k, v in base.config.items() if k not in ("model_type", "quantization_config")}
+    where = f"{base.ref}: config.json (it tells linear weights from others)"
+    if base.model_type is None:
+        raise IncompatibleError(f"{where}: has no model_type, or is not there")
+    named = base.config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    try:
+        config = transformers.AutoConfig.for_model(base.model_type, **said)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if layers > len(base):  # so that it cannot keep us busy
+            raise ValueError(f"{layers} layers, but {len(base)} tensors")
+        with torch.device("meta"):
+            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+                return kind(config)
+            auto: Any = transformers.AutoModelForCausalLM
+            return auto.from_config(config)
+    except Exception as error:  # whatever a model's code raises on a config of others
+        problem = str(error).partition(". ")[0][:200]  # it goes on to list every model there is
+        raise IncompatibleError(f"{where}: transformers makes no model of it: {problem}") from None
+
+
+# ------------------------------------------------------------------------------------ factorised
+
+
+def _write(
+    path: Path, plan: Plan, scale: float, held: Mapping[str, Hold], lines: Mapping[str, Line],
+    facts: dict[str, Any], watcher: Watcher | None,
+) -> dict[str, int]:  # fmt: skip
+    """Write the factors of every matrix; return ranks by module. Fills in lines of the ledger."""
+    stored = dtype_of(facts["dtype"])
+    readers: dict[str, BlockReader] = {}
+    for vector in plan.vectors:
+        reader = BlockReader(vector)
+        readers |= dict.fromkeys(vector.headers, reader)
+
+    def layout(name: str, b: tuple[int, ...], a: tuple[int, ...]) -> list[Any]:
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        return [(f"{prefix}.lora_B.weight", stored, b), (f"{prefix}.lora_A.weight", stored, a)]
+
+    most, entries = [], []
+    for job in plan.jobs:
+        if not held[job.name].why:
+            shape = job.deltas[0].spec.shape
+            most += layout(job.name, (max(shape), max(shape)), (max(shape), max(shape)))
+    reserve = len(encode_header(most, {"format": "pt"}))  # what comes is no longer
+    ranks: dict[str, int] = {}
+    done, total = 0, sum(job.nbytes_read for job in plan.jobs)
+    file = OutputFile(os.fspath(path), reserve)
+    try:
+        for job in plan.jobs:
+            pieces = _pieces(job, scale, readers)
+            factors = _factors(job, pieces, held[job.name], lines[job.name], facts)
+            if factors is not None:
+                entries += layout(job.name, factors[0].shape, factors[1].shape)
+                ranks[job.name.removesuffix(".weight")] = len(factors[1])
+                for values in factors:
+                    file.append(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
+            done += job.nbytes_read
+            if watcher:
+                watcher.advanced(done, total)
+        if not ranks:
+            raise IncompatibleError("every delta that LoRA could hold is 0")
+        file.write(0, encode_header(entries, {"format": "pt"}, reserve))
+        file.sync()
+    finally:
+        file.close()
+    return ranks
+
+
+def _pieces(job: Job, scale: float, readers: Mapping[str, BlockReader]) -> Iterator[Array]:
+    """Yield the values of a delta times `scale`, in fp32 or fp64, in order."""
+    workspace = Workspace()
+    for index in range(block_count(job.numel)):
+        block = Block(index, job.numel, workspace, readers, {})
+        delta = block.delta(job.deltas[0], "delta0")[0]
+        for begin in range(0, block.size, STEP):
+            yield scale * delta.wide(begin, min(begin + STEP, block.size))
+
+
+def _factors(
+    job: Job, pieces: Iterator[Array], hold: Hold, line: Line, facts: Mapping[str, Any]
+) -> tuple[Array, Array] | None:
+    """Return B and A in their storage dtype, None of what is not held; fill in the line."""
+    norm_sq, matrix, at = 0.0, None, 0
+    for piece in pieces:
+        norm_sq += float(np.square(piece, dtype=np.float64).sum())
+        if not hold.why:
+            matrix = np.empty(job.numel, piece.dtype) if matrix is None else matrix
+            matrix[at : at + piece.size] = piece
+            at += piece.size
+    if not np.isfinite(norm_sq):
+        raise IncompatibleError(f"{job.name}: the delta holds NaN, infinities or too large values")
+    line |= {"norm_sq": norm_sq, "kept_energy": 0.0 if norm_sq else None, "rank": 0}
+    if matrix is None or not norm_sq:
+        line["status"] = line["status"] if norm_sq else "zero"
+        return None
+    matrix = matrix.reshape(job.deltas[0].spec.shape)
+    found, rank = _decomposed(matrix, facts)
+    roots = np.sqrt(found.values[:rank]).astype(matrix.dtype)
+    left, right = found.left[:, :rank] * roots, found.right[:, :rank] * roots
+    stored = dtype_of(facts["dtype"])
+    sides = [narrow(np.ascontiguousarray(side), stored) for side in (left, right)]
+    left, right = (widen(side, stored).astype(matrix.dtype) for side in sides)
+    lost, step = 0.0, max(1, PIECE // len(right))
+    for row in range(0, len(left), step):
+        rest = matrix[row : row + step] - left[row : row + step] @ right.T
+        lost += float(np.square(rest, dtype=np.float64).sum())
+    if not np.isfinite(lost):
+        raise IncompatibleError(f"{job.name}: factors leave {facts['dtype']}: take fp32")
+    line |= {"rank": rank, "kept_energy": 1 - lost / norm_sq, "svd_error": found.error}
+    out, inner = sides[::-1] if hold.turned else sides
+    return out, np.ascontiguousarray(inner.T)
+
+
+def _decomposed(matrix: Array, facts: Mapping[str, Any]) -> tuple[subspace.Spectrum, int]:
+    """Return the leading triplets, and how many are wanted: no more than there are."""
+    device, seed, most = facts["device"], facts["seed"], min(matrix.shape)
+    if facts["rank"] is not None:
+        found = subspace.decompose(matrix, min(facts["rank"], most), device, seed)
+        return found, found.values.size
+    wanted = FIRST_RANK
+    while True:
+        found = subspace.decompose(matrix, min(wanted, most), device, seed)
+        enough = np.cumsum(found.values**2) >= facts["energy"] * found.norm_sq
+        if enough.any():
+            return found, int(np.argmax(enough)) + 1
+        if found.values.size < wanted:  # the rank of the matrix
+            return found, found.values.size
+        wanted *= 2
+
+
+# ------------------------------------------------------------------------------------- described
+
+
+def _config(
+    ranks: Mapping[str, int], turned: bool, base: Checkpoint, vector: SkillVector
+) -> dict[str, Any]:
+    """Return adapter_config.json: every scaling is 1, all modules by their full names."""
+    rank = max(ranks.values())
+    others = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != rank}
+    named = str(base.config.get("architectures") or "")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if "ForCausalLM" in named else None,
+        "base_model_name_or_path": base.ref,
+        "revision": vector.manifest["base"]["revision"] if base is vector.base else None,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": turned,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _conclude(report: Report, ranks: Sequence[int]) -> None:
+    """Add what was kept of all, and warn where that is little."""
+    told = [line for line in report.ledger if "norm_sq" in line]
+    total = sum(line["norm_sq"] for line in told)
+    kept = sum(line["norm_sq"] * (line["kept_energy"] or 0) for line in told)
+    left = sum(line["norm_sq"] for line in told if line["status"] == "left out")
+    report.facts |= {
+        "norm_sq": total, "kept_energy": kept / total, "left_out_energy": left / total,
+        "modules": len(ranks), "least_rank": min(ranks), "most_rank": max(ranks),
+        "svd_error": max(line.get("svd_error", 0.0) for line in told),
+    }  # fmt: skip
+    if kept < LITTLE * total:
+        report.warnings.append(
+            f"the adapter keeps {kept / total:.3g} of the vector's squared norm"
+            f" ({left / total:.3g} is in tensors that LoRA does not hold): what it does may differ;"
+            " deltas of reinforcement learning are nearly of full rank, so apply those as they are"
+        )

@@ -1,0 +1,439 @@
+"""LoRA adapters against PEFT itself: what merge_and_unload makes of real tiny models."""
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from skillvec.adapters import TILE, Adapter, Effect, LowRank, open_adapter, product
+from skillvec.errors import FormatError, IncompatibleError
+from skillvec.sources import Source, values_of
+from skillvec.storage import read_header
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+Weights = dict[str, torch.Tensor]
+SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 40,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+
+
+def llama(**changes: Any) -> transformers.PreTrainedModel:
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=False, **changes)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> transformers.PreTrainedModel:
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.GPT2Config(**sizes, **ends, tie_word_embeddings=False)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def mixtral() -> transformers.PreTrainedModel:
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
+def gpt_oss() -> transformers.PreTrainedModel:
+    config = transformers.GptOssConfig(
+        **SIZES | {"num_hidden_layers": 1}, head_dim=8, num_local_experts=3, num_experts_per_tok=2
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def trained(folder: Path, model: Callable[[], Any], **lora: Any) -> tuple[Path, Weights, Weights]:
+    """Save an adapter with random factors by PEFT; return it, the base and what PEFT merges."""
+    torch.manual_seed(0)
+    base = model()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    tuned = get_peft_model(base, LoraConfig(**lora))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name or parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    tuned.save_pretrained(folder)
+    merged = tuned.merge_and_unload().state_dict()
+    return folder, before, {name: tensor.clone() for name, tensor in merged.items()}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "adapter_config.json").read_text()))
+
+
+def opened(folder: Path, **changes: Any) -> Adapter:
+    tensors = read_header(folder / "adapter_model.safetensors").tensors
+    return open_adapter(str(folder), config_of(folder) | changes, tensors, f"adapter {folder.name}")
+
+
+def stored(weights: Weights, path: Path) -> Mapping[str, Source]:
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    return read_header(path).tensors
+
+
+def values(source: Source) -> np.ndarray:
+    return values_of(source, 0, source.numel).reshape(source.shape)
+
+
+def check(effect: Effect, before: Weights, after: Weights) -> None:
+    """Compare base + effect with PEFT's merged weights, which it adds up in fp32."""
+    for name, weight in after.items():
+        expected, found = weight.numpy(), before[name].numpy()
+        if name in effect.whole:
+            np.testing.assert_array_equal(values(effect.whole[name]), expected, name)
+            continue
+        if name in effect.deltas:
+            delta = values(effect.deltas[name])
+            assert delta.dtype == np.float32 and np.abs(delta).max() > 1e-3, name
+            found = found + delta
+        np.testing.assert_allclose(found, expected, rtol=0, atol=3e-7, err_msg=name)
+        assert name in effect.deltas or (found == expected).all(), name
+    assert set(effect.deltas) | set(effect.whole) <= set(after)
+
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any], int, int]] = {
+    "linear": (llama, {"r": 4, "lora_alpha": 6, "target_modules": [*QKV, "down_proj"]}, 8, 0),
+    "rslora": (llama, {"r": 3, "lora_alpha": 7, "use_rslora": True, "target_modules": QKV}, 6, 0),
+    "patterns": (
+        llama,
+        {"r": 4, "lora_alpha": 6, "target_modules": QKV,
+         "rank_pattern": {"k_proj": 2, "^model.layers.1.self_attn.q_proj": 3},
+         "alpha_pattern": {r"layers\.0\..*v_proj": 1, "q_proj": 20}},
+        6, 0,
+    ),
+    "embedding": (llama, {"r": 4, "target_modules": ["embed_tokens", "lm_head"]}, 2, 0),
+    "whole head": (
+        llama, {"r": 4, "target_modules": QKV, "modules_to_save": ["lm_head", "norm"]}, 6, 6
+    ),
+    "turned": (
+        gpt2, {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, 3, 0
+    ),
+    "unsaid, turned": (gpt2, {"r": 4, "target_modules": ["c_attn", "wte", "lm_head"]}, 3, 0),
+    "biases": (gpt2, {"r": 4, "target_modules": ["c_attn"], "bias": "lora_only"}, 1, 1),
+    "experts": (
+        mixtral,
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "rank_pattern": {"down_proj": 3},
+         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        6, 0,
+    ),
+    "a plain parameter": (
+        llama, {"r": 2, "target_modules": [], "target_parameters": ["q_proj.weight"]}, 2, 0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_effects_are_those_of_peft(kind: str, tmp_path: Path) -> None:
+    model, lora, deltas, wholes = KINDS[kind]
+    folder, before, after = trained(tmp_path / "lora", model, **lora)
+    effect = opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
+    check(effect, before, after)
+    assert (len(effect.deltas), len(effect.whole)) == (deltas, wholes)
+    assert len(effect.notes) == {"embedding": 2, "unsaid, turned": 2}.get(kind, 0)
+
+
+def test_experts_that_lie_turned(tmp_path: Path) -> None:
+    names = ["experts.gate_up_proj"]
+    lora = {"r": 2, "target_modules": ["q_proj"], "target_parameters": names}
+    folder, before, after = trained(tmp_path / "lora", gpt_oss, **lora)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert before[name].shape == (3, 16, 48)
+    effect = opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
+    check(effect, before, after)
+    assert effect.deltas[name].shape == (3, 16, 48)
+
+
+def test_deltas_of_peft_itself_and_names_with_the_adapter(tmp_path: Path) -> None:
+    """A dump that names its adapter, as trainers write, is the same; get_delta_weight agrees."""
+    lora = {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}
+    folder, before, _ = trained(tmp_path / "lora", llama, **lora)
+    content = load_file(folder / "adapter_model.safetensors")
+    dump = {
+        name.replace(".weight", ".default.weight") if "lora_A" in name or "lora_B" in name
+        else f"{name}.default" if "lora_embedding" in name else name: tensor
+        for name, tensor in content.items()
+    }  # fmt: skip
+    save_file(dump, folder / "adapter_model.safetensors")
+    base = stored(before, tmp_path / "base.safetensors")
+    effect = opened(folder).fitted(base)
+    save_file(content, folder / "adapter_model.safetensors")
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(llama(), folder).base_model.model.model
+    theirs = {
+        "model.embed_tokens.weight": model.embed_tokens,
+        "model.layers.1.self_attn.q_proj.weight": model.layers[1].self_attn.q_proj,
+    }
+    for name, module in theirs.items():
+        expected = module.get_delta_weight("default").detach().numpy()
+        np.testing.assert_allclose(values(effect.deltas[name]), expected, rtol=3e-7, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------- arithmetic
+
+
+def in_order(left: np.ndarray, right: np.ndarray, scaling: float) -> np.ndarray:
+    """The definition: fp64 sums in the order of the ranks, one rounding."""
+    total = np.zeros((left.shape[0], right.shape[1]))
+    for k in range(left.shape[1]):
+        total += left[:, k, None] * right[k]
+    return (total * scaling).astype(np.float32) + np.float32(0)
+
+
+def halves(values: np.ndarray) -> np.ndarray:
+    return (values.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(float)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 64])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "cancelling", "small whole numbers", "zero"])
+def test_products_are_the_ordered_sum(kind: str, rank: int) -> None:
+    draw = np.random.default_rng(rank)
+    left, right = draw.standard_normal((40, rank)), draw.standard_normal((rank, 500))
+    left, right = (x.astype(np.float32).astype(float) for x in (left, right))
+    if kind == "bf16":
+        left, right = halves(left), halves(right)
+    elif kind == "cancelling":  # sums of 0 up to rounding, and exact ones
+        left, right = np.hstack([left, -left]), np.vstack([right, right])
+        left[:20, 0] += 1e-12
+    elif kind == "small whole numbers":  # exact ties in fp32
+        left, right = np.rint(4096 * left) + 0.5, np.rint(4096 * right)
+    elif kind == "zero":
+        left[:] = 0
+    found = product(left, right, -2 / 3)
+    np.testing.assert_array_equal(
+        found.view(np.uint32), in_order(left, right, -2 / 3).view(np.uint32)
+    )
+
+
+def low_rank(folder: Path, m: int, n: int, rank: int, dtype: torch.dtype) -> LowRank:
+    torch.manual_seed(m)
+    prefix = "base_model.model.x"
+    save_file({f"{prefix}.lora_A.weight": torch.randn(rank, n).to(dtype),
+               f"{prefix}.lora_B.weight": torch.randn(m, rank).to(dtype)},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
+    base = stored({"x.weight": torch.zeros(m, n)}, folder / "base")
+    return opened(folder).fitted(base).deltas["x.weight"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_any_block_and_thread_gives_the_same_bytes(
+    turned: bool, tmp_path: Path, monkeypatch
+) -> None:
+    delta = low_rank(tmp_path, 70, 90, 12, torch.bfloat16)
+    if turned:
+        flat = delta.right.transpose(1, 2), delta.left.transpose(1, 2)
+        delta = LowRank("x.weight", (90, 70), *flat, delta.scaling)
+    delta = pickle.loads(pickle.dumps(delta))
+    content = load_file(tmp_path / "adapter_model.safetensors")
+    a, b = (content[f"base_model.model.x.lora_{side}.weight"].double().numpy() for side in "AB")
+    expected = in_order(b, a, 8 / 12)
+    expected = (expected.T if turned else expected).reshape(-1)
+    monkeypatch.setattr("skillvec.adapters.TILE", 400)  # many tiles
+    draw = np.random.default_rng(0)
+    cuts = np.sort(draw.choice(delta.numel, 60, replace=False))
+    spans = [(0, 0), (5, 6), (89, 91), (0, delta.numel), *pairwise(cuts)]
+    with ThreadPoolExecutor(4) as pool:
+        for (begin, end), found in zip(
+            spans, pool.map(lambda span: values_of(delta, span[0], span[1] - span[0]), spans),
+            strict=True,
+        ):  # fmt: skip
+            np.testing.assert_array_equal(found.view("u4"), expected[begin:end].view("u4"))
+
+
+def test_blocks_begin_and_end_within_experts(tmp_path: Path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 5), torch.randn(7, 6)
+    keys = [f"base_model.model.x.lora_{side}.weight" for side in "AB"]
+    save_file(dict(zip(keys, (a, b), strict=True)), tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_parameters": ["x.p"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base = stored({"x.p": torch.zeros(3, 7, 5)}, tmp_path / "base")
+    delta = opened(tmp_path).fitted(base).deltas["x.p"]
+    expected = torch.einsum("ore,eri->eoi", b.reshape(7, 2, 3), a.reshape(3, 2, 5)) * 4
+    whole = values(delta)
+    np.testing.assert_allclose(whole, expected.numpy(), rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr("skillvec.adapters.TILE", 11)
+    for begin in range(0, 105, 4):
+        for end in range(begin, 106, 9):
+            found = values_of(delta, begin, end - begin)
+            np.testing.assert_array_equal(found, whole.reshape(-1)[begin:end])
+
+
+def test_memory_is_bounded_by_tiles(tmp_path: Path) -> None:
+    import tracemalloc
+
+    delta = low_rank(tmp_path, 600, 3000, 500, torch.float32)
+    out = np.empty(1 << 20, np.float32)
+    tracemalloc.start()
+    delta.read(1000, out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * 8 * TILE
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    delta = low_rank(tmp_path, 4, 5, 2, torch.float32)
+    content = load_file(tmp_path / "adapter_model.safetensors")
+    content["base_model.model.x.lora_A.weight"][1, 2] = float("nan")
+    save_file(content, tmp_path / "adapter_model.safetensors")
+    assert np.isfinite(values_of(delta, 0, 2)).all()
+    with pytest.raises(FormatError, match=r"x\.weight: NaN"):
+        values_of(delta, 0, 20)
+
+
+# ------------------------------------------------------------------------------------- refused
+
+FACTORS = {"lora_A.weight": (2, 6), "lora_B.weight": (8, 2)}
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+
+
+def made(folder: Path, tensors: Mapping[str, tuple[int, ...]], **config: Any) -> Adapter:
+    folder.mkdir(exist_ok=True)
+    content = {
+        key if "base_model" in key else f"base_model.model.x.{key}": torch.ones(shape)
+        for key, shape in tensors.items()
+    }
+    save_file(content, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    return opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type LOHA"),
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"),
+        ({"peft_type": None}, "peft_type None"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
+        ({"trainable_token_indices": [1]}, "trainable tokens"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "changed the base"),
+        ({"init_lora_weights": "loftq"}, "the base that it was made with"),
+        ({"init_lora_weights": "novel"}, "novel: not known"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match=said):
+        made(tmp_path, FACTORS, **config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 0}, {"r": True}, {"r": 1 << 40}, {"r": "8"}, {"lora_alpha": float("nan")},
+        {"lora_alpha": None}, {"lora_alpha": 1e300}, {"rank_pattern": [1]}, {"use_rslora": "yes"},
+        {"rank_pattern": {"x": 0}}, {"alpha_pattern": {"x": float("inf")}},
+        {"alpha_pattern": {"(": 1}}, {"alpha_pattern": {"(a+)+b": 1}}, {"fan_in_fan_out": 1},
+        {"alpha_pattern": {".*.*.*.*.*b": 1}}, {"target_parameters": "x"},
+        {"base_model_name_or_path": 7}, {"revision": ["main"]},
+    ],
+)  # fmt: skip
+def test_broken_configs(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=f"adapter .*{next(iter(config))}|{next(iter(config))}"):
+        made(tmp_path, FACTORS, **config)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lora_A.weight": (2, 6)}, "x: lora_A without the other"),
+        ({"lora_A.weight": (2, 6), "lora_embedding_B": (8, 2)}, "without the other"),
+        ({"lora_A.weight": (3, 6), "lora_B.weight": (8, 2)}, r"A \[3, 6\], B \[8, 2\]"),
+        (FACTORS | {"lora_A.other.weight": (2, 6)}, "two adapters"),
+        (FACTORS | {"lora_magnitude_vector": (8,)}, "DoRA"),
+        (FACTORS | {"lora_B.bias": (8,)}, "a bias"),
+        (FACTORS | {"token_adapter.trainable_tokens_delta": (1, 6)}, "token_adapter"),
+        (FACTORS | {"base_layer.base_layer.lora_A.weight": (2, 6),
+                    "base_layer.base_layer.lora_B.weight": (8, 2)}, "inside others"),
+        ({"lora_A.weight": (2, 6, 3, 3), "lora_B.weight": (8, 2, 1, 1)}, "a convolution"),
+        ({"lora_A.weight": (6,), "lora_B.weight": (8, 2)}, "no matrix"),
+        ({"lora_A.weight": (0, 6), "lora_B.weight": (8, 0)}, "no matrix"),
+        ({"base_model.x.lora_A.weight": (2, 6)}, "begins with base_model.model"),
+        ({"base_model.model.x.weight": (2, 6)}, "no factors"),
+    ],
+)  # fmt: skip
+def test_broken_tensors(tensors: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    with pytest.raises((FormatError, IncompatibleError), match=said):
+        made(tmp_path, tensors)
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "said"),
+    [
+        ({"y.weight": (8, 6)}, {}, "x.weight: only in the adapter"),
+        ({"x.weight": (8, 7)}, {}, r"adapter \[8, 6\], base \[8, 7\]"),
+        ({"x.weight": (8, 6)}, {"r": 3}, "factors of rank 2, config 3"),
+        ({"x.weight": (8, 6), "x.p": (2, 8, 6)}, {"r": 1, "target_parameters": ["y.p"]}, "rank 2"),
+        ({"x.p": (2, 8, 7)}, {"r": 1, "target_parameters": ["x.p"]}, "0 ways"),
+        ({"x.p": (1, 6, 8)}, {"target_parameters": ["x.p"]}, "0 ways"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_base(
+    base: dict[str, tuple[int, ...]], config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    weights = {name: torch.zeros(shape) for name, shape in base.items()}
+    adapter = made(tmp_path, FACTORS, **config)
+    with pytest.raises(IncompatibleError, match=said):
+        adapter.fitted(stored(weights, tmp_path / "base"))
+
+
+def test_what_only_shapes_can_tell_is_not_guessed(tmp_path: Path) -> None:
+    square = {
+        "base_model.model.y.lora_A.weight": (2, 6),
+        "base_model.model.y.lora_B.weight": (6, 2),
+    }
+    weights = {"x.weight": torch.zeros(6, 8), "y.weight": torch.zeros(6, 6)}
+    base = stored(weights, tmp_path / "base")
+    with pytest.raises(IncompatibleError, match=r"y\.weight: square, and fan_in_fan_out is wrong"):
+        made(tmp_path, FACTORS | square).fitted(base)
+    assert len(made(tmp_path, FACTORS | square, fan_in_fan_out=True).fitted(base).deltas) == 2
+    experts = stored({"y.p": torch.zeros(2, 6, 6)}, tmp_path / "experts")
+    with pytest.raises(IncompatibleError, match="y: 2 ways to fit"):
+        made(tmp_path, square, r=1, target_parameters=["y.p"]).fitted(experts)
+
+
+def test_without_a_base_the_config_tells(tmp_path: Path) -> None:
+    for kind in ("patterns", "turned", "biases"):
+        model, lora, _, _ = KINDS[kind]
+        folder, before, _ = trained(tmp_path / kind, model, **lora)
+        adapter = opened(folder)
+        expected = adapter.fitted(stored(before, tmp_path / f"{kind}.safetensors")).deltas
+        assert adapter.deltas == expected
+    for kind in ("embedding", "experts"):
+        model, lora, _, _ = KINDS[kind]
+        with pytest.raises(IncompatibleError, match="only the base tells"):
+            _ = opened(trained(tmp_path / kind, model, **lora)[0]).deltas
+    with pytest.raises(FormatError, match="x: 2 ranks, config 3"):
+        _ = made(tmp_path / "other", FACTORS, r=3).deltas
+
+
+def test_a_weight_saved_with_its_delta_must_be_the_base(tmp_path: Path) -> None:
+    base = stored({"x.weight": torch.zeros(8, 6)}, tmp_path / "base")
+    adapter = made(tmp_path, FACTORS | {"base_layer.weight": (8, 6)})
+    with pytest.raises(IncompatibleError, match=r"x\.weight: a delta and a weight that is not"):
+        adapter.fitted(base)
+
+
+def test_what_an_adapter_says_of_itself(tmp_path: Path) -> None:
+    said = {"base_model_name_or_path": "org/name", "revision": "main", "novel": 3, "other": None}
+    adapter = made(tmp_path, FACTORS | {"base_model.model.head.weight": (3, 4)}, **said)
+    assert (adapter.base_ref, adapter.revision) == ("org/name", "main")
+    assert adapter.notes == ["adapter_config.json: novel: not known, ignored"]
+    assert list(adapter.whole) == ["head.weight"]
+    base = {"x.weight": torch.zeros(8, 6), "head.weight": torch.zeros(3, 4)}
+    assert made(tmp_path / "other", FACTORS, base_model_name_or_path="").base_ref is None
+    effect = adapter.fitted(stored(base, tmp_path / "base"))
+    assert effect.deltas["x.weight"].path.endswith("adapter_model.safetensors")
+    np.testing.assert_array_equal(values(effect.deltas["x.weight"]), np.full((8, 6), 4.0))

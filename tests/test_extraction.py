@@ -1,0 +1,412 @@
+"""Vectors as LoRA: the folder against PEFT, numpy's SVD in fp64 and what is left of the norm."""
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import save
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import skillvec
+from skillvec import extraction, subspace
+from skillvec.errors import IncompatibleError, UsageError
+from skillvec.extraction import extract_lora
+from skillvec.vector import SkillVector
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+Weights = dict[str, torch.Tensor]
+SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 40,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+
+
+def llama(**changes: Any) -> transformers.PreTrainedModel:
+    sizes = SIZES | {"tie_word_embeddings": False} | changes
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+
+def gpt2() -> transformers.PreTrainedModel:
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def pair(folder: Path, model: transformers.PreTrainedModel, size: float = 0.02) -> tuple[str, str]:
+    """Save a model as base and moved: matrices along falling singular values, the rest evenly."""
+    torch.manual_seed(1)
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape)
+            if parameter.dim() == 2:
+                u, s, v = torch.linalg.svd(noise, full_matrices=False)
+                noise = (u * 0.7 ** torch.arange(len(s))) @ v
+            parameter += size * noise
+    model.save_pretrained(folder / "tuned")
+    return str(folder / "tuned"), str(folder / "base")
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    torch.manual_seed(0)
+    return pair(tmp_path_factory.mktemp("llama"), llama())
+
+
+def deltas(tuned: str, base: str) -> dict[str, np.ndarray]:
+    one, other = (load_file(f"{side}/model.safetensors") for side in (tuned, base))
+    return {name: (one[name] - other[name]).numpy().astype(float) for name in one}
+
+
+def best(matrix: np.ndarray, rank: int) -> np.ndarray:
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def merged(base: str, adapter: Path) -> dict[str, np.ndarray]:
+    """Return what PEFT makes of the adapter on its base; a warning is an error."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(model, adapter)
+    result = tuned.merge_and_unload().state_dict()
+    return {name: tensor.numpy().copy() for name, tensor in result.items()}
+
+
+def energies(report: Any) -> dict[str, float]:
+    return {line["name"]: line["kept_energy"] for line in report.ledger if "kept_energy" in line}
+
+
+def check_energies(
+    report: Any, found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]
+) -> None:
+    """Compare kept energies with 1 - |residual|^2 / |v|^2 of what was merged."""
+    lost = {name: np.square(found[name] - wanted[name]).sum() for name in wanted}
+    size = {name: np.square(wanted[name]).sum() for name in wanted}
+    for name, kept in energies(report).items():
+        assert kept == pytest.approx(1 - lost[name] / size[name], abs=1e-5), name
+    assert set(energies(report)) == set(wanted)
+    overall = 1 - sum(lost.values()) / sum(size.values())
+    assert report.facts["kept_energy"] == pytest.approx(overall, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+def test_a_rank_is_the_best_of_its_size_and_loads_in_peft(llamas, tmp_path: Path) -> None:
+    tuned, base = llamas
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=3)
+    held = deltas(tuned, base)
+    taken = [name for name in held if held[name].ndim == 2 and "embed" not in name]
+    assert {line["name"] for line in report.ledger if line["status"] == "held"} == set(taken)
+    start = load_file(f"{base}/model.safetensors")
+    result = merged(base, tmp_path / "lora")
+    found = {name: result[name].astype(float) - start[name].numpy() for name in held}
+    for name, moved in found.items():
+        expected = best(held[name], 3) if name in taken else 0 * held[name]
+        np.testing.assert_allclose(moved, expected, rtol=0, atol=2e-7, err_msg=name)
+    check_energies(report, found, held)
+    assert report.facts["modules"] == 15 == len(taken) and report.facts["most_rank"] == 3
+    left = {line["name"]: line["note"] for line in report.ledger if line["status"] == "left out"}
+    assert left["model.embed_tokens.weight"] == "an embedding"
+    assert left["model.norm.weight"] == "1 dimensions, a matrix has 2"
+    share = sum(np.square(held[name]).sum() for name in left)
+    share /= sum(np.square(delta).sum() for delta in held.values())
+    assert report.facts["left_out_energy"] == pytest.approx(share, rel=1e-5)
+    assert "keeps" in report.warnings[-1] and "full rank" in report.warnings[-1]
+
+
+def test_generation_runs(llamas, tmp_path: Path) -> None:
+    tuned, base = llamas
+    extract_lora(f"{tuned}::{base}", tmp_path / "lora", energy=0.99, dtype="bf16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with_lora = PeftModel.from_pretrained(model, tmp_path / "lora")
+    prompt = torch.tensor([[5, 6, 7]])
+    made = with_lora.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
+    assert made.shape == (1, 7)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    with torch.no_grad():
+        near, far = with_lora(prompt).logits, whole(prompt).logits
+        with with_lora.disable_adapter():
+            plain = with_lora(prompt).logits
+    assert (near - far).norm() < (plain - far).norm()
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
+def test_an_energy_takes_the_smallest_rank(energy: float, llamas, tmp_path: Path) -> None:
+    tuned, base = llamas
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", energy=energy)
+    held, ranks = deltas(tuned, base), set()
+    for line in report.ledger:
+        if line["status"] != "held":
+            continue
+        squares = np.linalg.svd(held[line["name"]], compute_uv=False) ** 2
+        shares = np.cumsum(squares) / squares.sum()
+        rank = int(np.argmax(shares >= energy)) + 1 if energy < 1 else len(shares)
+        assert line["rank"] == rank and line["kept_energy"] >= energy - 1e-7, line["name"]
+        ranks.add(rank)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == max(ranks) == report.facts["most_rank"]
+    assert set(config["rank_pattern"].values()) == ranks - {max(ranks)}
+    start, result = load_file(f"{base}/model.safetensors"), merged(base, tmp_path / "lora")
+    found = {name: result[name].astype(float) - start[name].numpy() for name in held}
+    check_energies(report, found, held)
+
+
+def test_weights_that_lie_turned_and_tied_heads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tuned, base = pair(tmp_path, gpt2())
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=4)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] and len(config["target_modules"]) == 4
+    notes = {line["name"]: line.get("note", "") for line in report.ledger}
+    assert notes["transformer.wte.weight"].startswith("tied")
+    assert notes["transformer.wpe.weight"] == "an embedding"
+    held = deltas(tuned, base)
+    start, result = load_file(f"{base}/model.safetensors"), merged(base, tmp_path / "lora")
+    found = {name: result[name].astype(float) - start[name].numpy() for name in held}
+    for name in config["target_modules"]:
+        expected = best(held[f"{name}.weight"], 4)
+        np.testing.assert_allclose(found[f"{name}.weight"], expected, rtol=0, atol=2e-7)
+    check_energies(report, found, held)
+
+
+def test_a_delta_and_an_adapter_add_up_in_either_order(llamas, tmp_path: Path) -> None:
+    """(base + v) with an adapter that was trained on base is (base + sBA) + v."""
+    tuned, base = llamas
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"])
+    )
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    lora.save_pretrained(tmp_path / "lora")
+    lora.merge_and_unload().save_pretrained(tmp_path / "merged")
+    vector = skillvec.diff(tuned, base, tmp_path / "v.safetensors")
+    skillvec.apply(base, vector, tmp_path / "moved")
+    skillvec.apply(tmp_path / "merged", vector, tmp_path / "first")
+    first = load_file(tmp_path / "first" / "model.safetensors")
+    second = merged(str(tmp_path / "moved"), tmp_path / "lora")
+    for name, tensor in first.items():
+        np.testing.assert_allclose(tensor.numpy(), second[name], rtol=0, atol=1e-6, err_msg=name)
+    assert any((first[n] != load_file(f"{tuned}/model.safetensors")[n]).any() for n in first)
+
+
+def test_stored_and_scaled_vectors_and_the_place_of_the_base(llamas, tmp_path: Path) -> None:
+    tuned, base = llamas
+    skillvec.diff(tuned, base, tmp_path / "v.safetensors")
+    vector = -2.0 * SkillVector.open(tmp_path / "v.safetensors")
+    moved = tmp_path / "elsewhere"
+    save(moved, load_file(f"{base}/model.safetensors"),
+         config=json.loads(Path(base, "config.json").read_text()))  # fmt: skip
+    include = ["*layers.1.mlp.*"]
+    report = extract_lora(vector, tmp_path / "lora", rank=2, base=str(moved), include=include)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved) and config["task_type"] == "CAUSAL_LM"
+    content = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (content[f"base_model.model.{name}.lora_{side}.weight"].numpy() for side in "AB")
+    assert a.shape == (2, 16) and b.shape == (24, 2) and len(content) == 6
+    np.testing.assert_allclose(
+        b @ a, -2 * best(deltas(tuned, base)[f"{name}.weight"], 2), atol=1e-6
+    )
+    np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), rtol=1e-5)
+    assert report.counts == {"excluded": 18, "held": 3}
+    again = extract_lora(vector, tmp_path / "two", rank=2, base=str(moved), include=include)
+    files = [(tmp_path / f / "adapter_model.safetensors").read_bytes() for f in ("lora", "two")]
+    assert files[0] == files[1] and again.ledger == report.ledger
+
+
+def test_deltas_of_zero_are_listed_and_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[3, 4] += 1
+    model.save_pretrained(tmp_path / "tuned")
+    vector = f"{tmp_path / 'tuned'}::{tmp_path / 'base'}"
+    report = extract_lora(vector, tmp_path / "lora", rank=4)
+    assert report.counts == {"held": 1, "zero": 20}
+    (line,) = [line for line in report.ledger if line["status"] == "held"]
+    assert line["rank"] == 1 and line["kept_energy"] == pytest.approx(1)
+    assert report.facts["kept_energy"] == pytest.approx(1) and not report.warnings
+    found, start = merged(str(tmp_path / "base"), tmp_path / "lora"), model.state_dict()
+    for name, tensor in start.items():
+        np.testing.assert_allclose(found[name], tensor.numpy(), atol=1e-6)
+    with pytest.raises(IncompatibleError, match="could hold is 0"):
+        extract_lora(vector, tmp_path / "none", rank=4, include=["*layers.1*"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_fp64_deltas_are_decomposed_in_fp64(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1).double()
+    tuned, base = pair(tmp_path, model)
+    seen = []
+    real = subspace.decompose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            subspace, "decompose", lambda m, *rest: (seen.append(m.dtype), real(m, *rest))[1]
+        )
+        extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=2)
+    assert set(seen) == {np.dtype(np.float64)}
+
+
+def test_one_matrix_at_a_time(llamas, tmp_path: Path, monkeypatch) -> None:
+    before: list[weakref.ref[Any]] = []
+    real = extraction._decomposed
+
+    def watched(matrix: np.ndarray, facts: Any) -> Any:
+        assert not any(matrix() is not None for matrix in before)
+        before.append(weakref.ref(matrix.base))
+        return real(matrix, facts)
+
+    monkeypatch.setattr(extraction, "_decomposed", watched)
+    extract_lora("::".join(llamas), tmp_path / "lora", rank=1)
+    assert len(before) == 15
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.reports: list[Any] = []
+        self.seen: list[tuple[int, int]] = []
+
+    def planned(self, report: Any) -> None:
+        self.reports.append(report)
+
+    def advanced(self, done: int, total: int) -> None:
+        self.seen.append((done, total))
+
+
+def test_a_dry_run_reads_and_writes_nothing(llamas, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(extraction, "_write", None)
+    report = extract_lora("::".join(llamas), tmp_path / "lora", rank=1, dry_run=True)
+    assert report.counts == {"held": 15, "left out": 6} and not list(tmp_path.iterdir())
+
+
+def test_watchers_are_told(llamas, tmp_path: Path) -> None:
+    watch = Watch()
+    report = extract_lora("::".join(llamas), tmp_path / "lora", rank=1, watcher=watch)
+    assert watch.reports == [report] and len(watch.seen) == 21
+    assert watch.seen[-1][0] == watch.seen[-1][1] == report.facts["nbytes_read"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "either rank or energy"),
+        ({"rank": 2, "energy": 0.5}, "either rank or energy"),
+        ({"rank": 0}, "rank 0"),
+        ({"energy": 0.0}, "energy 0.0"),
+        ({"energy": 1.1}, "energy 1.1"),
+        ({"rank": 1, "dtype": "fp64"}, "dtype fp64"),
+        ({"rank": 1, "dtype": "int8"}, "int8"),
+        ({"rank": 1, "seed": -1}, "seed -1"),
+        ({"rank": 1, "device": "tpu"}, "device 'tpu'"),
+        ({"rank": 1, "base": "nowhere"}, "nowhere"),
+    ],
+)
+def test_requests_that_cannot_be_meant(
+    options: dict[str, Any], said: str, llamas, tmp_path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        extract_lora("::".join(llamas), tmp_path / "lora", **options)
+
+
+def test_outputs_are_not_replaced_by_accident(llamas, tmp_path: Path) -> None:
+    vector, out = "::".join(llamas), tmp_path / "lora"
+    out.mkdir()
+    (out / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="exists already"):
+        extract_lora(vector, out, rank=1)
+    with pytest.raises(UsageError, match="holds no adapter"):
+        extract_lora(vector, out, rank=1, force=True)
+    extract_lora(vector, tmp_path / "two", rank=1)
+    extract_lora(vector, tmp_path / "two", rank=2, force=True)
+    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["r"] == 2
+    with pytest.raises(UsageError, match="inside the input"):
+        extract_lora(vector, Path(llamas[1]) / "lora", rank=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 32}, r"does not fit the config of .*\n.*\[40, 16\], base \[40, 32\]"),
+        ({"model_type": None}, "no model_type"),
+        ({"model_type": "unheard-of"}, "makes no model of it"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers, but 21 tensors"),
+        ({"num_attention_heads": "x"}, "makes no model of it"),
+    ],
+)
+def test_configs_that_tell_nothing(
+    change: dict[str, Any], said: str, llamas, tmp_path: Path
+) -> None:
+    config = json.loads(Path(llamas[1], "config.json").read_text()) | change
+    save(tmp_path / "base", load_file(f"{llamas[1]}/model.safetensors"), config=config)
+    with pytest.raises(IncompatibleError, match=said):
+        extract_lora("::".join(llamas), tmp_path / "lora", rank=1, base=str(tmp_path / "base"))
+    assert not (tmp_path / "lora").exists()
+
+
+def test_factors_beyond_their_dtype(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1)
+    tuned, base = pair(tmp_path, model, size=1e13)
+    with pytest.raises(IncompatibleError, match="factors leave fp16: take fp32"):
+        extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=1, dtype="fp16")
+
+
+# ------------------------------------------------------------------------------------ fall-backs
+
+
+@pytest.mark.parametrize("failing", ["raises", "not finite"])
+@pytest.mark.parametrize("also", [False, True])
+@pytest.mark.parametrize("shape", [(40, 17), (17, 40), (20, 20)])
+def test_another_driver_takes_over(
+    shape: tuple[int, int], also: bool, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scipy import linalg
+
+    calls = []
+
+    def broken(matrix: Any, *_: Any, **__: Any) -> Any:
+        calls.append(type(matrix))
+        if failing == "raises":
+            error = torch.linalg if isinstance(matrix, torch.Tensor) else np.linalg
+            raise error.LinAlgError("did not converge")
+        hole = matrix[:1] * float("nan")
+        return hole, hole, hole
+
+    draw = np.random.default_rng(0).standard_normal(shape)
+    matrix = best(draw, 9).astype(np.float32)
+    monkeypatch.setattr(torch.linalg, "svd", broken)
+    if also:
+        monkeypatch.setattr(linalg, "svd", broken)
+    found = subspace.decompose(matrix, 5, "cpu", 0)
+    assert calls[0] is torch.Tensor and (np.ndarray in calls) == also
+    product = (found.left * found.values) @ found.right.T
+    np.testing.assert_allclose(product, best(matrix.astype(float), 5), atol=1e-5)
+    for side in (found.left, found.right):
+        np.testing.assert_allclose(side.T @ side, np.eye(5), atol=1e-5)
+
+
+def test_another_driver_takes_over_in_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0).standard_normal((90, 120))
+    matrix = best(draw, 30).astype(np.float32)
+    monkeypatch.setattr(subspace, "EXACT", 0)
+    expected = subspace.decompose(matrix, 2, "cpu", 0)
+    calls = []
+
+    def broken(*_: Any, **__: Any) -> Any:
+        calls.append(1)
+        raise np.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", broken)
+    found = subspace.decompose(matrix, 2, "cpu", 0)
+    assert calls and not found.exact
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-6)
+    product, wanted = ((x.left * x.values) @ x.right.T for x in (found, expected))
+    np.testing.assert_allclose(product, wanted, atol=1e-4)
