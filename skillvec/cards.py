@@ -1,0 +1,417 @@
+"""Cards: what README.md says of a vector or a merged model on the Hub, made of its own header.
+
+Hides how a card is laid out and renewed. What is generated stands between two comments and in
+metadata keys whose digests the first comment holds, so a renewal tells its own values from a
+user's: text and values that a user wrote stay as they are. A checkpoint is named only where it is
+known to be on the Hub, with its commit; a path of a disk appears nowhere. Strings of the header
+are hostile. Refuses a README.md whose metadata or comments cannot be understood.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from math import hypot, prod
+from typing import Any, NamedTuple
+
+from skillvec.analysis import kind_of, layer_of, natural_order
+from skillvec.errors import UsageError, printable
+from skillvec.provenance import CHOSEN
+
+BEGIN, END = "<!-- skillvec:begin", "<!-- skillvec:end -->"
+OPENED = re.compile(BEGIN + "((?: [a-z_]+=[0-9a-f]{12})*) -->")
+NAMED = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@[^@]+)?", re.ASCII)
+SCHEMED = re.compile(
+    r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(refs/(?:pr|convert)/\d+|[\w.-]+))?(?:/.*)?", re.ASCII
+)
+IN_CACHE = re.compile(r"models--(\w[\w.-]*?)--(\w[\w.-]*)[/\\]snapshots(?:[/\\]|$)", re.ASCII)
+LICENSE = ("license", "license_name", "license_link")
+INHERITED = (*LICENSE, "language", "pipeline_tag", "library_name")
+BINS, ROWS = 8, 20  # groups of the layers of one kind, and rows of the table
+CLAIMS = {
+    "bitwise": "base + 1 * vector restores tuned bit for bit",
+    "partial": "base + 1 * vector restores tuned but for {unrestored} values or integer tensors",
+    "rounded": "the differences are rounded, so tuned comes back nearly",
+    "combined": "the result of an operator, rounded once",
+}
+VECTOR = """# {name}
+
+A skill vector: the difference of two checkpoints, to be added to a model. It is no model itself:
+`from_pretrained` does not load it. The method is PaST, [arXiv 2601.11258](https://arxiv.org/abs/2601.11258).
+
+{facts}
+
+### How to apply it
+
+```bash
+skillvec inspect {name} --target TARGET   # the verdict on your model
+skillvec apply TARGET {name} -o OUT --lam 1
+```
+
+TARGET is a model with the tensors of the base ({model_type}, family `{family}`). On the exact
+base, lambda 1 gives what the claim above says. On another model of the family, such as one trained on new
+knowledge, the skill may transfer. Other shapes are refused, and equal shapes prove nothing:
+`inspect` compares weights and says which of these yours is.
+
+### How it was made
+
+```bash
+{command}
+```
+
+By {tool}; `skillvec verify` computes it again and compares.
+
+### Norms and density
+
+{norms}
+
+### What to keep in view
+
+- Rounding to the target's dtype can swallow small differences: `apply` reports the realised gain,
+  the part of lambda that arrived.
+- Compare with the target alone, trained on its knowledge without the vector (SFT only): what that
+  model reaches by itself is no merit of the vector.
+- Norms say where the change is, not that a skill transfers: measure on your own task."""  # noqa: E501
+MERGED = """# {name}
+
+A merged model: target + {lam!r} * skill vector, in fp32 with one rounding. It loads as the target
+does. The method is PaST, [arXiv 2601.11258](https://arxiv.org/abs/2601.11258).
+
+{facts}
+
+### How it was made
+
+```bash
+{command}
+skillvec verify OUT   # computes it again and compares, bit for bit
+```
+
+### What to keep in view
+
+- Rounding to the target's dtype can swallow small differences: the realised gain says what part
+  of lambda arrived.
+- Nothing was trained here: compare with the target alone (SFT only) on your own task before you
+  credit the vector."""
+
+
+class HubModel(NamedTuple):
+    """A repository and the commit (or the revision as written) that was read."""
+
+    repo: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.repo + (f"@{self.revision}" if self.revision else "")
+
+
+def hub_model(ref: str, revision: str | None = None) -> HubModel | None:
+    """Return what a reference names on the Hub, None where it may be a path of a disk.
+
+    `runs/sft` looks like a name on the Hub: only a recorded commit or hf:// tells.
+    """
+    if found := IN_CACHE.search(ref):
+        return HubModel(f"{found[1]}/{found[2]}", revision)
+    if found := SCHEMED.fullmatch(ref):
+        return HubModel(found[1], revision or found[2])
+    name, _, commit = ref.partition("@")
+    if re.fullmatch("[0-9a-f]{40}", commit):
+        ref, revision = name, commit
+    found = NAMED.fullmatch(ref) if revision else None
+    return HubModel(found[1], revision) if found else None
+
+
+def vector_card(
+    manifest: Mapping[str, Any],
+    *,
+    name: str,
+    files: Mapping[str, int],
+    existing: str | None = None,
+    license: Mapping[str, str] | None = None,
+) -> str:
+    """Return the README.md of a vector, of its checked manifest.
+
+    `name` is its repository, `files` its files with their bytes, `existing` the README.md to
+    renew, `license` the base's metadata of licence, used where the manifest names none. Raises
+    UsageError for an `existing` that cannot be understood.
+    """
+    base, tuned, training = manifest["base"], manifest["tuned"], manifest["training"]
+    said, recipe = manifest["exactness"], manifest["recipe"] or {}
+    claim = CLAIMS[said["claim"]].format(unrestored=said["unrestored"])
+    dtypes = ", ".join(sorted({entry["dtype"] for entry in manifest["tensors"].values()}))
+    rows = [("base", _side(base)), *([("tuned", _side(tuned))] if tuned else [])]
+    rows.append(("how", "tuned - base" if tuned else f"{_operator(recipe)} of vectors"))
+    for parent, weight in zip(manifest["parents"], _weights(manifest), strict=True):
+        where = _where(hub_model(parent["ref"]), "a local vector")
+        rows.append(("vector", f"{weight} * {where}, identity `{parent['identity']}`"))
+    rows += [("training", _line(training["method"] or "not stated"))]
+    rows += [("notes", _line(training["notes"], 2000))] if training["notes"] else []
+    rows += [("claim", f"{claim} (stored as {dtypes})"), ("identity", f"`{manifest['identity']}`")]
+    rows += [("file", f"{_span(file)}, {nbytes:,} bytes") for file, nbytes in files.items()]
+    models = [hub_model(base["ref"], base["revision"])]
+    models += [hub_model(parent["base"]) for parent in manifest["parents"]]
+    method = re.findall(r"^[a-z0-9][a-z0-9-]{0,39}$", (training["method"] or "").lower())
+    data = _licensed(manifest["license"]) or dict(license or {})
+    body = VECTOR.format(
+        name=name,
+        facts=_table(("", ""), rows),
+        model_type=_line(base["model_type"] or "of unknown type", 60),
+        family=base["family"],
+        command=_command(manifest),
+        tool=_line(manifest["tool"]),
+        norms=_norms(manifest["tensors"]),
+    )
+    tags = {"library_name": "skillvec", "tags": ["skill-vector", "task-arithmetic", *method]}
+    card = _card(data | tags | _lineage("adapter", models), body)
+    return renewed(existing, card) if existing else card
+
+
+def merged_card(
+    recipe: Mapping[str, Any],
+    *,
+    name: str,
+    inherited: str | None = None,
+    revisions: Mapping[str, str | None] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the README.md of a merged model, of the checked recipe in its header.
+
+    `inherited` is the target's: its text stays, below, and so do licence, language and task.
+    `revisions` maps references of the recipe to their commits on the Hub, `facts` are those of
+    apply's report. Raises UsageError where `inherited` cannot be understood.
+    """
+    said, target, facts = recipe["vector"], recipe["target"]["ref"], facts or {}
+    keys = ("ref", "tuned", "base")
+    refs = [target, *(part[k] for part in said.get("parts", [said]) for k in keys if k in part)]
+    known = {ref: hub_model(ref, (revisions or {}).get(ref)) for ref in refs}
+    rows = [("target", _where(known[target], "a local checkpoint"))]
+    for part in said.get("parts", [said]):
+        found = [(key, known[part[key]]) for key in keys if key in part]
+        shown = ((k.replace("ref", "vector"), _where(at, "a local file")) for k, at in found)
+        rows += shown
+    rows += [("combined by", _operator(said["recipe"]))] if "recipe" in said else []
+    rows += [("verdict", _line(facts["verdict"]))] if facts.get("verdict") else []
+    if facts.get("gain") is not None:
+        rows.append(("realised gain", f"{facts['gain']:.3f} (cosine {facts['cosine'] or 0:.3f})"))
+    words: list[Any] = [known[target] or "TARGET"]
+    words += [known[said["ref"]] or "VECTOR"] if "ref" in said else []
+    words += ["VECTOR"] if "recipe" in said else []
+    options = {key: known[said[key]] or key.upper() for key in ("tuned", "base") if key in said}
+    options |= recipe["request"] | {"lam": recipe["lam"]}
+    command = _shell("apply", words, options, "OUT")
+    data: dict[str, Any] = {"library_name": "transformers"}
+    below = ""
+    if inherited is not None:
+        card = _parsed(inherited)
+        data |= {key: card.data.get(key) for key in INHERITED if card.data.get(key)}
+        before, _, after, _ = _split(card.text)  # the target may have such a part of its own
+        below = f"\n{(before + (after or '')).lstrip()}"
+    data |= {"tags": ["skillvec", "merge", "task-arithmetic"]}
+    data |= _lineage("merge", [known[ref] for ref in refs])
+    body = MERGED.format(name=name, lam=recipe["lam"], facts=_table(("", ""), rows),
+                         command=command)  # fmt: skip
+    return _card(data, body) + below
+
+
+def renewed(existing: str, made: str) -> str:
+    """Return `existing` with the generated part and keys of `made`; what a user wrote stays."""
+    text = existing.removeprefix("\ufeff")
+    ending = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
+    card, fresh = _parsed(text), _parsed(made)
+    before, _, after, marks = _split(card.text)
+    _, block, _, names = _split(fresh.text)
+    held = card.data.to_dict()
+    kept = {key for key in held if marks.get(key) != _digest(card.data.get(key))}
+    kept |= set(LICENSE) if kept & set(LICENSE) else set()
+    ours = {key: fresh.data.get(key) for key in names if key not in kept}
+    if before.strip():
+        block = re.sub(r"\A\n# .*\n\n", "\n", block)
+    if after is None:
+        before, after = before + (2 * ending if before.strip() else ending), ending
+    head = _with_keys(text[: len(text) - len(card.text)], card, ours, set(held) - kept, ending)
+    return head + before + _enclosed(ours, block).replace("\n", ending) + (after or "")
+
+
+# --------------------------------------------------------------------------------- parts of a text
+
+
+def _line(text: object, length: int = 200) -> str:
+    """Return a header's string as one harmless line of Markdown."""
+    line = " ".join(printable(str(text)).split())[:length]
+    return re.sub(r"[&<>|`*_\[\]!\\]", lambda sign: f"&#{ord(sign[0])};", line)
+
+
+def _span(text: object) -> str:
+    """Return a header's string as a span of code."""
+    line = " ".join(printable(str(text)).split())[:200]
+    return "`" + re.sub("[`|]", "'", line) + "`"
+
+
+def _where(model: HubModel | None, otherwise: str) -> str:
+    return _span(model) if model else otherwise
+
+
+def _side(side: Mapping[str, Any]) -> str:
+    where = _where(hub_model(side["ref"], side["revision"]), "a local checkpoint")
+    kind, dtypes = _line(side["model_type"] or "unknown type", 60), map(_line, side["dtypes"])
+    return f"{where} ({kind}; {'+'.join(dtypes)}; family `{side['family']}`)"
+
+
+def _operator(recipe: Mapping[str, Any]) -> str:
+    """Return an operator and its numbers; other parameters may hold paths."""
+    given = recipe.get("parameters")
+    numbers = {"seed": recipe.get("seed")} | (given if isinstance(given, dict) else {})
+    shown = [f", {_line(k, 40)} {v:g}" for k, v in numbers.items() if isinstance(v, int | float)]
+    return _line(recipe.get("op", "linear"), 40) + "".join(shown)
+
+
+def _weights(manifest: Mapping[str, Any]) -> list[str]:
+    shares = (manifest["recipe"] or {}).get("vectors")
+    shares = shares if isinstance(shares, list) else []
+    given = [share.get("weight", 1) if isinstance(share, dict) else None for share in shares]
+    given += [None] * len(manifest["parents"])
+    shown = [
+        f"{weight:g}" if isinstance(weight, int | float) else "(by tensor)" for weight in given
+    ]
+    return shown[: len(manifest["parents"])]
+
+
+def _command(manifest: Mapping[str, Any]) -> str:
+    """Return the command that gives this vector, with placeholders for paths of a disk."""
+    options: dict[str, Any] = {key: manifest[key] for key in ("dtype", "codec")}
+    verb = "".join(manifest["command"].split()[1:2])
+    if verb in ("diff", "import-patch") and manifest["tuned"]:
+        roles = {
+            "TUNED" if verb == "diff" else "PATCH": manifest["tuned"],
+            "BASE": manifest["base"],
+        }
+        words = [hub_model(side["ref"], side["revision"]) or role for role, side in roles.items()]
+        options |= {key: manifest[key] for key in CHOSEN if key in manifest}
+        return _shell(verb, words, options, "VECTOR")
+    if manifest["recipe"]:
+        return _shell("combine", [], options | {"recipe": "RECIPE"}, "VECTOR")  # the manifest's
+    return _shell("combine", ["VECTOR"], options, "OUT")
+
+
+def _shell(verb: str, words: Sequence[Any], options: Mapping[str, Any], output: str) -> str:
+    plain = {"dtype": None, "rounding": "nearest", "seed": 0}
+    line = ["skillvec", verb, *map(str, words)]
+    for key, value in options.items():
+        if key not in plain or value != plain[key]:
+            for item in value if isinstance(value, list) else [value]:
+                line += [f"--{key}", str(item)]
+    return " ".join(printable(shlex.join([*line, "-o", output])).split("\n"))
+
+
+def _norms(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the table of norms and density: layers in up to eight groups of each kind."""
+    layers: dict[str, dict[str, list[str]]] = {}
+    for name in tensors:
+        layer = layer_of(name)
+        kind = layer.rpartition(".")[0] if layer else kind_of(name)
+        layers.setdefault(kind, {}).setdefault(layer or kind, []).append(name)
+    groups = []
+    for held in layers.values():
+        keys = sorted(held, key=natural_order)
+        step = -(-len(keys) // BINS)
+        for some in (keys[begin : begin + step] for begin in range(0, len(keys), step)):
+            label = some[0] + (f" to {some[-1].rpartition('.')[2]}" if len(some) > 1 else "")
+            groups.append((_span(label), [name for key in some for name in held[key]]))
+    if rest := groups[ROWS:]:
+        groups[ROWS:] = [(f"{len(rest)} more", [name for _, names in rest for name in names])]
+    total = hypot(*(entry["norm"] for entry in tensors.values())) or 1.0
+    rows = []
+    for label, names in [*groups, ("**all**", list(tensors))]:
+        entries = [tensors[name] for name in names]
+        numel = sum(prod(entry["shape"]) for entry in entries)
+        changed = sum(entry["changed"] for entry in entries) / max(1, numel)
+        norm = hypot(*(entry["norm"] for entry in entries))
+        share = f"{(norm / total) ** 2:.1%}"
+        rows.append((label, len(names), f"{numel:,}", f"{changed:.2%}", f"{norm:.4g}", share))
+    return _table(("tensors of", "tensors", "values", "changed", "norm", "share of norm²"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# --------------------------------------------------------------------------------------- metadata
+
+
+def _licensed(text: str | None) -> dict[str, str]:
+    """Return a licence as the Hub's keys: one word is an id, other words are a name."""
+    word = (text or "").strip().lower()
+    if not word or re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", word):
+        return {"license": word} if word else {}
+    return {"license": "other", "license_name": " ".join(word.split())[:200]}
+
+
+def _lineage(relation: str, models: Iterable[HubModel | None]) -> dict[str, Any]:
+    names = list(dict.fromkeys(model.repo for model in models if model))
+    return {"base_model": names, "base_model_relation": relation} if names else {}
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _card(data: dict[str, Any], body: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    block = _enclosed(data, "\n" + body.replace("<!--", "&lt;!--") + "\n")
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{block}\n"
+
+
+def _enclosed(data: Mapping[str, Any], block: str) -> str:
+    return BEGIN + "".join(f" {key}={_digest(data[key])}" for key in data) + f" -->{block}{END}"
+
+
+def _parsed(text: str) -> Any:
+    from huggingface_hub import RepoCard  # ModelCard would interpret values of a user
+
+    if not text.lstrip().startswith("---"):
+        text = "---\n\n---\n" + text  # else the library warns of it
+    try:
+        return RepoCard(text)
+    except Exception as error:  # of the YAML parser, which only rules.py imports, or of the class
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(
+            f"README.md: its metadata (between the lines of ---) cannot be read: {reason}: mend it"
+        ) from None
+
+
+def _split(text: str) -> tuple[str, str, str | None, dict[str, str]]:
+    """Return what stands before, in and behind the generated part, and its digests by key."""
+    begins, ends = list(OPENED.finditer(text)), [m.start() for m in re.finditer(END, text)]
+    if not text.count(BEGIN) and not ends:
+        return text, "", None, {}
+    if [len(begins), len(ends), text.count(BEGIN)] != [1, 1, 1] or ends[0] < begins[0].end():
+        raise UsageError(
+            f"README.md: expected one line `{BEGIN} ... -->` and one `{END}` behind it, which"
+            " enclose what is generated: restore them, or remove both"
+        )
+    begin, end = begins[0], ends[0]
+    marks = dict(mark.split("=") for mark in begin[1].split())
+    return text[: begin.start()], text[begin.end() : end], text[end + len(END) :], marks
+
+
+def _with_keys(head: str, card: Any, ours: dict[str, Any], old: set[str], ending: str) -> str:
+    """Return the metadata with keys set and old ones of ours removed; other lines stay."""
+    from huggingface_hub import CardData, ModelCardData
+
+    added = ModelCardData(**ours).to_yaml().splitlines() if ours else []
+    expected = {k: v for k, v in card.data.to_dict().items() if k not in old} | ours
+    inside, kept, dropped = head.strip().splitlines()[1:-1], [], False
+    for line in inside:
+        if found := re.match(r"""(['"]?)([\w-]+)\1\s*:""", line):
+            dropped = found[2] in ours or found[2] in old
+        if not dropped or line.startswith("#"):
+            kept.append(line)
+    made = ending.join(["---", *kept, *added, "---", ""])
+    try:
+        if _parsed(made).data.to_dict() == expected:
+            return made
+    except UsageError:
+        pass  # such as {license: mit} on one line: written anew, in the library's form
+    return ending.join(["---", *CardData(**expected).to_yaml().splitlines(), "---", ""])
