@@ -19,6 +19,7 @@ test: $(VENV)/.ready
 
 slow: $(VENV)/.ready .venv-mergekit
 	$(PIP) "transformers[serving]"
+	DS_BUILD_OPS=0 $(PIP) deepspeed
 	$(ONE) $(BIN)/python -m pytest -m "slow or not slow"
 
 .venv-mergekit:

@@ -23,17 +23,23 @@ __all__ = [
     "combine",
     "diff",
     "export_patch",
+    "extract_lora",
     "import_patch",
     "inspect",
     "norms",
     "open_checkpoint",
     "orthogonality",
+    "pull",
+    "push",
     "verify",
 ]
 
 _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all__} | {
     "Checkpoint": "checkpoint",
     "Report": "report",
+    "extract_lora": "extraction",
+    "pull": "publishing",
+    "push": "publishing",
     "SkillVector": "vector",
     "SkillVectorCallback": "training",
     "norms": "comparison",
@@ -52,6 +58,8 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from skillvec.extraction import extract_lora
+    from skillvec.publishing import pull, push
     from skillvec.report import Report
     from skillvec.training import SkillVectorCallback
     from skillvec.vector import SkillVector

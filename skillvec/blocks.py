@@ -17,8 +17,9 @@ from skillvec.kernels import STORAGE_DTYPE, Array
 from skillvec.merging import Place
 from skillvec.operators import NO_POSITIONS, STEP, Delta, Subtraction
 from skillvec.patch import Patch
-from skillvec.storage import ITEMSIZE, LEAF_NBYTES, TensorSpec, allocate, leaf_digests, read_into
-from skillvec.vector import DeltaSource, MixDelta, PairDelta
+from skillvec.sources import Derived, Source, read_values
+from skillvec.storage import ITEMSIZE, LEAF_NBYTES, TensorSpec, allocate, leaf_digests
+from skillvec.vector import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
 from skillvec.vectorfile import BLOCK_NUMEL, REPLACEMENT, BlockReader, StoredDelta, block_count
 
 NO_RECORDS: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)
@@ -68,11 +69,10 @@ class Block:
         """Return uninitialised room for the block's values."""
         return self.workspace.array(slot, dtype, self.size)
 
-    def read(self, slot: str, spec: TensorSpec) -> Array:
+    def read(self, slot: str, source: Source) -> Array:
         """Return the block of a tensor, read into the slot's buffer."""
-        values = self.array(slot, spec.dtype)
-        where = spec.start + self.begin * ITEMSIZE[spec.dtype]
-        read_into(spec.path, where, values.view(np.uint8).data)
+        values = self.array(slot, source.dtype)
+        read_values(source, self.begin, values)
         return values
 
     def digest(self, role: str, values: Array) -> None:
@@ -98,7 +98,38 @@ class Block:
             return self._merged(source, role), NO_RECORDS
         if isinstance(source, StoredDelta):
             return self._stored(source, role)
+        if isinstance(source, ViewDelta):
+            return self._viewed(source, role), NO_RECORDS
+        if isinstance(source, ComputedDelta):
+            return self._computed(source, role), NO_RECORDS
         return self._difference(source, role)
+
+    def _computed(self, source: ComputedDelta, role: str) -> Delta:
+        values = self.read(role, source.source)
+        if not np.isfinite(values).all():
+            raise FormatError(f"{source.spec.name}: values that are not finite in {source.ref}")
+        values += 0  # no negative zeros
+        return Delta(values, source.source.dtype)
+
+    def _viewed(self, source: ViewDelta, role: str) -> Delta:
+        """Put a delta together from those of another layout, each decoded where it is needed."""
+        values = self.array(role, source.spec.dtype)
+        held: dict[tuple[str, int], Array] = {}  # the last block that was decoded
+
+        def read(part: DeltaSource, begin: int, out: Array) -> None:
+            while out.size:
+                index = begin // BLOCK_NUMEL
+                key = part.spec.name, index
+                if key not in held:
+                    block = Block(index, part.spec.numel, self.workspace, self.readers, {})
+                    held.clear()
+                    held[key] = block.delta(part, f"{role}.view")[0].wide(0, block.size).copy()
+                wide = held[key][begin - index * BLOCK_NUMEL :][: out.size]
+                out[: wide.size] = wide
+                begin, out = begin + wide.size, out[wide.size :]
+
+        source.view.fill(self.begin, values, read)
+        return Delta(values, source.spec.dtype)
 
     def _difference(self, source: PairDelta, role: str) -> tuple[Delta, npt.NDArray[Any]]:
         if isinstance(source.tuned, Patch):
@@ -164,16 +195,16 @@ class Block:
             yield Place(source.spec.name, self.begin + begin, source.seed, source.streams), wide
 
 
-def read_values(
-    source: DeltaSource | TensorSpec, readers: Mapping[str, BlockReader], out: Array,
+def add_values(
+    source: DeltaSource | Source, readers: Mapping[str, BlockReader], out: Array,
     factor: float = 1.0,
 ) -> None:  # fmt: skip
     """Add a whole delta times `factor`, or a tensor of a model, to `out`, flat and in fp32."""
-    spec = source if isinstance(source, TensorSpec) else source.spec
+    spec = source if isinstance(source, TensorSpec | Derived) else source.spec
     workspace = Workspace()
     for index in range(block_count(spec.numel)):
         block = Block(index, spec.numel, workspace, readers, {})
-        if isinstance(source, TensorSpec):
+        if isinstance(source, TensorSpec | Derived):
             delta = Delta(block.read("point", source), source.dtype)
         else:
             delta = block.delta(source, "delta0")[0]

@@ -1,7 +1,7 @@
-"""Points: a checkpoint as a read-only mapping from tensor name to where its bytes lie.
+"""Points: a checkpoint as a read-only mapping from tensor name to where its values come from.
 
-Hides folders, shards, indexes and side files. Reads headers only. What skillvec cannot take
-(quantised weights, adapters, pickles) is refused here by name, before any work.
+Hides folders, shards, indexes, side files, the Hub, and in which format the weights lie. Reads
+headers only. What skillvec cannot take is refused here by name, before any work.
 """
 
 import fnmatch
@@ -9,23 +9,43 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from skillvec.errors import FormatError, IncompatibleError, UsageError, up_to_five
-from skillvec.storage import SUBBYTE, TensorSpec, digest_bytes, read_header
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    SkillvecError,
+    UsageError,
+    up_to_five,
+)
+from skillvec.sources import Source, files_of
+from skillvec.storage import (
+    SUBBYTE,
+    Place,
+    TensorSpec,
+    digest_bytes,
+    file_nbytes,
+    read_bytes,
+    read_header,
+    remote_of,
+)
 
 INDEX = "model.safetensors.index.json"
 VECTOR_INDEX = "vector.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
 # files that hold or index weights (or optimiser state): never copied beside merged weights
 WEIGHT_FILES = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json",
     "adapter_model.bin", "optimizer.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "tf_model*.h5",
-    "flax_model*.msgpack", "*.onnx", "*.onnx_data",
+    "flax_model*.msgpack", "*.onnx", "*.onnx_data", "*.distcp", ".metadata",
 )  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
@@ -34,27 +54,48 @@ TOKENIZER_FILES = (
 # keys of config.json that say who wrote it, not what the model is
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 FOREIGN = {
-    ".gguf": "GGUF holds quantised blocks: convert it to safetensors first",
-    ".bin": "pickled PyTorch weights: load and save_pretrained them as safetensors first",
-    ".pt": "pickled PyTorch weights: load and save_pretrained them as safetensors first",
-    ".pth": "pickled PyTorch weights: load and save_pretrained them as safetensors first",
+    ".gguf": "GGUF is for inference, mostly quantised: diff and apply the safetensors that it was"
+    " made from, then convert the result (llama.cpp: convert_hf_to_gguf.py)",
+    ".h5": "TensorFlow weights: load them with transformers (from_tf=True), then save_pretrained",
+    ".msgpack": "Flax weights: load them with transformers (from_flax=True), then save_pretrained",
+    ".onnx": "an ONNX graph for inference: use the checkpoint that it was exported from",
+    ".npz": "numpy arrays: save them by safetensors.numpy.save_file under the model's names",
+    ".nemo": "a NeMo archive: export it to Hugging Face format with NeMo first",
 }
 
 
-class Checkpoint(Mapping[str, TensorSpec]):
-    """A model on the disk: name -> TensorSpec in file order, with its config and side files.
+@dataclass(frozen=True)
+class Opened:
+    """What lies behind a reference: tensors, where from, and what there is to say of it."""
+
+    tensors: Mapping[str, Source]
+    metadata: dict[str, str] = field(default_factory=dict)
+    kind: str = "safetensors"
+    side: Path | None = None  # the folder of config and tokenizer, where it is not the place itself
+    notes: tuple[str, ...] = ()
+
+
+class Checkpoint(Mapping[str, Source]):
+    """A model: tensor name -> Source in file order, with its config and side files.
 
     `ref` is what the user wrote, `path` the resolved folder or file, `metadata` the header
-    metadata of the first weight file.
+    metadata of the first weight file. `kind` names the format, `formats` how tensors are stored
+    that are computed when they are read.
     """
 
-    def __init__(
-        self, ref: str, path: Path, tensors: dict[str, TensorSpec], metadata: dict[str, str]
-    ) -> None:
-        self.ref, self.path, self.metadata = ref, path, metadata
-        self._tensors = tensors
+    def __init__(self, place: Place, opened: Opened, formats: Mapping[str, str] = {}) -> None:
+        self.place, self.opened, self.formats = place, opened, formats
+        self.ref, self.path, self.metadata = place.ref, place.path, opened.metadata
+        self._tensors = opened.tensors
 
-    def __getitem__(self, name: str) -> TensorSpec:
+    def with_tensors(
+        self, tensors: Mapping[str, Source], formats: Mapping[str, str] = {}
+    ) -> "Checkpoint":
+        """Return the same model with its tensors seen otherwise."""
+        opened = Opened(tensors, self.metadata, self.kind, self.opened.side, self.opened.notes)
+        return Checkpoint(self.place, opened, {**self.formats, **formats})
+
+    def __getitem__(self, name: str) -> Source:
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -85,19 +126,36 @@ class Checkpoint(Mapping[str, TensorSpec]):
     __radd__ = __add__
 
     @property
-    def folder(self) -> Path:
-        """The folder that holds config, tokenizer and weights."""
-        return self.path if self.path.is_dir() else self.path.parent
+    def kind(self) -> str:
+        return self.opened.kind
 
     @property
-    def files(self) -> list[Path]:
+    def is_plain(self) -> bool:
+        """Whether every tensor lies in a safetensors file as it is."""
+        return self.kind == "safetensors" and all(
+            isinstance(spec, TensorSpec) for spec in self.values()
+        )
+
+    @property
+    def is_folder(self) -> bool:
+        return self.place.member is None and self.path.is_dir()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder that holds config and tokenizer."""
+        if self.opened.side is not None:
+            return self.opened.side
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def files(self) -> list[str]:
         """The weight files, in name order."""
-        return [Path(path) for path in sorted({spec.path for spec in self.values()})]
+        return sorted({path for spec in self.values() for path in files_of(spec)})
 
     @property
     def real_files(self) -> list[Path]:
-        """The weight files that links lead to."""
-        return [file.resolve() for file in self.files]
+        """The weight files of this disk that links lead to."""
+        return [Path(file).resolve() for file in self.files if remote_of(file) is None]
 
     @property
     def nbytes(self) -> int:
@@ -108,19 +166,21 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """Number of tensors of each dtype: the lineage that every result is shown with."""
         return dict(sorted(Counter(spec.dtype for spec in self.values()).items()))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a plan says of it: where it lies, its dtypes, and how its weights are stored."""
+        stored = [f"{n} {what}" for what, n in sorted(Counter(self.formats.values()).items())]
+        return {
+            "ref": self.ref, "path": os.fspath(self.path), "dtypes": self.dtypes,
+            "revision": self.place.revision, "format": self.kind, "stored": stored,
+            "notes": list(self.opened.notes),
+        }  # fmt: skip
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The parsed config.json, empty where there is none (a single file has none)."""
-        file = self.path / "config.json"
-        if not self.path.is_dir() or not file.is_file():
-            return {}
-        try:
-            config = json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{file}: not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise FormatError(f"{file}: expected a JSON object, found {type(config).__name__}")
-        return config
+        file = self.folder / "config.json"
+        return read_json(os.fspath(file)) if self.is_folder and file.is_file() else {}
 
     @property
     def model_type(self) -> str | None:
@@ -146,12 +206,12 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @property
     def tokenizer_digest(self) -> str | None:
         """Digest of the tokenizer's vocabulary files, None where there are none."""
-        if not self.path.is_dir():
+        if not self.is_folder:
             return None
         parts = [
-            [name, digest_bytes((self.path / name).read_bytes())]
+            [name, digest_bytes((self.folder / name).read_bytes())]
             for name in TOKENIZER_FILES
-            if (self.path / name).is_file()
+            if (self.folder / name).is_file()
         ]
         return digest_bytes(json.dumps(parts).encode()) if parts else None
 
@@ -161,46 +221,89 @@ class Checkpoint(Mapping[str, TensorSpec]):
         shapes = sorted((name, list(spec.shape)) for name, spec in self.items())
         return digest_bytes(json.dumps(shapes).encode())
 
-    def side_files(self) -> tuple[list[str], list[str]]:
-        """Return the relative names of files to copy, and of other weight files left behind."""
-        copied: list[str] = []
+    def side_files(self) -> tuple[list[tuple[str, str]], list[str]]:
+        """Return address and name of each file to copy, and names of weights left behind."""
+        copied: list[tuple[str, str]] = []
         left: list[str] = []
-        ours = {os.fspath(file) for file in self.real_files}
+        ours = {*self.files, *map(os.fspath, self.real_files)}
+        for name, address in self._beside():
+            if not any(fnmatch.fnmatch(os.path.basename(name), glob) for glob in WEIGHT_FILES):
+                copied.append((address, name))
+            elif not {address, os.path.realpath(address)} & ours and name != INDEX:
+                left.append(name)
+        return copied, left
+
+    def _beside(self) -> Iterator[tuple[str, str]]:
+        """Yield name and address of every file in the folder, and below it in a plain one."""
+        if self.place.revision is not None:
+            yield from sorted(self.place.files.items())
+            return
         seen: set[str] = set()
 
         def refuse(error: OSError) -> None:
             raise error
 
-        for folder, subfolders, names in os.walk(self.path, onerror=refuse, followlinks=True):
+        for folder, subfolders, names in os.walk(self.folder, onerror=refuse, followlinks=True):
             if os.path.realpath(folder) in seen:
                 raise FormatError(f"{folder}: a link back into the checkpoint; it cannot be copied")
             seen.add(os.path.realpath(folder))
             subfolders[:] = sorted(name for name in subfolders if name not in (".git", ".cache"))
+            if self.kind not in ("safetensors", PICKLES[0]):  # optimizer states of a training
+                subfolders.clear()
             for name in sorted(names):
                 full = os.path.join(folder, name)
-                relative = os.path.relpath(full, self.path)
                 if not os.path.isfile(full):
                     raise FormatError(f"{full}: a broken link or not a file; it cannot be copied")
-                if not any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES):
-                    copied.append(relative)
-                elif os.path.realpath(full) not in ours and relative != INDEX:
-                    left.append(relative)
-        return copied, left
+                yield os.path.relpath(full, self.folder), full
 
 
-def open_checkpoint(ref: str | os.PathLike[str] | Checkpoint, role: str = "model") -> Checkpoint:
-    """Open a folder (single file or shards with an index) or one .safetensors file.
+def read_json(file: str) -> dict[str, Any]:
+    """Return a JSON object; FormatError where the file holds something else."""
+    try:
+        content = json.loads(read_bytes(file, 0, file_nbytes(file)))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
 
-    Reads headers only. `role` names the input in errors. Raises UsageError for a path that is not
-    there, FormatError for a broken file, IncompatibleError for what is not taken.
+
+def open_checkpoint(
+    ref: str | os.PathLike[str] | Place | Checkpoint, role: str = "model"
+) -> Checkpoint:
+    """Open a model: a folder or file of this disk, or a reference to the Hub (docs/checkpoints.md).
+
+    Reads headers only; quantised weights are dequantised when they are read. `role` names the
+    input in errors. Raises UsageError for a path that is not there, FormatError for a broken file,
+    IncompatibleError for what is not taken.
     """
     if isinstance(ref, Checkpoint):
         return ref
     opened = open_tensors(ref, role)
     if kind_of_file(opened.metadata) in ("vector", "vector shard"):
         raise IncompatibleError(f"{role} {opened.ref}: this is a skill vector, expected a model")
-    _refuse_quantised(opened, role)
-    return opened
+    if is_adapter(opened.place):
+        raise IncompatibleError(
+            f"{role} {opened.ref}: this is a PEFT adapter, a displacement and no model: use it in"
+            " place of a vector, or as the TUNED of diff with its base model as BASE"
+        )
+    if not _may_be_quantised(opened):
+        return opened
+    from skillvec.quantised import dequantised
+
+    return opened.with_tensors(*dequantised(opened, opened.config, f"{role} {opened.ref}"))
+
+
+def _may_be_quantised(opened: Checkpoint) -> bool:
+    configs = [opened.config, *(v for v in opened.config.values() if isinstance(v, dict))]
+    return any(config.get("quantization_config") for config in configs) or any(
+        spec.dtype in SUBBYTE or spec.dtype.startswith("F8") for spec in opened.values()
+    )
+
+
+def is_adapter(place: Place) -> bool:
+    """Return whether a folder holds a PEFT adapter."""
+    return place.member is None and ADAPTER_CONFIG in place.files and SINGLE not in place.files
 
 
 def kind_of_file(metadata: Mapping[str, Any]) -> str | None:
@@ -213,59 +316,136 @@ def kind_of_file(metadata: Mapping[str, Any]) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def open_tensors(ref: str | os.PathLike[str], role: str) -> Checkpoint:
-    """Open safetensors files of any meaning: a model or a vector."""
+def locate(ref: str | os.PathLike[str], role: str) -> Place:
+    """Return where a reference leads; what exists on this disk comes before the Hub."""
     text = os.fspath(ref)
     path = Path(text).expanduser()
-    if not path.exists():
-        hint = ""
-        if text.startswith("hf://") or (text.count("/") == 1 and text[0] not in "./~"):
-            hint = " (references to the Hub are not read yet: download it first)"
-        raise UsageError(f"{role} {text}: no such file or folder{hint}")
-    resolved = path.resolve()
-    if path.is_dir():
-        tensors, metadata = _open_folder(resolved, f"{role} {text}")
+    if path.exists():
+        path = path.resolve()
+        files = {entry.name: entry.path for entry in os.scandir(path)} if path.is_dir() else {}
+        return Place(text, path, files)
+    from skillvec import hub
+
+    if not hub.is_reference(text):
+        raise UsageError(f"{role} {text}: no such file or folder")
+    try:
+        return hub.locate(text, role)
+    except SkillvecError as error:
+        if text.startswith("hf://"):
+            raise
+        raise type(error)(f"{error}\n(nor is {text} a file or folder of this disk)") from None
+
+
+def open_tensors(ref: str | os.PathLike[str] | Place, role: str) -> Checkpoint:
+    """Open files of any meaning: a model, an adapter or a vector; nothing is dequantised."""
+    place = ref if isinstance(ref, Place) else locate(ref, role)
+    what = f"{role} {place.ref}"
+    if place.member is not None:
+        opened = _open_file(place.files[place.member], place.member, what)
+    elif place.path.is_dir():
+        opened = _open_folder(place, what)
     else:
-        if path.suffix in FOREIGN:
-            raise IncompatibleError(f"{role} {text}: {FOREIGN[path.suffix]}")
-        # a link's own name tells nothing: Hub caches link to blobs named by hash
-        header = read_header(resolved)
-        tensors, metadata = header.tensors, header.metadata
-    return Checkpoint(text, resolved, tensors, metadata)
+        opened = _open_file(os.fspath(place.path), os.fspath(place.ref), what)
+    return Checkpoint(place, opened)
 
 
-def _open_folder(folder: Path, what: str) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    index, single = folder / INDEX, folder / SINGLE
-    if (folder / VECTOR_INDEX).is_file():
-        raise IncompatibleError(f"{what}: this is a skill vector, expected a model")
-    if index.is_file():
-        weight_map, _ = read_index(index)
-        if single.is_file() and SINGLE not in weight_map.values():
-            raise FormatError(f"{what}: holds both {SINGLE} and {INDEX} over other files: which?")
-        return _open_shards(folder, weight_map)
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if (folder / "adapter_config.json").is_file():
+def _open_file(address: str, name: str, what: str) -> Opened:
+    # a link's own name tells nothing: Hub caches link to blobs named by hash
+    suffix = Path(name).suffix
+    if suffix in PICKLE_SUFFIXES:
+        return _open_pickles([address], what)
+    if suffix in FOREIGN:
+        raise IncompatibleError(f"{what}: {FOREIGN[suffix]}")
+    header = read_header(address)
+    return Opened(header.tensors, header.metadata)
+
+
+def _open_pickles(addresses: list[str], what: str) -> Opened:
+    from skillvec.pickles import open_pickles
+
+    away = [address for address in addresses if is_away(address)]
+    if away:
         raise IncompatibleError(
-            f"{what}: a PEFT adapter is not read yet: merge it into its base model first"
+            f"{what}: pickled weights on the Hub: a pickle has no header to read ahead; download it"
+            f" first (hf download), then name the folder"
         )
-    if len(files) == 1:
-        header = read_header(files[0])
-        return header.tensors, header.metadata
-    if files:
+    return Opened(open_pickles(addresses, what), kind=PICKLES[0])
+
+
+def is_away(address: str) -> bool:
+    remote = remote_of(address)
+    return remote is not None and remote.local is None
+
+
+def _open_folder(place: Place, what: str) -> Opened:
+    files = place.files
+    if VECTOR_INDEX in files:
+        raise IncompatibleError(f"{what}: this is a skill vector, expected a model")
+    if INDEX in files:
+        weight_map, _ = read_index(files[INDEX])
+        if SINGLE in files and SINGLE not in weight_map.values():
+            raise FormatError(f"{what}: holds both {SINGLE} and {INDEX} over other files: which?")
+        return _open_shards(files, weight_map, what)
+    single = [SINGLE] if SINGLE in files else []
+    single = single or sorted(name for name in files if name.endswith(".safetensors"))
+    if len(single) == 1:
+        header = read_header(files[single[0]])
+        return Opened(header.tensors, header.metadata, notes=_finer(files))
+    if single:
         raise FormatError(
-            f"{what}: {len(files)} safetensors files and no {INDEX}: which tensors are the model?"
+            f"{what}: {len(single)} safetensors files and no {INDEX}: which tensors are the model?"
         )
-    for suffix, advice in FOREIGN.items():
-        found = sorted(folder.glob(f"*{suffix}"))
-        if found:
-            raise IncompatibleError(f"{what}: no safetensors, but {found[0].name}: {advice}")
+    from skillvec.trainingshards import open_training
+
+    training = open_training(place.path, what) if place.revision is None else None
+    if training is not None:
+        return Opened(
+            training.tensors, kind=training.kind, side=training.side, notes=tuple(training.notes)
+        )
+    if PICKLES[1] in files:
+        weight_map, _ = read_index(files[PICKLES[1]])
+        return _open_pickle_shards(files, weight_map, what)
+    found = sorted(name for name in files if name.endswith(PICKLE_SUFFIXES))
+    if PICKLES[0] in found or "adapter_model.bin" in found:
+        name = PICKLES[0] if PICKLES[0] in found else "adapter_model.bin"
+        return _open_pickles([files[name]], what)
+    for name in sorted(files):
+        if Path(name).suffix in FOREIGN:
+            raise IncompatibleError(
+                f"{what}: no safetensors, but {name}: {FOREIGN[Path(name).suffix]}"
+            )
+    if found:
+        raise IncompatibleError(f"{what}: no {SINGLE}, but {found[0]}: name the file that is meant")
     raise UsageError(f"{what}: no {SINGLE} and no {INDEX} in this folder")
 
 
-def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def _finer(files: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a note where a trainer kept fp32 weights beside those that it rounded."""
+    shards = sorted(name for name in files if name.startswith("global_step"))
+    return tuple(
+        f"{name}/ holds DeepSpeed's fp32 weights, which keep what this model's dtype rounds away:"
+        " name that folder to read them"
+        for name in shards[-1:]
+    )
+
+
+def _open_pickle_shards(
+    files: Mapping[str, str], weight_map: Mapping[str, str], what: str
+) -> Opened:
+    missing = sorted(set(weight_map.values()) - set(files))
+    if missing:
+        raise FormatError(f"{what}: shards named by the index are missing:\n{up_to_five(missing)}")
+    opened = _open_pickles([files[name] for name in sorted(set(weight_map.values()))], what)
+    other = sorted(set(opened.tensors) ^ set(weight_map))
+    if other:
+        raise FormatError(f"{what}: index and shards disagree:\n{up_to_five(other)}")
+    return opened
+
+
+def read_index(index: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the weight map, tensor name to plain file name, and the metadata of an index."""
     try:
-        content = json.loads(index.read_bytes())
+        content = json.loads(read_bytes(index, 0, file_nbytes(index)))
         weight_map, metadata = content["weight_map"], content.get("metadata")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{index}: no readable weight_map: {error!r}") from None
@@ -280,19 +460,16 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
-def _open_shards(
-    folder: Path, weight_map: dict[str, str]
-) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    tensors: dict[str, TensorSpec] = {}
+def _open_shards(files: Mapping[str, str], weight_map: Mapping[str, str], what: str) -> Opened:
+    tensors: dict[str, Source] = {}
     metadata: dict[str, str] | None = None
-    missing = sorted({f for f in weight_map.values() if not (folder / f).is_file()})
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if name not in files or not is_there(files[name])]
     if missing:
-        raise FormatError(
-            f"{folder}: shards named by the index are missing:\n{up_to_five(missing)}"
-        )
+        raise FormatError(f"{what}: shards named by the index are missing:\n{up_to_five(missing)}")
     problems = []
-    for file in sorted(set(weight_map.values())):
-        header = read_header(folder / file)
+    for file in names:
+        header = read_header(files[file])
         metadata = header.metadata if metadata is None else metadata
         for name, spec in header.tensors.items():
             if weight_map.get(name) != file:
@@ -301,27 +478,9 @@ def _open_shards(
             tensors[name] = spec
     problems += [f"{name}: not in {f}" for name, f in weight_map.items() if name not in tensors]
     if problems:
-        raise FormatError(f"{folder}: index and shards disagree:\n{up_to_five(problems)}")
-    return tensors, metadata or {}
+        raise FormatError(f"{what}: index and shards disagree:\n{up_to_five(problems)}")
+    return Opened(tensors, metadata or {}, notes=_finer(files))
 
 
-def _refuse_quantised(checkpoint: Checkpoint, role: str) -> None:
-    nested = [value for value in checkpoint.config.values() if isinstance(value, dict)]
-    found = (config.get("quantization_config") for config in (checkpoint.config, *nested))
-    quantization = next((entry for entry in found if entry), None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise IncompatibleError(
-            f"{role} {checkpoint.ref}: quantised ({method or 'quantization_config'}): quantised"
-            " weights cannot be subtracted or added to; dequantise the model first"
-        )
-    packed = [
-        f"{spec.name}: {spec.dtype}"
-        for spec in checkpoint.values()
-        if spec.dtype.startswith("F8") or spec.dtype in SUBBYTE or spec.dtype == "C64"
-    ]
-    if packed:
-        raise IncompatibleError(
-            f"{role} {checkpoint.ref}: tensors of a dtype that is not taken; dequantise first:\n"
-            + up_to_five(packed)
-        )
+def is_there(address: str) -> bool:
+    return remote_of(address) is not None or os.path.isfile(address)

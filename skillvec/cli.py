@@ -108,6 +108,16 @@ _stores = _add(  # of a command that writes a vector
     click.option("--notes", help="Label: free text."),
     click.option("--license", help="Label: licence of the vector."),
 )  # fmt: skip
+_streams = click.option(
+    "--stream", is_flag=True,
+    help="Read checkpoints on the Hub shard by shard, two on the disk.",
+)  # fmt: skip
+_bridges = _add(  # of a command that meets two models
+    click.option("--rename", multiple=True, metavar="REGEX=TEXT",
+                 help="Bring names of TUNED, or of the vector, to the other's."),
+    click.option("--rows", type=click.Choice(["strict", "common", "skip"]), default="strict",
+                 show_default=True, help="Of embeddings and heads of another length."),
+)  # fmt: skip
 _combines = _add(  # of a command that merges several vectors
     click.option("--op", default="linear", show_default=True,
                  help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify,"
@@ -169,6 +179,7 @@ def main() -> None:
     skillvec combine A=0.7 B=-0.3 -o c.safetensors   c = 0.7 A - 0.3 B
     skillvec orthogonality A B                       how related two deltas are
     skillvec verify OUT                              prove it from the disk
+    skillvec push skill.safetensors org/name         publish it on the Hub
 
     Exit codes: 0 done, 1 run error, 2 usage, 3 incompatible inputs.
     """
@@ -184,11 +195,14 @@ def main() -> None:
     help="auto is exact; bf16, fp16 and fp32 store rounded values.",
 )
 @_stores
+@_bridges
+@_streams
 @_shared(writes=True)
 def diff(screen: Screen, tuned: str, base: str, output: str, **options: Any) -> Any:
     """Write the skill vector v = TUNED - BASE.
 
-    TUNED and BASE are folders with safetensors weights, or single .safetensors files.
+    TUNED and BASE are folders, single files, or org/name[@revision] on the Hub; TUNED may
+    be a PEFT adapter of BASE. docs/checkpoints.md lists what is taken.
     """
     from skillvec import verbs
 
@@ -204,6 +218,7 @@ def diff(screen: Screen, tuned: str, base: str, output: str, **options: Any) -> 
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random masks.")
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype; auto is fp32.")
 @_stores
+@_streams
 @_shared(writes=True, globs=False)
 def combine(
     screen: Screen, vectors: tuple[str, ...], params: tuple[str, ...], **options: Any
@@ -244,6 +259,8 @@ def combine(
     help="The last rounding; stochastic is right on average.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of anything random.")
+@_bridges
+@_streams
 @_shared(writes=True)
 def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op: str,
           params: tuple[str, ...], recipe: str | None, **options: Any) -> Any:  # fmt: skip
@@ -271,6 +288,7 @@ def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op
 @click.argument("patch")
 @click.argument("base")
 @_stores
+@_streams
 @_shared(writes=True, globs=False)
 def import_patch(screen: Screen, patch: str, base: str, output: str, **options: Any) -> Any:
     """Make a vector of PATCH, changed values of the exact BASE.
@@ -291,6 +309,64 @@ def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> An
     from skillvec import verbs
 
     report = verbs.export_patch(vector, output, watcher=screen, **options)
+    return report, report.facts["output"]
+
+
+@main.command("extract-lora")
+@click.argument("vector")
+@click.option("--rank", type=int, help="Rank of every matrix.")
+@click.option(
+    "--energy",
+    type=float,
+    metavar="SHARE",
+    help="Of the squared norm to keep: the smallest rank that does.",
+)
+@click.option("--base", help="Where the vector's base is now.")
+@click.option("--dtype", default="fp32", show_default=True, help="Of the factors.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
+@_shared(writes=True)
+def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> Any:
+    """Write the best LoRA adapter of VECTOR: s B A of a rank, for PEFT.
+
+    RL deltas are nearly full rank: the report says how much of each one is kept.
+    """
+    from skillvec import extraction
+
+    report = extraction.extract_lora(vector, output, watcher=screen, **options)
+    return report, report.facts["output"]
+
+
+@main.command()
+@click.argument("vector")
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Of a repository that is made.")
+@click.option("--revision", help="Branch to commit to; made if it is not there.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--commit-message", help="One line.")
+@click.option("--license", help="Licence on the card, if the vector has none.")
+@click.option("--token", help="Of the Hub; the stored one by default.")
+@_shared(globs=False, works=False)
+def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
+    """Publish VECTOR, or a folder that apply wrote, with a card, as REPO on the Hub."""
+    from skillvec import publishing
+
+    report = publishing.push(vector, repo, watcher=screen, **options)
+    return report, report.facts["url"]
+
+
+@main.command()
+@click.argument("repo")
+@click.option("-o", "--output", type=click.Path(), help="Where to; the Hub's cache by default.")
+@click.option("--revision", help="Branch, tag or commit.")
+@click.option("--token", help="Of the Hub; the stored one by default.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
+@_shared(globs=False, works=False)
+def pull(screen: Screen, repo: str, **options: Any) -> Any:
+    """Download a vector or a merged model from the Hub, and check what arrived."""
+    from skillvec import publishing
+
+    report = publishing.pull(repo, watcher=screen, **options)
     return report, report.facts["output"]
 
 

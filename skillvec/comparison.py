@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skillvec import analysis, page, subspace
-from skillvec.blocks import read_values
+from skillvec.blocks import add_values
 from skillvec.checkpoint import Checkpoint, open_checkpoint
 from skillvec.engine import JobResult
 from skillvec.errors import UsageError
@@ -309,7 +309,7 @@ def _relate(
     def matrix(*numbers: int) -> Any:
         values = np.zeros(job.numel, np.float32)
         for number in numbers:
-            read_values(job.deltas[number], readers, values, request.scales[number])
+            add_values(job.deltas[number], readers, values, request.scales[number])
         return values.reshape(shape)
 
     def spectrum(values: Any) -> subspace.Spectrum:
@@ -324,7 +324,7 @@ def _relate(
     point = None
     if job.point is not None:
         values = np.zeros(job.numel, np.float32)
-        read_values(job.point, readers, values)
+        add_values(job.point, readers, values)
         if np.isfinite(values).all():
             point = spectrum(values.reshape(shape))
         del values

@@ -17,7 +17,8 @@ def _files(files: list[str], kind: str = "") -> str:
     return f"{len(files)} {kind}file{'' if len(files) == 1 else 's'}"
 
 
-STORES = ("diff", "combine", "import-patch", "export-patch")
+TRANSFERS = ("push", "pull")
+STORES = ("diff", "combine", "import-patch", "export-patch", "extract-lora")
 
 
 def _print(text: str, to_stderr: bool = False) -> None:
@@ -48,6 +49,40 @@ def _number(value: float | None, digits: str = ".4f") -> str:
 
 def _dtypes(side: dict[str, Any]) -> str:
     return "+".join(side["dtypes"])
+
+
+def _transfer(facts: dict[str, Any]) -> str:
+    """Return what goes where, between this disk and the Hub."""
+    where = facts["repo"] + (f"@{facts['revision'][:12]}" if facts["revision"] else "")
+    if "exists" in facts:
+        kind = "private" if facts["private"] else "public"
+        where += f" ({kind}{'' if facts['exists'] else ', new'})"
+    return f"{where}: {_files(list(facts['files']))}, {human_bytes(facts['nbytes'])}"
+
+
+def _point(side: dict[str, Any]) -> str:
+    """Return where a model lies, its dtypes, and its format if that is not plain safetensors."""
+    words = [_dtypes(side)]
+    if side["format"] != "safetensors":
+        words.append(side["format"])
+    words += side["stored"]
+    return f"{side['ref'] if side['revision'] else side['path']} ({', '.join(words)})"
+
+
+def _layout(notes: dict[str, str]) -> list[str]:
+    """Return how tensors of another layout fit, up to five ways, each with an example."""
+    ways: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        ways.setdefault(re.sub(r"\d+", "N", note), []).append(name)
+    lines = [f"{len(names)} such as {names[0]}: {notes[names[0]]}" for names in ways.values()]
+    return lines[:5] + ([f"... and {len(lines) - 5} more ways (--json)"] if len(lines) > 5 else [])
+
+
+def _fetched(facts: dict[str, Any]) -> str:
+    text = f"{human_bytes(facts['nbytes_fetched'])} in {facts['fetched']} files from the Hub"
+    if "stream" in facts:
+        text += f", at most {facts['stream']['most_files']} of them on the disk"
+    return text
 
 
 def _source(vector: dict[str, Any]) -> str:
@@ -84,14 +119,28 @@ class Screen:
         if report.verb in STORES[:3]:
             self.say("v = TUNED - BASE" if "tuned" in facts else f"v = {facts['formula']}")
             for side in ("tuned", "base") if "tuned" in facts else ():
-                self.say(f"  {side:7} {facts[side]['path']} ({_dtypes(facts[side])})")
+                self.say(f"  {side:7} {_point(facts[side])}")
+                for note in facts[side]["notes"]:
+                    self.say(f"          {note}")
         elif report.verb == "apply":
             name = _source(facts["vector"])
             self.say("OUT = TARGET + LAM * V")
-            self.say(f"  target  {facts['target']['path']} ({_dtypes(facts['target'])})")
+            self.say(f"  target  {_point(facts['target'])}")
             self.say(f"  vector  {name} (from {facts['lineage']}), lam {facts['lam']:g}")
             self.say(f"  verdict {facts['verdict']}")
-        if "output" in facts:
+        elif report.verb == "extract-lora":
+            wish = f"energy {facts['energy']:g}" if facts["energy"] else f"rank {facts['rank']}"
+            self.say(f"s B A ~ V at {wish}, of {facts['vector']} (from {facts['lineage']})")
+            self.say(f"  base    {facts['base']}")
+        elif report.verb in TRANSFERS:
+            self.say(f"{report.verb} {facts['kind']} {_transfer(facts)}")
+            for name in facts.get("deleted", []):
+                self.say(f"  delete  {name}")
+        for line in _layout(facts.get("layout", {})):
+            self.say(f"  layout  {line}")
+        if "fetched" in facts:
+            self.say(f"  fetch   {_fetched(facts)}")
+        if "output" in facts and report.verb != "pull":
             self.say(f"  output  {facts['output']}")
         if self.verbose:
             self.say(f"  plan    {plan_sentence(report)}")
@@ -143,7 +192,9 @@ class Screen:
             shown = _print_comparison if report.facts["pairs"] else _print_norms
             shown(report, self.verbose)
             return
-        if report.verb == "inspect":
+        if report.verb in TRANSFERS:
+            _print(report.facts["url"] if report.verb == "push" else report.facts["output"])
+        elif report.verb == "inspect":
             _print_inspect(report)
         elif "nbytes" in report.facts or "gain" in report.facts or "verified" in report.facts:
             _print(done_sentence(report))
@@ -183,6 +234,14 @@ def done_sentence(report: Report) -> str:
         return (
             f"tensors: {counts}\n{human_count(facts['changed'])} of {human_count(facts['numel'])}"
             f" values listed, {human_bytes(facts['nbytes'])}; they hold on the exact base alone"
+        )
+    if report.verb == "extract-lora":
+        ranks = sorted({facts["least_rank"], facts["most_rank"]})
+        return (
+            f"tensors: {counts}\n{facts['modules']} modules of rank"
+            f" {' to '.join(map(str, ranks))}, {human_bytes(facts['nbytes'])}\n"
+            f"keeps {100 * facts['kept_energy']:.3g} % of the vector's squared norm"
+            f" ({100 * facts['left_out_energy']:.3g} % is in tensors that LoRA does not hold)"
         )
     if report.verb in STORES[:3]:
         exact = facts["exactness"]

@@ -28,7 +28,7 @@ from skillvec.storage import (
     OutputFile,
     fold_digest,
 )
-from skillvec.vector import MixDelta, PairDelta
+from skillvec.vector import ComputedDelta, MixDelta, PairDelta
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     EXCEPTION,
@@ -342,7 +342,7 @@ class _Run:
             counts = found.changed, found.unrestored, delta.positions.size, replaced.size
             tally[: len(counts)] = counts
             state.sums[block.index] = found.delta_sq
-        elif isinstance(job.deltas[0], MixDelta):
+        elif isinstance(job.deltas[0], MixDelta | ComputedDelta):
             tally[CHANGED] = np.count_nonzero(delta.values)
             state.sums[block.index] = operators.squared(delta)
         values = delta.values

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from skillvec import kernels
-from skillvec.checkpoint import VECTOR_INDEX, Checkpoint
+from skillvec.checkpoint import ADAPTER_CONFIG, VECTOR_INDEX, Checkpoint
 from skillvec.codecs import DENSE_SHARE, encode_block
 from skillvec.errors import UsageError
 from skillvec.operators import bit_pattern, subtract
-from skillvec.patch import PatchWriter
+from skillvec.patch import Patch, PatchWriter
 from skillvec.plan import Plan
+from skillvec.sources import Source, value_range, values_of
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
@@ -20,7 +21,7 @@ from skillvec.storage import (
     TensorSpec,
     available_memory_nbytes,
     forget_open_files,
-    read_into,
+    prefetch,
     staging,
 )
 from skillvec.vector import PairDelta, SkillVector
@@ -76,7 +77,7 @@ def output_model(
     inputs: Sequence[Checkpoint | VectorFile],
 ) -> Path:
     path = _place(output, force, inputs)
-    if not target.path.is_dir():
+    if not target.is_folder:
         if path.suffix != ".safetensors" or path.is_dir():
             raise UsageError(
                 f"output {path}: the target is one file, so the output is one .safetensors file"
@@ -85,6 +86,15 @@ def output_model(
         not path.is_dir() or (any(path.iterdir()) and not any(path.glob("*.safetensors")))
     ):
         raise UsageError(f"output {path}: holds no model, so --force does not replace it")
+    return path
+
+
+def output_adapter(
+    output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]
+) -> Path:
+    path = _place(output, force, inputs)
+    if path.exists() and not (path / ADAPTER_CONFIG).is_file():
+        raise UsageError(f"output {path}: holds no adapter, so --force does not replace it")
     return path
 
 
@@ -130,7 +140,7 @@ def writing_vector(
 
 @contextlib.contextmanager
 def writing_patch(
-    path: Path, force: bool, specs: Sequence[TensorSpec]
+    path: Path, force: bool, specs: Sequence[Source]
 ) -> Iterator[tuple[Staging, PatchWriter]]:
     """Yield the staging folder and a writer of lists; close what is left open."""
     with staging(path, force) as stage, contextlib.ExitStack() as stack:
@@ -165,9 +175,12 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
     """
     chosen = {}
     names = set(vector.deltas)
+    pairs = [delta for delta in vector.deltas.values() if isinstance(delta, PairDelta)]
+    sides = [side for pair in pairs for side in (pair.tuned, pair.base)]
+    prefetch([value_range(s, *_middle(s)) for s in sides if isinstance(s, TensorSpec)])
     for name, delta in vector.deltas.items():
         kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
-        if isinstance(delta, PairDelta) and isinstance(delta.tuned, TensorSpec):
+        if isinstance(delta, PairDelta) and not isinstance(delta.tuned, Patch):
             kept, sample = _probed(delta, delta.tuned)
             nonzero = int((sample != 0).sum())
             if codec == "sparse":
@@ -176,25 +189,27 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
                 dense = encode_block(sample, "packed").payload.size >= 0.98 * sample.nbytes
         elif isinstance(delta, StoredDelta):
             kept = delta.spec.dtype
-            changed = vector.manifest["tensors"][name]["changed"]
-            dense |= codec == "sparse" and changed > DENSE_SHARE * delta.spec.numel
+            if codec == "sparse" and delta.codec != "zero":
+                changed = vector.manifest["tensors"][name]["changed"]
+                dense |= changed > DENSE_SHARE * delta.spec.numel
         taken = any(name + part in names for parts in PARTS.values() for part in parts if part)
         plain = dense or taken  # a tensor of the model has the name of a part
         chosen[name] = kept, "dense" if plain else {"auto": "packed"}.get(codec, codec)
     return chosen
 
 
-def _probed(delta: PairDelta, tuned: TensorSpec) -> tuple[str, Any]:
+def _middle(side: Source) -> tuple[int, int]:
+    """Return begin and count of the values of a tensor that are probed."""
+    numel = min(PROBE_NUMEL, side.numel)
+    return (side.numel - numel) // 2, numel
+
+
+def _probed(delta: PairDelta, tuned: Source) -> tuple[str, Any]:
     """Return the dtype to store a pair's difference in, and the 4,096 values in its middle."""
     numel = min(PROBE_NUMEL, delta.base.numel)
     if not numel:
         return delta.dtype, kernels.from_bytes(bytearray(), "U16")
-    sides = []
-    for spec in (tuned, delta.base):
-        content = bytearray(numel * ITEMSIZE[spec.dtype])
-        middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
-        read_into(spec.path, spec.start + middle, memoryview(content))
-        sides.append(kernels.from_bytes(content, spec.dtype))
+    sides = [values_of(side, *_middle(side)) for side in (tuned, delta.base)]
     scratch = kernels.from_bytes(bytearray(2 * numel), "U16")
     dtype = delta.dtype
     while True:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from skillvec.checkpoint import METADATA_KEY, Checkpoint, kind_of_file, open_tensors
 from skillvec.errors import FormatError, IncompatibleError, up_to_five
 from skillvec.kernels import STORAGE_DTYPE, Array
+from skillvec.sources import Source
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
@@ -37,7 +38,7 @@ POSITIONS: dict[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 class Patch(NamedTuple):
     """A tuned tensor as its base and a list of what changed; None where nothing did."""
 
-    base: TensorSpec
+    base: Source
     indices: TensorSpec | None
     values: TensorSpec | None
 
@@ -128,6 +129,7 @@ def open_patch(
                 f" {list(indices.shape)}"
             )
         else:
+            assert isinstance(indices, TensorSpec) and isinstance(values, TensorSpec)
             patches[name] = Patch(spec, indices, values)
     if problems:
         raise IncompatibleError(
@@ -147,7 +149,7 @@ def is_patch(opened: Checkpoint) -> bool:
 class PatchWriter:
     """Writes lists block by block: blocks wait their turn, lists wait in spill files."""
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, folder: Path, specs: Sequence[Source]) -> None:
         self._folder, self._specs, self._turns = folder, specs, Turns()
         self._spills = [OutputFile(os.fspath(folder / name), 0) for name in ("indices", "values")]
         rows = [block_count(spec.numel) for spec in specs]

@@ -6,23 +6,29 @@ printed (`--dry-run`), handed to any engine, and holds the ledger of every tenso
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint
+from skillvec.checkpoint import INDEX, METADATA_KEY, SINGLE, Checkpoint
 from skillvec.errors import IncompatibleError, up_to_five
 from skillvec.kernels import FLOATS
 from skillvec.measures import Request
-from skillvec.storage import ITEMSIZE, TensorSpec, encode_header
+from skillvec.patch import Patch
+from skillvec.sources import Source, files_of
+from skillvec.storage import ITEMSIZE, TensorSpec, encode_header, file_nbytes, read_bytes
 from skillvec.vector import (
+    MAX_TIED,
+    ComputedDelta,
     DeltaSource,
+    Fitted,
     MixDelta,
     PairDelta,
     SkillVector,
+    ViewDelta,
     find_tied,
     is_selected,
+    laid_out,
     probe_digest,
     refuse_idle_globs,
     relatedness,
@@ -46,10 +52,10 @@ class Job:
     operator: str
     numel: int
     out_dtype: str = ""
-    point: TensorSpec | None = None
+    point: Source | None = None
     deltas: tuple[DeltaSource, ...] = ()
     output: tuple[int, int] | None = None
-    expected: TensorSpec | None = None
+    expected: Source | None = None
     base_digest: str | None = None  # of the tensor the stored delta was taken from
     tuned_dtype: str = ""  # the dtype in which replacements hold
     codec: str = ""  # of the vector being written
@@ -60,6 +66,31 @@ class Job:
     def nbytes_read(self) -> int:
         sides = (self.point, self.expected, *self.deltas)
         return sum(side.nbytes for side in sides if side is not None)
+
+    def files(self) -> Iterator[str]:
+        """Yield the files that its tensors lie in, perhaps one more than once; no vector files."""
+        for side in (self.point, self.expected):
+            if side is not None:
+                yield from files_of(side)
+        yield from _delta_files(self.deltas)
+
+
+def _delta_files(deltas: Iterable[Any]) -> Iterator[str]:
+    for delta in deltas:
+        if isinstance(delta, PairDelta):
+            tuned = delta.tuned
+            parts = (
+                (tuned.base, tuned.indices, tuned.values) if isinstance(tuned, Patch) else (tuned,)
+            )
+            for part in (*parts, delta.base):
+                if part is not None:
+                    yield from files_of(part)
+        elif isinstance(delta, ComputedDelta):
+            yield from files_of(delta.source)
+        elif isinstance(delta, MixDelta):
+            yield from _delta_files(delta.sources)
+        elif isinstance(delta, ViewDelta):
+            yield from _delta_files(delta.view.sources)
 
 
 @dataclass(frozen=True)
@@ -87,24 +118,32 @@ class Plan:
     seed: int = 0
     verdict: str = ""
     warnings: list[str] = field(default_factory=list)
-    index: dict[str, Any] | None = None  # a new index, where sizes change
+    texts: dict[str, str] = field(default_factory=dict)  # files to write: index, changed config
     left_behind: list[str] = field(default_factory=list)
+    layout: Mapping[str, str] = field(default_factory=dict)  # how tensors of another layout fit
     bound_nbytes: int = 0  # the most that a vector takes
     request: Request | None = None  # what compare measures
 
     @property
     def nbytes_read(self) -> int:
         return sum(job.nbytes_read for job in self.jobs) + sum(
-            os.path.getsize(source) for source, _ in self.copies
+            file_nbytes(source) for source, _ in self.copies
         )
 
     @property
     def nbytes_written(self) -> int:
         outputs = self.bound_nbytes + sum(output.nbytes for output in self.outputs)
-        return outputs + sum(os.path.getsize(source) for source, _ in self.copies)
+        return outputs + sum(file_nbytes(source) for source, _ in self.copies)
+
+    def files(self) -> list[str]:
+        """Return every file that is read, each once: vectors, tensors, side files."""
+        held = [file for vector in self.vectors for file in vector.files]
+        held += [file for job in self.jobs for file in job.files()]
+        held += [file for mix in self.mixes for file in _delta_files([mix])]
+        return list(dict.fromkeys(held + [source for source, _ in self.copies]))
 
 
-def ledger_line(spec: TensorSpec, status: str, note: str = "") -> dict[str, Any]:
+def ledger_line(spec: Source, status: str, note: str = "") -> dict[str, Any]:
     """Return a line of the ledger for a tensor that needs no job."""
     line = {"name": spec.name, "status": status, "dtype": spec.dtype, "shape": list(spec.shape)}
     return line | ({"note": note} if note else {})
@@ -138,6 +177,7 @@ def plan_store(
                 deltas=(delta,),
                 codec=entry.codec,
                 first_block=row,
+                note=vector.notes.get(entry.name, ""),
             )
         )
         row += block_count(entry.numel)
@@ -151,6 +191,7 @@ def plan_store(
             for name in manifest[status]:
                 note = f"copy of {manifest['tied'][name]}" if status == "tied" else ""
                 ledger.append(ledger_line(base.get(name) or tuned[name], status, note))
+        ledger += [line for side in (tuned, base) for line in _dropped(side)]
     else:
         ledger += [{"name": name, "status": "excluded"} for name in manifest["excluded"]]
     plan = Plan(
@@ -158,6 +199,15 @@ def plan_store(
         warnings=kinship_warnings(vector),
     )  # fmt: skip
     return plan, entries
+
+
+def _dropped(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return ledger lines of what a quantised checkpoint holds beside its weights."""
+    formats = checkpoint.formats.items()
+    return [
+        {"name": name, "status": "left out", "note": note}
+        for name, note in formats if name not in checkpoint
+    ]  # fmt: skip
 
 
 def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
@@ -184,29 +234,31 @@ def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
 
 # -------------------------------------------------------------------------------------- apply
 
+SHARD_NBYTES = 5 * 10**9  # of new shards; transformers' own default is of this size
 RELATED = 0.5  # cosine of sketches: unrelated ones spread by .06, fine-tuned ones stay above .9
 
 
 def fitting(
-    target: Checkpoint,
-    vector: SkillVector,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    target: Checkpoint, fitted: Fitted, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[dict[str, str], dict[str, tuple[str, str]], list[dict[str, Any]]]:
     """Decide for every tensor of the target which delta it takes, or why it takes none.
 
     Returns target name -> delta name, target name -> (status, note) for tensors passed through,
     and ledger lines for deltas that need no tensor. Raises IncompatibleError for what is left.
     """
+    vector = fitted.vector
     refuse_idle_globs([*target, *vector.deltas], include, exclude)
     routes: dict[str, str] = {}
     passed: dict[str, tuple[str, str]] = {}
     lines: list[dict[str, Any]] = []
     problems: list[str] = []
     manifest = vector.manifest
+    alone = sum(name not in vector.deltas for name in target)
     for name, spec in target.items():
         if not is_selected(name, include, exclude):
             passed[name] = ("excluded", "")
+        elif name in fitted.skipped:
+            passed[name] = ("passed through", fitted.skipped[name])
         elif name in vector.deltas:
             shape = vector.deltas[name].spec.shape
             if shape != spec.shape:
@@ -220,7 +272,9 @@ def fitting(
         elif spec.dtype not in FLOATS:
             passed[name] = ("passed through", f"{spec.dtype} takes no delta")
         else:
-            twin = manifest["tied"].get(name) or find_tied(target, name)
+            twin = manifest["tied"].get(name)
+            if twin is None and alone <= MAX_TIED:
+                twin = find_tied(target, name)
             if twin and twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
                 routes[name] = twin
             else:
@@ -246,7 +300,8 @@ def fitting(
     if problems:
         raise IncompatibleError(
             f"verdict: incompatible: {vector.ref} does not fit {target.ref}"
-            f" (--exclude GLOB leaves tensors out):\n{up_to_five(problems)}"
+            " (--exclude GLOB leaves tensors out):\n"
+            + "\n".join([up_to_five(problems), *fitted.hints])
         )
     return routes, passed, lines
 
@@ -318,9 +373,7 @@ def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]
     return "same shapes, unknown lineage", warnings
 
 
-def _add_job(
-    target: TensorSpec, vector: SkillVector, source: str, out_dtype: str, note: str
-) -> Job:
+def _add_job(target: Source, vector: SkillVector, source: str, out_dtype: str, note: str) -> Job:
     delta = vector.deltas[source]
     return Job(
         target.name,
@@ -331,7 +384,7 @@ def _add_job(
         deltas=(delta,),
         base_digest=vector.base_digest(source),
         tuned_dtype=vector.tuned_dtype(source),
-        note=note,
+        note=note or vector.notes.get(source, ""),
     )
 
 
@@ -345,24 +398,26 @@ def plan_apply(
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    rows: str = "strict",
     recipe: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plan target + lam * vector in the target's own shard layout.
 
+    A target that is no safetensors, or quantised, is written as shards of plain safetensors.
     Raises IncompatibleError with up to five names and both shapes where the vector does not fit.
     """
-    routes, passed, ledger = fitting(target, vector, include, exclude)
-    verdict, warnings = verdict_on(target, vector)
-    by_file: dict[str, list[TensorSpec]] = {}
-    for spec in target.values():
-        by_file.setdefault(spec.path, []).append(spec)
+    fitted = laid_out(vector, target, rename, rows)
+    routes, passed, ledger = fitting(target, fitted, include, exclude)
+    vector = fitted.vector
+    verdict, warnings = verdict_on(fitted.seen, vector)
     jobs, outputs = [], []
-    for number, (path, specs) in enumerate(by_file.items()):
-        specs.sort(key=lambda spec: (spec.start, spec.nbytes))
-        dtypes = {
-            s.name: (dtype if dtype and s.dtype in FLOATS and s.name in routes else s.dtype)
-            for s in specs
-        }
+    weight_map: dict[str, str] = {}
+    dtypes = {
+        name: (dtype if dtype and spec.dtype in FLOATS and name in routes else spec.dtype)
+        for name, spec in target.items()
+    }
+    for number, (file, specs) in enumerate(_shards(target, dtypes)):
         metadata = {"format": "pt"}
         if recipe is not None:
             metadata[METADATA_KEY] = json.dumps(recipe, separators=(",", ":"), ensure_ascii=False)
@@ -378,33 +433,84 @@ def plan_apply(
                 job = Job(spec.name, "copy", spec.numel, out_dtype=out_dtype, point=spec)
             jobs.append(replace(job, output=(number, position)))
             position += spec.numel * ITEMSIZE[out_dtype]
-        outputs.append(OutputPlan(Path(path).name, position, header))
+        outputs.append(OutputPlan(file, position, header))
+        weight_map |= {spec.name: file for spec in specs}
     ledger += [ledger_line(target[name], *why) for name, why in passed.items()]
+    ledger += _dropped(target)
     copies: list[tuple[str, str]] = []
     left: list[str] = []
-    index = None
-    if target.path.is_dir():
-        names, left = target.side_files()
-        copies = [(os.fspath(target.path / name), name) for name in names]
-        if (target.path / INDEX).is_file():
-            index = _new_index(target, outputs)
-            if index is None:
-                copies.append((os.fspath(target.path / INDEX), INDEX))
+    texts: dict[str, str] = {}
+    if target.is_folder:
+        copies, left = target.side_files()
+        texts = _texts(target, outputs, weight_map)
+        copies = [(source, name) for source, name in copies if name not in texts]
+        if target.is_plain and INDEX in target.place.files and INDEX not in texts:
+            copies.append((target.place.files[INDEX], INDEX))
     return Plan(
         "apply", jobs, outputs, copies, ledger, vector.files(), vector.mixes(),
-        lam * vector.scale, rounding, seed, verdict, warnings, index, left,
+        lam * vector.scale, rounding, seed, verdict, warnings, texts, left, vector.notes,
     )  # fmt: skip
 
 
-def _new_index(target: Checkpoint, outputs: list[OutputPlan]) -> dict[str, Any] | None:
-    """Return the index with a new total size, or None where the target's own still holds."""
+def _shards(
+    target: Checkpoint, dtypes: Mapping[str, str]
+) -> Sequence[tuple[str, Sequence[Source]]]:
+    """Return the files of the output with their tensors in order: the target's own, or new ones."""
+    if target.is_plain:
+        by_file: dict[str, list[TensorSpec]] = {}
+        for spec in target.values():
+            assert isinstance(spec, TensorSpec)
+            by_file.setdefault(spec.path, []).append(spec)
+        for specs in by_file.values():
+            specs.sort(key=lambda spec: (spec.start, spec.nbytes))
+        return [(os.path.basename(path), specs) for path, specs in by_file.items()]
+    shards: list[list[Source]] = [[]]
+    held = 0
+    for spec in sorted(target.values(), key=lambda s: -ITEMSIZE[dtypes[s.name]]):
+        nbytes = spec.numel * ITEMSIZE[dtypes[spec.name]]
+        if shards[-1] and held + nbytes > SHARD_NBYTES and target.is_folder:
+            shards.append([])
+            held = 0
+        shards[-1].append(spec)
+        held += nbytes
+    if len(shards) == 1:
+        return [(SINGLE, shards[0])]
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    return list(zip(names, shards, strict=True))
+
+
+def _texts(
+    target: Checkpoint, outputs: list[OutputPlan], weight_map: dict[str, str]
+) -> dict[str, str]:
+    """Return the index and config of the output where they are not those of the target."""
+    texts: dict[str, str] = {}
     total = sum(output.nbytes - len(output.header) for output in outputs)
-    if total == target.nbytes:
-        return None
-    index: dict[str, Any] = json.loads((target.path / INDEX).read_bytes())
-    metadata = index.get("metadata")
-    index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
-    return index
+    if target.is_plain:
+        own = target.place.files.get(INDEX)
+        if own is not None and total != target.nbytes:
+            index: dict[str, Any] = json.loads(read_bytes(own, 0, file_nbytes(own)))
+            metadata = index.get("metadata")
+            said = metadata if isinstance(metadata, dict) else {}
+            texts[INDEX] = _as_text(index | {"metadata": said | {"total_size": total}})
+    elif len(outputs) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        texts[INDEX] = _as_text(index)
+    if target.formats and target.config:
+        texts["config.json"] = _as_text(_plain_config(target.config))
+    return texts
+
+
+def _as_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without what it says of quantisation."""
+    return {
+        key: _plain_config(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
 
 
 # ------------------------------------------------------------------------------------- verify

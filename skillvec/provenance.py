@@ -23,9 +23,11 @@ def described(vector: SkillVector) -> dict[str, Any]:
     if vector.recipe is not None:
         parts = [described(part) for part in vector.parts]
         return {"recipe": vector.recipe.to_dict(), "parts": parts}
-    assert vector.tuned is not None and vector.base is not None
+    if vector.tuned is None:
+        return {"ref": vector.ref, "digest": vector.manifest["identity"]}
+    assert vector.base is not None
     sides = {"tuned": vector.tuned.ref, "base": vector.base.ref}
-    chosen = {key: vector.manifest[key] for key in CHOSEN}
+    chosen = {key: vector.manifest[key] for key in CHOSEN if key in vector.manifest}
     return sides | {key: value for key, value in chosen.items() if value not in ("auto", [])}
 
 
@@ -59,7 +61,9 @@ SOURCES: list[dict[Any, Any]] = [
     {"ref": str, "digest": str}, {"tuned": str, "base": str},
     {"recipe": {"vectors": [{"vector": str}]}, "parts": [{...: ...}]},
 ]  # fmt: skip
-CHOSEN: dict[Any, Any] = {"dtype": str, "include": [str], "exclude": [str]}  # by who subtracts
+CHOSEN: dict[Any, Any] = {  # by who subtracts
+    "dtype": str, "include": [str], "exclude": [str], "rename": [str], "rows": str,
+}  # fmt: skip
 
 
 def _check_source(said: dict[str, Any], depth: int = 0) -> None:
@@ -101,10 +105,12 @@ def command_words(vector: SkillVector) -> tuple[str, list[str]]:
         return "combine", [*words, *flags(op=recipe.op, param=params, seed=recipe.seed)]
     if vector.stored is not None:
         return "combine", [vector.ref]
+    if vector.tuned is None:
+        return "diff", [vector.ref, manifest["base"]["ref"]]
     sides = [manifest["tuned"]["ref"], manifest["base"]["ref"]]
     if vector.tuned is not None and is_patch(vector.tuned):
         return "import-patch", sides
-    return "diff", [*sides, *flags(**{key: manifest[key] for key in CHOSEN})]
+    return "diff", [*sides, *flags(**{key: manifest[key] for key in CHOSEN if key in manifest})]
 
 
 def flags(**options: Any) -> list[str]:
@@ -120,6 +126,14 @@ def flags(**options: Any) -> list[str]:
 def parents_of(vector: SkillVector) -> SkillVector:
     """Return a stored combination made again from its parents, where they are what they were."""
     manifest = vector.manifest
+    if manifest["recipe"] is None and len(manifest["parents"]) == 1:  # an adapter
+        (parent,) = manifest["parents"]
+        again = SkillVector.between(parent["ref"], parent["base"])
+        if again.manifest["identity"] != parent["identity"]:
+            raise VerificationError(
+                f"{again.ref} is not the adapter that {vector.ref} was made from"
+            )
+        return again
     if manifest["recipe"] is None:
         raise UsageError(f"{vector.ref}: no recipe in its manifest to make it again from")
     recipe = parse_recipe(manifest["recipe"])
@@ -130,7 +144,7 @@ def parents_of(vector: SkillVector) -> SkillVector:
         raise FormatError(f"{vector.ref}: recipe and parents are not of one number")
     keys = ("tuned", "base", *CHOSEN)
     parts = [
-        SkillVector.between(**{key: parent[key] for key in keys})
+        SkillVector.between(**{key: parent[key] for key in keys if key in parent})
         if parent["manifest"] is None and parent["tuned"]  # a difference that was not stored
         else SkillVector.open(share.vector)
         for share, parent in zip(recipe.shares, parents, strict=True)

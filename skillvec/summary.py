@@ -13,6 +13,7 @@ from skillvec.engine import JobResult
 from skillvec.errors import up_to_five
 from skillvec.plan import Job, Plan, ledger_line
 from skillvec.report import Line, Report
+from skillvec.storage import file_nbytes
 from skillvec.vector import PairDelta, SkillVector
 from skillvec.vectorfile import NO_DIGEST, Entry, VectorFile, exactness_entry, tensor_entry
 
@@ -58,7 +59,7 @@ def complete_manifest(
     claim = "partial" if unrestored or manifest["differing"] else "bitwise"
     if manifest["dtype"] != "auto":
         claim = "rounded" if unrestored else claim
-    claim = "combined" if vector.parts else claim
+    claim = "combined" if vector.parts or vector.tuned is None else claim
     manifest["exactness"] = exactness_entry(
         claim, settled["exceptions"], settled["replacements"], unrestored
     )
@@ -110,8 +111,8 @@ def report_stored(
     numel = sum(line["numel"] for line in report.ledger if "numel" in line)
     changed = sum(line["changed"] for line in report.ledger if "changed" in line)
     report.facts |= {
-        "nbytes": sum(os.path.getsize(file) for file in stored.files),
-        "files": [file.name for file in stored.files],
+        "nbytes": sum(file_nbytes(file) for file in stored.files),
+        "files": [os.path.basename(file) for file in stored.files],
         "codecs": dict(Counter(entry["codec"] for entry in entries.values())),
         "numel": numel,
         "changed": changed,
@@ -218,7 +219,7 @@ def describe_vector(vector: SkillVector) -> Report:
         report.ledger.append(line)
     report.ledger += [{"name": name, "status": "equal"} for name in manifest["equal"]]
     facts |= {
-        "files": [file.name for file in stored.files],
+        "files": [os.path.basename(file) for file in stored.files],
         "lineage": vector.dtypes,
         "numel": numel,
         "changed": changed,

@@ -17,26 +17,50 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skillvec.checkpoint import Checkpoint, open_checkpoint, open_tensors
+from skillvec.adapters import Adapter, open_adapter
+from skillvec.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    is_adapter,
+    locate,
+    open_checkpoint,
+    open_tensors,
+    read_json,
+)
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
-from skillvec.kernels import DTYPE_NAMES, FLOATS, HALVES, from_bytes, widen
+from skillvec.kernels import DTYPE_NAMES, FLOATS, HALVES, widen
+from skillvec.layouts import SKIPPED, Bridge, bridge, viewed_specs
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import Patch, open_patch
 from skillvec.rules import Recipe, Share, resolve
+from skillvec.sources import (
+    Derived,
+    Source,
+    View,
+    Viewed,
+    concatenate,
+    digest_values,
+    read_raw,
+    value_range,
+    values_of,
+    whole,
+)
 from skillvec.storage import (
     ITEMSIZE,
+    Place,
     TensorSpec,
     allocate,
     digest_bytes,
-    digest_file_range,
     leaf_digests,
-    read_into,
+    prefetch,
 )
 from skillvec.vectorfile import SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
 
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
+MAX_TIED = 16  # tensors on one side only, beyond which nobody looks for copies: other models
 SKETCH_TENSORS, SKETCH_NUMEL = 48, 288  # matrices, and values of all of them
 FP32_MAX = 3.4028234e38
+CHOSEN = ("include", "exclude", "rename", "rows")  # of who subtracts; the last two where given
 
 
 class PairDelta(NamedTuple):
@@ -45,13 +69,13 @@ class PairDelta(NamedTuple):
     `exact` asks for exceptions and replacements; without, values are just rounded to `dtype`.
     """
 
-    tuned: TensorSpec | Patch
-    base: TensorSpec
+    tuned: Source | Patch
+    base: Source
     dtype: str
     exact: bool = True
 
     @property
-    def spec(self) -> TensorSpec:
+    def spec(self) -> Source:
         return self.base
 
     @property
@@ -59,11 +83,37 @@ class PairDelta(NamedTuple):
         return self.tuned.nbytes + self.base.nbytes
 
 
+class ComputedDelta(NamedTuple):
+    """A tensor's delta as a formula in fp32 or fp64, such as s B A of the adapter `ref`."""
+
+    source: Derived
+    ref: str
+
+    @property
+    def spec(self) -> Derived:
+        return self.source
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+
+class ViewDelta(NamedTuple):
+    """A tensor's delta as boxes of those of another layout; what no box covers is 0."""
+
+    spec: TensorSpec  # F32, or F64 where a source is
+    view: View
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.numel * ITEMSIZE[self.spec.dtype]
+
+
 class MixDelta(NamedTuple):
     """A tensor's delta as several to merge by an operator; `known` is what its passes measured."""
 
     spec: TensorSpec
-    sources: tuple[StoredDelta | PairDelta, ...]
+    sources: "tuple[StoredDelta | PairDelta | ComputedDelta, ...]"
     weights: tuple[float, ...]
     parameters: tuple[dict[str, Any], ...]
     operator: Operator
@@ -92,7 +142,7 @@ class MixDelta(NamedTuple):
         return not getattr(self.operator, "random", True)
 
 
-DeltaSource = StoredDelta | PairDelta | MixDelta
+DeltaSource = StoredDelta | PairDelta | MixDelta | ComputedDelta | ViewDelta
 
 
 def value_dtype(tuned: str, base: str, dtype: str = "auto") -> tuple[str, bool]:
@@ -125,27 +175,36 @@ class SkillVector:
     base: Checkpoint | None = None
     parts: "tuple[SkillVector, ...]" = ()
     recipe: Recipe | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)  # how tensors were found
+    adapter: Adapter | None = None  # one without its base: fitted to the target that it meets
     report: Any = field(default=None, compare=False)  # of the verb that wrote it
 
     @staticmethod
-    def open(ref: "str | os.PathLike[str] | SkillVector", role: str = "vector") -> "SkillVector":
-        """Open a vector file or folder, or "TUNED::BASE"; headers only.
+    def open(
+        ref: "str | os.PathLike[str] | Place | SkillVector", role: str = "vector"
+    ) -> "SkillVector":
+        """Open a vector file or folder, a PEFT adapter, or "TUNED::BASE"; headers only.
 
         Raises IncompatibleError for a model.
         """
         if isinstance(ref, SkillVector):
             return ref
-        if "::" in os.fspath(ref):
-            tuned, _, base = os.fspath(ref).partition("::")
-            return SkillVector.between(tuned, base)
-        stored = find_vector(ref)
-        if stored is None:
-            opened = open_tensors(ref, role)
-            raise IncompatibleError(
-                f"{role} {opened.ref}: this is not a skill vector (no manifest in its header);"
-                " skillvec diff makes one from two models"
-            )
-        return SkillVector(stored.ref, stored.deltas, stored.manifest, stored=stored)
+        if not isinstance(ref, Place):
+            if "::" in os.fspath(ref):
+                tuned, _, base = os.fspath(ref).partition("::")
+                return SkillVector.between(tuned, base)
+            ref = locate(ref, role)
+        place = ref
+        stored = find_vector(place)
+        if stored is not None:
+            return SkillVector(stored.ref, stored.deltas, stored.manifest, stored=stored)
+        if is_adapter(place):
+            return SkillVector.adapted(place)
+        opened = open_tensors(place, role)
+        raise IncompatibleError(
+            f"{role} {opened.ref}: this is not a skill vector (no manifest in its header);"
+            " skillvec diff makes one from two models"
+        )
 
     @staticmethod
     def between(
@@ -154,27 +213,97 @@ class SkillVector:
         dtype: str = "auto",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        rename: Sequence[str] = (),
+        rows: str = "strict",
     ) -> "SkillVector":
         """Return tuned - base without computing it: every name and shape is checked here.
 
-        `dtype` as of skillvec.diff. Raises UsageError for one that is unknown, IncompatibleError
-        naming tensors that stand on one side only or differ in shape.
+        `dtype`, `rename` and `rows` as of skillvec.diff. `tuned` may be a PEFT adapter of `base`.
+        Raises UsageError for what is unknown, IncompatibleError naming tensors that stand on one
+        side only or differ in shape.
         """
         kept = "auto" if dtype == "auto" else dtype_of(dtype)
         if kept == "F64":
             raise UsageError("dtype fp64: auto keeps fp64 inputs in fp64")
+        if not isinstance(tuned, Checkpoint):
+            place = locate(tuned, "tuned")
+            if is_adapter(place):
+                if dtype != "auto" or include or exclude or rename or rows != "strict":
+                    raise UsageError(f"tuned {place.ref}: an adapter is taken whole, in fp32")
+                return SkillVector.adapted(place, open_checkpoint(base, "base"))
         tuned, base = open_checkpoint(tuned, "tuned"), open_checkpoint(base, "base")
-        matched = _match(tuned, base, include, exclude)
+        seen, notes, skipped, hints = seen_as(tuned, base, rename, rows)
+        matched = _match(seen, base, include, exclude, skipped, hints)
         deltas = {
             name: PairDelta(
-                tuned[name], base[name], *value_dtype(tuned[name].dtype, base[name].dtype, kept)
+                seen[name], base[name], *value_dtype(seen[name].dtype, base[name].dtype, kept)
             )
             for name in matched["deltas"]
         }
-        globs = {"include": list(include), "exclude": list(exclude)}
-        manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched | globs)
+        chosen: dict[str, Any] = {"include": list(include), "exclude": list(exclude)}
+        if rename:
+            chosen["rename"] = list(rename)
+        if rows != "strict":
+            chosen["rows"] = rows
+        manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched | chosen)
         ref = f"{tuned.ref}::{base.ref}"
-        return SkillVector(ref, deltas, manifest, tuned=tuned, base=base)
+        return SkillVector(ref, deltas, manifest, tuned=seen, base=base, notes=notes)
+
+    @staticmethod
+    def adapted(place: Place, base: Checkpoint | None = None) -> "SkillVector":
+        """Return what a PEFT adapter adds to its base, s B A in fp32, without computing it.
+
+        Modules that it holds whole (modules_to_save) need the base: `base`, or where the adapter
+        says it is. Without a base it is fitted to the target: tensors that it does not name stay.
+        """
+        opened = open_tensors(place, "adapter")
+        config = read_json(place.files[ADAPTER_CONFIG])
+        adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
+        said = adapter.base_ref
+        if base is None and said and (adapter.whole or os.path.exists(os.path.expanduser(said))):
+            base = open_checkpoint(said, "base of the adapter")
+        if base is None and adapter.whole:
+            raise IncompatibleError(
+                f"adapter {place.ref}: holds whole modules and names no base to subtract:"
+                " skillvec diff ADAPTER BASE"
+            )
+        deltas: dict[str, DeltaSource] = {}
+        notes: dict[str, str] = {}
+        if base is not None:
+            effect = adapter.fitted(base)
+            found = {name: ComputedDelta(d, place.ref) for name, d in effect.deltas.items()}
+            for name, spec in base.items():
+                if name in effect.whole:
+                    kept = effect.whole[name]
+                    if kept.shape != spec.shape:
+                        raise IncompatibleError(
+                            f"adapter {place.ref}: {name}: {list(kept.shape)}, base"
+                            f" {list(spec.shape)}: merge it into its base first"
+                        )
+                    pair = value_dtype(kept.dtype, spec.dtype)
+                    deltas[name] = PairDelta(kept, spec, *pair)
+                elif spec.dtype in FLOATS:
+                    deltas[name] = found.get(name) or _zero(name, spec.shape)
+            notes = dict.fromkeys(found, f"s B A of {place.ref}")
+        digests = [[name, digest_values(spec)] for name, spec in sorted(opened.items())]
+        who = digest_bytes(json.dumps([config, digests], sort_keys=True).encode())
+        ours = identity(base) if base is not None else _unknown(said or "", opened)
+        matched: dict[str, Any] = {"integers": {}, "tied": {}, "excluded": []}
+        matched |= {"include": [], "exclude": []}
+        if base is not None:
+            matched["integers"] = {n: [s.dtype, None] for n, s in base.items() if n not in deltas}
+        manifest = _pair_manifest(None, ours, "auto", matched)
+        manifest |= {
+            "formula": "s B A of an adapter",
+            "identity": who,
+            "parents": [
+                {"ref": place.ref, "identity": who, "manifest": None, "base": ours["ref"],
+                 "tuned": None, "dtype": "auto", "include": [], "exclude": []}
+            ],
+        }  # fmt: skip
+        return SkillVector(
+            place.ref, deltas, manifest, base=base, notes=notes, adapter=None if base else adapter
+        )
 
     @staticmethod
     def patched(
@@ -219,7 +348,7 @@ class SkillVector:
         for name in names:
             held = [part.deltas.get(name) for part in parts]
             shape = next(delta.spec.shape for delta in held if delta is not None)
-            absent = StoredDelta(TensorSpec(name, "F32", shape, "", 0, 0), "zero")
+            absent = _zero(name, shape)
             sources = tuple(delta or absent for delta in held)
             weights, parameters = zip(*shares[name], strict=True)
             if known:
@@ -344,11 +473,26 @@ class SkillVector:
         return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
 
 
+def _zero(name: str, shape: tuple[int, ...]) -> StoredDelta:
+    return StoredDelta(TensorSpec(name, "F32", shape, "", 0, 0), "zero")
+
+
+def _unknown(ref: str, tensors: Mapping[str, Source]) -> dict[str, Any]:
+    """Return what a manifest records of a base of which only the name is known."""
+    shapes = sorted((name, list(spec.shape)) for name, spec in tensors.items())
+    return {
+        "ref": ref, "revision": None, "model_type": None, "config": None, "tokenizer": None,
+        "family": digest_bytes(json.dumps(shapes).encode()), "probe": None, "sketch": {},
+        "dtypes": {},
+    }  # fmt: skip
+
+
 def _pair_manifest(
-    tuned: dict[str, Any], base: dict[str, Any], dtype: str, matched: dict[str, Any]
+    tuned: dict[str, Any] | None, base: dict[str, Any], dtype: str, matched: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what the manifest of tuned - base says before its data is read."""
-    probes = [tuned["probe"], base["probe"], dtype, *matched["excluded"]]
+    probes = [tuned and tuned["probe"], base["probe"], dtype, *matched["excluded"]]
+    probes += [matched[key] for key in ("rename", "rows") if key in matched]
     return {
         "kind": "vector",
         "schema": SCHEMA,
@@ -363,8 +507,7 @@ def _pair_manifest(
         "equal": matched["integers"],
         "tied": matched["tied"],
         "excluded": matched["excluded"],
-        "include": matched["include"],
-        "exclude": matched["exclude"],
+        **{key: matched[key] for key in CHOSEN if key in matched},
         "dtype": dtype,
     }
 
@@ -385,6 +528,150 @@ def _value_dtype(delta: DeltaSource) -> str:
     return delta.dtype if isinstance(delta, PairDelta) else delta.spec.dtype
 
 
+def seen_as(
+    tuned: Checkpoint, base: Checkpoint, rename: Sequence[str] = (), rows: str = "strict"
+) -> tuple[Checkpoint, dict[str, str], dict[str, str], list[str]]:
+    """Return `tuned` in the layout of `base`, notes, tensors skipped and why, hints for errors.
+
+    Tensors that no rule brings over keep their names, for the caller to refuse. Rows that `tuned`
+    does not have are those of `base`, so that their difference is 0.
+    """
+    found = bridged(tuned, base, [tuned.config, base.config], rename, rows)
+    if found is None:
+        return tuned, {}, {}, []
+    tensors: dict[str, Source] = dict(viewed_specs(found, tuned))
+    for name, view in found.views.items():
+        kept = max((box.offset[0] + box.sizes[0] for box in view.boxes if box.sizes), default=0)
+        if not view.shape or kept >= view.shape[0]:
+            continue
+        mine, other = tensors[name], base[name]
+        if mine.dtype != other.dtype:
+            raise IncompatibleError(
+                f"{name}: {kept} common rows, but tuned is {mine.dtype} and base {other.dtype}:"
+                " convert one to the other's dtype first"
+            )
+        top = whole(mine, view.shape).slice(0, 0, kept)
+        rest = whole(other, view.shape).slice(0, kept, view.shape[0])
+        tensors[name] = Viewed(name, mine.dtype, concatenate([top, rest], 0))
+    unused = {name: tuned[name] for name in _left_over(found, tuned.ref)}
+    return tuned.with_tensors(tensors | unused), found.notes, found.skipped, _hints(found)
+
+
+def bridged(
+    mine: Mapping[str, Any], wanted: Mapping[str, Any], configs: Sequence[Mapping[str, Any]],
+    rename: Sequence[str], rows: str,
+) -> Bridge | None:  # fmt: skip
+    """Return how tensors `wanted` are made of `mine`; None where names and shapes fit as they are.
+
+    Both map names to what has a shape.
+    """
+    if rows not in ("strict", "common", "skip"):
+        raise UsageError(f"rows {rows!r}: expected strict, common or skip")
+    shapes = [{name: tuple(item.shape) for name, item in side.items()} for side in (mine, wanted)]
+    alone = [set(shapes[0]) - set(shapes[1]), set(shapes[1]) - set(shapes[0])]
+    differ = any(shapes[0][name] != shapes[1][name] for name in set(shapes[0]) & set(shapes[1]))
+    if not rename and not differ and not all(alone):
+        return None
+    return bridge(*shapes, configs=configs, rename=rename, rows=rows)
+
+
+def _left_over(found: Bridge, ref: str) -> list[str]:
+    """Return tensors that go nowhere, for the caller to refuse under their names.
+
+    Raises IncompatibleError for those of which a part is used, or whose name another one has taken.
+    """
+    unused = {name: why for name, why in found.unused.items() if why != SKIPPED}
+    held = {name for view in found.views.values() for name in view.sources}
+    problems = [
+        f"{name}: {why or 'goes nowhere, and another tensor takes its name'}"
+        for name, why in unused.items()
+        if name in found.views or name in held
+    ]
+    if problems:
+        raise IncompatibleError(
+            f"{ref}: tensors that the other layout does not take whole:\n"
+            + "\n".join([up_to_five(problems), *_hints(found)])
+        )
+    return list(unused)
+
+
+def _hints(found: Bridge) -> list[str]:
+    """Return what helps where tensors are left that no rule brings over."""
+    if not found.rows_differ:
+        return found.hints[:5]
+    return [
+        "vocabularies of different length: --rows common takes the rows that both have, --rows skip"
+        " leaves the tensors out"
+    ]
+
+
+class Fitted(NamedTuple):
+    """A vector in the layout of a target: its deltas under the target's names.
+
+    `seen` is the target in the layout of the vector, as far as it can be seen so; `skipped` are
+    tensors of the target that take nothing, and why; `hints` are for the error if it does not fit.
+    """
+
+    vector: SkillVector
+    seen: Checkpoint
+    skipped: dict[str, str]
+    hints: list[str]
+
+
+def laid_out(
+    vector: SkillVector, target: Checkpoint, rename: Sequence[str] = (), rows: str = "strict"
+) -> Fitted:
+    """Return a vector in the layout of a target. Tensors that no rule brings over stay as they are.
+
+    `rename` rules are applied to the vector's names; of `rows` that only the target has, the delta
+    is 0.
+    """
+    if vector.adapter is not None:
+        effect = vector.adapter.fitted(target)
+        deltas = {name: ComputedDelta(d, vector.ref) for name, d in effect.deltas.items()}
+        stay = {name: "not in the adapter" for name in target if name not in deltas}
+        return Fitted(replace(vector, deltas=deltas), target, stay, [])
+    mine = {name: delta.spec for name, delta in vector.deltas.items()}
+    wanted = {
+        name: spec for name, spec in target.items()
+        if name in mine or (spec.dtype in FLOATS and name not in vector.manifest["excluded"])
+    }  # fmt: skip
+    configs = [target.config, {"model_type": vector.manifest["base"]["model_type"]}]
+    found = bridged(mine, wanted, configs, rename, rows)
+    if found is None:
+        return Fitted(vector, target, {}, [])
+    made: dict[str, DeltaSource] = {}
+    back: dict[str, Source] = {}
+    for name, view in found.views.items():
+        (source, *others) = view.sources or (None,)
+        shape = vector.deltas[source].spec.shape if source else ()
+        if source and not others and view == whole(source, shape):
+            made[name] = vector.deltas[source]
+            back[source] = target[name]
+        else:
+            made[name] = _viewed_delta(name, view, vector)
+    unused = {name: vector.deltas[name] for name in _left_over(found, vector.ref)}
+    reverse = bridged(wanted, mine, configs, (), "strict")
+    if reverse is not None:
+        back = dict(viewed_specs(reverse, target)) | back
+    seen = target.with_tensors(back) if back else target
+    laid = replace(vector, deltas=made | unused, notes=found.notes)
+    return Fitted(laid, seen, found.skipped, _hints(found))
+
+
+def _viewed_delta(name: str, view: View, vector: SkillVector) -> ViewDelta:
+    boxes = tuple(box._replace(source=vector.deltas[box.source]) for box in view.boxes)
+    if any(isinstance(b.source, MixDelta) and b.source.operator.passes(b.source.parameters)
+           for b in boxes):  # fmt: skip
+        raise IncompatibleError(
+            f"{name}: the target has another layout, and {vector.ref} must be measured in its own:"
+            " store the combination first (skillvec combine -o)"
+        )
+    wide = any(_value_dtype(box.source) == "F64" for box in boxes)
+    spec = TensorSpec(name, "F64" if wide else "F32", view.shape, "", 0, 0)
+    return ViewDelta(spec, View(view.shape, boxes))
+
+
 def _scaled(share: Share, part: SkillVector) -> Share:
     """Return a share whose weights carry the vector's own factor."""
 
@@ -399,6 +686,12 @@ def _scaled(share: Share, part: SkillVector) -> Share:
 
 def _common_names(parts: Sequence[SkillVector]) -> list[str]:
     """Return the names of all vectors, or refuse what does not match."""
+    for part in parts:
+        if part.adapter is not None:
+            raise UsageError(
+                f"{part.ref}: an adapter without its base cannot be combined: skillvec diff ADAPTER"
+                " BASE -o makes a vector of it"
+            )
     if any(part.parts for part in parts):
         raise TypeError("a combination cannot be combined again as it is: save it first")
     names = list(dict.fromkeys(name for part in parts for name in part.deltas))
@@ -449,7 +742,8 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
                 "manifest": part.stored.digest if part.stored else None,
                 "base": part.manifest["base"]["ref"],
                 "tuned": part.manifest["tuned"]["ref"] if part.manifest["tuned"] else None,
-                **{key: part.manifest[key] for key in ("dtype", "include", "exclude")},
+                "dtype": part.manifest["dtype"],
+                **{key: part.manifest[key] for key in CHOSEN if key in part.manifest},
             }
             for part in parts
         ],
@@ -471,12 +765,18 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a manifest records of a checkpoint, short of its tensors."""
+    prefetch(
+        [(s.path, s.start + begin, n) for s, begin, n in _probed_bytes(checkpoint)
+         if isinstance(s, TensorSpec)]
+        + [value_range(s, begin, n) for s, begin, n in _sketched(checkpoint)
+           if isinstance(s, TensorSpec)]
+    )  # fmt: skip
     # as written: a file in the Hub's cache is a link that leads out of its snapshot
     place = os.path.abspath(os.path.expanduser(checkpoint.ref))
     snapshot = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", f"{place}/{checkpoint.path}/")
     return {
         "ref": checkpoint.ref,
-        "revision": snapshot.group(1) if snapshot else None,
+        "revision": checkpoint.place.revision or (snapshot.group(1) if snapshot else None),
         "model_type": checkpoint.model_type,
         "config": checkpoint.config_digest,
         "tokenizer": checkpoint.tokenizer_digest,
@@ -493,19 +793,13 @@ def sketch(checkpoint: Checkpoint) -> dict[str, list[int]]:
     Fine-tuning hardly moves weights, so two checkpoints of one origin have nearly the same sketch,
     whatever their dtypes; those of another training run have nothing in common.
     """
-    floats = [spec for spec in checkpoint.values() if spec.dtype in FLOATS and spec.numel]
-    matrices = [spec for spec in floats if len(spec.shape) > 1]
-    matrices.sort(key=lambda spec: digest_bytes(spec.name.encode()))
-    chosen = sorted(matrices[:SKETCH_TENSORS], key=lambda spec: spec.name)
+    chosen = _sketched(checkpoint)
     kept = min(64, SKETCH_NUMEL // max(1, len(chosen)))
     found = {}
-    for spec in chosen:
-        numel = min(64, spec.numel)
-        content = bytearray(numel * ITEMSIZE[spec.dtype])
-        middle = (spec.numel - numel) // 2 * ITEMSIZE[spec.dtype]
-        read_into(spec.path, spec.start + middle, memoryview(content))
+    for spec, begin, numel in chosen:
+        middle = values_of(spec, begin, numel)
         with np.errstate(invalid="ignore"):  # signalling NaNs
-            values = widen(from_bytes(content, spec.dtype), spec.dtype).astype(np.float64)
+            values = widen(middle, spec.dtype).astype(np.float64)
         values = np.nan_to_num(values, posinf=0, neginf=0)
         values /= np.abs(values).max() or 1.0
         if (values[:kept] != values[0]).any():  # constants say nothing
@@ -513,6 +807,16 @@ def sketch(checkpoint: Checkpoint) -> dict[str, list[int]]:
             steps = np.clip(np.rint(32 * values[:kept] / size), -127, 127)
             found[spec.name] = [int(step) for step in steps]
     return found
+
+
+def _sketched(checkpoint: Checkpoint) -> list[tuple[Source, int, int]]:
+    """Return the matrices of a sketch with the values around their middle."""
+    floats = [spec for spec in checkpoint.values() if spec.dtype in FLOATS and spec.numel]
+    matrices = [spec for spec in floats if len(spec.shape) > 1]
+    matrices.sort(key=lambda spec: digest_bytes(spec.name.encode()))
+    chosen = sorted(matrices[:SKETCH_TENSORS], key=lambda spec: spec.name)
+    sizes = [min(64, spec.numel) for spec in chosen]
+    return [(s, (s.numel - n) // 2, n) for s, n in zip(chosen, sizes, strict=True)]
 
 
 def relatedness(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> float | None:
@@ -525,20 +829,24 @@ def relatedness(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) ->
     return sum(a * b for a, b in shared) / sqrt(norms) if norms else None
 
 
+def _probed_bytes(checkpoint: Checkpoint) -> list[tuple[Source, int, int]]:
+    """Return tensors with the byte range from their middle that the probe digests."""
+    names = sorted(checkpoint)
+    specs = [checkpoint[n] for n in names[:: max(1, len(names) // PROBE_TENSORS)][:PROBE_TENSORS]]
+    sizes = [min(PROBE_NBYTES, spec.nbytes) for spec in specs]
+    return [(s, (s.nbytes - n) // 2, n) for s, n in zip(specs, sizes, strict=True)]
+
+
 def probe_digest(checkpoint: Checkpoint) -> str:
     """Return a digest of 4 KiB from the middle of up to 256 tensors.
 
     Tells two checkpoints apart in milliseconds; full digests, taken while tensors are read anyway,
     have the last word.
     """
-    names = sorted(checkpoint)
-    step = max(1, len(names) // PROBE_TENSORS)
     buffer = memoryview(allocate(PROBE_NBYTES))
     leaves = bytearray()
-    for name in names[::step][:PROBE_TENSORS]:
-        spec = checkpoint[name]
-        nbytes = min(PROBE_NBYTES, spec.nbytes)
-        read_into(spec.path, spec.start + (spec.nbytes - nbytes) // 2, buffer[:nbytes])
+    for spec, begin, nbytes in _probed_bytes(checkpoint):
+        read_raw(spec, begin, buffer[:nbytes])
         leaves += leaf_digests(buffer[:nbytes])
     shapes = sorted((name, spec.dtype, list(spec.shape)) for name, spec in checkpoint.items())
     return digest_bytes(json.dumps(shapes).encode() + leaves)
@@ -569,34 +877,39 @@ def find_tied(checkpoint: Checkpoint, name: str) -> str | None:
     digest = None
     for other in checkpoint.values():
         if other.name != name and (other.dtype, other.shape) == (spec.dtype, spec.shape):
-            first = min(spec.nbytes, PROBE_NBYTES)
-            if digest_file_range(spec.path, spec.start, first) != digest_file_range(
-                other.path, other.start, first
-            ):
+            first = min(spec.numel, PROBE_NBYTES // ITEMSIZE[spec.dtype])
+            if digest_values(spec, 0, first) != digest_values(other, 0, first):
                 continue
-            digest = digest or digest_file_range(spec.path, spec.start, spec.nbytes)
-            if digest_file_range(other.path, other.start, other.nbytes) == digest:
+            digest = digest or digest_values(spec)
+            if digest_values(other) == digest:
                 return other.name
     return None
 
 
 def _match(
-    tuned: Checkpoint, base: Checkpoint, include: Sequence[str], exclude: Sequence[str]
+    tuned: Checkpoint,
+    base: Checkpoint,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    skipped: Mapping[str, str],
+    hints: Sequence[str],
 ) -> dict[str, Any]:
     """Sort the names of two checkpoints into deltas, integers, tied and excluded, or refuse."""
     names = list(dict.fromkeys((*base, *tuned)))
     refuse_idle_globs(names, include, exclude)
-    excluded = [name for name in names if not is_selected(name, include, exclude)]
+    excluded = [n for n in names if n in skipped or not is_selected(n, include, exclude)]
     found: dict[str, Any] = {"deltas": [], "integers": {}, "tied": {}, "excluded": excluded}
     problems = []
+    alone = [name for name in names if name not in tuned or name not in base]
     for name in names:
-        if not is_selected(name, include, exclude):
+        if name in skipped or not is_selected(name, include, exclude):
             continue
         if name in SIDE:
             problems.append(f"{name}: this name is reserved for the vector file")
         elif name not in tuned or name not in base:
             here, there = (tuned, base) if name in tuned else (base, tuned)
-            twin = find_tied(here, name) if there.ties_embeddings is not False else None
+            may_tie = there.ties_embeddings is not False and len(alone) <= MAX_TIED
+            twin = find_tied(here, name) if may_tie else None
             if twin and twin in there and is_selected(twin, include, exclude):
                 found["tied"][name] = twin
             else:
@@ -618,7 +931,7 @@ def _match(
     if problems:
         raise IncompatibleError(
             f"{tuned.ref} and {base.ref} do not match (--exclude GLOB leaves tensors out):\n"
-            + up_to_five(problems)
+            + "\n".join([up_to_five(problems), *hints])
         )
     if not found["deltas"]:
         raise IncompatibleError(f"{tuned.ref} and {base.ref}: no tensor is left to subtract")

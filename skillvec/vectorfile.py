@@ -17,7 +17,16 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128
 
-from skillvec.checkpoint import FOREIGN, METADATA_KEY, VECTOR_INDEX, kind_of_file, read_index
+from skillvec.checkpoint import (
+    FOREIGN,
+    METADATA_KEY,
+    PICKLE_SUFFIXES,
+    VECTOR_INDEX,
+    is_there,
+    kind_of_file,
+    locate,
+    read_index,
+)
 from skillvec.codecs import CODECS, NO_BYTES, Bytes, Encoded, decode_block
 from skillvec.errors import FormatError, up_to_five
 from skillvec.kernels import FLOATS, Array
@@ -26,17 +35,20 @@ from skillvec.storage import (
     LEAF_NBYTES,
     Header,
     OutputFile,
+    Place,
     TensorSpec,
     Turns,
     allocate,
     digest_bytes,
     digest_file_range,
     encode_header,
+    file_nbytes,
     fold_digest,
     fsync_path,
     leaf_digests,
     read_header,
     read_into,
+    remote_of,
 )
 
 SCHEMA = 1
@@ -197,13 +209,13 @@ class VectorFile:
             raise self._broken("the manifest differs from its own digest: the file was altered")
 
     @property
-    def files(self) -> list[Path]:
-        return [Path(path) for path in self.headers]
+    def files(self) -> list[str]:
+        return list(self.headers)
 
     @property
     def real_files(self) -> list[Path]:
-        """The files that links lead to."""
-        return [file.resolve() for file in self.files]
+        """The files of this disk that links lead to."""
+        return [Path(file).resolve() for file in self.files if remote_of(file) is None]
 
     @property
     def nbytes(self) -> int:
@@ -311,36 +323,55 @@ class VectorFile:
                 raise self._broken(f"{os.path.basename(path)}: {BLOCKS} is not U8 [{count}, 12]")
 
 
-def find_vector(ref: str | os.PathLike[str]) -> VectorFile | None:
-    """Open a vector file or folder, or return None where the path is something else."""
-    path = Path(os.fspath(ref)).expanduser().resolve()
-    if path.is_dir():
-        index = path / VECTOR_INDEX
-        if not index.is_file():
-            return None
+def find_vector(ref: str | os.PathLike[str] | Place, role: str = "vector") -> VectorFile | None:
+    """Open a vector file or folder, or return None where the reference leads to something else."""
+    place = ref if isinstance(ref, Place) else locate(ref, role)
+    files = place.files
+    if place.member is None and VECTOR_INDEX in files:
+        index = files[VECTOR_INDEX]
         weight_map, metadata = read_index(index)
         if kind_of_file(metadata) != "vector":
             raise FormatError(f"{index}: no manifest of a skill vector in its metadata")
         names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (path / name).is_file()]
+        missing = [name for name in names if name not in files or not is_there(files[name])]
         if missing:
-            raise FormatError(f"vector {path}: shards are missing:\n{up_to_five(missing)}")
-        headers = {os.fspath(path / name): read_header(path / name) for name in names}
+            raise FormatError(f"vector {place.ref}: shards are missing:\n{up_to_five(missing)}")
+        headers = {files[name]: read_header(files[name]) for name in names}
         held = {(n, os.path.basename(p)) for p, h in headers.items() for n in h.tensors}
         wrong = [n for n, _ in held ^ set(weight_map.items()) if n not in SIDE or n in weight_map]
         if wrong:
-            raise FormatError(f"vector {path}: index and shards disagree:\n{up_to_five(wrong)}")
+            raise FormatError(
+                f"vector {place.ref}: index and shards disagree:\n{up_to_five(wrong)}"
+            )
+        return VectorFile(place.ref, place.path, headers, metadata)
+    address = _one_file(place)
+    if address is None:
+        return None
+    header = read_header(address)
+    kind = kind_of_file(header.metadata)
+    if kind == "vector shard":
+        raise FormatError(f"{address}: one shard of a vector: open the folder it lies in")
+    if kind != "vector":
+        return None
+    at = place.path if remote_of(address) else Path(address)
+    return VectorFile(place.ref, at, {address: header}, header.metadata)
+
+
+def _one_file(place: Place) -> str | None:
+    """Return the one safetensors file that a place is, or that lies in a folder without a model."""
+    if place.member is not None:
+        address = place.files[place.member]
+    elif place.files or place.path.is_dir():
+        names = [name for name in place.files if name.endswith(".safetensors")]
+        if len(names) != 1 or names[0] == "model.safetensors":
+            return None
+        address = place.files[names[0]]
     else:
-        if not path.is_file() or path.stat().st_size < 8 or path.suffix in FOREIGN:
-            return None
-        header = read_header(path)
-        headers, metadata = {os.fspath(path): header}, header.metadata
-        kind = kind_of_file(metadata)
-        if kind == "vector shard":
-            raise FormatError(f"{path}: one shard of a vector: open the folder it lies in")
-        if kind != "vector":
-            return None
-    return VectorFile(os.fspath(ref), path, headers, metadata)
+        address = os.fspath(place.path)
+    suffix = Path(address).suffix
+    if suffix in FOREIGN or suffix in PICKLE_SUFFIXES:
+        return None
+    return address if is_there(address) and file_nbytes(address) >= 8 else None
 
 
 class StoredBlock(NamedTuple):

@@ -5,7 +5,6 @@ with a Report. Parameters have the names of the command line's flags.
 """
 
 import contextlib
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from skillvec import __version__
-from skillvec.checkpoint import INDEX, METADATA_KEY, Checkpoint, open_checkpoint, open_tensors
+from skillvec.checkpoint import (
+    METADATA_KEY,
+    Checkpoint,
+    is_adapter,
+    locate,
+    open_checkpoint,
+    open_tensors,
+)
 from skillvec.codecs import CODECS
 from skillvec.engine import JobResult
 from skillvec.errors import (
@@ -60,10 +66,7 @@ from skillvec.provenance import (
 from skillvec.report import Report, Watcher
 from skillvec.rules import Recipe, Share, parse_recipe, read_recipe
 from skillvec.running import measured, planned, run_plan
-from skillvec.storage import (
-    copy_file,
-    fsync_path,
-)
+from skillvec.storage import copy_file, fsync_path, local_path
 from skillvec.summary import (
     complete_manifest,
     describe_vector,
@@ -72,11 +75,13 @@ from skillvec.summary import (
     report_apply,
     report_stored,
 )
-from skillvec.vector import FP32_MAX, SkillVector, dtype_of
+from skillvec.vector import FP32_MAX, SkillVector, dtype_of, laid_out, seen_as
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     find_vector,
 )
+
+CARD = "README.md"
 
 
 def diff(
@@ -92,6 +97,9 @@ def diff(
     license: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    rows: str = "strict",
+    stream: bool = False,
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -102,17 +110,21 @@ def diff(
     With `output`, write it there and return the opened vector; without, return it unread, to be
     subtracted where it is used. `dtype` auto is exact: base + 1 * v restores tuned bit for bit
     (for fp32 as stated in the manifest); bf16, fp16 and fp32 store rounded values. `codec` auto
-    takes the smallest. The report is the attribute `report` of what is returned. Raises
-    UsageError, IncompatibleError, FormatError, OutputError.
+    takes the smallest. `rename` rules ("REGEX=TEXT") bring tuned's names to base's where no known
+    layout does; `rows` says what happens to embeddings of another length (strict, common, skip).
+    `tuned` may be a PEFT adapter of base. With `stream` a checkpoint on the Hub is read shard by
+    shard, at most two of them on the disk. The report is the attribute `report` of what is
+    returned. Raises UsageError, IncompatibleError, FormatError, OutputError.
     """
-    vector = SkillVector.between(tuned, base, dtype, include, exclude)
+    vector = SkillVector.between(tuned, base, dtype, include, exclude, rename, rows)
     if output is None:
         if dry_run:
             raise UsageError("a dry run of diff needs an output")
         return vector
     return save(
         vector, output, codec=codec, max_shard_size=max_shard_size, method=method, notes=notes,
-        license=license, workers=workers, dry_run=dry_run, force=force, watcher=watcher,
+        license=license, stream=stream, workers=workers, dry_run=dry_run, force=force,
+        watcher=watcher,
     )  # fmt: skip
 
 
@@ -183,6 +195,7 @@ def save(
     method: str | None = None,
     notes: str | None = None,
     license: str | None = None,
+    stream: bool = False,
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -199,6 +212,8 @@ def save(
         raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
     limit = parse_size(max_shard_size)
     vector = vector.unscaled()
+    if vector.adapter is not None:
+        raise UsageError(f"{vector.ref}: an adapter alone cannot be stored: diff ADAPTER BASE")
     if not vector.parts and dtype not in ("auto", vector.manifest["dtype"]):
         raise UsageError(
             f"dtype {dtype}: {vector.ref} has its own; diff --dtype chooses that of a difference"
@@ -225,17 +240,17 @@ def save(
     facts: dict[str, Any] = {"formula": manifest["formula"], "output": os.fspath(path),
                              "dtype": dtype, "codec": codec}  # fmt: skip
     for side in ("tuned", "base") if vector.tuned else ():
-        checkpoint = getattr(vector, side)
-        facts[side] = {"ref": checkpoint.ref, "path": os.fspath(checkpoint.path),
-                       "dtypes": checkpoint.dtypes}  # fmt: skip
+        facts[side] = getattr(vector, side).facts
+    if vector.notes:
+        facts["layout"] = dict(vector.notes)
     bound = sum(entry.nbytes for entry in entries)
     plan = replace(plan, bound_nbytes=bound)
-    report = planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, workers, watcher, stream)
     if dry_run:
         return replace(vector, report=report)
-    plan = measured(plan, workers, watcher)
+    plan = measured(plan, workers, watcher, stream)
     with writing_vector(path, force, entries, manifest, limit) as (stage, writer):
-        results = run_plan(plan, [], workers, watcher, writer)
+        results = run_plan(plan, [], workers, watcher, writer, stage.folder if stream else None)
         settled = writer.settle()
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
@@ -317,6 +332,9 @@ def apply(
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    rows: str = "strict",
+    stream: bool = False,
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -327,8 +345,9 @@ def apply(
     fp32 arithmetic (fp64 where an input is fp64) and one rounding to the target's dtype or
     `dtype`; `rounding` stochastic is right on average at every lam, its randomness addressed by
     `seed`. With `tuned` and `base` in place of a vector the difference is taken in the same pass
-    and not stored: the same bytes. Raises IncompatibleError with both shapes where the vector
-    does not fit, UsageError, FormatError, OutputError.
+    and not stored: the same bytes. `rename` rules are applied to the vector's names; of `rows` that
+    only the target has, nothing changes. `stream` as of diff. Raises IncompatibleError with both
+    shapes where the vector does not fit, UsageError, FormatError, OutputError.
     """
     if output is None:
         raise UsageError("apply needs an output")
@@ -336,6 +355,10 @@ def apply(
         raise UsageError("apply takes either a vector or both tuned and base")
     request = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed,
                "include": list(include), "exclude": list(exclude)}  # fmt: skip
+    if rename:
+        request["rename"] = list(rename)
+    if rows != "strict":
+        request["rows"] = rows
     point = open_checkpoint(target, "target")
     if vector is not None:
         displacement = SkillVector.open(vector)
@@ -346,7 +369,7 @@ def apply(
     path = output_model(output, force, point, [*displacement.inputs(), point])
     facts = {
         "formula": "OUT = TARGET + LAM * V",
-        "target": {"ref": point.ref, "path": os.fspath(point.path), "dtypes": point.dtypes},
+        "target": point.facts,
         "vector": recipe["vector"],
         "name": displacement.ref,
         "lineage": displacement.dtypes,
@@ -358,26 +381,48 @@ def apply(
         "verdict": plan.verdict,
         "left_behind": plan.left_behind,
     }
-    report = planned(plan, facts, workers, watcher)
+    if plan.layout:
+        facts["layout"] = plan.layout
+    report = planned(plan, facts, workers, watcher, stream)
     if dry_run:
         return report
-    plan = measured(plan, workers, watcher)
+    plan = measured(plan, workers, watcher, stream)
     with writing(plan, path, force) as (stage, files):
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
-        results = run_plan(plan, files, workers, watcher)
+        results = run_plan(plan, files, workers, watcher, folder=stage.folder if stream else None)
         for file in files:
             file.sync()
         made = Path(files[0].path).parent
         for source, name in plan.copies:
             (made / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(source, os.fspath(made / name))
-        if plan.index is not None:
-            (made / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n")
-            fsync_path(os.fspath(made / INDEX))
-        stage.publish(made if point.path.is_dir() else Path(files[0].path))
-    report_apply(report, plan, results)
+            copy_file(local_path(source), os.fspath(made / name))
+        for name, text in plan.texts.items():
+            (made / name).write_text(text)
+            fsync_path(os.fspath(made / name))
+        report_apply(report, plan, results)
+        if point.is_folder:
+            _write_card(made / CARD, recipe, report)
+        stage.publish(made if point.is_folder else Path(files[0].path))
     return report
+
+
+def _write_card(file: Path, recipe: Mapping[str, Any], report: Report) -> None:
+    """Write the card of a merged model, over the copy of the target's, whose text it keeps.
+
+    It does not name the output: the same inputs give the same bytes, wherever they lie.
+    """
+    from skillvec.cards import merged_card
+
+    inherited = None
+    try:
+        inherited = file.read_bytes().decode() if file.exists() else None
+        text = merged_card(recipe, name="A merged model", inherited=inherited, facts=report.facts)
+    except (UsageError, UnicodeDecodeError) as error:
+        report.warnings.append(f"the target's {CARD} is copied as it is: {error}")
+        return
+    file.write_bytes(text.encode())
+    fsync_path(os.fspath(file))
 
 
 def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Report:
@@ -386,25 +431,28 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     Of a vector with `target`, give the verdict on that model; raises IncompatibleError where it
     does not fit.
     """
-    stored = find_vector(path)
-    if stored is not None:
-        vector = SkillVector.open(path)
+    place = locate(path, "input")
+    if find_vector(place) is not None:
+        vector = SkillVector.open(place)
         report = describe_vector(vector)
         if target is not None:
             point = open_checkpoint(target, "target")
-            fitting(point, vector)
-            verdict, warnings = verdict_on(point, vector)
+            fitted = laid_out(vector, point)
+            fitting(point, fitted)
+            verdict, warnings = verdict_on(fitted.seen, fitted.vector)
             report.facts |= {"target": point.ref, "verdict": verdict}
             report.warnings += warnings
         return report
-    opened = open_tensors(path, "input")
+    opened = open_tensors(place, "input")
     if target is not None:
         raise UsageError(f"{opened.ref} is a model: only a vector has a verdict on a target")
     report = Report("inspect", {"path": os.fspath(opened.path), "nbytes": opened.nbytes})
     facts = report.facts
     facts |= {
-        "kind": "patch" if is_patch(opened) else "model",
-        "files": [file.name for file in opened.files],
+        "kind": "patch" if is_patch(opened) else "adapter" if is_adapter(place) else "model",
+        "format": opened.kind,
+        "notes": list(opened.opened.notes),
+        "files": [os.path.basename(file) for file in opened.files],
         "numel": sum(spec.numel for spec in opened.values()),
         "dtypes": opened.dtypes,
         "model_type": opened.model_type,
@@ -417,10 +465,10 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     if recipe is not None:
         with contextlib.suppress(UsageError):
             facts["recipe"] = read_merged(opened)
-    if opened.config.get("quantization_config"):
-        report.warnings.append("quantised: diff and apply refuse it; dequantise it first")
+    quantised = {} if facts["kind"] != "model" else open_checkpoint(place, "input").formats
     for spec in opened.values():
-        report.ledger.append(ledger_line(spec, "stored") | {"nbytes": spec.nbytes})
+        line = ledger_line(spec, "stored", quantised.get(spec.name, ""))
+        report.ledger.append(line | {"nbytes": spec.nbytes})
     return report
 
 
@@ -443,11 +491,12 @@ def verify(
     does not hold.
     """
     given = {"tuned": tuned, "base": base, "target": target, "vector": vector}
-    stored = find_vector(path)
+    place = locate(path, "input")
+    stored = find_vector(place)
     if stored is not None:
         _refuse_idle(given, ("tuned", "base") if stored.manifest["tuned"] else ())
-        return _verify_vector(SkillVector.open(path), tuned, base, workers, dry_run, watcher)
-    opened = open_tensors(path, "input")
+        return _verify_vector(SkillVector.open(place), tuned, base, workers, dry_run, watcher)
+    opened = open_tensors(place, "input")
     recipe = read_merged(opened)
     said = recipe["vector"]
     subtracted = "tuned" in said or (tuned is not None and base is not None)
@@ -512,6 +561,8 @@ def _plan_apply(
         seed=seed,
         include=request["include"],
         exclude=request["exclude"],
+        rename=request.get("rename", ()),
+        rows=request.get("rows", "strict"),
         recipe=recipe,
     )
     if dtype and "torch_dtype" in point.config | {"torch_dtype": point.config.get("dtype")}:
@@ -551,7 +602,8 @@ def _verify_vector(
             claim = "VECTOR = PATCH - BASE"
             plan = plan_verify_combination(vector, SkillVector.patched(left.path, right))
         else:
-            plan = plan_verify_vector(vector, left, right)
+            seen = seen_as(left, right, manifest.get("rename", ()), manifest.get("rows", "strict"))
+            plan = plan_verify_vector(vector, seen[0], right)
         facts |= {"claim": claim, "tuned": left.ref, "base": right.ref,
                   "verdict": verdict_on(right, vector)[0]}  # fmt: skip
     report = planned(plan, facts, workers, watcher)

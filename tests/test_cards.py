@@ -42,7 +42,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 def on_hub(manifest: dict[str, Any]) -> dict[str, Any]:
     manifest["base"] |= {"ref": "org/base@v1", "revision": SHA}
     manifest["tuned"] |= {
-        "ref": f"/home/me/hub/models--org--tuned-x/snapshots/{SHA2}", "revision": SHA2,
+        "ref": f"/data/me/hub/models--org--tuned-x/snapshots/{SHA2}", "revision": SHA2,
     }  # fmt: skip
     return manifest
 
@@ -66,7 +66,7 @@ def test_a_card_says_what_the_vector_is(manifest):
     assert "--exclude 'lm_head.*'" in text
     assert "skillvec apply TARGET user/skill -o OUT" in text
     assert "on &#60;b&#62;my&#60;/b&#62; &#124; data" in text
-    assert "2601.11258" in text and "1,234,567 bytes" in text and "/home/me" not in text
+    assert "2601.11258" in text and "1,234,567 bytes" in text and "/data/me" not in text
 
 
 def test_the_table_adds_up(manifest):

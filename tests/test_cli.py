@@ -22,7 +22,7 @@ import skillvec
 from skillvec import verbs
 from skillvec.cli import main
 
-COMMANDS = sorted(main.commands)
+COMMANDS = sorted(set(main.commands) - {"push", "pull"})  # those two: tests/test_hub_cli.py
 
 
 def run(*arguments: object) -> Result:
@@ -120,7 +120,6 @@ def test_usage_errors_exit_2(tmp_path: Path, family, vector, other):
     v = tmp_path / "v.safetensors"
     for words, arguments in {
         "no such file": ("diff", tmp_path / "absent", base, "-o", v),
-        "Hub": ("inspect", "org/name"),
         "ends in .safetensors": ("diff", tuned, base, "-o", tmp_path / "v.bin"),
         "must not be called": ("diff", tuned, base, "-o", tmp_path / "model.safetensors"),
         "does not exist": ("diff", tuned, base, "-o", tmp_path / "no" / "v.safetensors"),
@@ -243,7 +242,17 @@ Verbs = Callable[[Path], dict[str, list[object]]]
 
 
 @pytest.fixture(scope="module")
-def every_verb(family, vector, other, patch) -> Verbs:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base again, with a config of which transformers makes a model."""
+    config = {
+        "model_type": "llama", "hidden_size": 24, "intermediate_size": 48, "vocab_size": 40,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "attention_bias": True,
+    }  # fmt: skip
+    return save(tmp_path_factory.mktemp("llama") / "base", toy(0), config=config)
+
+
+@pytest.fixture(scope="module")
+def every_verb(family, vector, other, patch, llama) -> Verbs:
     """Return what gives a good command line of every command, by the folder to write to."""
     return lambda folder: {
         "diff": ["diff", family.tuned, family.base, "-o", folder / "v.safetensors"],
@@ -251,6 +260,16 @@ def every_verb(family, vector, other, patch) -> Verbs:
         "apply": ["apply", family.target, vector, "-o", folder / "out"],
         "import-patch": ["import-patch", patch, family.base, "-o", folder / "v.safetensors"],
         "export-patch": ["export-patch", vector, "-o", folder / "v.safetensors"],
+        "extract-lora": [
+            "extract-lora",
+            vector,
+            "--rank",
+            3,
+            "--base",
+            llama,
+            "-o",
+            folder / "adapter",
+        ],
         "orthogonality": ["orthogonality", vector, f"{family.sft}::{family.base}"],
         "norms": ["norms", f"{family.sft}::{family.base}"],
         "inspect": ["inspect", vector],
@@ -258,16 +277,16 @@ def every_verb(family, vector, other, patch) -> Verbs:
     }
 
 
-WRITERS = ["diff", "combine", "apply", "import-patch", "export-patch"]
+WRITERS = ["diff", "combine", "apply", "import-patch", "export-patch", "extract-lora"]
 REPORTS = ["orthogonality", "norms"]  # which write where they are told to
 PLANNED = [*WRITERS, *REPORTS]  # those that plan before they work
-SELECTIVE = ["diff", "apply", *REPORTS]  # those that take globs
+SELECTIVE = ["diff", "apply", "extract-lora", *REPORTS]  # those that take globs
 
 
 def test_every_command_is_tried_here(tmp_path: Path, every_verb: Verbs):
     assert sorted(every_verb(tmp_path)) == COMMANDS
-    for verb, command in main.commands.items():
-        spelled = {text for p in command.params for text in p.opts}
+    for verb in COMMANDS:
+        spelled = {text for p in main.commands[verb].params for text in p.opts}
         assert ("--output" in spelled) == (verb in [*WRITERS, *REPORTS])
         assert ("--include" in spelled) == (verb in SELECTIVE)
 
@@ -358,6 +377,7 @@ def test_talk_goes_to_stderr_and_data_to_stdout(verb: str, tmp_path: Path, every
         "apply": (["OUT = TARGET + LAM * V", "output"], "realised gain"),
         "import-patch": (["v = TUNED - BASE", "output"], "values changed"),
         "export-patch": (["output"], "values listed"),
+        "extract-lora": (["s B A ~ V at rank 3", "output"], "of the vector's squared norm"),
         "orthogonality": (["warning: "], "cosine"),
         "norms": (["warning: "], "changed"),
     }[verb]
@@ -402,7 +422,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
     reads = {
         "diff": 2 * nbytes, "combine": first + second, "apply": nbytes + first + beside,
         "import-patch": 2 * nbytes + lists, "export-patch": nbytes + first,
-        "orthogonality": first + 2 * nbytes, "norms": 2 * nbytes,
+        "orthogonality": first + 2 * nbytes, "norms": 2 * nbytes, "extract-lora": first,
     }[verb]  # fmt: skip
     assert {line["name"] for line in report["tensors"]} == set(toy())
     assert report["workers"] >= 1 and report["memory_nbytes"] > 0
@@ -422,12 +442,14 @@ def test_a_dry_run_states_the_bytes_that_a_run_then_writes(tmp_path: Path, every
     arguments = every_verb(tmp_path)["apply"]
     planned = strict(run(*arguments, "--dry-run", "--json").stdout)
     run(*arguments)
-    written = sum(len(content) for content in contents(tmp_path / "out").values())
+    made = contents(tmp_path / "out")
+    del made["README.md"]  # the card holds what only the run tells
+    written = sum(len(content) for content in made.values())
     index = (tmp_path / "out" / "model.safetensors.index.json").stat().st_size
     assert abs(written - planned["nbytes_written"]) <= index
     assert set(planned["files"]) | set(planned["side_files"]) | {
         "model.safetensors.index.json"
-    } == set(contents(tmp_path / "out"))
+    } == set(made)
 
 
 @pytest.mark.parametrize("verb", WRITERS)
@@ -721,7 +743,9 @@ def test_no_command_imports_what_it_does_not_need(tmp_path: Path, every_verb: Ve
         arguments = [*arguments, "--force"] if verb in WRITERS else arguments
         found = imported_by(*arguments)
         assert "numpy" in found  # the probe sees modules at all
-        allowed = {"scipy"} if verb == "orthogonality" else set()  # p of small tensors
+        allowed = {  # p of small tensors; the card; SVD and what is a linear layer
+            "orthogonality": {"scipy"}, "apply": {"huggingface_hub"}, "extract-lora": set(HEAVY),
+        }.get(verb, set())  # fmt: skip
         assert not found & set(HEAVY) - allowed, verb
 
 

@@ -200,6 +200,7 @@ HOSTS = {
     "www.w3.org",  # of SVG
     "localhost",  # a judge or a tool server beside the recipes
     "127.0.0.1",
+    "git-lfs.github.com",  # in every pointer of LFS
 }
 
 

@@ -144,7 +144,7 @@ def test_what_is_not_ours_is_refused(server, slept, made, tmp_path):
     os.link(made / SKILL, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="from_pretrained"):
         push(tmp_path / "model.safetensors", "user/skill")
-    for repo in ("skill", "user/a/b", "https://x/y"):
+    for repo in ("skill", "user/a/b", "https://localhost/y"):
         with pytest.raises(UsageError, match="expected org/name"):
             push(made / SKILL, repo)
     with pytest.raises(UsageError, match="no such file"):

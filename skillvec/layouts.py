@@ -1,0 +1,374 @@
+"""How the tensors of one layout are made of those of another: names and shapes in, views out.
+
+Hides prefixes, transformers' conversion registry and vocabularies of different length. Works on
+names and shapes alone, without a list of architectures, and never guesses: a tensor for which no
+rule holds, or more than one, is in no view. Transposes, stacks, joins and cuts are taken in both
+directions; operations that reorder rows inside a tensor (rotary permutations, interleaving) are
+refused by name, as is whatever transformers' registry does not describe.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from skillvec.conversions import all_of, between, converted, mapping_of, model_types
+from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.kernels import STORAGE_DTYPE
+from skillvec.sources import Box, Index, Source, View, Viewed
+from skillvec.storage import TensorSpec
+
+Shapes = Mapping[str, Index]
+SKIPPED = "rows differ: skipped"
+DEPTH = 16  # parts of a name that may be a prefix
+ALIKE = 32  # prefixes over the same tensors, beyond which none is looked at
+
+
+class Bridge(NamedTuple):
+    """What `bridge` found, by wanted name; the sources of the views are names of mine.
+
+    `notes` says how a view was found where name or shape differ, `unused` which of mine go nowhere
+    or in part, and why ("" where that is unknown), `rows_differ` what only a rule for rows can
+    give, `skipped` what such a rule left out; `hints` are for whoever reports what is unmatched.
+    """
+
+    views: dict[str, View]
+    notes: dict[str, str]
+    unused: dict[str, str]
+    rows_differ: list[str]
+    skipped: dict[str, str]
+    hints: list[str]
+
+
+def bridge(
+    mine: Shapes,
+    wanted: Shapes,
+    *,
+    configs: Sequence[Mapping[str, Any]] = (),
+    rename: Sequence[str] = (),
+    rows: str = "strict",
+) -> Bridge:
+    """Find how each tensor of `wanted` is made of tensors of `mine`; both map names to shapes.
+
+    In this order: `rename` rules (REGEX=REPLACEMENT, on names of mine), equal names, one prefix
+    for another, transformers' mappings for the model types in `configs`, the rule for `rows`:
+    "strict", "common" (the first rows, zeros below) or "skip". Raises UsageError for a rule that
+    is broken or matches nothing, IncompatibleError where two names become one.
+    """
+    if rows not in ("strict", "common", "skip"):
+        raise UsageError(f"--rows {rows}: expected strict, common or skip")
+    search = _Search(mine, wanted, _renamed(mine, rename))
+    for name, shape in wanted.items():
+        if search.have.get(name) == shape:
+            search.take_whole(name, name)
+    _match_prefixes(search)
+    most, least = sorted((len(search.have), len(search.want)), reverse=True)
+    if least and len(search.rows_apart()) < most:
+        _match_by_registry(search, configs)
+    _match_rows(search, rows)
+    return search.found()
+
+
+def viewed_specs(bridge: Bridge, tensors: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the wanted tensors as sources, given those of mine by name.
+
+    A tensor in a file that is all of a wanted one stays that, under the wanted name. Raises
+    IncompatibleError where the parts of one differ in dtype, or have one that cannot be cut.
+    """
+    sources: dict[str, Source] = {}
+    for name, view in bridge.views.items():
+        first = tensors[view.boxes[0].source]
+        if view == all_of(view.boxes[0].source, first.shape):
+            if isinstance(first, TensorSpec) and first.name != name:
+                first = first._replace(name=name)
+            if first.name == name:
+                sources[name] = first
+                continue
+        if first.dtype not in STORAGE_DTYPE:
+            raise IncompatibleError(
+                f"{name}: made of {first.name}, {first.dtype}, expected a dtype whose values can be"
+                " read one by one: dequantise the model first"
+            )
+        for part in view.sources:
+            if tensors[part].dtype != first.dtype:
+                raise IncompatibleError(
+                    f"{name}: made of {first.name}, {first.dtype}, and {part},"
+                    f" {tensors[part].dtype}: expected one dtype; save the model in one"
+                )
+        boxes = tuple(box._replace(source=tensors[box.source]) for box in view.boxes)
+        sources[name] = Viewed(name, first.dtype, View(view.shape, boxes))
+    return sources
+
+
+class _Search:
+    """What is still to be found: `have` and `want` hold what no view has taken or made.
+
+    Tensors of mine go by their names after --rename here; views get their `real` ones.
+    """
+
+    def __init__(self, mine: Shapes, wanted: Shapes, real: dict[str, str]) -> None:
+        self.real, self.shapes = real, {name: mine[real[name]] for name in real}
+        self.have, self.want = dict(self.shapes), dict(wanted)
+        self.moved: dict[str, str] = {}  # name of mine -> under the wanted prefix
+        self.views: dict[str, View] = {}
+        self.notes: dict[str, str] = {}
+        self.why: dict[str, str] = {}  # why a tensor of mine is not used
+        self.used: Counter[str] = Counter()  # values that views hold
+        self.rows_differ: list[str] = []
+        self.skipped: dict[str, str] = {}
+        self.hints: dict[str, None] = {}
+
+    def take(self, wanted: str, view: View, note: str) -> None:
+        """Give a wanted tensor its view."""
+        for box in view.boxes:
+            self.used[box.source] += prod(box.sizes)
+            self.have.pop(box.source, None)
+        boxes = tuple(box._replace(source=self.real[box.source]) for box in view.boxes)
+        self.views[wanted] = View(view.shape, boxes)
+        del self.want[wanted]
+        if note:
+            self.notes[wanted] = note
+
+    def take_whole(self, wanted: str, name: str, how: str = "") -> None:
+        note = f"from {self.real[name]}{how}" if self.real[name] != wanted else ""
+        self.take(wanted, all_of(name, self.have[name]), note)
+
+    def rows_apart(self) -> dict[str, str]:
+        """Return wanted name -> name of mine for what is left and differs in rows alone."""
+        come = {self.moved[name]: name for name in self.have if name in self.moved}
+        pairs = {w: w if w in self.have else come.get(w) for w in self.want}
+        return {
+            wanted: name
+            for wanted, name in pairs.items()
+            if name is not None and _rows_apart(self.have[name], self.want[wanted])
+        }
+
+    def found(self) -> Bridge:
+        unused = {}
+        for name, shape in self.shapes.items():
+            to = self.want.get(self.moved.get(name, name))
+            if name not in self.used:
+                expected = "" if to is None else f"{list(shape)}, expected {list(to)}"
+                unused[self.real[name]] = self.why.get(name, expected)
+            elif self.used[name] < prod(shape):
+                unused[self.real[name]] = f"{self.used[name]} of {prod(shape)} values are used"
+        hints = list(self.hints) if self.want else []
+        if self.want and self.have:
+            hints.append(
+                "names that differ are mapped by --rename REGEX=REPLACEMENT; tensors that are"
+                " joined, cut or turned where transformers has no mapping for it are not taken"
+            )
+        return Bridge(self.views, self.notes, unused, self.rows_differ, self.skipped, hints)
+
+
+def _rows_apart(one: Index, other: Index) -> bool:
+    return len(one) == len(other) in (1, 2) and one[:1] != other[:1] and (-1, *one[1:]) == (-1, *other[1:])
+
+
+def _match_rows(search: _Search, rows: str) -> None:
+    """Treat what differs in rows alone: the vocabulary, one pair of lengths for all tensors."""
+    apart = search.rows_apart()
+    lengths = {(search.have[name][0], search.want[w][0]) for w, name in apart.items()}
+    # in numbered layers alone it is heads or widths that differ, not the vocabulary
+    if len(lengths) != 1 or all(map(_numbered, apart)):
+        return
+    ((have, want),) = lengths
+    for wanted, name in apart.items():
+        if rows == "strict":
+            search.rows_differ.append(wanted)
+        elif rows == "skip":
+            search.skipped[wanted] = f"{have} rows, expected {want}: skipped"
+            search.why[name] = SKIPPED
+            del search.have[name], search.want[wanted]
+        elif min(have, want):
+            view = all_of(name, search.have[name]).slice(0, 0, min(have, want))
+            note = f"first {want} of {have} rows" if have > want else f"{have} rows, then zeros"
+            search.take(wanted, View(search.want[wanted], view.boxes), note)
+            search.used[name] = prod(search.shapes[name])  # cut on purpose
+
+
+def _numbered(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+# -------------------------------------------------------------------------- rules and prefixes
+
+
+def _renamed(mine: Shapes, rename: Sequence[str]) -> dict[str, str]:
+    """Return new name -> old name after rules REGEX=REPLACEMENT, one after the other."""
+    names = {name: name for name in mine}
+    for rule in rename:
+        regex, equals, replacement = rule.rpartition("=")  # a lookahead holds "=", a name does not
+        if not equals or not regex:
+            raise UsageError(f"--rename {rule!r}: expected REGEX=REPLACEMENT")
+        try:
+            pattern = re.compile(regex)
+            changed = [(pattern.subn(replacement, name), old) for name, old in names.items()]
+        except (re.error, IndexError, OverflowError) as error:
+            raise UsageError(f"--rename {rule!r}: not a regular expression: {error}") from None
+        if not any(count for (_, count), _ in changed):
+            some = up_to_five(list(names))
+            raise UsageError(f"--rename {rule!r}: matches none of the names:\n{some}")
+        times = Counter(name for (name, _), _ in changed)
+        twice = [f"{old}: {name}" for (name, _), old in changed if times[name] > 1]
+        if twice:
+            raise IncompatibleError(
+                f"--rename {rule!r}: tensors that become one:\n{up_to_five(twice)}"
+            )
+        names = {name: old for (name, _), old in changed}
+    return names
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield "", "a.", "a.b." of a.b.c: what may stand for another prefix has no number in it."""
+    yield ""
+    at = -1
+    for part in name.split(".", DEPTH)[: min(DEPTH, name.count("."))]:
+        if part.isdigit():
+            return
+        at += len(part) + 1
+        yield name[: at + 1]
+
+
+class _Subtrees:
+    """Names by prefix, and the prefixes under which the same names and shapes lie."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.names: dict[str, list[str]] = defaultdict(list)
+        self.alike: dict[tuple[int, int], list[str]] = defaultdict(list)
+        self.keys: dict[str, tuple[int, int]] = {}
+        self.taken: set[str] = set()
+        for name in shapes:
+            for prefix in _prefixes(name):
+                self.names[prefix].append(name)
+        for prefix, names in self.names.items():
+            # sums do not depend on the order; whoever pairs two prefixes compares each name
+            total = sum(hash((name[len(prefix) :], shapes[name])) for name in names)
+            self.keys[prefix] = len(names), total
+            self.alike[len(names), total].append(prefix)
+
+    def inside(self, prefix: str) -> bool:
+        """Return whether a prefix lies within one that is taken."""
+        return any(above in self.taken and above != prefix for above in _prefixes(prefix))
+
+    def like(self, key: tuple[int, int]) -> list[str]:
+        return [prefix for prefix in self.alike.get(key, ()) if not self.inside(prefix)]
+
+
+def _match_prefixes(search: _Search) -> None:
+    """Take the subtrees of names that are the same but for their prefix, where only one fits.
+
+    A subtree goes to the one with the same last part, else, if it holds modules, to the only one
+    that has the same names and shapes. The prefixes found hold for the other names too.
+    """
+    mine, wanted = _Subtrees(search.have), _Subtrees(search.want)
+    rules: dict[str, set[str]] = defaultdict(set)
+    undecided: set[str] = set()  # what lies inside is not tried: it would fit by elimination
+    for prefix in sorted(mine.names, key=lambda prefix: (prefix.count("."), prefix)):
+        key, names = mine.keys[prefix], mine.names[prefix]
+        if key not in wanted.alike or mine.inside(prefix) or undecided & {*_prefixes(prefix)}:
+            continue
+        if max(len(mine.alike[key]), len(wanted.alike[key])) > ALIKE:
+            undecided.add(prefix)
+            continue
+        sides = mine.like(key), wanted.like(key)
+        ours, theirs = ([p for p in side if _last(p) == _last(prefix)] for side in sides)
+        if not theirs and any("." in name[len(prefix) :] for name in names):
+            ours, theirs = sides
+        if len(theirs) == 1 == len(ours):
+            other = theirs[0]
+            moved = {name: other + name[len(prefix) :] for name in names}
+            if any(
+                to in search.have or search.want.get(to) != search.have[name]
+                for name, to in moved.items()
+            ):
+                continue
+            for name, to in moved.items():
+                search.take_whole(to, name)
+            mine.taken.add(prefix)
+            wanted.taken.add(other)
+            while prefix and _last(prefix) == _last(other):
+                prefix, other = (p[: -len(_last(p)) - 1] for p in (prefix, other))
+            rules[prefix].add(other)
+        elif theirs:
+            undecided.add(prefix)
+            what = f"{prefix or 'no prefix'} may stand for {' or '.join(map(repr, theirs[:5]))}"
+            search.hints[f"{what}: say which with --rename REGEX=REPLACEMENT"] = None
+    moved = {}
+    for name in search.have:
+        fitting = [prefix for prefix in _prefixes(name) if prefix in rules]
+        if fitting and len(rules[fitting[-1]]) == 1 and name not in search.want:
+            moved[name] = min(rules[fitting[-1]]) + name[len(fitting[-1]) :]
+    times = Counter([*moved.values(), *search.have])
+    search.moved = {name: to for name, to in moved.items() if times[to] == 1}
+    for name, to in search.moved.items():
+        if search.want.get(to) == search.have[name]:
+            search.take_whole(to, name)
+
+
+def _last(prefix: str) -> str:
+    return prefix[:-1].rpartition(".")[2]
+
+
+# ------------------------------------------------------------------------ transformers' registry
+
+
+def _match_by_registry(search: _Search, configs: Sequence[Mapping[str, Any]]) -> None:
+    """Take what transformers' mappings make of the rest: of mine, of the wanted names, of both."""
+    if not configs:
+        search.hints["no config.json says which of transformers' mappings to use"] = None
+    for config in configs:
+        try:
+            label, fresh = mapping_of(config)
+        except ImportError:
+            search.hints["this transformers has no registry of layouts: 5.23 has one"] = None
+            return
+        if not label:
+            kinds = ", ".join(model_types(config)[:5]) or "a config without a model type"
+            search.hints[f"transformers has no mapping for {kinds}"] = None
+        by = f"by transformers' mapping of {label or 'old names'}"
+        for moved in (dict[str, str](), search.moved):
+            for of_mine, of_wanted in ((True, False), (False, True), (True, True)):
+                names = {moved.get(name, name): name for name in search.have}
+                have = {new: search.have[name] for new, name in names.items()}
+                again = moved is search.moved and names.keys() == search.have.keys()
+                if not search.want or not have or again:
+                    break
+                left, no = converted(have, fresh() if of_mine else [], search.want)
+                right, nor = converted(search.want, fresh() if of_wanted else [], have)
+                for why, key in (no | nor).items():
+                    search.hints[f"{key}, {by}: {why}"] = None
+                _join(search, left, right, names, by)
+
+
+def _join(
+    search: _Search,
+    left: Mapping[str, View | str],
+    right: Mapping[str, View | str],
+    names: Mapping[str, str],
+    by: str,
+) -> None:
+    """Take what the same tensors, made of mine (left) and of wanted ones (right), say of these.
+
+    `names` gives the names of mine that those on the left stand for.
+    """
+    parts: dict[str, list[Box]] = defaultdict(list)
+    for key, one in left.items():
+        other = right.get(key)
+        if isinstance(one, str) and isinstance(other, str):
+            shape = search.have[names[one]]
+            if shape == search.want[other]:
+                search.take_whole(other, names[one], f", {by}")
+            elif _rows_apart(shape, search.want[other]):
+                search.moved[names[one]] = other
+        elif other is not None:
+            there = all_of(one, search.have[names[one]]) if isinstance(one, str) else one
+            wanted = all_of(other, search.want[other]) if isinstance(other, str) else other
+            for name, box in between(there, wanted, search.want):
+                parts[name].append(box._replace(source=names[box.source]))
+    for name, boxes in parts.items():
+        if sum(prod(box.sizes) for box in boxes) == prod(search.want[name]):
+            note = f"{len(boxes)} tensors, {boxes[0].source} to {boxes[-1].source}, joined {by}"
+            note = note if len(boxes) > 1 else f"made of {boxes[0].source} {by}"
+            search.take(name, View(search.want[name], tuple(boxes)), note)

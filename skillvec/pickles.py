@@ -1,0 +1,444 @@
+"""Pickled PyTorch files as addresses: object trees in which every tensor is a place in the file.
+
+Hides the pickle language, torch's zip archive and its storages. Nothing that a pickle names is
+imported or called: globals of a short list become inert records (`Record`) or addresses (`Stored`),
+every other one is refused before torch's weights_only unpickler reads the rest. Data is never
+read here; every address is checked to lie in its record of the archive. Refused: files of torch
+before 1.6 (no archive), TorchScript, compressed or encrypted records, big-endian data, sparse,
+quantised and conjugated tensors, tensors that repeat values.
+"""
+
+import io
+import pickletools
+import re
+import struct
+import threading
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+from skillvec.errors import FormatError, IncompatibleError, SkillvecError, printable, up_to_five
+from skillvec.sources import Box, Index, Source, View, Viewed, row_major
+from skillvec.storage import ITEMSIZE, TensorSpec, file_nbytes, read_bytes
+
+MAX_PICKLE_NBYTES = 1 << 29  # the tree alone, without data: real ones take a few hundred KB
+MAX_DIMENSIONS = 64
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # around a model's tensors
+ADVICE = "load it with the library that wrote it and save the weights as safetensors"
+
+DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
+    "torch.bfloat16": "BF16", "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2",
+    "torch.float8_e8m0fnu": "F8_E8M0", "torch.complex64": "C64", "torch.bool": "BOOL",
+    "torch.uint8": "U8", "torch.int8": "I8", "torch.uint16": "U16", "torch.int16": "I16",
+    "torch.uint32": "U32", "torch.int32": "I32", "torch.uint64": "U64", "torch.int64": "I64",
+}  # fmt: skip
+STORAGES = {
+    "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16", "torch.ComplexFloatStorage": "C64",
+    "torch.BoolStorage": "BOOL", "torch.ByteStorage": "U8", "torch.CharStorage": "I8",
+    "torch.ShortStorage": "I16", "torch.IntStorage": "I32", "torch.LongStorage": "I64",
+    "torch.storage.UntypedStorage": "U8",
+}  # fmt: skip
+# named in files of training runs; kept as records, never imported, so none of them can do anything
+INERT = {
+    *DTYPES, *STORAGES, "torch.Tensor", "torch.nn.parameter.Parameter", "torch.device",
+    "_io.BytesIO",
+    "torch.serialization._get_layout", "argparse.Namespace", "collections.defaultdict",
+    "builtins.bytearray", "builtins.complex", "builtins.int", "builtins.list", "builtins.dict",
+}  # fmt: skip
+INERT_PACKAGES = ("torch.distributed.", "deepspeed.", "numpy.", "pathlib.", "datetime.")
+CONTAINERS = {
+    "collections.OrderedDict": ("collections", "OrderedDict"),
+    "builtins.set": ("builtins", "set"),
+}
+
+
+class Record:
+    """An object of a pickle that was not made: the name of its class, arguments and state."""
+
+    name = ""
+    args: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __new__(cls, *args: Any) -> Any:
+        self = super().__new__(cls)
+        self.args = args
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        slots = isinstance(state, tuple) and len(state) == 2 and state[0] is None
+        self.state = state[1] if slots else state
+
+    def get(self, field: str, position: int = -1) -> Any:
+        """Return a field of its state: a dict, or a sequence where `position` is given."""
+        if isinstance(self.state, dict) and field in self.state:
+            return self.state[field]
+        values = self.args if self.state is None else self.state
+        if isinstance(values, tuple | list) and 0 <= position < len(values):
+            return values[position]
+        raise FormatError(f"a pickled {self.name} has no {field}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a pickle: value (i, j, ..) lies at byte start + itemsize * (strides . (i, j))."""
+
+    dtype: str
+    shape: Index
+    strides: Index
+    path: str
+    start: int
+
+    def span(self, name: str) -> TensorSpec:
+        """Return the bytes from its first to its last value as a flat tensor."""
+        steps = zip(self.shape, self.strides, strict=True)
+        values = 1 + sum((n - 1) * stride for n, stride in steps) if prod(self.shape) else 0
+        nbytes = values * ITEMSIZE[self.dtype]
+        return TensorSpec(name, self.dtype, (values,), self.path, self.start, nbytes)
+
+    def box(self, name: str, offset: Index) -> Box:
+        """Return it as the part at `offset` of a larger tensor."""
+        return Box(offset, self.shape, self.span(name), 0, self.strides)
+
+    def source(self, name: str) -> Source:
+        """Return it as a source: bytes of the file where it is contiguous, else a view of them."""
+        steps = zip(self.shape, self.strides, row_major(self.shape), strict=True)
+        if not prod(self.shape) or all(n == 1 or a == b for n, a, b in steps):
+            return self.span(name)._replace(shape=self.shape)
+        return Viewed(name, self.dtype, View(self.shape, (self.box(name, (0,) * len(self.shape)),)))
+
+
+class _Storage(NamedTuple):
+    dtype: str
+    path: str
+    start: int
+    nbytes: int
+
+
+def open_pickles(paths: Sequence[str], what: str) -> dict[str, Source]:
+    """Open a pickled model, one file or all its shards, as name -> source in file order.
+
+    `what` names the model in errors. Takes a dict of tensors, also under one of `WRAPPERS`. Raises
+    FormatError for a broken file, IncompatibleError for what is not taken.
+    """
+    tensors: dict[str, Source] = {}
+    for path in paths:
+        for name, value in state_dict(load_archive(path), f"{what}: {path}").items():
+            if not isinstance(value, Stored):
+                raise IncompatibleError(
+                    f"{what}: {path}: {name!r} is a shard of a tensor ({value.name}): give the"
+                    " folder that holds the files of all ranks"
+                )
+            if name in tensors:
+                raise FormatError(f"{what}: {path}: tensor {name!r} stands in another shard too")
+            tensors[name] = value.source(name)
+    return tensors
+
+
+def is_tensor(value: Any) -> bool:
+    """Return whether a value of a tree is a tensor, or a shard of a distributed one."""
+    return isinstance(value, Stored) or (
+        isinstance(value, Record) and value.name.endswith((".DTensor", ".ShardedTensor"))
+    )
+
+
+def state_dict(tree: Any, where: str) -> dict[str, Any]:
+    """Return the one dict of tensors in a tree: the tree itself, or what `WRAPPERS` lead to."""
+    for _ in range(4):
+        if not isinstance(tree, dict):
+            break
+        if any(map(is_tensor, tree.values())):
+            wrong = [
+                f"{key!r}: {getattr(value, 'name', type(value).__name__)}"
+                for key, value in tree.items()
+                if type(key) is not str or not is_tensor(value)
+            ]
+            if wrong:
+                what = "entries beside the tensors that are none"
+                raise IncompatibleError(f"{where}: {what}:\n{up_to_five(wrong)}\n{ADVICE}")
+            return tree
+        inner = [key for key in WRAPPERS if isinstance(tree.get(key), dict) and tree[key]]
+        if len(inner) > 1:
+            raise IncompatibleError(f"{where}: which of {inner} is the model? {ADVICE}")
+        if not inner:
+            break
+        tree = tree[inner[0]]
+    found = [repr(key) for key in tree] if isinstance(tree, dict) else [type(tree).__name__]
+    raise IncompatibleError(
+        f"{where}: expected a dict of tensors, itself or under one of {', '.join(WRAPPERS)};"
+        f" found:\n{printable(up_to_five(found))}"
+    )
+
+
+# ------------------------------------------------------------------------------------ archives
+
+
+class _Range(io.RawIOBase):
+    """A range of a file as a file: archives of torch stand inside others."""
+
+    def __init__(self, path: str, begin: int, nbytes: int) -> None:
+        self.path, self.begin, self.nbytes, self.at = path, begin, nbytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(0, offset + (0, self.at, self.nbytes)[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self.nbytes - self.at))
+        content = read_bytes(self.path, self.begin + self.at, wanted)
+        buffer[: len(content)] = content
+        self.at += len(content)
+        return len(content)
+
+
+class _Archive:
+    """The records of a zip archive in a range of a file, each checked to lie in it as it is."""
+
+    def __init__(self, path: str, begin: int, nbytes: int) -> None:
+        self.path, self.begin, self.nbytes = path, begin, nbytes
+        try:
+            with zipfile.ZipFile(io.BufferedReader(_Range(path, begin, nbytes))) as archive:
+                entries = archive.infolist()
+        except Exception as error:  # zipfile lets struct's errors and others through
+            raise FormatError(f"{path}: not a readable archive: {error}; truncated?") from None
+        names = [entry.filename for entry in entries]
+        roots = [n[:-8] for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
+        if len(roots) != 1 or len(set(names)) != len(names):
+            raise FormatError(f"{path}: expected one data.pkl and no record twice in the archive")
+        self.records = {entry.filename.removeprefix(roots[0]): entry for entry in entries}
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Return where a record begins in the file and its bytes."""
+        entry = self.records.get(name)
+        if entry is None:
+            raise FormatError(f"{self.path}: the archive has no record {name!r}")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 0x41:
+            raise IncompatibleError(f"{self.path}: {name} is compressed or encrypted: {ADVICE}")
+        local = read_bytes(self.path, self.begin + max(0, entry.header_offset), 30)
+        if len(local) == 30 and local[:4] == b"PK\3\4":
+            start = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
+            if entry.header_offset >= 0 and start + entry.file_size <= self.nbytes:
+                return self.begin + start, entry.file_size
+        raise FormatError(f"{self.path}: {name} does not lie in the archive: truncated?")
+
+    def content(self, name: str) -> bytes:
+        """Return a small record."""
+        start, nbytes = self.place(name)
+        if nbytes > MAX_PICKLE_NBYTES:
+            raise FormatError(f"{self.path}: {name} of {nbytes} bytes, over {MAX_PICKLE_NBYTES}")
+        return read_bytes(self.path, start, nbytes)
+
+    def storage(self, pid: Any) -> _Storage:
+        """Return where the storage of a persistent id lies."""
+        _, kind, key, _, numel = pid
+        dtype = STORAGES.get(getattr(kind, "name", ""))
+        if dtype is None or type(numel) is not int:
+            raise FormatError(f"{self.path}: a storage of an unknown kind: {str(pid)[:200]}")
+        start, nbytes = self.place(f"data/{key}")
+        if not 0 <= numel * ITEMSIZE[dtype] <= nbytes:
+            raise FormatError(f"{self.path}: storage {key}: {numel} x {dtype} in {nbytes} bytes")
+        return _Storage(dtype, self.path, start, numel * ITEMSIZE[dtype])
+
+
+def load_archive(path: str, begin: int = 0, nbytes: int | None = None) -> Any:
+    """Return the object tree of what torch.save wrote, to a file or to a range of one.
+
+    dicts, lists, tuples, numbers and strings as they are; a tensor is a `Stored` with its absolute
+    address, any other object a `Record`. Reads the pickle and the archive's directory alone.
+    Raises FormatError, IncompatibleError; OSError where the file cannot be read.
+    """
+    size = file_nbytes(path)
+    nbytes = size - begin if nbytes is None else nbytes
+    if not 0 <= begin <= begin + nbytes <= size:
+        raise FormatError(f"{path}: bytes {begin} to {begin + nbytes} of {size}: truncated")
+    magic = read_bytes(path, begin, min(4, nbytes))
+    if magic[:1] == b"\x80":
+        raise IncompatibleError(
+            f"{path}: a pickle without an archive (torch before 1.6, or"
+            f" _use_new_zipfile_serialization=False): {ADVICE}"
+        )
+    if magic != b"PK\3\4":
+        raise FormatError(f"{path}: not an archive of torch.save: it begins with {magic!r}")
+    archive = _Archive(path, begin, nbytes)
+    if "constants.pkl" in archive.records:
+        raise IncompatibleError(f"{path}: a TorchScript module: {ADVICE}")
+    if "byteorder" in archive.records and archive.content("byteorder") != b"little":
+        raise IncompatibleError(f"{path}: big-endian data: {ADVICE}")
+    return load_pickle(archive.content("data.pkl"), path, archive.storage)
+
+
+# ------------------------------------------------------------------------------------- pickles
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Stored:
+    """Return a checked address; `rest` is requires_grad, hooks and perhaps flags.
+
+    The stride of a dimension of size 1 says nothing and becomes 0.
+    """
+    if not isinstance(storage, _Storage) or any(rest[2:3]):
+        raise IncompatibleError(f"a tensor without plain values: {str(rest)[:80]}; {ADVICE}")
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or (
+        len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS
+        or any(type(n) is not int or not 0 <= n < 1 << 63 for n in (offset, *shape, *strides))
+    ):  # fmt: skip
+        raise FormatError(f"a tensor of shape {shape!s:.80}, strides {strides!s:.80}")
+    strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
+    before = offset * ITEMSIZE[storage.dtype]
+    made = Stored(storage.dtype, shape, strides, storage.path, storage.start + before)
+    if before + made.span("").nbytes > storage.nbytes:
+        raise FormatError(
+            f"a tensor of shape {list(shape)}, strides {list(strides)} from value {offset} on does"
+            f" not lie in its storage of {storage.nbytes} bytes"
+        )
+    if prod(shape) * ITEMSIZE[storage.dtype] > storage.nbytes:
+        raise IncompatibleError(f"a tensor of {list(shape)} that repeats values: {ADVICE}")
+    return made
+
+
+def _tensor_of_dtype(storage: Any, *rest: Any) -> Stored:
+    """Return the address of a tensor that says its dtype itself, behind the hooks."""
+    dtype = DTYPES.get(getattr(rest[5], "name", ""))
+    if dtype is None or not isinstance(storage, _Storage):
+        raise IncompatibleError(f"a tensor of {getattr(rest[5], 'name', rest[5])}: {ADVICE}")
+    return _tensor(storage._replace(dtype=dtype), *rest[:5], *rest[6:])
+
+
+def _subclass(make: Any, kind: Any, args: Any, state: Any) -> Any:
+    """Return a tensor of a subclass or with attributes: a record of it, or the tensor itself."""
+    if getattr(make, "name", "") not in MAKERS:
+        raise FormatError(f"a tensor made by {make!r}")
+    made = make(*args)
+    if isinstance(made, Record):
+        made.__setstate__(state)
+    return made
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Return bytes that protocol 2 writes as text; any other codec could blow them up."""
+    if encoding != "latin1":
+        raise FormatError(f"bytes encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+def _nested(kind: Any, name: str) -> Any:
+    """Return the class that a nested class stands in: its objects are recorded as of that one."""
+    if not isinstance(kind, type) or not issubclass(kind, Record):
+        raise FormatError(f"{name!r} of {kind!r}")
+    return kind
+
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "builtins.getattr": _nested,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_parameter": lambda data, *rest: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
+    "torch._utils._rebuild_wrapper_subclass": lambda kind, *args: kind(*args),
+    "torch._tensor._rebuild_from_type_v2": _subclass,
+    "torch.Size": tuple,
+    "_codecs.encode": _encode,
+}
+_lock = threading.Lock()  # the list of safe globals is torch's, one for the process
+
+
+@lru_cache(maxsize=1024)
+def _stand_in(name: str) -> type[Record]:
+    """Return the class that stands for a global: a record of it, or what makes an address."""
+    body: dict[str, Any] = {"__module__": "skillvec", "__qualname__": name, "name": name}
+    if name in MAKERS:
+        body["__new__"] = lambda cls, *args: MAKERS[name](*args)
+    return type(name, (Record,), body)
+
+
+def load_pickle(raw: bytes, where: str, storage: Callable[[Any], Any] | None = None) -> Any:
+    """Return the object tree of a pickle, protocols 2 to 5, as `load_archive` does.
+
+    `where` names the file in errors; `storage` turns torch's persistent ids into storages.
+    """
+    from torch import serialization
+    from torch._weights_only_unpickler import Unpickler
+
+    try:
+        plain, names = _to_protocol_2(raw)
+        known = INERT | MAKERS.keys()
+        unknown = [n for n in sorted(names) if n not in known and not n.startswith(INERT_PACKAGES)]
+        if unknown:
+            raise IncompatibleError(
+                "the pickle names objects that are not taken (nothing was run):\n"
+                f"{up_to_five(unknown)}\n{ADVICE}"
+            )
+        unpickler: Any = Unpickler(io.BytesIO(plain), encoding="utf-8")
+        if storage is not None:
+            unpickler.persistent_load = storage
+        with _lock, serialization.safe_globals([_stand_in(name) for name in names]):
+            return unpickler.load()
+    except SkillvecError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(where) else f"{where}: {text}") from None
+    except Exception as error:  # hostile input makes the unpickler fail in any way
+        raise FormatError(f"{where}: not a readable pickle: {str(error)[:200]!r}") from None
+
+
+def _to_protocol_2(raw: bytes) -> tuple[bytes, set[str]]:
+    """Rewrite a pickle in the words torch's unpickler knows; return it and its globals' names.
+
+    Globals but containers get the prefix "skillvec.", which only stand-ins have. Newer protocols
+    push a global's module and name as strings, which are cut out of the output again: so strings
+    are not memoised there but written out wherever they are fetched.
+    """
+    out, names = bytearray(), set[str]()
+    memo: dict[int, str | None] = {}
+    strings: list[tuple[str, int]] = []  # on top of the stack, with their places in the output
+    last = ""
+    end: tuple[Any, Any, Any] = (None, None, len(raw))
+    for (opcode, argument, at), (_, _, after) in pairwise(chain(pickletools.genops(raw), (end,))):
+        word = opcode.name
+        if word in ("FRAME", "PROTO"):
+            continue
+        if word.endswith("GET") and memo.get(argument) is not None:
+            word, argument = "UNICODE", memo[argument]
+        if word.endswith(("PUT", "MEMOIZE")):
+            key = len(memo) if word == "MEMOIZE" else argument
+            memo[key] = strings[-1][0] if last == "UNICODE" else None
+            if last != "UNICODE":
+                out += b"r" + struct.pack("<I", key)
+        elif word.endswith(("UNICODE", "UNICODE8")):
+            word = "UNICODE"
+            strings.append((argument, len(out)))
+            text = argument.encode("utf-8", "surrogatepass")
+            out += b"X" + struct.pack("<I", len(text)) + text
+        else:
+            if word.endswith("GLOBAL"):
+                module, _, name = argument.partition(" ") if argument else ("", "", "")
+                if word == "STACK_GLOBAL":
+                    (module, begin), (name, _) = strings[-2:]
+                    del out[begin:]
+                name = f"{'builtins' if module == '__builtin__' else module}.{name}"
+                if not re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name):
+                    raise FormatError(f"a global called {name[:80]!r}")
+                module, name = CONTAINERS.get(name) or ("skillvec", name)
+                if module == "skillvec":
+                    names.add(name)
+                out += f"c{module}\n{name}\n".encode()
+            else:
+                out += raw[at:after]
+            strings.clear()
+        if len(out) > 2 * MAX_PICKLE_NBYTES:  # strings fetched over and over
+            raise FormatError(f"a pickle that unfolds to more than {2 * MAX_PICKLE_NBYTES} bytes")
+        last = word
+    return b"\x80\x02" + out, names
