@@ -163,7 +163,11 @@ class _Search:
 
 
 def _rows_apart(one: Index, other: Index) -> bool:
-    return len(one) == len(other) in (1, 2) and one[:1] != other[:1] and (-1, *one[1:]) == (-1, *other[1:])
+    return (
+        len(one) == len(other) in (1, 2)
+        and one[:1] != other[:1]
+        and (-1, *one[1:]) == (-1, *other[1:])
+    )
 
 
 def _match_rows(search: _Search, rows: str) -> None:
