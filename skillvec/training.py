@@ -1,7 +1,7 @@
 """A callback for Hugging Face and TRL trainers: the skill vector beside every checkpoint.
 
-The one module that needs transformers at its import; nothing else in the package imports it. What
-can be refused is refused before the first step. A vector that cannot be written later is an error
+The one module that needs transformers at its import; nothing else in the package imports it. A base
+that is no model is refused before the first step. A vector that cannot be written later is an error
 in the log with the command that makes up for it, and never the end of the training.
 """
 
@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from skillvec.checkpoint import Checkpoint, open_checkpoint
-from skillvec.errors import SkillvecError, UsageError
+from skillvec.errors import SkillvecError
 from skillvec.kernels import HALVES
 from skillvec.verbs import diff
 
@@ -25,25 +25,15 @@ class SkillVectorCallback(TrainerCallback):
 
     `base` is the folder of the model that training starts from, theta_sft. The vector of
     OUTPUT_DIR/checkpoint-N is OUTPUT_DIR/skill-N.safetensors; `options` are those of
-    `skillvec.diff`, such as method="grpo". `written` lists what was made. Raises UsageError for a
-    base that is no model on disk, and when training begins for adapters (their checkpoints hold no
-    whole weights).
+    `skillvec.diff`, such as method="grpo". `written` lists what was made. Where a LoRA adapter is
+    trained, base is what it is trained on, and the vector is s B A. Raises UsageError for a base
+    that is not there.
     """
 
     def __init__(self, base: str | os.PathLike[str] | Checkpoint, **options: Any) -> None:
         self.base = open_checkpoint(base, "base")
         self.options = options
         self.written: list[Path] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """Refuse a model whose checkpoints cannot be subtracted from the base."""
-        if hasattr(given.get("model"), "peft_config"):
-            raise UsageError(
-                "SkillVectorCallback: an adapter is trained, whose checkpoints hold no whole"
-                " weights: merge it and use skillvec diff"
-            )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -62,7 +52,10 @@ class SkillVectorCallback(TrainerCallback):
         self.written.append(path)
         facts = vector.report.facts
         logger.info(f"{path}: norm {facts['norm']:.4g}, {100 * facts['density']:.3g} % changed")
-        if set(HALVES) & set(vector.manifest["tuned"]["dtypes"]):
+        tuned = vector.manifest["tuned"] or {
+            "dtypes": {}
+        }  # none of an adapter, whose s B A is fp32
+        if set(HALVES) & set(tuned["dtypes"]):
             logger.warning_once(
                 "checkpoints are saved in 16 bits: their skill vectors are thresholded copies of"
                 " the true update. Train from fp32 weights to keep it whole."

@@ -1,9 +1,11 @@
 """The callback: the vector beside every checkpoint, and what it refuses when."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from families import perturbed, save, toy
 
 import skillvec as sv
@@ -44,11 +46,27 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(sv.UsageError, match="no such"):
         sv.SkillVectorCallback(tmp_path / "absent")
-    callback = sv.SkillVectorCallback(save(tmp_path / "base", toy(0, "F32")))
-    model = SimpleNamespace(peft_config={"default": 1})
-    with pytest.raises(sv.UsageError, match="adapter"):
-        callback.on_train_begin(None, None, None, model=model)
-    callback.on_train_begin(None, None, None, model=SimpleNamespace())
+
+
+def test_of_an_adapter_it_writes_what_the_adapter_adds(tmp_path: Path, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("skillvec.training.logger.warning_once", said.append)
+    base = save(tmp_path / "base", toy(0, "BF16"))
+    name = "model.layers.0.self_attn.q_proj"
+    pair = {
+        f"base_model.model.{name}.lora_A.weight": torch.eye(2, 24),
+        f"base_model.model.{name}.lora_B.weight": torch.ones(24, 2),
+    }
+    folder = tmp_path / "out" / "checkpoint-3"
+    save(folder / "adapter_model.safetensors", pair)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    callback = sv.SkillVectorCallback(base, method="grpo")
+    call(callback, tmp_path / "out", 3)
+    vector = sv.SkillVector.open(callback.written[0])
+    changed = {n: e["changed"] for n, e in vector.manifest["tensors"].items() if e["changed"]}
+    assert changed == {f"{name}.weight": 48} and not said
+    assert vector.manifest["tensors"][f"{name}.weight"]["norm"] == pytest.approx(3 * 48**0.5, 1e-3)
 
 
 def test_a_vector_that_cannot_be_written_does_not_end_the_training(
