@@ -101,8 +101,6 @@ def callbacks_for(data: Data, model: Any, method: str) -> list[Any]:
         return []
     from skillvec import SkillVectorCallback
 
-    if model.use_peft:
-        raise ValueError("vectors: an adapter's checkpoints hold no whole weights; diff the result")
     return [SkillVectorCallback(model.model_name_or_path, method=method)]
 
 

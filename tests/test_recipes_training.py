@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import save, toy
 from safetensors.torch import load_file
 
 import skillvec as sv
@@ -29,12 +30,11 @@ def test_functions_are_found_by_name_or_refused() -> None:
             load_function(name)
 
 
-def test_vectors_of_adapters_are_refused_before_training(tmp_path: Path) -> None:
-    asked = Data(data="x.json", vectors=True)
-    adapter = SimpleNamespace(use_peft=True, model_name_or_path=str(tmp_path))
-    with pytest.raises(ValueError, match="adapter"):
-        callbacks_for(asked, adapter, "sft")
-    assert callbacks_for(Data(data="x.json"), adapter, "sft") == []
+def test_vectors_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
+    model = SimpleNamespace(model_name_or_path=str(save(tmp_path / "base", toy())))
+    (callback,) = callbacks_for(Data(data="x.json", vectors=True), model, "sft")
+    assert callback.base.path == tmp_path / "base" and callback.options == {"method": "sft"}
+    assert callbacks_for(Data(data="x.json"), model, "sft") == []
 
 
 def test_models_are_loaded_in_the_dtype_asked_for() -> None:
@@ -124,12 +124,20 @@ def test_lora_is_merged_into_what_is_saved(start: Path, tmp_path: Path) -> None:
 
     words = config(
         tmp_path / "sft.yaml", data=str(start / "texts.jsonl"), use_peft=True, lora_r=4,
-        lora_target_modules=["q_proj", "v_proj"], model_name_or_path=str(start / "model"),
+        vectors=True, lora_target_modules=["q_proj", "v_proj"],
+        model_name_or_path=str(start / "model"),
     )  # fmt: skip
     sft.main([*words, "--output_dir", str(tmp_path / "out"), "--max_length", "64"])
     vector = sv.diff(tmp_path / "out", start / "model", tmp_path / "v.safetensors")
     moved = {line["name"] for line in vector.report.ledger if line["status"] == "delta"}
     assert moved == {f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qv"}
+    # the callback saw checkpoints of adapters: s B A, which is what was merged at the end
+    skill = tmp_path / "out" / "skill-2.safetensors"
+    assert sv.verify(skill).facts["verified"]
+    sv.apply(start / "model", skill, tmp_path / "again")
+    merged, again = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "again"))
+    for name in merged:
+        torch.testing.assert_close(again[name], merged[name], rtol=0, atol=1e-7)
 
 
 @pytest.mark.slow
