@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skillvec.kernels import STORAGE_DTYPE, Array
+from skillvec.kernels import STORAGE_DTYPE, Array, widen
 from skillvec.storage import (
     ITEMSIZE,
     LEAF_NBYTES,
@@ -326,3 +326,23 @@ class Viewed(Derived):
 
     def read(self, begin: int, out: Array) -> None:
         self.view.fill(begin, out, read_values)
+
+
+@dataclass(frozen=True)
+class Widened(Derived):
+    """A tensor of floats in a wider dtype, F32 or F64, which holds all its values."""
+
+    name: str
+    dtype: str
+    source: Source
+
+    @property
+    def shape(self) -> Index:  # type: ignore[override]
+        return self.source.shape
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def read(self, begin: int, out: Array) -> None:
+        out[:] = widen(values_of(self.source, begin, out.size), self.source.dtype)

@@ -5,6 +5,7 @@ are read, or several deltas merged by an operator as they are read. Vectors can 
 subtracted; what has no meaning (a vector plus a model) is a TypeError that says so.
 """
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -27,7 +28,7 @@ from skillvec.checkpoint import (
     open_tensors,
     read_json,
 )
-from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.errors import IncompatibleError, SkillvecError, UsageError, up_to_five
 from skillvec.kernels import DTYPE_NAMES, FLOATS, HALVES, widen
 from skillvec.layouts import SKIPPED, Bridge, bridge, viewed_specs
 from skillvec.merging import OPERATORS, Operator, check_parameters
@@ -38,6 +39,7 @@ from skillvec.sources import (
     Source,
     View,
     Viewed,
+    Widened,
     concatenate,
     digest_values,
     read_raw,
@@ -176,6 +178,7 @@ class SkillVector:
     parts: "tuple[SkillVector, ...]" = ()
     recipe: Recipe | None = None
     notes: Mapping[str, str] = field(default_factory=dict)  # how tensors were found
+    origin: Checkpoint | None = None  # the files of an adapter
     adapter: Adapter | None = None  # one without its base: fitted to the target that it meets
     report: Any = field(default=None, compare=False)  # of the verb that wrote it
 
@@ -260,8 +263,11 @@ class SkillVector:
         config = read_json(place.files[ADAPTER_CONFIG])
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
         said = adapter.base_ref
-        if base is None and said and (adapter.whole or os.path.exists(os.path.expanduser(said))):
+        if base is None and said and adapter.whole:
             base = open_checkpoint(said, "base of the adapter")
+        elif base is None and said and os.path.exists(os.path.expanduser(said)):
+            with contextlib.suppress(SkillvecError):  # only the verdict would gain by it
+                base = open_checkpoint(said, "base of the adapter")
         if base is None and adapter.whole:
             raise IncompatibleError(
                 f"adapter {place.ref}: holds whole modules and names no base to subtract:"
@@ -302,8 +308,9 @@ class SkillVector:
             ],
         }  # fmt: skip
         return SkillVector(
-            place.ref, deltas, manifest, base=base, notes=notes, adapter=None if base else adapter
-        )
+            place.ref, deltas, manifest, base=base, notes=notes, origin=opened,
+            adapter=None if base else adapter,
+        )  # fmt: skip
 
     @staticmethod
     def patched(
@@ -453,7 +460,8 @@ class SkillVector:
 
     def inputs(self) -> list[Checkpoint | VectorFile]:
         """Return everything it is read from."""
-        own = [side for side in (self.stored, self.tuned, self.base) if side is not None]
+        sides = (self.stored, self.tuned, self.base, self.origin)
+        own = [side for side in sides if side is not None]
         return own + [side for part in self.parts for side in part.inputs()]
 
     def base_digest(self, name: str) -> str | None:
@@ -544,15 +552,13 @@ def seen_as(
         kept = max((box.offset[0] + box.sizes[0] for box in view.boxes if box.sizes), default=0)
         if not view.shape or kept >= view.shape[0]:
             continue
-        mine, other = tensors[name], base[name]
-        if mine.dtype != other.dtype:
-            raise IncompatibleError(
-                f"{name}: {kept} common rows, but tuned is {mine.dtype} and base {other.dtype}:"
-                " convert one to the other's dtype first"
-            )
-        top = whole(mine, view.shape).slice(0, 0, kept)
-        rest = whole(other, view.shape).slice(0, kept, view.shape[0])
-        tensors[name] = Viewed(name, mine.dtype, concatenate([top, rest], 0))
+        sides: list[Source] = [tensors[name], base[name]]
+        if sides[0].dtype != sides[1].dtype:
+            wide = "F64" if "F64" in (sides[0].dtype, sides[1].dtype) else "F32"
+            sides = [side if side.dtype == wide else Widened(name, wide, side) for side in sides]
+        top = whole(sides[0], view.shape).slice(0, 0, kept)
+        rest = whole(sides[1], view.shape).slice(0, kept, view.shape[0])
+        tensors[name] = Viewed(name, sides[0].dtype, concatenate([top, rest], 0))
     unused = {name: tuned[name] for name in _left_over(found, tuned.ref)}
     return tuned.with_tensors(tensors | unused), found.notes, found.skipped, _hints(found)
 

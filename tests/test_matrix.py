@@ -320,14 +320,30 @@ def test_an_adapter_without_its_base_fits_any_model_of_its_names(tmp_path: Path)
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(sv.UsageError, match="diff ADAPTER BASE"):
         sv.combine(adapter, adapter)
+    with pytest.raises(sv.UsageError, match="the input"):
+        sv.apply(moved, adapter, adapter, force=True)
     report = sv.apply(moved, adapter, tmp_path / "out")
     assert report.facts["verdict"] == "same shapes, unknown lineage"
     assert report.counts == {"applied": 2, "passed through": len(merged) - 2}
+    base.mkdir()  # one that cannot be opened is as good as none
+    assert sv.SkillVector.open(adapter).adapter is not None
     for name, tensor in load(tmp_path / "out").items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=2e-7)
 
 
 # ----------------------------------------------------------------------------------- vocabulary
+
+
+def test_rows_of_two_dtypes(tmp_path: Path):
+    base = {"model.embed_tokens.weight": torch.randn(8, 4).bfloat16(), "w": torch.randn(4, 4)}
+    tuned = {name: tensor.float() + 0.01 for name, tensor in base.items()}
+    tuned["model.embed_tokens.weight"] = tuned["model.embed_tokens.weight"][:6]
+    folders = save(tmp_path / "tuned", tuned), save(tmp_path / "base", base)
+    sv.diff(*folders, tmp_path / "v.safetensors", rows="common")
+    sv.apply(folders[1], tmp_path / "v.safetensors", tmp_path / "out", dtype="fp32")
+    out, name = load(tmp_path / "out"), "model.embed_tokens.weight"
+    assert torch.equal(out["w"], tuned["w"]) and torch.equal(out[name][:6], tuned[name])
+    assert torch.equal(out[name][6:], base[name][6:].float())
 
 
 @pytest.mark.parametrize("more", ["tuned", "base"])
