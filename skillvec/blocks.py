@@ -5,7 +5,7 @@ worker and are reused for every block; nothing here knows where results go.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from skillvec.vector import ComputedDelta, DeltaSource, MixDelta, PairDelta, Vie
 from skillvec.vectorfile import BLOCK_NUMEL, REPLACEMENT, BlockReader, StoredDelta, block_count
 
 NO_RECORDS: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)
+VIEW = ".view"  # what the role of a delta read through a view has more
 
 
 class Workspace:
@@ -45,8 +46,9 @@ class Workspace:
 class Block:
     """Block `index` of a tensor of `numel` values.
 
-    `leaves` collect the digests of the tensor by role, in the place of each block. `subtracted` is
-    what was found when the first delta is a pair.
+    `leaves` collect the digests of the tensor by role, in the place of each block, `seen` those of
+    the tensors that views read, by name. `subtracted` is what was found when the first delta is a
+    pair.
     """
 
     index: int
@@ -55,6 +57,7 @@ class Block:
     readers: Mapping[str, BlockReader]  # by file
     leaves: dict[str, bytearray]
     measure: bool = False  # whether the norm of a difference is wanted
+    seen: dict[str, dict[str, bytearray]] = field(default_factory=dict)
     subtracted: Subtraction | None = None
 
     @property
@@ -121,9 +124,10 @@ class Block:
                 index = begin // BLOCK_NUMEL
                 key = part.spec.name, index
                 if key not in held:
-                    block = Block(index, part.spec.numel, self.workspace, self.readers, {})
+                    leaves = self.seen.setdefault(part.spec.name, {})
+                    block = Block(index, part.spec.numel, self.workspace, self.readers, leaves)
                     held.clear()
-                    held[key] = block.delta(part, f"{role}.view")[0].wide(0, block.size).copy()
+                    held[key] = block.delta(part, f"{role}{VIEW}")[0].wide(0, block.size).copy()
                 wide = held[key][begin - index * BLOCK_NUMEL :][: out.size]
                 out[: wide.size] = wide
                 begin, out = begin + wide.size, out[wide.size :]

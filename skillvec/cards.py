@@ -34,10 +34,11 @@ CLAIMS = {
     "partial": "base + 1 * vector restores tuned but for {unrestored} values or integer tensors",
     "rounded": "the differences are rounded, so tuned comes back nearly",
     "combined": "the result of an operator, rounded once",
+    "adapter": "what the adapter adds to its base, s B A, summed in fp64 and rounded once",
 }
 VECTOR = """# {name}
 
-A skill vector: the difference of two checkpoints, to be added to a model. It is no model itself:
+A skill vector: a difference of weights, to be added to a model. It is no model itself:
 `from_pretrained` does not load it. The method is PaST, [arXiv 2601.11258](https://arxiv.org/abs/2601.11258).
 
 {facts}
@@ -137,13 +138,19 @@ def vector_card(
     """
     base, tuned, training = manifest["base"], manifest["tuned"], manifest["training"]
     said, recipe = manifest["exactness"], manifest["recipe"] or {}
-    claim = CLAIMS[said["claim"]].format(unrestored=said["unrestored"])
+    adapter = not tuned and not recipe
+    claim = CLAIMS["adapter" if adapter else said["claim"]].format(unrestored=said["unrestored"])
+    if tuned and (manifest["include"] or manifest["exclude"] or "rows" in manifest):
+        claim += ", in the tensors and rows that were taken"
     dtypes = ", ".join(sorted({entry["dtype"] for entry in manifest["tensors"].values()}))
     rows = [("base", _side(base)), *([("tuned", _side(tuned))] if tuned else [])]
-    rows.append(("how", "tuned - base" if tuned else f"{_operator(recipe)} of vectors"))
-    for parent, weight in zip(manifest["parents"], _weights(manifest), strict=True):
-        where = _where(hub_model(parent["ref"]), "a local vector")
-        rows.append(("vector", f"{weight} * {where}, identity `{parent['identity']}`"))
+    how = "s B A of a LoRA adapter" if adapter else f"{_operator(recipe)} of vectors"
+    rows.append(("how", "tuned - base" if tuned else how))
+    weights = _weights(recipe, len(manifest["parents"]))
+    for parent, weight in zip(manifest["parents"], weights, strict=True):
+        where = _where(hub_model(parent["ref"]), f"a local {'adapter' if adapter else 'vector'}")
+        row = ("vector", f"{weight} * {where}, identity `{parent['identity']}`")
+        rows.append(("adapter", where) if adapter else row)
     rows += [("training", _line(training["method"] or "not stated"))]
     rows += [("notes", _line(training["notes"], 2000))] if training["notes"] else []
     rows += [("claim", f"{claim} (stored as {dtypes})"), ("identity", f"`{manifest['identity']}`")]
@@ -185,19 +192,27 @@ def merged_card(
     refs = [target, *(part[k] for part in said.get("parts", [said]) for k in keys if k in part)]
     known = {ref: hub_model(ref, (revisions or {}).get(ref)) for ref in refs}
     rows = [("target", _where(known[target], "a local checkpoint"))]
-    for part in said.get("parts", [said]):
-        found = [(key, known[part[key]]) for key in keys if key in part]
-        shown = ((k.replace("ref", "vector"), _where(at, "a local file")) for k, at in found)
-        rows += shown
+    parts = said.get("parts", [said])
+    weights = _weights(said["recipe"], len(parts)) if "recipe" in said else []
+    for part, weight in zip(parts, [f"{weight} * " for weight in weights] or [""], strict=True):
+        for key in (key for key in keys if key in part):
+            where = _where(known[part[key]], "a local file")
+            rows.append(("vector", weight + where) if key == "ref" else (key, where))
     rows += [("combined by", _operator(said["recipe"]))] if "recipe" in said else []
     rows += [("verdict", _line(facts["verdict"]))] if facts.get("verdict") else []
     if facts.get("gain") is not None:
         rows.append(("realised gain", f"{facts['gain']:.3f} (cosine {facts['cosine'] or 0:.3f})"))
     words: list[Any] = [known[target] or "TARGET"]
     words += [known[said["ref"]] or "VECTOR"] if "ref" in said else []
-    words += ["VECTOR"] if "recipe" in said else []
     options = {key: known[said[key]] or key.upper() for key in ("tuned", "base") if key in said}
     options |= recipe["request"] | {"lam": recipe["lam"]}
+    if "recipe" in said:
+        numbers, flags = _flags(said["recipe"])
+        for part, number in zip(parts, numbers, strict=bool(numbers)):
+            sides = [str(known[part[k]] or k.upper()) for k in ("tuned", "base") if k in part]
+            at = known[part["ref"]] if "ref" in part else "::".join(sides)
+            words.append(f"{at or 'VECTOR'}={number}")
+        options |= flags
     command = _shell("apply", words, options, "OUT")
     data: dict[str, Any] = {"library_name": "transformers"}
     below = ""
@@ -265,27 +280,39 @@ def _operator(recipe: Mapping[str, Any]) -> str:
     return _line(recipe.get("op", "linear"), 40) + "".join(shown)
 
 
-def _weights(manifest: Mapping[str, Any]) -> list[str]:
-    shares = (manifest["recipe"] or {}).get("vectors")
+def _flags(recipe: Mapping[str, Any]) -> tuple[list[float], dict[str, Any]]:
+    """Return the weights of a recipe and its options, no weights where it takes a file to say."""
+    given, shares = recipe.get("parameters") or {}, recipe["vectors"]
+    if not all(isinstance(s, dict) and set(s) <= {"vector", "weight"} for s in shares):
+        return [], {"recipe": "RECIPE"}
+    numbers = [share.get("weight", 1) for share in shares]
+    if not all(isinstance(n, int | float) for n in (*numbers, *dict(given).values())):
+        return [], {"recipe": "RECIPE"}
+    param = [f"{key}={value}" for key, value in given.items()]
+    return numbers, {"op": recipe.get("op", "linear"), "param": param}
+
+
+def _weights(recipe: Mapping[str, Any], count: int) -> list[str]:
+    shares = recipe.get("vectors")
     shares = shares if isinstance(shares, list) else []
     given = [share.get("weight", 1) if isinstance(share, dict) else None for share in shares]
-    given += [None] * len(manifest["parents"])
+    given += [None] * count
     shown = [
         f"{weight:g}" if isinstance(weight, int | float) else "(by tensor)" for weight in given
     ]
-    return shown[: len(manifest["parents"])]
+    return shown[:count]
 
 
 def _command(manifest: Mapping[str, Any]) -> str:
     """Return the command that gives this vector, with placeholders for paths of a disk."""
     options: dict[str, Any] = {key: manifest[key] for key in ("dtype", "codec")}
     verb = "".join(manifest["command"].split()[1:2])
-    if verb in ("diff", "import-patch") and manifest["tuned"]:
-        roles = {
-            "TUNED" if verb == "diff" else "PATCH": manifest["tuned"],
-            "BASE": manifest["base"],
-        }
-        words = [hub_model(side["ref"], side["revision"]) or role for role, side in roles.items()]
+    if verb in ("diff", "import-patch") and not manifest["recipe"]:
+        base, tuned = manifest["base"], manifest["tuned"]
+        first = hub_model(tuned["ref"], tuned["revision"]) if tuned else None
+        first = first or next((hub_model(parent["ref"]) for parent in manifest["parents"]), None)
+        role = "PATCH" if verb == "import-patch" else "TUNED" if tuned else "ADAPTER"
+        words = [first or role, hub_model(base["ref"], base["revision"]) or "BASE"]
         options |= {key: manifest[key] for key in CHOSEN if key in manifest}
         return _shell(verb, words, options, "VECTOR")
     if manifest["recipe"]:

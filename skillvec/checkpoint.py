@@ -434,7 +434,10 @@ def _open_pickle_shards(
 ) -> Opened:
     missing = sorted(set(weight_map.values()) - set(files))
     if missing:
-        raise FormatError(f"{what}: shards named by the index are missing:\n{up_to_five(missing)}")
+        raise FormatError(
+            f"{what}: shards named by the index are missing; copy or download the model again,"
+            f" whole:\n{up_to_five(missing)}"
+        )
     opened = _open_pickles([files[name] for name in sorted(set(weight_map.values()))], what)
     other = sorted(set(opened.tensors) ^ set(weight_map))
     if other:
@@ -466,7 +469,10 @@ def _open_shards(files: Mapping[str, str], weight_map: Mapping[str, str], what: 
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if name not in files or not is_there(files[name])]
     if missing:
-        raise FormatError(f"{what}: shards named by the index are missing:\n{up_to_five(missing)}")
+        raise FormatError(
+            f"{what}: shards named by the index are missing; copy or download the model again,"
+            f" whole:\n{up_to_five(missing)}"
+        )
     problems = []
     for file in names:
         header = read_header(files[file])

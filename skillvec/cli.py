@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from skillvec import __version__
-from skillvec.display import Screen
+from skillvec.display import Screen, folded
 from skillvec.errors import SkillvecError, printable
 
 Command = Callable[..., Any]
@@ -26,7 +26,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SkillvecError as error:
-            click.echo(printable(f"error: {error}"), err=True)
+            click.echo(folded(printable(f"error: {error}")), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; nothing was published", err=True)

@@ -5,6 +5,7 @@ Only this module imports rich, and only to draw a table or a bar: a quiet run st
 
 import json
 import re
+import shutil
 import sys
 import textwrap
 from typing import Any
@@ -22,7 +23,24 @@ STORES = ("diff", "combine", "import-patch", "export-patch", "extract-lora")
 
 
 def _print(text: str, to_stderr: bool = False) -> None:
-    print(printable(text), file=sys.stderr if to_stderr else sys.stdout)
+    text = printable(text)
+    if to_stderr:
+        print(folded(text), file=sys.stderr)
+    else:
+        print(text)
+
+
+def folded(text: str) -> str:
+    """Return talk for a terminal, lines broken between words below where they begin."""
+    if not sys.stderr.isatty():
+        return text
+    width, lines = shutil.get_terminal_size().columns, []
+    for line in text.split("\n"):
+        begin = re.match(r" *(?:\w+(?:  +|: ))?", line)
+        lines.append(textwrap.fill(line, max(width, 40), break_on_hyphens=False,
+                                   break_long_words=False,
+                                   subsequent_indent=" " * (begin.end() if begin else 0)))  # fmt: skip
+    return "\n".join(lines)
 
 
 def human_bytes(nbytes: float) -> str:
@@ -74,15 +92,23 @@ def _layout(notes: dict[str, str]) -> list[str]:
     ways: dict[str, list[str]] = {}
     for name, note in notes.items():
         ways.setdefault(re.sub(r"\d+", "N", note), []).append(name)
-    lines = [f"{len(names)} such as {names[0]}: {notes[names[0]]}" for names in ways.values()]
+    lines = [
+        f"{f'{len(names)} such as ' if len(names) > 1 else ''}{names[0]}: {notes[names[0]]}"
+        for names in ways.values()
+    ]
     return lines[:5] + ([f"... and {len(lines) - 5} more ways (--json)"] if len(lines) > 5 else [])
 
 
 def _fetched(facts: dict[str, Any]) -> str:
-    text = f"{human_bytes(facts['nbytes_fetched'])} in {facts['fetched']} files from the Hub"
+    text = f"{human_bytes(facts['nbytes_fetched'])} in {facts['fetched']} file{'' if facts['fetched'] == 1 else 's'} from the Hub"
     if "stream" in facts:
         text += f", at most {facts['stream']['most_files']} of them on the disk"
     return text
+
+
+def _from(facts: dict[str, Any]) -> str:
+    """Return the dtypes of what was subtracted; an adapter that is applied as it is has none."""
+    return f" (from {facts['lineage']})" if facts["lineage"] else ""
 
 
 def _source(vector: dict[str, Any]) -> str:
@@ -126,11 +152,11 @@ class Screen:
             name = _source(facts["vector"])
             self.say("OUT = TARGET + LAM * V")
             self.say(f"  target  {_point(facts['target'])}")
-            self.say(f"  vector  {name} (from {facts['lineage']}), lam {facts['lam']:g}")
+            self.say(f"  vector  {name}{_from(facts)}, lam {facts['lam']:g}")
             self.say(f"  verdict {facts['verdict']}")
         elif report.verb == "extract-lora":
             wish = f"energy {facts['energy']:g}" if facts["energy"] else f"rank {facts['rank']}"
-            self.say(f"s B A ~ V at {wish}, of {facts['vector']} (from {facts['lineage']})")
+            self.say(f"s B A ~ V at {wish}, of {facts['vector']}{_from(facts)}")
             self.say(f"  base    {facts['base']}")
         elif report.verb in TRANSFERS:
             self.say(f"{report.verb} {facts['kind']} {_transfer(facts)}")
@@ -414,9 +440,10 @@ def _print_vector(facts: dict[str, Any]) -> None:
     _print(f"  {facts['formula']}, made by {facts['tool']}:\n  {facts['command']}")
     for side in ("tuned", "base"):
         if facts[side]:
-            revision = f"@{facts[side]['revision'][:12]}" if facts[side]["revision"] else ""
+            ref, revision = facts[side]["ref"], facts[side]["revision"] or ""
+            at = f"@{revision[:12]}" if revision not in ref else ""  # of the Hub: it says it itself
             _print(
-                f"  {side:8} {facts[side]['ref']}{revision}"
+                f"  {side:8} {ref}{at}"
                 f" ({facts[side]['model_type'] or 'no config'}, {_dtypes(facts[side])})"
             )
     for parent in facts["parents"]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from xxhash import xxh3_128_digest
 
 from skillvec import operators
-from skillvec.blocks import Block, Workspace
+from skillvec.blocks import VIEW, Block, Workspace
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import Array, narrow, widen
@@ -28,7 +28,7 @@ from skillvec.storage import (
     OutputFile,
     fold_digest,
 )
-from skillvec.vector import ComputedDelta, MixDelta, PairDelta
+from skillvec.vector import ComputedDelta, MixDelta, PairDelta, ViewDelta
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     EXCEPTION,
@@ -161,6 +161,7 @@ class _Run:
             for path in vector.headers
         }
         self.totals: dict[str, Array] = {}  # counts of measuring passes by scope
+        self._seen: dict[str, dict[str, bytearray]] = {}  # digests of what views read, by tensor
         self._states: dict[int, _State] = {}
         self._results: list[JobResult | None] = [None] * len(plan.jobs)
         self._lock = threading.Lock()
@@ -186,6 +187,7 @@ class _Run:
                     thread.join()
         if self._error is not None:
             raise self._error
+        self._check_views()
         return [result for result in self._results if result is not None]
 
     def _halt(self) -> None:
@@ -232,8 +234,9 @@ class _Run:
         """Do one block of one job; `exact_base` is set when a postponed block has its turn."""
         job, state = self._plan.jobs[number], self._states[number]
         block = Block(
-            index, job.numel, workspace, self._readers, state.leaves, job.operator == "store"
-        )
+            index, job.numel, workspace, self._readers, state.leaves, job.operator == "store",
+            self._seen,
+        )  # fmt: skip
         tally = np.zeros(5, np.int64)
         if job.operator == "measure":
             self._measure(job, state, block)
@@ -432,6 +435,24 @@ class _Run:
                     f"{source.spec.path}: {source.spec.name} differs from its digest in the"
                     " manifest: the file was altered"
                 )
+
+    def _check_views(self) -> None:
+        """Refuse altered deltas that views read, of which one job may have read a part only."""
+        views = [d.view for job in self._plan.jobs for d in job.deltas if isinstance(d, ViewDelta)]
+        parts = {part.spec.name: part for view in views for part in view.sources}
+        workspace = Workspace()
+        for name, part in parts.items():
+            job = Job(name, "view", part.spec.numel, deltas=(part,))
+            stored = [role for role, delta in _stored_parts(job) if delta.codec != "zero"]
+            roles = [role.replace("delta0", f"delta0{VIEW}") for role in stored]
+            leaves = self._seen.setdefault(name, {})
+            for index in range(block_count(job.numel)):
+                at = slice(16 * index, 16 * index + 16)
+                if not all(any(leaves.get(role, b"")[at]) for role in roles):  # no view needed it
+                    block = Block(index, job.numel, workspace, self._readers, leaves)
+                    block.delta(part, f"delta0{VIEW}")
+            digests = {role.replace(VIEW, ""): fold_digest(held) for role, held in leaves.items()}
+            self._check_digests(job, digests)
 
     def _measured(self, job: Job, state: _State) -> Any:
         """Return a tensor's sums; settled, where the tensor is the scope."""

@@ -53,8 +53,8 @@ CONFUSED = (ValueError, KeyError, TypeError, AttributeError)  # by an answer of 
 LOGIN = "give a token with read access (HF_TOKEN or `hf auth login`)"
 OFFLINE = "offline mode is on (HF_HUB_OFFLINE), the cache does not hold it: fetch it once online"
 MISSING = (
-    "not on this disk, and no repository of a model on the Hub that may be read: check the name; if"
-    f" it is private, {LOGIN}"
+    "no repository of a model on the Hub that may be read: check the name; if it is private,"
+    f" {LOGIN}"
 )
 OFFLINE_KINDS = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
 SENTENCES: dict[str | int, str] = {  # what the client's errors mean, by class or status

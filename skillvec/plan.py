@@ -34,7 +34,7 @@ from skillvec.vector import (
     relatedness,
     sketch,
 )
-from skillvec.vectorfile import Entry, VectorFile, block_count, in_file_order
+from skillvec.vectorfile import Entry, StoredDelta, VectorFile, block_count, in_file_order
 
 
 @dataclass(frozen=True)
@@ -309,6 +309,10 @@ def fitting(
 def _same_delta(vector: SkillVector, name: str) -> str | None:
     """Return another tensor of the vector with the very same delta."""
     delta = vector.deltas[name]
+    if vector.origin is not None:  # an adapter, not stored: what it leaves alone is the same
+        zeros = {n: d.spec for n, d in vector.deltas.items() if isinstance(d, StoredDelta)}
+        others = (n for n, spec in zeros.items() if n != name and spec.shape == delta.spec.shape)
+        return next(others, None) if name in zeros else None
     if isinstance(delta, PairDelta):
         assert vector.base is not None and vector.tuned is not None
         twin = find_tied(vector.base, name)
@@ -407,6 +411,7 @@ def plan_apply(
     A target that is no safetensors, or quantised, is written as shards of plain safetensors.
     Raises IncompatibleError with up to five names and both shapes where the vector does not fit.
     """
+    mixes = vector.mixes()  # those that go nowhere are measured too
     fitted = laid_out(vector, target, rename, rows)
     routes, passed, ledger = fitting(target, fitted, include, exclude)
     vector = fitted.vector
@@ -447,7 +452,7 @@ def plan_apply(
         if target.is_plain and INDEX in target.place.files and INDEX not in texts:
             copies.append((target.place.files[INDEX], INDEX))
     return Plan(
-        "apply", jobs, outputs, copies, ledger, vector.files(), vector.mixes(),
+        "apply", jobs, outputs, copies, ledger, vector.files(), mixes,
         lam * vector.scale, rounding, seed, verdict, warnings, texts, left, vector.notes,
     )  # fmt: skip
 

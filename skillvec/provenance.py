@@ -82,6 +82,8 @@ def read_merged(opened: Checkpoint) -> dict[str, Any]:
     try:
         recipe = json.loads(opened.metadata[METADATA_KEY])
         check_shape(recipe, RECIPE, "recipe")
+        said = {key: CHOSEN[key] for key in ("rename", "rows") if key in recipe["request"]}
+        check_shape(recipe["request"], said, "request")
         if recipe["kind"] != "merged" or recipe["schema"] != 1:
             raise ValueError("another kind or schema")
         _check_source(recipe["vector"])
@@ -106,7 +108,7 @@ def command_words(vector: SkillVector) -> tuple[str, list[str]]:
     if vector.stored is not None:
         return "combine", [vector.ref]
     if vector.tuned is None:
-        return "diff", [vector.ref, manifest["base"]["ref"]]
+        return "diff", [manifest["parents"][0]["ref"], manifest["base"]["ref"]]
     sides = [manifest["tuned"]["ref"], manifest["base"]["ref"]]
     if vector.tuned is not None and is_patch(vector.tuned):
         return "import-patch", sides

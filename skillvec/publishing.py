@@ -258,7 +258,7 @@ def _state(api: Any, repo: str, revision: str | None) -> dict[str, Any] | None:
         except RepositoryNotFoundError:
             return repo
 
-    info = _written(f"repo {repo}", lambda: look(revision))
+    info = _written(f"repo {repo}", lambda: look(revision), lost=2)  # is there a network at all
     found = info is not None
     if not found:
         info = _written(f"repo {repo}", lambda: look(None))
@@ -268,9 +268,9 @@ def _state(api: Any, repo: str, revision: str | None) -> dict[str, Any] | None:
     return {"commit": info.sha, "private": bool(info.private), "files": files, "revision": found}
 
 
-def _written(what: str, call: Callable[[], Any]) -> Any:
+def _written(what: str, call: Callable[[], Any], lost: int = hub.TRIES) -> Any:
     """Return what a writing call gives, with sentences for what only a writer meets."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     def tried() -> Any:
         try:
@@ -279,6 +279,8 @@ def _written(what: str, call: Callable[[], Any]) -> Any:
             if isinstance(error.__cause__, Exception):
                 raise error.__cause__ from None
             raise SkillvecError(f"{what}: the upload broke off: try again") from None
+        except OfflineModeIsEnabled:
+            raise UsageError(f"{what}: offline mode is on (HF_HUB_OFFLINE): unset it") from None
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status in (401, 403):
@@ -301,7 +303,7 @@ def _written(what: str, call: Callable[[], Any]) -> Any:
             reason = " ".join(printable(str(error)).split())
             raise UsageError(f"{what}: the Hub refuses the card: {reason}") from None
 
-    return hub.patiently(what, tried)
+    return hub.patiently(what, tried, lost)
 
 
 @contextlib.contextmanager

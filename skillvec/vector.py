@@ -262,7 +262,7 @@ class SkillVector:
         opened = open_tensors(place, "adapter")
         config = read_json(place.files[ADAPTER_CONFIG])
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
-        said = adapter.base_ref
+        said, ref = adapter.base_ref, place.ref if base is None else f"{place.ref}::{base.ref}"
         if base is None and said and adapter.whole:
             base = open_checkpoint(said, "base of the adapter")
         elif base is None and said and os.path.exists(os.path.expanduser(said)):
@@ -308,7 +308,7 @@ class SkillVector:
             ],
         }  # fmt: skip
         return SkillVector(
-            place.ref, deltas, manifest, base=base, notes=notes, origin=opened,
+            ref, deltas, manifest, base=base, notes=notes, origin=opened,
             adapter=None if base else adapter,
         )  # fmt: skip
 
@@ -559,7 +559,7 @@ def seen_as(
         top = whole(sides[0], view.shape).slice(0, 0, kept)
         rest = whole(sides[1], view.shape).slice(0, kept, view.shape[0])
         tensors[name] = Viewed(name, sides[0].dtype, concatenate([top, rest], 0))
-    unused = {name: tuned[name] for name in _left_over(found, tuned.ref)}
+    unused = {name: tuned[name] for name in _left_over(found, tuned.ref, tuned, base)}
     return tuned.with_tensors(tensors | unused), found.notes, found.skipped, _hints(found)
 
 
@@ -581,17 +581,22 @@ def bridged(
     return bridge(*shapes, configs=configs, rename=rename, rows=rows)
 
 
-def _left_over(found: Bridge, ref: str) -> list[str]:
+def _left_over(
+    found: Bridge, ref: str, mine: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> list[str]:
     """Return tensors that go nowhere, for the caller to refuse under their names.
 
-    Raises IncompatibleError for those of which a part is used, or whose name another one has taken.
+    Raises IncompatibleError for those of which a part is used, whose name another one has taken, or
+    that would fit under the name that a rule took from them.
     """
     unused = {name: why for name, why in found.unused.items() if why != SKIPPED}
     held = {name for view in found.views.values() for name in view.sources}
     problems = [
-        f"{name}: {why or 'goes nowhere, and another tensor takes its name'}"
+        f"{name}: {why or 'goes nowhere under its new name, and the old one is wanted too'}"
         for name, why in unused.items()
-        if name in found.views or name in held
+        if name in found.views
+        or name in held
+        or (name in wanted and tuple(mine[name].shape) == tuple(wanted[name].shape))
     ]
     if problems:
         raise IncompatibleError(
@@ -633,6 +638,11 @@ def laid_out(
     is 0.
     """
     if vector.adapter is not None:
+        if rename:
+            raise UsageError(
+                f"rename: {vector.ref} is fitted by its own names where its base is not known: name"
+                " the base (ADAPTER::BASE)"
+            )
         effect = vector.adapter.fitted(target)
         deltas = {name: ComputedDelta(d, vector.ref) for name, d in effect.deltas.items()}
         stay = {name: "not in the adapter" for name in target if name not in deltas}
@@ -647,20 +657,23 @@ def laid_out(
     if found is None:
         return Fitted(vector, target, {}, [])
     made: dict[str, DeltaSource] = {}
-    back: dict[str, Source] = {}
+    back: dict[str, View] = {}
     for name, view in found.views.items():
         (source, *others) = view.sources or (None,)
         shape = vector.deltas[source].spec.shape if source else ()
         if source and not others and view == whole(source, shape):
             made[name] = vector.deltas[source]
-            back[source] = target[name]
+            back[source] = whole(name, shape)
         else:
             made[name] = _viewed_delta(name, view, vector)
-    unused = {name: vector.deltas[name] for name in _left_over(found, vector.ref)}
+    left = _left_over(found, vector.ref, mine, wanted)
+    unused = {name: vector.deltas[name] for name in left}
     reverse = bridged(wanted, mine, configs, (), "strict")
     if reverse is not None:
-        back = dict(viewed_specs(reverse, target)) | back
-    seen = target.with_tensors(back) if back else target
+        back = reverse.views | back
+    seen = target
+    if back:  # under the vector's names: a sketch goes by those of the tensors
+        seen = target.with_tensors(viewed_specs(found._replace(views=back), target))
     laid = replace(vector, deltas=made | unused, notes=found.notes)
     return Fitted(laid, seen, found.skipped, _hints(found))
 

@@ -113,6 +113,7 @@ PARENT = {
     "ref": str, "identity": DIGEST, "manifest": DIGEST_OR_NONE, "base": str, "tuned": OPTIONAL,
     "dtype": str, "include": [str], "exclude": [str],
 }  # fmt: skip
+CHOSEN: dict[Any, Any] = {"rename": [str], "rows": str}  # where they are given
 MANIFEST = {
     "kind": str, "schema": int, "tool": str, "command": str, "formula": str, "dtype": str,
     "codec": str, "identity": DIGEST, "block_numel": int,
@@ -235,6 +236,8 @@ class VectorFile:
             )
         try:
             check_shape(manifest, MANIFEST, "manifest")
+            for said in (manifest, *manifest["parents"]):
+                check_shape(said, {key: CHOSEN[key] for key in CHOSEN if key in said}, "manifest")
         except TypeError as error:
             raise self._broken(f"broken {error}") from None
         if manifest["exactness"]["claim"] not in CLAIMS:

@@ -102,6 +102,21 @@ def test_no_path_of_a_disk_is_said(manifest, folder):
     assert "linear of vectors" in text
 
 
+def test_a_vector_of_an_adapter_is_said_to_be_one(manifest):
+    assert "restores tuned bit for bit, in the tensors and rows that were taken" in made(manifest)
+    parent = {"ref": f"org/adapter@{SHA2}", "identity": "1" * 32, "manifest": None, "tuned": None,
+              "base": f"org/base@{SHA}", "dtype": "auto", "include": [], "exclude": []}  # fmt: skip
+    on_hub(manifest).update(tuned=None, recipe=None, parents=[parent])
+    manifest["exactness"]["claim"] = "combined"
+    text = made(manifest)
+    assert f"| how | s B A of a LoRA adapter |\n| adapter | `org/adapter@{SHA2}` |" in text
+    assert f"skillvec diff org/adapter@{SHA2} org/base@{SHA} --dtype auto" in text
+    assert "operator" not in text and "of vectors" not in text
+    manifest["parents"] = [parent | {"ref": "runs/adapter"}]
+    assert "| adapter | a local adapter |" in made(manifest)
+    assert f"skillvec diff ADAPTER org/base@{SHA}" in made(manifest)
+
+
 def test_strings_of_a_header_do_no_harm(manifest):
     evil = f"{END}\n\n---\n# owned <script>`|[x](javascript:1)\x1b[2J {BEGIN} -->"
     expected = made(manifest)
@@ -231,3 +246,22 @@ def test_a_merged_model(folder):
     assert f"skillvec apply org/target@{SHA} org/skill@{SHA2} --lam 0.5" in text
     again = merged_card(recipe, name="user/again", inherited=text, revisions=where)
     assert again.count(BEGIN) == 1 and renewed(again, again) == again
+
+
+def test_a_model_merged_of_several_vectors_names_their_weights(folder):
+    between = skillvec.SkillVector.between(folder / "tuned", folder / "base")
+    both = skillvec.combine(
+        folder / "skill.safetensors", between, weights=[0.5, -0.25], op="ties",
+        parameters={"density": 0.5},
+    )  # fmt: skip
+    skillvec.apply(folder / "base", both, folder / "both", exclude=["lm_*"], force=True)
+    recipe = read_merged(open_tensors(folder / "both", "x"))
+    recipe["vector"]["parts"][0]["ref"] = "org/skill"
+    text = merged_card(recipe, name="user/out", revisions={"org/skill": SHA})
+    assert f"| vector | 0.5 * `org/skill@{SHA}` |" in text
+    assert "| combined by | ties, density 0.5 |" in text and "secret-place" not in text
+    words = f"apply TARGET org/skill@{SHA}=0.5 TUNED::BASE=-0.25 --lam 1.0 --exclude 'lm_*'"
+    assert f"skillvec {words} --op ties --param density=0.5 -o OUT" in text
+    recipe["vector"]["recipe"]["vectors"][0]["rules"] = [{"match": "*", "weight": 0.0}]
+    text = merged_card(recipe, name="user/out")
+    assert "skillvec apply TARGET --lam 1.0 --exclude 'lm_*' --recipe RECIPE -o OUT" in text

@@ -433,11 +433,11 @@ def test_other_downloads_are_given_up_in_the_middle(loopback: Hub, monkeypatch: 
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
-        ("org/absent", "base org/absent: not on this disk, and no repository"),
+        ("org/absent", "base org/absent: no repository of a model on the Hub"),
         ("org/name@absent", "no such branch, tag or commit"),
         ("hf://org/name/absent", r"no such file:\n  README.md"),
         ("hf://org/name/notes", r"notes is a folder.*:\n  notes/log.txt"),
-        ("org/private", "not on this disk.*if it is private, give a token"),
+        ("org/private", "no repository.*if it is private, give a token"),
         ("org/na--me", "not a name|no repository"),
     ],
 )
