@@ -37,9 +37,9 @@ def folded(text: str) -> str:
     width, lines = shutil.get_terminal_size().columns, []
     for line in text.split("\n"):
         begin = re.match(r" *(?:\w+(?:  +|: ))?", line)
-        lines.append(textwrap.fill(line, max(width, 40), break_on_hyphens=False,
-                                   break_long_words=False,
-                                   subsequent_indent=" " * (begin.end() if begin else 0)))  # fmt: skip
+        indent = " " * (begin.end() if begin else 0)
+        lines.append(textwrap.fill(line, max(width, 40), subsequent_indent=indent,
+                                   break_on_hyphens=False, break_long_words=False))  # fmt: skip
     return "\n".join(lines)
 
 
@@ -100,7 +100,8 @@ def _layout(notes: dict[str, str]) -> list[str]:
 
 
 def _fetched(facts: dict[str, Any]) -> str:
-    text = f"{human_bytes(facts['nbytes_fetched'])} in {facts['fetched']} file{'' if facts['fetched'] == 1 else 's'} from the Hub"
+    plural = "" if facts["fetched"] == 1 else "s"
+    text = f"{human_bytes(facts['nbytes_fetched'])} in {facts['fetched']} file{plural} from the Hub"
     if "stream" in facts:
         text += f", at most {facts['stream']['most_files']} of them on the disk"
     return text
