@@ -1,0 +1,237 @@
+"""Vectors and models of different layouts through the verbs: nothing skipped, doubled or moved."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import assert_same_bits, from_bits, load, perturbed, save, toy
+
+import skillvec as sv
+from skillvec import plan as plans
+from skillvec.plan import plan_apply
+
+Weights = dict[str, torch.Tensor]
+MLP = "model.layers.0.mlp"
+
+
+def experts(count: int = 3, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Weights:
+    """Return a mixture of experts, one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        f"{MLP}.experts.{i}.{kind}_proj.weight": shape
+        for i in range(count)
+        for kind, shape in (("gate", (6, 8)), ("up", (6, 8)), ("down", (8, 6)))
+    } | {f"{MLP}.gate.weight": (count, 8)}
+    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+
+
+def fused(parts: Weights) -> Weights:
+    """Return the same experts as transformers holds them."""
+
+    def all_of(kind: str) -> list[torch.Tensor]:
+        return [t for name, t in parts.items() if name.endswith(f".{kind}_proj.weight")]
+
+    joined = [torch.cat(pair) for pair in zip(all_of("gate"), all_of("up"), strict=True)]
+    return {
+        f"{MLP}.experts.gate_up_proj": torch.stack(joined),
+        f"{MLP}.experts.down_proj": torch.stack(all_of("down")),
+        f"{MLP}.gate.weight": parts[f"{MLP}.gate.weight"],
+    }
+
+
+CONFIG = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+
+
+@pytest.mark.parametrize("codec", ["packed", "sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fused_vector", [True, False])
+def test_a_vector_in_one_layout_gives_what_it_gives_in_the_other(
+    fused_vector: bool, dtype: torch.dtype, codec: str, tmp_path: Path
+):
+    base = experts(dtype=dtype)
+    models = {"base": base, "tuned": perturbed(base, 1, 0.3), "target": perturbed(base, 2, 0.1)}
+    folders = {
+        (name, side): save(tmp_path / f"{name}-{side}",
+                           fused(parts) if (side == "mine") == fused_vector else parts,
+                           config=CONFIG)
+        for name, parts in models.items()
+        for side in ("mine", "theirs")
+    }  # fmt: skip
+    vectors = {
+        side: sv.diff(folders["tuned", side], folders["base", side],
+                      tmp_path / f"{side}.safetensors", codec=codec)
+        for side in ("mine", "theirs")
+    }  # fmt: skip
+    if dtype == torch.bfloat16:
+        assert vectors["mine"].manifest["exactness"]["exceptions"] > 0
+    for lam in (1.0, 0.7):
+        crossed = tmp_path / f"crossed-{lam}"
+        report = sv.apply(folders["target", "theirs"], vectors["mine"], crossed, lam=lam)
+        assert set(report.counts) <= {"applied", "unchanged"}
+        straight = tmp_path / f"straight-{lam}"
+        sv.apply(folders["target", "theirs"], vectors["theirs"], straight, lam=lam)
+        assert_same_bits(crossed, straight)
+        assert sv.verify(crossed).facts["verified"]
+    pair = {"tuned": folders["tuned", "mine"], "base": folders["base", "mine"]}
+    sv.apply(folders["target", "theirs"], output=tmp_path / "pass", **pair)
+    assert_same_bits(tmp_path / "pass", tmp_path / "crossed-1.0")
+    report = sv.inspect(vectors["mine"].stored.path, target=folders["base", "theirs"])
+    assert report.facts["verdict"] == "exact base"
+
+
+def test_blocks_of_a_stored_delta_do_not_share_a_buffer(tmp_path: Path):
+    """Two fp32 experts of more than a block each: what was decoded for one is not the other's."""
+    torch.manual_seed(0)
+    wide = (3, 2 * 450, 900)
+    base = {"model.layers.0.mlp.experts.gate_up_proj": torch.randn(wide),
+            "model.layers.0.mlp.experts.down_proj": torch.randn(3, 900, 450)}  # fmt: skip
+    tuned = {name: tensor + torch.randn(tensor.shape) for name, tensor in base.items()}
+    config = CONFIG
+    sv.diff(save(tmp_path / "tuned", tuned, config=config),
+            save(tmp_path / "base", base, config=config), tmp_path / "v.safetensors")  # fmt: skip
+    target = {
+        f"model.layers.0.mlp.experts.{i}.{kind}_proj.weight": torch.zeros(shape)
+        for i in range(3)
+        for kind, shape in (("gate", (450, 900)), ("up", (450, 900)), ("down", (900, 450)))
+    }
+    sv.apply(save(tmp_path / "target", target, config=config), tmp_path / "v.safetensors",
+             tmp_path / "out", workers=2)  # fmt: skip
+    out = load(tmp_path / "out")
+    delta = {name: tuned[name] - base[name] for name in base}
+    gate_up, down = (delta[f"model.layers.0.mlp.experts.{n}_proj"] for n in ("gate_up", "down"))
+    for i in range(3):
+        name = f"model.layers.0.mlp.experts.{i}"
+        assert torch.equal(out[f"{name}.gate_proj.weight"], gate_up[i, :450])
+        assert torch.equal(out[f"{name}.up_proj.weight"], gate_up[i, 450:])
+        assert torch.equal(out[f"{name}.down_proj.weight"], down[i])
+
+
+def test_rename_rules_of_an_apply_are_kept_for_its_proof(tmp_path: Path):
+    base = toy()
+    vector = sv.diff(save(tmp_path / "rl", perturbed(base)), save(tmp_path / "base", base),
+                     tmp_path / "v.safetensors")  # fmt: skip
+    other = {name.replace(".self_attn.", ".attention."): t for name, t in base.items()}
+    target = save(tmp_path / "target", other)
+    with pytest.raises(sv.IncompatibleError, match="--rename"):
+        sv.apply(target, vector, tmp_path / "no")
+    rule = [r"\.self_attn\.=.attention."]
+    report = sv.apply(target, vector, tmp_path / "out", rename=rule)
+    assert report.facts["verdict"] == "exact base"
+    assert "model.layers.0" in " ".join(report.facts["layout"].values())
+    found = {n.replace(".attention.", ".self_attn."): t for n, t in load(tmp_path / "out").items()}
+    assert_same_bits(found, load(tmp_path / "rl"))
+    assert sv.verify(tmp_path / "out").facts["verified"]
+    said = json.loads(sv.open_checkpoint(tmp_path / "out").metadata["skillvec"])
+    assert said["request"]["rename"] == rule
+
+
+def test_what_a_rule_moves_away_is_missed(tmp_path: Path):
+    """A rule that takes a tensor from where it fits must not leave it unused in silence."""
+    base = {"a": torch.randn(4, 4), "b": torch.randn(4, 4)}
+    folders = save(tmp_path / "rl", perturbed(base)), save(tmp_path / "base", base)
+    with pytest.raises(sv.IncompatibleError, match=r"\ba\b"):
+        sv.diff(*folders, rename=["^a$=elsewhere"])
+
+
+def test_an_expert_too_many_is_refused_and_none_is_dropped(tmp_path: Path):
+    parts, fewer = experts(4), fused(experts(3))
+    for sides in ((parts, fewer), (fewer, parts)):
+        tuned, base = (save(tmp_path / f"{id(s)}", s, config=CONFIG) for s in sides)
+        with pytest.raises(sv.IncompatibleError):
+            sv.diff(tuned, base)
+        sv.diff(tuned, tuned, tmp_path / f"{id(tuned)}.safetensors")
+        with pytest.raises(sv.IncompatibleError):
+            sv.apply(base, tmp_path / f"{id(tuned)}.safetensors", tmp_path / "out")
+
+
+def test_plans_name_every_file_that_a_viewed_delta_is_read_from(tmp_path: Path):
+    parts = experts()
+    tuned, base = (
+        save(tmp_path / name, tensors, shards=2, config=CONFIG)
+        for name, tensors in (("tuned", perturbed(parts)), ("base", parts))
+    )
+    target = sv.open_checkpoint(save(tmp_path / "target", fused(parts), config=CONFIG))
+    plan = plan_apply(target, sv.SkillVector.between(tuned, base))
+    files = {os.fspath(file) for folder in (tuned, base, target.path)
+             for file in folder.glob("*.safetensors")}  # fmt: skip
+    assert {file for file in plan.files() if file.endswith(".safetensors")} == files
+    assert {file for job in plan.jobs for file in job.files()} == files
+
+
+def test_a_target_of_another_format_is_written_in_shards_with_an_index(tmp_path, monkeypatch):
+    tensors = toy(dtype="F32")
+    (tmp_path / "target").mkdir()
+    torch.save(tensors, tmp_path / "target" / "pytorch_model.bin")
+    (tmp_path / "target" / "config.json").write_text('{"model_type": "toy"}')
+    base = save(tmp_path / "base", tensors)
+    vector = sv.diff(save(tmp_path / "rl", perturbed(tensors)), base)
+    monkeypatch.setattr(plans, "SHARD_NBYTES", 10_000)
+    sv.apply(tmp_path / "target", vector, tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert set(index["weight_map"]) == set(tensors)
+    sv.apply(base, vector, tmp_path / "plain")
+    assert_same_bits(tmp_path / "out", tmp_path / "plain")
+    assert sv.open_checkpoint(tmp_path / "out").nbytes == index["metadata"]["total_size"]
+    assert sv.verify(tmp_path / "out").facts["verified"]
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_the_config_of_a_quantised_text_model_is_cleaned_and_nothing_else(tmp_path: Path):
+    codes = torch.arange(1024).remainder(120).to(torch.uint8).view(torch.float8_e4m3fn)
+    tensors = {"a.weight": codes.reshape(32, 32), "a.weight_scale_inv": torch.ones(2, 2)}
+    said = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    config = {"model_type": "toy", "text_config": {"hidden": 32, "quantization_config": said}}
+    target = save(tmp_path / "target", tensors, config=config)
+    base = {"a.weight": torch.zeros(32, 32, dtype=torch.bfloat16)}
+    vector = sv.diff(save(tmp_path / "rl", perturbed(base)), save(tmp_path / "base", base))
+    sv.apply(target, vector, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {"model_type": "toy", "text_config": {"hidden": 32}}
+    assert load(tmp_path / "out")["a.weight"].dtype == torch.bfloat16
+
+
+def test_a_stored_adapter_is_proved_by_that_very_adapter(tmp_path: Path):
+    base = save(tmp_path / "base", toy(dtype="F32"))
+    folder = tmp_path / "adapter"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+
+    def write(value: float) -> None:
+        pair = {f"{name}.lora_A.weight": torch.eye(2, 24),
+                f"{name}.lora_B.weight": torch.full((24, 2), value)}  # fmt: skip
+        save(folder / "adapter_model.safetensors", pair)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    write(1.0)
+    sv.diff(folder, base, tmp_path / "v.safetensors")
+    assert sv.verify(tmp_path / "v.safetensors").facts["verified"]
+    (folder / "adapter_model.safetensors").unlink()
+    write(2.0)
+    with pytest.raises(sv.VerificationError, match="not the adapter"):
+        sv.verify(tmp_path / "v.safetensors")
+
+
+def test_a_model_with_an_adapter_config_beside_it_is_a_model(tmp_path: Path):
+    folder = save(tmp_path / "model", toy())
+    (folder / "adapter_config.json").write_text("{}")
+    assert set(sv.open_checkpoint(folder)) == set(toy())
+
+
+def test_values_that_no_difference_restores_come_through_a_new_name(tmp_path: Path):
+    patterns = np.array([[0x0000, 0x3F80, 0x7F80, 0x8000]], np.uint16)
+    base = {"model.w": from_bits(patterns, "BF16"), "model.x": from_bits(patterns, "BF16")}
+    tuned = {"decoder.w": from_bits(patterns[:, ::-1].copy(), "BF16"),
+             "decoder.x": from_bits(patterns, "BF16")}  # fmt: skip
+    folders = save(tmp_path / "rl", tuned), save(tmp_path / "base", base)
+    rule = [r"^decoder\.=model."]
+    vector = sv.diff(*folders, tmp_path / "v.safetensors", rename=rule)
+    assert vector.manifest["exactness"]["replacements"] > 0
+    sv.apply(folders[1], vector, tmp_path / "out")
+    renamed = {name.replace("decoder.", "model."): t for name, t in tuned.items()}
+    assert_same_bits(load(tmp_path / "out"), renamed)
