@@ -127,7 +127,7 @@ class Block:
                     leaves = self.seen.setdefault(part.spec.name, {})
                     block = Block(index, part.spec.numel, self.workspace, self.readers, leaves)
                     held.clear()
-                    held[key] = block.delta(part, f"{role}{VIEW}")[0].wide(0, block.size).copy()
+                    held[key] = block.delta(part, f"{role}{VIEW}")[0].wide(0, block.size)
                 wide = held[key][begin - index * BLOCK_NUMEL :][: out.size]
                 out[: wide.size] = wide
                 begin, out = begin + wide.size, out[wide.size :]
