@@ -235,3 +235,181 @@ def test_values_that_no_difference_restores_come_through_a_new_name(tmp_path: Pa
     sv.apply(folders[1], vector, tmp_path / "out")
     renamed = {name.replace("decoder.", "model."): t for name, t in tuned.items()}
     assert_same_bits(load(tmp_path / "out"), renamed)
+
+
+def test_an_altered_vector_is_refused_in_another_layout_too(tmp_path: Path):
+    """Also where no view reads the altered block's tensor whole: --include leaves the rest out."""
+    parts = experts()
+    vector = sv.diff(save(tmp_path / "tuned", perturbed(parts), config=CONFIG),
+                     save(tmp_path / "base", parts, config=CONFIG),
+                     tmp_path / "v.safetensors", codec="dense")  # fmt: skip
+    target = save(tmp_path / "target", fused(parts), config=CONFIG)
+    spec = vector.deltas[f"{MLP}.experts.1.up_proj.weight"].spec
+    content = bytearray((tmp_path / "v.safetensors").read_bytes())
+    content[spec.start + 1] ^= 0x10
+    (tmp_path / "altered.safetensors").write_bytes(content)
+    with pytest.raises(sv.FormatError, match=r"experts.1.up_proj.weight differs from its digest"):
+        sv.apply(target, tmp_path / "altered.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    both = sv.combine(tmp_path / "altered.safetensors", tmp_path / "v.safetensors")
+    with pytest.raises(sv.FormatError, match=r"experts.1.up_proj.weight differs from its digest"):
+        sv.apply(target, both, tmp_path / "out")
+    sv.apply(target, sv.combine(vector, vector), tmp_path / "out")
+
+
+def test_a_block_that_no_view_reads_is_checked_too(tmp_path: Path):
+    """Rows that the target does not have lie in a second block, which is the altered one."""
+    rows = (1 << 20) // 512 + 8
+    base = {"embed.weight": torch.zeros(rows, 512, dtype=torch.bfloat16)}
+    tuned = {"embed.weight": torch.ones(rows, 512, dtype=torch.bfloat16)}
+    vector = sv.diff(save(tmp_path / "tuned", tuned), save(tmp_path / "base", base),
+                     tmp_path / "v.safetensors", codec="dense")  # fmt: skip
+    target = save(tmp_path / "target", {"embed.weight": base["embed.weight"][:16]})
+    sv.apply(target, vector, tmp_path / "out", rows="common")
+    assert load(tmp_path / "out")["embed.weight"].eq(1).all()
+    spec = vector.deltas["embed.weight"].spec
+    content = bytearray((tmp_path / "v.safetensors").read_bytes())
+    content[spec.start + 2 * rows * 512 - 1] ^= 0x10
+    (tmp_path / "v.safetensors").write_bytes(content)
+    with pytest.raises(sv.FormatError, match="differs from its digest"):
+        sv.apply(target, tmp_path / "v.safetensors", tmp_path / "no", rows="common")
+
+
+@pytest.mark.parametrize("op", ["ties", "orthogonal"])
+def test_tensors_that_go_nowhere_are_measured_as_in_a_stored_combination(op: str, tmp_path: Path):
+    base = toy(dtype="F32")
+    folder = save(tmp_path / "base", base)
+    other = perturbed(base, 2, size=1e-2)
+    other["model.embed_tokens.weight"] *= 3
+    parts = [sv.diff(save(tmp_path / f"{i}", tensors), folder, tmp_path / f"{i}.safetensors")
+             for i, tensors in enumerate([perturbed(base), other])]  # fmt: skip
+    given = {"op": op, "parameters": {"scope": "vector"} if op == "orthogonal" else {}}
+    stored = sv.combine(*parts, output=tmp_path / "c.safetensors", **given)
+    longer = base | {name: torch.cat([t, t[:2]]) for name, t in base.items()
+                     if "embed_tokens" in name or "lm_head" in name}  # fmt: skip
+    target = save(tmp_path / "target", longer)
+    for vector, out in ((stored, "stored"), (sv.combine(*parts, **given), "computed")):
+        sv.apply(target, vector, tmp_path / out, rows="skip")
+    assert_same_bits(tmp_path / "stored", tmp_path / "computed")
+
+
+def test_what_must_be_measured_in_its_own_layout_is_refused_in_another(tmp_path: Path):
+    parts = experts()
+    base = save(tmp_path / "base", parts, config=CONFIG)
+    pair = [sv.diff(save(tmp_path / f"{i}", perturbed(parts, i), config=CONFIG), base)
+            for i in (1, 2)]  # fmt: skip
+    target = save(tmp_path / "target", fused(parts), config=CONFIG)
+    with pytest.raises(sv.IncompatibleError, match="store the combination first"):
+        sv.apply(target, sv.combine(*pair, op="ties"), tmp_path / "no")
+    stored = sv.combine(*pair, op="ties", output=tmp_path / "c.safetensors")
+    sv.apply(target, stored, tmp_path / "out")
+    assert sv.verify(tmp_path / "out").facts["verified"]
+
+
+def test_a_rule_that_swaps_fitting_tensors_is_followed(tmp_path: Path):
+    base = {"a": torch.randn(4, 4), "b": torch.randn(4, 4)}
+    tuned = {name: tensor + 1 + len(name) * i for i, (name, tensor) in enumerate(base.items())}
+    swap = ["^a$=c", "^b$=a", "^c$=b"]
+    folders = save(tmp_path / "rl", tuned), save(tmp_path / "base", base)
+    vector = sv.diff(*folders, tmp_path / "v.safetensors")
+    sv.apply(folders[1], vector, tmp_path / "out", rename=swap)
+    out = load(tmp_path / "out")
+    assert torch.allclose(out["a"], base["a"] + 2, atol=1e-6)
+    assert torch.allclose(out["b"], base["b"] + 1, atol=1e-6)
+    # a difference that is not stored keeps its rules in the header, for verify
+    sv.apply(folders[1], sv.diff(*folders, rename=swap), tmp_path / "straight")
+    assert torch.allclose(load(tmp_path / "straight")["a"], tuned["b"], atol=1e-6)
+    assert sv.verify(tmp_path / "straight").facts["verified"]
+    with pytest.raises(sv.IncompatibleError, match="goes nowhere under its new name"):
+        sv.apply(folders[1], vector, tmp_path / "no", rename=["^a$=elsewhere"])
+
+
+@pytest.mark.parametrize("related", [True, False])
+def test_the_verdict_on_other_names_is_that_on_the_same(related: bool, tmp_path: Path):
+    base = toy()
+    vector = sv.diff(save(tmp_path / "rl", perturbed(base)), save(tmp_path / "base", base),
+                     tmp_path / "v.safetensors")  # fmt: skip
+    other = perturbed(base, 4) if related else {n: torch.randn_like(t) for n, t in base.items()}
+    moved = {f"vlm.{name}": tensor for name, tensor in other.items()}
+    # the config says the contrary: it is the weights that tell
+    config = {"model_type": "another"} if related else {"model_type": "toy"}
+    target = save(tmp_path / "target", moved, config=config)
+    verdict = sv.inspect(vector.stored.path, target=target).facts["verdict"]
+    assert verdict == ("same family" if related else "same shapes, unknown lineage")
+
+
+def an_adapter(folder: Path, whole: torch.Tensor | None = None, ref: str | None = None) -> Path:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"],
+              "base_model_name_or_path": ref}  # fmt: skip
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.eye(2, 24),
+               f"{name}.lora_B.weight": torch.full((24, 2), 0.5)}  # fmt: skip
+    if whole is not None:
+        config["modules_to_save"] = ["norm"]
+        tensors["base_model.model.model.norm.weight"] = whole
+    save(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_adapter_with_a_base_that_was_given_is_proved_with_that_base(tmp_path: Path):
+    tensors = toy(dtype="F32")
+    base = save(tmp_path / "base", tensors)
+    whole = tensors["model.norm.weight"] + 1
+    adapter = an_adapter(tmp_path / "adapter", whole, ref=str(tmp_path / "gone"))
+    with pytest.raises(sv.UsageError, match="base of the adapter"):
+        sv.apply(base, adapter, tmp_path / "no")
+    sv.apply(base, tuned=adapter, base=base, output=tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")["model.norm.weight"], whole)
+    assert sv.verify(tmp_path / "out").facts["verified"]
+    skill = sv.diff(save(tmp_path / "rl", perturbed(tensors)), base, tmp_path / "v.safetensors")
+    sv.combine(f"{adapter}::{base}", skill, output=tmp_path / "c.safetensors")
+    assert sv.verify(tmp_path / "c.safetensors").facts["verified"]
+
+
+def test_rules_for_the_names_of_an_adapter_without_its_base_are_refused(tmp_path: Path):
+    target = save(tmp_path / "target", toy(dtype="F32"))
+    adapter = an_adapter(tmp_path / "adapter")
+    with pytest.raises(sv.UsageError, match="ADAPTER::BASE"):
+        sv.apply(target, adapter, tmp_path / "out", rename=[r"\.0\.=.1."])
+    rule = [r"\.0\.=.x.", r"\.1\.=.0.", r"\.x\.=.1."]
+    sv.apply(target, f"{adapter}::{target}", tmp_path / "out", rename=rule)
+    before, after = load(target), load(tmp_path / "out")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_on_a_target_without_a_head(whole: bool, tmp_path: Path):
+    """A head that it leaves alone is like all that it leaves alone; else it is missed by name."""
+    full = toy(dtype="F32") | {"model.embed_tokens.weight": torch.randn(6, 4),
+                               "lm_head.weight": torch.randn(6, 4)}  # fmt: skip
+    base = save(tmp_path / "base", full)
+    target = save(tmp_path / "target", {n: t for n, t in full.items() if n != "lm_head.weight"},
+                  config={"model_type": "toy", "tie_word_embeddings": True})  # fmt: skip
+    adapter = an_adapter(tmp_path / "adapter")
+    if whole:
+        name = "base_model.model.lm_head.weight"
+        file = adapter / "adapter_model.safetensors"
+        held = load(file) | {name: full["lm_head.weight"] + 1}
+        save(file, held)
+        with pytest.raises(sv.IncompatibleError, match=r"lm_head.weight \[6, 4\]: only in the v"):
+            sv.apply(target, f"{adapter}::{base}", tmp_path / "out")
+        return
+    report = sv.apply(target, f"{adapter}::{base}", tmp_path / "out")
+    assert report.counts["tied"] == 1 and report.counts["applied"] == 1
+    found = sv.orthogonality(f"{adapter}::{base}", sv.diff(target, target))
+    assert found.counts["tied"] == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [("rename", 5), ("rename", [5]), ("rows", 5)])
+def test_rules_in_a_header_are_checked(key: str, value: object, tmp_path: Path):
+    base = toy()
+    folders = save(tmp_path / "rl", perturbed(base)), save(tmp_path / "base", base)
+    sv.apply(folders[1], tuned=folders[0], base=folders[1], output=tmp_path / "out")
+    said = json.loads(sv.open_checkpoint(tmp_path / "out").metadata["skillvec"])
+    for place in ("request", "vector"):
+        bad = said | {place: said[place] | {key: value}}
+        save(tmp_path / place, base, metadata={"format": "pt", "skillvec": json.dumps(bad)})
+        with pytest.raises(sv.UsageError, match="nothing to verify it against"):
+            sv.verify(tmp_path / place)

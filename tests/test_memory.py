@@ -80,11 +80,11 @@ def _resident(pid: int) -> float:
 
 def _on_disk(folder: Path) -> float:
     total = 0
-    for path in folder.rglob("*/shards/*"):
-        try:
+    try:
+        for path in folder.rglob("*/shards/*"):
             total += path.stat().st_size
-        except FileNotFoundError:
-            continue
+    except FileNotFoundError:  # removed meanwhile: the next look comes soon
+        return 0.0
     return total / 1e6
 
 
@@ -414,6 +414,7 @@ def test_a_block_of_a_huge_tensor_takes_little_memory(kind: str, tmp_path: Path)
 # ------------------------------------------------------------------------- runs that are large
 
 
+CLIENT = 170.0  # MB: huggingface_hub, pieces of 10 MB of four downloads; the models take 300
 GROWTH = 40.0  # MB; the tensors differ by 100 to 200
 
 
@@ -462,7 +463,7 @@ def test_extracting_holds_one_matrix(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_diff_from_the_hub_through_broken_connections(streamed: bool, tmp_path: Path):
-    side, count = 3072, 5
+    side, count = 3072, 8
     tensors = {WEIGHT.replace(".0.", f".{i}."): noise(side, side, seed=i) for i in range(count)}
     folders = {"sft": save(tmp_path / "sft", tensors, shards=count),
                "rl": save(tmp_path / "rl", altered(tensors), shards=count)}  # fmt: skip
@@ -480,7 +481,7 @@ def test_a_diff_from_the_hub_through_broken_connections(streamed: bool, tmp_path
         spent = watched(*words, env=server.environment(tmp_path), shards=away.parent)
         sent = sum(r.sent for r in server.requests if "/cdn/" in r.path) / 1e6
     assert_same_bits(away, local)
-    assert spent.memory < here.memory + GROWTH
+    assert spent.memory < here.memory + CLIENT
     # each byte once, but for headers and what was on its way when a connection broke
     assert 2 * count * shard <= sent < 2 * count * (shard + 3)
     cached = sum(file.stat().st_size for file in tmp_path.glob("hub/**/blobs/*")) / 1e6
