@@ -264,7 +264,9 @@ class SkillVector:
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
         said, ref = adapter.base_ref, place.ref if base is None else f"{place.ref}::{base.ref}"
         if base is None and said and adapter.whole:
-            base = open_checkpoint(said, "base of the adapter")
+            here = os.path.exists(os.path.expanduser(said)) or not adapter.revision
+            pinned = said if here else f"{said}@{adapter.revision}"
+            base = open_checkpoint(pinned, "base of the adapter")
         elif base is None and said and os.path.exists(os.path.expanduser(said)):
             with contextlib.suppress(SkillvecError):  # only the verdict would gain by it
                 base = open_checkpoint(said, "base of the adapter")

@@ -238,7 +238,6 @@ def test_values_that_no_difference_restores_come_through_a_new_name(tmp_path: Pa
 
 
 def test_an_altered_vector_is_refused_in_another_layout_too(tmp_path: Path):
-    """Also where no view reads the altered block's tensor whole: --include leaves the rest out."""
     parts = experts()
     vector = sv.diff(save(tmp_path / "tuned", perturbed(parts), config=CONFIG),
                      save(tmp_path / "base", parts, config=CONFIG),
@@ -413,3 +412,33 @@ def test_rules_in_a_header_are_checked(key: str, value: object, tmp_path: Path):
         save(tmp_path / place, base, metadata={"format": "pt", "skillvec": json.dumps(bad)})
         with pytest.raises(sv.UsageError, match="nothing to verify it against"):
             sv.verify(tmp_path / place)
+
+
+@pytest.mark.parametrize("silent", ["target", "base", "tuned"])
+def test_one_config_is_enough_to_know_the_layout(silent: str, tmp_path: Path):
+    parts = experts()
+    folders = {
+        name: save(tmp_path / name, tensors,
+                   config={"model_type": "toy"} if name == silent else CONFIG)
+        for name, tensors in (("tuned", perturbed(parts)), ("base", parts),
+                              ("target", fused(parts)))
+    }  # fmt: skip
+    if silent == "target":
+        sv.apply(folders["target"], sv.diff(folders["tuned"], folders["base"]), tmp_path / "out")
+        assert_same_bits(tmp_path / "out", fused(perturbed(parts)))
+    else:
+        pair = (folders["target"], folders["base"]), (folders["tuned"], folders["target"])
+        vector = sv.diff(*pair[silent == "tuned"])
+        assert set(vector.deltas) == set(vector.base)
+
+
+def test_one_pickled_file_gives_one_file_however_large(tmp_path: Path, monkeypatch):
+    tensors = toy(dtype="F32")
+    torch.save(tensors, tmp_path / "model.pt")
+    base = save(tmp_path / "base", tensors)
+    vector = sv.diff(save(tmp_path / "rl", perturbed(tensors)), base)
+    monkeypatch.setattr(plans, "SHARD_NBYTES", 10_000)
+    sv.apply(tmp_path / "model.pt", vector, tmp_path / "out.safetensors")
+    sv.apply(base, vector, tmp_path / "plain")
+    assert_same_bits(tmp_path / "out.safetensors", tmp_path / "plain")
+    assert sv.verify(tmp_path / "out.safetensors").facts["verified"]

@@ -251,3 +251,25 @@ def test_adapters_and_patches_on_the_hub(models, server, tmp_path, monkeypatch):
     sv.apply("org/base", vector, tmp_path / "out", dtype="fp32")
     before, after = (load(folder)[name].float() for folder in (models / "base", tmp_path / "out"))
     assert np.allclose((after - before).numpy(), 4.0, atol=1e-6)
+
+
+def test_whole_modules_of_an_adapter_meet_the_base_of_its_revision(
+    models, server, tmp_path, monkeypatch
+):
+    base = load(models / "base")
+    first = server.repos["org/base"].refs["refs/heads/main"]
+    server.commit("org/base", {"config.json": b'{"model_type": "other"}'})
+    name = "model.layers.0.self_attn.q_proj"
+    held = {
+        f"base_model.model.{name}.lora_A.weight": torch.ones(2, 160),
+        f"base_model.model.{name}.lora_B.weight": torch.zeros(160, 2),
+        "base_model.model.lm_head.weight": base["lm_head.weight"] + 1,
+    }
+    adapter = save(tmp_path / "adapter" / "adapter_model.safetensors", held).parent
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"], "base_model_name_or_path": "org/base", "revision": first,
+    }  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    server.adopt(monkeypatch, tmp_path / "home")
+    assert sv.SkillVector.open(adapter).manifest["base"]["revision"] == first
