@@ -21,9 +21,9 @@ from skillvec.errors import (
     UsageError,
     up_to_five,
 )
+from skillvec.quantised import dequantised
 from skillvec.sources import Source, files_of
 from skillvec.storage import (
-    SUBBYTE,
     Place,
     TensorSpec,
     digest_bytes,
@@ -279,7 +279,14 @@ def open_checkpoint(
     """
     if isinstance(ref, Checkpoint):
         return ref
-    opened = open_tensors(ref, role)
+    return as_model(open_tensors(ref, role), role)
+
+
+def as_model(opened: Checkpoint, role: str) -> Checkpoint:
+    """Return what was opened as a model, or refuse what is none; quantised weights are read plain.
+
+    Errors as of `open_checkpoint`.
+    """
     if kind_of_file(opened.metadata) in ("vector", "vector shard"):
         raise IncompatibleError(f"{role} {opened.ref}: this is a skill vector, expected a model")
     if is_adapter(opened.place):
@@ -287,18 +294,8 @@ def open_checkpoint(
             f"{role} {opened.ref}: this is a PEFT adapter, a displacement and no model: use it in"
             " place of a vector, or as the TUNED of diff with its base model as BASE"
         )
-    if not _may_be_quantised(opened):
-        return opened
-    from skillvec.quantised import dequantised
-
-    return opened.with_tensors(*dequantised(opened, opened.config, f"{role} {opened.ref}"))
-
-
-def _may_be_quantised(opened: Checkpoint) -> bool:
-    configs = [opened.config, *(v for v in opened.config.values() if isinstance(v, dict))]
-    return any(config.get("quantization_config") for config in configs) or any(
-        spec.dtype in SUBBYTE or spec.dtype.startswith("F8") for spec in opened.values()
-    )
+    tensors, formats = dequantised(opened, opened.config, f"{role} {opened.ref}")
+    return opened.with_tensors(tensors, formats) if formats else opened
 
 
 def is_adapter(place: Place) -> bool:

@@ -17,6 +17,7 @@ from skillvec import __version__
 from skillvec.checkpoint import (
     METADATA_KEY,
     Checkpoint,
+    as_model,
     is_adapter,
     locate,
     open_checkpoint,
@@ -25,6 +26,7 @@ from skillvec.checkpoint import (
 from skillvec.codecs import CODECS
 from skillvec.engine import JobResult
 from skillvec.errors import (
+    FormatError,
     IncompatibleError,
     UsageError,
     VerificationError,
@@ -465,7 +467,12 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     if recipe is not None:
         with contextlib.suppress(UsageError):
             facts["recipe"] = read_merged(opened)
-    quantised = {} if facts["kind"] != "model" else open_checkpoint(place, "input").formats
+    quantised: Mapping[str, str] = {}
+    if facts["kind"] == "model":
+        try:
+            quantised = as_model(opened, "input").formats
+        except (IncompatibleError, FormatError) as error:  # described all the same
+            report.warnings.append(str(error))
     for spec in opened.values():
         line = ledger_line(spec, "stored", quantised.get(spec.name, ""))
         report.ledger.append(line | {"nbytes": spec.nbytes})

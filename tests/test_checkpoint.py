@@ -287,6 +287,22 @@ def test_a_quantised_text_model_inside_a_larger_one_is_refused(tmp_path: Path):
     assert "gptq" in message_of(IncompatibleError, save(tmp_path / "model", toy(), config=config))
 
 
+def test_a_quantised_model_that_is_not_taken_is_described_with_a_warning(tmp_path: Path):
+    config = {"model_type": "toy", "quantization_config": {"quant_method": "gptq"}}
+    folder = save(tmp_path / "model", toy(), config=config)
+    report = skillvec.inspect(folder)
+    assert {line["name"] for line in report.ledger} == set(toy())
+    assert report.facts["model_type"] == "toy"
+    (warning,) = report.warnings
+    assert "gptq" in warning and "dequantise" in warning
+
+
+def test_a_dtype_that_no_arithmetic_is_for_is_refused_naming_tensors(tmp_path: Path):
+    folder = save(tmp_path / "model", toy() | {"phases": torch.zeros(3, dtype=torch.complex64)})
+    assert "phases: C64" in message_of(IncompatibleError, folder)
+    assert len(skillvec.inspect(folder).ledger) == len(toy()) + 1
+
+
 def test_fp8_weights_with_scales_are_refused_naming_tensors(tmp_path: Path):
     # No quantization_config: a single file has no config, and some stacks write none.
     weights = {f"layers.{i}.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn) for i in range(7)}
