@@ -199,11 +199,10 @@ class Block:
             yield Place(source.spec.name, self.begin + begin, source.seed, source.streams), wide
 
 
-def add_values(
-    source: DeltaSource | Source, readers: Mapping[str, BlockReader], out: Array,
-    factor: float = 1.0,
-) -> None:  # fmt: skip
-    """Add a whole delta times `factor`, or a tensor of a model, to `out`, flat and in fp32."""
+def pieces_of(
+    source: DeltaSource | Source, readers: Mapping[str, BlockReader]
+) -> Iterator[tuple[int, Array]]:
+    """Yield begin and values, in fp32 or fp64, of the pieces of a delta or a tensor of a model."""
     spec = source if isinstance(source, TensorSpec | Derived) else source.spec
     workspace = Workspace()
     for index in range(block_count(spec.numel)):
@@ -213,5 +212,13 @@ def add_values(
         else:
             delta = block.delta(source, "delta0")[0]
         for begin in range(0, block.size, STEP):
-            end = min(begin + STEP, block.size)
-            out[block.begin + begin : block.begin + end] += factor * delta.wide(begin, end)
+            yield block.begin + begin, delta.wide(begin, min(begin + STEP, block.size))
+
+
+def add_values(
+    source: DeltaSource | Source, readers: Mapping[str, BlockReader], out: Array,
+    factor: float = 1.0,
+) -> None:  # fmt: skip
+    """Add a whole delta times `factor`, or a tensor of a model, to `out`, flat and in fp32."""
+    for begin, values in pieces_of(source, readers):
+        out[begin : begin + values.size] += factor * values

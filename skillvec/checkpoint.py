@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from skillvec.storage import (
     TensorSpec,
     digest_bytes,
     file_nbytes,
+    is_plain_name,
     read_bytes,
     read_header,
     remote_of,
@@ -92,7 +93,7 @@ class Checkpoint(Mapping[str, Source]):
         self, tensors: Mapping[str, Source], formats: Mapping[str, str] = {}
     ) -> "Checkpoint":
         """Return the same model with its tensors seen otherwise."""
-        opened = Opened(tensors, self.metadata, self.kind, self.opened.side, self.opened.notes)
+        opened = replace(self.opened, tensors=tensors)
         return Checkpoint(self.place, opened, {**self.formats, **formats})
 
     def __getitem__(self, name: str) -> Source:
@@ -227,7 +228,7 @@ class Checkpoint(Mapping[str, Source]):
         left: list[str] = []
         ours = {*self.files, *map(os.fspath, self.real_files)}
         for name, address in self._beside():
-            if not any(fnmatch.fnmatch(os.path.basename(name), glob) for glob in WEIGHT_FILES):
+            if not is_weight_file(name):
                 copied.append((address, name))
             elif not {address, os.path.realpath(address)} & ours and name != INDEX:
                 left.append(name)
@@ -255,6 +256,11 @@ class Checkpoint(Mapping[str, Source]):
                 if not os.path.isfile(full):
                     raise FormatError(f"{full}: a broken link or not a file; it cannot be copied")
                 yield os.path.relpath(full, self.folder), full
+
+
+def is_weight_file(name: str) -> bool:
+    """Return whether a file of this name holds or indexes weights, or optimizer state."""
+    return any(fnmatch.fnmatch(os.path.basename(name), glob) for glob in WEIGHT_FILES)
 
 
 def read_json(file: str) -> dict[str, Any]:
@@ -426,16 +432,22 @@ def _finer(files: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
-def _open_pickle_shards(
-    files: Mapping[str, str], weight_map: Mapping[str, str], what: str
-) -> Opened:
-    missing = sorted(set(weight_map.values()) - set(files))
+def _shard_names(files: Mapping[str, str], weight_map: Mapping[str, str], what: str) -> list[str]:
+    """Return the names of the shards that an index lists; FormatError where some are missing."""
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if name not in files or not is_there(files[name])]
     if missing:
         raise FormatError(
             f"{what}: shards named by the index are missing; copy or download the model again,"
             f" whole:\n{up_to_five(missing)}"
         )
-    opened = _open_pickles([files[name] for name in sorted(set(weight_map.values()))], what)
+    return names
+
+
+def _open_pickle_shards(
+    files: Mapping[str, str], weight_map: Mapping[str, str], what: str
+) -> Opened:
+    opened = _open_pickles([files[name] for name in _shard_names(files, weight_map, what)], what)
     other = sorted(set(opened.tensors) ^ set(weight_map))
     if other:
         raise FormatError(f"{what}: index and shards disagree:\n{up_to_five(other)}")
@@ -452,7 +464,7 @@ def read_index(index: str) -> tuple[dict[str, str], dict[str, Any]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map is not a map of tensor names to files")
     for name, file in weight_map.items():
-        if type(file) is not str or file != os.path.basename(file) or file in ("", ".", ".."):
+        if not is_plain_name(file):
             raise FormatError(
                 f"{index}: tensor {name!r} is said to lie in {file!r}, which is not a plain file"
                 " name in this folder"
@@ -463,15 +475,8 @@ def read_index(index: str) -> tuple[dict[str, str], dict[str, Any]]:
 def _open_shards(files: Mapping[str, str], weight_map: Mapping[str, str], what: str) -> Opened:
     tensors: dict[str, Source] = {}
     metadata: dict[str, str] | None = None
-    names = sorted(set(weight_map.values()))
-    missing = [name for name in names if name not in files or not is_there(files[name])]
-    if missing:
-        raise FormatError(
-            f"{what}: shards named by the index are missing; copy or download the model again,"
-            f" whole:\n{up_to_five(missing)}"
-        )
     problems = []
-    for file in names:
+    for file in _shard_names(files, weight_map, what):
         header = read_header(files[file])
         metadata = header.metadata if metadata is None else metadata
         for name, spec in header.tensors.items():

@@ -30,7 +30,7 @@ from skillvec.running import measured, planned, run_plan
 from skillvec.storage import forget_open_files, fsync_path, staging
 from skillvec.summary import job_line
 from skillvec.vector import SkillVector
-from skillvec.vectorfile import BlockReader
+from skillvec.vectorfile import BlockReader, readers_of
 
 SCHEMA = 1
 MOST_FLIPS = 100_000
@@ -280,7 +280,7 @@ def _find_subspaces(
     said, seed = report.facts["subspace"], plan.request.seed
     matrices = [n for n, result in enumerate(results) if _is_matrix(result)]
     said |= {"exact": 0, "randomised": 0, "left_out": len(results) - len(matrices), "error": 0.0}
-    readers = {path: BlockReader(file) for file in plan.vectors for path in file.headers}
+    readers = readers_of(plan.vectors)
     total = sum(results[n].job.nbytes_read for n in matrices)
     done = 0
     try:

@@ -33,10 +33,10 @@ from skillvec.vectorfile import (
     BLOCK_NUMEL,
     EXCEPTION,
     NO_DIGEST,
-    BlockReader,
     StoredDelta,
     VectorWriter,
     block_count,
+    readers_of,
 )
 
 
@@ -154,12 +154,7 @@ class _Run:
         self, plan: Plan, outputs: list[OutputFile], writer: VectorWriter | PatchWriter | None
     ) -> None:
         self._plan, self._outputs, self._writer = plan, outputs, writer
-        self._readers = {
-            path: reader
-            for vector in plan.vectors
-            for reader in [BlockReader(vector)]
-            for path in vector.headers
-        }
+        self._readers = readers_of(plan.vectors)
         self.totals: dict[str, Array] = {}  # counts of measuring passes by scope
         self._seen: dict[str, dict[str, bytearray]] = {}  # digests of what views read, by tensor
         self._states: dict[int, _State] = {}

@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skillvec import subspace
-from skillvec.blocks import Block, Workspace
-from skillvec.checkpoint import Checkpoint, open_checkpoint
+from skillvec.blocks import pieces_of
+from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import Array, narrow, widen
 from skillvec.measures import Request
-from skillvec.operators import STEP
 from skillvec.outputs import PathLike, output_adapter
 from skillvec.plan import Job, Plan, plan_compare
 from skillvec.report import Line, Report, Watcher
@@ -41,12 +40,12 @@ from skillvec.storage import (
     staging,
 )
 from skillvec.vector import SkillVector, dtype_of
-from skillvec.vectorfile import BlockReader, block_count
+from skillvec.vectorfile import readers_of
 
 FIRST_RANK = 16  # tried for an energy, then doubled
 LITTLE = 0.9  # of the energy: below, the adapter is another thing than the vector
 PIECE = 1 << 20  # values of the residual at a time
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def extract_lora(
@@ -115,8 +114,8 @@ def extract_lora(
             made.mkdir()
             ranks = _write(made / WEIGHTS, plan, opened.scale, held, lines, report.facts, watcher)
             config = _config(ranks, any(hold.turned for hold in held.values()), point, opened)
-            (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            fsync_path(os.fspath(made / CONFIG))
+            (made / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            fsync_path(os.fspath(made / ADAPTER_CONFIG))
             report.facts["nbytes"] = os.path.getsize(made / WEIGHTS)
             stage.publish(made)
     finally:
@@ -205,10 +204,7 @@ def _write(
 ) -> dict[str, int]:  # fmt: skip
     """Write the factors of every matrix; return ranks by module. Fills in lines of the ledger."""
     stored = dtype_of(facts["dtype"])
-    readers: dict[str, BlockReader] = {}
-    for vector in plan.vectors:
-        reader = BlockReader(vector)
-        readers |= dict.fromkeys(vector.headers, reader)
+    readers = readers_of(plan.vectors)
 
     def layout(name: str, b: tuple[int, ...], a: tuple[int, ...]) -> list[Any]:
         prefix = f"base_model.model.{name.removesuffix('.weight')}"
@@ -225,7 +221,7 @@ def _write(
     file = OutputFile(os.fspath(path), reserve)
     try:
         for job in plan.jobs:
-            pieces = _pieces(job, scale, readers)
+            pieces = (scale * piece for _, piece in pieces_of(job.deltas[0], readers))
             factors = _factors(job, pieces, held[job.name], lines[job.name], facts)
             if factors is not None:
                 entries += layout(job.name, factors[0].shape, factors[1].shape)
@@ -242,16 +238,6 @@ def _write(
     finally:
         file.close()
     return ranks
-
-
-def _pieces(job: Job, scale: float, readers: Mapping[str, BlockReader]) -> Iterator[Array]:
-    """Yield the values of a delta times `scale`, in fp32 or fp64, in order."""
-    workspace = Workspace()
-    for index in range(block_count(job.numel)):
-        block = Block(index, job.numel, workspace, readers, {})
-        delta = block.delta(job.deltas[0], "delta0")[0]
-        for begin in range(0, block.size, STEP):
-            yield scale * delta.wide(begin, min(begin + STEP, block.size))
 
 
 def _factors(

@@ -230,17 +230,20 @@ class _Patience:
         time.sleep(seconds)
 
 
-def patiently(what: str, call: Callable[[], Result], lost: int = TRIES) -> Result:
+def patiently(
+    what: str, call: Callable[[], Result], lost: int = TRIES, busy: tuple[int, ...] = BUSY
+) -> Result:
     """Return what `call` does, tried again where that can help; errors of the client become ours.
 
     `lost` is how often a connection may be refused: at the start of a run it may be no network.
+    `busy` are the answers that another try may change.
     """
     patience = _Patience(what, lost)
     while True:
         try:
             return call()
         except _client_errors() as error:
-            patience.bear(error)
+            patience.bear(error, busy)
 
 
 def _pause(error: BaseException, failures: int, busy: tuple[int, ...]) -> float | None:
@@ -368,16 +371,14 @@ class HubFile:
         if folder is not None:
             self.local = self._into(folder, told)
             return self.local
-        patience, counter = _Patience(self.address), _counter(told)
-        while True:
-            try:
-                path: str = _client().hf_hub_download(
-                    self.repo, self.name, revision=self.revision, token=self.token,
-                    tqdm_class=counter,
-                )  # fmt: skip
-                break
-            except _client_errors() as error:
-                patience.bear(error, SERVER_BUSY)  # for the others the client has waited
+        path: str = patiently(
+            self.address,
+            lambda: _client().hf_hub_download(
+                self.repo, self.name, revision=self.revision, token=self.token,
+                tqdm_class=_counter(told),
+            ),
+            busy=SERVER_BUSY,  # for the others the client has waited
+        )  # fmt: skip
         self.check_file(path)
         self.local = path
         return path

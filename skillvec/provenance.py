@@ -13,6 +13,7 @@ from skillvec.merging import OPERATORS
 from skillvec.patch import is_patch
 from skillvec.rules import parse_recipe
 from skillvec.vector import SkillVector
+from skillvec.vectorfile import CHOSEN as SELECTION
 from skillvec.vectorfile import check_shape
 
 
@@ -61,9 +62,7 @@ SOURCES: list[dict[Any, Any]] = [
     {"ref": str, "digest": str}, {"tuned": str, "base": str},
     {"recipe": {"vectors": [{"vector": str}]}, "parts": [{...: ...}]},
 ]  # fmt: skip
-CHOSEN: dict[Any, Any] = {  # by who subtracts
-    "dtype": str, "include": [str], "exclude": [str], "rename": [str], "rows": str,
-}  # fmt: skip
+CHOSEN: dict[Any, Any] = {"dtype": str} | SELECTION  # by who subtracts
 
 
 def _check_source(said: dict[str, Any], depth: int = 0) -> None:
@@ -82,7 +81,7 @@ def read_merged(opened: Checkpoint) -> dict[str, Any]:
     try:
         recipe = json.loads(opened.metadata[METADATA_KEY])
         check_shape(recipe, RECIPE, "recipe")
-        said = {key: CHOSEN[key] for key in ("rename", "rows") if key in recipe["request"]}
+        said = {key: SELECTION[key] for key in SELECTION if key in recipe["request"]}
         check_shape(recipe["request"], said, "request")
         if recipe["kind"] != "merged" or recipe["schema"] != 1:
             raise ValueError("another kind or schema")

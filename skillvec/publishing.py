@@ -8,7 +8,6 @@ are those of hub.py, but for what only a writer meets.
 """
 
 import contextlib
-import fnmatch
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +19,20 @@ from urllib.parse import quote
 
 from skillvec import hub
 from skillvec.cards import BEGIN, LICENSE, hub_model, merged_card, renewed, vector_card
-from skillvec.checkpoint import VECTOR_INDEX, WEIGHT_FILES, Checkpoint, open_tensors
+from skillvec.checkpoint import VECTOR_INDEX, Checkpoint, is_weight_file, open_tensors
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError, printable, up_to_five
 from skillvec.outputs import PathLike, output_model, output_vector
 from skillvec.provenance import read_merged
 from skillvec.report import Report, Watcher
-from skillvec.storage import Place, copy_file, fsync_path, remote_of, staging
+from skillvec.storage import (
+    Place,
+    copy_file,
+    file_nbytes,
+    fsync_path,
+    local_path,
+    remote_of,
+    staging,
+)
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import BlockReader, VectorFile, find_vector
 
@@ -51,7 +58,7 @@ class _Made:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {name: _nbytes(address) for name, address in self.files.items()}
+        return {name: file_nbytes(address) for name, address in self.files.items()}
 
 
 def push(
@@ -83,7 +90,7 @@ def push(
     if state and private and not state["private"]:
         raise UsageError(f"{what}: is public; make it private in its settings, or name another")
     held = state["files"] if state else []
-    other = [name for name in held if _is_weight(name) and name not in made.files]
+    other = [name for name in held if is_weight_file(name) and name not in made.files]
     if other and not (revision or create_pr):
         raise UsageError(
             f"{what}: holds other weights, and a repository holds one vector or model; --revision"
@@ -167,7 +174,7 @@ def pull(
         return report
     if path is None:
         hub.fetch_all(made.files.values(), watcher)
-        held = [_local(address) for address in made.files.values()]
+        held = [local_path(address) for address in made.files.values()]
         path = Path(held[0]) if made.vector and VECTOR_INDEX not in made.files else place.path
         _check(path, made)
     else:
@@ -232,15 +239,6 @@ def _made_here(path: PathLike) -> _Made:
     if made.vector is not None:
         BlockReader(made.vector)
     return made
-
-
-def _nbytes(address: str) -> int:
-    remote = remote_of(address)
-    return os.path.getsize(address) if remote is None else remote.nbytes
-
-
-def _is_weight(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(os.path.basename(name), glob) for glob in WEIGHT_FILES)
 
 
 # --------------------------------------------------------------------------------------- the Hub
@@ -389,11 +387,6 @@ def _license(api: Any, base: Mapping[str, Any], report: Report) -> dict[str, str
 # ------------------------------------------------------------------------------------- this disk
 
 
-def _local(address: str) -> str:
-    remote = remote_of(address)
-    return address if remote is None or remote.local is None else remote.local
-
-
 def _fetch_into(folder: Path, made: _Made, watcher: Watcher | None) -> None:
     """Put the files into a folder under their names, each checked as it arrives."""
     total, before = sum(made.sizes.values()), 0
@@ -411,8 +404,8 @@ def _fetch_into(folder: Path, made: _Made, watcher: Watcher | None) -> None:
             remote.local = None  # the staging folder is not where it will lie
             fsync_path(os.fspath(path))
         else:
-            copy_file(_local(address), os.fspath(path))
-        before += _nbytes(address)
+            copy_file(local_path(address), os.fspath(path))
+        before += file_nbytes(address)
 
 
 def _check(path: Path, made: _Made) -> None:

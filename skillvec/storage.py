@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from xxhash import xxh3_128
 
@@ -131,6 +131,11 @@ def file_nbytes(path: str) -> int:
     """Return the size of a file, wherever it lies."""
     remote = _remotes.get(path)
     return os.path.getsize(path) if remote is None else remote.nbytes
+
+
+def is_plain_name(name: object) -> TypeGuard[str]:
+    """Return whether a name that someone wrote is that of a file in the folder itself."""
+    return type(name) is str and name == os.path.basename(name) and name not in ("", ".", "..")
 
 
 def read_bytes(path: str, offset: int, nbytes: int) -> bytes:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_128
 
 from skillvec.codecs import NO_BYTES, Encoded
 from skillvec.engine import JobResult
@@ -27,7 +26,7 @@ from skillvec.hub import HubFile, not_here
 from skillvec.plan import Job, Plan
 from skillvec.report import Watcher
 from skillvec.storage import OutputFile, file_nbytes, forget_open_files
-from skillvec.vectorfile import EXCEPTION, REPLACEMENT, VectorWriter
+from skillvec.vectorfile import EXCEPTION, REPLACEMENT, VectorWriter, block_digest
 
 LIMIT = 2  # files of the Hub on the disk
 Files = frozenset[str]
@@ -194,9 +193,7 @@ class ReorderedWriter(VectorWriter):
             if piece.size:
                 self._kept.write(offset, piece.data)
             offset += piece.size
-        hashed = xxh3_128(encoded.bitmap.data)
-        hashed.update(encoded.payload.data)
-        return hashed.digest()
+        return block_digest(encoded)
 
     def stop(self) -> None:
         """Do nothing: no block waits for its turn, and the next step will add more."""

@@ -52,10 +52,8 @@ class SkillVectorCallback(TrainerCallback):
         self.written.append(path)
         facts = vector.report.facts
         logger.info(f"{path}: norm {facts['norm']:.4g}, {100 * facts['density']:.3g} % changed")
-        tuned = vector.manifest["tuned"] or {
-            "dtypes": {}
-        }  # none of an adapter, whose s B A is fp32
-        if set(HALVES) & set(tuned["dtypes"]):
+        tuned = vector.manifest["tuned"]  # none of an adapter, whose s B A is fp32
+        if tuned and set(HALVES) & set(tuned["dtypes"]):
             logger.warning_once(
                 "checkpoints are saved in 16 bits: their skill vectors are thresholded copies of"
                 " the true update. Train from fp32 weights to keep it whole."

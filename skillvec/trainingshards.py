@@ -44,7 +44,7 @@ from skillvec.sources import (
     digest_values,
     read_values,
 )
-from skillvec.storage import ITEMSIZE, TensorSpec, file_nbytes, read_bytes
+from skillvec.storage import ITEMSIZE, TensorSpec, file_nbytes, is_plain_name, read_bytes
 
 MAX_RANKS = 1 << 17
 MAX_CELLS = 1 << 24  # of the grid that the parts of one tensor cut it into
@@ -225,7 +225,7 @@ def _model_of(paths: dict[str, tuple[str, ...]], notes: list[str]) -> dict[str, 
 def _chunk(folder: Path, info: Record, name: str, sizes: Index) -> Stored:
     """Return the address of one chunk, an archive of torch.save of its own in a .distcp file."""
     file, transforms = info.get("relative_path"), info.state.get("transform_descriptors")
-    if type(file) is not str or file != os.path.basename(file) or file in ("", ".", ".."):
+    if not is_plain_name(file):
         raise FormatError(f"tensor {name!r} is said to lie in {file!r}, no plain file name")
     if transforms:
         raise IncompatibleError(f"tensor {name!r} is stored through {list(transforms)}: {ADVICE}")
@@ -363,7 +363,7 @@ def _open_zero(folder: Path, what: str) -> Opened:
     step = folder
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_text().strip()
-        if tag != os.path.basename(tag) or tag in ("", ".", "..") or not (folder / tag).is_dir():
+        if not is_plain_name(tag) or not (folder / tag).is_dir():
             raise FormatError(f"{folder}: latest names {tag[:80]!r}, which is no folder in it")
         step = folder / tag
     names = sorted(os.listdir(step))

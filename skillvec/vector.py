@@ -56,13 +56,12 @@ from skillvec.storage import (
     leaf_digests,
     prefetch,
 )
-from skillvec.vectorfile import SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
+from skillvec.vectorfile import CHOSEN, SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
 
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
 MAX_TIED = 16  # tensors on one side only, beyond which nobody looks for copies: other models
 SKETCH_TENSORS, SKETCH_NUMEL = 48, 288  # matrices, and values of all of them
 FP32_MAX = 3.4028234e38
-CHOSEN = ("include", "exclude", "rename", "rows")  # of who subtracts; the last two where given
 
 
 class PairDelta(NamedTuple):
@@ -200,7 +199,7 @@ class SkillVector:
         place = ref
         stored = find_vector(place)
         if stored is not None:
-            return SkillVector(stored.ref, stored.deltas, stored.manifest, stored=stored)
+            return SkillVector.of_file(stored)
         if is_adapter(place):
             return SkillVector.adapted(place)
         opened = open_tensors(place, role)
@@ -208,6 +207,11 @@ class SkillVector:
             f"{role} {opened.ref}: this is not a skill vector (no manifest in its header);"
             " skillvec diff makes one from two models"
         )
+
+    @staticmethod
+    def of_file(stored: VectorFile) -> "SkillVector":
+        """Return the vector of a file that is open."""
+        return SkillVector(stored.ref, stored.deltas, stored.manifest, stored=stored)
 
     @staticmethod
     def between(
@@ -234,7 +238,8 @@ class SkillVector:
                 if dtype != "auto" or include or exclude or rename or rows != "strict":
                     raise UsageError(f"tuned {place.ref}: an adapter is taken whole, in fp32")
                 return SkillVector.adapted(place, open_checkpoint(base, "base"))
-        tuned, base = open_checkpoint(tuned, "tuned"), open_checkpoint(base, "base")
+            tuned = open_checkpoint(place, "tuned")
+        base = open_checkpoint(base, "base")
         seen, notes, skipped, hints = seen_as(tuned, base, rename, rows)
         matched = _match(seen, base, include, exclude, skipped, hints)
         deltas = {
@@ -243,11 +248,7 @@ class SkillVector:
             )
             for name in matched["deltas"]
         }
-        chosen: dict[str, Any] = {"include": list(include), "exclude": list(exclude)}
-        if rename:
-            chosen["rename"] = list(rename)
-        if rows != "strict":
-            chosen["rows"] = rows
+        chosen = selection(include, exclude, rename, rows)
         manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched | chosen)
         ref = f"{tuned.ref}::{base.ref}"
         return SkillVector(ref, deltas, manifest, tuned=seen, base=base, notes=notes)
@@ -881,6 +882,15 @@ def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bo
     if include and not any(fnmatch.fnmatchcase(name, glob) for glob in include):
         return False
     return not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+
+
+def selection(
+    include: Sequence[str], exclude: Sequence[str], rename: Sequence[str], rows: str
+) -> dict[str, Any]:
+    """Return what is recorded of the choice of tensors, names and rows."""
+    chosen: dict[str, Any] = {"include": list(include), "exclude": list(exclude)}
+    chosen |= {"rename": list(rename)} if rename else {}
+    return chosen | ({"rows": rows} if rows != "strict" else {})
 
 
 def refuse_idle_globs(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> None:

@@ -113,7 +113,8 @@ PARENT = {
     "ref": str, "identity": DIGEST, "manifest": DIGEST_OR_NONE, "base": str, "tuned": OPTIONAL,
     "dtype": str, "include": [str], "exclude": [str],
 }  # fmt: skip
-CHOSEN: dict[Any, Any] = {"rename": [str], "rows": str}  # where they are given
+# what who subtracts may choose besides the dtype; the last two stand where they were given
+CHOSEN: dict[Any, Any] = {"include": [str], "exclude": [str], "rename": [str], "rows": str}
 MANIFEST = {
     "kind": str, "schema": int, "tool": str, "command": str, "formula": str, "dtype": str,
     "codec": str, "identity": DIGEST, "block_numel": int,
@@ -386,6 +387,12 @@ class StoredBlock(NamedTuple):
     is_zero: bool
 
 
+def readers_of(vectors: Iterable[VectorFile]) -> "dict[str, BlockReader]":
+    """Return a reader of each vector, by each of its files."""
+    readers = [(vector, BlockReader(vector)) for vector in vectors]
+    return {path: reader for vector, reader in readers for path in vector.headers}
+
+
 class BlockReader:
     """Reads stored deltas block by block, in any order and from any thread, checking as it goes."""
 
@@ -491,6 +498,13 @@ class BlockReader:
 
 
 # ------------------------------------------------------------------------------------- writing
+
+
+def block_digest(encoded: Encoded) -> bytes:
+    """Return the digest of a block's stored bytes: its piece of the bitmap, then its values."""
+    hashed = xxh3_128(encoded.bitmap.data)
+    hashed.update(encoded.payload.data)
+    return hashed.digest()
 
 
 class Entry(NamedTuple):
@@ -646,9 +660,7 @@ class VectorWriter:
             if piece.size:
                 spill.write(at, piece.data)
         self._counts[row] = encoded.payload.size, exceptions.size, replacements.size
-        hashed = xxh3_128(encoded.bitmap.data)
-        hashed.update(encoded.payload.data)
-        return hashed.digest()
+        return block_digest(encoded)
 
     def _begin(self, owner: int) -> None:
         """Begin a tensor; in a new shard where this one might grow over the limit."""

@@ -77,7 +77,7 @@ from skillvec.summary import (
     report_apply,
     report_stored,
 )
-from skillvec.vector import FP32_MAX, SkillVector, dtype_of, laid_out, seen_as
+from skillvec.vector import FP32_MAX, SkillVector, dtype_of, laid_out, seen_as, selection
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     find_vector,
@@ -347,20 +347,16 @@ def apply(
     fp32 arithmetic (fp64 where an input is fp64) and one rounding to the target's dtype or
     `dtype`; `rounding` stochastic is right on average at every lam, its randomness addressed by
     `seed`. With `tuned` and `base` in place of a vector the difference is taken in the same pass
-    and not stored: the same bytes. `rename` rules are applied to the vector's names; of `rows` that
-    only the target has, nothing changes. `stream` as of diff. Raises IncompatibleError with both
-    shapes where the vector does not fit, UsageError, FormatError, OutputError.
+    and not stored: the same weights. `rename` rules are applied to the vector's names; of `rows`
+    that only the target has, nothing changes. `stream` as of diff. Raises IncompatibleError with
+    both shapes where the vector does not fit, UsageError, FormatError, OutputError.
     """
     if output is None:
         raise UsageError("apply needs an output")
     if (vector is None) == (tuned is None or base is None) or (tuned is None) != (base is None):
         raise UsageError("apply takes either a vector or both tuned and base")
-    request = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed,
-               "include": list(include), "exclude": list(exclude)}  # fmt: skip
-    if rename:
-        request["rename"] = list(rename)
-    if rows != "strict":
-        request["rows"] = rows
+    request = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed}
+    request |= selection(include, exclude, rename, rows)
     point = open_checkpoint(target, "target")
     if vector is not None:
         displacement = SkillVector.open(vector)
@@ -434,8 +430,9 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     does not fit.
     """
     place = locate(path, "input")
-    if find_vector(place) is not None:
-        vector = SkillVector.open(place)
+    stored = find_vector(place)
+    if stored is not None:
+        vector = SkillVector.of_file(stored)
         report = describe_vector(vector)
         if target is not None:
             point = open_checkpoint(target, "target")
@@ -502,7 +499,7 @@ def verify(
     stored = find_vector(place)
     if stored is not None:
         _refuse_idle(given, ("tuned", "base") if stored.manifest["tuned"] else ())
-        return _verify_vector(SkillVector.open(place), tuned, base, workers, dry_run, watcher)
+        return _verify_vector(SkillVector.of_file(stored), tuned, base, workers, dry_run, watcher)
     opened = open_tensors(place, "input")
     recipe = read_merged(opened)
     said = recipe["vector"]

@@ -143,3 +143,34 @@ def perturbed(
         noise *= torch.rand(tensor.shape, generator=generator) < density
         tuned[name] = (tensor.double() + noise).to(tensor.dtype)
     return tuned
+
+
+def save_int4(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """Save a transformers model as compressed-tensors packs it, 4 bits in groups of 16.
+
+    Returns the model that transformers loads from there, dequantised.
+    """
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=16, symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format="pack-quantized")
+    apply_quantization_config(
+        model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    )
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            groups = module.weight.unflatten(-1, (-1, 16))
+            module.weight_scale.data.copy_(groups.abs().amax(-1) / 7)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    settings = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings)

@@ -28,7 +28,7 @@ HOMES = {
     "click": {"cli"},
     "rich": {"display"},
     "numkong": {"kernels"},
-    "xxhash": {"kernels", "storage", "engine", "vectorfile", "merging", "streaming"},
+    "xxhash": {"kernels", "storage", "engine", "vectorfile", "merging"},
     "zstandard": {"codecs"}, "yaml": {"rules"}, "vl_convert": {"page"},
     "numpy": {
         "blocks",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from families import assert_same_bits, load, perturbed, save
+from families import assert_same_bits, load, perturbed, save, save_int4
 from test_trainingshards import small, train_zero, work
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -111,32 +111,9 @@ def fp8(folder: Path) -> Made:
 
 
 def compressed(folder: Path) -> Made:
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        apply_quantization_config,
-    )
-    from transformers import CompressedTensorsConfig
-
     model = tiny(dtype=torch.bfloat16)
     base = weights_of(model)
-    args = QuantizationArgs(num_bits=4, strategy="group", group_size=16, symmetric=True)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args, format="pack-quantized")
-    apply_quantization_config(
-        model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
-    )
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            groups = module.weight.unflatten(-1, (-1, 16))
-            module.weight_scale.data.copy_(groups.abs().amax(-1) / 7)
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(folder)
-    compressor.update_config(str(folder))
-    settings = CompressedTensorsConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings)
+    loaded = save_int4(model, folder)
     config = tiny().config.to_dict()
     return Made(folder, weights_of(loaded), base, config, "int4 groups of 16")
 
