@@ -236,7 +236,7 @@ class Checkpoint(Mapping[str, Source]):
 
     def _beside(self) -> Iterator[tuple[str, str]]:
         """Yield name and address of every file in the folder, and below it in a plain one."""
-        if self.place.revision is not None:
+        if _is_listed(self.place):
             yield from sorted(self.place.files.items())
             return
         seen: set[str] = set()
@@ -320,15 +320,20 @@ def kind_of_file(metadata: Mapping[str, Any]) -> str | None:
 
 
 def locate(ref: str | os.PathLike[str], role: str) -> Place:
-    """Return where a reference leads; what exists on this disk comes before the Hub."""
+    """Return where a reference leads; what exists on this disk comes before the Hub.
+
+    URLs but hf:// are those of object stores.
+    """
+    from skillvec import hub, objects
+
     text = os.fspath(ref)
+    if objects.is_reference(text):
+        return objects.locate(text, role)
     path = Path(text).expanduser()
     if path.exists():
         path = path.resolve()
         files = {entry.name: entry.path for entry in os.scandir(path)} if path.is_dir() else {}
         return Place(text, path, files)
-    from skillvec import hub
-
     if not hub.is_reference(text):
         raise UsageError(f"{role} {text}: no such file or folder")
     try:
@@ -337,6 +342,13 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
         if text.startswith("hf://"):
             raise
         raise type(error)(f"{error}\n(nor is {text} a file or folder of this disk)") from None
+
+
+def _is_listed(place: Place) -> bool:
+    """Return whether `files` is all that a place holds: on the Hub, in an object store."""
+    from skillvec import objects
+
+    return place.revision is not None or objects.is_reference(place.ref)
 
 
 def open_tensors(ref: str | os.PathLike[str] | Place, role: str) -> Checkpoint:
@@ -366,18 +378,19 @@ def _open_file(address: str, name: str, what: str) -> Opened:
 def _open_pickles(addresses: list[str], what: str) -> Opened:
     from skillvec.pickles import open_pickles
 
-    away = [address for address in addresses if is_away(address)]
-    if away:
+    remotes = [remote_of(address) for address in addresses]
+    if any(remote is not None and remote.local is None for remote in remotes):
         raise IncompatibleError(
-            f"{what}: pickled weights on the Hub: a pickle has no header to read ahead; download it"
-            f" first (hf download), then name the folder"
+            f"{what}: pickled weights that are not on this disk: a pickle has no header to read"
+            " ahead; download it first (`hf download`, `aws s3 cp`), then name the folder"
         )
     return Opened(open_pickles(addresses, what), kind=PICKLES[0])
 
 
 def is_away(address: str) -> bool:
+    """Return whether a file has to be fetched before it is read; ranged ones need not."""
     remote = remote_of(address)
-    return remote is not None and remote.local is None
+    return remote is not None and remote.local is None and not remote.ranged
 
 
 def _open_folder(place: Place, what: str) -> Opened:
@@ -400,7 +413,7 @@ def _open_folder(place: Place, what: str) -> Opened:
         )
     from skillvec.trainingshards import open_training
 
-    training = open_training(place.path, what) if place.revision is None else None
+    training = None if _is_listed(place) else open_training(place.path, what)
     if training is not None:
         return Opened(
             training.tensors, kind=training.kind, side=training.side, notes=tuple(training.notes)

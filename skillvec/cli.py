@@ -56,7 +56,12 @@ def _shared(
         click.option("-v", "--verbose", is_flag=True, help="Show every tensor."),
     ]
     if works:
-        options.insert(0, click.option("--workers", type=int, help="Threads; one a core."))
+        options[:0] = [
+            click.option("--engine", type=click.Choice(["threads", "serial", "ray"]),
+                         default="threads", show_default=True,
+                         help="ray: the cluster that RAY_ADDRESS names, or that runs here."),
+            click.option("--workers", type=int, help="At once; one a core."),
+        ]  # fmt: skip
     if selects:
         options.insert(
             0, click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop.")

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +22,12 @@ from skillvec.engine import JobResult
 from skillvec.errors import UsageError
 from skillvec.kernels import HALVES
 from skillvec.measures import STEP_EDGES, Request, layout
-from skillvec.outputs import PathLike, output_report
+from skillvec.outputs import Output, PathLike, output_report
 from skillvec.plan import Plan, plan_compare
 from skillvec.report import Report, Watcher
-from skillvec.running import measured, planned, run_plan
-from skillvec.storage import forget_open_files, fsync_path, staging
+from skillvec.running import engine_of, measured, planned, run_plan
+from skillvec.staging import staging
+from skillvec.storage import forget_open_files, fsync_path
 from skillvec.summary import job_line
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import BlockReader, readers_of
@@ -48,6 +48,7 @@ def orthogonality(
     figures: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -69,8 +70,8 @@ def orthogonality(
     return _compare(
         "orthogonality", vectors, against=against, control=control, sign_flips=sign_flips,
         subspace_k=subspace, device=device, seed=seed, output=output, figures=figures,
-        include=include, exclude=exclude, workers=workers, dry_run=dry_run, force=force,
-        watcher=watcher,
+        include=include, exclude=exclude, engine=engine, workers=workers, dry_run=dry_run,
+        force=force, watcher=watcher,
     )  # fmt: skip
 
 
@@ -85,6 +86,7 @@ def norms(
     figures: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -96,8 +98,8 @@ def norms(
     """
     return _compare(
         "norms", [vector], against=against, subspace_k=subspace, device=device, seed=seed,
-        output=output, figures=figures, include=include, exclude=exclude, workers=workers,
-        dry_run=dry_run, force=force, watcher=watcher,
+        output=output, figures=figures, include=include, exclude=exclude, engine=engine,
+        workers=workers, dry_run=dry_run, force=force, watcher=watcher,
     )  # fmt: skip
 
 
@@ -115,11 +117,13 @@ def _compare(
     figures: bool,
     include: Sequence[str],
     exclude: Sequence[str],
+    engine: str,
     workers: int | None,
     dry_run: bool,
     force: bool,
     watcher: Watcher | None,
 ) -> Report:
+    runner = engine_of(engine, workers)
     if not 0 <= sign_flips <= MOST_FLIPS:
         raise UsageError(f"sign_flips {sign_flips}: expected 0 to {MOST_FLIPS}")
     if subspace_k < 0:
@@ -138,10 +142,10 @@ def _compare(
     request = _request(compared, len(opened), control is not None, seed, sign_flips)
     plan = plan_compare(compared, request, weights, include, exclude)
     inputs = [side for vector in compared for side in vector.inputs()]
-    path = None
+    place = None
     if output is not None:
         page.check_available()
-        path = output_report(output, force, [*inputs, *([weights] if weights else [])])
+        place = output_report(output, force, [*inputs, *([weights] if weights else [])])
     facts: dict[str, Any] = {
         "schema": SCHEMA,
         "vectors": names,
@@ -153,23 +157,23 @@ def _compare(
         "subspace": None,
         "step_edges": list(STEP_EDGES),
     }
-    if path is not None:
-        facts["output"] = os.fspath(path)
+    if place is not None:
+        facts["output"] = place.ref
     if subspace_k:
         facts["subspace"] = {"k": subspace_k, "device": subspace.resolve_device(device)}
-    report = planned(replace(plan, verb=verb), facts, workers, watcher)
+    report = planned(replace(plan, verb=verb), facts, runner, watcher)
     if dry_run:
         return report
-    plan = measured(plan, workers, watcher)
-    results = run_plan(plan, [], workers, watcher)
+    plan = measured(plan, runner, watcher)
+    results = run_plan(plan, runner, watcher)
     results.sort(key=lambda result: analysis.natural_order(result.job.name))
     spectra = _Spectra.empty(request, len(results))
     if subspace_k:
         _find_subspaces(results, plan, report, watcher, spectra)
     _conclude(report, results, request, opened, spectra)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
-    if path is not None:
-        _write(report, path, force, figures)
+    if place is not None:
+        _write(report, place, force, figures, watcher)
     return report
 
 
@@ -385,12 +389,13 @@ def _angles(
 # -------------------------------------------------------------------------------------- written
 
 
-def _write(report: Report, path: Path, force: bool, figures: bool) -> None:
+def _write(
+    report: Report, place: Output, force: bool, figures: bool, watcher: Watcher | None
+) -> None:
     """Write the report's folder beside its place and move it there."""
     content = report.to_dict()
-    with staging(path, force) as stage:
-        made = stage.folder / "made"
-        made.mkdir()
+    with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
+        made = stage.made
         files = {
             "report.json": (json.dumps(content, indent=1) + "\n").encode(),
             "report.csv": csv_text(content).encode(),

@@ -7,9 +7,9 @@ added in block order, digests are trees, output addresses are planned.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,22 +22,23 @@ from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import Array, narrow, widen
 from skillvec.measures import block_sums, is_sampled, layout, masks_nbytes, sample
 from skillvec.operators import Delta
-from skillvec.patch import PatchWriter
+from skillvec.patch import POSITIONS, positions_dtype
 from skillvec.plan import Job, Plan
-from skillvec.storage import (
-    OutputFile,
-    fold_digest,
-)
+from skillvec.storage import OutputFile, RowWriter, fold_digest
 from skillvec.vector import ComputedDelta, MixDelta, PairDelta, ViewDelta
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     EXCEPTION,
     NO_DIGEST,
+    BlockReader,
     StoredDelta,
-    VectorWriter,
     block_count,
+    block_digest,
     readers_of,
 )
+
+COUNTS = ("changed", "unrestored", "exceptions", "replacements", "mismatches")
+CHANGED, MISMATCHES = 0, 4
 
 
 @dataclass
@@ -62,6 +63,18 @@ class JobResult:
     found: Any = None
 
 
+def to_line(result: JobResult) -> dict[str, Any]:
+    """Return what a journal keeps of a result."""
+    line = {key: getattr(result, key) for key in (*COUNTS, "first_mismatch", "exact_base")}
+    return line | {"digests": result.digests, "sums": result.sums.tolist()}
+
+
+def from_line(job: Job, line: Mapping[str, Any]) -> JobResult:
+    """Return the result of a job of which a journal has a line."""
+    kept = {key: line[key] for key in (*COUNTS, "first_mismatch", "exact_base", "digests")}
+    return JobResult(job, sums=np.array(line["sums"]), **kept)
+
+
 @dataclass
 class _State:
     """What is known so far of one tensor."""
@@ -75,10 +88,6 @@ class _State:
     measured: dict[int, Array] = field(default_factory=dict)  # by block
 
 
-COUNTS = ("changed", "unrestored", "exceptions", "replacements", "mismatches")
-CHANGED, MISMATCHES = 0, 4
-
-
 def random_bits(seed: int, name: str, block: int, numel: int) -> npt.NDArray[np.uint16]:
     """Return the uint16 that decide stochastic rounding, addressed by seed, tensor and block.
 
@@ -90,24 +99,55 @@ def random_bits(seed: int, name: str, block: int, numel: int) -> npt.NDArray[np.
     return generator.random_raw(-(-numel // 4)).astype("<u8").view("<u2")[:numel]
 
 
-def run(
-    plan: Plan,
-    outputs: list[OutputFile],
-    *,
-    writer: VectorWriter | PatchWriter | None = None,
-    workers: int,
-    progress: Callable[[int], None] | None = None,
-) -> list[JobResult]:
-    """Run every job of the plan and return their results in the plan's order.
+class Found(NamedTuple):
+    """What a run gives: results in the plan's order, and counts of measuring passes by scope."""
 
-    `progress` is called on the calling thread with the bytes read so far, about ten times a
-    second. The first error of a worker stops the others and is raised here, as is Ctrl-C.
-    """
-    return _Run(plan, outputs, writer).run(workers, progress)
+    results: list[JobResult]
+    totals: dict[str, Array]
+
+
+class Engine(Protocol):
+    """Runs the jobs of a plan; the results and the bytes depend on the plan alone."""
+
+    name: str
+    workers: int  # at once; 0 for the calling thread
+
+    def run(
+        self,
+        plan: Plan,
+        outputs: Sequence[OutputFile] = (),
+        writer: RowWriter | None = None,
+        progress: Callable[[int], None] = lambda done_nbytes: None,
+        finished: Callable[[int, JobResult], None] = lambda number, result: None,
+    ) -> Found:
+        """Run every job, writing to `outputs` at planned places, or rows of blocks to `writer`.
+
+        `progress` is called on the calling thread with the bytes read so far, about ten times a
+        second; `finished`, from any thread, with the number of a job and its result when all its
+        bytes were written. The first error stops the run and is raised here, as is Ctrl-C.
+        """
+
+
+class Threads:
+    """The engine of one machine: plain threads, or with 0 `workers` the calling thread alone."""
+
+    def __init__(self, workers: int) -> None:
+        self.name, self.workers = ("threads" if workers else "serial"), workers
+
+    def run(
+        self,
+        plan: Plan,
+        outputs: Sequence[OutputFile] = (),
+        writer: RowWriter | None = None,
+        progress: Callable[[int], None] = lambda done_nbytes: None,
+        finished: Callable[[int, JobResult], None] = lambda number, result: None,
+    ) -> Found:
+        """See Engine."""
+        return _Run(plan, outputs, writer, finished).run(self.workers, progress)
 
 
 def measure(
-    plan: Plan, number: int, workers: int, progress: Callable[[int], None] | None = None
+    plan: Plan, number: int, engine: Engine, progress: Callable[[int], None] | None = None
 ) -> Plan:
     """Run pass `number` of the operators that have so many; return the plan with what they found.
 
@@ -123,19 +163,20 @@ def measure(
     jobs = [
         Job(m.spec.name, "measure", m.spec.numel, deltas=(m,), first_block=number) for m in mixes
     ]
-    engine = _Run(replace(plan, jobs=jobs), [], None)
+    found = engine.run(replace(plan, jobs=jobs), progress=progress or (lambda done_nbytes: None))
     known: dict[str, Any] = {}
-    for result in engine.run(workers, progress):
+    totals = found.totals
+    for result in found.results:
         mix = result.job.deltas[0]
         assert isinstance(mix, MixDelta)
         if mix.per_tensor:
             known[mix.scope] = result.found
         elif result.found is not None:
-            total = engine.totals.get(mix.scope)
-            engine.totals[mix.scope] = result.found if total is None else total + result.found
+            total = totals.get(mix.scope)
+            totals[mix.scope] = result.found if total is None else total + result.found
     for mix in mixes:
-        if mix.scope in engine.totals:
-            total = engine.totals.pop(mix.scope)
+        if mix.scope in totals:
+            total = totals.pop(mix.scope)
             known[mix.scope] = mix.operator.settle(
                 number, total, mix.weights, mix.parameters, mix.known
             )
@@ -151,9 +192,14 @@ def measure(
 
 class _Run:
     def __init__(
-        self, plan: Plan, outputs: list[OutputFile], writer: VectorWriter | PatchWriter | None
+        self,
+        plan: Plan,
+        outputs: Sequence[OutputFile],
+        writer: RowWriter | None,
+        finished: Callable[[int, JobResult], None],
     ) -> None:
         self._plan, self._outputs, self._writer = plan, outputs, writer
+        self._finished = finished
         self._readers = readers_of(plan.vectors)
         self.totals: dict[str, Array] = {}  # counts of measuring passes by scope
         self._seen: dict[str, dict[str, bytearray]] = {}  # digests of what views read, by tensor
@@ -165,16 +211,17 @@ class _Run:
         self._error: BaseException | None = None
         self._done_nbytes = 0
 
-    def run(self, workers: int, progress: Callable[[int], None] | None) -> list[JobResult]:
+    def run(self, workers: int, progress: Callable[[int], None]) -> Found:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
         try:
             for thread in threads:
                 thread.start()
+            if not threads:
+                self._work(progress)
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.1)
-                    if progress:
-                        progress(self._done_nbytes)
+                    progress(self._done_nbytes)
         finally:
             self._halt()
             for thread in threads:
@@ -182,8 +229,8 @@ class _Run:
                     thread.join()
         if self._error is not None:
             raise self._error
-        self._check_views()
-        return [result for result in self._results if result is not None]
+        check_views(self._plan, self._readers, self._seen)
+        return Found([result for result in self._results if result is not None], self.totals)
 
     def _halt(self) -> None:
         self._stop.set()
@@ -202,7 +249,7 @@ class _Run:
             for block in range(blocks):
                 yield number, block
 
-    def _work(self) -> None:
+    def _work(self, progress: Callable[[int], None] = lambda done_nbytes: None) -> None:
         workspace = Workspace()
         try:
             while not self._stop.is_set():
@@ -212,6 +259,9 @@ class _Run:
                     return
                 number, block = task
                 self.run_block(number, block, workspace)
+                if self._stop.is_set():  # a stopped writer has taken nothing
+                    return
+                progress(self._done_nbytes)
                 state = self._states[number]
                 with self._lock:
                     state.remaining -= 1
@@ -333,7 +383,7 @@ class _Run:
 
     def _store(self, job: Job, state: _State, block: Block, tally: npt.NDArray[np.int64]) -> None:
         """Encode one block and give it to the writer in its turn."""
-        assert isinstance(self._writer, VectorWriter)
+        assert self._writer is not None
         delta, replaced = block.delta(job.deltas[0], "delta0")
         found = block.subtracted
         if found is not None:
@@ -346,13 +396,15 @@ class _Run:
         values = delta.values
         if delta.dtype != job.out_dtype:
             values = _narrowed(delta, job.out_dtype, job.name)
-        row = job.first_block + block.index
         encoded = encode_block(values, job.codec)
-        block.stamp("output", self._writer.add(row, encoded, _exceptions(delta), replaced))
+        records = _exceptions(delta).view(np.uint8), replaced.view(np.uint8)
+        row = job.first_block + block.index
+        self._writer.add(row, (encoded.payload, encoded.bitmap, *records))
+        block.stamp("output", block_digest(encoded))
 
     def _list(self, job: Job, block: Block) -> None:
         """List what base + delta changes; that it is the exact base shows when it is whole."""
-        assert job.point is not None and isinstance(self._writer, PatchWriter)
+        assert job.point is not None and self._writer is not None
         delta, replaced = block.delta(job.deltas[0], "delta0")
         point = block.read("point", job.point)
         block.digest("point", point)
@@ -360,7 +412,9 @@ class _Run:
         operators.add(point, job.point.dtype, delta, 1.0, job.out_dtype, out)
         _restore(job, out, replaced)
         changed = np.flatnonzero(operators.bit_pattern(out) != operators.bit_pattern(point))
-        self._writer.add(job.first_block + block.index, changed, out[changed])
+        positions = (changed + block.begin).astype(POSITIONS[positions_dtype(job.numel)])
+        pieces = positions.view(np.uint8), out[changed].view(np.uint8)
+        self._writer.add(job.first_block + block.index, pieces)
 
     def _add(self, job: Job, block: Block, point: Array, delta: Delta, out: Array) -> None:
         assert job.point is not None
@@ -409,9 +463,9 @@ class _Run:
         for role, present in roles.items():
             if present:  # an empty tensor has no blocks, but a digest
                 digests.setdefault(role, fold_digest(b""))
-        self._check_digests(job, digests)
+        _check_digests(job, digests)
         found = self._measured(job, state) if job.operator == "measure" else None
-        self._results[number] = JobResult(
+        self._results[number] = result = JobResult(
             job,
             digests,
             state.sums.sum(axis=0),
@@ -421,33 +475,7 @@ class _Run:
             found=found,
         )
         del self._states[number]
-
-    def _check_digests(self, job: Job, digests: dict[str, str]) -> None:
-        """Refuse stored deltas whose bytes are not those that the manifest speaks of."""
-        for role, source in _stored_parts(job):
-            if digests.get(role, NO_DIGEST) != source.digest:
-                raise FormatError(
-                    f"{source.spec.path}: {source.spec.name} differs from its digest in the"
-                    " manifest: the file was altered"
-                )
-
-    def _check_views(self) -> None:
-        """Refuse altered deltas that views read, of which one job may have read a part only."""
-        views = [d.view for job in self._plan.jobs for d in job.deltas if isinstance(d, ViewDelta)]
-        parts = {part.spec.name: part for view in views for part in view.sources}
-        workspace = Workspace()
-        for name, part in parts.items():
-            job = Job(name, "view", part.spec.numel, deltas=(part,))
-            stored = [role for role, delta in _stored_parts(job) if delta.codec != "zero"]
-            roles = [role.replace("delta0", f"delta0{VIEW}") for role in stored]
-            leaves = self._seen.setdefault(name, {})
-            for index in range(block_count(job.numel)):
-                at = slice(16 * index, 16 * index + 16)
-                if not all(any(leaves.get(role, b"")[at]) for role in roles):  # no view needed it
-                    block = Block(index, job.numel, workspace, self._readers, leaves)
-                    block.delta(part, f"delta0{VIEW}")
-            digests = {role.replace(VIEW, ""): fold_digest(held) for role, held in leaves.items()}
-            self._check_digests(job, digests)
+        self._finished(number, result)
 
     def _measured(self, job: Job, state: _State) -> Any:
         """Return a tensor's sums; settled, where the tensor is the scope."""
@@ -463,6 +491,40 @@ class _Run:
         if total is None:  # an empty tensor
             return None
         return mix.operator.settle(job.first_block, total, mix.weights, mix.parameters, mix.known)
+
+
+def _check_digests(job: Job, digests: dict[str, str]) -> None:
+    """Refuse stored deltas whose bytes are not those that the manifest speaks of."""
+    for role, source in _stored_parts(job):
+        if digests.get(role, NO_DIGEST) != source.digest:
+            raise FormatError(
+                f"{source.spec.path}: {source.spec.name} differs from its digest in the"
+                " manifest: the file was altered"
+            )
+
+
+def check_views(
+    plan: Plan, readers: Mapping[str, BlockReader], seen: dict[str, dict[str, bytearray]]
+) -> None:
+    """Refuse altered deltas that views read, of which one job may have read a part only.
+
+    `seen` has the digests of what was read, by tensor; the rest is read here.
+    """
+    views = [d.view for job in plan.jobs for d in job.deltas if isinstance(d, ViewDelta)]
+    parts = {part.spec.name: part for view in views for part in view.sources}
+    workspace = Workspace()
+    for name, part in parts.items():
+        job = Job(name, "view", part.spec.numel, deltas=(part,))
+        stored = [role for role, delta in _stored_parts(job) if delta.codec != "zero"]
+        roles = [role.replace("delta0", f"delta0{VIEW}") for role in stored]
+        leaves = seen.setdefault(name, {})
+        for index in range(block_count(job.numel)):
+            at = slice(16 * index, 16 * index + 16)
+            if not all(any(leaves.get(role, b"")[at]) for role in roles):  # no view needed it
+                block = Block(index, job.numel, workspace, readers, leaves)
+                block.delta(part, f"delta0{VIEW}")
+        digests = {role.replace(VIEW, ""): fold_digest(held) for role, held in leaves.items()}
+        _check_digests(job, digests)
 
 
 def _stored_parts(job: Job) -> Iterator[tuple[str, StoredDelta]]:

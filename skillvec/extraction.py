@@ -30,14 +30,14 @@ from skillvec.measures import Request
 from skillvec.outputs import PathLike, output_adapter
 from skillvec.plan import Job, Plan, plan_compare
 from skillvec.report import Line, Report, Watcher
-from skillvec.running import measured, planned
+from skillvec.running import engine_of, measured, planned
+from skillvec.staging import staging
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
     encode_header,
     forget_open_files,
     fsync_path,
-    staging,
 )
 from skillvec.vector import SkillVector, dtype_of
 from skillvec.vectorfile import readers_of
@@ -62,6 +62,7 @@ def extract_lora(
     dtype: str = "fp32",
     dry_run: bool = False,
     force: bool = False,
+    engine: str = "threads",
     workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> Report:
@@ -83,6 +84,7 @@ def extract_lora(
         raise UsageError(f"seed {seed}: expected at least 0")
     if dtype_of(dtype) == "F64":
         raise UsageError("dtype fp64: factors are stored in fp32, bf16 or fp16")
+    runner = engine_of(engine, workers)
     opened = SkillVector.open(vector)
     point = opened.base
     if point is None or base is not None:
@@ -92,13 +94,13 @@ def extract_lora(
     shapes = [job.deltas[0].spec.shape for job in plan.jobs if not held[job.name].why]
     most = sum(min(rank or m, m, n) * (m + n) * ITEMSIZE[dtype_of(dtype)] for m, n in shapes)
     plan = replace(plan, verb="extract-lora", bound_nbytes=most)
-    path = output_adapter(output, force, [*opened.inputs(), point])
+    place = output_adapter(output, force, [*opened.inputs(), point])
     facts: dict[str, Any] = {
-        "vector": opened.ref, "lineage": opened.dtypes, "base": point.ref, "output": str(path),
+        "vector": opened.ref, "lineage": opened.dtypes, "base": point.ref, "output": place.ref,
         "rank": rank, "energy": energy, "dtype": dtype, "seed": seed,
         "device": subspace.resolve_device(device),
     }  # fmt: skip
-    report = planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, runner, watcher)
     lines = {line["name"]: line for line in report.ledger}
     for name, hold in held.items():
         lines[name] |= {"status": "left out", "note": hold.why} if hold.why else {"status": "held"}
@@ -107,11 +109,10 @@ def extract_lora(
     report.ledger += [{"name": name, "status": "excluded"} for name in excluded]
     if dry_run:
         return report
-    plan = measured(plan, workers, watcher)
+    plan = measured(plan, runner, watcher)
     try:
-        with staging(path, force) as stage:
-            made = stage.folder / "made"
-            made.mkdir()
+        with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
+            made = stage.made
             ranks = _write(made / WEIGHTS, plan, opened.scale, held, lines, report.facts, watcher)
             config = _config(ranks, any(hold.turned for hold in held.values()), point, opened)
             (made / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -14,10 +14,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -35,6 +35,7 @@ from skillvec.report import Watcher
 from skillvec.storage import Place, register_remote, remote_of
 
 SCHEME = "hf://"
+README = "README.md"
 SHORT = re.compile(r"([^/@]+/[^/@]+)(?:@([^@]+))?")
 LONG = re.compile(r"([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.+?))?/?")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -48,7 +49,7 @@ SERVER_BUSY = (500, 502, 503, 504)
 BUSY = (408, 429, *SERVER_BUSY)
 LONGEST_WAIT = 300  # seconds: the Hub counts requests in windows of five minutes
 TIMEOUT = 30  # seconds without a byte
-DOWNLOADS = 4  # at once
+AT_ONCE = 4  # files that are fetched or sent
 CONFUSED = (ValueError, KeyError, TypeError, AttributeError)  # by an answer of another shape
 LOGIN = "give a token with read access (HF_TOKEN or `hf auth login`)"
 OFFLINE = "offline mode is on (HF_HUB_OFFLINE), the cache does not hold it: fetch it once online"
@@ -91,9 +92,24 @@ class Reference(NamedTuple):
 # ------------------------------------------------------------------------------------ references
 
 
-def _is_plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
     """Return whether a name, relative and with slashes, stays in its folder on every system."""
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def describes(name: str, nbytes: int) -> bool:
+    """Return whether a file is a small one at the root that says what the model is."""
+    suffix = PurePosixPath(name).suffix
+    return "/" not in name and suffix in DESCRIBING and nbytes <= DESCRIBING_NBYTES
+
+
+def is_replaced(name: str) -> bool:
+    """Return whether a new model at the same place leaves no room for an old file of this name.
+
+    So it is for weights and describing files at the root; hidden files and folders stay.
+    """
+    plain = "/" not in name and not name.startswith(".")
+    return plain and PurePosixPath(name).suffix in (".safetensors", *DESCRIBING)
 
 
 def _parsed(ref: str) -> Reference | None:
@@ -105,7 +121,7 @@ def _parsed(ref: str) -> Reference | None:
     if revision is not None and text != ref:
         revision = unquote(revision)
     # the cache makes file names of both
-    plain = all(_is_plain(name) for name in (revision, member) if name is not None)
+    plain = all(is_plain(name) for name in (revision, member) if name is not None)
     return Reference(found[1], revision, member) if plain else None
 
 
@@ -183,7 +199,7 @@ def _listed(info: Any, repo: str, token: str | None, what: str) -> "dict[str, Hu
     for entry in info.siblings or ():
         name, nbytes, lfs = entry.rfilename, entry.size, entry.lfs
         sha256 = lfs.sha256 if lfs else None
-        if type(name) is not str or not _is_plain(name):
+        if type(name) is not str or not is_plain(name):
             raise FormatError(f"{what}: a file named {str(name)[:200]!r}: no relative path")
         if type(nbytes) is not int or nbytes < 0 or (lfs and lfs.size != nbytes):
             raise FormatError(f"{what}: {name}: the Hub says no size that can be: {nbytes!r}")
@@ -246,6 +262,44 @@ def patiently(
             patience.bear(error, busy)
 
 
+def written(what: str, call: Callable[[], Result], lost: int = TRIES) -> Result:
+    """Return what a writing call gives, with sentences for what only a writer meets."""
+    errors = _client(".errors")
+
+    def tried() -> Result:
+        try:
+            return call()
+        except RuntimeError as error:  # of an upload in a thread: the cause tells
+            if isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
+            raise SkillvecError(f"{what}: the upload broke off: try again") from None
+        except errors.OfflineModeIsEnabled:
+            raise UsageError(f"{what}: offline mode is on (HF_HUB_OFFLINE): unset it") from None
+        except errors.HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                raise UsageError(
+                    f"{what}: may not be written with this token: give one with write access to"
+                    " it (--token, HF_TOKEN or `hf auth login`)"
+                ) from None
+            if status in (409, 412):
+                raise SkillvecError(
+                    f"{what}: was changed by someone else meanwhile; nothing was committed: push"
+                    " again"
+                ) from None
+            if status == 400:
+                reason = printable(error.server_message or "no reason given")
+                raise UsageError(f"{what}: the Hub refuses it: {reason}") from None
+            raise
+        except ValueError as error:
+            if README not in str(error):
+                raise
+            reason = " ".join(printable(str(error)).split())
+            raise UsageError(f"{what}: the Hub refuses the card: {reason}") from None
+
+    return patiently(what, tried, lost)
+
+
 def _pause(error: BaseException, failures: int, busy: tuple[int, ...]) -> float | None:
     """Return the seconds to wait before another try, None where none can help."""
     response = getattr(error, "response", None)
@@ -302,16 +356,20 @@ class HubFile:
     oid: str | None
     token: str | None = field(default=None, repr=False)
     local: str | None = None
+    ranged = False  # large reads wait until it was fetched
 
     @property
     def address(self) -> str:
         return f"{SCHEME}{self.repo}@{self.revision}/{self.name}"
 
+    def current_identity(self) -> tuple[int, str]:
+        """Return size and digest: a commit does not change."""
+        return self.nbytes, self.sha256 or self.oid or ""
+
     @property
     def is_describing(self) -> bool:
         """Whether it is a small file at the root that says what the model is."""
-        suffix = PurePosixPath(self.name).suffix
-        return "/" not in self.name and suffix in DESCRIBING and self.nbytes <= DESCRIBING_NBYTES
+        return describes(self.name, self.nbytes)
 
     def read_range(self, offset: int, nbytes: int) -> bytes:
         """Return some bytes by range requests; the first MiB is asked for once."""
@@ -460,26 +518,87 @@ def not_here(addresses: Iterable[str]) -> list[HubFile]:
 
 def fetch_all(addresses: Iterable[str], watcher: Watcher | None = None) -> None:
     """Fetch into the cache what is not on this disk, a few files at once, and check each."""
-    files, stopped = not_here(addresses), threading.Event()
-    received, total = [0] * len(files), sum(file.nbytes for file in files)
+    files = not_here(addresses)
+    total = sum(file.nbytes for file in files)
 
-    def fetch(number: int) -> None:
-        def told(nbytes: int) -> None:
-            received[number] = nbytes
+    def told(received: int) -> None:
+        if watcher:
+            watcher.advanced(received, total)
+
+    side_by_side([partial(file.fetch, None) for file in files], told)
+
+
+def side_by_side(calls: Sequence[Callable[[Told], object]], told: Told) -> None:
+    """Run calls, a few at once; `told`, in this thread, gets the sum of the bytes they tell of.
+
+    After an error, or an interrupt, the others end by an exception when they next tell.
+    """
+    stopped, moved = threading.Event(), [0] * len(calls)
+
+    def run(number: int) -> None:
+        def telling(nbytes: int) -> None:
+            moved[number] = nbytes
             if stopped.is_set():
-                raise SkillvecError(f"{files[number].address}: given up")
+                raise SkillvecError("given up, because another file failed")
 
-        files[number].fetch(None, told)
+        calls[number](telling)
 
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        running = {pool.submit(fetch, number) for number in range(len(files))}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        running = {pool.submit(run, number) for number in range(len(calls))}
         try:
             while running:
                 done, running = wait(running, 0.1, "FIRST_EXCEPTION")
                 for future in done:
                     future.result()
-                if watcher:
-                    watcher.advanced(sum(received), total)
+                told(sum(moved))
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------- outputs
+
+
+def _target(ref: str) -> tuple[Reference, Any]:
+    """Return what a reference to write to means, and the state of its repository."""
+    asked = _parsed(ref)
+    if asked is None or asked.repo.startswith(OTHER_KINDS):
+        raise UsageError(f"output {printable(ref)}: expected hf://org/name[@branch][/file]")
+    api = _client().HfApi()
+    look = partial(api.model_info, asked.repo, revision=asked.revision, timeout=TIMEOUT)
+    return asked, written(f"output {ref}", look, 2)
+
+
+def names(ref: str) -> frozenset[str] | None:
+    """Return the names that an output to `ref` would replace, "" for a file; None for none."""
+    asked, info = _target(ref)
+    found = [entry.rfilename for entry in info.siblings or ()]
+    if asked.member is not None:
+        return frozenset([""]) if asked.member in found else None
+    return frozenset(filter(is_replaced, found)) - {README} or None
+
+
+def upload(files: Mapping[str, Path], ref: str) -> None:
+    """Commit files, by their names below `ref`, to a repository in one commit on what it is now.
+
+    A single file has the name "", and its own name stands in `ref`. A folder takes the place of
+    what `names` says. Readers see all of it or nothing; raises as `written` does.
+    """
+    asked, info = _target(ref)
+    if (asked.member is None) == ("" in files):
+        raise UsageError(
+            f"output {ref}: a folder goes to hf://org/name, a single file to hf://org/name/file"
+        )
+    hub = _client()
+    operations: list[Any] = [
+        hub.CommitOperationAdd(path_in_repo=name or asked.member, path_or_fileobj=path)
+        for name, path in files.items()
+    ]
+    if asked.member is None:
+        old = sorted((names(ref) or set()) - set(files))
+        operations += [hub.CommitOperationDelete(path_in_repo=name) for name in old]
+    commit = partial(
+        hub.HfApi().create_commit, asked.repo, operations,
+        commit_message="Upload with skillvec", revision=asked.revision, parent_commit=info.sha,
+    )  # fmt: skip
+    written(f"output {ref}", commit)

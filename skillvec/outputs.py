@@ -1,28 +1,32 @@
 """Where output may go, in what form, and how it gets there: staged files, one rename."""
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from skillvec import kernels
+from skillvec import __version__, kernels
 from skillvec.checkpoint import ADAPTER_CONFIG, VECTOR_INDEX, Checkpoint
 from skillvec.codecs import DENSE_SHARE, encode_block
-from skillvec.errors import UsageError
+from skillvec.errors import OutputError, UsageError
 from skillvec.operators import bit_pattern, subtract
 from skillvec.patch import Patch, PatchWriter
-from skillvec.plan import Plan
+from skillvec.plan import Job, Plan
+from skillvec.report import Watcher
 from skillvec.sources import Source, value_range, values_of
+from skillvec.staging import Staging, staging
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
-    Staging,
     TensorSpec,
     available_memory_nbytes,
+    digest_bytes,
+    fingerprints,
     forget_open_files,
     prefetch,
-    staging,
 )
 from skillvec.vector import PairDelta, SkillVector
 from skillvec.vectorfile import PARTS, Entry, StoredDelta, VectorFile, VectorWriter
@@ -33,8 +37,62 @@ SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
 
 
-def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Path:
-    """Return the output's path, links above it resolved, or refuse the place."""
+class Output(NamedTuple):
+    """Where output goes: a path of this disk, or a URL, and then where it is made before.
+
+    `names` are those of the files that lie there now: "" alone for one file, None for nothing.
+    """
+
+    ref: str
+    path: Path
+    is_url: bool
+    names: frozenset[str] | None
+
+    @property
+    def is_folder(self) -> bool:
+        return self.names is not None and "" not in self.names
+
+    def delivery(self, force: bool, watcher: Watcher | None) -> Callable[[Path], None] | None:
+        """Return what brings a file or folder to the URL; None for a path."""
+        if not self.is_url:
+            return None
+
+        def deliver(source: Path) -> None:
+            from skillvec import objects
+
+            if not force and objects.names(self.ref) is not None:
+                raise OutputError(f"{self.ref}: exists now: another run made it meanwhile")
+            files = [file for file in (source, *source.rglob("*")) if file.is_file()]
+            total = sum(file.stat().st_size for file in files)
+
+            def told(nbytes: int) -> None:
+                if watcher:
+                    watcher.advanced(nbytes, total)
+
+            objects.upload(source, self.ref, told)
+
+        return deliver
+
+
+def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Output:
+    """Return where output goes, links above it resolved, or refuse the place."""
+    from skillvec import objects
+
+    ref = os.fspath(output)
+    if objects.is_url(ref):
+        url = ref.rstrip("/")
+        if any(f"{other.ref.rstrip('/')}/".startswith(f"{url}/") for other in inputs):
+            raise UsageError(f"output {url}: holds an input; write it elsewhere")
+        folder = objects.cache_folder("outputs", url)
+        place = Output(url, folder / url.rpartition("/")[2], True, objects.names(url))
+    else:
+        place = _local_place(ref, inputs)
+    if place.names is not None and not force:
+        raise UsageError(f"output {place.ref}: exists already; --force overwrites it")
+    return place
+
+
+def _local_place(output: str, inputs: Sequence[Checkpoint | VectorFile]) -> Output:
     path = Path(os.path.abspath(os.path.expanduser(output)))
     path = path.parent.resolve() / path.name
     for checkpoint in inputs:
@@ -49,25 +107,26 @@ def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFi
         raise UsageError(f"output {path}: the folder {path.parent} does not exist")
     if path.is_symlink():
         raise UsageError(f"output {path}: is a link; name what it points to")
-    if path.exists() and not force:
-        raise UsageError(f"output {path}: exists already; --force overwrites it")
-    return path
+    names = None
+    if path.exists():
+        names = frozenset(os.listdir(path)) if path.is_dir() else frozenset([""])
+    return Output(os.fspath(path), path, False, names)
 
 
 def output_vector(
     output: PathLike, force: bool, vector: SkillVector, inputs: Sequence[Checkpoint] = ()
-) -> Path:
-    path = _place(output, force, [*vector.inputs(), *inputs])
-    if path.suffix != ".safetensors":
-        raise UsageError(f"output {path}: the name of a safetensors file ends in .safetensors")
-    if path.name == "model.safetensors":
+) -> Output:
+    place = _place(output, force, [*vector.inputs(), *inputs])
+    if place.path.suffix != ".safetensors":
+        raise UsageError(f"output {place.ref}: the name of a safetensors file ends in .safetensors")
+    if place.path.name == "model.safetensors":
         raise UsageError(
-            f"output {path}: a vector must not be called model.safetensors, or from_pretrained"
-            " would load differences as weights"
+            f"output {place.ref}: a vector must not be called model.safetensors, or"
+            " from_pretrained would load differences as weights"
         )
-    if path.is_dir() and not (path / VECTOR_INDEX).is_file():
-        raise UsageError(f"output {path}: a folder that holds no vector, so it is not replaced")
-    return path
+    if place.is_folder and VECTOR_INDEX not in (place.names or ()):
+        raise UsageError(f"output {place.ref}: a folder that holds no vector: it is not replaced")
+    return place
 
 
 def output_model(
@@ -75,64 +134,96 @@ def output_model(
     force: bool,
     target: Checkpoint,
     inputs: Sequence[Checkpoint | VectorFile],
-) -> Path:
-    path = _place(output, force, inputs)
+) -> Output:
+    place = _place(output, force, inputs)
+    held = place.names or frozenset()
     if not target.is_folder:
-        if path.suffix != ".safetensors" or path.is_dir():
+        if place.path.suffix != ".safetensors" or place.is_folder:
             raise UsageError(
-                f"output {path}: the target is one file, so the output is one .safetensors file"
+                f"output {place.ref}: the target is one file, so the output is one .safetensors"
+                " file"
             )
-    elif path.exists() and (
-        not path.is_dir() or (any(path.iterdir()) and not any(path.glob("*.safetensors")))
-    ):
-        raise UsageError(f"output {path}: holds no model, so --force does not replace it")
-    return path
+    elif held and not any(name.endswith(".safetensors") for name in held):
+        raise UsageError(f"output {place.ref}: holds no model, so --force does not replace it")
+    return place
 
 
 def output_adapter(
     output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]
-) -> Path:
-    path = _place(output, force, inputs)
-    if path.exists() and not (path / ADAPTER_CONFIG).is_file():
-        raise UsageError(f"output {path}: holds no adapter, so --force does not replace it")
-    return path
+) -> Output:
+    return _output_with(ADAPTER_CONFIG, "adapter", output, force, inputs)
 
 
-def output_report(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Path:
-    path = _place(output, force, inputs)
-    if path.exists() and not (path / "report.json").is_file():
-        raise UsageError(f"output {path}: holds no report, so --force does not replace it")
-    return path
+def output_report(
+    output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]
+) -> Output:
+    return _output_with("report.json", "report", output, force, inputs)
+
+
+def _output_with(
+    name: str, what: str, output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]
+) -> Output:
+    """Return the place of a folder; one that is there is replaced only if it holds `name`."""
+    place = _place(output, force, inputs)
+    if place.names is not None and name not in place.names:
+        raise UsageError(f"output {place.ref}: holds no {what}, so --force does not replace it")
+    return place
+
+
+def _is_windowed(nbytes: int) -> bool:
+    # the kernel throttles a writer that has dirtied a fifth of the memory (vm.dirty_ratio)
+    return nbytes * 6 > available_memory_nbytes()
 
 
 @contextlib.contextmanager
-def writing(plan: Plan, path: Path, force: bool) -> Iterator[tuple[Staging, list[OutputFile]]]:
-    """Yield the staging folder and the plan's files, allocated in full; close what is left open."""
-    # the kernel throttles a writer that has dirtied a fifth of the memory (vm.dirty_ratio)
-    windowed = plan.nbytes_written * 6 > available_memory_nbytes()
-    with staging(path, force) as stage, contextlib.ExitStack() as stack:
-        made = stage.folder / "made"
-        made.mkdir()
-        files = []
-        for output in plan.outputs:
-            files.append(OutputFile(os.fspath(made / output.name), output.nbytes, windowed))
-            stack.callback(files[-1].close)
+def staged(
+    plan: Plan, output: Output, force: bool, watcher: Watcher | None, request: Mapping[str, Any]
+) -> Iterator[tuple[Staging, contextlib.ExitStack]]:
+    """Yield a staging folder in which a plan can be taken up again, and what is closed at its end.
+
+    `request` is all that the bytes of the output depend on, besides the inputs.
+    """
+    said = {"tool": __version__, "verb": plan.verb, "jobs": _digest_of(plan.jobs), **request}
+    with contextlib.ExitStack() as stack:
         stack.callback(forget_open_files)
+        inputs = fingerprints(plan.files())
+        deliver = output.delivery(force, watcher)
+        stage = stack.enter_context(staging(output.path, force, said, inputs, deliver))
+        stage.made  # noqa: B018 - is there from here on
+        yield stage, stack
+
+
+def _digest_of(jobs: Iterable[Job]) -> str:
+    words = [(j.name, j.operator, j.numel, j.out_dtype, j.output, j.codec) for j in jobs]
+    return digest_bytes(json.dumps(words).encode())
+
+
+@contextlib.contextmanager
+def writing(
+    plan: Plan, output: Output, force: bool, watcher: Watcher | None, request: Mapping[str, Any]
+) -> Iterator[tuple[Staging, list[OutputFile]]]:
+    """Yield the staging folder and the plan's files, allocated in full; close what is left open."""
+    windowed = _is_windowed(plan.nbytes_written)
+    with staged(plan, output, force, watcher, request) as (stage, stack):
+        files = []
+        for entry in os.scandir(stage.made):  # of a run that was killed late
+            if entry.name not in {planned.name for planned in plan.outputs}:
+                shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+        for planned in plan.outputs:
+            files.append(OutputFile(os.fspath(stage.made / planned.name), planned.nbytes, windowed))
+            stack.callback(files[-1].close)
         yield stage, files
 
 
 @contextlib.contextmanager
 def writing_vector(
-    path: Path,
-    force: bool,
-    entries: Sequence[Entry],
-    manifest: dict[str, Any],
-    max_shard_nbytes: int,
-) -> Iterator[tuple[Staging, VectorWriter]]:
+    plan: Plan, output: Output, force: bool, watcher: Watcher | None, entries: Sequence[Entry],
+    manifest: dict[str, Any], max_shard_nbytes: int,
+) -> Iterator[tuple[Staging, VectorWriter]]:  # fmt: skip
     """Yield the staging folder and a writer of vector blocks; close what is left open."""
-    windowed = sum(entry.nbytes for entry in entries) * 6 > available_memory_nbytes()
-    with staging(path, force) as stage, contextlib.ExitStack() as stack:
-        stack.callback(forget_open_files)
+    windowed = _is_windowed(sum(entry.nbytes for entry in entries))
+    request = manifest | {"max_shard_size": max_shard_nbytes}
+    with staged(plan, output, force, watcher, request) as (stage, stack):
         writer = VectorWriter(stage.folder, entries, manifest, max_shard_nbytes, windowed)
         stack.callback(writer.close)
         yield stage, writer
@@ -140,11 +231,11 @@ def writing_vector(
 
 @contextlib.contextmanager
 def writing_patch(
-    path: Path, force: bool, specs: Sequence[Source]
+    plan: Plan, output: Output, force: bool, watcher: Watcher | None, request: Mapping[str, Any]
 ) -> Iterator[tuple[Staging, PatchWriter]]:
     """Yield the staging folder and a writer of lists; close what is left open."""
-    with staging(path, force) as stage, contextlib.ExitStack() as stack:
-        stack.callback(forget_open_files)
+    with staged(plan, output, force, watcher, request) as (stage, stack):
+        specs = [job.point for job in plan.jobs if job.point is not None]
         writer = PatchWriter(stage.folder, specs)
         stack.callback(writer.close)
         yield stage, writer

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from skillvec.checkpoint import METADATA_KEY, Checkpoint, kind_of_file, open_tensors
 from skillvec.errors import FormatError, IncompatibleError, up_to_five
@@ -22,8 +21,8 @@ from skillvec.sources import Source
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
+    RowWriter,
     TensorSpec,
-    Turns,
     allocate,
     digest_file_range,
     encode_header,
@@ -33,6 +32,11 @@ from skillvec.vectorfile import BLOCK_NUMEL, block_count
 
 INDICES, VALUES = ".indices", ".values"
 POSITIONS: dict[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+
+
+def positions_dtype(numel: int) -> str:
+    """Return the dtype in which positions in a tensor are written."""
+    return "I64" if numel > 1 << 31 else "I32"
 
 
 class Patch(NamedTuple):
@@ -146,38 +150,24 @@ def is_patch(opened: Checkpoint) -> bool:
     return bool(names) and names == {stem + part for stem in stems for part in (INDICES, VALUES)}
 
 
-class PatchWriter:
-    """Writes lists block by block: blocks wait their turn, lists wait in spill files."""
+class PatchWriter(RowWriter):
+    """Writes lists block by block, a row the positions and values of a block, into spill files."""
 
     def __init__(self, folder: Path, specs: Sequence[Source]) -> None:
-        self._folder, self._specs, self._turns = folder, specs, Turns()
+        self._owner = np.repeat(np.arange(len(specs)), [block_count(spec.numel) for spec in specs])
+        super().__init__(self._owner.size, 2)
+        self._folder, self._specs = folder, specs
         self._spills = [OutputFile(os.fspath(folder / name), 0) for name in ("indices", "values")]
-        rows = [block_count(spec.numel) for spec in specs]
-        self._owner = np.repeat(np.arange(len(specs)), rows)
-        self._first_rows = np.cumsum([0, *rows])
         self.counts = np.zeros(len(specs), np.int64)
 
-    def add(self, row: int, changed: npt.NDArray[Any], values: Array) -> None:
-        """Take the changed positions of one block (from its beginning) in its turn."""
+    @property
+    def files(self) -> list[OutputFile]:
+        return self._spills
+
+    def place(self, row: int, sizes: Sequence[int]) -> list[tuple[OutputFile, int]]:
         owner = int(self._owner[row])
-        positions = changed + (row - int(self._first_rows[owner])) * BLOCK_NUMEL
-        listed = (
-            positions.astype(POSITIONS[self._dtype(owner)]).view(np.uint8),
-            values.view(np.uint8),
-        )
-        with self._turns.turn(row) as mine:
-            if not mine:
-                return
-            places = [f.reserve(c.size) for f, c in zip(self._spills, listed, strict=True)]
-            self.counts[owner] += values.size
-        for file, place, content in zip(self._spills, places, listed, strict=True):
-            file.write(place, content.data)
-
-    def _dtype(self, owner: int) -> str:
-        return "I64" if self._specs[owner].numel > 1 << 31 else "I32"
-
-    def stop(self) -> None:
-        self._turns.stop()
+        self.counts[owner] += sizes[1] // ITEMSIZE[self._specs[owner].dtype]
+        return [(file, file.reserve(size)) for file, size in zip(self._spills, sizes, strict=True)]
 
     def finish(self, said: dict[str, Any]) -> Path:
         """Write the file: values before positions, wide before narrow; return its path."""
@@ -186,7 +176,7 @@ class PatchWriter:
         for owner, spec in enumerate(self._specs):
             count = int(self.counts[owner])
             for spill, (suffix, dtype) in enumerate(
-                ((INDICES, self._dtype(owner)), (VALUES, spec.dtype))
+                ((INDICES, positions_dtype(spec.numel)), (VALUES, spec.dtype))
             ):
                 nbytes = count * ITEMSIZE[dtype]
                 if count:

@@ -24,6 +24,7 @@ from skillvec.errors import IncompatibleError, SkillvecError, UsageError, printa
 from skillvec.outputs import PathLike, output_model, output_vector
 from skillvec.provenance import read_merged
 from skillvec.report import Report, Watcher
+from skillvec.staging import staging
 from skillvec.storage import (
     Place,
     copy_file,
@@ -31,7 +32,6 @@ from skillvec.storage import (
     fsync_path,
     local_path,
     remote_of,
-    staging,
 )
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import BlockReader, VectorFile, find_vector
@@ -159,32 +159,32 @@ def pull(
     made = _made(place)
     if made.vector is not None and VECTOR_INDEX not in made.files:  # one file, without the card
         made = replace(made, files={n: at for n, at in made.files.items() if n != README})
-    path = None
+    out = None
     if output is not None and made.vector is not None:
-        path = output_vector(output, force, SkillVector.open(place))
+        out = output_vector(output, force, SkillVector.open(place))
     elif output is not None and made.model is not None:
-        path = output_model(output, force, made.model, [made.model])
+        out = output_model(output, force, made.model, [made.model])
     report = Report("pull", {
         "kind": made.kind, "repo": repo, "revision": place.revision, "files": made.sizes,
-        "nbytes": sum(made.sizes.values()), "output": os.fspath(path or place.path),
+        "nbytes": sum(made.sizes.values()), "output": out.ref if out else os.fspath(place.path),
     })  # fmt: skip
     if watcher:
         watcher.planned(report)
     if dry_run:
         return report
-    if path is None:
+    if out is None:
         hub.fetch_all(made.files.values(), watcher)
         held = [local_path(address) for address in made.files.values()]
         path = Path(held[0]) if made.vector and VECTOR_INDEX not in made.files else place.path
         _check(path, made)
+        report.facts["output"] = os.fspath(path)
     else:
-        with staging(path, force) as stage:
+        with staging(out.path, force, deliver=out.delivery(force, watcher)) as stage:
             folder = stage.folder / "made"
             _fetch_into(folder, made, watcher)
             source = folder / next(iter(made.files)) if len(made.files) == 1 else folder
             _check(source, made)
             stage.publish(source)
-    report.facts["output"] = os.fspath(path)
     report.ledger = [
         {"name": name, "status": "downloaded", "nbytes": size} for name, size in made.sizes.items()
     ]

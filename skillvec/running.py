@@ -1,27 +1,57 @@
 """Plans into results: the report before the work, measuring passes, the run itself."""
 
 import os
-from collections.abc import Iterable
-from pathlib import Path
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from skillvec import engine, kernels, streaming
+from skillvec import kernels, streaming
 from skillvec.checkpoint import is_away
-from skillvec.engine import JobResult
+from skillvec.engine import (
+    Engine,
+    JobResult,
+    Threads,
+    check_views,
+    from_line,
+    measure,
+    to_line,
+)
 from skillvec.errors import UsageError
-from skillvec.patch import PatchWriter
-from skillvec.plan import Plan
+from skillvec.plan import Job, Plan
 from skillvec.report import Report, Watcher
-from skillvec.storage import OutputFile, file_nbytes, forget_open_files
+from skillvec.staging import Journal, Staging
+from skillvec.storage import (
+    ITEMSIZE,
+    OutputFile,
+    RowWriter,
+    Segment,
+    digest_file_range,
+    file_nbytes,
+    fingerprints,
+    forget_open_files,
+    refuse_changed,
+)
 from skillvec.summary import job_line
 from skillvec.vector import MixDelta
-from skillvec.vectorfile import VectorWriter
+from skillvec.vectorfile import block_count, readers_of
+
+ENGINES = ("threads", "serial", "ray")
+CLAIM_SECONDS = 10.0  # between the lines of a journal: what a killed run has to do again
+ROWS = ("store", "list")  # operators whose results are placed in order
 
 
-def worker_count(workers: int | None) -> int:
+def engine_of(name: str, workers: int | None) -> Engine:
+    """Return the engine of a name: threads, serial (the calling thread alone), ray."""
     if workers is not None and workers < 1:
         raise UsageError(f"workers {workers}: expected at least 1")
-    return workers or min(16, len(os.sched_getaffinity(0)))
+    if name == "ray":
+        from skillvec.engine_ray import Cluster
+
+        return Cluster(workers)
+    if name not in ENGINES:
+        raise UsageError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
+    return Threads(0 if name == "serial" else workers or min(16, len(os.sched_getaffinity(0))))
 
 
 def fetch(files: Iterable[str], watcher: Watcher | None) -> None:
@@ -36,12 +66,12 @@ def fetch(files: Iterable[str], watcher: Watcher | None) -> None:
 def planned(
     plan: Plan,
     facts: dict[str, Any],
-    workers: int | None,
+    engine: Engine,
     watcher: Watcher | None,
     stream: bool = False,
 ) -> Report:
     """Return the report as far as headers can tell, and show it to the watcher."""
-    count = worker_count(workers)
+    count = max(engine.workers, 1)
     mixed = [len(d.sources) for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
     each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
     planned = {
@@ -49,6 +79,7 @@ def planned(
         "nbytes_written": plan.nbytes_written,
         "files": [output.name for output in plan.outputs if output.name],
         "side_files": [name for _, name in plan.copies],
+        "engine": engine.name,
         "workers": count,
         "memory_nbytes": (64 + count * each) << 20,
         "kernels": kernels.kernels_in_use(),
@@ -71,9 +102,7 @@ def planned(
     return report
 
 
-def measured(
-    plan: Plan, workers: int | None, watcher: Watcher | None, stream: bool = False
-) -> Plan:
+def measured(plan: Plan, engine: Engine, watcher: Watcher | None, stream: bool = False) -> Plan:
     """Run the measuring passes of the plan's operators, if they have any."""
     passes = max((mix.operator.passes(mix.parameters) for mix in plan.mixes), default=0)
     if passes and stream:
@@ -91,50 +120,136 @@ def measured(
 
     try:
         for number in range(passes):
-            plan = engine.measure(plan, number, worker_count(workers), progress)
+            plan = measure(plan, number, engine, progress)
     finally:
         forget_open_files()
     return plan
 
 
+class _Claims:
+    """What the journal of a run says is done, and what it will say next."""
+
+    def __init__(
+        self, plan: Plan, journal: Journal, files: Sequence[OutputFile], writer: RowWriter | None
+    ) -> None:
+        self._plan, self._journal, self._files, self._writer = plan, journal, files, writer
+        self._noted: list[tuple[int, JobResult]] = []
+        self._due = time.monotonic() + CLAIM_SECONDS
+
+    def restored(self) -> dict[int, JobResult]:
+        """Return what an interrupted run has done, by job, as far as it lies on the disk.
+
+        Of rows, which lie behind each other, only those before the first that is missing.
+        """
+        lines = {line["job"]: line for line in self._journal.found}
+        done: dict[int, JobResult] = {}
+        gap = False
+        for number, job in enumerate(self._plan.jobs):
+            line = lines.get(number)
+            if job.operator in ROWS and not isinstance(self._writer, Segment):
+                gap |= line is None
+            if line is None or (gap and job.operator in ROWS):
+                continue
+            result = from_line(job, line)
+            for row, kept in zip(_rows_of(job), line["rows"], strict=True):
+                assert self._writer is not None
+                self._writer.restore(row, kept)
+            if job.output is None or self._is_there(job, result.digests["output"]):
+                done[number] = result
+        return done
+
+    def _is_there(self, job: Job, digest: str) -> bool:
+        assert job.output is not None
+        file, start = job.output
+        nbytes = job.numel * ITEMSIZE[job.out_dtype]
+        return digest_file_range(self._files[file].path, start, nbytes) == digest
+
+    def note(self, number: int, result: JobResult) -> None:
+        """Take a job that is done; from any thread."""
+        self._noted.append((number, result))
+
+    def settle(self) -> None:
+        """Write to the journal what was noted, if it is time."""
+        if time.monotonic() < self._due or not self._noted:
+            return
+        noted, self._noted = self._noted, []
+        lines = []
+        for number, result in noted:
+            rows = _rows_of(result.job)
+            kept = [self._writer.line(row) for row in rows] if self._writer is not None else []
+            lines.append({"job": number, "rows": kept, **to_line(result)})
+        files = self._files if self._writer is None else self._writer.files
+        self._journal.claim(lines, files)
+        self._due = time.monotonic() + CLAIM_SECONDS
+
+
+def _rows_of(job: Job) -> range:
+    count = block_count(job.numel) if job.operator in ROWS else 0
+    return range(job.first_block, job.first_block + count)
+
+
 def run_plan(
     plan: Plan,
-    files: list[OutputFile],
-    workers: int | None,
+    engine: Engine,
     watcher: Watcher | None,
-    writer: VectorWriter | PatchWriter | None = None,
-    folder: Path | None = None,
+    stage: Staging | None = None,
+    files: Sequence[OutputFile] = (),
+    writer: RowWriter | None = None,
+    stream: bool = False,
 ) -> list[JobResult]:
-    """Run a plan; with `folder`, shards on the Hub are fetched into it as they are needed."""
+    """Run a plan, from where an interrupted run of it has left `stage`; return results in order.
+
+    With `stream`, shards on the Hub are fetched into the stage as they are needed. Raises
+    FormatError where an input changed meanwhile.
+    """
+    journal = stage.journal if stage is not None else None
+    before = fingerprints(plan.files()) if journal is None else journal.inputs
     total = sum(job.nbytes_read for job in plan.jobs)
-    done = 0
+    kept: Segment | None = None
+    if stream and writer is not None:
+        assert stage is not None
+        kept = Segment(os.fspath(stage.folder / "out-of-order"), *writer.sizes.shape)
+    held = writer if kept is None else kept
+    claims = _Claims(plan, journal, files, held) if journal is not None else None
+    results = claims.restored() if claims is not None else {}
+    if results:  # what they read was looked at as a whole only if that run came to its end
+        done_jobs = [result.job for result in results.values()]
+        check_views(replace(plan, jobs=done_jobs), readers_of(plan.vectors), {})
+    done = sum(result.job.nbytes_read for result in results.values())
 
     def progress(done_nbytes: int) -> None:
         if watcher:
             watcher.advanced(done + done_nbytes, total)
+        if claims is not None:
+            claims.settle()
 
-    held = writer
-    if folder is not None and isinstance(writer, VectorWriter):
-        held = streaming.ReorderedWriter(writer, folder)
-
-    def run(part: Plan) -> list[JobResult]:
+    def run(numbers: Sequence[int]) -> None:
         nonlocal done
-        count = worker_count(workers)
-        results = engine.run(part, files, writer=held, workers=count, progress=progress)
-        done += sum(job.nbytes_read for job in part.jobs)
-        return results
 
+        def finished(number: int, result: JobResult) -> None:
+            if claims is not None:
+                claims.note(numbers[number], result)
+
+        part = replace(plan, jobs=[plan.jobs[number] for number in numbers])
+        found = engine.run(part, files, held, progress, finished)
+        results.update(zip(numbers, found.results, strict=True))
+        done += sum(job.nbytes_read for job in part.jobs)
+
+    left = [number for number in range(len(plan.jobs)) if number not in results]
     try:
-        if folder is None:
+        if not stream:
             fetch(plan.files(), watcher)
-            return run(plan)
-        shards = {file for job in plan.jobs for file in job.files()}
-        fetch((file for file in plan.files() if file not in shards), watcher)
-        results = streaming.run_streamed(plan, run, folder, watcher)
-        if isinstance(held, streaming.ReorderedWriter):
-            held.replay()
-        return results
+            run(left)
+        else:
+            assert stage is not None
+            shards = {file for job in plan.jobs for file in job.files()}
+            fetch((file for file in plan.files() if file not in shards), watcher)
+            streaming.run_streamed(plan.jobs, left, run, stage.folder, watcher)
+        if kept is not None and writer is not None:
+            streaming.replay(kept, writer)
     finally:
-        if isinstance(held, streaming.ReorderedWriter):
-            held.close()
+        if kept is not None:
+            kept.file.close()
         forget_open_files()
+    refuse_changed(before)
+    return [results[number] for number in range(len(plan.jobs))]

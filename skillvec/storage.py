@@ -7,28 +7,29 @@ Nothing here knows what a tensor means, and nothing imports torch.
 
 import contextlib
 import errno
-import fcntl
 import json
 import mmap
 import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
-from xxhash import xxh3_128
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64, xxh3_128
 
-from skillvec.errors import FormatError, OutputError, SkillvecError
+from skillvec.errors import FormatError, OutputError, SkillvecError, up_to_five
 
 MAX_HEADER_NBYTES = 100_000_000  # the cap of the official reader
 LEAF_NBYTES = 1 << 20  # a digest is a tree of leaves, so that blocks can be hashed in any order
 MiB = 1 << 20
+Bytes = npt.NDArray[np.uint8]
 REQUESTS = 16  # for small ranges of remote files, at once
 
 # dtype name -> bytes per element; the packed and 8-bit float kinds are known so they can be named
@@ -68,10 +69,17 @@ class Header(NamedTuple):
 
 
 class RemoteFile(Protocol):
-    """A file that is not on this disk yet; `local` is where its bytes lie once it was fetched."""
+    """A file that is not on this disk; `local` is where its bytes lie once it was fetched.
+
+    One that is `ranged` is never fetched: the engine reads the ranges that it needs.
+    """
 
     nbytes: int
     local: str | None
+    ranged: bool
+
+    def current_identity(self) -> tuple[int, str]:
+        """Return size and version as its place has them now."""
 
     def read_range(self, offset: int, nbytes: int) -> bytes:
         """Return some of its bytes without fetching it."""
@@ -198,6 +206,7 @@ def read_header(path: str | Path) -> Header:
     the broken rule; OSError where the file cannot be read.
     """
     path = os.fspath(path)
+    witness(path)
     nbytes = file_nbytes(path)
     prefix = read_bytes(path, 0, min(8, nbytes))
     if len(prefix) < 8:
@@ -338,6 +347,51 @@ def _open_file(path: str, identity: tuple[int, int, int]) -> _OpenFile:
 
 
 _identities: dict[str, tuple[int, int, int]] = {}
+_witnessed: dict[str, tuple[int, int]] = {}  # size and mtime of files whose headers were read
+SAMPLES, SAMPLE_NBYTES = 16, 4096
+
+
+def witness(path: str) -> None:
+    """Remember the state of a file whose header is about to be read, for `fingerprints`."""
+    if path not in _remotes:
+        stat = os.stat(path)
+        _witnessed[path] = stat.st_size, stat.st_mtime_ns
+
+
+def fingerprints(paths: Iterable[str]) -> dict[str, list[Any]]:
+    """Return size, time of the last change and digest of samples of files, by path.
+
+    Of remote files: what their place says of them. Raises FormatError for a file that is not what
+    it was when its header was read, SkillvecError for one that cannot be read.
+    """
+    found = {path: _fingerprint(path) for path in paths}
+    for path, (nbytes, time, _) in ((p, f) for p, f in found.items() if p in _witnessed):
+        if _witnessed[path] != (nbytes, time):
+            raise FormatError(f"{path}: changed since its header was read")
+    return found
+
+
+def _fingerprint(path: str) -> list[Any]:
+    remote = _remotes.get(path)
+    if remote is not None:
+        return list(remote.current_identity())
+    hashed, buffer = xxh3_64(), bytearray(SAMPLE_NBYTES)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            stat = os.fstat(file.fileno())
+            for number in range(SAMPLES):
+                file.seek(max(stat.st_size - SAMPLE_NBYTES, 0) * number // (SAMPLES - 1))
+                hashed.update(memoryview(buffer)[: file.readinto(buffer)])
+    except OSError as error:
+        raise SkillvecError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return [stat.st_size, stat.st_mtime_ns, hashed.hexdigest()]
+
+
+def refuse_changed(before: Mapping[str, list[Any]]) -> None:
+    """Raise FormatError where a file is not what it was when its fingerprint was taken."""
+    changed = [path for path in before if _fingerprint(path) != before[path]]
+    if changed:
+        raise FormatError(f"changed while they were read:\n{up_to_five(changed)}")
 
 
 def read_into(path: str, offset: int, buffer: memoryview) -> None:
@@ -380,7 +434,8 @@ def forget_open_files() -> None:
 # -------------------------------------------------------------------------------------- writes
 
 
-def _explain(error: OSError, path: str) -> OutputError:
+def explain(error: OSError, path: str) -> OutputError:
+    """Return what a failed write means."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"{path}: the disk is full ({error.strerror}); nothing was published")
     return OutputError(f"{path}: {error.strerror or error}; nothing was published")
@@ -401,22 +456,30 @@ def available_memory_nbytes() -> int:
 class OutputFile:
     """One file of known or growing size, written at planned offsets from any thread.
 
-    Write-back starts after every 64 MiB, so that little is left for `sync`. With `windowed`, pages
-    512 MiB back are dropped too: a large writer is then never throttled for dirty pages.
+    One that an interrupted run has left is written over; `sync` cuts it to its size. Write-back
+    starts after every 64 MiB, so that little is left for `sync`. With `windowed`, pages 512 MiB
+    back are dropped too: a large writer is then never throttled for dirty pages. One that is
+    `shared` lies there, other machines write to it too, and this one only writes.
     """
 
     START, DROP = 64 * MiB, 512 * MiB
 
-    def __init__(self, path: str, nbytes: int, windowed: bool = False) -> None:
+    def __init__(
+        self, path: str, nbytes: int, windowed: bool = False, shared: bool = False
+    ) -> None:
         self.path, self.nbytes, self._windowed = path, nbytes, windowed
         self._lock, self._front, self._started, self._fd = threading.Lock(), 0, 0, -1
         self._allocated = 0
+        # NFS writes a page that it has read back whole, with what others have changed in it since
+        mode = os.O_WRONLY if shared else os.O_RDWR | os.O_CREAT
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self._fd = os.open(path, mode | os.O_NOFOLLOW, 0o666)
+            if shared:
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self._allocate(nbytes)
         except OSError as error:
             self.close()
-            raise _explain(error, path) from None
+            raise explain(error, path) from None
 
     def _allocate(self, nbytes: int) -> None:
         """Give the file extents up to `nbytes`: writes are 1.8 times faster, a full disk shows."""
@@ -445,7 +508,7 @@ class OutputFile:
                     raise
                 self._allocate(self.nbytes)
         except OSError as error:
-            raise _explain(error, self.path) from None
+            raise explain(error, self.path) from None
         return offset
 
     def write(self, offset: int, buffer: memoryview | bytes) -> None:
@@ -456,7 +519,7 @@ class OutputFile:
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], offset + done)
         except OSError as error:
-            raise _explain(error, self.path) from None
+            raise explain(error, self.path) from None
         self._advance(offset + len(view))
 
     def _advance(self, end: int) -> None:
@@ -471,13 +534,33 @@ class OutputFile:
         if self._windowed and front > self.DROP:
             os.posix_fadvise(self._fd, 0, front - self.DROP, os.POSIX_FADV_DONTNEED)
 
+    def holds(self, offset: int, buffer: memoryview) -> bool:
+        """Fill `buffer` with what lies at `offset`; False where the file ends before."""
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+                if not count:
+                    return False
+                done += count
+        except OSError as error:
+            raise explain(error, self.path) from None
+        return True
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with what was written at `offset`."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            assert count, f"{self.path} is shorter than it was planned"
-            done += count
+        if not self.holds(offset, buffer):
+            raise OutputError(f"{self.path}: is shorter than what was written to it")
+
+    def copy(self, offset: int, source: int, start: int, nbytes: int) -> None:
+        """Copy a range of an open file to `offset`: the file system itself does it where it can."""
+        end = offset + nbytes
+        try:
+            while offset < end:
+                done = _copy_range(source, self._fd, end - offset, start, offset)
+                offset, start = offset + done, start + done
+        except OSError as error:
+            raise explain(error, self.path) from None
 
     def append(self, buffer: bytes | memoryview) -> None:
         """Write behind the end; for one caller at a time."""
@@ -486,11 +569,23 @@ class OutputFile:
     def sync(self) -> None:
         """Give back what was allocated ahead and wait until every byte is on the disk."""
         try:
-            if self._allocated > self.nbytes:
+            if os.fstat(self._fd).st_size > self.nbytes:
                 os.ftruncate(self._fd, self.nbytes)
             os.fsync(self._fd)
         except OSError as error:
-            raise _explain(error, self.path) from None
+            raise explain(error, self.path) from None
+
+    def flush(self) -> None:
+        """Wait until every byte written so far is on the disk."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise explain(error, self.path) from None
+
+    def hand_over(self) -> None:
+        """Flush, and keep no page in memory: other machines write to the file, or have done so."""
+        self.flush()
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -499,11 +594,25 @@ class OutputFile:
             self._fd = -1
 
 
-class Turns:
-    """Lets workers in one after the other, in the order of their numbers."""
+def _copy_range(source: int, output: int, nbytes: int, start: int, offset: int) -> int:
+    """Copy some of the bytes of a range and return how many; OSError where the source ends."""
+    done = 0
+    try:
+        done = os.copy_file_range(source, output, nbytes, start, offset)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    done = done or os.pwrite(output, os.pread(source, min(nbytes, 8 * MiB), start), offset)
+    if not done:
+        raise OSError(errno.EIO, "what is copied has fewer bytes than were written")
+    return done
 
-    def __init__(self) -> None:
-        self._changed, self._next, self._stopped = threading.Condition(), 0, False
+
+class Turns:
+    """Lets workers in one after the other, in the order of their numbers from `first` on."""
+
+    def __init__(self, first: int = 0) -> None:
+        self._changed, self._next, self._stopped = threading.Condition(), first, False
 
     @contextlib.contextmanager
     def turn(self, number: int) -> Iterator[bool]:
@@ -521,6 +630,120 @@ class Turns:
             self._changed.notify_all()
 
 
+class RowWriter:
+    """Takes rows of pieces from any thread and places them in the order of their numbers.
+
+    What a row is, and where its pieces go, is for the classes below. A worker waits until the rows
+    before its own have their places, then writes its own without waiting: so the bytes do not
+    depend on the worker count, no size has to be known before, and nothing is held in memory.
+    """
+
+    def __init__(self, rows: int, pieces: int) -> None:
+        self._turns = Turns()
+        self.sizes = np.zeros((rows, pieces), np.uint32)  # bytes of each piece
+        self.marks = np.zeros(rows, np.uint64)  # digests, for those who resume
+
+    @property
+    def files(self) -> list[OutputFile]:
+        """The files that rows have been written to."""
+        raise NotImplementedError
+
+    def place(self, row: int, sizes: Sequence[int]) -> list[tuple[OutputFile, int]]:
+        """Return file and offset of every piece of a row; for one caller at a time, in order."""
+        raise NotImplementedError
+
+    def add(self, row: int, pieces: Sequence[Bytes]) -> None:
+        """Write the pieces of one row, in its turn."""
+        sizes, mark = [piece.size for piece in pieces], mark_of(pieces)
+        with self._turn(row) as mine:
+            if not mine:
+                return
+            places = self.accept(row, sizes, mark)
+        for (file, offset), piece in zip(places, pieces, strict=True):
+            if piece.size:
+                file.write(offset, piece.data)
+
+    def _turn(self, row: int) -> contextlib.AbstractContextManager[bool]:
+        return self._turns.turn(row)
+
+    def accept(self, row: int, sizes: Sequence[int], mark: int) -> list[tuple[OutputFile, int]]:
+        """Record and place the next row, which the caller sees written; return its places."""
+        self.sizes[row], self.marks[row] = sizes, mark
+        return self.place(row, sizes)
+
+    def line(self, row: int) -> list[int]:
+        """Return what a journal keeps of a row that was written."""
+        return [*self.sizes[row].tolist(), int(self.marks[row])]
+
+    def restore(self, row: int, line: Sequence[int]) -> None:
+        """Place the next row, which an interrupted run has written; OutputError if it is not so."""
+        *sizes, mark = line
+        self._confirm(self.accept(row, sizes, mark), sizes, mark)
+        self._turns = Turns(row + 1)
+
+    def _confirm(
+        self, places: Sequence[tuple[OutputFile, int]], sizes: Sequence[int], mark: int
+    ) -> None:
+        pieces = [np.empty(size, np.uint8) for size in sizes]
+        there = [f.holds(at, p.data) for (f, at), p in zip(places, pieces, strict=True)]
+        if not all(there) or mark_of(pieces) != mark:
+            file = places[0][0].path
+            raise OutputError(f"{file}: is not what its journal says: delete its folder")
+
+    def stop(self) -> None:
+        """Let waiting workers go: the run has failed."""
+        self._turns.stop()
+
+
+def mark_of(pieces: Sequence[Bytes]) -> int:
+    """Return XXH3-64 over pieces, end to end."""
+    hashed = xxh3_64()
+    for piece in pieces:
+        hashed.update(piece.data)
+    return hashed.intdigest()
+
+
+class Segment(RowWriter):
+    """Keeps rows in one file in the order in which they come; `offsets` says where."""
+
+    def __init__(self, path: str, rows: int, pieces: int) -> None:
+        super().__init__(rows, pieces)
+        self.offsets: dict[int, int] = {}
+        self.file = OutputFile(path, 0)
+        self._lock = threading.Lock()
+
+    @property
+    def files(self) -> list[OutputFile]:
+        return [self.file]
+
+    def place(self, row: int, sizes: Sequence[int]) -> list[tuple[OutputFile, int]]:
+        offset = self.offsets[row] = self.file.reserve(sum(sizes))
+        return self._places(offset, sizes)
+
+    @contextlib.contextmanager
+    def _turn(self, row: int) -> Iterator[bool]:
+        with self._lock:
+            yield True
+
+    def _places(self, offset: int, sizes: Sequence[int]) -> list[tuple[OutputFile, int]]:
+        return [(self.file, offset + sum(sizes[:i])) for i in range(len(sizes))]
+
+    def line(self, row: int) -> list[int]:
+        return [self.offsets[row], *super().line(row)]
+
+    def restore(self, row: int, line: Sequence[int]) -> None:
+        offset, *sizes, mark = line
+        self.offsets[row], self.sizes[row], self.marks[row] = offset, sizes, mark
+        self.file.reserve(max(offset + sum(sizes) - self.file.nbytes, 0))
+        self._confirm(self._places(offset, sizes), sizes, mark)
+
+    def read(self, row: int) -> list[Bytes]:
+        """Return the pieces of a row."""
+        content = np.empty(int(self.sizes[row].sum()), np.uint8)
+        self.file.read_into(self.offsets[row], content.data)
+        return np.split(content, np.cumsum(self.sizes[row])[:-1])
+
+
 def fsync_path(path: str) -> None:
     """Make a file's bytes, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)
@@ -530,116 +753,19 @@ def fsync_path(path: str) -> None:
         os.close(fd)
 
 
-@dataclass
-class Staging:
-    """A folder beside the output in which everything is made before one rename publishes it."""
-
-    output: Path
-    folder: Path
-    force: bool
-
-    @property
-    def _replaced(self) -> Path:
-        return self.folder / "replaced"
-
-    def publish(self, source: Path) -> None:
-        """Rename `source` (inside the folder) to the output, moving an old folder away first."""
-        self.refuse_existing()
-        if source.is_dir():
-            fsync_path(os.fspath(source))
-        folders = source.is_dir() or self.output.is_dir()
-        try:
-            if not (folders and os.path.lexists(self.output) and _exchange(source, self.output)):
-                if folders and os.path.lexists(self.output):
-                    os.rename(self.output, self._replaced)
-                os.rename(source, self.output)
-        except OSError as error:
-            self._restore()
-            raise _explain(error, os.fspath(self.output)) from None
-        try:
-            fsync_path(os.fspath(self.output.parent))
-        except OSError as error:
-            raise OutputError(
-                f"{self.output}: whole and in place, but its name may not survive a power failure:"
-                f" {error.strerror or error}"
-            ) from None
-
-    def refuse_existing(self) -> None:
-        """Raise OutputError where another run has published meanwhile."""
-        if not self.force and os.path.lexists(self.output):
-            raise OutputError(f"{self.output}: exists now: another run made it meanwhile")
-
-    def clear(self) -> None:
-        """Empty the folder; an output that was moved away and never replaced goes back."""
-        self._restore()
-        for entry in os.scandir(self.folder):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
-
-    def _restore(self) -> None:
-        if self._replaced.exists() and not os.path.lexists(self.output):
-            os.rename(self._replaced, self.output)
-
-
-def _exchange(source: Path, output: Path) -> bool:
-    """Swap two folders in one step, so that no kill finds the name empty; False if unsupported."""
-    import ctypes
-
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # a C library without it
-        return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(source), here, os.fsencode(output), swap) == 0)
-
-
-STAGING_SUFFIX = ".skillvec-unfinished"
-
-
-@contextlib.contextmanager
-def staging(output: Path, force: bool = False) -> Iterator[Staging]:
-    """Yield a fresh staging folder for `output`, cleared of what a killed run left.
-
-    The folder is named `.NAME.skillvec-unfinished` and locked while a run works in it, so a second
-    run with the same output is refused and an abandoned folder is recognised. It is removed
-    whatever happens. Raises OutputError.
-    """
-    folder = output.parent / f".{output.name}{STAGING_SUFFIX}"
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise _explain(error, os.fspath(folder)) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), os.stat(folder)):
-            raise BlockingIOError  # the run that held it has just removed it
-    except OSError:
-        os.close(lock)
-        raise OutputError(f"{output}: another run is writing it (lock on {folder})") from None
-    stage = Staging(output, folder, force)
-    try:
-        stage.clear()
-        stage.refuse_existing()
-        yield stage
-    except SkillvecError:
-        raise
-    except OSError as error:
-        raise _explain(error, os.fspath(error.filename or output)) from None
-    finally:
-        stage.clear()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        os.close(lock)
-
-
 def copy_file(source: str, output: str) -> None:
-    """Copy a file's bytes and permission bits, durably."""
+    """Copy a file's bytes, and of a local one the permission bits, durably."""
+    remote = _remotes.get(source)
     try:
-        shutil.copyfile(source, output)
-        shutil.copymode(source, output)
+        if remote is not None and remote.ranged:
+            with open(output, "wb") as file:
+                for at in range(0, remote.nbytes, 8 * MiB):
+                    file.write(remote.read_range(at, min(8 * MiB, remote.nbytes - at)))
+        else:
+            shutil.copyfile(local_path(source), output)
+            shutil.copymode(local_path(source), output)
         fsync_path(output)
     except OSError as error:
-        raise _explain(error, output) from None
+        if isinstance(error, SkillvecError):
+            raise
+        raise explain(error, output) from None

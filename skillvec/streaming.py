@@ -7,26 +7,17 @@ disk, more only while a tensor is made that spans more. Results come back in the
 vector file gets the bytes that it has without streaming. Vector files are not streamed.
 """
 
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from skillvec.codecs import NO_BYTES, Encoded
-from skillvec.engine import JobResult
 from skillvec.errors import OutputError
 from skillvec.hub import HubFile, not_here
-from skillvec.plan import Job, Plan
+from skillvec.plan import Job
 from skillvec.report import Watcher
-from skillvec.storage import OutputFile, file_nbytes, forget_open_files
-from skillvec.vectorfile import EXCEPTION, REPLACEMENT, VectorWriter, block_digest
+from skillvec.storage import RowWriter, Segment, file_nbytes, forget_open_files
 
 LIMIT = 2  # files of the Hub on the disk
 Files = frozenset[str]
@@ -114,22 +105,26 @@ def _most_nbytes(planned: Iterable[Step]) -> int:
 
 
 def run_streamed(
-    plan: Plan,
-    run_group: Callable[[Plan], list[JobResult]],
+    jobs: Sequence[Job],
+    left: Sequence[int],
+    run: Callable[[Sequence[int]], None],
     folder: Path,
     watcher: Watcher | None = None,
-) -> list[JobResult]:
-    """Run a plan step by step, its files of the Hub in a folder below `folder`.
+) -> None:
+    """Run the jobs of which numbers are `left` step by step, their files in a folder below.
 
-    `run_group` runs a part of the plan. The folder below is removed whatever happens. Raises
+    `run` takes the numbers of jobs. The folder below `folder` is removed whatever happens. Raises
     OutputError, before anything is fetched, where the disk has no room for the largest step.
     """
-    planned = _steps_of(plan.jobs)
-    remotes = {remote.address: remote for job in plan.jobs for remote in not_here(job.files())}
+    planned = _steps_of([jobs[number] for number in left])
+    remotes = {
+        remote.address: remote for number in left for remote in not_here(jobs[number].files())
+    }
     free, most = shutil.disk_usage(folder).free, _most_nbytes(planned)
     if free < most:
         raise OutputError(f"{folder}: {most} bytes of shards do not fit on the disk: {free} free")
     shards = folder / "shards"
+    shutil.rmtree(shards, ignore_errors=True)  # of an interrupted run
     shards.mkdir()
     total, before, shown = sum(remotes[f].nbytes for s in planned for f in s.fetched), 0, 0.0
 
@@ -139,20 +134,17 @@ def run_streamed(
             shown = time.monotonic()
             watcher.advanced(before + received, total)
 
-    results: dict[int, JobResult] = {}
     try:
         for step in planned:
             _delete(remotes[file] for file in step.dropped)
             for file in sorted(step.fetched):
                 remotes[file].fetch(shards, told)
                 before += remotes[file].nbytes
-            part = replace(plan, jobs=[plan.jobs[number] for number in step.jobs])
-            results |= dict(zip(step.jobs, run_group(part), strict=True))
+            run([left[number] for number in step.jobs])
             _delete(remotes[file] for file in step.done)
     finally:
         _delete(remotes.values())
         shutil.rmtree(shards, ignore_errors=True)
-    return [results[number] for number in range(len(plan.jobs))]
 
 
 def _delete(remotes: Iterable[HubFile]) -> None:
@@ -163,59 +155,11 @@ def _delete(remotes: Iterable[HubFile]) -> None:
             remote.local = None
 
 
-class ReorderedWriter(VectorWriter):
-    """Takes blocks in any order, keeps them in a file, and gives them to `writer` in row order.
+def replay(kept: Segment, writer: RowWriter) -> None:
+    """Give all rows that a segment keeps to the writer, in their order.
 
-    The vector file has then the bytes that it has when blocks come in order. Until `replay` the
-    blocks lie on the disk once, while it runs twice.
+    A vector file has then the bytes that it has when blocks come in order. The blocks lie on the
+    disk twice while this runs.
     """
-
-    def __init__(self, writer: VectorWriter, folder: Path) -> None:
-        # not the base's own: it is `writer` that has shards and spills
-        self._writer, self._lock = writer, threading.Lock()
-        self._blocks: dict[int, tuple[int, ...]] = {}  # row -> offset and lengths
-        self._kept = OutputFile(os.fspath(folder / "out-of-order"), 0)
-
-    def add(
-        self,
-        row: int,
-        encoded: Encoded,
-        exceptions: npt.NDArray[Any],
-        replacements: npt.NDArray[Any],
-    ) -> bytes:
-        """Keep one block; return the digest of its bytes."""
-        records = exceptions.view(np.uint8), replacements.view(np.uint8)
-        pieces = (encoded.payload, encoded.bitmap, *records)
-        with self._lock:
-            offset = self._kept.reserve(sum(piece.size for piece in pieces))
-            self._blocks[row] = (offset, *(piece.size for piece in pieces))
-        for piece in pieces:
-            if piece.size:
-                self._kept.write(offset, piece.data)
-            offset += piece.size
-        return block_digest(encoded)
-
-    def stop(self) -> None:
-        """Do nothing: no block waits for its turn, and the next step will add more."""
-
-    def replay(self) -> None:
-        """Give all blocks to the writer, in the order of their rows."""
-        try:
-            for row, (offset, *sizes) in sorted(self._blocks.items()):
-                content = bytearray(sum(sizes))
-                self._kept.read_into(offset, memoryview(content))
-                whole = np.frombuffer(content, np.uint8) if content else NO_BYTES
-                payload, bitmap, exceptions, replacements = np.split(whole, np.cumsum(sizes)[:-1])
-                self._writer.add(
-                    row,
-                    Encoded(payload, bitmap),
-                    exceptions.view(EXCEPTION),
-                    replacements.view(REPLACEMENT),
-                )
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Give back the room of what was kept; a second call does nothing."""
-        self._kept.close()
-        Path(self._kept.path).unlink(missing_ok=True)
+    for row in sorted(kept.offsets):
+        writer.add(row, kept.read(row))

@@ -27,17 +27,18 @@ from skillvec.checkpoint import (
     locate,
     read_index,
 )
-from skillvec.codecs import CODECS, NO_BYTES, Bytes, Encoded, decode_block
+from skillvec.codecs import CODECS, NO_BYTES, Encoded, decode_block
 from skillvec.errors import FormatError, up_to_five
 from skillvec.kernels import FLOATS, Array
 from skillvec.storage import (
     ITEMSIZE,
     LEAF_NBYTES,
+    Bytes,
     Header,
     OutputFile,
     Place,
+    RowWriter,
     TensorSpec,
-    Turns,
     allocate,
     digest_bytes,
     digest_file_range,
@@ -591,12 +592,10 @@ class _Shard:
         self.records: tuple[int, ...] = ()  # exceptions and replacements
 
 
-class VectorWriter:
+class VectorWriter(RowWriter):
     """Writes deltas block by block into one file, or into shards where one would grow too large.
 
-    Blocks are encoded in any order and placed in the order of their rows: a worker waits until the
-    blocks before its own have their places. So the bytes do not depend on the worker count, no
-    size has to be known before, and nothing is held in memory. Bitmaps and side records wait in
+    A row is a block: payload, bitmap, exceptions, replacements. Bitmaps and side records wait in
     files in the staging folder.
     """
 
@@ -610,14 +609,16 @@ class VectorWriter:
         max_shard_nbytes: int,
         windowed: bool,
     ) -> None:
+        self._first_rows = np.cumsum([0, *(block_count(e.numel) for e in entries)])
+        super().__init__(int(self._first_rows[-1]), 4)
         self._folder, self._entries, self._windowed = folder, entries, windowed
         self._max_shard_nbytes = max_shard_nbytes
         self._made = folder / "made"
-        self._made.mkdir()
-        self._first_rows = np.cumsum([0, *(block_count(e.numel) for e in entries)])
+        self._made.mkdir(exist_ok=True)
+        for file in self._made.glob("vector-*.safetensors"):  # a run was killed in `finish`
+            os.rename(file, self._made / f"shard-{int(file.name.split('-')[1]) - 1}")
+        (self._made / VECTOR_INDEX).unlink(missing_ok=True)
         self._owner = np.repeat(np.arange(len(entries)), np.diff(self._first_rows))
-        rows = int(self._first_rows[-1])
-        self._counts = np.zeros((rows, 3), np.uint32)
         self._spills = [OutputFile(os.fspath(folder / name), 0) for name in self.SPILLS]
         widest = encode_manifest(_widest(manifest, entries))
         self._reserved = [len(encode_header(self._layout(range(len(entries)), None), widest))]
@@ -625,7 +626,6 @@ class VectorWriter:
         widths = [len(json.dumps(e.name).encode()) * 2 + 40 * len(e.shape) + 200 for e in entries]
         self._reserved += [(1 << 10) + int(n) for n in np.cumsum(widths[::-1])[::-1][1:]]
         self._shards: list[_Shard] = []
-        self._turns = Turns()
         self._open_shard(0)
 
     def _open_shard(self, first_entry: int) -> None:
@@ -633,34 +633,19 @@ class VectorWriter:
         reserved = -(-self._reserved[first_entry] // 8) * 8
         self._shards.append(_Shard(os.fspath(path), reserved, self._windowed))
 
-    def add(
-        self,
-        row: int,
-        encoded: Encoded,
-        exceptions: npt.NDArray[Any],
-        replacements: npt.NDArray[Any],
-    ) -> bytes:
-        """Take one block in its turn; return the digest of its bytes."""
-        pieces = [encoded.bitmap, exceptions.view(np.uint8), replacements.view(np.uint8)]
-        with self._turns.turn(row) as mine:
-            if not mine:
-                return b""
-            owner = int(self._owner[row])
-            if row == self._first_rows[owner]:
-                self._begin(owner)
-            self._shards[-1].used |= any(piece.size for piece in (encoded.payload, *pieces[1:]))
-            self._shards[-1].side_nbytes += BLOCK_ROW_NBYTES + sum(p.size for p in pieces[1:])
-            file = self._shards[-1].file
-            offset = file.reserve(encoded.payload.size)
-            spilled = [
-                spill.reserve(piece.size) for spill, piece in zip(self._spills, pieces, strict=True)
-            ]
-        file.write(offset, encoded.payload.data)
-        for spill, at, piece in zip(self._spills, spilled, pieces, strict=True):
-            if piece.size:
-                spill.write(at, piece.data)
-        self._counts[row] = encoded.payload.size, exceptions.size, replacements.size
-        return block_digest(encoded)
+    @property
+    def files(self) -> list[OutputFile]:
+        return [*self._spills, *(shard.file for shard in self._shards)]
+
+    def place(self, row: int, sizes: Sequence[int]) -> list[tuple[OutputFile, int]]:
+        owner = int(self._owner[row])
+        if row == self._first_rows[owner]:
+            self._begin(owner)
+        shard = self._shards[-1]
+        shard.used |= sizes[0] + sizes[2] + sizes[3] > 0
+        shard.side_nbytes += BLOCK_ROW_NBYTES + sum(sizes[1:])
+        files = (shard.file, *self._spills)
+        return [(file, file.reserve(size)) for file, size in zip(files, sizes, strict=True)]
 
     def _begin(self, owner: int) -> None:
         """Begin a tensor; in a new shard where this one might grow over the limit."""
@@ -674,16 +659,17 @@ class VectorWriter:
         shard.entries.append(owner)
         shard.side_nbytes += entry.bitmap_nbytes
 
-    def stop(self) -> None:
-        """Let waiting workers go: the run has failed."""
-        self._turns.stop()
-
     # ------------------------------------------------------------------------ when all is in
 
+    def _table(self, owner: int) -> npt.NDArray[np.uint32]:
+        """Return payload bytes, exceptions and replacements of each block of a tensor."""
+        rows = self.sizes[self._first_rows[owner] : self._first_rows[owner + 1]]
+        widths = np.array([1, EXCEPTION.itemsize, REPLACEMENT.itemsize], np.uint32)
+        return rows[:, [0, 2, 3]] // widths
+
     def _used(self, owner: int) -> npt.NDArray[np.int64]:
-        """Return payload bytes, exceptions and replacements of a tensor."""
-        rows = slice(self._first_rows[owner], self._first_rows[owner + 1])
-        used: npt.NDArray[np.int64] = self._counts[rows].sum(axis=0, dtype=np.int64)
+        """Return the sums of the table of a tensor."""
+        used: npt.NDArray[np.int64] = self._table(owner).sum(axis=0, dtype=np.int64)
         return used
 
     def _codec(self, owner: int) -> str:
@@ -736,9 +722,8 @@ class VectorWriter:
                 entry, codec = self._entries[owner], self._codec(owner)
                 if codec != "zero":
                     placed[entry.name] = codec, row
-                    rows = self._counts[self._first_rows[owner] : self._first_rows[owner + 1]]
-                    row += len(rows)
-                    table.append(rows)
+                    table.append(self._table(owner))
+                    row += len(table[-1])
                     if codec == "sparse":
                         self._append(shard.file, 0, at[0], entry.bitmap_nbytes)
                 at[0] += entry.bitmap_nbytes
@@ -754,7 +739,9 @@ class VectorWriter:
                     digests[name] = self._append(shard.file, spill, at[spill], nbytes)
                 at[spill] += nbytes
             sides.append(digests)
-        exceptions, replacements = self._counts[:, 1:].sum(axis=0, dtype=np.int64).tolist()
+        exceptions, replacements = np.sum(
+            [shard.records for shard in self._shards], axis=0
+        ).tolist()
         return {
             "tensors": placed, "side": sides, "exceptions": exceptions,
             "replacements": replacements,
@@ -796,5 +783,5 @@ class VectorWriter:
         return [name for name, _, _ in layout if name not in SIDE]
 
     def close(self) -> None:
-        for file in (*self._spills, *(shard.file for shard in self._shards)):
+        for file in self.files:
             file.close()

@@ -24,7 +24,7 @@ from skillvec.checkpoint import (
     open_tensors,
 )
 from skillvec.codecs import CODECS
-from skillvec.engine import JobResult
+from skillvec.engine import Engine, JobResult
 from skillvec.errors import (
     FormatError,
     IncompatibleError,
@@ -67,8 +67,8 @@ from skillvec.provenance import (
 )
 from skillvec.report import Report, Watcher
 from skillvec.rules import Recipe, Share, parse_recipe, read_recipe
-from skillvec.running import measured, planned, run_plan
-from skillvec.storage import copy_file, fsync_path, local_path
+from skillvec.running import engine_of, measured, planned, run_plan
+from skillvec.storage import copy_file, fsync_path
 from skillvec.summary import (
     complete_manifest,
     describe_vector,
@@ -102,6 +102,7 @@ def diff(
     rename: Sequence[str] = (),
     rows: str = "strict",
     stream: bool = False,
+    engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -125,8 +126,8 @@ def diff(
         return vector
     return save(
         vector, output, codec=codec, max_shard_size=max_shard_size, method=method, notes=notes,
-        license=license, stream=stream, workers=workers, dry_run=dry_run, force=force,
-        watcher=watcher,
+        license=license, stream=stream, engine=engine, workers=workers, dry_run=dry_run,
+        force=force, watcher=watcher,
     )  # fmt: skip
 
 
@@ -198,6 +199,7 @@ def save(
     notes: str | None = None,
     license: str | None = None,
     stream: bool = False,
+    engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -210,6 +212,7 @@ def save(
     or packed (docs/format.md). A stored vector is written with its manifest and exact values,
     whatever the codec. `method`, `notes` and `license` go into the manifest.
     """
+    runner = engine_of(engine, workers)
     if codec not in ("auto", *CODECS[1:]):
         raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
     limit = parse_size(max_shard_size)
@@ -221,7 +224,7 @@ def save(
             f"dtype {dtype}: {vector.ref} has its own; diff --dtype chooses that of a difference"
         )
     dtype = dtype if vector.parts else vector.manifest["dtype"]
-    path = output_vector(output, force, vector)
+    place = output_vector(output, force, vector)
     storage = choose_storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
     labels = {"method": method, "notes": notes, "license": license}
     shown = {key: value for key, value in labels.items() if value is not None}
@@ -239,7 +242,7 @@ def save(
         "license": license or vector.manifest["license"],
     }
     plan, entries = plan_store(verb, vector, storage)
-    facts: dict[str, Any] = {"formula": manifest["formula"], "output": os.fspath(path),
+    facts: dict[str, Any] = {"formula": manifest["formula"], "output": place.ref,
                              "dtype": dtype, "codec": codec}  # fmt: skip
     for side in ("tuned", "base") if vector.tuned else ():
         facts[side] = getattr(vector, side).facts
@@ -247,16 +250,16 @@ def save(
         facts["layout"] = dict(vector.notes)
     bound = sum(entry.nbytes for entry in entries)
     plan = replace(plan, bound_nbytes=bound)
-    report = planned(plan, facts, workers, watcher, stream)
+    report = planned(plan, facts, runner, watcher, stream)
     if dry_run:
         return replace(vector, report=report)
-    plan = measured(plan, workers, watcher, stream)
-    with writing_vector(path, force, entries, manifest, limit) as (stage, writer):
-        results = run_plan(plan, [], workers, watcher, writer, stage.folder if stream else None)
+    plan = measured(plan, runner, watcher, stream)
+    with writing_vector(plan, place, force, watcher, entries, manifest, limit) as (stage, writer):
+        results = run_plan(plan, runner, watcher, stage, writer=writer, stream=stream)
         settled = writer.settle()
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
-    saved = SkillVector.open(path)
+    saved = SkillVector.open(place.ref)
     assert saved.stored is not None
     report_stored(report, plan, results, saved.manifest, saved.stored)
     return replace(saved, report=report)
@@ -282,6 +285,7 @@ def export_patch(
     output: PathLike,
     *,
     base: PathLike | Checkpoint | None = None,
+    engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -292,30 +296,31 @@ def export_patch(
     Raises IncompatibleError unless `base` (where it was, if not given) is the vector's exact base,
     on which alone such a list holds.
     """
+    runner = engine_of(engine, workers)
     opened = SkillVector.open(vector)
     if opened.stored is None or opened.scale != 1 or opened.manifest["tuned"] is None:
         raise UsageError(f"{opened.ref}: a patch is made of a stored tuned - base")
     point = open_checkpoint(base or opened.manifest["base"]["ref"], "base")
     plan = plan_patch(opened, point)
-    path = output_vector(output, force, opened, [point])
-    facts = {"output": os.fspath(path), "vector": opened.ref, "base": point.ref}
-    report = planned(plan, facts, workers, watcher)
+    place = output_vector(output, force, opened, [point])
+    facts = {"output": place.ref, "vector": opened.ref, "base": point.ref}
+    report = planned(plan, facts, runner, watcher)
     if dry_run:
         return report
-    specs = [job.point for job in plan.jobs if job.point is not None]
-    with writing_patch(path, force, specs) as (stage, writer):
-        results = run_plan(plan, [], workers, watcher, writer)
+    request = {"vector": opened.manifest["identity"], "family": point.family_digest}
+    with writing_patch(plan, place, force, watcher, request) as (stage, writer):
+        results = run_plan(plan, runner, watcher, stage, writer=writer)
         other = [result.job.name for result in results if not result.exact_base]
         if other:
             raise IncompatibleError(
                 f"{point.ref} is not the exact base of {opened.ref}:\n{up_to_five(other)}"
             )
-        said = {"schema": 1, "family": point.family_digest,
-                "vector": opened.manifest["identity"]}  # fmt: skip
-        stage.publish(writer.finish(said))
+        made = writer.finish({"schema": 1, **request})
+        nbytes = os.path.getsize(made)
+        stage.publish(made)
     changed = int(writer.counts.sum())
-    report.facts |= {"changed": changed, "nbytes": os.path.getsize(path),
-                     "numel": sum(spec.numel for spec in specs)}  # fmt: skip
+    report.facts |= {"changed": changed, "nbytes": nbytes,
+                     "numel": sum(job.numel for job in plan.jobs)}  # fmt: skip
     for line, count in zip(report.ledger, writer.counts, strict=True):
         line |= {"status": "listed" if count else "unchanged", "changed": int(count)}
     return report
@@ -337,6 +342,7 @@ def apply(
     rename: Sequence[str] = (),
     rows: str = "strict",
     stream: bool = False,
+    engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -355,6 +361,7 @@ def apply(
         raise UsageError("apply needs an output")
     if (vector is None) == (tuned is None or base is None) or (tuned is None) != (base is None):
         raise UsageError("apply takes either a vector or both tuned and base")
+    runner = engine_of(engine, workers)
     request = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed}
     request |= selection(include, exclude, rename, rows)
     point = open_checkpoint(target, "target")
@@ -364,14 +371,14 @@ def apply(
         assert tuned is not None and base is not None
         displacement = SkillVector.between(tuned, base)
     plan, recipe = _plan_apply(point, displacement, request)
-    path = output_model(output, force, point, [*displacement.inputs(), point])
+    place = output_model(output, force, point, [*displacement.inputs(), point])
     facts = {
         "formula": "OUT = TARGET + LAM * V",
         "target": point.facts,
         "vector": recipe["vector"],
         "name": displacement.ref,
         "lineage": displacement.dtypes,
-        "output": os.fspath(path),
+        "output": place.ref,
         "lam": plan.lam,
         "dtype": dtype,
         "rounding": rounding,
@@ -381,20 +388,20 @@ def apply(
     }
     if plan.layout:
         facts["layout"] = plan.layout
-    report = planned(plan, facts, workers, watcher, stream)
+    report = planned(plan, facts, runner, watcher, stream)
     if dry_run:
         return report
-    plan = measured(plan, workers, watcher, stream)
-    with writing(plan, path, force) as (stage, files):
+    plan = measured(plan, runner, watcher, stream)
+    with writing(plan, place, force, watcher, recipe) as (stage, files):
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
-        results = run_plan(plan, files, workers, watcher, folder=stage.folder if stream else None)
+        results = run_plan(plan, runner, watcher, stage, files, stream=stream)
         for file in files:
             file.sync()
-        made = Path(files[0].path).parent
+        made = stage.made
         for source, name in plan.copies:
             (made / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(local_path(source), os.fspath(made / name))
+            copy_file(source, os.fspath(made / name))
         for name, text in plan.texts.items():
             (made / name).write_text(text)
             fsync_path(os.fspath(made / name))
@@ -483,6 +490,7 @@ def verify(
     base: PathLike | Checkpoint | None = None,
     target: PathLike | Checkpoint | None = None,
     vector: PathLike | SkillVector | None = None,
+    engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
     watcher: Watcher | None = None,
@@ -494,12 +502,13 @@ def verify(
     were when it was made, unless given here. Raises VerificationError naming the tensors where it
     does not hold.
     """
+    runner = engine_of(engine, workers)
     given = {"tuned": tuned, "base": base, "target": target, "vector": vector}
     place = locate(path, "input")
     stored = find_vector(place)
     if stored is not None:
         _refuse_idle(given, ("tuned", "base") if stored.manifest["tuned"] else ())
-        return _verify_vector(SkillVector.of_file(stored), tuned, base, workers, dry_run, watcher)
+        return _verify_vector(SkillVector.of_file(stored), tuned, base, runner, dry_run, watcher)
     opened = open_tensors(place, "input")
     recipe = read_merged(opened)
     said = recipe["vector"]
@@ -530,10 +539,10 @@ def verify(
         "lam": plan.lam,
         "verdict": plan.verdict,
     }
-    report = planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, runner, watcher)
     if dry_run:
         return report
-    results = run_plan(measured(plan, workers, watcher), [], workers, watcher)
+    results = run_plan(measured(plan, runner, watcher), runner, watcher)
     _conclude(report, results, "merged model's")
     return report
 
@@ -588,7 +597,7 @@ def _verify_vector(
     vector: SkillVector,
     tuned: PathLike | Checkpoint | None,
     base: PathLike | Checkpoint | None,
-    workers: int | None,
+    runner: Engine,
     dry_run: bool,
     watcher: Watcher | None,
 ) -> Report:
@@ -610,10 +619,10 @@ def _verify_vector(
             plan = plan_verify_vector(vector, seen[0], right)
         facts |= {"claim": claim, "tuned": left.ref, "base": right.ref,
                   "verdict": verdict_on(right, vector)[0]}  # fmt: skip
-    report = planned(plan, facts, workers, watcher)
+    report = planned(plan, facts, runner, watcher)
     if dry_run:
         return report
-    results = run_plan(measured(plan, workers, watcher), [], workers, watcher)
+    results = run_plan(measured(plan, runner, watcher), runner, watcher)
     side = "tuned model's" if manifest["tuned"] else "parents'"
     _conclude(report, results, side, manifest["tensors"])
     return report

@@ -632,12 +632,12 @@ def long_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_an_input_cut_short_during_the_run_publishes_nothing(
     codec: str, workers: int, tmp_path: Path, long_pair
 ):
-    """The end of the file as it is, whichever block was the first to miss bytes; and no hang."""
+    """Whichever block was the first to miss bytes; and no hang."""
     base, file = long_pair[0], tmp_path / "tuned.safetensors"
     shutil.copyfile(long_pair[1] / "model.safetensors", file)
     size = file.stat().st_size // 2
     (tmp_path / "place").mkdir()
-    with seconds(60), pytest.raises(FormatError, match=rf"tuned\.safetensors: .* byte {size}\b"):
+    with seconds(60), pytest.raises(FormatError, match=r"tuned\.safetensors: changed since"):
         skillvec.diff(
             file, base / "model.safetensors", tmp_path / "place" / "v.safetensors", codec=codec,
             max_shard_size="1MB", workers=workers, watcher=Armed(lambda: os.truncate(file, size)),
@@ -654,7 +654,7 @@ def test_a_vector_cut_short_during_the_run_publishes_nothing(
     file = sorted(folder.glob("*.safetensors"))[1]
     (tmp_path / "place").mkdir()
     watcher = Armed(lambda: os.truncate(file, file.stat().st_size - 400))
-    with seconds(60), pytest.raises(FormatError, match=f"{file.name}: the file ends"):
+    with seconds(60), pytest.raises(FormatError, match=f"{file.name}: changed since"):
         if verb == "apply":
             skillvec.apply(family.base, folder, tmp_path / "place" / "out", watcher=watcher)
         else:

@@ -14,11 +14,11 @@ PACKAGE = Path(skillvec.__file__).parent
 # Top to bottom: a module may import those behind it in this list, and no other.
 ORDER = [
     "__main__", "cli", "display", "training", "publishing", "extraction", "verbs", "cards",
-    "comparison", "provenance", "running", "streaming", "summary",
+    "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
     "outputs", "engine", "blocks", "plan", "vector", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "layouts", "conversions",
-    "trainingshards", "pickles", "adapters", "quantised", "hub", "sources", "merging", "operators",
-    "codecs", "kernels", "storage", "report", "errors", "__init__",
+    "trainingshards", "pickles", "adapters", "quantised", "objects", "hub", "sources", "merging",
+    "operators", "codecs", "kernels", "staging", "storage", "report", "errors", "__init__",
 ]  # fmt: skip
 # (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
 # vector.save() is the verb.
@@ -28,14 +28,14 @@ HOMES = {
     "click": {"cli"},
     "rich": {"display"},
     "numkong": {"kernels"},
-    "xxhash": {"kernels", "storage", "engine", "vectorfile", "merging"},
+    "xxhash": {"kernels", "storage", "staging", "engine", "vectorfile", "merging"},
     "zstandard": {"codecs"}, "yaml": {"rules"}, "vl_convert": {"page"},
     "numpy": {
         "blocks",
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
         "summary", "patch", "measures", "comparison", "subspace", "sources", "quantised",
         "adapters", "pickles", "trainingshards", "layouts", "conversions", "extraction",
-        "streaming",
+        "storage", "engine_ray",
     },
     "torch": set(ORDER), "transformers": set(ORDER), "huggingface_hub": set(ORDER),
     "scipy": set(ORDER),

@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128
 
+from skillvec import staging as staging_module
 from skillvec import storage
 from skillvec.errors import FormatError, OutputError
+from skillvec.staging import Staging, staging
 from skillvec.storage import (
     LEAF_NBYTES,
     OutputFile,
@@ -28,7 +30,6 @@ from skillvec.storage import (
     leaf_digests,
     read_header,
     read_into,
-    staging,
 )
 
 
@@ -421,11 +422,21 @@ def test_a_nearly_full_disk_is_used_to_its_last_byte(tmp_path: Path, monkeypatch
     file.close()
 
 
-def test_an_existing_file_is_never_written_into(tmp_path: Path):
+def test_a_link_is_never_written_through(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(OutputError):
-        OutputFile(str(tmp_path / "file"), 8, False)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with pytest.raises(OutputError, match="link"):
+        OutputFile(str(tmp_path / "link"), 8, False)
     assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_a_file_that_a_killed_run_left_is_cut_to_its_size(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"a longer one")
+    file = OutputFile(str(tmp_path / "file"), 4)
+    file.write(1, b"bc")
+    file.sync()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == b"abco"
 
 
 def test_a_failed_allocation_leaves_no_descriptor_open(tmp_path: Path, monkeypatch):
@@ -454,7 +465,7 @@ def test_a_file_system_without_allocation_is_written_all_the_same(tmp_path: Path
 # ------------------------------------------------------------------------------------- staging
 
 
-def staged_file(stage: storage.Staging, content: bytes) -> Path:
+def staged_file(stage: Staging, content: bytes) -> Path:
     path = stage.folder / "made"
     path.write_bytes(content)
     return path
@@ -500,7 +511,7 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path):
     (left / "side-0").write_bytes(b"half")
     (left / "link").symlink_to(tmp_path / "elsewhere")
     with staging(tmp_path / "out") as stage:
-        assert names_in(stage.folder) == []
+        assert names_in(stage.folder) == ["owner"]
     assert names_in(tmp_path) == []
 
 
@@ -580,9 +591,9 @@ def test_a_failed_publish_gives_the_old_output_back(tmp_path: Path, monkeypatch)
         rename(source, destination)  # type: ignore[arg-type]
 
     # as on a file system that cannot exchange two folders in one step
-    monkeypatch.setattr(storage, "_exchange", lambda *folders: False)
+    monkeypatch.setattr(staging_module, "_exchange", lambda *folders: False)
     with pytest.raises(OutputError), staging(output, force=True) as stage:
-        (stage.folder / "made").mkdir()
+        assert stage.made.is_dir()
         monkeypatch.setattr(os, "rename", failing)
         stage.publish(stage.folder / "made")
     assert names_in(tmp_path) == ["out"] and (output / "old").read_bytes() == b"old"
@@ -592,10 +603,9 @@ def test_without_exchange_a_folder_is_replaced_all_the_same(tmp_path: Path, monk
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").write_bytes(b"old")
-    monkeypatch.setattr(storage, "_exchange", lambda *folders: False)
+    monkeypatch.setattr(staging_module, "_exchange", lambda *folders: False)
     with staging(output, force=True) as stage:
-        (stage.folder / "made").mkdir()
-        stage.publish(stage.folder / "made")
+        stage.publish(stage.made)
     assert names_in(output) == [] and names_in(tmp_path) == ["out"]
 
 

@@ -5,8 +5,9 @@ import shutil
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skillvec import engine, hub, storage, streaming
-from skillvec.codecs import Encoded, encode_block
+from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, OutputError, SkillvecError
 from skillvec.plan import Job, Plan
 from skillvec.vectorfile import (
@@ -122,6 +123,7 @@ class Loopback:
             for name, spec in base.items()
         ]
         self.plan = Plan("verify", jobs[::-1])
+        self.results: dict[int, engine.JobResult] = {}
         self.sent()
         server.requests.clear()
 
@@ -135,8 +137,17 @@ class Loopback:
             save(file, {str(name): tensors[str(name)] for name in part})
         return folder
 
-    def run(self, part: Plan) -> list[engine.JobResult]:
-        return engine.run(part, [], workers=2)
+    def run(self, numbers: Sequence[int]) -> None:
+        part = replace(self.plan, jobs=[self.plan.jobs[number] for number in numbers])
+        found = engine.Threads(2).run(part)
+        self.results |= dict(zip(numbers, found.results, strict=True))
+
+    def stream(self, run: Callable[[Sequence[int]], None] | None = None, watcher: Any = None):
+        """Run all jobs by shards; return their results in order."""
+        self.results = {}
+        jobs, left = self.plan.jobs, range(len(self.plan.jobs))
+        streaming.run_streamed(jobs, left, run or self.run, self.folder / "out", watcher)
+        return [self.results[number] for number in left]
 
     def sent(self) -> list[Any]:
         """Return the requests for contents; the server notes one when it is through with it."""
@@ -179,16 +190,16 @@ def test_at_most_two_shards_are_on_the_disk(loopback: Loopback, monkeypatch: pyt
     seen = watched(loopback, monkeypatch)
     groups = 0
 
-    def run(part: Plan) -> list[engine.JobResult]:
+    def run(numbers: Sequence[int]) -> None:
         nonlocal groups
         groups += 1
         seen.append(len(loopback.on_disk()))
         links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
         assert not [link for link in links if link.endswith("(deleted)") and "shards" in link]
-        return loopback.run(part)
+        loopback.run(numbers)
 
     facts = streaming.schedule(loopback.plan.jobs)
-    results = streaming.run_streamed(loopback.plan, run, loopback.folder / "out")
+    results = loopback.stream(run)
     assert max(seen) == 2 and groups == 6
     assert [result.job for result in results] == loopback.plan.jobs
     assert not list((loopback.folder / "out").iterdir())
@@ -202,7 +213,7 @@ def test_at_most_two_shards_are_on_the_disk(loopback: Loopback, monkeypatch: pyt
     assert max(sizes) < facts["most_nbytes"] < sum(sizes)
     # the same results as with every file here
     hub.fetch_all(file for job in loopback.plan.jobs for file in job.files())
-    for streamed, local in zip(results, loopback.run(loopback.plan), strict=True):
+    for streamed, local in zip(results, engine.Threads(2).run(loopback.plan).results, strict=True):
         assert (streamed.digests, streamed.mismatches) == (local.digests, local.mismatches)
     assert streaming.schedule(loopback.plan.jobs)["fetched"] == 0
 
@@ -221,17 +232,18 @@ def test_what_has_to_come_again_makes_room_first(
         for j, other in enumerate(others)
     ]
 
-    def run(part: Plan) -> list[Any]:
-        (job,) = part.jobs
-        for spec in (job.point, job.expected):
+    ran: list[int] = []
+
+    def run(numbers: Sequence[int]) -> None:
+        for spec in (crossed[numbers[0]].point, crossed[numbers[0]].expected):
             assert Path(storage.local_path(spec.path)).stat().st_size == storage.file_nbytes(
                 spec.path
             )
-        return [types.SimpleNamespace(job=job)]
+        ran.extend(numbers)
 
     assert streaming.schedule(crossed)["fetched_again"] == 1
-    results = streaming.run_streamed(Plan("verify", crossed), run, loopback.folder / "out")
-    assert [result.job for result in results] == crossed
+    streaming.run_streamed(crossed, range(4), run, loopback.folder / "out")
+    assert sorted(ran) == [0, 1, 2, 3]
     assert max(seen) == 2
 
 
@@ -239,7 +251,7 @@ def test_a_cut_connection_is_resumed(loopback: Loopback, monkeypatch: pytest.Mon
     seen = watched(loopback, monkeypatch)
     for repo in ("base", "tuned"):
         loopback.server.cut_after(f"org/{repo}", 2000, times=2)
-    results = streaming.run_streamed(loopback.plan, loopback.run, loopback.folder / "out")
+    results = loopback.stream()
     assert len(results) == len(loopback.plan.jobs) and max(seen) == 2
     sent = loopback.sent()
     sizes = [p.stat().st_size for s in ("base", "tuned") for p in (loopback.folder / s).iterdir()]
@@ -257,12 +269,12 @@ def test_wide_tensors_are_said(loopback: Loopback, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("broken", ["wrong bytes", "a failing job", "Ctrl-C"])
 def test_the_folder_is_removed_whatever_happens(broken: str, loopback: Loopback):
-    def run(part: Plan) -> list[engine.JobResult]:
+    def run(numbers: Sequence[int]) -> None:
         if broken == "a failing job":
             raise SkillvecError("as planned")
         if broken == "Ctrl-C":
             raise KeyboardInterrupt
-        return loopback.run(part)
+        loopback.run(numbers)
 
     expected: type[BaseException] = SkillvecError
     if broken == "wrong bytes":
@@ -271,7 +283,7 @@ def test_the_folder_is_removed_whatever_happens(broken: str, loopback: Loopback)
     elif broken == "Ctrl-C":
         expected = KeyboardInterrupt
     with pytest.raises(expected):
-        streaming.run_streamed(loopback.plan, run, loopback.folder / "out")
+        loopback.stream(run)
     assert not list((loopback.folder / "out").iterdir())
     files = {file for job in loopback.plan.jobs for file in job.files()}
     assert all(storage.remote_of(file).local is None for file in files)
@@ -283,7 +295,7 @@ def test_a_disk_too_small_is_said_before_anything_is_fetched(
     small = types.SimpleNamespace(free=streaming.schedule(loopback.plan.jobs)["most_nbytes"] - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
     with pytest.raises(OutputError, match="do not fit on the disk"):
-        streaming.run_streamed(loopback.plan, loopback.run, loopback.folder / "out")
+        loopback.stream()
     assert not loopback.server.requests
 
 
@@ -292,7 +304,7 @@ def test_progress_is_told(loopback: Loopback, monkeypatch: pytest.MonkeyPatch):
     watcher: Any = types.SimpleNamespace(advanced=lambda done, total: seen.append((done, total)))
     clock = iter(range(10**6))
     monkeypatch.setattr(streaming, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    streaming.run_streamed(loopback.plan, loopback.run, loopback.folder / "out", watcher)
+    loopback.stream(watcher=watcher)
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
 
 
@@ -309,8 +321,8 @@ ENTRIES = in_file_order(
 )
 
 
-def blocks() -> list[tuple[Encoded, Any, Any]]:
-    """Return a block for every row: d is all zeros, some have exceptions and replacements."""
+def blocks() -> list[list[Any]]:
+    """Return the pieces of every row: d is all zeros, some have exceptions and replacements."""
     generator = np.random.default_rng(3)
     made = []
     for entry in ENTRIES:
@@ -323,7 +335,9 @@ def blocks() -> list[tuple[Encoded, Any, Any]]:
             replacements["bits"] = generator.integers(0, 99, 2)
             if entry.name != "a":
                 exceptions, replacements = exceptions[:0], replacements[:0]
-            made.append((encode_block(values, entry.codec), exceptions, replacements))
+            encoded = encode_block(values, entry.codec)
+            records = exceptions.view(np.uint8), replacements.view(np.uint8)
+            made.append([encoded.payload, encoded.bitmap, *records])
     return made
 
 
@@ -346,31 +360,27 @@ def test_rows_in_any_order_make_the_same_file(max_shard_nbytes: int, tmp_path: P
     plain, held = (
         VectorWriter(folder, ENTRIES, {"equal": {}}, max_shard_nbytes, False) for folder in folders
     )
-    digests = [plain.add(row, *made[row]) for row in rows]
-    writer = streaming.ReorderedWriter(held, tmp_path)
-    assert isinstance(writer, VectorWriter)  # as the engine asks
+    for row in rows:
+        plain.add(row, made[row])
+    kept = storage.Segment(os.fspath(tmp_path / "out-of-order"), *held.sizes.shape)
     order = [*rows[3:], *rows[:3]]
     with ThreadPoolExecutor(3) as pool:
-        found = dict(
-            zip(order, pool.map(lambda row: writer.add(row, *made[row]), order), strict=True)
-        )
-    writer.stop()  # at the end of each step
-    assert [found[row] for row in rows] == digests and len(set(digests)) > 4
+        list(pool.map(lambda row: kept.add(row, made[row]), order))
+    kept.stop()  # at the end of each step
+    assert kept.marks.tolist() == plain.marks.tolist() and len(set(plain.marks.tolist())) > 4
     assert (tmp_path / "reordered").is_dir() and os.path.getsize(tmp_path / "out-of-order")
-    writer.replay()
-    assert not (tmp_path / "out-of-order").exists()
+    streaming.replay(kept, held)
+    kept.file.close()
     expected = finished(plain)
     assert finished(held) == expected
     assert (len(expected) > 2) == (max_shard_nbytes == 5000)
 
 
-def test_a_stopped_run_keeps_no_worker(tmp_path: Path):
-    held = VectorWriter(tmp_path, ENTRIES, {"equal": {}}, 5 * 10**9, False)
-    writer = streaming.ReorderedWriter(held, tmp_path)
-    added = threading.Thread(target=writer.add, args=(4, *blocks()[4]))
+def test_no_row_of_a_segment_waits_for_another(tmp_path: Path):
+    kept = storage.Segment(os.fspath(tmp_path / "kept"), 7, 4)
+    added = threading.Thread(target=kept.add, args=(4, blocks()[4]), daemon=True)
     added.start()
     added.join(5)
-    assert not added.is_alive()  # row 4 waits for no other
-    writer.close()
-    writer.close()
-    held.close()
+    assert not added.is_alive()
+    assert [piece.tobytes() for piece in kept.read(4)] == [p.tobytes() for p in blocks()[4]]
+    kept.file.close()

@@ -1,0 +1,338 @@
+"""Where output is made before it has its name: one folder beside it, a lock, a journal, one rename.
+
+Hides what outlives a process. A run that is cut off leaves the folder; its journal says what is
+done, each line written when the bytes that it speaks of are on the disk. The same command goes on
+from there. A folder of another command, or of inputs that have changed, is refused.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_64
+
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    OutputError,
+    SkillvecError,
+    UsageError,
+    VerificationError,
+    up_to_five,
+)
+from skillvec.storage import OutputFile, explain, fsync_path
+
+STAGING_SUFFIX = ".skillvec-unfinished"
+JOURNAL, OWNER = "journal", "owner"
+# after these the same command fails again: what was done is of no use
+FINAL = (FormatError, IncompatibleError, UsageError, VerificationError)
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+Line = dict[str, Any]
+
+
+class Journal:
+    """What is done and on the disk: a first line that says what for, then one for each job.
+
+    `found` are the lines that an earlier run has left. Every line has its own digest: one that was
+    cut by a power failure, and all behind it, count as not written.
+    """
+
+    def __init__(self, folder: Path, request: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        said = {"request": _flat(request), "inputs": inputs}
+        self._said: Line = json.loads(json.dumps(said))
+        self._path, self._folder = folder / JOURNAL, folder
+        lines, nbytes = _read(self._path)
+        self.found = lines[1:]
+        self._nbytes = nbytes if self.found else 0
+        if self.found:
+            self._refuse_others(lines[0])
+
+    @property
+    def has_claims(self) -> bool:
+        return self._nbytes > 0
+
+    @property
+    def inputs(self) -> dict[str, list[Any]]:
+        """The fingerprints of what is read, by path."""
+        found: dict[str, list[Any]] = self._said["inputs"]
+        return found
+
+    def _refuse_others(self, said: Line) -> None:
+        before, now = said["inputs"], self.inputs
+        changed = [path for path in before if now.get(path, before[path]) != before[path]]
+        why, shown = "with inputs that have changed since", changed
+        if not changed:
+            there, here = ({**s["request"], "inputs": [*s["inputs"]]} for s in (said, self._said))
+            differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+            why = "of another command"
+            shown = [f"{k}: {_short(there, k)} then, {_short(here, k)} now" for k in differing]
+        if shown:
+            raise UsageError(
+                f"{self._folder}: left by an interrupted run {why} (give that command to go on"
+                f" with it, or delete the folder):\n{up_to_five(shown)}"
+            )
+
+    def claim(self, lines: Sequence[Line], files: Iterable[OutputFile]) -> None:
+        """Say that jobs are done, when all that was written to `files` is on the disk."""
+        for file in files:
+            file.flush()
+        said = [*lines] if self.has_claims else [self._said, *lines]
+        text = b"".join(_encoded(line) for line in said)
+        try:
+            if not self.has_claims:  # the names of the files first
+                for folder in (self._folder / "made", self._folder, self._folder.parent):
+                    if folder.exists():
+                        fsync_path(os.fspath(folder))
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.ftruncate(fd, self._nbytes)
+                while text:
+                    written = os.pwrite(fd, text, self._nbytes)
+                    self._nbytes, text = self._nbytes + written, text[written:]
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            fsync_path(os.fspath(self._folder))
+        except OSError as error:
+            raise explain(error, os.fspath(self._path)) from None
+
+    @contextlib.contextmanager
+    def laid_aside(self) -> Iterator[None]:
+        """Take the journal away while what was made gets its name; it is back after an error.
+
+        What lies in the folder from then on may be the output that was replaced.
+        """
+        aside = self._path.with_suffix(".aside")
+        if self.has_claims:
+            os.rename(self._path, aside)
+            fsync_path(os.fspath(self._folder))
+        try:
+            yield
+        except BaseException:
+            if self.has_claims:
+                os.rename(aside, self._path)
+            raise
+
+
+def _flat(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested objects as one, keys joined by dots, so that what differs can be named."""
+    flat: dict[str, Any] = {}
+    for key, value in said.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(said: Mapping[str, Any], name: str) -> str:
+    return json.dumps(said[name])[:60] if name in said else "nothing"
+
+
+def _encoded(line: Line) -> bytes:
+    text = json.dumps(line, separators=(",", ":"))
+    return f"{xxh3_64(text.encode()).hexdigest()} {text}\n".encode()
+
+
+def _read(path: Path) -> tuple[list[Line], int]:
+    """Return the lines that are whole, and their bytes."""
+    lines, nbytes = [], 0
+    try:
+        with open(path, "rb") as file:
+            for raw in file:
+                digest, _, text = raw.partition(b" ")
+                if raw[-1:] != b"\n" or digest != xxh3_64(text[:-1]).hexdigest().encode():
+                    break
+                lines.append(json.loads(text))
+                nbytes += len(raw)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise explain(error, os.fspath(path)) from None
+    return lines, nbytes
+
+
+@dataclass
+class Staging:
+    """A folder beside the output in which everything is made before one rename publishes it.
+
+    `deliver` takes what was made where that is not a rename. `inputs` are those of the journal.
+    """
+
+    output: Path
+    folder: Path
+    force: bool
+    deliver: Callable[[Path], None] | None = None
+    journal: Journal | None = None
+
+    @property
+    def made(self) -> Path:
+        """The folder in which output is made; it is there."""
+        made = self.folder / "made"
+        made.mkdir(exist_ok=True)
+        return made
+
+    @property
+    def _replaced(self) -> Path:
+        return self.folder / "replaced"
+
+    def publish(self, source: Path) -> None:
+        """Rename `source` (inside the folder) to the output, moving an old folder away first."""
+        self.refuse_existing()
+        if source.is_dir():
+            fsync_path(os.fspath(source))
+        if self.deliver is not None:
+            self.deliver(source)
+            return
+        with self.journal.laid_aside() if self.journal else contextlib.nullcontext():
+            self._rename(source)
+        try:
+            fsync_path(os.fspath(self.output.parent))
+        except OSError as error:
+            raise OutputError(
+                f"{self.output}: whole and in place, but its name may not survive a power failure:"
+                f" {error.strerror or error}"
+            ) from None
+
+    def _rename(self, source: Path) -> None:
+        folders = source.is_dir() or self.output.is_dir()
+        try:
+            if not (folders and os.path.lexists(self.output) and _exchange(source, self.output)):
+                if folders and os.path.lexists(self.output):
+                    os.rename(self.output, self._replaced)
+                os.rename(source, self.output)
+        except OSError as error:
+            self._restore()
+            raise explain(error, os.fspath(self.output)) from None
+
+    def refuse_existing(self) -> None:
+        """Raise OutputError where another run has published meanwhile."""
+        if not self.force and os.path.lexists(self.output):
+            raise OutputError(f"{self.output}: exists now: another run made it meanwhile")
+
+    def clear(self) -> None:
+        """Empty the folder; an output that was moved away and never replaced goes back."""
+        self._restore()
+        for entry in os.scandir(self.folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+    def _restore(self) -> None:
+        if self._replaced.exists() and not os.path.lexists(self.output):
+            os.rename(self._replaced, self.output)
+
+
+def _exchange(source: Path, output: Path) -> bool:
+    """Swap two folders in one step, so that no kill finds the name empty; False if unsupported."""
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library without it
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(source), here, os.fsencode(output), swap) == 0)
+
+
+def _owned(folder: Path) -> str:
+    """Return who works in a folder, as its owner has written."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        owner = json.loads((folder / OWNER).read_text())
+        return f"process {owner['pid']} on {owner['host']}, since {owner['start']}"
+    return "it has only just begun"
+
+
+def _lock(output: Path, folder: Path) -> int:
+    """Return a descriptor that holds the lock on the folder; OutputError where another has it."""
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise explain(error, os.fspath(folder)) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(folder)):
+            raise BlockingIOError  # the run that held it has just removed it
+    except OSError as error:
+        os.close(lock)
+        if error.errno in NO_LOCKS:
+            raise OutputError(
+                f"{folder}: this file system has no locks, so two runs could mix: write elsewhere"
+            ) from None
+        raise OutputError(
+            f"{output}: another run is writing it: {_owned(folder)} (lock on {folder})"
+        ) from None
+    return lock
+
+
+@contextlib.contextmanager
+def staging(
+    output: Path,
+    force: bool = False,
+    request: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    deliver: Callable[[Path], None] | None = None,
+) -> Iterator[Staging]:
+    """Yield the staging folder of `output`: fresh, or as an interrupted run has left it.
+
+    The folder is named `.NAME.skillvec-unfinished` and locked while a run works in it, so a second
+    run with the same output is refused and an abandoned folder is recognised. With `request`, what
+    is asked, and `inputs`, what is read, there is a journal: the folder then stays after an error
+    that may pass (a full disk, Ctrl-C), if the journal claims anything. Else it is removed
+    whatever happens. Raises OutputError; UsageError where the folder is of another request.
+    """
+    folder = output.parent / f".{output.name}{STAGING_SUFFIX}"
+    lock = _lock(output, folder)
+    stage = Staging(output, folder, force, deliver)
+    kept = False
+    try:
+        if request is not None and (folder / JOURNAL).exists():
+            kept = True  # until it is known to be of this request
+            stage.journal = Journal(folder, request, inputs or {})
+        if stage.journal is None or not stage.journal.has_claims:
+            stage.clear()
+            stage.journal = Journal(folder, request, inputs or {}) if request is not None else None
+        kept = False
+        start = datetime.now().astimezone().isoformat(timespec="seconds")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
+        (folder / OWNER).write_text(json.dumps(owner))
+        stage.refuse_existing()
+        yield stage
+    except BaseException as error:
+        journal = stage.journal
+        if not kept and journal is not None and journal.has_claims and not isinstance(error, FINAL):
+            kept = True
+            error = _with_hint(error, folder)
+        if isinstance(error, OSError) and not isinstance(error, SkillvecError):
+            raise explain(error, os.fspath(error.filename or output)) from None
+        raise error
+    finally:
+        if not kept:
+            _removed(stage)
+        os.close(lock)
+
+
+def _with_hint(error: BaseException, folder: Path) -> BaseException:
+    """Return the error, with where to go on from in its text."""
+    hint = f"what is done is kept in {folder}: the same command goes on from it"
+    if isinstance(error, OSError) and not isinstance(error, SkillvecError):
+        error = explain(error, os.fspath(error.filename or folder))
+    if isinstance(error, SkillvecError | KeyboardInterrupt):
+        error.args = ("\n".join([*map(str, error.args), hint]),)
+    return error
+
+
+def _removed(stage: Staging) -> None:
+    """Remove the folder; a disk that does not let us has been complained of already."""
+    with contextlib.suppress(OSError):
+        stage.clear()
+        stage.folder.rmdir()

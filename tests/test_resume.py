@@ -1,0 +1,480 @@
+"""Interrupted runs: what is kept, who may go on with it, and that the bytes are the same."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import from_bits, perturbed, save, toy
+
+import skillvec as sv
+from skillvec import engine, running, storage
+from skillvec.errors import FormatError, OutputError, SkillvecError, UsageError
+
+UNFINISHED = ".skillvec-unfinished"
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+class Family:
+    """Base, tuned and target, each of its own folder, and the verbs that are interrupted here."""
+
+    def __init__(self, folder: Path) -> None:
+        base, self.folder = toy(layers=2), folder
+        patterns = np.full(3 << 20, 0x3F80, np.uint16)
+        base["long"] = from_bits(patterns, "BF16")
+        tuned = perturbed(base, density=0.2)
+        # -0 and NaN: values that no difference restores
+        tuned["small"], base["small"] = (
+            from_bits(np.array(bits, np.uint16), "BF16")
+            for bits in ([0x8000, 0x7FC1, 0x3F81], [0, 0x3F80, 0x3F80])
+        )
+        self.base, self.tuned = save(folder / "base", base), save(folder / "tuned", tuned)
+        files = {"tokenizer.json": "{}", "notes.txt": "kept byte for byte\n"}
+        self.target = save(folder / "target", perturbed(base, 3), shards=3, side_files=files)
+        self.vector = folder / "skill.safetensors"
+        sv.diff(self.tuned, self.base, self.vector)
+        self.other = folder / "other.safetensors"
+        sv.diff(self.target, self.base, self.other)
+
+    def run(self, verb: str, output: Path, **options: Any) -> None:
+        options = {"engine": "serial"} | options
+        if verb == "shards":
+            options |= {"codec": "sparse", "max_shard_size": "100KB"}
+        if verb in ("diff", "shards"):
+            sv.diff(self.tuned, self.base, output, **options)
+        elif verb == "combine":
+            sv.combine(self.vector, self.other, op="ties", output=output, **options)
+        elif verb == "export":
+            sv.export_patch(self.vector, output, **options)
+        elif verb == "exact":  # replacements come back
+            sv.apply(self.base, self.vector, output, **options)
+        else:
+            sv.apply(self.target, self.vector, output, **{"lam": 0.7} | options)
+
+
+OUTPUT = {
+    "diff": "v.safetensors", "shards": "v.safetensors", "combine": "c.safetensors",
+    "export": "p.safetensors", "exact": "out", "apply": "out",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, found = tmp_path_factory.mktemp("undisturbed"), {}
+    for verb, name in OUTPUT.items():
+        output = folder / verb / name
+        output.parent.mkdir()
+        family.run(verb, output)
+        found[verb] = contents(output)
+    return found
+
+
+class Interrupted(Exception):
+    """As a killed process, but for the process."""
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every block be a moment at which the journal is written."""
+    monkeypatch.setattr(running, "CLAIM_SECONDS", 0.0)
+
+
+@pytest.fixture
+def jobs_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that takes the names of the jobs that run."""
+    seen: list[str] = []
+    finish = engine._Run._finish
+
+    def noted(run: Any, number: int, workspace: Any) -> None:
+        if run._plan.jobs[number].operator != "measure":  # done again
+            seen.append(run._plan.jobs[number].name)
+        finish(run, number, workspace)
+
+    monkeypatch.setattr(engine._Run, "_finish", noted)
+    return seen
+
+
+def stop_at(name: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Make a run fail when it comes to a tensor; return what undoes it."""
+    run_block = engine._Run.run_block
+
+    def failing(run: Any, number: int, *arguments: Any) -> None:
+        if run._plan.jobs[number].name == name and run._plan.jobs[number].operator != "measure":
+            raise error
+        run_block(run, number, *arguments)
+
+    with pytest.MonkeyPatch.context():
+        monkeypatch.setattr(engine._Run, "run_block", failing)
+    return lambda: monkeypatch.setattr(engine._Run, "run_block", run_block)
+
+
+def unfinished(output: Path) -> Path:
+    return output.parent / f".{output.name}{UNFINISHED}"
+
+
+def interrupted(
+    family: Family, verb: str, output: Path, monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | None = None, **options: Any,
+) -> BaseException:  # fmt: skip
+    """Run a verb to somewhere behind its middle; return the error."""
+    made = error or OutputError(f"{output}: the disk is full; nothing was published")
+    undo = stop_at("model.layers.1.self_attn.q_proj.weight", made, monkeypatch)
+    with pytest.raises(type(made)) as caught:
+        family.run(verb, output, **options)
+    undo()
+    return caught.value
+
+
+@pytest.mark.parametrize("verb", list(OUTPUT))
+def test_the_same_command_goes_on_and_gives_the_same_bytes(
+    verb: str, family: Family, undisturbed, tmp_path: Path, at_once, jobs_run, monkeypatch
+):
+    output = tmp_path / OUTPUT[verb]
+    error = interrupted(family, verb, output, monkeypatch)
+    assert not output.exists()
+    assert f"kept in {unfinished(output)}: the same command goes on from it" in str(error)
+    first = list(jobs_run)
+    jobs_run.clear()
+    family.run(verb, output)
+    assert contents(output) == undisturbed[verb]
+    assert os.listdir(tmp_path) == [output.name]
+    again = [name for name in first if name in jobs_run]
+    assert len(first) > 3 and len(again) <= 1, again  # the last was perhaps not yet claimed
+
+
+def test_a_report_is_the_same_after_an_interruption(
+    family: Family, tmp_path: Path, at_once, monkeypatch
+):
+    whole = sv.apply(family.target, family.vector, tmp_path / "whole", lam=0.7).to_dict()
+    undo = stop_at("model.layers.1.self_attn.q_proj.weight", Interrupted(), monkeypatch)
+    with pytest.raises(Interrupted):
+        family.run("apply", tmp_path / "out")
+    undo()
+    report = sv.apply(family.target, family.vector, tmp_path / "out", lam=0.7).to_dict()
+    assert report.pop("output") != whole.pop("output") and report == whole
+    said = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    assert said[0] == said[1]
+
+
+def test_with_threads_as_well(family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch):
+    for verb in ("shards", "apply"):
+        output = tmp_path / verb / OUTPUT[verb]
+        output.parent.mkdir()
+        for _ in range(2):
+            interrupted(family, verb, output, monkeypatch, engine="threads", workers=3)
+        family.run(verb, output, engine="threads", workers=2)
+        assert contents(output) == undisturbed[verb]
+
+
+def test_a_run_of_moments_leaves_nothing_behind(family: Family, tmp_path: Path, monkeypatch):
+    """Nothing was claimed, so there is nothing to keep."""
+    error = interrupted(family, "diff", tmp_path / "v.safetensors", monkeypatch)
+    assert os.listdir(tmp_path) == [] and "kept" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "error", [FormatError("broken"), sv.errors.IncompatibleError("unlike"), UsageError("no")]
+)
+def test_what_fails_again_anyway_leaves_nothing(
+    error: SkillvecError, family: Family, tmp_path: Path, at_once, monkeypatch
+):
+    caught = interrupted(family, "diff", tmp_path / "v.safetensors", monkeypatch, error)
+    assert os.listdir(tmp_path) == [] and "kept" not in str(caught)
+
+
+def test_ctrl_c_keeps_what_is_done(
+    family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+):
+    output = tmp_path / "out"
+    error = interrupted(family, "apply", output, monkeypatch, KeyboardInterrupt())
+    assert str(error).startswith("what is done is kept in")
+    family.run("apply", output)
+    assert contents(output) == undisturbed["apply"]
+
+
+# ------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "said"),
+    [
+        ("apply", {"lam": 0.5}, "lam: 0.7 then, 0.5 now"),
+        ("apply", {"dtype": "fp32"}, 'request.dtype: null then, "fp32" now'),
+        ("apply", {"exclude": ["long"]}, "request.exclude"),
+        ("diff", {"codec": "dense"}, 'codec: "auto" then, "dense" now'),
+        ("diff", {"max_shard_size": "1MB"}, "max_shard_size: 5000000000 then, 1000000 now"),
+        ("diff", {"notes": "mine"}, 'training.notes: null then, "mine" now'),
+    ],
+)
+def test_another_command_is_refused_and_says_what_differs(
+    verb: str, options: dict, said: str, family: Family, undisturbed, tmp_path: Path, at_once,
+    monkeypatch,
+):  # fmt: skip
+    output = tmp_path / OUTPUT[verb]
+    interrupted(family, verb, output, monkeypatch)
+    before = contents(unfinished(output))
+    with pytest.raises(UsageError, match="of another command") as caught:
+        family.run(verb, output, **options)
+    assert said in str(caught.value) and "delete the folder" in str(caught.value)
+    after = contents(unfinished(output))
+    assert before == after and "journal" in after
+    family.run(verb, output)  # the first command still goes on
+    assert contents(output) == undisturbed[verb]
+
+
+def test_another_verb_with_the_same_output_is_refused(
+    family: Family, tmp_path: Path, at_once, monkeypatch
+):
+    output = tmp_path / "v.safetensors"
+    interrupted(family, "diff", output, monkeypatch)
+    with pytest.raises(UsageError, match=r'verb: "diff" then, "combine" now'):
+        family.run("combine", output)
+    shutil.rmtree(unfinished(output))
+    family.run("combine", output)
+
+
+def touched(file: Path) -> None:
+    os.utime(file, ns=(1, 1))
+
+
+def lengthened(file: Path) -> None:
+    with open(file, "ab") as opened:
+        opened.write(b"\0" * 8)
+
+
+def rewritten(file: Path) -> None:
+    """Another value in the middle, as if nobody had been here."""
+    stat = os.stat(file)
+    with open(file, "r+b") as opened:
+        for at in range(8192, stat.st_size, 512):
+            opened.seek(at)
+            opened.write(b"!")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [touched, rewritten])
+def test_inputs_that_have_changed_since_are_refused(
+    change: Callable[[Path], None], tmp_path: Path, at_once, monkeypatch
+):
+    family, output = Family(tmp_path / "mine"), tmp_path / "v.safetensors"
+    interrupted(family, "diff", output, monkeypatch)
+    file = family.tuned / "model.safetensors"
+    change(file)
+    with pytest.raises(UsageError, match="inputs that have changed since") as caught:
+        family.run("diff", output)
+    assert str(file) in str(caught.value) and str(family.base) not in str(caught.value)
+    shutil.rmtree(unfinished(output))
+    family.run("diff", output)
+    sv.verify(output)
+
+
+# ----------------------------------------------------------------------- changed while it is read
+
+
+@pytest.mark.parametrize("verb", ["diff", "apply", "verify", "orthogonality"])
+@pytest.mark.parametrize("change", [touched, lengthened, rewritten])
+def test_an_input_that_changes_while_it_is_read_is_noticed(
+    change: Callable[[Path], None], verb: str, tmp_path: Path, monkeypatch
+):
+    family = Family(tmp_path / "mine")
+    file = family.base / "model.safetensors"
+    finish = engine._Run._finish
+    names: list[str] = []
+
+    def changing(run: Any, number: int, workspace: Any) -> None:
+        if not names:
+            change(file)
+        names.append(run._plan.jobs[number].name)
+        finish(run, number, workspace)
+
+    monkeypatch.setattr(engine._Run, "_finish", changing)
+    (tmp_path / "place").mkdir()
+    output = tmp_path / "place" / "v.safetensors"
+    with pytest.raises(FormatError, match="changed while they were read") as caught:
+        if verb == "verify":
+            sv.verify(family.vector, tuned=family.tuned, base=family.base)
+        elif verb == "orthogonality":
+            sv.orthogonality(f"{family.tuned}::{family.base}", family.vector)
+        elif verb == "apply":
+            sv.apply(family.base, family.vector, tmp_path / "place" / "out")
+        else:
+            family.run("diff", output)
+    assert str(file) in str(caught.value)
+    assert len(names) > 1 and os.listdir(tmp_path / "place") == []
+
+
+def test_a_file_replaced_after_its_header_was_read_is_noticed(tmp_path: Path):
+    family = Family(tmp_path / "mine")
+    vector = sv.diff(family.tuned, family.base)
+    file = family.tuned / "model.safetensors"
+    other = save(tmp_path / "other", perturbed(toy(layers=2), 9)) / "model.safetensors"
+    os.replace(other, file)
+    with pytest.raises(FormatError, match=r"model\.safetensors: changed since its header was read"):
+        sv.apply(family.base, vector, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------- what lies in the folder
+
+
+def test_a_journal_cut_anywhere_is_believed_as_far_as_it_is_whole(
+    family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+):
+    interrupted(family, "apply", tmp_path / "out", monkeypatch)
+    kept = tmp_path / "kept"
+    unfinished(tmp_path / "out").rename(kept)
+    journal = (kept / "journal").read_bytes()
+    lines = journal.splitlines(keepends=True)
+    ends = np.cumsum([len(line) for line in lines]).tolist()
+    cuts = {0, 5, ends[0] - 1, ends[0], ends[0] + 1, ends[2] - 3, ends[2], len(journal) - 1}
+    for cut in sorted(cuts):
+        shutil.copytree(kept, unfinished(tmp_path / "out"))
+        (unfinished(tmp_path / "out") / "journal").write_bytes(journal[:cut])
+        family.run("apply", tmp_path / "out")
+        assert contents(tmp_path / "out") == undisturbed["apply"], cut
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("verb", ["apply", "diff", "shards", "export"])
+def test_staged_bytes_are_not_believed_unread(
+    verb: str, family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+):
+    output = tmp_path / OUTPUT[verb]
+    interrupted(family, verb, output, monkeypatch)
+    made = unfinished(output) / "made"
+    files = [f for f in (unfinished(output)).rglob("*") if f.name not in ("journal", "owner")]
+    for file in files:
+        if file.is_file() and file.stat().st_size:
+            content = bytearray(file.read_bytes())
+            content[::64] = bytes(b ^ 1 for b in content[::64])
+            file.write_bytes(content)
+    assert made.is_dir()
+    if verb == "apply":  # done again
+        family.run(verb, output)
+        assert contents(output) == undisturbed[verb]
+    else:
+        with pytest.raises(OutputError, match="is not what its journal says: delete its folder"):
+            family.run(verb, output)
+        assert not output.exists()
+
+
+def test_a_run_killed_between_its_last_steps_starts_from_what_it_claimed(
+    family: Family, undisturbed, tmp_path: Path, at_once, jobs_run, monkeypatch
+):
+    """The shards have their names and the index is written; a card lies beside the weights."""
+    from skillvec.staging import Staging
+
+    publish = Staging.publish
+
+    def killed(stage: Staging, source: Path) -> None:
+        raise Interrupted
+
+    for verb in ("shards", "apply"):
+        output = tmp_path / OUTPUT[verb]
+        monkeypatch.setattr(Staging, "publish", killed)
+        with pytest.raises(Interrupted):
+            family.run(verb, output)
+        monkeypatch.setattr(Staging, "publish", publish)
+        ran = len(jobs_run)
+        jobs_run.clear()
+        family.run(verb, output)
+        assert contents(output) == undisturbed[verb]
+        assert len(jobs_run) <= 1 < ran
+        jobs_run.clear()
+
+
+def test_a_failed_rename_keeps_what_was_done(
+    family: Family, undisturbed, tmp_path: Path, at_once, jobs_run, monkeypatch
+):
+    rename = os.rename
+
+    def failing(source: Any, destination: Any, **options: Any) -> None:
+        if os.path.basename(os.fspath(source)) == "made":
+            raise OSError(28, "No space left on device")
+        rename(source, destination, **options)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OutputError, match="full"):
+        family.run("apply", tmp_path / "out")
+    monkeypatch.setattr(os, "rename", rename)
+    jobs_run.clear()
+    family.run("apply", tmp_path / "out")
+    assert contents(tmp_path / "out") == undisturbed["apply"] and len(jobs_run) <= 1
+
+
+# --------------------------------------------------------------------------------- two at one place
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from skillvec.staging import staging
+with staging(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "in\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_run_is_told_who_is_at_work(family: Family, tmp_path: Path, holder):
+    with pytest.raises(OutputError, match="another run is writing it") as caught:
+        family.run("apply", tmp_path / "out")
+    owner = json.loads((unfinished(tmp_path / "out") / "owner").read_text())
+    assert owner["pid"] == holder.pid and owner["host"] == socket.gethostname()
+    for said in (f"process {holder.pid} on {owner['host']}", f"since {owner['start']}"):
+        assert said in str(caught.value)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    family.run("apply", tmp_path / "out")  # the lock went with the process
+
+
+def test_a_file_system_without_locks_is_refused_by_name(
+    family: Family, tmp_path: Path, monkeypatch
+):
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(OutputError, match="this file system has no locks"):
+        family.run("apply", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fingerprints_see_any_kind_of_change(tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 4096)
+    before = storage.fingerprints([str(file)])
+    assert storage.fingerprints([str(file)]) == before
+    for change in (touched, lengthened, rewritten):
+        change(file)
+        with pytest.raises(FormatError, match="changed while they were read"):
+            storage.refuse_changed(before)
+        before = storage.fingerprints([str(file)])
+    file.unlink()
+    with pytest.raises(SkillvecError, match="cannot be read"):
+        storage.refuse_changed(before)
