@@ -28,8 +28,9 @@ class _Group(click.Group):
         except SkillvecError as error:
             click.echo(folded(printable(f"error: {error}")), err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted; nothing was published", err=True)
+        except KeyboardInterrupt as stop:
+            said = "\n".join(["interrupted; nothing was published", *map(str, stop.args)])
+            click.echo(folded(printable(said)), err=True)
             ctx.exit(1)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader went away; click ends quietly

@@ -224,6 +224,10 @@ class Screen:
         elif report.verb == "inspect":
             _print_inspect(report)
         elif "nbytes" in report.facts or "gain" in report.facts or "verified" in report.facts:
+            if "resumed" in report.facts:
+                _print(
+                    f"went on from an interrupted run: {report.facts['resumed']} tensors were done"
+                )
             _print(done_sentence(report))
         else:
             _print(plan_sentence(report))
@@ -246,7 +250,7 @@ def plan_sentence(report: Report) -> str:
         f"reads {human_bytes(facts['nbytes_read'])}, writes {most}"
         f"{human_bytes(facts['nbytes_written'])}, memory about"
         f" {human_bytes(facts['memory_nbytes'])}\n"
-        f"{facts['workers']} workers ({facts['kernels']}); tensors: {counts}"
+        f"{facts['engine']}: {facts['workers']} at once ({facts['kernels']}); tensors: {counts}"
     )
     if facts["files"]:
         text += f"; {_files(facts['files'], 'weight ')}, {_files(facts['side_files'], 'side ')}"

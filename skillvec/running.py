@@ -212,7 +212,9 @@ def run_plan(
     held = writer if kept is None else kept
     claims = _Claims(plan, journal, files, held) if journal is not None else None
     results = claims.restored() if claims is not None else {}
-    if results:  # what they read was looked at as a whole only if that run came to its end
+    if results and stage is not None:
+        stage.resumed = len(results)
+        # the vectors that they read are proved to be whole at the end of a run only
         done_jobs = [result.job for result in results.values()]
         check_views(replace(plan, jobs=done_jobs), readers_of(plan.vectors), {})
     done = sum(result.job.nbytes_read for result in results.values())

@@ -42,17 +42,17 @@ Line = dict[str, Any]
 class Journal:
     """What is done and on the disk: a first line that says what for, then one for each job.
 
-    `found` are the lines that an earlier run has left. Every line has its own digest: one that was
-    cut by a power failure, and all behind it, count as not written.
+    `found` are the lines that an earlier run has left. Every line has a digest, which depends on
+    the lines before: one that a power failure has cut, and all behind it, count as not written.
     """
 
     def __init__(self, folder: Path, request: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         said = {"request": _flat(request), "inputs": inputs}
         self._said: Line = json.loads(json.dumps(said))
         self._path, self._folder = folder / JOURNAL, folder
-        lines, nbytes = _read(self._path)
+        lines, nbytes, seed = _read(self._path)
         self.found = lines[1:]
-        self._nbytes = nbytes if self.found else 0
+        self._nbytes, self._seed = (nbytes, seed) if self.found else (0, 0)
         if self.found:
             self._refuse_others(lines[0])
 
@@ -85,13 +85,14 @@ class Journal:
         """Say that jobs are done, when all that was written to `files` is on the disk."""
         for file in files:
             file.flush()
-        said = [*lines] if self.has_claims else [self._said, *lines]
-        text = b"".join(_encoded(line) for line in said)
+        text, seed = b"", self._seed
+        for line in [*lines] if self.has_claims else [self._said, *lines]:
+            encoded, seed = _encoded(line, seed)
+            text += encoded
         try:
-            if not self.has_claims:  # the names of the files first
-                for folder in (self._folder / "made", self._folder, self._folder.parent):
-                    if folder.exists():
-                        fsync_path(os.fspath(folder))
+            # the names of the files first; shards come one after the other
+            for folder in (self._folder / "made", self._folder, self._folder.parent):
+                fsync_path(os.fspath(folder))
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.ftruncate(fd, self._nbytes)
@@ -99,6 +100,7 @@ class Journal:
                     written = os.pwrite(fd, text, self._nbytes)
                     self._nbytes, text = self._nbytes + written, text[written:]
                 os.fsync(fd)
+                self._seed = seed
             finally:
                 os.close(fd)
             fsync_path(os.fspath(self._folder))
@@ -136,34 +138,37 @@ def _short(said: Mapping[str, Any], name: str) -> str:
     return json.dumps(said[name])[:60] if name in said else "nothing"
 
 
-def _encoded(line: Line) -> bytes:
-    text = json.dumps(line, separators=(",", ":"))
-    return f"{xxh3_64(text.encode()).hexdigest()} {text}\n".encode()
+def _encoded(line: Line, seed: int) -> tuple[bytes, int]:
+    """Return a line behind its digest, and the seed for the digest of the next one."""
+    text = json.dumps(line, separators=(",", ":")).encode()
+    digest = xxh3_64(text, seed=seed)
+    return digest.hexdigest().encode() + b" " + text + b"\n", digest.intdigest()
 
 
-def _read(path: Path) -> tuple[list[Line], int]:
-    """Return the lines that are whole, and their bytes."""
-    lines, nbytes = [], 0
+def _read(path: Path) -> tuple[list[Line], int, int]:
+    """Return the lines up to the first that is broken, their bytes, and the seed for the next."""
+    lines, nbytes, seed = [], 0, 0
     try:
         with open(path, "rb") as file:
             for raw in file:
-                digest, _, text = raw.partition(b" ")
-                if raw[-1:] != b"\n" or digest != xxh3_64(text[:-1]).hexdigest().encode():
+                digest = xxh3_64(raw[17:-1], seed=seed)
+                if raw[:17] != digest.hexdigest().encode() + b" " or raw[-1:] != b"\n":
                     break
-                lines.append(json.loads(text))
-                nbytes += len(raw)
+                lines.append(json.loads(raw[17:]))
+                nbytes, seed = nbytes + len(raw), digest.intdigest()
     except FileNotFoundError:
         pass
     except OSError as error:
         raise explain(error, os.fspath(path)) from None
-    return lines, nbytes
+    return lines, nbytes, seed
 
 
 @dataclass
 class Staging:
     """A folder beside the output in which everything is made before one rename publishes it.
 
-    `deliver` takes what was made where that is not a rename. `inputs` are those of the journal.
+    `deliver` takes what was made where that is not a rename; `resumed` are the jobs that an
+    interrupted run had done.
     """
 
     output: Path
@@ -171,6 +176,7 @@ class Staging:
     force: bool
     deliver: Callable[[Path], None] | None = None
     journal: Journal | None = None
+    resumed: int = 0
 
     @property
     def made(self) -> Path:
@@ -186,8 +192,8 @@ class Staging:
     def publish(self, source: Path) -> None:
         """Rename `source` (inside the folder) to the output, moving an old folder away first."""
         self.refuse_existing()
-        if source.is_dir():
-            fsync_path(os.fspath(source))
+        for folder, _, _ in os.walk(source):  # of a file: none
+            fsync_path(folder)
         if self.deliver is not None:
             self.deliver(source)
             return

@@ -156,12 +156,14 @@ def read_bytes(path: str, offset: int, nbytes: int) -> bytes:
         return file.read(nbytes)
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON as a dict; ValueError for a key that stands twice, for readers of
+    which some take the first and some the last."""
     keys = dict(pairs)
     if len(keys) != len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice")
+        raise ValueError(f"the key {twice!r:.80} stands twice")
     return keys
 
 
@@ -182,10 +184,13 @@ def _checked_spec(path: str, name: str, entry: Any, data_start: int) -> TensorSp
         raise ValueError("expected exactly dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or any(
+        # numpy and torch end at 64 dimensions, and the product of a million sizes takes minutes
+        if not isinstance(numbers, list) or len(numbers) > 64 or any(
             type(n) is not int or not 0 <= n < 1 << 63 for n in numbers
-        ):
-            raise ValueError(f"{key} is not a list of non-negative integers: {str(numbers)[:80]}")
+        ):  # fmt: skip
+            raise ValueError(
+                f"{key} is not a list of at most 64 non-negative integers: {str(numbers)[:80]}"
+            )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"data_offsets {offsets} are not [begin, end]")
     if not isinstance(entry["dtype"], str):
@@ -224,7 +229,7 @@ def read_header(path: str | Path) -> Header:
         )
     raw = read_bytes(path, 8, header_nbytes)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=refuse_duplicates)
         json.dumps(header, ensure_ascii=False).encode()  # escaped lone surrogates are no text
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: header is not valid JSON: {error}") from None
@@ -238,14 +243,14 @@ def read_header(path: str | Path) -> Header:
         try:
             specs.append(_checked_spec(path, name, entry, data_start))
         except ValueError as error:
-            raise FormatError(f"{path}: tensor {name!r}: {error}") from None
+            raise FormatError(f"{path}: tensor {name!r:.200}: {str(error)[:200]}") from None
     specs.sort(key=lambda spec: (spec.start, spec.nbytes))
     position = data_start
     for spec in specs:
         if spec.start != position:
             rule = "overlaps the tensor before it" if spec.start < position else "leaves a gap"
             raise FormatError(
-                f"{path}: tensor {spec.name!r} begins at byte {spec.start} and {rule}"
+                f"{path}: tensor {spec.name!r:.200} begins at byte {spec.start} and {rule}"
                 f" (expected {position})"
             )
         position += spec.nbytes
@@ -676,7 +681,7 @@ class RowWriter:
         return [*self.sizes[row].tolist(), int(self.marks[row])]
 
     def restore(self, row: int, line: Sequence[int]) -> None:
-        """Place the next row, which an interrupted run has written; OutputError if it is not so."""
+        """Place the next row, which an interrupted run has written; FormatError if it is not so."""
         *sizes, mark = line
         self._confirm(self.accept(row, sizes, mark), sizes, mark)
         self._turns = Turns(row + 1)
@@ -687,8 +692,10 @@ class RowWriter:
         pieces = [np.empty(size, np.uint8) for size in sizes]
         there = [f.holds(at, p.data) for (f, at), p in zip(places, pieces, strict=True)]
         if not all(there) or mark_of(pieces) != mark:
-            file = places[0][0].path
-            raise OutputError(f"{file}: is not what its journal says: delete its folder")
+            raise FormatError(
+                f"{places[0][0].path}: is not what its journal says, so it was removed: run the"
+                " same command again"
+            )
 
     def stop(self) -> None:
         """Let waiting workers go: the run has failed."""

@@ -68,6 +68,7 @@ from skillvec.provenance import (
 from skillvec.report import Report, Watcher
 from skillvec.rules import Recipe, Share, parse_recipe, read_recipe
 from skillvec.running import engine_of, measured, planned, run_plan
+from skillvec.staging import Staging
 from skillvec.storage import copy_file, fsync_path
 from skillvec.summary import (
     complete_manifest,
@@ -259,6 +260,7 @@ def save(
         settled = writer.settle()
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
+    _tell_resumed(report, stage)
     saved = SkillVector.open(place.ref)
     assert saved.stored is not None
     report_stored(report, plan, results, saved.manifest, saved.stored)
@@ -318,6 +320,7 @@ def export_patch(
         made = writer.finish({"schema": 1, **request})
         nbytes = os.path.getsize(made)
         stage.publish(made)
+    _tell_resumed(report, stage)
     changed = int(writer.counts.sum())
     report.facts |= {"changed": changed, "nbytes": nbytes,
                      "numel": sum(job.numel for job in plan.jobs)}  # fmt: skip
@@ -409,7 +412,13 @@ def apply(
         if point.is_folder:
             _write_card(made / CARD, recipe, report)
         stage.publish(made if point.is_folder else Path(files[0].path))
+    _tell_resumed(report, stage)
     return report
+
+
+def _tell_resumed(report: Report, stage: Staging) -> None:
+    if stage.resumed:
+        report.facts["resumed"] = stage.resumed
 
 
 def _write_card(file: Path, recipe: Mapping[str, Any], report: Report) -> None:

@@ -30,6 +30,7 @@ HOMES = {
     "numkong": {"kernels"},
     "xxhash": {"kernels", "storage", "staging", "engine", "vectorfile", "merging"},
     "zstandard": {"codecs"}, "yaml": {"rules"}, "vl_convert": {"page"},
+    "fsspec": {"objects"}, "ray": {"engine_ray"},
     "numpy": {
         "blocks",
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
@@ -51,6 +52,7 @@ LAZY = {
     "rich",
     "numkong",
     "ray",
+    "fsspec",
     "zstandard",
     "yaml",
 }

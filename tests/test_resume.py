@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from families import from_bits, perturbed, save, toy
+from hubserver import HubServer
 
 import skillvec as sv
 from skillvec import engine, running, storage
@@ -86,7 +87,7 @@ def undisturbed(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dic
     return found
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """As a killed process, but for the process."""
 
 
@@ -168,7 +169,8 @@ def test_a_report_is_the_same_after_an_interruption(
         family.run("apply", tmp_path / "out")
     undo()
     report = sv.apply(family.target, family.vector, tmp_path / "out", lam=0.7).to_dict()
-    assert report.pop("output") != whole.pop("output") and report == whole
+    assert report.pop("output") != whole.pop("output")
+    assert report.pop("resumed") > 10 and report == whole
     said = contents(tmp_path / "out"), contents(tmp_path / "whole")
     assert said[0] == said[1]
 
@@ -335,21 +337,34 @@ def test_a_file_replaced_after_its_header_was_read_is_noticed(tmp_path: Path):
 
 
 def test_a_journal_cut_anywhere_is_believed_as_far_as_it_is_whole(
-    family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+    family: Family, undisturbed, tmp_path: Path, at_once, jobs_run, monkeypatch
 ):
+    family.run("apply", tmp_path / "whole")
+    whole = len(jobs_run)
     interrupted(family, "apply", tmp_path / "out", monkeypatch)
     kept = tmp_path / "kept"
     unfinished(tmp_path / "out").rename(kept)
     journal = (kept / "journal").read_bytes()
     lines = journal.splitlines(keepends=True)
     ends = np.cumsum([len(line) for line in lines]).tolist()
+    def resumed(text: bytes) -> int:
+        """Run with another journal; return the jobs that were taken over."""
+        shutil.copytree(kept, unfinished(tmp_path / "out"))
+        (unfinished(tmp_path / "out") / "journal").write_bytes(text)
+        ran = len(jobs_run)
+        family.run("apply", tmp_path / "out")
+        assert contents(tmp_path / "out") == undisturbed["apply"]
+        shutil.rmtree(tmp_path / "out")
+        return whole - (len(jobs_run) - ran)
+
+    assert resumed(journal) == len(lines) - 1
+    # lines that are right, but not behind these
+    assert resumed(b"".join([lines[0], lines[2], lines[1], *lines[3:]])) == 0
+    assert resumed(b"".join(lines[1:])) == 0
+    assert resumed(b"".join([*lines[:4], *lines[5:]])) == 3
     cuts = {0, 5, ends[0] - 1, ends[0], ends[0] + 1, ends[2] - 3, ends[2], len(journal) - 1}
     for cut in sorted(cuts):
-        shutil.copytree(kept, unfinished(tmp_path / "out"))
-        (unfinished(tmp_path / "out") / "journal").write_bytes(journal[:cut])
-        family.run("apply", tmp_path / "out")
-        assert contents(tmp_path / "out") == undisturbed["apply"], cut
-        shutil.rmtree(tmp_path / "out")
+        assert resumed(journal[:cut]) == max(sum(end <= cut for end in ends) - 1, 0), cut
 
 
 @pytest.mark.parametrize("verb", ["apply", "diff", "shards", "export"])
@@ -370,9 +385,11 @@ def test_staged_bytes_are_not_believed_unread(
         family.run(verb, output)
         assert contents(output) == undisturbed[verb]
     else:
-        with pytest.raises(OutputError, match="is not what its journal says: delete its folder"):
+        with pytest.raises(FormatError, match="is not what its journal says, so it was removed"):
             family.run(verb, output)
-        assert not output.exists()
+        assert os.listdir(tmp_path) == []
+        family.run(verb, output)
+        assert contents(output) == undisturbed[verb]
 
 
 def test_a_run_killed_between_its_last_steps_starts_from_what_it_claimed(
@@ -478,3 +495,46 @@ def test_fingerprints_see_any_kind_of_change(tmp_path: Path):
     file.unlink()
     with pytest.raises(SkillvecError, match="cannot be read"):
         storage.refuse_changed(before)
+
+
+# ----------------------------------------------------------------------------------- from the Hub
+
+
+@pytest.mark.parametrize("verb", ["diff", "apply"])
+def test_a_streamed_run_fetches_only_the_shards_that_it_still_needs(
+    verb: str, tmp_path: Path, at_once, jobs_run, monkeypatch
+):
+    base = toy(layers=4, width=64)
+    save(tmp_path / "base", base, shards=4)
+    save(tmp_path / "tuned", perturbed(base), shards=4)
+    sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    output = tmp_path / "place" / OUTPUT[verb]
+    output.parent.mkdir()
+
+    def run() -> None:
+        if verb == "apply":
+            sv.apply("org/base", tmp_path / "v.safetensors", output, stream=True, engine="serial")
+        else:
+            sv.diff("org/tuned", "org/base", output, stream=True, engine="serial")
+
+    with HubServer() as server:
+        for name in ("base", "tuned"):
+            server.add_repo(f"org/{name}", tmp_path / name)
+        server.adopt(monkeypatch, tmp_path / "home")
+        run()
+        whole = contents(output)
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+        jobs_run.clear()
+        last = sorted(base)[-1] if verb == "diff" else "model.layers.3.mlp.up_proj.weight"
+        undo = stop_at(last, OutputError("full"), monkeypatch)
+        with pytest.raises(OutputError):
+            run()
+        undo()
+        assert not (unfinished(output) / "shards").exists()
+        first, fetched = len(jobs_run), len(server.requests)
+        jobs_run.clear()
+        server.requests.clear()
+        run()
+        assert contents(output) == whole and os.listdir(output.parent) == [output.name]
+        assert 0 < len(jobs_run) <= len(base) - first + 2 < len(base)
+        assert len(server.requests) < fetched
