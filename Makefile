@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # one thread a process: tests run side by side, and idle threads of two would wait for each other
 ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo reproduce test slow check bench clean
+.PHONY: demo reproduce test slow torture fuzz check bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m recipes.past recipes/mini/past.yaml
@@ -20,7 +20,15 @@ test: $(VENV)/.ready
 slow: $(VENV)/.ready .venv-mergekit
 	$(PIP) "transformers[serving]"
 	DS_BUILD_OPS=0 $(PIP) deepspeed
-	$(ONE) $(BIN)/python -m pytest -m "slow or not slow"
+	$(PIP) --editable ".[ray]"
+	$(ONE) $(BIN)/python -m pytest -m "not gpu"
+
+torture: $(VENV)/.ready
+	$(ONE) $(BIN)/python tests/torture.py
+
+fuzz: $(VENV)/.ready
+	$(PIP) atheris
+	$(ONE) $(BIN)/python tests/fuzz.py
 
 .venv-mergekit:
 	benchmarks/mergekit_setup.sh

@@ -7,6 +7,7 @@ headers only. What skillvec cannot take is refused here by name, before any work
 import fnmatch
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,18 +20,22 @@ from skillvec.errors import (
     IncompatibleError,
     SkillvecError,
     UsageError,
+    printable,
     up_to_five,
 )
 from skillvec.quantised import dequantised
 from skillvec.sources import Source, files_of
 from skillvec.storage import (
+    MAX_HEADER_NBYTES,
     Place,
     TensorSpec,
     digest_bytes,
+    digest_file_range,
     file_nbytes,
     is_plain_name,
     read_bytes,
     read_header,
+    refuse_duplicates,
     remote_of,
 )
 
@@ -40,6 +45,7 @@ SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+NOT_TEXT = re.compile("[\ud800-\udfff]")  # lone surrogates, which no file can hold
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
 # files that hold or index weights (or optimiser state): never copied beside merged weights
@@ -186,7 +192,7 @@ class Checkpoint(Mapping[str, Source]):
     @property
     def model_type(self) -> str | None:
         model_type = self.config.get("model_type")
-        return model_type if isinstance(model_type, str) else None
+        return printable(model_type) if isinstance(model_type, str) else None
 
     @property
     def ties_embeddings(self) -> bool | None:
@@ -210,7 +216,7 @@ class Checkpoint(Mapping[str, Source]):
         if not self.is_folder:
             return None
         parts = [
-            [name, digest_bytes((self.folder / name).read_bytes())]
+            [name, digest_file_range(file := os.fspath(self.folder / name), 0, file_nbytes(file))]
             for name in TOKENIZER_FILES
             if (self.folder / name).is_file()
         ]
@@ -263,10 +269,18 @@ def is_weight_file(name: str) -> bool:
     return any(fnmatch.fnmatch(os.path.basename(name), glob) for glob in WEIGHT_FILES)
 
 
+def _parsed(file: str) -> Any:
+    """Return what a JSON file holds; ValueError where it is none, or longer than any header."""
+    nbytes = file_nbytes(file)
+    if nbytes > MAX_HEADER_NBYTES:
+        raise ValueError(f"{nbytes} bytes, over the cap of {MAX_HEADER_NBYTES}")
+    return json.loads(read_bytes(file, 0, nbytes), object_pairs_hook=refuse_duplicates)
+
+
 def read_json(file: str) -> dict[str, Any]:
     """Return a JSON object; FormatError where the file holds something else."""
     try:
-        content = json.loads(read_bytes(file, 0, file_nbytes(file)))
+        content = _parsed(file)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -329,8 +343,12 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
     text = os.fspath(ref)
     if objects.is_reference(text):
         return objects.locate(text, role)
-    path = Path(text).expanduser()
-    if path.exists():
+    try:
+        path = Path(text).expanduser()
+        there = path.exists()
+    except (RuntimeError, OSError) as error:  # ~ of nobody; a name longer than the system takes
+        raise UsageError(f"{role} {text:.200}: {str(error)[:200]}") from None
+    if there:
         path = path.resolve()
         files = {entry.name: entry.path for entry in os.scandir(path)} if path.is_dir() else {}
         return Place(text, path, files)
@@ -361,6 +379,10 @@ def open_tensors(ref: str | os.PathLike[str] | Place, role: str) -> Checkpoint:
         opened = _open_folder(place, what)
     else:
         opened = _open_file(os.fspath(place.path), os.fspath(place.ref), what)
+    if opened.kind != "safetensors":  # a pickle may call a tensor what no header can
+        for name in opened.tensors:
+            if type(name) is not str or name == "__metadata__" or NOT_TEXT.search(name):
+                raise FormatError(f"{what}: a tensor is called {name!r:.80}, which is no name")
     return Checkpoint(place, opened)
 
 
@@ -470,7 +492,7 @@ def _open_pickle_shards(
 def read_index(index: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the weight map, tensor name to plain file name, and the metadata of an index."""
     try:
-        content = json.loads(read_bytes(index, 0, file_nbytes(index)))
+        content = _parsed(index)
         weight_map, metadata = content["weight_map"], content.get("metadata")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{index}: no readable weight_map: {error!r}") from None
@@ -479,7 +501,7 @@ def read_index(index: str) -> tuple[dict[str, str], dict[str, Any]]:
     for name, file in weight_map.items():
         if not is_plain_name(file):
             raise FormatError(
-                f"{index}: tensor {name!r} is said to lie in {file!r}, which is not a plain file"
+                f"{index}: tensor {name!r:.200} is said to lie in {file!r:.200}, no plain file"
                 " name in this folder"
             )
     return weight_map, metadata if isinstance(metadata, dict) else {}

@@ -29,8 +29,8 @@ class _Group(click.Group):
             click.echo(folded(printable(f"error: {error}")), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stop:
-            said = "\n".join(["interrupted; nothing was published", *map(str, stop.args)])
-            click.echo(folded(printable(said)), err=True)
+            said = str(stop) or "nothing was published"
+            click.echo(folded(printable(f"interrupted; {said}")), err=True)
             ctx.exit(1)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader went away; click ends quietly

@@ -250,11 +250,15 @@ def plan_sentence(report: Report) -> str:
         f"reads {human_bytes(facts['nbytes_read'])}, writes {most}"
         f"{human_bytes(facts['nbytes_written'])}, memory about"
         f" {human_bytes(facts['memory_nbytes'])}\n"
-        f"{facts['engine']}: {facts['workers']} at once ({facts['kernels']}); tensors: {counts}"
+        f"{facts['workers']} {_workers(facts['engine'])} ({facts['kernels']}); tensors: {counts}"
     )
     if facts["files"]:
         text += f"; {_files(facts['files'], 'weight ')}, {_files(facts['side_files'], 'side ')}"
     return text
+
+
+def _workers(engine: str) -> str:
+    return {"threads": "workers", "serial": "worker"}.get(engine, f"workers of {engine}")
 
 
 def done_sentence(report: Report) -> str:

@@ -10,7 +10,7 @@ are those of hub.py, but for what only a writer meets.
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,7 @@ from skillvec import hub
 from skillvec.cards import BEGIN, LICENSE, hub_model, merged_card, renewed, vector_card
 from skillvec.checkpoint import VECTOR_INDEX, Checkpoint, is_weight_file, open_tensors
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError, printable, up_to_five
+from skillvec.hub import README
 from skillvec.outputs import PathLike, output_model, output_vector
 from skillvec.provenance import read_merged
 from skillvec.report import Report, Watcher
@@ -35,8 +36,6 @@ from skillvec.storage import (
 )
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import BlockReader, VectorFile, find_vector
-
-README = "README.md"
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,9 @@ def push(
     if dry_run:
         return report
     if state is None:
-        _written(what, lambda: api.create_repo(repo, private=private, exist_ok=True))
+        hub.written(what, lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision and not (state and state["revision"]):
-        _written(what, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+        hub.written(what, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     operations: list[Any] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=address)
         for name, address in made.files.items()
@@ -122,7 +121,7 @@ def push(
     operations.append(CommitOperationAdd(path_in_repo=README, path_or_fileobj=card.encode()))
     operations += [CommitOperationDelete(path_in_repo=name) for name in other]
     with _bars(shown=watcher is not None and sys.stderr.isatty()):
-        done = _written(
+        done = hub.written(
             what,
             lambda: api.create_commit(
                 repo,
@@ -256,52 +255,14 @@ def _state(api: Any, repo: str, revision: str | None) -> dict[str, Any] | None:
         except RepositoryNotFoundError:
             return repo
 
-    info = _written(f"repo {repo}", lambda: look(revision), lost=2)  # is there a network at all
+    info = hub.written(f"repo {repo}", lambda: look(revision), lost=2)  # is there a network at all
     found = info is not None
     if not found:
-        info = _written(f"repo {repo}", lambda: look(None))
+        info = hub.written(f"repo {repo}", lambda: look(None))
     if info == repo or info is None:
         return None
     files = [entry.rfilename for entry in info.siblings or ()]
     return {"commit": info.sha, "private": bool(info.private), "files": files, "revision": found}
-
-
-def _written(what: str, call: Callable[[], Any], lost: int = hub.TRIES) -> Any:
-    """Return what a writing call gives, with sentences for what only a writer meets."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    def tried() -> Any:
-        try:
-            return call()
-        except RuntimeError as error:  # of an upload in a thread: the cause tells
-            if isinstance(error.__cause__, Exception):
-                raise error.__cause__ from None
-            raise SkillvecError(f"{what}: the upload broke off: try again") from None
-        except OfflineModeIsEnabled:
-            raise UsageError(f"{what}: offline mode is on (HF_HUB_OFFLINE): unset it") from None
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (401, 403):
-                raise UsageError(
-                    f"{what}: may not be written with this token: give one with write access to"
-                    " it (--token, HF_TOKEN or `hf auth login`)"
-                ) from None
-            if status in (409, 412):
-                raise SkillvecError(
-                    f"{what}: was changed by someone else meanwhile; nothing was committed: push"
-                    " again"
-                ) from None
-            if status == 400:
-                reason = printable(error.server_message or "no reason given")
-                raise UsageError(f"{what}: the Hub refuses it: {reason}") from None
-            raise
-        except ValueError as error:
-            if "README.md" not in str(error):
-                raise
-            reason = " ".join(printable(str(error)).split())
-            raise UsageError(f"{what}: the Hub refuses the card: {reason}") from None
-
-    return hub.patiently(what, tried, lost)
 
 
 @contextlib.contextmanager

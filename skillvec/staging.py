@@ -123,6 +123,7 @@ class Journal:
             if self.has_claims:
                 os.rename(aside, self._path)
             raise
+        self._nbytes = 0
 
 
 def _flat(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,6 +178,7 @@ class Staging:
     deliver: Callable[[Path], None] | None = None
     journal: Journal | None = None
     resumed: int = 0
+    published: str = ""  # what there is to say of the output, once it has its name
 
     @property
     def made(self) -> Path:
@@ -199,13 +201,9 @@ class Staging:
             return
         with self.journal.laid_aside() if self.journal else contextlib.nullcontext():
             self._rename(source)
-        try:
-            fsync_path(os.fspath(self.output.parent))
-        except OSError as error:
-            raise OutputError(
-                f"{self.output}: whole and in place, but its name may not survive a power failure:"
-                f" {error.strerror or error}"
-            ) from None
+        self.published = "whole and in place, but its name may not survive a power failure"
+        fsync_path(os.fspath(self.output.parent))
+        self.published = "whole and in place"
 
     def _rename(self, source: Path) -> None:
         folders = source.is_dir() or self.output.is_dir()
@@ -222,6 +220,17 @@ class Staging:
         """Raise OutputError where another run has published meanwhile."""
         if not self.force and os.path.lexists(self.output):
             raise OutputError(f"{self.output}: exists now: another run made it meanwhile")
+
+    def has_to_stay(self, error: BaseException) -> bool:
+        """Return whether the folder is of use after an error.
+
+        It is where the same command may go on, and where it holds the output that was replaced,
+        while a power failure may bring that back.
+        """
+        if self.published:
+            return "but" in self.published
+        claims = self.journal is not None and self.journal.has_claims
+        return claims and not isinstance(error, FINAL)
 
     def clear(self) -> None:
         """Empty the folder; an output that was moved away and never replaced goes back."""
@@ -314,26 +323,32 @@ def staging(
         stage.refuse_existing()
         yield stage
     except BaseException as error:
-        journal = stage.journal
-        if not kept and journal is not None and journal.has_claims and not isinstance(error, FINAL):
-            kept = True
-            error = _with_hint(error, folder)
-        if isinstance(error, OSError) and not isinstance(error, SkillvecError):
-            raise explain(error, os.fspath(error.filename or output)) from None
-        raise error
+        kept = kept or stage.has_to_stay(error)
+        told = _told(error, stage, kept)
+        if told is error:
+            raise
+        raise told from None
     finally:
         if not kept:
             _removed(stage)
         os.close(lock)
 
 
-def _with_hint(error: BaseException, folder: Path) -> BaseException:
-    """Return the error, with where to go on from in its text."""
-    hint = f"what is done is kept in {folder}: the same command goes on from it"
+def _told(error: BaseException, stage: Staging, kept: bool) -> BaseException:
+    """Return the error with what became of the output, and of what is done, in its text."""
+    hint = ""
+    if stage.published:
+        hint = f"{stage.output}: {stage.published}"
+    elif kept and not isinstance(error, FINAL):
+        hint = f"what is done is kept in {stage.folder}: the same command goes on from it"
     if isinstance(error, OSError) and not isinstance(error, SkillvecError):
-        error = explain(error, os.fspath(error.filename or folder))
-    if isinstance(error, SkillvecError | KeyboardInterrupt):
-        error.args = ("\n".join([*map(str, error.args), hint]),)
+        if stage.published:
+            return OutputError(f"{hint} ({error.strerror or error})")
+        error = explain(error, os.fspath(error.filename or stage.output))
+    if hint and isinstance(error, KeyboardInterrupt):
+        error.args = (hint if stage.published else f"nothing was published; {hint}",)
+    elif hint and isinstance(error, SkillvecError):
+        error.args = (f"{error}\n{hint}",)
     return error
 
 

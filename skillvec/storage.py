@@ -230,7 +230,8 @@ def read_header(path: str | Path) -> Header:
     raw = read_bytes(path, 8, header_nbytes)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=refuse_duplicates)
-        json.dumps(header, ensure_ascii=False).encode()  # escaped lone surrogates are no text
+        if b"\\u" in raw:  # escaped lone surrogates are no text
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: header is not valid JSON: {error}") from None
     if not raw.startswith(b"{") or not isinstance(header, dict):

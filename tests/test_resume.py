@@ -206,7 +206,7 @@ def test_ctrl_c_keeps_what_is_done(
 ):
     output = tmp_path / "out"
     error = interrupted(family, "apply", output, monkeypatch, KeyboardInterrupt())
-    assert str(error).startswith("what is done is kept in")
+    assert str(error).startswith("nothing was published; what is done is kept in")
     family.run("apply", output)
     assert contents(output) == undisturbed["apply"]
 
@@ -347,6 +347,7 @@ def test_a_journal_cut_anywhere_is_believed_as_far_as_it_is_whole(
     journal = (kept / "journal").read_bytes()
     lines = journal.splitlines(keepends=True)
     ends = np.cumsum([len(line) for line in lines]).tolist()
+
     def resumed(text: bytes) -> int:
         """Run with another journal; return the jobs that were taken over."""
         shutil.copytree(kept, unfinished(tmp_path / "out"))
@@ -434,6 +435,52 @@ def test_a_failed_rename_keeps_what_was_done(
     jobs_run.clear()
     family.run("apply", tmp_path / "out")
     assert contents(tmp_path / "out") == undisturbed["apply"] and len(jobs_run) <= 1
+
+
+def test_an_output_that_is_in_place_is_not_said_to_be_kept_or_missing(
+    family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+):
+    from skillvec import staging
+
+    save(tmp_path / "out", toy(9))
+    old, fsync = contents(tmp_path / "out"), staging.fsync_path
+
+    def failing(path: str) -> None:
+        if path == str(tmp_path) and contents(tmp_path / "out") != old:
+            raise OSError(5, "Input/output error")
+        fsync(path)
+
+    monkeypatch.setattr(staging, "fsync_path", failing)
+    with pytest.raises(OutputError, match="whole and in place, but its name may not") as caught:
+        family.run("apply", tmp_path / "out", force=True)
+    assert "nothing was published" not in str(caught.value) and "goes on" not in str(caught.value)
+    assert contents(tmp_path / "out") == undisturbed["apply"]
+    # a power failure may bring the old name back: what it stood for has to be there
+    assert contents(unfinished(tmp_path / "out") / "made") == old
+    monkeypatch.setattr(staging, "fsync_path", fsync)
+    family.run("apply", tmp_path / "out", force=True)
+    assert contents(tmp_path / "out") == undisturbed["apply"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_an_error_after_the_rename_says_that_the_output_is_there(
+    error: BaseException, family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+):
+    from skillvec.staging import Staging
+
+    publish = Staging.publish
+
+    def late(stage: Staging, source: Path) -> None:
+        publish(stage, source)
+        raise error
+
+    monkeypatch.setattr(Staging, "publish", late)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OutputError
+    with pytest.raises(expected, match=r"out: whole and in place"):
+        family.run("apply", tmp_path / "out")
+    assert contents(tmp_path / "out") == undisturbed["apply"]
+    assert os.listdir(tmp_path) == ["out"]
 
 
 # --------------------------------------------------------------------------------- two at one place
