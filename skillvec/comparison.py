@@ -27,7 +27,7 @@ from skillvec.plan import Plan, plan_compare
 from skillvec.report import Report, Watcher
 from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import staging
-from skillvec.storage import forget_open_files, fsync_path
+from skillvec.storage import fingerprints, forget_open_files, fsync_path, refuse_changed
 from skillvec.summary import job_line
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import BlockReader, readers_of
@@ -164,12 +164,14 @@ def _compare(
     report = planned(replace(plan, verb=verb), facts, runner, watcher)
     if dry_run:
         return report
+    before = fingerprints(plan.files())
     plan = measured(plan, runner, watcher)
     results = run_plan(plan, runner, watcher)
     results.sort(key=lambda result: analysis.natural_order(result.job.name))
     spectra = _Spectra.empty(request, len(results))
     if subspace_k:
         _find_subspaces(results, plan, report, watcher, spectra)
+        refuse_changed(before)
     _conclude(report, results, request, opened, spectra)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
     if place is not None:

@@ -36,8 +36,10 @@ from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
     encode_header,
+    fingerprints,
     forget_open_files,
     fsync_path,
+    refuse_changed,
 )
 from skillvec.vector import SkillVector, dtype_of
 from skillvec.vectorfile import readers_of
@@ -109,6 +111,7 @@ def extract_lora(
     report.ledger += [{"name": name, "status": "excluded"} for name in excluded]
     if dry_run:
         return report
+    before = fingerprints(plan.files())
     plan = measured(plan, runner, watcher)
     try:
         with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
@@ -118,6 +121,7 @@ def extract_lora(
             (made / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             fsync_path(os.fspath(made / ADAPTER_CONFIG))
             report.facts["nbytes"] = os.path.getsize(made / WEIGHTS)
+            refuse_changed(before)
             stage.publish(made)
     finally:
         forget_open_files()

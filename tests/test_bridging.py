@@ -10,7 +10,9 @@ import torch
 from families import assert_same_bits, from_bits, load, perturbed, save, toy
 
 import skillvec as sv
+from skillvec import engine, running
 from skillvec import plan as plans
+from skillvec.errors import OutputError
 from skillvec.plan import plan_apply
 
 Weights = dict[str, torch.Tensor]
@@ -254,6 +256,35 @@ def test_an_altered_vector_is_refused_in_another_layout_too(tmp_path: Path):
     with pytest.raises(sv.FormatError, match=r"experts.1.up_proj.weight differs from its digest"):
         sv.apply(target, both, tmp_path / "out")
     sv.apply(target, sv.combine(vector, vector), tmp_path / "out")
+
+
+def test_an_altered_vector_that_an_interrupted_run_has_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Views are proved at the end of a run: the run that goes on proves those of the other too."""
+    parts, altered = experts(), tmp_path / "altered.safetensors"
+    vector = sv.diff(save(tmp_path / "tuned", perturbed(parts), config=CONFIG),
+                     save(tmp_path / "base", parts, config=CONFIG), altered, codec="dense")  # fmt: skip
+    target = save(tmp_path / "target", fused(parts), config=CONFIG)
+    spec = vector.deltas[f"{MLP}.experts.1.down_proj.weight"].spec
+    with open(altered, "r+b") as file:
+        file.seek(spec.start + 1)
+        file.write(b"!")
+    run_block = engine._Run.run_block
+
+    def stopping(run, number, *arguments) -> None:
+        if run._plan.jobs[number].name == f"{MLP}.gate.weight":
+            raise OutputError("full")
+        run_block(run, number, *arguments)
+
+    monkeypatch.setattr(running, "CLAIM_SECONDS", 0.0)
+    monkeypatch.setattr(engine._Run, "run_block", stopping)
+    with pytest.raises(OutputError, match="what is done is kept"):
+        sv.apply(target, altered, tmp_path / "out", engine="serial")
+    monkeypatch.setattr(engine._Run, "run_block", run_block)
+    with pytest.raises(sv.FormatError, match=r"experts.1.down_proj.weight differs from its digest"):
+        sv.apply(target, altered, tmp_path / "out", engine="serial")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_block_that_no_view_reads_is_checked_too(tmp_path: Path):

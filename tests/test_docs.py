@@ -192,6 +192,7 @@ OF_ONE_MACHINE = [f"/{folder}/" for folder in ("work", "home", "root", "Users", 
 OF_ONE_MACHINE += ["index" + "-url", "find" + "-links", "trusted" + "-host"]
 HOSTS = {
     "arxiv.org",
+    "example.com",
     "github.com",
     "huggingface.co",
     "doi.org",
