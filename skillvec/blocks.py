@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec import operators
+from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
 from skillvec.errors import FormatError
 from skillvec.kernels import STORAGE_DTYPE, Array
 from skillvec.merging import Place
@@ -19,7 +20,6 @@ from skillvec.operators import NO_POSITIONS, STEP, Delta, Subtraction
 from skillvec.patch import Patch
 from skillvec.sources import Derived, Source, read_values
 from skillvec.storage import ITEMSIZE, LEAF_NBYTES, TensorSpec, allocate, leaf_digests
-from skillvec.vector import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
 from skillvec.vectorfile import BLOCK_NUMEL, REPLACEMENT, BlockReader, StoredDelta, block_count
 
 NO_RECORDS: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)

@@ -18,6 +18,7 @@ from xxhash import xxh3_128_digest
 from skillvec import operators
 from skillvec.blocks import VIEW, Block, Workspace
 from skillvec.codecs import encode_block
+from skillvec.deltas import ComputedDelta, MixDelta, PairDelta, ViewDelta
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import Array, narrow, widen
 from skillvec.measures import block_sums, is_sampled, layout, masks_nbytes, sample
@@ -25,7 +26,6 @@ from skillvec.operators import Delta
 from skillvec.patch import POSITIONS, positions_dtype
 from skillvec.plan import Job, Plan
 from skillvec.storage import OutputFile, RowWriter, fold_digest
-from skillvec.vector import ComputedDelta, MixDelta, PairDelta, ViewDelta
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     EXCEPTION,

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillvec import __version__, kernels
+from skillvec.deltas import ViewDelta
 from skillvec.engine import Found, JobResult, Threads
 from skillvec.errors import SkillvecError, UsageError
-from skillvec.hub import HubFile
 from skillvec.plan import Job, Plan
 from skillvec.staging import STAGING_SUFFIX
 from skillvec.storage import (
@@ -41,12 +41,12 @@ from skillvec.storage import (
     register_remote,
     remote_of,
 )
-from skillvec.vector import ViewDelta
 
 BATCH_NBYTES = 512 * MiB  # read by a task: a second of work, of which scheduling is a hundredth
 BATCHES = 4  # at least, for each worker
 AHEAD = 4  # batches for each worker that may be begun, or wait for those before them
 RETRIES = 3  # of a task that is lost
+CONNECT_SECONDS = 10.0
 GRACE_SECONDS = 10.0  # for tasks to end when the run is stopped
 SCRATCH = "rows"  # in the staging folder
 
@@ -91,10 +91,10 @@ class Move(NamedTuple):
 _held: dict[str, Shared] = {}  # by reference: what this process has got, the last one only
 
 
-def _guarded(
+def _in_worker(
     references: Sequence[Any], proven: Sequence[str], work: Callable[..., Any], *arguments: Any
 ) -> Any:
-    """Return what `work` gives, errors of ours as values: Ray would run the task again."""
+    """Return what `work` gives, when this process has what is shared and, if need be, proved it."""
     ray = import_module("ray")
     try:
         (reference,) = references
@@ -108,8 +108,6 @@ def _guarded(
             _held.clear()
             _held[reference.hex()] = shared
         return work(shared, *arguments)
-    except SkillvecError as error:
-        return error
     finally:
         forget_open_files()  # a file that is deleted meanwhile would keep its room
 
@@ -155,11 +153,15 @@ def versions() -> dict[str, str]:
 
 def _run_batch(shared: Shared, jobs: Sequence[Job]) -> Batch:
     """Run jobs; their bytes are on the disk when it returns."""
-    names = list(dict.fromkeys(job.output[0] for job in jobs if job.output is not None))
-    placed = [
-        job if job.output is None else replace(job, output=(names.index(job.output[0]), job.output[1]))
-        for job in jobs
-    ]  # fmt: skip
+    # verify has the jobs of apply, with their outputs, and writes none
+    written = [job.output[0] for job in jobs if job.output is not None and shared.outputs]
+    names = list(dict.fromkeys(written))
+
+    def placed(job: Job) -> Job:
+        if job.output is None or not names:
+            return job
+        return replace(job, output=(names.index(job.output[0]), job.output[1]))
+
     with contextlib.ExitStack() as stack:
         files = [OutputFile(shared.outputs[name], 0, shared=True) for name in names]
         segment = None
@@ -169,8 +171,7 @@ def _run_batch(shared: Shared, jobs: Sequence[Job]) -> Batch:
             files.append(segment.file)
         for file in files:
             stack.callback(file.close)
-        plan = replace(shared.plan, jobs=placed)
-        found = Threads(0).run(plan, files, segment)
+        found = Threads(0).run(replace(shared.plan, jobs=[*map(placed, jobs)]), files, segment)
         for file in files:
             file.flush()
         if segment is None:
@@ -219,19 +220,19 @@ class Cluster:
     ) -> Found:
         """See engine.Engine; raises UsageError, before any work, for nodes with other files."""
         files = [*outputs, *(writer.files if writer is not None else ())]
-        scratch = _scratch(files[0].path) if files else None
-        run = _Run(self._ray, self.workers, plan, outputs, writer, scratch, progress, finished)
-        try:
+        with contextlib.ExitStack() as stack:
+            scratch = None
+            if files:
+                scratch = _scratch(files[0].path)
+                stack.callback(shutil.rmtree, scratch, ignore_errors=True)
             for file in files:
                 file.hand_over()
+            run = _Run(self._ray, self.workers, plan, outputs, writer, scratch, progress, finished)
+            stack.callback(run.stop)
             found = run.run()
             for file in [*outputs, *(writer.files if writer is not None else ())]:
-                file.hand_over()
-            return found
-        finally:
-            run.stop()
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
+                file.hand_over()  # what this machine has read of them may be old
+        return found
 
 
 def _connected() -> Any:
@@ -248,8 +249,14 @@ def _connected() -> Any:
     try:
         if address == "local":  # Ray would start one
             raise ConnectionError("RAY_ADDRESS is local")
+        host, _, port = address.rpartition(":")
+        if port.isdecimal() and "/" not in host:  # Ray would try for minutes
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        # else what befalls other machines is printed between our lines on stdout
+        worker: Any = import_module("ray._private.worker")
+        worker._worker_logs_enabled = False
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             "engine ray: no cluster can be reached: start one (`ray start --head`, on the other"
@@ -290,7 +297,7 @@ def batches(jobs: Sequence[Job], workers: int) -> list[range]:
     return [*found, range(begin, len(jobs))] if jobs else []
 
 
-class _Lost(SkillvecError):
+class _LostError(SkillvecError):
     """A task went with its worker or node, each time it was run."""
 
 
@@ -310,13 +317,14 @@ class _Run:
     ) -> None:
         self._ray, self._workers, self._jobs, self._writer = ray, workers, plan.jobs, writer
         self._progress, self._finished, self._scratch = progress, finished, scratch
-        self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_guarded)
+        self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_in_worker)
         self._flight: dict[Any, tuple[str, Callable[[Any], None]]] = {}  # and what comes then
         self._proven: list[str] = []
         self._batches = batches(plan.jobs, workers)
         self._begun = self._placed = self._ended = 0  # of the batches
         self._waiting: dict[int, Batch] = {}  # for those before them
         self._copies: list[tuple[int, Batch, list[Move]]] = []
+        self._whole: dict[int, Batch] = {}  # for those before them, again
         self._results: dict[int, JobResult] = {}
         self._totals: dict[str, Any] = {}
         self._done_nbytes = 0
@@ -330,8 +338,6 @@ class _Run:
         places = []
         for path in replace(plan, copies=[]).files():
             remote = remote_of(path)
-            if isinstance(remote, HubFile):
-                remote = replace(remote, token=None)  # it was fetched, and is nobody else's
             if remote is not None:
                 remotes[path] = remote
             places.append(path if remote is not None and remote.ranged else local_path(path))
@@ -372,7 +378,7 @@ class _Run:
             place = {"num_cpus": 0, "scheduling_strategy": affinity(node["NodeID"], soft=False)}
             self._submit("the proof", partial(self._proved, node), place, _noted)
         while self._flight:
-            with contextlib.suppress(_Lost):
+            with contextlib.suppress(_LostError):
                 self._collect()
         if not self._proven:
             raise SkillvecError("ray: no node has answered: look at `ray status`")
@@ -427,18 +433,15 @@ class _Run:
         """Return the result of a task, or raise its error."""
         errors = import_module("ray.exceptions")
         try:
-            value = self._ray.get(reference)
-        except errors.RayTaskError as error:
+            return self._ray.get(reference)
+        except errors.RayTaskError as error:  # it was raised by our code there
             raise error.cause from error
         except errors.RayError as error:
-            raise _Lost(
+            raise _LostError(
                 f"ray: {what}: the worker or node was lost in each of {1 + RETRIES} tries"
                 f" ({type(error).__name__}); was it killed for want of memory? `ray status` and"
                 " the logs of Ray on the nodes tell more"
             ) from None
-        if isinstance(value, SkillvecError):
-            raise value
-        return value
 
     def _ran(self, number: int, batch: Batch) -> None:
         """Take a batch that was run; those whose turn it is get their places."""
@@ -465,7 +468,9 @@ class _Run:
 
     def _copied(self, number: int, batch: Batch, _: None) -> None:
         os.unlink(batch.segment)
-        self._end(number, batch)
+        self._whole[number] = batch
+        while self._ended in self._whole:  # a journal's rows count up to the first gap
+            self._end(self._ended, self._whole.pop(self._ended))
 
     def _end(self, number: int, batch: Batch) -> None:
         self._ended += 1

@@ -24,6 +24,7 @@ import numpy as np
 from skillvec import subspace
 from skillvec.blocks import pieces_of
 from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from skillvec.deltas import dtype_of
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import Array, narrow, widen
 from skillvec.measures import Request
@@ -41,7 +42,7 @@ from skillvec.storage import (
     fsync_path,
     refuse_changed,
 )
-from skillvec.vector import SkillVector, dtype_of
+from skillvec.vector import SkillVector
 from skillvec.vectorfile import readers_of
 
 FIRST_RANK = 16  # tried for an energy, then doubled

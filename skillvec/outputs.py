@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from skillvec import __version__, kernels
 from skillvec.checkpoint import ADAPTER_CONFIG, VECTOR_INDEX, Checkpoint
 from skillvec.codecs import DENSE_SHARE, encode_block
+from skillvec.deltas import PairDelta
 from skillvec.errors import OutputError, UsageError
 from skillvec.operators import bit_pattern, subtract
 from skillvec.patch import Patch, PatchWriter
@@ -28,7 +29,7 @@ from skillvec.storage import (
     forget_open_files,
     prefetch,
 )
-from skillvec.vector import PairDelta, SkillVector
+from skillvec.vector import SkillVector
 from skillvec.vectorfile import PARTS, Entry, StoredDelta, VectorFile, VectorWriter
 
 PathLike = str | os.PathLike[str]

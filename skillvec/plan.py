@@ -11,30 +11,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from skillvec.checkpoint import INDEX, METADATA_KEY, SINGLE, Checkpoint
+from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
 from skillvec.errors import IncompatibleError, up_to_five
+from skillvec.fitting import (
+    fitting,
+    kinship_warnings,
+    laid_out,
+    ledger_line,
+    same_delta,
+    verdict_on,
+)
 from skillvec.kernels import FLOATS
 from skillvec.measures import Request
 from skillvec.patch import Patch
+from skillvec.rules import is_selected, refuse_idle_globs
 from skillvec.sources import Source, files_of
 from skillvec.storage import ITEMSIZE, TensorSpec, encode_header, file_nbytes, read_bytes
-from skillvec.vector import (
-    MAX_TIED,
-    ComputedDelta,
-    DeltaSource,
-    Fitted,
-    MixDelta,
-    PairDelta,
-    SkillVector,
-    ViewDelta,
-    find_tied,
-    is_selected,
-    laid_out,
-    probe_digest,
-    refuse_idle_globs,
-    relatedness,
-    sketch,
-)
-from skillvec.vectorfile import Entry, StoredDelta, VectorFile, block_count, in_file_order
+from skillvec.vector import SkillVector
+from skillvec.vectorfile import Entry, VectorFile, block_count, in_file_order
 
 
 @dataclass(frozen=True)
@@ -143,12 +137,6 @@ class Plan:
         return list(dict.fromkeys(held + [source for source, _ in self.copies]))
 
 
-def ledger_line(spec: Source, status: str, note: str = "") -> dict[str, Any]:
-    """Return a line of the ledger for a tensor that needs no job."""
-    line = {"name": spec.name, "status": status, "dtype": spec.dtype, "shape": list(spec.shape)}
-    return line | ({"note": note} if note else {})
-
-
 # -------------------------------------------------------------------------------------- vectors
 
 
@@ -235,146 +223,6 @@ def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
 # -------------------------------------------------------------------------------------- apply
 
 SHARD_NBYTES = 5 * 10**9  # of new shards; transformers' own default is of this size
-RELATED = 0.5  # cosine of sketches: unrelated ones spread by .06, fine-tuned ones stay above .9
-
-
-def fitting(
-    target: Checkpoint, fitted: Fitted, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[dict[str, str], dict[str, tuple[str, str]], list[dict[str, Any]]]:
-    """Decide for every tensor of the target which delta it takes, or why it takes none.
-
-    Returns target name -> delta name, target name -> (status, note) for tensors passed through,
-    and ledger lines for deltas that need no tensor. Raises IncompatibleError for what is left.
-    """
-    vector = fitted.vector
-    refuse_idle_globs([*target, *vector.deltas], include, exclude)
-    routes: dict[str, str] = {}
-    passed: dict[str, tuple[str, str]] = {}
-    lines: list[dict[str, Any]] = []
-    problems: list[str] = []
-    manifest = vector.manifest
-    alone = sum(name not in vector.deltas for name in target)
-    for name, spec in target.items():
-        if not is_selected(name, include, exclude):
-            passed[name] = ("excluded", "")
-        elif name in fitted.skipped:
-            passed[name] = ("passed through", fitted.skipped[name])
-        elif name in vector.deltas:
-            shape = vector.deltas[name].spec.shape
-            if shape != spec.shape:
-                problems.append(f"{name}: target {list(spec.shape)}, vector {list(shape)}")
-            elif spec.dtype not in FLOATS:
-                problems.append(f"{name}: target is {spec.dtype}, the vector's delta is a float")
-            else:
-                routes[name] = name
-        elif name in manifest["excluded"]:
-            passed[name] = ("passed through", "left out when the vector was made")
-        elif spec.dtype not in FLOATS:
-            passed[name] = ("passed through", f"{spec.dtype} takes no delta")
-        else:
-            twin = manifest["tied"].get(name)
-            if twin is None and alone <= MAX_TIED:
-                twin = find_tied(target, name)
-            if twin and twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
-                routes[name] = twin
-            else:
-                problems.append(f"{name} {list(spec.shape)}: only in the target")
-    for name, delta in vector.deltas.items():
-        if name in target:
-            continue
-        if not is_selected(name, include, exclude):
-            lines.append(ledger_line(delta.spec, "excluded"))
-            continue
-        twin = None if target.ties_embeddings is False else _same_delta(vector, name)
-        if twin is not None and twin in target:
-            lines.append(ledger_line(delta.spec, "tied", f"same delta as {twin}"))
-        else:
-            hint = ""
-            if target.ties_embeddings and name.endswith("lm_head.weight"):
-                hint = (
-                    " (the target ties it, and the vector holds two different deltas for the pair)"
-                )
-            problems.append(f"{name} {list(delta.spec.shape)}: only in the vector{hint}")
-    if not problems and not routes:
-        raise IncompatibleError(f"{vector.ref}: no tensor of {target.ref} is left to add to")
-    if problems:
-        raise IncompatibleError(
-            f"verdict: incompatible: {vector.ref} does not fit {target.ref}"
-            " (--exclude GLOB leaves tensors out):\n"
-            + "\n".join([up_to_five(problems), *fitted.hints])
-        )
-    return routes, passed, lines
-
-
-def _same_delta(vector: SkillVector, name: str) -> str | None:
-    """Return another tensor of the vector with the very same delta."""
-    delta = vector.deltas[name]
-    if vector.origin is not None:  # an adapter, not stored: what it leaves alone is the same
-        zeros = {n: d.spec for n, d in vector.deltas.items() if isinstance(d, StoredDelta)}
-        others = (n for n, spec in zeros.items() if n != name and spec.shape == delta.spec.shape)
-        return next(others, None) if name in zeros else None
-    if isinstance(delta, PairDelta):
-        assert vector.base is not None and vector.tuned is not None
-        twin = find_tied(vector.base, name)
-        return twin if twin is not None and find_tied(vector.tuned, name) == twin else None
-    if isinstance(delta, MixDelta):
-        twins = {_same_delta(part, name) for part in vector.parts if name in part.deltas}
-        twin = twins.pop() if len(twins) == 1 else None
-        other = vector.deltas.get(twin or "")
-        alike = isinstance(other, MixDelta) and delta.by_value and (
-            (delta.weights, delta.parameters) == (other.weights, other.parameters)
-        )  # fmt: skip
-        return twin if alike else None
-    entries = vector.manifest["tensors"]
-    keys = ("base", "tuned") if entries[name]["base"] else ("dtype", "shape", "codec", "digest")
-    mine = [entries[name][key] for key in keys]
-    for other, entry in entries.items():
-        if other != name and [entry[key] for key in keys] == mine:
-            return str(other)
-    return None
-
-
-def kinship_warnings(vector: SkillVector) -> list[str]:
-    """Return a warning where vectors of unrelated bases are combined."""
-    sketches = [part.manifest["base"]["sketch"] for part in vector.parts]
-    cosines = [relatedness(sketches[0], other) for other in sketches[1:]]
-    if not any(cosine is not None and cosine < RELATED for cosine in cosines):
-        return []
-    refs = ", ".join(dict.fromkeys(part.manifest["base"]["ref"] for part in vector.parts))
-    return [f"the vectors were taken from bases that are not related: {refs}"]
-
-
-def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]:
-    """Return the verdict on a target whose tensors fit, and warnings.
-
-    "exact base"; "same family": its weights or its config are related to the base's; "same shapes,
-    unknown lineage": nothing says so.
-    """
-    base = vector.manifest["base"]
-    warnings = kinship_warnings(vector)
-    if base["tokenizer"] and target.tokenizer_digest not in (None, base["tokenizer"]):
-        warnings.append(
-            "the target's tokenizer differs from the base's: a token may mean something else"
-        )
-    if base["model_type"] and target.model_type not in (None, base["model_type"]):
-        warnings.append(
-            f"the target is a {target.model_type}, the vector was made on a {base['model_type']}"
-        )
-    if target.family_digest == base["family"] and probe_digest(target) == base["probe"]:
-        return "exact base", warnings
-    cosine = relatedness(base["sketch"], sketch(target))
-    if cosine is None:  # no matrix in common: only the config can tell
-        related = base["config"] is not None and base["config"] == target.config_digest
-    else:
-        related = cosine >= RELATED
-    if related:
-        return "same family", warnings
-    shown = "no weights to compare" if cosine is None else f"cosine of a sample {cosine:+.2f}"
-    warnings.append(
-        f"same shapes, but nothing says that the target was made from the vector's base ({shown};"
-        " fine-tuned models have above .9): the skill may not transfer"
-    )
-    return "same shapes, unknown lineage", warnings
 
 
 def _add_job(target: Source, vector: SkillVector, source: str, out_dtype: str, note: str) -> Job:
@@ -602,7 +450,7 @@ def plan_compare(
             continue
         missing = [vector for vector in vectors if name not in vector.deltas]
         if missing:
-            twins = {_same_delta(vector, name) for vector in holders}
+            twins = {same_delta(vector, name) for vector in holders}
             twin = twins.pop() if len(twins) == 1 else None
             if twin is not None and all(twin in vector.deltas for vector in vectors):
                 ledger.append(ledger_line(spec, "tied", f"same delta as {twin}"))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from skillvec.analysis import layer_of
+from skillvec.checkpoint import NOT_TEXT
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 
 MAX_NBYTES = 1_000_000  # a recipe is written by hand
@@ -206,7 +207,7 @@ def _object(
     if not isinstance(value, Mapping):
         raise _unexpected(where, "an object", value)
     for key in value:
-        if not isinstance(key, str):
+        if not isinstance(key, str) or NOT_TEXT.search(key):
             raise _unexpected(where, "keys that are text", key)
         if allowed and key not in allowed:
             raise _unexpected(where, f"only the keys {', '.join(allowed)}", key)
@@ -223,7 +224,7 @@ def _items(value: Any, where: str) -> list[tuple[Any, str]]:
 
 
 def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or NOT_TEXT.search(value):
         raise _unexpected(where, "text that is not empty", value)
     return value
 
@@ -248,6 +249,8 @@ def _parameters(value: Any, where: str) -> dict[str, Any]:
         at = f"{where}.{key}"
         if key in ("match", "weight"):
             raise UsageError(f"{at}: {key} is no parameter; it belongs to a vector or a rule")
+        if isinstance(item, str) and NOT_TEXT.search(item):
+            raise _unexpected(at, "text", item)
         if not isinstance(item, bool | str):
             curve = _curve(item, at, "a finite number, a boolean, text or a list of numbers")
             found[key] = int(item) if isinstance(item, Integral) else curve
@@ -338,3 +341,29 @@ def _parse_yaml(text: str) -> Any:
 PARSERS: dict[str, Callable[[str], Any]] = {
     ".yaml": _parse_yaml, ".yml": _parse_yaml, ".json": _parse_json,
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- by name alone
+
+
+def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Return whether globs keep a name: it matches an include (if any) and no exclude."""
+    if include and not any(fnmatch.fnmatchcase(name, glob) for glob in include):
+        return False
+    return not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+
+
+def selection(
+    include: Sequence[str], exclude: Sequence[str], rename: Sequence[str], rows: str
+) -> dict[str, Any]:
+    """Return what is recorded of the choice of tensors, names and rows."""
+    chosen: dict[str, Any] = {"include": list(include), "exclude": list(exclude)}
+    chosen |= {"rename": list(rename)} if rename else {}
+    return chosen | ({"rows": rows} if rows != "strict" else {})
+
+
+def refuse_idle_globs(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Raise IncompatibleError for a glob that matches no tensor: a typing error, not a wish."""
+    idle = [g for g in (*include, *exclude) if not fnmatch.filter(names, g)]
+    if idle:
+        raise IncompatibleError(f"globs that match no tensor:\n{up_to_five(idle)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from skillvec import kernels, streaming
 from skillvec.checkpoint import is_away
+from skillvec.deltas import MixDelta
 from skillvec.engine import (
     Engine,
     JobResult,
@@ -33,7 +34,6 @@ from skillvec.storage import (
     refuse_changed,
 )
 from skillvec.summary import job_line
-from skillvec.vector import MixDelta
 from skillvec.vectorfile import block_count, readers_of
 
 ENGINES = ("threads", "serial", "ray")

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from skillvec import analysis
+from skillvec.deltas import PairDelta
 from skillvec.engine import JobResult
 from skillvec.errors import up_to_five
-from skillvec.plan import Job, Plan, ledger_line
+from skillvec.fitting import ledger_line
+from skillvec.plan import Job, Plan
 from skillvec.report import Line, Report
 from skillvec.storage import file_nbytes
-from skillvec.vector import PairDelta, SkillVector
+from skillvec.vector import SkillVector
 from skillvec.vectorfile import NO_DIGEST, Entry, VectorFile, exactness_entry, tensor_entry
 
 

@@ -6,19 +6,16 @@ subtracted; what has no meaning (a vector plus a model) is a TypeError that says
 """
 
 import contextlib
-import fnmatch
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite, sqrt
+from math import isfinite
 from numbers import Real
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from skillvec.adapters import Adapter, open_adapter
+from skillvec.bridging import seen_as
 from skillvec.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -28,135 +25,26 @@ from skillvec.checkpoint import (
     open_tensors,
     read_json,
 )
+from skillvec.deltas import (
+    ComputedDelta,
+    DeltaSource,
+    MixDelta,
+    PairDelta,
+    delta_dtype,
+    dtype_of,
+    value_dtype,
+)
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError, up_to_five
-from skillvec.kernels import DTYPE_NAMES, FLOATS, HALVES, widen
-from skillvec.layouts import SKIPPED, Bridge, bridge, viewed_specs
+from skillvec.kernels import FLOATS
+from skillvec.lineage import MAX_TIED, find_tied, identity
 from skillvec.merging import OPERATORS, Operator, check_parameters
-from skillvec.patch import Patch, open_patch
-from skillvec.rules import Recipe, Share, resolve
-from skillvec.sources import (
-    Derived,
-    Source,
-    View,
-    Viewed,
-    Widened,
-    concatenate,
-    digest_values,
-    read_raw,
-    value_range,
-    values_of,
-    whole,
-)
-from skillvec.storage import (
-    ITEMSIZE,
-    Place,
-    TensorSpec,
-    allocate,
-    digest_bytes,
-    leaf_digests,
-    prefetch,
-)
+from skillvec.patch import open_patch
+from skillvec.rules import Recipe, Share, is_selected, refuse_idle_globs, resolve, selection
+from skillvec.sources import Source, digest_values
+from skillvec.storage import Place, TensorSpec, digest_bytes
 from skillvec.vectorfile import CHOSEN, SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
 
-PROBE_TENSORS, PROBE_NBYTES = 256, 4096
-MAX_TIED = 16  # tensors on one side only, beyond which nobody looks for copies: other models
-SKETCH_TENSORS, SKETCH_NUMEL = 48, 288  # matrices, and values of all of them
 FP32_MAX = 3.4028234e38
-
-
-class PairDelta(NamedTuple):
-    """A tensor's delta as two tensors to subtract into values of `dtype`.
-
-    `exact` asks for exceptions and replacements; without, values are just rounded to `dtype`.
-    """
-
-    tuned: Source | Patch
-    base: Source
-    dtype: str
-    exact: bool = True
-
-    @property
-    def spec(self) -> Source:
-        return self.base
-
-    @property
-    def nbytes(self) -> int:
-        return self.tuned.nbytes + self.base.nbytes
-
-
-class ComputedDelta(NamedTuple):
-    """A tensor's delta as a formula in fp32 or fp64, such as s B A of the adapter `ref`."""
-
-    source: Derived
-    ref: str
-
-    @property
-    def spec(self) -> Derived:
-        return self.source
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-
-class ViewDelta(NamedTuple):
-    """A tensor's delta as boxes of those of another layout; what no box covers is 0."""
-
-    spec: TensorSpec  # F32, or F64 where a source is
-    view: View
-
-    @property
-    def nbytes(self) -> int:
-        return self.spec.numel * ITEMSIZE[self.spec.dtype]
-
-
-class MixDelta(NamedTuple):
-    """A tensor's delta as several to merge by an operator; `known` is what its passes measured."""
-
-    spec: TensorSpec
-    sources: "tuple[StoredDelta | PairDelta | ComputedDelta, ...]"
-    weights: tuple[float, ...]
-    parameters: tuple[dict[str, Any], ...]
-    operator: Operator
-    streams: tuple[str, ...]  # identities, which address random numbers
-    origins: tuple[str, ...]  # what tells these vectors from others in one run
-    seed: int
-    known: Any = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(source.nbytes for source in self.sources)
-
-    @property
-    def scope(self) -> str:
-        """What its measurements are summed over: the tensor, or all with the same parameters."""
-        key = [self.operator.name, self.origins, self.seed, self.parameters]
-        return json.dumps([*key, self.spec.name, self.weights] if self.per_tensor else key)
-
-    @property
-    def per_tensor(self) -> bool:
-        return self.operator.scope(self.parameters) == "tensor"
-
-    @property
-    def by_value(self) -> bool:
-        """Whether equal deltas are sure to give equal results, whatever the tensors are called."""
-        return not getattr(self.operator, "random", True)
-
-
-DeltaSource = StoredDelta | PairDelta | MixDelta | ComputedDelta | ViewDelta
-
-
-def value_dtype(tuned: str, base: str, dtype: str = "auto") -> tuple[str, bool]:
-    """Return the storage dtype of a delta and whether it is kept exact.
-
-    `auto` stores BF16 - BF16 as BF16 and F16 - F16 as F16 (exceptions in fp32), any F64 as F64,
-    every other pair as F32.
-    """
-    if dtype == "auto":
-        if "F64" in (tuned, base):
-            return "F64", True
-        return (tuned if tuned == base and tuned in HALVES else "F32"), True
-    return dtype, dtype == "F32" and "F64" not in (tuned, base)
 
 
 @dataclass(frozen=True)
@@ -363,7 +251,7 @@ class SkillVector:
             weights, parameters = zip(*shares[name], strict=True)
             if known:
                 parameters = tuple(check_parameters(recipe.op, given) for given in parameters)
-            wide = any(_value_dtype(source) == "F64" for source in sources)
+            wide = any(delta_dtype(source) == "F64" for source in sources)
             deltas[name] = MixDelta(
                 TensorSpec(name, "F64" if wide else "F32", shape, "", 0, 0),
                 sources,  # type: ignore[arg-type]
@@ -528,172 +416,6 @@ def _sum(terms: Sequence[tuple[SkillVector, float]]) -> SkillVector:
     return SkillVector.combined([vector for vector, _ in terms], Recipe("linear", shares))
 
 
-def dtype_of(name: str) -> str:
-    """Return the safetensors dtype of a name such as bf16; UsageError for others."""
-    if name not in DTYPE_NAMES:
-        raise UsageError(f"dtype {name!r}: expected one of {', '.join(DTYPE_NAMES)}")
-    return DTYPE_NAMES[name]
-
-
-def _value_dtype(delta: DeltaSource) -> str:
-    return delta.dtype if isinstance(delta, PairDelta) else delta.spec.dtype
-
-
-def seen_as(
-    tuned: Checkpoint, base: Checkpoint, rename: Sequence[str] = (), rows: str = "strict"
-) -> tuple[Checkpoint, dict[str, str], dict[str, str], list[str]]:
-    """Return `tuned` in the layout of `base`, notes, tensors skipped and why, hints for errors.
-
-    Tensors that no rule brings over keep their names, for the caller to refuse. Rows that `tuned`
-    does not have are those of `base`, so that their difference is 0.
-    """
-    found = bridged(tuned, base, [tuned.config, base.config], rename, rows)
-    if found is None:
-        return tuned, {}, {}, []
-    tensors: dict[str, Source] = dict(viewed_specs(found, tuned))
-    for name, view in found.views.items():
-        kept = max((box.offset[0] + box.sizes[0] for box in view.boxes if box.sizes), default=0)
-        if not view.shape or kept >= view.shape[0]:
-            continue
-        sides: list[Source] = [tensors[name], base[name]]
-        if sides[0].dtype != sides[1].dtype:
-            wide = "F64" if "F64" in (sides[0].dtype, sides[1].dtype) else "F32"
-            sides = [side if side.dtype == wide else Widened(name, wide, side) for side in sides]
-        top = whole(sides[0], view.shape).slice(0, 0, kept)
-        rest = whole(sides[1], view.shape).slice(0, kept, view.shape[0])
-        tensors[name] = Viewed(name, sides[0].dtype, concatenate([top, rest], 0))
-    unused = {name: tuned[name] for name in _left_over(found, tuned.ref, tuned, base)}
-    return tuned.with_tensors(tensors | unused), found.notes, found.skipped, _hints(found)
-
-
-def bridged(
-    mine: Mapping[str, Any], wanted: Mapping[str, Any], configs: Sequence[Mapping[str, Any]],
-    rename: Sequence[str], rows: str,
-) -> Bridge | None:  # fmt: skip
-    """Return how tensors `wanted` are made of `mine`; None where names and shapes fit as they are.
-
-    Both map names to what has a shape.
-    """
-    if rows not in ("strict", "common", "skip"):
-        raise UsageError(f"rows {rows!r}: expected strict, common or skip")
-    shapes = [{name: tuple(item.shape) for name, item in side.items()} for side in (mine, wanted)]
-    alone = [set(shapes[0]) - set(shapes[1]), set(shapes[1]) - set(shapes[0])]
-    differ = any(shapes[0][name] != shapes[1][name] for name in set(shapes[0]) & set(shapes[1]))
-    if not rename and not differ and not all(alone):
-        return None
-    return bridge(*shapes, configs=configs, rename=rename, rows=rows)
-
-
-def _left_over(
-    found: Bridge, ref: str, mine: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> list[str]:
-    """Return tensors that go nowhere, for the caller to refuse under their names.
-
-    Raises IncompatibleError for those of which a part is used, whose name another one has taken, or
-    that would fit under the name that a rule took from them.
-    """
-    unused = {name: why for name, why in found.unused.items() if why != SKIPPED}
-    held = {name for view in found.views.values() for name in view.sources}
-    problems = [
-        f"{name}: {why or 'goes nowhere under its new name, and the old one is wanted too'}"
-        for name, why in unused.items()
-        if name in found.views
-        or name in held
-        or (name in wanted and tuple(mine[name].shape) == tuple(wanted[name].shape))
-    ]
-    if problems:
-        raise IncompatibleError(
-            f"{ref}: tensors that the other layout does not take whole:\n"
-            + "\n".join([up_to_five(problems), *_hints(found)])
-        )
-    return list(unused)
-
-
-def _hints(found: Bridge) -> list[str]:
-    """Return what helps where tensors are left that no rule brings over."""
-    if not found.rows_differ:
-        return found.hints[:5]
-    return [
-        "vocabularies of different length: --rows common takes the rows that both have, --rows skip"
-        " leaves the tensors out"
-    ]
-
-
-class Fitted(NamedTuple):
-    """A vector in the layout of a target: its deltas under the target's names.
-
-    `seen` is the target in the layout of the vector, as far as it can be seen so; `skipped` are
-    tensors of the target that take nothing, and why; `hints` are for the error if it does not fit.
-    """
-
-    vector: SkillVector
-    seen: Checkpoint
-    skipped: dict[str, str]
-    hints: list[str]
-
-
-def laid_out(
-    vector: SkillVector, target: Checkpoint, rename: Sequence[str] = (), rows: str = "strict"
-) -> Fitted:
-    """Return a vector in the layout of a target. Tensors that no rule brings over stay as they are.
-
-    `rename` rules are applied to the vector's names; of `rows` that only the target has, the delta
-    is 0.
-    """
-    if vector.adapter is not None:
-        if rename:
-            raise UsageError(
-                f"rename: {vector.ref} is fitted by its own names where its base is not known: name"
-                " the base (ADAPTER::BASE)"
-            )
-        effect = vector.adapter.fitted(target)
-        deltas = {name: ComputedDelta(d, vector.ref) for name, d in effect.deltas.items()}
-        stay = {name: "not in the adapter" for name in target if name not in deltas}
-        return Fitted(replace(vector, deltas=deltas), target, stay, [])
-    mine = {name: delta.spec for name, delta in vector.deltas.items()}
-    wanted = {
-        name: spec for name, spec in target.items()
-        if name in mine or (spec.dtype in FLOATS and name not in vector.manifest["excluded"])
-    }  # fmt: skip
-    configs = [target.config, {"model_type": vector.manifest["base"]["model_type"]}]
-    found = bridged(mine, wanted, configs, rename, rows)
-    if found is None:
-        return Fitted(vector, target, {}, [])
-    made: dict[str, DeltaSource] = {}
-    back: dict[str, View] = {}
-    for name, view in found.views.items():
-        (source, *others) = view.sources or (None,)
-        shape = vector.deltas[source].spec.shape if source else ()
-        if source and not others and view == whole(source, shape):
-            made[name] = vector.deltas[source]
-            back[source] = whole(name, shape)
-        else:
-            made[name] = _viewed_delta(name, view, vector)
-    left = _left_over(found, vector.ref, mine, wanted)
-    unused = {name: vector.deltas[name] for name in left}
-    reverse = bridged(wanted, mine, configs, (), "strict")
-    if reverse is not None:
-        back = reverse.views | back
-    seen = target
-    if back:  # under the vector's names: a sketch goes by those of the tensors
-        seen = target.with_tensors(viewed_specs(found._replace(views=back), target))
-    laid = replace(vector, deltas=made | unused, notes=found.notes)
-    return Fitted(laid, seen, found.skipped, _hints(found))
-
-
-def _viewed_delta(name: str, view: View, vector: SkillVector) -> ViewDelta:
-    boxes = tuple(box._replace(source=vector.deltas[box.source]) for box in view.boxes)
-    if any(isinstance(b.source, MixDelta) and b.source.operator.passes(b.source.parameters)
-           for b in boxes):  # fmt: skip
-        raise IncompatibleError(
-            f"{name}: the target has another layout, and {vector.ref} must be measured in its own:"
-            " store the combination first (skillvec combine -o)"
-        )
-    wide = any(_value_dtype(box.source) == "F64" for box in boxes)
-    spec = TensorSpec(name, "F64" if wide else "F32", view.shape, "", 0, 0)
-    return ViewDelta(spec, View(view.shape, boxes))
-
-
 def _scaled(share: Share, part: SkillVector) -> Share:
     """Return a share whose weights carry the vector's own factor."""
 
@@ -780,141 +502,6 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
         "excluded": [name for name in manifests[0]["excluded"]
                      if all(name in m["excluded"] for m in manifests)],
     }  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------- identity
-
-
-def identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a manifest records of a checkpoint, short of its tensors."""
-    prefetch(
-        [(s.path, s.start + begin, n) for s, begin, n in _probed_bytes(checkpoint)
-         if isinstance(s, TensorSpec)]
-        + [value_range(s, begin, n) for s, begin, n in _sketched(checkpoint)
-           if isinstance(s, TensorSpec)]
-    )  # fmt: skip
-    # as written: a file in the Hub's cache is a link that leads out of its snapshot
-    place = os.path.abspath(os.path.expanduser(checkpoint.ref))
-    snapshot = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", f"{place}/{checkpoint.path}/")
-    return {
-        "ref": checkpoint.ref,
-        "revision": checkpoint.place.revision or (snapshot.group(1) if snapshot else None),
-        "model_type": checkpoint.model_type,
-        "config": checkpoint.config_digest,
-        "tokenizer": checkpoint.tokenizer_digest,
-        "family": checkpoint.family_digest,
-        "probe": probe_digest(checkpoint),
-        "sketch": sketch(checkpoint),
-        "dtypes": checkpoint.dtypes,
-    }
-
-
-def sketch(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Return a few weights of up to 48 matrices, in 32nds of the root mean square around them.
-
-    Fine-tuning hardly moves weights, so two checkpoints of one origin have nearly the same sketch,
-    whatever their dtypes; those of another training run have nothing in common.
-    """
-    chosen = _sketched(checkpoint)
-    kept = min(64, SKETCH_NUMEL // max(1, len(chosen)))
-    found = {}
-    for spec, begin, numel in chosen:
-        middle = values_of(spec, begin, numel)
-        with np.errstate(invalid="ignore"):  # signalling NaNs
-            values = widen(middle, spec.dtype).astype(np.float64)
-        values = np.nan_to_num(values, posinf=0, neginf=0)
-        values /= np.abs(values).max() or 1.0
-        if (values[:kept] != values[0]).any():  # constants say nothing
-            size = np.sqrt(np.mean(values**2))
-            steps = np.clip(np.rint(32 * values[:kept] / size), -127, 127)
-            found[spec.name] = [int(step) for step in steps]
-    return found
-
-
-def _sketched(checkpoint: Checkpoint) -> list[tuple[Source, int, int]]:
-    """Return the matrices of a sketch with the values around their middle."""
-    floats = [spec for spec in checkpoint.values() if spec.dtype in FLOATS and spec.numel]
-    matrices = [spec for spec in floats if len(spec.shape) > 1]
-    matrices.sort(key=lambda spec: digest_bytes(spec.name.encode()))
-    chosen = sorted(matrices[:SKETCH_TENSORS], key=lambda spec: spec.name)
-    sizes = [min(64, spec.numel) for spec in chosen]
-    return [(s, (s.numel - n) // 2, n) for s, n in zip(chosen, sizes, strict=True)]
-
-
-def relatedness(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> float | None:
-    """Return the cosine of two sketches over the matrices they share, None where there is none."""
-    shared = [
-        steps for name in one if name in other
-        for steps in zip(one[name], other[name], strict=False)
-    ]  # fmt: skip
-    norms = sum(a * a for a, _ in shared) * sum(b * b for _, b in shared)
-    return sum(a * b for a, b in shared) / sqrt(norms) if norms else None
-
-
-def _probed_bytes(checkpoint: Checkpoint) -> list[tuple[Source, int, int]]:
-    """Return tensors with the byte range from their middle that the probe digests."""
-    names = sorted(checkpoint)
-    specs = [checkpoint[n] for n in names[:: max(1, len(names) // PROBE_TENSORS)][:PROBE_TENSORS]]
-    sizes = [min(PROBE_NBYTES, spec.nbytes) for spec in specs]
-    return [(s, (s.nbytes - n) // 2, n) for s, n in zip(specs, sizes, strict=True)]
-
-
-def probe_digest(checkpoint: Checkpoint) -> str:
-    """Return a digest of 4 KiB from the middle of up to 256 tensors.
-
-    Tells two checkpoints apart in milliseconds; full digests, taken while tensors are read anyway,
-    have the last word.
-    """
-    buffer = memoryview(allocate(PROBE_NBYTES))
-    leaves = bytearray()
-    for spec, begin, nbytes in _probed_bytes(checkpoint):
-        read_raw(spec, begin, buffer[:nbytes])
-        leaves += leaf_digests(buffer[:nbytes])
-    shapes = sorted((name, spec.dtype, list(spec.shape)) for name, spec in checkpoint.items())
-    return digest_bytes(json.dumps(shapes).encode() + leaves)
-
-
-# ----------------------------------------------------------------------------------- matching
-
-
-def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Return whether globs keep a name: it matches an include (if any) and no exclude."""
-    if include and not any(fnmatch.fnmatchcase(name, glob) for glob in include):
-        return False
-    return not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
-
-
-def selection(
-    include: Sequence[str], exclude: Sequence[str], rename: Sequence[str], rows: str
-) -> dict[str, Any]:
-    """Return what is recorded of the choice of tensors, names and rows."""
-    chosen: dict[str, Any] = {"include": list(include), "exclude": list(exclude)}
-    chosen |= {"rename": list(rename)} if rename else {}
-    return chosen | ({"rows": rows} if rows != "strict" else {})
-
-
-def refuse_idle_globs(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Raise IncompatibleError for a glob that matches no tensor: a typing error, not a wish."""
-    idle = [g for g in (*include, *exclude) if not fnmatch.filter(names, g)]
-    if idle:
-        raise IncompatibleError(f"globs that match no tensor:\n{up_to_five(idle)}")
-
-
-def find_tied(checkpoint: Checkpoint, name: str) -> str | None:
-    """Return another tensor that holds the same bytes: evidence that `name` is a tied copy."""
-    spec = checkpoint[name]
-    if len(spec.shape) < 2 or not spec.nbytes:
-        return None
-    digest = None
-    for other in checkpoint.values():
-        if other.name != name and (other.dtype, other.shape) == (spec.dtype, spec.shape):
-            first = min(spec.numel, PROBE_NBYTES // ITEMSIZE[spec.dtype])
-            if digest_values(spec, 0, first) != digest_values(other, 0, first):
-                continue
-            digest = digest or digest_values(spec)
-            if digest_values(other) == digest:
-                return other.name
-    return None
 
 
 def _match(

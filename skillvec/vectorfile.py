@@ -49,6 +49,7 @@ from skillvec.storage import (
     leaf_digests,
     read_header,
     read_into,
+    refuse_duplicates,
     remote_of,
 )
 
@@ -202,11 +203,13 @@ class VectorFile:
         self, ref: str, path: Path, headers: dict[str, Header], metadata: dict[str, str]
     ) -> None:
         self.ref, self.path, self.headers = ref, path, headers
-        self.manifest: dict[str, Any] = json.loads(metadata[METADATA_KEY])
         try:
+            self.manifest: dict[str, Any] = json.loads(
+                metadata[METADATA_KEY], object_pairs_hook=refuse_duplicates
+            )
             self.digest = manifest_digest(self.manifest)
-        except UnicodeEncodeError:  # escaped lone surrogates are no text
-            raise self._broken("the manifest is not valid text") from None
+        except (ValueError, RecursionError) as error:  # escaped lone surrogates are no text
+            raise self._broken(f"the manifest is not valid text: {str(error)[:200]}") from None
         self.deltas = self._checked()
         if self.manifest["digest"] != self.digest:
             raise self._broken("the manifest differs from its own digest: the file was altered")
@@ -617,7 +620,6 @@ class VectorWriter(RowWriter):
         self._made.mkdir(exist_ok=True)
         for file in self._made.glob("vector-*.safetensors"):  # a run was killed in `finish`
             os.rename(file, self._made / f"shard-{int(file.name.split('-')[1]) - 1}")
-        (self._made / VECTOR_INDEX).unlink(missing_ok=True)
         self._owner = np.repeat(np.arange(len(entries)), np.diff(self._first_rows))
         self._spills = [OutputFile(os.fspath(folder / name), 0) for name in self.SPILLS]
         widest = encode_manifest(_widest(manifest, entries))

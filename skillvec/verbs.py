@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skillvec import __version__
+from skillvec.bridging import seen_as
 from skillvec.checkpoint import (
     METADATA_KEY,
     Checkpoint,
@@ -24,6 +25,7 @@ from skillvec.checkpoint import (
     open_tensors,
 )
 from skillvec.codecs import CODECS
+from skillvec.deltas import dtype_of
 from skillvec.engine import Engine, JobResult
 from skillvec.errors import (
     FormatError,
@@ -32,6 +34,7 @@ from skillvec.errors import (
     VerificationError,
     up_to_five,
 )
+from skillvec.fitting import fitting, laid_out, ledger_line, verdict_on
 from skillvec.merging import OPERATORS, Operator
 from skillvec.outputs import (
     PathLike,
@@ -46,15 +49,12 @@ from skillvec.outputs import (
 from skillvec.patch import is_patch
 from skillvec.plan import (
     Plan,
-    fitting,
-    ledger_line,
     plan_apply,
     plan_patch,
     plan_store,
     plan_verify_apply,
     plan_verify_combination,
     plan_verify_vector,
-    verdict_on,
 )
 from skillvec.provenance import (
     command_words,
@@ -66,7 +66,7 @@ from skillvec.provenance import (
     reopened,
 )
 from skillvec.report import Report, Watcher
-from skillvec.rules import Recipe, Share, parse_recipe, read_recipe
+from skillvec.rules import Recipe, Share, parse_recipe, read_recipe, selection
 from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import Staging
 from skillvec.storage import copy_file, fsync_path
@@ -78,7 +78,7 @@ from skillvec.summary import (
     report_apply,
     report_stored,
 )
-from skillvec.vector import FP32_MAX, SkillVector, dtype_of, laid_out, seen_as, selection
+from skillvec.vector import FP32_MAX, SkillVector
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     find_vector,

@@ -263,8 +263,9 @@ def test_an_altered_vector_that_an_interrupted_run_has_read_is_refused(
 ):
     """Views are proved at the end of a run: the run that goes on proves those of the other too."""
     parts, altered = experts(), tmp_path / "altered.safetensors"
-    vector = sv.diff(save(tmp_path / "tuned", perturbed(parts), config=CONFIG),
-                     save(tmp_path / "base", parts, config=CONFIG), altered, codec="dense")  # fmt: skip
+    sides = perturbed(parts), parts
+    places = [save(tmp_path / str(i), side, config=CONFIG) for i, side in enumerate(sides)]
+    vector = sv.diff(*places, altered, codec="dense")
     target = save(tmp_path / "target", fused(parts), config=CONFIG)
     spec = vector.deltas[f"{MLP}.experts.1.down_proj.weight"].spec
     with open(altered, "r+b") as file:

@@ -15,7 +15,8 @@ PACKAGE = Path(skillvec.__file__).parent
 ORDER = [
     "__main__", "cli", "display", "training", "publishing", "extraction", "verbs", "cards",
     "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
-    "outputs", "engine", "blocks", "plan", "vector", "rules", "patch", "page", "analysis",
+    "outputs", "engine", "blocks", "plan", "fitting", "vector", "bridging",
+    "lineage", "deltas", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "layouts", "conversions",
     "trainingshards", "pickles", "adapters", "quantised", "objects", "hub", "sources", "merging",
     "operators", "codecs", "kernels", "staging", "storage", "report", "errors", "__init__",
@@ -32,7 +33,7 @@ HOMES = {
     "zstandard": {"codecs"}, "yaml": {"rules"}, "vl_convert": {"page"},
     "fsspec": {"objects"}, "ray": {"engine_ray"},
     "numpy": {
-        "blocks",
+        "blocks", "lineage",
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
         "summary", "patch", "measures", "comparison", "subspace", "sources", "quantised",
         "adapters", "pickles", "trainingshards", "layouts", "conversions", "extraction",

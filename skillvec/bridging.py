@@ -1,0 +1,92 @@
+"""One model in the layout of another: views for names, shapes and rows that differ.
+
+Hides the search for a bridge; what no rule brings over is left to the caller to refuse.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from skillvec.checkpoint import Checkpoint
+from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.layouts import SKIPPED, Bridge, bridge, viewed_specs
+from skillvec.sources import Source, Viewed, Widened, concatenate, whole
+
+
+def seen_as(
+    tuned: Checkpoint, base: Checkpoint, rename: Sequence[str] = (), rows: str = "strict"
+) -> tuple[Checkpoint, dict[str, str], dict[str, str], list[str]]:
+    """Return `tuned` in the layout of `base`, notes, tensors skipped and why, hints for errors.
+
+    Tensors that no rule brings over keep their names, for the caller to refuse. Rows that `tuned`
+    does not have are those of `base`, so that their difference is 0.
+    """
+    found = bridged(tuned, base, [tuned.config, base.config], rename, rows)
+    if found is None:
+        return tuned, {}, {}, []
+    tensors: dict[str, Source] = dict(viewed_specs(found, tuned))
+    for name, view in found.views.items():
+        kept = max((box.offset[0] + box.sizes[0] for box in view.boxes if box.sizes), default=0)
+        if not view.shape or kept >= view.shape[0]:
+            continue
+        sides: list[Source] = [tensors[name], base[name]]
+        if sides[0].dtype != sides[1].dtype:
+            wide = "F64" if "F64" in (sides[0].dtype, sides[1].dtype) else "F32"
+            sides = [side if side.dtype == wide else Widened(name, wide, side) for side in sides]
+        top = whole(sides[0], view.shape).slice(0, 0, kept)
+        rest = whole(sides[1], view.shape).slice(0, kept, view.shape[0])
+        tensors[name] = Viewed(name, sides[0].dtype, concatenate([top, rest], 0))
+    unused = {name: tuned[name] for name in left_over(found, tuned.ref, tuned, base)}
+    return tuned.with_tensors(tensors | unused), found.notes, found.skipped, hints_of(found)
+
+
+def bridged(
+    mine: Mapping[str, Any], wanted: Mapping[str, Any], configs: Sequence[Mapping[str, Any]],
+    rename: Sequence[str], rows: str,
+) -> Bridge | None:  # fmt: skip
+    """Return how tensors `wanted` are made of `mine`; None where names and shapes fit as they are.
+
+    Both map names to what has a shape.
+    """
+    if rows not in ("strict", "common", "skip"):
+        raise UsageError(f"rows {rows!r}: expected strict, common or skip")
+    shapes = [{name: tuple(item.shape) for name, item in side.items()} for side in (mine, wanted)]
+    alone = [set(shapes[0]) - set(shapes[1]), set(shapes[1]) - set(shapes[0])]
+    differ = any(shapes[0][name] != shapes[1][name] for name in set(shapes[0]) & set(shapes[1]))
+    if not rename and not differ and not all(alone):
+        return None
+    return bridge(*shapes, configs=configs, rename=rename, rows=rows)
+
+
+def left_over(
+    found: Bridge, ref: str, mine: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> list[str]:
+    """Return tensors that go nowhere, for the caller to refuse under their names.
+
+    Raises IncompatibleError for those of which a part is used, whose name another one has taken, or
+    that would fit under the name that a rule took from them.
+    """
+    unused = {name: why for name, why in found.unused.items() if why != SKIPPED}
+    held = {name for view in found.views.values() for name in view.sources}
+    problems = [
+        f"{name}: {why or 'goes nowhere under its new name, and the old one is wanted too'}"
+        for name, why in unused.items()
+        if name in found.views
+        or name in held
+        or (name in wanted and tuple(mine[name].shape) == tuple(wanted[name].shape))
+    ]
+    if problems:
+        raise IncompatibleError(
+            f"{ref}: tensors that the other layout does not take whole:\n"
+            + "\n".join([up_to_five(problems), *hints_of(found)])
+        )
+    return list(unused)
+
+
+def hints_of(found: Bridge) -> list[str]:
+    """Return what helps where tensors are left that no rule brings over."""
+    if not found.rows_differ:
+        return found.hints[:5]
+    return [
+        "vocabularies of different length: --rows common takes the rows that both have, --rows skip"
+        " leaves the tensors out"
+    ]
