@@ -1,10 +1,9 @@
 """Where output may go, in what form, and how it gets there: staged files, one rename."""
 
 import contextlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from skillvec.deltas import PairDelta
 from skillvec.errors import OutputError, UsageError
 from skillvec.operators import bit_pattern, subtract
 from skillvec.patch import Patch, PatchWriter
-from skillvec.plan import Job, Plan
+from skillvec.plan import Plan
 from skillvec.report import Watcher
 from skillvec.sources import Source, value_range, values_of
 from skillvec.staging import Staging, staging
@@ -24,7 +23,6 @@ from skillvec.storage import (
     OutputFile,
     TensorSpec,
     available_memory_nbytes,
-    digest_bytes,
     fingerprints,
     forget_open_files,
     prefetch,
@@ -184,7 +182,7 @@ def staged(
 
     `request` is all that the bytes of the output depend on, besides the inputs.
     """
-    said = {"tool": __version__, "verb": plan.verb, "jobs": _digest_of(plan.jobs), **request}
+    said = {"tool": __version__, "verb": plan.verb, **request}
     with contextlib.ExitStack() as stack:
         stack.callback(forget_open_files)
         inputs = fingerprints(plan.files())
@@ -192,11 +190,6 @@ def staged(
         stage = stack.enter_context(staging(output.path, force, said, inputs, deliver))
         stage.made  # noqa: B018 - is there from here on
         yield stage, stack
-
-
-def _digest_of(jobs: Iterable[Job]) -> str:
-    words = [(j.name, j.operator, j.numel, j.out_dtype, j.output, j.codec) for j in jobs]
-    return digest_bytes(json.dumps(words).encode())
 
 
 @contextlib.contextmanager
@@ -219,11 +212,12 @@ def writing(
 @contextlib.contextmanager
 def writing_vector(
     plan: Plan, output: Output, force: bool, watcher: Watcher | None, entries: Sequence[Entry],
-    manifest: dict[str, Any], max_shard_nbytes: int,
+    manifest: dict[str, Any], max_shard_nbytes: int, stream: bool,
 ) -> Iterator[tuple[Staging, VectorWriter]]:  # fmt: skip
     """Yield the staging folder and a writer of vector blocks; close what is left open."""
     windowed = _is_windowed(sum(entry.nbytes for entry in entries))
-    request = manifest | {"max_shard_size": max_shard_nbytes}
+    # what lies in the staging folder depends on it, if not what comes of it
+    request = manifest | {"max_shard_size": max_shard_nbytes, "stream": stream}
     with staged(plan, output, force, watcher, request) as (stage, stack):
         writer = VectorWriter(stage.folder, entries, manifest, max_shard_nbytes, windowed)
         stack.callback(writer.close)

@@ -255,7 +255,10 @@ def save(
     if dry_run:
         return replace(vector, report=report)
     plan = measured(plan, runner, watcher, stream)
-    with writing_vector(plan, place, force, watcher, entries, manifest, limit) as (stage, writer):
+    with writing_vector(plan, place, force, watcher, entries, manifest, limit, stream) as (
+        stage,
+        writer,
+    ):
         results = run_plan(plan, runner, watcher, stage, writer=writer, stream=stream)
         settled = writer.settle()
         complete_manifest(manifest, results, settled, vector)

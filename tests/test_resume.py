@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,41 @@ def test_with_threads_as_well(family: Family, undisturbed, tmp_path: Path, at_on
         assert contents(output) == undisturbed[verb]
 
 
+def test_a_tensor_whose_turn_never_came_is_not_claimed(family: Family, tmp_path: Path, monkeypatch):
+    """When a run has failed, those that wait go on without having written: that is not done."""
+    waiting, noted, encode = threading.Event(), [], engine.encode_block
+    turn = storage.Turns.turn
+
+    @contextmanager
+    def counted(turns: storage.Turns, number: int) -> Iterator[bool]:
+        if number:
+            waiting.set()
+        with turn(turns, number) as mine:
+            yield mine
+
+    def failing(*arguments: Any) -> Any:
+        if not waiting.is_set() and threading.current_thread() is first:
+            assert waiting.wait(10)
+            raise OutputError("full")
+        return encode(*arguments)
+
+    first = None
+    run_block = engine._Run.run_block
+
+    def begun(run: Any, number: int, *arguments: Any) -> None:
+        nonlocal first
+        first = threading.current_thread() if number == 0 else first
+        run_block(run, number, *arguments)
+
+    monkeypatch.setattr(storage.Turns, "turn", counted)
+    monkeypatch.setattr(engine, "encode_block", failing)
+    monkeypatch.setattr(engine._Run, "run_block", begun)
+    monkeypatch.setattr(running._Claims, "note", lambda claims, *result: noted.append(result))
+    with pytest.raises(OutputError, match="full"):
+        family.run("diff", tmp_path / "v.safetensors", engine="threads", workers=2)
+    assert noted == []
+
+
 def test_a_run_of_moments_leaves_nothing_behind(family: Family, tmp_path: Path, monkeypatch):
     """Nothing was claimed, so there is nothing to keep."""
     error = interrupted(family, "diff", tmp_path / "v.safetensors", monkeypatch)
@@ -222,6 +259,7 @@ def test_ctrl_c_keeps_what_is_done(
         ("apply", {"exclude": ["long"]}, "request.exclude"),
         ("diff", {"codec": "dense"}, 'codec: "auto" then, "dense" now'),
         ("diff", {"max_shard_size": "1MB"}, "max_shard_size: 5000000000 then, 1000000 now"),
+        ("diff", {"stream": True}, "stream: false then, true now"),
         ("diff", {"notes": "mine"}, 'training.notes: null then, "mine" now'),
     ],
 )
@@ -578,6 +616,7 @@ def test_a_streamed_run_fetches_only_the_shards_that_it_still_needs(
             run()
         undo()
         assert not (unfinished(output) / "shards").exists()
+        (unfinished(output) / "shards").mkdir()  # as a killed run leaves it
         first, fetched = len(jobs_run), len(server.requests)
         jobs_run.clear()
         server.requests.clear()
