@@ -11,16 +11,17 @@ do not fit the base or fit it in two ways.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from math import prod, sqrt
+from math import comb, prod, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.errors import FormatError, IncompatibleError, up_to_five
+from skillvec.errors import FormatError, IncompatibleError, printable, up_to_five
 from skillvec.kernels import FLOATS, STORAGE_DTYPE, Array, F32Array, widen
 from skillvec.sources import (
     Box,
@@ -33,7 +34,7 @@ from skillvec.sources import (
 )
 
 TILE = 1 << 18  # values multiplied at a time: near the cores, whatever the rank
-MOST_RANK, MOST_ALPHA, MOST_NESTED = 1 << 20, 1e30, 4
+MOST_RANK, MOST_ALPHA, MOST_NESTED, MOST_STEPS = 1 << 20, 1e30, 4, 10**10
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 MERGE = "merge it into its base (merge_and_unload, save_pretrained) and give the merged model"
 NOT_A_SUM = {  # keys of adapter_config.json that, if set, make something else of LoRA
@@ -131,7 +132,8 @@ def _float64(view: View, expert: int, dim: int, begin: int, end: int) -> npt.NDA
     (source,) = view.sources
     stored = np.empty(prod(view.shape), STORAGE_DTYPE[source.dtype])
     view.fill(0, stored, read_values)
-    return widen(stored, source.dtype).astype(np.float64).reshape(view.shape[1:])
+    with np.errstate(invalid="ignore"):  # signalling NaNs, refused with the others
+        return widen(stored, source.dtype).astype(np.float64).reshape(view.shape[1:])
 
 
 class Pair(NamedTuple):
@@ -234,11 +236,14 @@ class Adapter:
         """
         deltas: dict[str, LowRank] = {}
         problems = [f"{name}: only in the adapter" for name in self.whole if name not in base]
+        held = defaultdict(list)
+        for name in base:
+            held[name.rpartition(".")[0]].append(name)
         wrong, square = False, []  # whether fan_in_fan_out is wrong, and whom it alone tells
         for module, pairs in self.pairs.items():
             name, pair = f"{module}.weight", pairs[0]
             weight = self.whole.get(name, base.get(name))
-            names = [n for n in base if n.rpartition(".")[0] == module and self._wraps(n)]
+            names = [n for n in held[module] if self._wraps(n)]
             if names:
                 ways = _ways(names, pairs, self.settings, base)
                 deltas |= ways[0] if ways else {}
@@ -341,8 +346,15 @@ def open_adapter(
             )
     if problems:
         raise FormatError(f"{what}: factors that make no product:\n{up_to_five(problems)}")
+    longest = max(map(len, pairs))
+    patterns = *settings.rank_pattern, *settings.alpha_pattern
+    if len(pairs) * sum(_steps(pattern, longest) for pattern in patterns) > MOST_STEPS:
+        raise FormatError(
+            f"{what}: rank_pattern and alpha_pattern: too many wildcards for {len(pairs)} names of"
+            f" up to {longest} characters: {MERGE}"
+        )
     ref, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not all(text is None or type(text) is str for text in (ref, revision)):
+    if not all(t is None or (type(t) is str and t == printable(t)) for t in (ref, revision)):
         raise FormatError(
             f"{what}: base_model_name_or_path, revision: {ref!r:.80}, {revision!r:.80}"
         )
@@ -361,6 +373,8 @@ def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:
     if re.search(r"(^|\.)(lora_|token_adapter|original_module|modules_to_save)", module):
         raise IncompatibleError(f"{what}: {key}: no plain LoRA (DoRA, a bias ...): {MERGE}")
     if not factor:
+        if source.dtype not in STORAGE_DTYPE:
+            raise IncompatibleError(f"{what}: {key}: {source.dtype}: dequantise it first")
         return module, ""
     if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
         kind = "a convolution" if len(source.shape) > 2 else "no matrix of floats"
@@ -423,8 +437,14 @@ def _settings(config: Mapping[str, Any], what: str, where: str) -> tuple[Setting
 def _is_harmless(pattern: str) -> bool:
     """Return whether a text is a regular expression that cannot take very many steps."""
     try:
-        re.compile(pattern)
+        re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError):
         return False
     repeats = len(re.findall(r"[*+{]", pattern))
     return len(pattern) <= 400 and repeats <= 4 and not re.search(r"\)[*+{]", pattern)
+
+
+def _steps(pattern: str, length: int) -> int:
+    """Return a bound on the ways in which a pattern can be tried on a name of a length."""
+    repeats, forks = (len(re.findall(signs, pattern)) for signs in (r"[*+{]", r"[?|]"))
+    return comb(length + 1, repeats + 1) << forks

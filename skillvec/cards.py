@@ -28,6 +28,7 @@ SCHEMED = re.compile(
 IN_CACHE = re.compile(r"models--(\w[\w.-]*?)--(\w[\w.-]*)[/\\]snapshots(?:[/\\]|$)", re.ASCII)
 LICENSE = ("license", "license_name", "license_link")
 INHERITED = (*LICENSE, "language", "pipeline_tag", "library_name")
+MOST_VALUES = 100_000  # of metadata: real ones have hundreds
 BINS, ROWS = 8, 20  # groups of the layers of one kind, and rows of the table
 CLAIMS = {
     "bitwise": "base + 1 * vector restores tuned bit for bit",
@@ -400,7 +401,14 @@ def _parsed(text: str) -> Any:
     if not text.lstrip().startswith("---"):
         text = "---\n\n---\n" + text  # else the library warns of it
     try:
-        return RepoCard(text)
+        card: Any = RepoCard(text)
+        values = [card.data.to_dict()]
+        for value in values:  # YAML's aliases can stand for any number of values, or themselves
+            if isinstance(value, dict | list):
+                values += value.values() if isinstance(value, dict) else value
+            if len(values) > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES} values")
+        return card
     except Exception as error:  # of the YAML parser, which only rules.py imports, or of the class
         reason = (str(error).splitlines() or [""])[0]
         raise UsageError(

@@ -495,7 +495,7 @@ def read_index(index: str) -> tuple[dict[str, str], dict[str, Any]]:
         content = _parsed(index)
         weight_map, metadata = content["weight_map"], content.get("metadata")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"{index}: no readable weight_map: {error!r}") from None
+        raise FormatError(f"{index}: no readable weight_map: {error!r:.200}") from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map is not a map of tensor names to files")
     for name, file in weight_map.items():

@@ -44,7 +44,7 @@ def printable(text: str) -> str:
 
 def up_to_five(lines: Sequence[str]) -> str:
     """Return the first five of `lines`, one a row, and how many more there are."""
-    shown = [f"  {line}" for line in lines[:5]]
+    shown = [f"  {line:.500}" for line in lines[:5]]  # names in files may be of any length
     if len(lines) > 5:
         shown.append(f"  ... and {len(lines) - 5} more")
     return "\n".join(shown)

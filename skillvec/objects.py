@@ -30,6 +30,7 @@ from skillvec.hub import HEAD_NBYTES, Told
 from skillvec.storage import REQUESTS, MiB, Place, register_remote
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.+", re.DOTALL)
+STORES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "memory")
 # what names one state of an object, by the key in fsspec's listings: the first that is there
 VERSIONS = ("generation", "ETag", "etag", "LastModified", "last_modified", "mtime", "created")
 TRIES = 4
@@ -73,6 +74,8 @@ def _store(url: str) -> Any:
     from fsspec.core import url_to_fs
 
     scheme = url.partition("://")[0]
+    if scheme not in STORES or "::" in url:  # files of others name references too
+        raise UsageError(f"{printable(url)}: expected hf:// or one of {', '.join(STORES)}")
     if "?" in url or re.search("//[^/]*:[^/]*@", url):
         shown = printable(re.sub("//[^/]*@", "//", url.partition("?")[0]))
         raise UsageError(
@@ -204,8 +207,6 @@ def _listed(what: str, url: str) -> dict[str, ObjectFile]:
     """
 
     def look(store: Any) -> dict[str, Any]:
-        if "http" in store.protocol:  # whose listing reads the whole file, in search of links
-            return {root: store.info(url)}
         found: dict[str, Any] = store.find(url, detail=True)
         return found
 

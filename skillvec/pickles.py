@@ -14,6 +14,7 @@ import re
 import struct
 import threading
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,12 +51,9 @@ INERT = {
     "_io.BytesIO",
     "torch.serialization._get_layout", "argparse.Namespace", "collections.defaultdict",
     "builtins.bytearray", "builtins.complex", "builtins.int", "builtins.list", "builtins.dict",
+    "builtins.set",
 }  # fmt: skip
 INERT_PACKAGES = ("torch.distributed.", "deepspeed.", "numpy.", "pathlib.", "datetime.")
-CONTAINERS = {
-    "collections.OrderedDict": ("collections", "OrderedDict"),
-    "builtins.set": ("builtins", "set"),
-}
 
 
 class Record:
@@ -198,6 +196,8 @@ class _Range(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer: Any) -> int:
+        if len(buffer) > MAX_PICKLE_NBYTES:  # zipfile reads a directory of any size at once
+            raise ValueError(f"a directory of {len(buffer)} bytes")
         wanted = max(0, min(len(buffer), self.nbytes - self.at))
         content = read_bytes(self.path, self.begin + self.at, wanted)
         buffer[: len(content)] = content
@@ -319,12 +319,26 @@ def _tensor_of_dtype(storage: Any, *rest: Any) -> Stored:
 
 def _subclass(make: Any, kind: Any, args: Any, state: Any) -> Any:
     """Return a tensor of a subclass or with attributes: a record of it, or the tensor itself."""
-    if getattr(make, "name", "") not in MAKERS:
+    if not getattr(make, "name", "").startswith("torch._utils."):
         raise FormatError(f"a tensor made by {make!r}")
     made = make(*args)
     if isinstance(made, Record):
         made.__setstate__(state)
     return made
+
+
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    """Return a shape; of anything longer a few bytes could make any number of copies."""
+    if len(sizes) > MAX_DIMENSIONS:
+        raise FormatError(f"a torch.Size of {len(sizes)} dimensions")
+    return tuple(sizes)
+
+
+def _ordered(*args: Any) -> OrderedDict[Any, Any]:
+    """Return an empty one, as pickles of Python 3 begin it; a copy of another could be any size."""
+    if args:
+        raise FormatError("an OrderedDict made of another object")
+    return OrderedDict()
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -350,7 +364,8 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
     "torch._utils._rebuild_wrapper_subclass": lambda kind, *args: kind(*args),
     "torch._tensor._rebuild_from_type_v2": _subclass,
-    "torch.Size": tuple,
+    "torch.Size": _size,
+    "collections.OrderedDict": _ordered,
     "_codecs.encode": _encode,
 }
 _lock = threading.Lock()  # the list of safe globals is torch's, one for the process
@@ -374,6 +389,8 @@ def load_pickle(raw: bytes, where: str, storage: Callable[[Any], Any] | None = N
     from torch._weights_only_unpickler import Unpickler
 
     try:
+        if len(raw) > MAX_PICKLE_NBYTES:
+            raise FormatError(f"a pickle over the cap of {MAX_PICKLE_NBYTES} bytes")
         plain, names = _to_protocol_2(raw)
         known = INERT | MAKERS.keys()
         unknown = [n for n in sorted(names) if n not in known and not n.startswith(INERT_PACKAGES)]
@@ -397,19 +414,23 @@ def load_pickle(raw: bytes, where: str, storage: Callable[[Any], Any] | None = N
 def _to_protocol_2(raw: bytes) -> tuple[bytes, set[str]]:
     """Rewrite a pickle in the words torch's unpickler knows; return it and its globals' names.
 
-    Globals but containers get the prefix "skillvec.", which only stand-ins have. Newer protocols
+    Globals get the prefix "skillvec.", which only stand-ins have. Newer protocols
     push a global's module and name as strings, which are cut out of the output again: so strings
     are not memoised there but written out wherever they are fetched.
     """
     out, names = bytearray(), set[str]()
     memo: dict[int, str | None] = {}
     strings: list[tuple[str, int]] = []  # on top of the stack, with their places in the output
-    last = ""
+    last = made = ""  # the last word, and the last that is no note in the memo
     end: tuple[Any, Any, Any] = (None, None, len(raw))
     for (opcode, argument, at), (_, _, after) in pairwise(chain(pickletools.genops(raw), (end,))):
         word = opcode.name
         if word in ("FRAME", "PROTO"):
             continue
+        if (word in ("REDUCE", "NEWOBJ") and "TUPLE" not in made) or (
+            word == "BUILD" and made.endswith(("GET", "REDUCE", "NEWOBJ", "PERSID"))
+        ):  # a pickler's arguments and states are new; copies of old ones would take any room
+            raise FormatError("arguments or a state that were made elsewhere in the pickle")
         if word.endswith("GET") and memo.get(argument) is not None:
             word, argument = "UNICODE", memo[argument]
         if word.endswith(("PUT", "MEMOIZE")):
@@ -431,14 +452,13 @@ def _to_protocol_2(raw: bytes) -> tuple[bytes, set[str]]:
                 name = f"{'builtins' if module == '__builtin__' else module}.{name}"
                 if not re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name):
                     raise FormatError(f"a global called {name[:80]!r}")
-                module, name = CONTAINERS.get(name) or ("skillvec", name)
-                if module == "skillvec":
-                    names.add(name)
-                out += f"c{module}\n{name}\n".encode()
+                names.add(name)
+                out += f"cskillvec\n{name}\n".encode()
             else:
                 out += raw[at:after]
             strings.clear()
         if len(out) > 2 * MAX_PICKLE_NBYTES:  # strings fetched over and over
             raise FormatError(f"a pickle that unfolds to more than {2 * MAX_PICKLE_NBYTES} bytes")
         last = word
+        made = made if word.endswith(("PUT", "MEMOIZE")) else word
     return b"\x80\x02" + out, names

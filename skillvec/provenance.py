@@ -12,6 +12,7 @@ from skillvec.errors import FormatError, UsageError, VerificationError
 from skillvec.merging import OPERATORS
 from skillvec.patch import is_patch
 from skillvec.rules import parse_recipe
+from skillvec.storage import refuse_duplicates
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import CHOSEN as SELECTION
 from skillvec.vectorfile import check_shape
@@ -79,7 +80,7 @@ def _check_source(said: dict[str, Any], depth: int = 0) -> None:
 
 def read_merged(opened: Checkpoint) -> dict[str, Any]:
     try:
-        recipe = json.loads(opened.metadata[METADATA_KEY])
+        recipe = json.loads(opened.metadata[METADATA_KEY], object_pairs_hook=refuse_duplicates)
         check_shape(recipe, RECIPE, "recipe")
         said = {key: SELECTION[key] for key in SELECTION if key in recipe["request"]}
         check_shape(recipe["request"], said, "request")

@@ -136,9 +136,14 @@ def local_path(path: str) -> str:
 
 
 def file_nbytes(path: str) -> int:
-    """Return the size of a file, wherever it lies."""
+    """Return the size of a file, wherever it lies; FormatError for a folder, a pipe, a device."""
     remote = _remotes.get(path)
-    return os.path.getsize(path) if remote is None else remote.nbytes
+    if remote is not None:
+        return remote.nbytes
+    nbytes = os.path.getsize(path)
+    if not os.path.isfile(path):  # a pipe would wait for whoever writes into it
+        raise FormatError(f"{path}: a folder, a pipe or a device, expected a file")
+    return nbytes
 
 
 def is_plain_name(name: object) -> TypeGuard[str]:

@@ -27,6 +27,7 @@ from skillvec.errors import FormatError, IncompatibleError, SkillvecError, up_to
 from skillvec.kernels import Array
 from skillvec.pickles import (
     ADVICE,
+    MAX_PICKLE_NBYTES,
     WRAPPERS,
     Record,
     Stored,
@@ -44,7 +45,7 @@ from skillvec.sources import (
     digest_values,
     read_values,
 )
-from skillvec.storage import ITEMSIZE, TensorSpec, file_nbytes, is_plain_name, read_bytes
+from skillvec.storage import ITEMSIZE, TensorSpec, is_plain_name, read_bytes
 
 MAX_RANKS = 1 << 17
 MAX_CELLS = 1 << 24  # of the grid that the parts of one tensor cut it into
@@ -103,7 +104,8 @@ def open_training(folder: Path, what: str) -> Opened | None:
             except SkillvecError as error:
                 text = str(error)
                 raise type(error)(text if text.startswith(what) else f"{what}: {text}") from None
-            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+                    RecursionError) as error:  # fmt: skip
                 raise FormatError(
                     f"{what}: {folder} is not laid out as its kind of checkpoint: {error!r:.200}"
                 ) from None
@@ -137,9 +139,10 @@ def _assemble(name: str, shape: Index, parts: Sequence[tuple[Index, Stored]]) ->
     if prod(map(len, cuts)) > MAX_CELLS:
         raise IncompatibleError(f"tensor {name!r}: {len(parts)} parts that form no grid: {ADVICE}")
     covered = np.zeros([len(cut) - 1 for cut in cuts], np.bool_)
+    places = [{value: i for i, value in enumerate(cut)} for cut in cuts]
     for offset, part in parts:
-        corners = zip(cuts, offset, part.shape, strict=True)
-        covered[tuple(slice(cut.index(o), cut.index(o + n)) for cut, o, n in corners)] = True
+        corners = zip(places, offset, part.shape, strict=True)
+        covered[tuple(slice(at[o], at[o + n]) for at, o, n in corners)] = True
     numel = sum(prod(part.shape) for _, part in parts)
     inside = all(cut[-1] == n for cut, n in zip(cuts, shape, strict=True))
     if not inside or numel != prod(shape) or not covered.all():
@@ -172,7 +175,7 @@ def _open_dcp(folder: Path, what: str) -> Opened:
         found = [path.name for path in inner] or ["*.distcp without .metadata: saved to the end?"]
         raise IncompatibleError(f"{folder}: expected one checkpoint, found:\n{up_to_five(found)}")
     file = os.fspath(inner[0] / ".metadata")
-    metadata = load_pickle(read_bytes(file, 0, file_nbytes(file)), file)
+    metadata = load_pickle(read_bytes(file, 0, MAX_PICKLE_NBYTES + 1), file)
     entries: dict[str, Record] = metadata.get("state_dict_metadata")
     planned = metadata.get("planner_data")
     places = {}
@@ -362,7 +365,7 @@ def _open_zero(folder: Path, what: str) -> Opened:
     """Open the fp32 master weights of a ZeRO checkpoint, the arithmetic that of zero_to_fp32."""
     step = folder
     if (folder / "latest").is_file():
-        tag = (folder / "latest").read_text().strip()
+        tag = read_bytes(os.fspath(folder / "latest"), 0, 256).decode().strip()
         if not is_plain_name(tag) or not (folder / tag).is_dir():
             raise FormatError(f"{folder}: latest names {tag[:80]!r}, which is no folder in it")
         step = folder / tag
