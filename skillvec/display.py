@@ -249,7 +249,7 @@ def plan_sentence(report: Report) -> str:
     text = (
         f"reads {human_bytes(facts['nbytes_read'])}, writes {most}"
         f"{human_bytes(facts['nbytes_written'])}, memory about"
-        f" {human_bytes(facts['memory_nbytes'])}\n"
+        f" {human_bytes(facts['memory_nbytes'])}{_each(facts['engine'])}\n"
         f"{facts['workers']} {_workers(facts['engine'])} ({facts['kernels']}); tensors: {counts}"
     )
     if facts["files"]:
@@ -259,6 +259,10 @@ def plan_sentence(report: Report) -> str:
 
 def _workers(engine: str) -> str:
     return {"threads": "workers", "serial": "worker"}.get(engine, f"workers of {engine}")
+
+
+def _each(engine: str) -> str:
+    return "" if engine in ("threads", "serial") else " a worker"
 
 
 def done_sentence(report: Report) -> str:

@@ -111,6 +111,7 @@ class Engine(Protocol):
 
     name: str
     workers: int  # at once; 0 for the calling thread
+    in_process: int  # of these, in one process: they share its memory
 
     def run(
         self,
@@ -133,6 +134,7 @@ class Threads:
 
     def __init__(self, workers: int) -> None:
         self.name, self.workers = ("threads" if workers else "serial"), workers
+        self.in_process = max(workers, 1)
 
     def run(
         self,

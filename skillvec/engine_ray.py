@@ -208,6 +208,7 @@ class Cluster:
         if not nodes:
             raise UsageError("engine ray: no node of the cluster has a CPU for tasks")
         self.workers = workers or sum(int(node["Resources"]["CPU"]) for node in nodes)
+        self.in_process = 1
         self.name = f"ray, {len(nodes)} node{'s' * (len(nodes) > 1)}"
 
     def run(

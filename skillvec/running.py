@@ -71,7 +71,6 @@ def planned(
     stream: bool = False,
 ) -> Report:
     """Return the report as far as headers can tell, and show it to the watcher."""
-    count = max(engine.workers, 1)
     mixed = [len(d.sources) for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
     each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
     planned = {
@@ -80,8 +79,8 @@ def planned(
         "files": [output.name for output in plan.outputs if output.name],
         "side_files": [name for _, name in plan.copies],
         "engine": engine.name,
-        "workers": count,
-        "memory_nbytes": (64 + count * each) << 20,
+        "workers": max(engine.workers, 1),
+        "memory_nbytes": (64 + engine.in_process * each) << 20,
         "kernels": kernels.kernels_in_use(),
     }
     away = [file for file in plan.files() if is_away(file)]

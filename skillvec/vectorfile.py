@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,6 +215,11 @@ class VectorFile:
         if self.manifest["digest"] != self.digest:
             raise self._broken("the manifest differs from its own digest: the file was altered")
 
+    @cached_property
+    def reader(self) -> "BlockReader":
+        """What reads its blocks; the tables beside them are read and checked once."""
+        return BlockReader(self)
+
     @property
     def files(self) -> list[str]:
         return list(self.headers)
@@ -393,8 +399,7 @@ class StoredBlock(NamedTuple):
 
 def readers_of(vectors: Iterable[VectorFile]) -> "dict[str, BlockReader]":
     """Return a reader of each vector, by each of its files."""
-    readers = [(vector, BlockReader(vector)) for vector in vectors]
-    return {path: reader for vector, reader in readers for path in vector.headers}
+    return {path: vector.reader for vector in vectors for path in vector.headers}
 
 
 class BlockReader:
