@@ -171,9 +171,9 @@ class _Claims:
         """Write to the journal what was noted, if it is time."""
         if time.monotonic() < self._due or not self._noted:
             return
-        noted, self._noted = self._noted, []
         lines = []
-        for number, result in noted:
+        while self._noted:
+            number, result = self._noted.pop(0)
             rows = _rows_of(result.job)
             kept = [self._writer.line(row) for row in rows] if self._writer is not None else []
             lines.append({"job": number, "rows": kept, **to_line(result)})

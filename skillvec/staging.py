@@ -114,13 +114,13 @@ class Journal:
         What lies in the folder from then on may be the output that was replaced.
         """
         aside = self._path.with_suffix(".aside")
-        if self.has_claims:
-            os.rename(self._path, aside)
-            fsync_path(os.fspath(self._folder))
         try:
+            if self.has_claims:
+                os.rename(self._path, aside)
+                fsync_path(os.fspath(self._folder))
             yield
         except BaseException:
-            if self.has_claims:
+            if aside.exists():
                 os.rename(aside, self._path)
             raise
         self._nbytes = 0
@@ -194,8 +194,9 @@ class Staging:
     def publish(self, source: Path) -> None:
         """Rename `source` (inside the folder) to the output, moving an old folder away first."""
         self.refuse_existing()
-        for folder, _, _ in os.walk(source):  # of a file: none
-            fsync_path(folder)
+        for folder in (source, *source.rglob("*")):
+            if folder.is_dir():
+                fsync_path(os.fspath(folder))
         if self.deliver is not None:
             self.deliver(source)
             return
