@@ -207,8 +207,9 @@ def main() -> None:
 def diff(screen: Screen, tuned: str, base: str, output: str, **options: Any) -> Any:
     """Write the skill vector v = TUNED - BASE.
 
-    TUNED and BASE are folders, single files, or org/name[@revision] on the Hub; TUNED may
-    be a PEFT adapter of BASE. docs/checkpoints.md lists what is taken.
+    TUNED and BASE are folders, single files, org/name[@revision] on the Hub, or URLs such as
+    s3://bucket/model; TUNED may be a PEFT adapter of BASE. docs/checkpoints.md lists what is
+    taken. A run that was cut off goes on when the same command is given again.
     """
     from skillvec import verbs
 

@@ -69,16 +69,16 @@ class Journal:
     def _refuse_others(self, said: Line) -> None:
         before, now = said["inputs"], self.inputs
         changed = [path for path in before if now.get(path, before[path]) != before[path]]
-        why, shown = "with inputs that have changed since", changed
+        why, shown = "with inputs that have changed since (bring them back", changed
         if not changed:
             there, here = ({**s["request"], "inputs": [*s["inputs"]]} for s in (said, self._said))
             differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-            why = "of another command"
+            why = "of another command (give that command to go on with it"
             shown = [f"{k}: {_short(there, k)} then, {_short(here, k)} now" for k in differing]
         if shown:
             raise UsageError(
-                f"{self._folder}: left by an interrupted run {why} (give that command to go on"
-                f" with it, or delete the folder):\n{up_to_five(shown)}"
+                f"{self._folder}: left by an interrupted run {why}, or delete the folder):\n"
+                + up_to_five(shown)
             )
 
     def claim(self, lines: Sequence[Line], files: Iterable[OutputFile]) -> None:
