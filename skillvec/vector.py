@@ -93,7 +93,7 @@ class SkillVector:
         opened = open_tensors(place, role)
         raise IncompatibleError(
             f"{role} {opened.ref}: this is not a skill vector (no manifest in its header);"
-            " skillvec diff makes one from two models"
+            " skillvec diff makes one from two models, and apply takes the model first"
         )
 
     @staticmethod

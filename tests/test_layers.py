@@ -1,6 +1,7 @@
 """Imports point downward only, and heavy packages stay where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -168,3 +169,9 @@ def test_names_of_the_package_are_those_that_it_lists():
         assert getattr(skillvec, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = skillvec.nonsense
+
+
+@pytest.mark.parametrize("module", ["engine", "blocks", "plan", "storage", "staging"])
+def test_the_core_does_not_know_which_engine_runs_it(module: str):
+    words = re.findall(r"\w+", (PACKAGE / f"{module}.py").read_text().lower())
+    assert not {"ray", "engine_ray", "cluster"} & set(words)
