@@ -24,11 +24,11 @@ slow: $(VENV)/.ready .venv-mergekit
 	$(ONE) $(BIN)/python -m pytest -m "not gpu"
 
 torture: $(VENV)/.ready
-	$(ONE) $(BIN)/python tests/torture.py
+	$(ONE) $(BIN)/python tests/torture.py --points 10000
 
 fuzz: $(VENV)/.ready
 	$(PIP) atheris
-	$(ONE) $(BIN)/python tests/fuzz.py
+	$(ONE) $(BIN)/python tests/fuzz.py --cases 7000
 
 .venv-mergekit:
 	benchmarks/mergekit_setup.sh

@@ -128,7 +128,12 @@ def child(name: str, cases: int, seed: int, out: Path) -> None:
         flags = [f"-runs={cases + len(target.seeds) + 2}", f"-seed={seed}", f"-max_len={LONGEST}",
                  "-timeout=0", "-rss_limit_mb=0", "-len_control=0", str(corpus)]  # fmt: skip
         atheris.Setup([name, *flags], run.one, custom_mutator=mutate)
-        atheris.Fuzz()
+        try:
+            atheris.Fuzz()
+        except BaseException:  # of the campaign itself; leaving in the usual way, libFuzzer hangs
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
 
 
 def parent(names: list[str], cases: int, seed: int, out: Path) -> int:

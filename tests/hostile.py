@@ -264,6 +264,8 @@ class VectorTarget(Target):
             text = metadata["skillvec"]
         except Exception:
             return harm_file(rng, data)
+        if not isinstance(text, str):  # harmed before
+            return harm_file(rng, data)
         kind = rng.randrange(8)
         if kind == 0:
             return harm_file(rng, data)
