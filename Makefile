@@ -24,7 +24,7 @@ slow: $(VENV)/.ready .venv-mergekit
 	$(ONE) $(BIN)/python -m pytest -m "not gpu"
 
 torture: $(VENV)/.ready
-	$(ONE) $(BIN)/python tests/torture.py --points 10000
+	$(ONE) $(BIN)/python tests/torture.py --points 10000 --processes 2
 
 fuzz: $(VENV)/.ready
 	$(PIP) atheris

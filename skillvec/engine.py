@@ -231,6 +231,7 @@ class _Run:
                     thread.join()
         if self._error is not None:
             raise self._error
+        progress(self._done_nbytes)
         check_views(self._plan, self._readers, self._seen)
         return Found([result for result in self._results if result is not None], self.totals)
 
