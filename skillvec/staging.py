@@ -179,6 +179,7 @@ class Staging:
     journal: Journal | None = None
     resumed: int = 0
     published: str = ""  # what there is to say of the output, once it has its name
+    _old: bool = False  # whether the folder holds what a power failure may bring back
 
     @property
     def made(self) -> Path:
@@ -203,8 +204,9 @@ class Staging:
         with self.journal.laid_aside() if self.journal else contextlib.nullcontext():
             self._rename(source)
         self.published = "whole and in place, but its name may not survive a power failure"
+        self._old = source.exists() or self._replaced.exists()
         fsync_path(os.fspath(self.output.parent))
-        self.published = "whole and in place"
+        self.published, self._old = "whole and in place", False
 
     def _rename(self, source: Path) -> None:
         folders = source.is_dir() or self.output.is_dir()
@@ -229,7 +231,7 @@ class Staging:
         while a power failure may bring that back.
         """
         if self.published:
-            return "but" in self.published
+            return self._old
         claims = self.journal is not None and self.journal.has_claims
         return claims and not isinstance(error, FINAL)
 
