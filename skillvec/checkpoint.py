@@ -37,6 +37,7 @@ from skillvec.storage import (
     read_header,
     refuse_duplicates,
     remote_of,
+    shown,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -178,7 +179,7 @@ class Checkpoint(Mapping[str, Source]):
         """What a plan says of it: where it lies, its dtypes, and how its weights are stored."""
         stored = [f"{n} {what}" for what, n in sorted(Counter(self.formats.values()).items())]
         return {
-            "ref": self.ref, "path": os.fspath(self.path), "dtypes": self.dtypes,
+            "ref": self.ref, "path": shown(self.ref, self.path), "dtypes": self.dtypes,
             "revision": self.place.revision, "format": self.kind, "stored": stored,
             "notes": list(self.opened.notes),
         }  # fmt: skip

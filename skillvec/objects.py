@@ -247,6 +247,8 @@ def locate(ref: str, role: str) -> Place:
     small = {n: f for n, f in listed.items() if member is None and hub.describes(n, f.nbytes)}
     states = [(name, *file.identity()) for name, file in sorted(small.items())]
     folder = cache_folder("objects", ref, *states)
+    if member is None:
+        make_folder(folder)
     with ThreadPoolExecutor(REQUESTS) as pool:
         list(pool.map(lambda name: _keep(small[name], folder / name), small))
     for file in listed.values():
@@ -256,17 +258,20 @@ def locate(ref: str, role: str) -> Place:
 
 
 def cache_folder(kind: str, *identity: object) -> Path:
-    """Return the folder of the user's cache for what is identified so; it is made.
+    """Return the folder of the user's cache for what is identified so; perhaps it is not there.
 
     It lies below `$XDG_CACHE_HOME/skillvec`, or `~/.cache/skillvec`, named by a digest.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "skillvec" / kind / hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    return cache / "skillvec" / kind / hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache, if it is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made: {error.strerror}") from None
-    return folder
 
 
 def _keep(file: ObjectFile, path: Path) -> None:

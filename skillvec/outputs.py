@@ -55,10 +55,11 @@ class Output(NamedTuple):
         """Return what brings a file or folder to the URL; None for a path."""
         if not self.is_url:
             return None
+        from skillvec import objects
+
+        objects.make_folder(self.path.parent)
 
         def deliver(source: Path) -> None:
-            from skillvec import objects
-
             if not force and objects.names(self.ref) is not None:
                 raise OutputError(f"{self.ref}: exists now: another run made it meanwhile")
             files = [file for file in (source, *source.rglob("*")) if file.is_file()]
@@ -80,8 +81,9 @@ def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFi
     ref = os.fspath(output)
     if objects.is_url(ref):
         url = ref.rstrip("/")
-        if any(f"{other.ref.rstrip('/')}/".startswith(f"{url}/") for other in inputs):
-            raise UsageError(f"output {url}: holds an input; write it elsewhere")
+        for at in (f"{other.ref.rstrip('/')}/" for other in inputs):
+            if at.startswith(f"{url}/") or f"{url}/".startswith(at):
+                raise UsageError(f"output {url}: in or around the input {at}: write it elsewhere")
         folder = objects.cache_folder("outputs", url)
         place = Output(url, folder / url.rpartition("/")[2], True, objects.names(url))
     else:

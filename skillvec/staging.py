@@ -360,3 +360,5 @@ def _removed(stage: Staging) -> None:
     with contextlib.suppress(OSError):
         stage.clear()
         stage.folder.rmdir()
+        if stage.deliver is not None:
+            stage.folder.parent.rmdir()

@@ -100,6 +100,11 @@ class Place(NamedTuple):
     member: str | None = None
 
 
+def shown(ref: str, path: Path) -> str:
+    """Return where something lies, as reports say it: a URL as it was written, else its path."""
+    return ref if "://" in ref else os.fspath(path)
+
+
 _remotes: dict[str, RemoteFile] = {}  # by the path that stands for it in plans
 
 

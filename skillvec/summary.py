@@ -15,7 +15,7 @@ from skillvec.errors import up_to_five
 from skillvec.fitting import ledger_line
 from skillvec.plan import Job, Plan
 from skillvec.report import Line, Report
-from skillvec.storage import file_nbytes
+from skillvec.storage import file_nbytes, shown
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import NO_DIGEST, Entry, VectorFile, exactness_entry, tensor_entry
 
@@ -199,7 +199,7 @@ def describe_vector(vector: SkillVector) -> Report:
     """Return what inspect says of a stored vector."""
     stored, manifest = vector.stored, vector.manifest
     assert stored is not None
-    report = Report("inspect", {"path": os.fspath(stored.path), "nbytes": stored.nbytes})
+    report = Report("inspect", {"path": shown(stored.ref, stored.path), "nbytes": stored.nbytes})
     facts, entries = report.facts, manifest["tensors"]
     facts["kind"] = "vector"
     for key in ("schema", "tool", "command", "formula", "identity", "dtype", "codec", "exactness",

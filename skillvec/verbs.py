@@ -69,7 +69,7 @@ from skillvec.report import Report, Watcher
 from skillvec.rules import Recipe, Share, parse_recipe, read_recipe, selection
 from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import Staging
-from skillvec.storage import copy_file, fsync_path
+from skillvec.storage import copy_file, fsync_path, shown
 from skillvec.summary import (
     complete_manifest,
     describe_vector,
@@ -464,7 +464,7 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     opened = open_tensors(place, "input")
     if target is not None:
         raise UsageError(f"{opened.ref} is a model: only a vector has a verdict on a target")
-    report = Report("inspect", {"path": os.fspath(opened.path), "nbytes": opened.nbytes})
+    report = Report("inspect", {"path": shown(opened.ref, opened.path), "nbytes": opened.nbytes})
     facts = report.facts
     facts |= {
         "kind": "patch" if is_patch(opened) else "adapter" if is_adapter(place) else "model",
@@ -545,7 +545,7 @@ def verify(
     plan = plan_verify_apply(replace(plan, lam=recipe["lam"]), opened)
     facts = {
         "claim": "OUT = round(TARGET + LAM * V)",
-        "path": os.fspath(opened.path),
+        "path": shown(opened.ref, opened.path),
         "target": point.ref,
         "vector": displacement.ref,
         "lam": plan.lam,
@@ -615,7 +615,8 @@ def _verify_vector(
 ) -> Report:
     manifest = vector.manifest
     assert vector.stored is not None
-    facts = {"path": os.fspath(vector.stored.path), "exactness": manifest["exactness"]}
+    place = shown(vector.ref, vector.stored.path)
+    facts = {"path": place, "exactness": manifest["exactness"]}
     if manifest["tuned"] is None:
         plan = plan_verify_combination(vector, parents_of(vector))
         facts |= {"claim": f"VECTOR = {manifest['formula']}"}

@@ -757,13 +757,13 @@ def test_outputs_go_to_a_store_and_come_back_as_inputs(s3: ObjectServer, tmp_pat
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(s3.ask("GET", f"bucket/{key}"))
     assert digests(tmp_path / "away") == digests(tmp_path / "here")
-    left = (tmp_path / "cache" / "skillvec" / "outputs").rglob("*")
-    assert not [path for path in left if path.is_file()]
+    left = (tmp_path / "cache" / "skillvec" / "outputs").iterdir()
+    assert not list(left)
     with pytest.raises(UsageError, match="output s3://bucket/out: exists already; --force"):
         skillvec.apply("s3://bucket/base", tmp_path / "v.safetensors", "s3://bucket/out")
     skillvec.apply("s3://bucket/base", tmp_path / "v.safetensors", "s3://bucket/out", force=True)
     assert list(checkpoint.open_checkpoint("s3://bucket/out")) == ["a", "b"]
-    with pytest.raises(UsageError, match="output s3://bucket/base: holds an input"):
+    with pytest.raises(UsageError, match="output s3://bucket/base: in or around the input"):
         skillvec.apply("s3://bucket/base", tmp_path / "v.safetensors", "s3://bucket/base")
 
 
@@ -794,3 +794,22 @@ def test_an_upload_that_broke_off_is_made_good_by_the_same_command(
     skillvec.apply("s3://bucket/base", vector, tmp_path / "here")
     written = (tmp_path / "here" / "model.safetensors").read_bytes()
     assert s3.ask("GET", "bucket/out/model.safetensors") == written
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/base/x.safetensors", "s3://bucket/"])
+def test_an_output_inside_or_around_an_input_is_refused(s3: ObjectServer, output: str):
+    s3.put("bucket/base", MODEL)
+    s3.put("bucket/tuned", MODEL)
+    with pytest.raises(UsageError, match="in or around the input s3://bucket/"):
+        skillvec.diff("s3://bucket/tuned", "s3://bucket/base", output, force=True)
+
+
+def test_reports_name_urls_and_no_cache(s3: ObjectServer, tmp_path: Path):
+    s3.put("bucket/base", MODEL)
+    report = skillvec.diff(
+        "s3://bucket/base", "s3://bucket/base", "s3://bucket/v.safetensors"
+    ).report
+    assert report is not None
+    assert [report.facts[s]["path"] for s in ("tuned", "base")] == ["s3://bucket/base"] * 2
+    assert skillvec.inspect("s3://bucket/v.safetensors").facts["path"] == report.facts["output"]
+    assert skillvec.inspect("s3://bucket/base").facts["path"] == "s3://bucket/base"
