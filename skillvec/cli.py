@@ -61,7 +61,7 @@ def _shared(
             click.option("--engine", type=click.Choice(["threads", "serial", "ray"]),
                          default="threads", show_default=True,
                          help="ray: the cluster that RAY_ADDRESS names, or that runs here."),
-            click.option("--workers", type=int, help="At once; one a core."),
+            click.option("--workers", type=int, help="Tasks at once; one a core."),
         ]  # fmt: skip
     if selects:
         options.insert(

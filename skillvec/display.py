@@ -225,9 +225,8 @@ class Screen:
             _print_inspect(report)
         elif "nbytes" in report.facts or "gain" in report.facts or "verified" in report.facts:
             if "resumed" in report.facts:
-                _print(
-                    f"went on from an interrupted run: {report.facts['resumed']} tensors were done"
-                )
+                count = report.facts["resumed"]
+                _print(f"went on from an interrupted run; tensors taken over: {count}")
             _print(done_sentence(report))
         else:
             _print(plan_sentence(report))

@@ -130,8 +130,8 @@ def _prove(shared: Shared) -> None:
             found[shared.scratch] = [nonce]
     except (SkillvecError, OSError) as error:
         raise UsageError(
-            f"{node}: does not see the driver's files (all nodes need the same file system at the"
-            f" same path): {error}"
+            f"{node}: cannot read what the driver reads (all nodes need the same file system at the"
+            f" same path, and credentials for what lies in a store): {error}"
         ) from None
     for path, seen in found.items():
         if seen != (shared.inputs.get(path) or [shared.nonce]):

@@ -85,7 +85,11 @@ def _store(url: str) -> Any:
     try:
         return url_to_fs(url, use_listings_cache=False)[0]
     except ImportError as error:
-        raise UsageError(f"{url}: a package is missing for {scheme}://: {error}") from None
+        extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme)
+        advice = f"pip install 'skillvec[{extra}]'" if extra else "pip install adlfs"
+        raise UsageError(
+            f"{url}: a package is missing for {scheme}://: {advice} ({error})"
+        ) from None
     except ValueError as error:
         raise UsageError(f"{printable(url)}: {error}") from None
 

@@ -29,7 +29,7 @@ from skillvec.errors import (
     VerificationError,
     up_to_five,
 )
-from skillvec.storage import OutputFile, explain, fsync_path
+from skillvec.storage import OutputFile, changes, explain, fsync_path
 
 STAGING_SUFFIX = ".skillvec-unfinished"
 JOURNAL, OWNER = "journal", "owner"
@@ -67,18 +67,22 @@ class Journal:
         return found
 
     def _refuse_others(self, said: Line) -> None:
-        before, now = said["inputs"], self.inputs
-        changed = [path for path in before if now.get(path, before[path]) != before[path]]
-        why, shown = "with inputs that have changed since (bring them back", changed
-        if not changed:
-            there, here = ({**s["request"], "inputs": [*s["inputs"]]} for s in (said, self._said))
+        shown, why = changes(said["inputs"], self.inputs), "with inputs that have changed since"
+        advice = "bring them back"
+        if not shown:
+            # what stands twice in a request, stands there as it was given and as it was meant
+            there, here = (
+                {key.removeprefix("request."): value for key, value in s["request"].items()}
+                | {"inputs": [*s["inputs"]]}
+                for s in (said, self._said)
+            )
             differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-            why = "of another command (give that command to go on with it"
+            why, advice = "of another command", "give that command to go on with it"
             shown = [f"{k}: {_short(there, k)} then, {_short(here, k)} now" for k in differing]
         if shown:
             raise UsageError(
-                f"{self._folder}: left by an interrupted run {why}, or delete the folder):\n"
-                + up_to_five(shown)
+                f"{self._folder}: left by an interrupted run {why} ({advice}, or delete the"
+                f" folder):\n{up_to_five(shown)}"
             )
 
     def claim(self, lines: Sequence[Line], files: Iterable[OutputFile]) -> None:

@@ -403,9 +403,21 @@ def _fingerprint(path: str) -> list[Any]:
     return [stat.st_size, stat.st_mtime_ns, hashed.hexdigest()]
 
 
+def changes(before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> list[str]:
+    """Say of files with two fingerprints what is no longer the same."""
+    found = []
+    for path in (path for path in before if path in after and before[path] != after[path]):
+        kinds = (
+            ("size", "modification time", "content") if "://" not in path else ("size", "version")
+        )
+        pairs = zip(kinds, before[path], after[path], strict=True)
+        found.append(f"{path}: another {', '.join(k for k, old, new in pairs if old != new)}")
+    return found
+
+
 def refuse_changed(before: Mapping[str, list[Any]]) -> None:
     """Raise FormatError where a file is not what it was when its fingerprint was taken."""
-    changed = [path for path in before if _fingerprint(path) != before[path]]
+    changed = changes(before, {path: _fingerprint(path) for path in before})
     if changed:
         raise FormatError(f"changed while they were read:\n{up_to_five(changed)}")
 
@@ -704,8 +716,8 @@ class RowWriter:
         there = [f.holds(at, p.data) for (f, at), p in zip(places, pieces, strict=True)]
         if not all(there) or mark_of(pieces) != mark:
             raise FormatError(
-                f"{places[0][0].path}: is not what its journal says, so it was removed: run the"
-                " same command again"
+                f"{places[0][0].path}, or a file beside it, is not what the journal says, so all"
+                " that was unfinished was removed: run the same command again"
             )
 
     def stop(self) -> None:
