@@ -25,6 +25,7 @@ from skillvec.errors import (
 )
 from skillvec.quantised import dequantised
 from skillvec.sources import Source, files_of
+from skillvec.staging import STAGING_SUFFIX
 from skillvec.storage import (
     MAX_HEADER_NBYTES,
     Place,
@@ -36,8 +37,10 @@ from skillvec.storage import (
     read_bytes,
     read_header,
     refuse_duplicates,
+    refuse_stale,
     remote_of,
     shown,
+    witnessed,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -81,6 +84,7 @@ class Opened:
     kind: str = "safetensors"
     side: Path | None = None  # the folder of config and tokenizer, where it is not the place itself
     notes: tuple[str, ...] = ()
+    seen: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # states of its files
 
 
 class Checkpoint(Mapping[str, Source]):
@@ -255,7 +259,11 @@ class Checkpoint(Mapping[str, Source]):
             if os.path.realpath(folder) in seen:
                 raise FormatError(f"{folder}: a link back into the checkpoint; it cannot be copied")
             seen.add(os.path.realpath(folder))
-            subfolders[:] = sorted(name for name in subfolders if name not in (".git", ".cache"))
+            subfolders[:] = sorted(
+                name
+                for name in subfolders
+                if name not in (".git", ".cache") and not name.endswith(STAGING_SUFFIX)
+            )
             if self.kind not in ("safetensors", PICKLES[0]):  # optimizer states of a training
                 subfolders.clear()
             for name in sorted(names):
@@ -299,6 +307,7 @@ def open_checkpoint(
     IncompatibleError for what is not taken.
     """
     if isinstance(ref, Checkpoint):
+        refuse_stale(ref.opened.seen)
         return ref
     return as_model(open_tensors(ref, role), role)
 
@@ -342,6 +351,10 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
     from skillvec import hub, objects
 
     text = os.fspath(ref)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # it could not stand in a manifest
+        raise UsageError(f"{role} {text!r}: a path that is no valid UTF-8: rename it") from None
     if objects.is_reference(text):
         return objects.locate(text, role)
     try:
@@ -384,7 +397,8 @@ def open_tensors(ref: str | os.PathLike[str] | Place, role: str) -> Checkpoint:
         for name in opened.tensors:
             if type(name) is not str or name == "__metadata__" or NOT_TEXT.search(name):
                 raise FormatError(f"{what}: a tensor is called {name!r:.80}, which is no name")
-    return Checkpoint(place, opened)
+    files = {path for spec in opened.tensors.values() for path in files_of(spec)}
+    return Checkpoint(place, replace(opened, seen=witnessed(files)))
 
 
 def _open_file(address: str, name: str, what: str) -> Opened:

@@ -17,6 +17,10 @@ class FormatError(SkillvecError, ValueError):
     """A file breaks the safetensors format, its index, or the vector format."""
 
 
+class TransferError(FormatError):
+    """What arrived is not what its place says it has; another try may help."""
+
+
 class OutputError(SkillvecError, OSError):
     """The output could not be written: disk full, no permission, another run at work."""
 

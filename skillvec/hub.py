@@ -27,6 +27,7 @@ from skillvec.errors import (
     FormatError,
     OutputError,
     SkillvecError,
+    TransferError,
     UsageError,
     printable,
     up_to_five,
@@ -173,11 +174,14 @@ def locate(ref: str, role: str, token: str | None = None) -> Place:
         if remote.is_describing:
             remote.check_file(os.fspath(folder / name))
         cached = hub.try_to_load_from_cache(repo, name, revision=info.sha)
-        if isinstance(cached, str) and os.path.getsize(cached) == remote.nbytes:
+        here = isinstance(cached, str) and os.path.getsize(cached) == remote.nbytes
+        if here and remote.is_describing:
             files[name] = cached
-        else:
-            files[name] = remote.address
-            register_remote(remote.address, remote)
+            continue
+        # by its address, wherever it lies: so a journal speaks of it that is older than its copy
+        files[name] = remote.address
+        remote.local = cached if here else None
+        register_remote(remote.address, remote)
     return Place(asked.pinned(info.sha), folder, files, info.sha, asked.member)
 
 
@@ -483,7 +487,7 @@ class HubFile:
     def _check(self, received: int, digest: str) -> None:
         expected = self.sha256 or self.oid or digest
         if (received, digest) != (self.nbytes, expected):
-            raise FormatError(
+            raise TransferError(
                 f"{self.address}: expected {self.nbytes} bytes with digest {expected}, received"
                 f" {received} with {digest}; they were deleted: try again"
             )

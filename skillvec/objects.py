@@ -343,7 +343,8 @@ def upload(source: Path, url: str, told: Told = lambda nbytes: None) -> None:
         send = partial(_put, files[last], f"{url}/{last}" if last else url, IN_FLIGHT_NBYTES)
         hub.side_by_side([send], lambda nbytes: told(done + nbytes))
     for name, file in old.items():
-        if name not in {*files, *MANIFESTS, ""} and hub.is_replaced(name):
+        stale = name == UNFINISHED and not mark  # of a folder whose upload broke off
+        if stale or (name not in {*files, *MANIFESTS, ""} and hub.is_replaced(name)):
             _delete(file.url)
     if mark:
         _delete(mark)

@@ -95,7 +95,10 @@ def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFi
 
 def _local_place(output: str, inputs: Sequence[Checkpoint | VectorFile]) -> Output:
     path = Path(os.path.abspath(os.path.expanduser(output)))
-    path = path.parent.resolve() / path.name
+    try:
+        path = path.parent.resolve() / path.name
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UsageError(f"output {path}: {error}") from None
     for checkpoint in inputs:
         at, end = checkpoint.path, path.resolve()
         if at in (path, end) or (at.is_dir() and at in (*path.parents, *end.parents)):

@@ -25,6 +25,7 @@ from skillvec.errors import (
     IncompatibleError,
     OutputError,
     SkillvecError,
+    TransferError,
     UsageError,
     VerificationError,
     up_to_five,
@@ -34,7 +35,7 @@ from skillvec.storage import OutputFile, changes, explain, fsync_path
 STAGING_SUFFIX = ".skillvec-unfinished"
 JOURNAL, OWNER = "journal", "owner"
 # after these the same command fails again: what was done is of no use
-FINAL = (FormatError, IncompatibleError, UsageError, VerificationError)
+FINAL = (FormatError, IncompatibleError, VerificationError)
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 Line = dict[str, Any]
 
@@ -73,7 +74,7 @@ class Journal:
             # what stands twice in a request, stands there as it was given and as it was meant
             there, here = (
                 {key.removeprefix("request."): value for key, value in s["request"].items()}
-                | {"inputs": [*s["inputs"]]}
+                | dict.fromkeys(s["inputs"], "read")
                 for s in (said, self._said)
             )
             differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
@@ -204,6 +205,7 @@ class Staging:
                 fsync_path(os.fspath(folder))
         if self.deliver is not None:
             self.deliver(source)
+            self.published = "whole and in place"
             return
         with self.journal.laid_aside() if self.journal else contextlib.nullcontext():
             self._rename(source)
@@ -237,7 +239,7 @@ class Staging:
         if self.published:
             return self._old
         claims = self.journal is not None and self.journal.has_claims
-        return claims and not isinstance(error, FINAL)
+        return claims and _may_pass(error)
 
     def clear(self) -> None:
         """Empty the folder; an output that was moved away and never replaced goes back."""
@@ -251,6 +253,10 @@ class Staging:
     def _restore(self) -> None:
         if self._replaced.exists() and not os.path.lexists(self.output):
             os.rename(self._replaced, self.output)
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, TransferError) or not isinstance(error, FINAL)
 
 
 def _exchange(source: Path, output: Path) -> bool:
@@ -317,6 +323,12 @@ def staging(
     stage = Staging(output, folder, force, deliver)
     kept = False
     try:
+        if request is None and _read(folder / JOURNAL)[0]:
+            kept = True
+            raise UsageError(
+                f"{folder}: left by an interrupted run of another command (give that command to go"
+                " on with it, or delete the folder)"
+            )
         if request is not None and (folder / JOURNAL).exists():
             kept = True  # until it is known to be of this request
             stage.journal = Journal(folder, request, inputs or {})
@@ -330,8 +342,8 @@ def staging(
         stage.refuse_existing()
         yield stage
     except BaseException as error:
-        kept = kept or stage.has_to_stay(error)
-        told = _told(error, stage, kept)
+        refused, kept = kept, kept or stage.has_to_stay(error)
+        told = _told(error, stage, kept and not refused)
         if told is error:
             raise
         raise told from None
@@ -345,8 +357,8 @@ def _told(error: BaseException, stage: Staging, kept: bool) -> BaseException:
     """Return the error with what became of the output, and of what is done, in its text."""
     hint = ""
     if stage.published:
-        hint = f"{stage.output}: {stage.published}"
-    elif kept and not isinstance(error, FINAL):
+        hint = f"{stage.output.name if stage.deliver else stage.output}: {stage.published}"
+    elif kept and _may_pass(error):
         hint = f"what is done is kept in {stage.folder}: the same command goes on from it"
     if isinstance(error, OSError) and not isinstance(error, SkillvecError):
         if stage.published:

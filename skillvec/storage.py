@@ -372,6 +372,19 @@ def witness(path: str) -> None:
     if path not in _remotes:
         stat = os.stat(path)
         _witnessed[path] = stat.st_size, stat.st_mtime_ns
+        _identities.pop(path, None)  # an open descriptor may be of the file that was here before
+
+
+def witnessed(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return the states that files had when their headers were read."""
+    return {path: _witnessed[path] for path in paths if path in _witnessed}
+
+
+def refuse_stale(seen: Mapping[str, tuple[int, int]]) -> None:
+    """Raise FormatError where a header was read again since, and the file was another then."""
+    for path, state in seen.items():
+        if _witnessed[path] != state:
+            raise FormatError(f"{path}: changed since its header was read: open it again")
 
 
 def fingerprints(paths: Iterable[str]) -> dict[str, list[Any]]:

@@ -41,7 +41,7 @@ from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import open_patch
 from skillvec.rules import Recipe, Share, is_selected, refuse_idle_globs, resolve, selection
 from skillvec.sources import Source, digest_values
-from skillvec.storage import Place, TensorSpec, digest_bytes
+from skillvec.storage import Place, TensorSpec, digest_bytes, refuse_stale
 from skillvec.vectorfile import CHOSEN, SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
 
 FP32_MAX = 3.4028234e38
@@ -78,6 +78,9 @@ class SkillVector:
         Raises IncompatibleError for a model.
         """
         if isinstance(ref, SkillVector):
+            for side in ref.inputs():
+                if isinstance(side, Checkpoint):
+                    refuse_stale(side.opened.seen)
             return ref
         if not isinstance(ref, Place):
             if "::" in os.fspath(ref):

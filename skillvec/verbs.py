@@ -217,7 +217,7 @@ def save(
     if codec not in ("auto", *CODECS[1:]):
         raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
     limit = parse_size(max_shard_size)
-    vector = vector.unscaled()
+    vector = SkillVector.open(vector).unscaled()
     if vector.adapter is not None:
         raise UsageError(f"{vector.ref}: an adapter alone cannot be stored: diff ADAPTER BASE")
     if not vector.parts and dtype not in ("auto", vector.manifest["dtype"]):
@@ -438,6 +438,7 @@ def _write_card(file: Path, recipe: Mapping[str, Any], report: Report) -> None:
     except (UsageError, UnicodeDecodeError) as error:
         report.warnings.append(f"the target's {CARD} is copied as it is: {error}")
         return
+    file.unlink(missing_ok=True)  # the copy may be read-only
     file.write_bytes(text.encode())
     fsync_path(os.fspath(file))
 

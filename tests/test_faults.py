@@ -265,6 +265,7 @@ def run(*arguments):
     except SystemExit as end:
         print("CODE", end.code, flush=True)
 run("diff", tuned, base, "-o", open_folder + "/warm.safetensors", "-q")
+run("apply", base, "--tuned", tuned, "--base", base, "-o", open_folder + "/warm", "-q")
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
@@ -272,6 +273,7 @@ if os.getuid() == 0:
 run("diff", tuned, base, "-o", closed_folder + "/v.safetensors", "-q")
 run("apply", base, "--tuned", tuned, "--base", base, "-o", closed_folder + "/out", "-q")
 run("diff", unreadable, base, "-o", open_folder + "/v.safetensors", "-q")
+run("apply", base, "--tuned", tuned, "--base", base, "-o", open_folder + "/out", "-q")
 """
 
 
@@ -280,7 +282,9 @@ def test_no_permission_to_write_or_read(tmp_path: Path):
     folder = Path(tempfile.mkdtemp(prefix="skillvec-test-"))
     try:
         folder.chmod(0o755)
-        base, tuned = save(folder / "base", toy()), save(folder / "tuned", perturbed(toy()))
+        card = {"README.md": "Mine, and not to be written."}
+        base = save(folder / "base", toy(), side_files=card)
+        tuned = save(folder / "tuned", perturbed(toy()))
         unreadable = save(folder / "unreadable", perturbed(toy()))
         (folder / "open").mkdir()
         (folder / "open").chmod(0o777)
@@ -290,6 +294,7 @@ def test_no_permission_to_write_or_read(tmp_path: Path):
             for file in (model, *model.iterdir()):
                 file.chmod(0o755 if file.is_dir() else 0o644)
         (unreadable / "model.safetensors").chmod(0)
+        (base / "README.md").chmod(0o444)
         places = map(str, (tuned, base, folder / "open", folder / "closed", unreadable))
         done = subprocess.run(
             [sys.executable, "-c", UNPRIVILEGED, *places],
@@ -297,10 +302,14 @@ def test_no_permission_to_write_or_read(tmp_path: Path):
             text=True,
             timeout=60,
         )
-        assert done.stdout.count("CODE 1") == 3 and done.stdout.count("CODE 0") == 1, done
+        assert done.stdout.count("CODE 1") == 3 and done.stdout.count("CODE 0") == 3, done
         assert done.stderr.count("Permission denied") == 3 and "Traceback" not in done.stderr
         assert str(unreadable / "model.safetensors") in done.stderr
-        assert names(folder / "closed") == [] and names(folder / "open") == ["warm.safetensors"]
+        assert names(folder / "closed") == [] and names(folder / "open") == [
+            "out",
+            "warm",
+            "warm.safetensors",
+        ]
     finally:
         shutil.rmtree(folder)
 

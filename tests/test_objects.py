@@ -813,3 +813,31 @@ def test_reports_name_urls_and_no_cache(s3: ObjectServer, tmp_path: Path):
     assert [report.facts[s]["path"] for s in ("tuned", "base")] == ["s3://bucket/base"] * 2
     assert skillvec.inspect("s3://bucket/v.safetensors").facts["path"] == report.facts["output"]
     assert skillvec.inspect("s3://bucket/base").facts["path"] == "s3://bucket/base"
+
+
+def test_a_file_takes_the_place_of_a_folder_that_was_never_whole(s3: ObjectServer, tmp_path: Path):
+    """What marks the broken upload goes with it: nobody could read the file behind it."""
+    (tmp_path / "file").write_bytes(BASE)
+    s3.put("bucket/v.safetensors", {objects.UNFINISHED: b"", "vector-1.safetensors": b"half"})
+    assert objects.names("s3://bucket/v.safetensors") is None
+    objects.upload(tmp_path / "file", "s3://bucket/v.safetensors")
+    assert objects.names("s3://bucket/v.safetensors") == {""}
+    assert list(checkpoint.open_checkpoint("s3://bucket/v.safetensors")) == ["a", "b"]
+
+
+def test_ctrl_c_behind_the_upload_says_that_all_is_there(
+    s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from skillvec.staging import Staging
+
+    publish = Staging.publish
+
+    def late(stage: Staging, source: Path) -> None:
+        publish(stage, source)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "publish", late)
+    s3.put("bucket/base", MODEL)
+    with pytest.raises(KeyboardInterrupt, match="whole and in place"):
+        skillvec.diff("s3://bucket/base", "s3://bucket/base", "s3://bucket/v.safetensors")
+    assert not list((tmp_path / "cache" / "skillvec" / "outputs").iterdir())

@@ -20,7 +20,7 @@ from hubserver import HubServer
 
 import skillvec as sv
 from skillvec import engine, running, storage
-from skillvec.errors import FormatError, OutputError, SkillvecError, UsageError
+from skillvec.errors import FormatError, OutputError, SkillvecError, TransferError, UsageError
 
 UNFINISHED = ".skillvec-unfinished"
 
@@ -228,14 +228,33 @@ def test_a_run_of_moments_leaves_nothing_behind(family: Family, tmp_path: Path, 
     assert os.listdir(tmp_path) == [] and "kept" not in str(error)
 
 
-@pytest.mark.parametrize(
-    "error", [FormatError("broken"), sv.errors.IncompatibleError("unlike"), UsageError("no")]
-)
+@pytest.mark.parametrize("error", [FormatError("broken"), sv.errors.IncompatibleError("unlike")])
 def test_what_fails_again_anyway_leaves_nothing(
     error: SkillvecError, family: Family, tmp_path: Path, at_once, monkeypatch
 ):
     caught = interrupted(family, "diff", tmp_path / "v.safetensors", monkeypatch, error)
     assert os.listdir(tmp_path) == [] and "kept" not in str(caught)
+
+
+@pytest.mark.parametrize("error", [UsageError("credentials"), TransferError("try again")])
+def test_what_may_pass_keeps_what_is_done(
+    error: SkillvecError, family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+):
+    output = tmp_path / "v.safetensors"
+    assert "goes on from it" in str(interrupted(family, "diff", output, monkeypatch, error))
+    family.run("diff", output)
+    assert contents(output) == undisturbed["diff"]
+
+
+def test_a_command_without_a_journal_leaves_the_work_of_another(
+    family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+):
+    interrupted(family, "apply", tmp_path / "out", monkeypatch)
+    with pytest.raises(UsageError, match="of another command") as caught:
+        sv.norms(family.vector, output=tmp_path / "out")
+    assert "goes on from it" not in str(caught.value)
+    family.run("apply", tmp_path / "out")
+    assert contents(tmp_path / "out") == undisturbed["apply"]
 
 
 def test_ctrl_c_keeps_what_is_done(
@@ -371,6 +390,43 @@ def test_a_file_replaced_after_its_header_was_read_is_noticed(tmp_path: Path):
     with pytest.raises(FormatError, match=r"model\.safetensors: changed since its header was read"):
         sv.apply(family.base, vector, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_open_model_whose_file_was_rewritten_is_refused(tmp_path: Path):
+    """Also where someone has read the new header since, and knows of no change."""
+    tensors = toy(layers=2)
+    base, tuned = save(tmp_path / "base", tensors), save(tmp_path / "tuned", perturbed(tensors))
+    vector = sv.diff(tuned, base, tmp_path / "v.safetensors")
+    point, lazy = sv.open_checkpoint(base), sv.diff(tuned, base)
+    one, two = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+    save(base, tensors | {one: tensors[two], two: tensors[one], "a": tensors[one].clone()})
+    sv.inspect(base)
+    said = r"base/model\.safetensors: changed since its header was read: open it again"
+    for run in (
+        lambda: sv.apply(point, vector, tmp_path / "out"),
+        lambda: sv.diff(tuned, point, tmp_path / "w.safetensors"),
+        lambda: sv.verify(tmp_path / "v.safetensors", tuned=tuned, base=point),
+        lambda: sv.apply(tuned, lazy, tmp_path / "out"),
+        lambda: sv.apply(tuned, 0.5 * lazy, tmp_path / "out"),
+        lambda: lazy.save(tmp_path / "w.safetensors"),
+        lambda: sv.norms(lazy),
+    ):
+        with pytest.raises(FormatError, match=said):
+            run()
+    assert sorted(os.listdir(tmp_path)) == ["base", "tuned", "v.safetensors"]
+
+
+def test_a_file_replaced_between_two_runs_is_read_anew(tmp_path: Path):
+    """What was opened for the first run is not what the second one records."""
+    family = Family(tmp_path / "mine")
+    sv.diff(family.tuned, family.base)  # reads samples, and keeps the file open
+    other = save(tmp_path / "other", perturbed(toy(layers=2), 9)) / "model.safetensors"
+    for folder in (family.base, family.tuned):
+        shutil.copyfile(other, folder / "new")
+        os.replace(folder / "new", folder / "model.safetensors")
+    sv.diff(family.tuned, family.base, tmp_path / "v.safetensors")
+    report = sv.inspect(tmp_path / "v.safetensors", target=family.base)
+    assert report.facts["verdict"] == "exact base"
 
 
 # ------------------------------------------------------------------------- what lies in the folder
@@ -629,3 +685,24 @@ def test_a_streamed_run_fetches_only_the_shards_that_it_still_needs(
         assert contents(output) == whole and os.listdir(output.parent) == [output.name]
         assert 0 < len(jobs_run) <= len(base) - first + 2 < len(base)
         assert len(server.requests) < fetched
+
+
+def test_a_run_that_has_fetched_its_inputs_goes_on_from_the_cache(
+    tmp_path: Path, at_once, jobs_run, monkeypatch
+):
+    base = toy(layers=2)
+    save(tmp_path / "base", base, shards=2)
+    save(tmp_path / "tuned", perturbed(base), shards=2)
+    output = tmp_path / "v.safetensors"
+    with HubServer() as server:
+        for name in ("base", "tuned"):
+            server.add_repo(f"org/{name}", tmp_path / name)
+        server.adopt(monkeypatch, tmp_path / "home")
+        undo = stop_at("model.layers.1.mlp.up_proj.weight", OutputError("full"), monkeypatch)
+        with pytest.raises(OutputError, match="what is done is kept"):
+            sv.diff("org/tuned", "org/base", output, engine="serial")
+        undo()
+        first = len(jobs_run)
+        report = sv.diff("org/tuned", "org/base", output, engine="serial").report
+        assert report is not None and report.facts["resumed"] >= first - 1 > 3
+        sv.verify(output)
