@@ -287,7 +287,7 @@ def test_a_file_that_only_the_driver_sees_is_refused(world: Path, victim: Victim
     if not only.exists():
         save(only, toy(3, layers=6, width=768, vocabulary=2000))
     with pytest.raises(
-        UsageError, match=r"node \S+ .*does not see the driver's files.*No such file"
+        UsageError, match=r"node \S+ .*cannot read what the driver reads.*No such file"
     ):
         sv.orthogonality(f"{only}::{world / 'base'}", world / "v.safetensors", engine="ray")
 
