@@ -36,6 +36,7 @@ STAGING_SUFFIX = ".skillvec-unfinished"
 JOURNAL, OWNER = "journal", "owner"
 # after these the same command fails again: what was done is of no use
 FINAL = (FormatError, IncompatibleError, VerificationError)
+OTHER = "of another command", "give that command to go on with it"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 Line = dict[str, Any]
 
@@ -78,13 +79,10 @@ class Journal:
                 for s in (said, self._said)
             )
             differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-            why, advice = "of another command", "give that command to go on with it"
+            why, advice = OTHER
             shown = [f"{k}: {_short(there, k)} then, {_short(here, k)} now" for k in differing]
         if shown:
-            raise UsageError(
-                f"{self._folder}: left by an interrupted run {why} ({advice}, or delete the"
-                f" folder):\n{up_to_five(shown)}"
-            )
+            raise UsageError(f"{_refusal(self._folder, why, advice)}:\n{up_to_five(shown)}")
 
     def claim(self, lines: Sequence[Line], files: Iterable[OutputFile]) -> None:
         """Say that jobs are done, when all that was written to `files` is on the disk."""
@@ -129,6 +127,10 @@ class Journal:
                 os.rename(aside, self._path)
             raise
         self._nbytes = 0
+
+
+def _refusal(folder: Path, why: str, advice: str) -> str:
+    return f"{folder}: left by an interrupted run {why} ({advice}, or delete the folder)"
 
 
 def _flat(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -323,19 +325,14 @@ def staging(
     stage = Staging(output, folder, force, deliver)
     kept = False
     try:
-        if request is None and _read(folder / JOURNAL)[0]:
-            kept = True
-            raise UsageError(
-                f"{folder}: left by an interrupted run of another command (give that command to go"
-                " on with it, or delete the folder)"
-            )
-        if request is not None and (folder / JOURNAL).exists():
-            kept = True  # until it is known to be of this request
+        kept = True  # until it is known to be of this request
+        if request is not None:
             stage.journal = Journal(folder, request, inputs or {})
+        elif _read(folder / JOURNAL)[0]:
+            raise UsageError(_refusal(folder, *OTHER))
+        kept = False
         if stage.journal is None or not stage.journal.has_claims:
             stage.clear()
-            stage.journal = Journal(folder, request, inputs or {}) if request is not None else None
-        kept = False
         start = datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
         (folder / OWNER).write_text(json.dumps(owner))
