@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from skillvec import operators
 from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
-from skillvec.errors import FormatError
+from skillvec.errors import FormatError, NonfiniteError
 from skillvec.kernels import STORAGE_DTYPE, Array
 from skillvec.merging import Place
 from skillvec.operators import NO_POSITIONS, STEP, Delta, Subtraction
@@ -48,7 +48,9 @@ class Block:
 
     `leaves` collect the digests of the tensor by role, in the place of each block, `seen` those of
     the tensors that views read, by name. `subtracted` is what was found when the first delta is a
-    pair.
+    pair, for which the bits `casts` of operators.CASTS are looked for. `tuned_nonfinite` and
+    `base_nonfinite` add up over all pairs that the block reads; `lost_at` are positions where a
+    delta is not finite, and counts as 0.
     """
 
     index: int
@@ -59,6 +61,15 @@ class Block:
     measure: bool = False  # whether the norm of a difference is wanted
     seen: dict[str, dict[str, bytearray]] = field(default_factory=dict)
     subtracted: Subtraction | None = None
+    casts: int = 0
+    tuned_nonfinite: int = 0
+    base_nonfinite: int = 0
+    lost_at: list[npt.NDArray[np.uint32]] = field(default_factory=list)
+
+    @property
+    def lost(self) -> npt.NDArray[np.uint32]:
+        """The positions in the block where what it reads has no finite delta, each once."""
+        return np.unique(np.concatenate(self.lost_at)) if self.lost_at else NO_POSITIONS
 
     @property
     def begin(self) -> int:
@@ -109,10 +120,16 @@ class Block:
 
     def _computed(self, source: ComputedDelta, role: str) -> Delta:
         values = self.read(role, source.source)
-        if not np.isfinite(values).all():
-            raise FormatError(f"{source.spec.name}: values that are not finite in {source.ref}")
+        self._forget_nonfinite(values)
         values += 0  # no negative zeros
         return Delta(values, source.source.dtype)
+
+    def _forget_nonfinite(self, values: Array) -> None:
+        """Count what is not finite in a delta, and set it to 0."""
+        wrong = ~np.isfinite(values)
+        if wrong.any():
+            self.lost_at.append(np.flatnonzero(wrong).astype(np.uint32))
+            values[wrong] = 0
 
     def _viewed(self, source: ViewDelta, role: str) -> Delta:
         """Put a delta together from those of another layout, each decoded where it is needed."""
@@ -127,12 +144,15 @@ class Block:
                     leaves = self.seen.setdefault(part.spec.name, {})
                     block = Block(index, part.spec.numel, self.workspace, self.readers, leaves)
                     held.clear()
-                    held[key] = block.delta(part, f"{role}{VIEW}")[0].wide(0, block.size)
+                    wide = block.delta(part, f"{role}{VIEW}")[0].wide(0, block.size)
+                    wide[block.lost] = np.nan  # counted where it is wanted
+                    held[key] = wide
                 wide = held[key][begin - index * BLOCK_NUMEL :][: out.size]
                 out[: wide.size] = wide
                 begin, out = begin + wide.size, out[wide.size :]
 
         source.view.fill(self.begin, values, read)
+        self._forget_nonfinite(values)
         return Delta(values, source.spec.dtype)
 
     def _difference(self, source: PairDelta, role: str) -> tuple[Delta, npt.NDArray[Any]]:
@@ -151,11 +171,16 @@ class Block:
             base,
             source.base.dtype,
             source.dtype,
-            source.exact,
+            source.exactness,
             self.array(role, source.dtype),
             self.array("scratch", "U16"),
             self.measure,
+            self.casts,
         )
+        self.tuned_nonfinite += found.nonfinite[0]
+        self.base_nonfinite += found.nonfinite[1]
+        if found.lost.size:
+            self.lost_at.append(found.lost)
         if role == "delta0":
             self.subtracted = found
         records = np.zeros(found.replaced.size, REPLACEMENT)
@@ -200,25 +225,34 @@ class Block:
 
 
 def pieces_of(
-    source: DeltaSource | Source, readers: Mapping[str, BlockReader]
+    source: DeltaSource | Source, readers: Mapping[str, BlockReader], allow_nonfinite: bool = False
 ) -> Iterator[tuple[int, Array]]:
-    """Yield begin and values, in fp32 or fp64, of the pieces of a delta or a tensor of a model."""
+    """Yield begin and values, in fp32 or fp64, of the pieces of a delta or a tensor of a model.
+
+    Where a delta is not finite the values are 0; NonfiniteError is raised behind the last of them.
+    """
     spec = source if isinstance(source, TensorSpec | Derived) else source.spec
-    workspace = Workspace()
+    workspace, lost = Workspace(), 0
     for index in range(block_count(spec.numel)):
         block = Block(index, spec.numel, workspace, readers, {})
         if isinstance(source, TensorSpec | Derived):
             delta = Delta(block.read("point", source), source.dtype)
         else:
             delta = block.delta(source, "delta0")[0]
+        lost += block.lost.size
         for begin in range(0, block.size, STEP):
             yield block.begin + begin, delta.wide(begin, min(begin + STEP, block.size))
+    if lost and not allow_nonfinite:
+        raise NonfiniteError(f"{spec.name}: {lost} of {spec.numel} differences are not finite")
 
 
 def add_values(
     source: DeltaSource | Source, readers: Mapping[str, BlockReader], out: Array,
     factor: float = 1.0,
 ) -> None:  # fmt: skip
-    """Add a whole delta times `factor`, or a tensor of a model, to `out`, flat and in fp32."""
-    for begin, values in pieces_of(source, readers):
+    """Add a whole delta times `factor`, or a tensor of a model, to `out`, flat and in fp32.
+
+    Where a delta is not finite it counts as 0: who runs its jobs has counted and refused that.
+    """
+    for begin, values in pieces_of(source, readers, allow_nonfinite=True):
         out[begin : begin + values.size] += factor * values

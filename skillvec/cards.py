@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from skillvec.analysis import kind_of, layer_of, natural_order
 from skillvec.errors import UsageError, printable
 from skillvec.provenance import CHOSEN
+from skillvec.vectorfile import ALLOWED
 
 BEGIN, END = "<!-- skillvec:begin", "<!-- skillvec:end -->"
 OPENED = re.compile(BEGIN + "((?: [a-z_]+=[0-9a-f]{12})*) -->")
@@ -152,6 +153,10 @@ def vector_card(
         where = _where(hub_model(parent["ref"]), f"a local {'adapter' if adapter else 'vector'}")
         row = ("vector", f"{weight} * {where}, identity `{parent['identity']}`")
         rows.append(("adapter", where) if adapter else row)
+    lost = [entry["nonfinite"] for entry in manifest["tensors"].values() if "nonfinite" in entry]
+    if lost:
+        words = f"{sum(lost):,} values of {len(lost)} tensors have no finite difference"
+        rows.append(("not finite", f"{words}: only the exact base gets tuned's NaN or infinities"))
     rows += [("training", _line(training["method"] or "not stated"))]
     rows += [("notes", _line(training["notes"], 2000))] if training["notes"] else []
     rows += [("claim", f"{claim} (stored as {dtypes})"), ("identity", f"`{manifest['identity']}`")]
@@ -203,6 +208,11 @@ def merged_card(
     rows += [("verdict", _line(facts["verdict"]))] if facts.get("verdict") else []
     if facts.get("gain") is not None:
         rows.append(("realised gain", f"{facts['gain']:.3f} (cosine {facts['cosine'] or 0:.3f})"))
+    lost = facts.get("nonfinite", {}).get("lost", 0)
+    if lost or recipe["request"].get("allow_nonfinite"):
+        count = f"{lost:,} values" if lost else "values"
+        rows.append(("not finite", f"{count} that are NaN, infinite or without a finite difference"
+                     " were let through"))  # fmt: skip
     words: list[Any] = [known[target] or "TARGET"]
     words += [known[said["ref"]] or "VECTOR"] if "ref" in said else []
     options = {key: known[said[key]] or key.upper() for key in ("tuned", "base") if key in said}
@@ -314,7 +324,7 @@ def _command(manifest: Mapping[str, Any]) -> str:
         first = first or next((hub_model(parent["ref"]) for parent in manifest["parents"]), None)
         role = "PATCH" if verb == "import-patch" else "TUNED" if tuned else "ADAPTER"
         words = [first or role, hub_model(base["ref"], base["revision"]) or "BASE"]
-        options |= {key: manifest[key] for key in CHOSEN if key in manifest}
+        options |= {key: manifest[key] for key in (*CHOSEN, *ALLOWED) if key in manifest}
         return _shell(verb, words, options, "VECTOR")
     if manifest["recipe"]:
         return _shell("combine", [], options | {"recipe": "RECIPE"}, "VECTOR")  # the manifest's
@@ -327,7 +337,7 @@ def _shell(verb: str, words: Sequence[Any], options: Mapping[str, Any], output: 
     for key, value in options.items():
         if key not in plain or value != plain[key]:
             for item in value if isinstance(value, list) else [value]:
-                line += [f"--{key}", str(item)]
+                line += [f"--{key.replace('_', '-')}", *([] if item is True else [str(item)])]
     return " ".join(printable(shlex.join([*line, "-o", output])).split("\n"))
 
 

@@ -124,6 +124,10 @@ _bridges = _add(  # of a command that meets two models
     click.option("--rows", type=click.Choice(["strict", "common", "skip"]), default="strict",
                  show_default=True, help="Of embeddings and heads of another length."),
 )  # fmt: skip
+_nonfinite = click.option(
+    "--allow-nonfinite", is_flag=True,
+    help="Let NaN and infinities through, where they decide a value.",
+)  # fmt: skip
 _combines = _add(  # of a command that merges several vectors
     click.option("--op", default="linear", show_default=True,
                  help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify,"
@@ -202,6 +206,7 @@ def main() -> None:
 )
 @_stores
 @_bridges
+@_nonfinite
 @_streams
 @_shared(writes=True)
 def diff(screen: Screen, tuned: str, base: str, output: str, **options: Any) -> Any:
@@ -225,6 +230,7 @@ def diff(screen: Screen, tuned: str, base: str, output: str, **options: Any) -> 
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random masks.")
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype; auto is fp32.")
 @_stores
+@_nonfinite
 @_streams
 @_shared(writes=True, globs=False)
 def combine(
@@ -267,6 +273,7 @@ def combine(
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of anything random.")
 @_bridges
+@_nonfinite
 @_streams
 @_shared(writes=True)
 def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op: str,
@@ -295,6 +302,7 @@ def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op
 @click.argument("patch")
 @click.argument("base")
 @_stores
+@_nonfinite
 @_streams
 @_shared(writes=True, globs=False)
 def import_patch(screen: Screen, patch: str, base: str, output: str, **options: Any) -> Any:
@@ -310,6 +318,7 @@ def import_patch(screen: Screen, patch: str, base: str, output: str, **options: 
 @main.command("export-patch")
 @click.argument("vector")
 @click.option("--base", help="Where the vector's exact base is now.")
+@_nonfinite
 @_shared(writes=True, globs=False)
 def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> Any:
     """Write what VECTOR changes in its exact base, as NAME.indices and NAME.values."""
@@ -332,6 +341,7 @@ def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> An
 @click.option("--dtype", default="fp32", show_default=True, help="Of the factors.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
+@_nonfinite
 @_shared(writes=True)
 def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> Any:
     """Write the best LoRA adapter of VECTOR: s B A of a rank, for PEFT.
@@ -388,6 +398,7 @@ def pull(screen: Screen, repo: str, **options: Any) -> Any:
     "--sign-flips", type=int, default=0, metavar="N", help="Draws of a randomisation test."
 )
 @_reports
+@_nonfinite
 @_shared()
 def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> Any:
     """Compare deltas: angles against chance, supports, rounding, subspaces.
@@ -404,6 +415,7 @@ def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> A
 @main.command()
 @click.argument("vector")
 @_reports
+@_nonfinite
 @_shared()
 def norms(screen: Screen, vector: str, **options: Any) -> Any:
     """Measure VECTOR (a file or TUNED::BASE) by layer and module: norms, density, rounding."""

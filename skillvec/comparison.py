@@ -28,7 +28,7 @@ from skillvec.report import Report, Watcher
 from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import staging
 from skillvec.storage import fingerprints, forget_open_files, fsync_path, refuse_changed
-from skillvec.summary import job_line
+from skillvec.summary import job_line, refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import BlockReader, readers_of
 
@@ -48,6 +48,7 @@ def orthogonality(
     figures: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
@@ -63,15 +64,17 @@ def orthogonality(
     vector to put in its place. `sign_flips` draws make a randomisation test. `subspace` K compares
     the K leading singular directions of every matrix on the torch `device`. `output` is a folder
     for report.json, report.csv and report.html, with `figures` as SVG and PNG beside them.
-    The same digits whatever the worker count. Raises UsageError, IncompatibleError, FormatError.
+    Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. The
+    same digits whatever the worker count. Raises UsageError, IncompatibleError, NonfiniteError,
+    FormatError.
     """
     if len(vectors) < 2:
         raise UsageError(f"expected at least two vectors, found {len(vectors)}")
     return _compare(
         "orthogonality", vectors, against=against, control=control, sign_flips=sign_flips,
         subspace_k=subspace, device=device, seed=seed, output=output, figures=figures,
-        include=include, exclude=exclude, engine=engine, workers=workers, dry_run=dry_run,
-        force=force, watcher=watcher,
+        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite, engine=engine,
+        workers=workers, dry_run=dry_run, force=force, watcher=watcher,
     )  # fmt: skip
 
 
@@ -86,6 +89,7 @@ def norms(
     figures: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
@@ -98,8 +102,9 @@ def norms(
     """
     return _compare(
         "norms", [vector], against=against, subspace_k=subspace, device=device, seed=seed,
-        output=output, figures=figures, include=include, exclude=exclude, engine=engine,
-        workers=workers, dry_run=dry_run, force=force, watcher=watcher,
+        output=output, figures=figures, include=include, exclude=exclude,
+        allow_nonfinite=allow_nonfinite, engine=engine, workers=workers, dry_run=dry_run,
+        force=force, watcher=watcher,
     )  # fmt: skip
 
 
@@ -117,6 +122,7 @@ def _compare(
     figures: bool,
     include: Sequence[str],
     exclude: Sequence[str],
+    allow_nonfinite: bool,
     engine: str,
     workers: int | None,
     dry_run: bool,
@@ -141,6 +147,8 @@ def _compare(
     compared = [*opened, *([other] if other else [])]
     request = _request(compared, len(opened), control is not None, seed, sign_flips)
     plan = plan_compare(compared, request, weights, include, exclude)
+    for vector in compared:
+        refuse_announced(vector, allow_nonfinite, [job.name for job in plan.jobs])
     inputs = [side for vector in compared for side in vector.inputs()]
     place = None
     if output is not None:
@@ -167,6 +175,7 @@ def _compare(
     before = fingerprints(plan.files() if subspace_k else ())  # for what is read after the run
     plan = measured(plan, runner, watcher)
     results = run_plan(plan, runner, watcher)
+    refuse_nonfinite(results, allow_nonfinite)
     results.sort(key=lambda result: analysis.natural_order(result.job.name))
     spectra = _Spectra.empty(request, len(results))
     if subspace_k:
@@ -174,6 +183,7 @@ def _compare(
         refuse_changed(before)
     _conclude(report, results, request, opened, spectra)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
+    tell_nonfinite(report, results)
     if place is not None:
         _write(report, place, force, figures, watcher)
     return report

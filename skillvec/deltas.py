@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from skillvec.errors import UsageError
 from skillvec.kernels import DTYPE_NAMES, HALVES
 from skillvec.merging import Operator
+from skillvec.operators import Exactness
 from skillvec.patch import Patch
 from skillvec.sources import Derived, Source, View
 from skillvec.storage import ITEMSIZE, TensorSpec
@@ -16,15 +17,12 @@ from skillvec.vectorfile import StoredDelta
 
 
 class PairDelta(NamedTuple):
-    """A tensor's delta as two tensors to subtract into values of `dtype`.
-
-    `exact` asks for exceptions and replacements; without, values are just rounded to `dtype`.
-    """
+    """A tensor's delta as two tensors to subtract into values of `dtype`."""
 
     tuned: Source | Patch
     base: Source
     dtype: str
-    exact: bool = True
+    exactness: Exactness = Exactness.WHOLE
 
     @property
     def spec(self) -> Source:
@@ -97,17 +95,18 @@ class MixDelta(NamedTuple):
 DeltaSource = StoredDelta | PairDelta | MixDelta | ComputedDelta | ViewDelta
 
 
-def value_dtype(tuned: str, base: str, dtype: str = "auto") -> tuple[str, bool]:
-    """Return the storage dtype of a delta and whether it is kept exact.
+def value_dtype(tuned: str, base: str, dtype: str = "auto") -> tuple[str, Exactness]:
+    """Return the storage dtype of a delta and how exact it is.
 
     `auto` stores BF16 - BF16 as BF16 and F16 - F16 as F16 (exceptions in fp32), any F64 as F64,
-    every other pair as F32.
+    every other pair as F32, and restores every value of tuned.
     """
     if dtype == "auto":
         if "F64" in (tuned, base):
-            return "F64", True
-        return (tuned if tuned == base and tuned in HALVES else "F32"), True
-    return dtype, dtype == "F32" and "F64" not in (tuned, base)
+            return "F64", Exactness.WHOLE
+        return (tuned if tuned == base and tuned in HALVES else "F32"), Exactness.WHOLE
+    fits = dtype == "F32" and "F64" not in (tuned, base)
+    return dtype, Exactness.EXCEPTIONS if fits else Exactness.ROUNDED
 
 
 def dtype_of(name: str) -> str:

@@ -285,8 +285,7 @@ def done_sentence(report: Report) -> str:
         exact = facts["exactness"]
         claim = {
             "bitwise": "base + 1 * v is tuned, bit for bit",
-            "partial": f"base + 1 * v is tuned but for {exact['unrestored']} values,"
-            " where fp32 rounded the difference",
+            "partial": "base + 1 * v is tuned but for what the warnings name",
             "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
             f" {exact['unrestored']} values of tuned",
             "combined": f"values as the operator gives them, in {_stored_as(facts['dtype'])}",
@@ -302,13 +301,36 @@ def done_sentence(report: Report) -> str:
             f"({exact['exceptions']} fp32 exceptions, {exact['replacements']} replacements)"
         )
     if report.verb == "apply":
+        about = "about " if facts["estimated"] else ""
+        finite = " of finite values" if facts.get("nonfinite", {}).get("lost") else ""
         return (
             f"tensors: {counts}; verdict {facts['verdict']}\n"
-            f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values changed;"
-            f" realised gain {_number(facts['gain'])}, cosine {_number(facts['cosine'])}"
+            f"{about}{human_count(facts['changed'])} of {human_count(facts['numel'])} values"
+            f" changed; realised gain{finite} {about}{_number(facts['gain'])},"
+            f" cosine {_number(facts['cosine'])}"
         )
     verdict = f"; verdict {facts['verdict']}" if "verdict" in facts else ""
-    return f"{facts['claim']}: holds\ntensors: {counts}{verdict}"
+    return f"{facts['claim']}: {_held(facts)}\ntensors: {counts}{verdict}"
+
+
+def _held(facts: dict[str, Any]) -> str:
+    """Return that a proof holds, or for what it does not: what the manifest announces."""
+    unrestored, lines = facts.get("unrestored") or {}, []
+    if unrestored:
+        lines.append(f"{sum(unrestored.values())} values of {_some(list(unrestored))}: rounded")
+    if facts.get("differing"):
+        lines.append(f"{_some(facts['differing'])}: integers that differ, not transferred")
+    if facts.get("excluded"):
+        lines.append(f"{_some(facts['excluded'])}: left out of the vector")
+    if not lines:
+        return "holds"
+    return "\n  ".join(["holds but for what the manifest announces:", *lines])
+
+
+def _some(names: list[str]) -> str:
+    """Return up to three names of tensors, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _stored_as(dtype: str) -> str:
@@ -481,6 +503,8 @@ def _print_vector(facts: dict[str, Any]) -> None:
         f"  exact    {exact['claim']}, {exact['exceptions']} fp32 exceptions,"
         f" {exact['replacements']} replacements, {exact['unrestored']} not restored"
     )
+    if facts["nonfinite"]:
+        _print(f"  finite   not so in {facts['nonfinite']} values: they hold on the exact base")
     top = (f"{layer['name']} {layer['norm']:.3g}" for layer in facts["layers"][:3])
     text = f"  largest  {', '.join(top)}"
     _print(textwrap.fill(text, 80, subsequent_indent=" " * 11, break_on_hyphens=False))

@@ -16,14 +16,14 @@ import numpy.typing as npt
 from xxhash import xxh3_128_digest
 
 from skillvec import operators
-from skillvec.blocks import VIEW, Block, Workspace
+from skillvec.blocks import NO_RECORDS, VIEW, Block, Workspace
 from skillvec.codecs import encode_block
 from skillvec.deltas import ComputedDelta, MixDelta, PairDelta, ViewDelta
 from skillvec.errors import FormatError, IncompatibleError
-from skillvec.kernels import Array, narrow, widen
+from skillvec.kernels import FLOATS, Array, narrow, widen
 from skillvec.measures import block_sums, is_sampled, layout, masks_nbytes, sample
 from skillvec.operators import Delta
-from skillvec.patch import POSITIONS, positions_dtype
+from skillvec.patch import POSITIONS, Patch, positions_dtype
 from skillvec.plan import Job, Plan
 from skillvec.storage import OutputFile, RowWriter, fold_digest
 from skillvec.vectorfile import (
@@ -37,8 +37,12 @@ from skillvec.vectorfile import (
     readers_of,
 )
 
-COUNTS = ("changed", "unrestored", "exceptions", "replacements", "mismatches")
+COUNTS = (
+    "changed", "unrestored", "exceptions", "replacements", "mismatches", "tuned_nonfinite",
+    "base_nonfinite", "target_nonfinite", "output_nonfinite", "lost",
+)  # fmt: skip
 CHANGED, MISMATCHES = 0, 4
+NONFINITE, LOST = 5, 9  # where the counts of what is not finite begin, and the last of them
 
 
 @dataclass
@@ -47,7 +51,9 @@ class JobResult:
 
     `digests` by role (point, tuned, base, delta0.., output); `sums` are written^2,
     written * delta and delta^2 for add, delta^2 for store, those of measures.layout for compare.
-    `found` is what an operator measured.
+    `found` is what an operator measured. NaN and infinities are counted a side; `lost` are values
+    that only they can explain: without a finite delta, or not finite in the output and so neither
+    in the target nor left alone. `casts` are the bits of operators.CASTS that hold for a pair.
     """
 
     job: Job
@@ -58,20 +64,29 @@ class JobResult:
     exceptions: int = 0
     replacements: int = 0
     mismatches: int = 0
+    tuned_nonfinite: int = 0
+    base_nonfinite: int = 0
+    target_nonfinite: int = 0
+    output_nonfinite: int = 0
+    lost: int = 0
+    casts: int = 0
     first_mismatch: int | None = None
     exact_base: bool = False
     found: Any = None
 
 
+KEPT = (*COUNTS, "casts", "first_mismatch", "exact_base")
+
+
 def to_line(result: JobResult) -> dict[str, Any]:
     """Return what a journal keeps of a result."""
-    line = {key: getattr(result, key) for key in (*COUNTS, "first_mismatch", "exact_base")}
+    line = {key: getattr(result, key) for key in KEPT}
     return line | {"digests": result.digests, "sums": result.sums.tolist()}
 
 
 def from_line(job: Job, line: Mapping[str, Any]) -> JobResult:
     """Return the result of a job of which a journal has a line."""
-    kept = {key: line[key] for key in (*COUNTS, "first_mismatch", "exact_base", "digests")}
+    kept = {key: line[key] for key in (*KEPT, "digests")}
     return JobResult(job, sums=np.array(line["sums"]), **kept)
 
 
@@ -82,9 +97,10 @@ class _State:
     remaining: int
     sums: npt.NDArray[np.float64]  # a row for each block, added up in order at the end
     counts: npt.NDArray[np.int64]  # in the order of COUNTS
+    casts: int = 0
     leaves: dict[str, bytearray] = field(default_factory=dict)
-    postponed: list[int] = field(default_factory=list)
-    first_mismatch: int | None = None
+    assumed: dict[int, Array] = field(default_factory=dict)  # blocks that a guess decided: counts
+    first_mismatch: dict[int, int] = field(default_factory=dict)  # by block
     measured: dict[int, Array] = field(default_factory=dict)  # by block
 
 
@@ -246,7 +262,9 @@ class _Run:
             width = {"add": 3, "store": 1}.get(job.operator, 0)
             if job.operator == "compare" and self._plan.request is not None:
                 width = layout(self._plan.request).itemsize // 8
-            self._states[number] = _State(blocks, np.zeros((blocks, width)), np.zeros(5, np.int64))
+            counts = np.zeros(len(COUNTS), np.int64)
+            casts = _casts_of(job)
+            self._states[number] = _State(blocks, np.zeros((blocks, width)), counts, casts)
             if not blocks:
                 self._finish(number, Workspace())
             for block in range(blocks):
@@ -279,13 +297,13 @@ class _Run:
     def run_block(
         self, number: int, index: int, workspace: Workspace, exact_base: bool | None = None
     ) -> None:
-        """Do one block of one job; `exact_base` is set when a postponed block has its turn."""
+        """Do one block of one job; `exact_base` is set when it is known and was guessed wrong."""
         job, state = self._plan.jobs[number], self._states[number]
         block = Block(
             index, job.numel, workspace, self._readers, state.leaves, job.operator == "store",
-            self._seen,
+            self._seen, casts=state.casts,
         )  # fmt: skip
-        tally = np.zeros(5, np.int64)
+        tally = np.zeros(len(COUNTS), np.int64)
         if job.operator == "measure":
             self._measure(job, state, block)
         elif job.operator == "compare":
@@ -297,14 +315,17 @@ class _Run:
         elif job.operator == "store":
             self._store(job, state, block, tally)
         elif job.operator == "list":
-            self._list(job, block)
-        elif not self._write(job, state, block, tally, exact_base):
-            with self._lock:  # the tensor's digest, known at its end, decides
-                state.postponed.append(index)
-            return
+            self._list(job, block, tally)
+        else:
+            self._write(job, state, block, tally, exact_base)
+        tally[NONFINITE : NONFINITE + 2] = block.tuned_nonfinite, block.base_nonfinite
+        tally[LOST] = block.lost.size
         with self._lock:
             state.counts += tally
-            self._done_nbytes += job.nbytes_read * block.size // job.numel
+            if block.subtracted is not None:
+                state.casts &= block.subtracted.casts
+            if exact_base is None:
+                self._done_nbytes += job.nbytes_read * block.size // job.numel
 
     def _write(
         self,
@@ -313,34 +334,41 @@ class _Run:
         block: Block,
         tally: npt.NDArray[np.int64],
         exact_base: bool | None,
-    ) -> bool:
+    ) -> None:
         """Add or copy one block of the target and write it, or compare it with what is there.
 
-        Returns False where it has to wait until it is known whether the target is the exact base.
+        Whether the target is the exact base is known when its digest is, at the end of the tensor;
+        until then it is guessed, and blocks to which that makes a difference are noted.
         """
         assert job.point is not None
-        deltas = [block.delta(delta, "delta0") for delta in job.deltas]
+        is_base = self._plan.expects_base if exact_base is None else exact_base
+        added = [block.delta(delta, "delta0") for delta in job.deltas]  # one, or none for a copy
+        delta, replaced = added[0] if added else (None, NO_RECORDS)
         out = point = block.read("point", job.point)
         block.digest("point", point)
-        for delta, replaced in deltas:  # one, or none for a copy
-            if replaced.size and exact_base is None and self._may_restore(job):
-                return False
-            if not delta.is_zero or job.out_dtype != job.point.dtype:
-                out = block.array("out", job.out_dtype)
-                self._add(job, block, point, delta, out)
-            if exact_base:
+        restores = replaced.size > 0 and self._may_restore(job)
+        if restores and exact_base is None:
+            state.assumed[block.index] = tally
+        restores &= is_base
+        if delta is not None and (
+            restores or not delta.is_zero or job.out_dtype != job.point.dtype
+        ):
+            out = block.array("out", job.out_dtype)
+            self._add(job, block, point, delta, out)
+            if restores:
                 _restore(job, out, replaced)
-            if job.expected is None and out is not point:
+            if job.expected is None:
                 sums = operators.moments(point, job.point.dtype, delta, out, job.out_dtype)
                 tally[CHANGED] = sums.changed
                 state.sums[block.index] = sums[1:]
+        if job.point.dtype in FLOATS:
+            self._count_nonfinite(job, block, point, delta, out, tally)
         if job.expected is not None:
             self._compare(state, block, out, block.read("expected", job.expected), tally)
         elif job.output is not None:
             file, start = job.output
             self._outputs[file].write(start + block.begin * out.itemsize, out.view(np.uint8).data)
             block.digest("output", out)
-        return True
 
     def _compared(self, job: Job, block: Block) -> Array:
         """Return the sums of one block of several deltas."""
@@ -405,7 +433,7 @@ class _Run:
         self._writer.add(row, (encoded.payload, encoded.bitmap, *records))
         block.stamp("output", block_digest(encoded))
 
-    def _list(self, job: Job, block: Block) -> None:
+    def _list(self, job: Job, block: Block, tally: npt.NDArray[np.int64]) -> None:
         """List what base + delta changes; that it is the exact base shows when it is whole."""
         assert job.point is not None and self._writer is not None
         delta, replaced = block.delta(job.deltas[0], "delta0")
@@ -414,10 +442,23 @@ class _Run:
         out = block.array("out", job.out_dtype)
         operators.add(point, job.point.dtype, delta, 1.0, job.out_dtype, out)
         _restore(job, out, replaced)
+        self._count_nonfinite(job, block, point, delta, out, tally)
         changed = np.flatnonzero(operators.bit_pattern(out) != operators.bit_pattern(point))
         positions = (changed + block.begin).astype(POSITIONS[positions_dtype(job.numel)])
         pieces = positions.view(np.uint8), out[changed].view(np.uint8)
         self._writer.add(job.first_block + block.index, pieces)
+
+    def _count_nonfinite(
+        self, job: Job, block: Block, point: Array, delta: Delta | None, out: Array,
+        tally: npt.NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Count NaN and infinities of target and output; note those that the delta brought."""
+        assert job.point is not None
+        lam = self._plan.lam
+        found = operators.nonfinite_of(point, job.point.dtype, delta, lam, out, job.out_dtype)
+        tally[NONFINITE + 2 : LOST] = found.target, found.output
+        if found.lost.size:
+            block.lost_at.append(found.lost)
 
     def _add(self, job: Job, block: Block, point: Array, delta: Delta, out: Array) -> None:
         assert job.point is not None
@@ -442,13 +483,10 @@ class _Run:
         count = int(np.count_nonzero(differs))
         if count:
             tally[MISMATCHES] = count
-            at = block.begin + int(np.argmax(differs))
-            with self._lock:
-                first = state.first_mismatch
-                state.first_mismatch = at if first is None else min(first, at)
+            state.first_mismatch[block.index] = block.begin + int(np.argmax(differs))
 
     def _finish(self, number: int, workspace: Workspace) -> None:
-        """Settle a tensor whose blocks are all read: postponed blocks, sums, digests, checks."""
+        """Settle a tensor whose blocks are all read: wrong guesses, sums, digests, checks."""
         job, state = self._plan.jobs[number], self._states[number]
         roles: dict[str, Any] = {"point": job.point, "output": job.output}
         if job.operator == "store":
@@ -460,8 +498,12 @@ class _Run:
         exact_base = job.operator in ("add", "list") and point == (
             base if pair else job.base_digest
         )
-        for block in sorted(state.postponed):
-            self.run_block(number, block, workspace, exact_base)
+        if exact_base != self._plan.expects_base:  # not as guessed: these blocks once more
+            for block, counts in sorted(state.assumed.items()):
+                state.counts -= counts
+                state.sums[block] = 0
+                state.first_mismatch.pop(block, None)
+                self.run_block(number, block, workspace, exact_base)
         digests = {role: fold_digest(leaves) for role, leaves in state.leaves.items()}
         for role, present in roles.items():
             if present:  # an empty tensor has no blocks, but a digest
@@ -473,7 +515,8 @@ class _Run:
             digests,
             state.sums.sum(axis=0),
             **{key: int(count) for key, count in zip(COUNTS, state.counts, strict=True)},
-            first_mismatch=state.first_mismatch,
+            casts=state.casts,
+            first_mismatch=min(state.first_mismatch.values(), default=None),
             exact_base=exact_base,
             found=found,
         )
@@ -494,6 +537,14 @@ class _Run:
         if total is None:  # an empty tensor
             return None
         return mix.operator.settle(job.first_block, total, mix.weights, mix.parameters, mix.known)
+
+
+def _casts_of(job: Job) -> int:
+    """Return the ways in which a job's pair could differ by rounding alone."""
+    pair = job.deltas[0] if job.deltas else None
+    if not isinstance(pair, PairDelta) or isinstance(pair.tuned, Patch):
+        return 0
+    return operators.possible_casts(pair.tuned.dtype, pair.base.dtype)
 
 
 def _check_digests(job: Job, digests: dict[str, str]) -> None:

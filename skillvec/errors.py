@@ -41,6 +41,10 @@ class IncompatibleError(SkillvecError, ValueError):
     exit_code = 3
 
 
+class NonfiniteError(IncompatibleError):
+    """Values that are not finite where they are not expected, or that no finite delta carries."""
+
+
 def printable(text: str) -> str:
     """Return text with control characters escaped: names in files may hold any."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

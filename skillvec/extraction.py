@@ -42,6 +42,7 @@ from skillvec.storage import (
     fsync_path,
     refuse_changed,
 )
+from skillvec.summary import refuse_announced
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import readers_of
 
@@ -59,6 +60,7 @@ def extract_lora(
     energy: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     device: str = "auto",
     seed: int = 0,
     base: str | None = None,
@@ -74,8 +76,9 @@ def extract_lora(
     Every matrix gets `rank`, or the smallest rank that keeps the share `energy` of its squared
     norm. `base` is where the base is now (its config is read), if not where it was. `dtype` is
     that of the factors; the SVD is in fp32 (fp64 of fp64 deltas), by `device` and `seed`. The
-    report has rank and kept energy of every tensor and of all, with what is left out. Raises
-    UsageError, IncompatibleError, FormatError, OutputError.
+    report has rank and kept energy of every tensor and of all, with what is left out. Values
+    without a finite delta are refused, or with `allow_nonfinite` count as unchanged. Raises
+    UsageError, IncompatibleError, NonfiniteError, FormatError, OutputError.
     """
     if (rank is None) == (energy is None):
         raise UsageError("extract-lora takes either rank or energy")
@@ -93,6 +96,7 @@ def extract_lora(
     if point is None or base is not None:
         point = open_checkpoint(base or opened.manifest["base"]["ref"], "base")
     plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
+    refuse_announced(opened, allow_nonfinite, [job.name for job in plan.jobs])
     held = _sorted_out(plan.jobs, point)
     shapes = [job.deltas[0].spec.shape for job in plan.jobs if not held[job.name].why]
     most = sum(min(rank or m, m, n) * (m + n) * ITEMSIZE[dtype_of(dtype)] for m, n in shapes)
@@ -117,7 +121,8 @@ def extract_lora(
     try:
         with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
             made = stage.made
-            ranks = _write(made / WEIGHTS, plan, opened.scale, held, lines, report.facts, watcher)
+            ranks = _write(made / WEIGHTS, plan, opened.scale, held, lines, report.facts, watcher,
+                           allow_nonfinite)  # fmt: skip
             config = _config(ranks, any(hold.turned for hold in held.values()), point, opened)
             (made / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             fsync_path(os.fspath(made / ADAPTER_CONFIG))
@@ -206,7 +211,7 @@ def _model_of(base: Checkpoint) -> Any:
 
 def _write(
     path: Path, plan: Plan, scale: float, held: Mapping[str, Hold], lines: Mapping[str, Line],
-    facts: dict[str, Any], watcher: Watcher | None,
+    facts: dict[str, Any], watcher: Watcher | None, allow_nonfinite: bool,
 ) -> dict[str, int]:  # fmt: skip
     """Write the factors of every matrix; return ranks by module. Fills in lines of the ledger."""
     stored = dtype_of(facts["dtype"])
@@ -227,7 +232,8 @@ def _write(
     file = OutputFile(os.fspath(path), reserve)
     try:
         for job in plan.jobs:
-            pieces = (scale * piece for _, piece in pieces_of(job.deltas[0], readers))
+            found = pieces_of(job.deltas[0], readers, allow_nonfinite)
+            pieces = (scale * piece for _, piece in found)
             factors = _factors(job, pieces, held[job.name], lines[job.name], facts)
             if factors is not None:
                 entries += layout(job.name, factors[0].shape, factors[1].shape)

@@ -3,16 +3,18 @@
 A delta is held as values of a storage dtype plus exceptions: positions where that dtype cannot
 hold `tuned - base`, with the fp32 difference itself. `subtract` makes deltas, `add` applies them,
 `moments` and `group_products` measure. Deltas are finite and their zeros positive; a zero delta,
-and any delta on a NaN or an infinity, leaves the target's bits alone.
+and any delta on a NaN or an infinity, leaves the target's bits alone. What is not finite, and what
+no finite delta can carry, is counted here and refused, or let through, by who asked.
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from skillvec import kernels
-from skillvec.kernels import HALVES, Array, F32Array, narrow, widen
+from skillvec.kernels import HALVES, STORAGE_DTYPE, Array, F32Array, narrow, widen
 
 STEP = 1 << 16  # elements a step of the general path, which bounds its temporary arrays
 SAMPLE = 30 << 10  # values a block that moments looks at; fp32 arrays below malloc's mmap threshold
@@ -20,6 +22,19 @@ U32Array = npt.NDArray[np.uint32]
 NO_POSITIONS: U32Array = np.zeros(0, np.uint32)
 NO_VALUES: F32Array = np.zeros(0, np.float32)
 NO_BITS: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
+
+
+class Exactness(IntEnum):
+    """What a difference carries besides its values, rounded to the storage dtype.
+
+    ROUNDED: nothing. EXCEPTIONS: the fp32 difference where the dtype cannot hold it, and the tuned
+    values that no finite difference restores. WHOLE: every tuned value that base + difference
+    misses as well, so that it comes back bit for bit.
+    """
+
+    ROUNDED = 0
+    EXCEPTIONS = 1
+    WHOLE = 2
 
 
 class Delta(NamedTuple):
@@ -45,7 +60,9 @@ class Subtraction(NamedTuple):
 
     `replaced` are positions that base + delta does not restore and that hold `bits` (the tuned
     value's bit pattern, zero-extended); `unrestored` counts those that are given up. `delta_sq` is
-    the delta's squared norm.
+    the delta's squared norm. `nonfinite` counts NaN and infinities of tuned and base; `lost` are
+    positions where tuned is another value than base and the delta is 0, because the difference is
+    not finite or beyond the range of its dtype. `casts` are the bits of CASTS that hold.
     """
 
     delta: Delta
@@ -54,6 +71,9 @@ class Subtraction(NamedTuple):
     bits: npt.NDArray[np.uint64]
     changed: int
     unrestored: int
+    nonfinite: tuple[int, int] = (0, 0)
+    lost: U32Array = NO_POSITIONS
+    casts: int = 0
 
 
 class _Piece(NamedTuple):
@@ -63,6 +83,39 @@ class _Piece(NamedTuple):
     replace: npt.NDArray[np.bool_]
     changed: int
     unrestored: int
+    nonfinite: tuple[int, int]
+    lost: npt.NDArray[np.bool_]
+    casts: int
+
+
+# ways in which a difference is rounding alone: which side is the other one rounded, and to what
+CASTS = tuple((side, dtype) for side in ("tuned", "base") for dtype in ("BF16", "F16", "F32"))
+
+
+def _itemsize(dtype: str) -> int:
+    return int(STORAGE_DTYPE[dtype].itemsize)
+
+
+def possible_casts(tuned_dtype: str, base_dtype: str) -> int:
+    """Return the bits of CASTS that values of these dtypes could show."""
+    held = {"tuned": tuned_dtype, "base": base_dtype}
+    found = 0
+    for bit, (side, dtype) in enumerate(CASTS):
+        other = held["base" if side == "tuned" else "tuned"]
+        holds = held[side] == dtype or _itemsize(held[side]) > _itemsize(dtype)
+        rounds = other != dtype and _itemsize(other) >= _itemsize(dtype)
+        found |= (holds and rounds) << bit
+    return found
+
+
+def _casts(tuned: Array, base: Array, wanted: int) -> int:
+    """Return those of the wanted bits of CASTS that hold for all these values, widened ones."""
+    for bit, (side, dtype) in enumerate(CASTS):
+        if wanted >> bit & 1:
+            rounded, other = (tuned, base) if side == "tuned" else (base, tuned)
+            if not np.array_equal(widen(narrow(other, dtype), dtype), rounded):
+                wanted &= ~(1 << bit)
+    return wanted
 
 
 def bit_pattern(values: Array) -> Array:
@@ -71,18 +124,23 @@ def bit_pattern(values: Array) -> Array:
 
 
 def _subtract_piece(
-    tuned: Array, tuned_dtype: str, base: Array, base_dtype: str, value_dtype: str, exact: bool
-) -> _Piece:
+    tuned: Array, tuned_dtype: str, base: Array, base_dtype: str, value_dtype: str,
+    exactness: Exactness, casts: int = 0,
+) -> _Piece:  # fmt: skip
     """Subtract any two float dtypes and find out what base + delta restores."""
+    exact = exactness is not Exactness.ROUNDED
     a, b = widen(base, base_dtype), widen(tuned, tuned_dtype)
     with np.errstate(all="ignore"):
         difference = b - a  # fp64 where either is
-        difference[~np.isfinite(difference)] = 0
+        wild = ~np.isfinite(difference)
+        difference[wild] = 0
         difference += 0.0  # no negative zeros
         values = narrow(difference, value_dtype)
         held = widen(values, value_dtype)
         # stored values are finite and their zeros positive; exceptions hold the rest
         if not held.all() or not np.isfinite(held).all():
+            if not exact:
+                wild |= ~np.isfinite(held)
             values[~np.isfinite(held) | (held == 0)] = 0
             held = widen(values, value_dtype)
         inexact = held != difference
@@ -99,12 +157,17 @@ def _subtract_piece(
     missed = bit_pattern(restored) != bit_pattern(tuned)
     if not exact:
         replace = np.zeros_like(missed)
-    elif tuned_dtype in HALVES:
+    elif exactness is Exactness.WHOLE or tuned_dtype in HALVES:
         replace = missed
     else:  # only what no finite difference restores: -0 and what is not finite
         replace = missed & ((b == 0) | ~np.isfinite(b) | ~np.isfinite(a))
     unrestored = int(np.count_nonzero(missed & ~replace))
-    return _Piece(values, inexact, difference, replace, changed, unrestored)
+    nonfinite = (0, 0)
+    if wild.any():
+        nonfinite = count_nonfinite(tuned, tuned_dtype), count_nonfinite(base, base_dtype)
+        wild &= missed & ~(np.isnan(a) & np.isnan(b))  # payloads of NaN decide nothing
+    casts = _casts(b, a, casts) if casts else 0
+    return _Piece(values, inexact, difference, replace, changed, unrestored, nonfinite, wild, casts)
 
 
 def subtract(
@@ -113,30 +176,37 @@ def subtract(
     base: Array,
     base_dtype: str,
     value_dtype: str,
-    exact: bool,
+    exactness: Exactness,
     out: Array,
     scratch: npt.NDArray[np.uint16],
     measure: bool = True,
+    casts: int = 0,
 ) -> Subtraction:
     """Return tuned - base as a Delta whose values are written to `out`.
 
     All arrays are 1-D, of one length, at most 2^32 elements; `out` is of the storage dtype of
-    `value_dtype`, `scratch` holds as many uint16. With `exact` the delta carries exceptions, and
-    positions that no difference restores are listed; without, values are rounded to `value_dtype`
-    and that is all. Without `measure` the squared norm stays 0.
+    `value_dtype`, `scratch` holds as many uint16. `exactness` says what the delta carries besides
+    rounded values. Without `measure` the squared norm stays 0; `casts` are the bits of CASTS to
+    look for.
     """
+    exact = exactness is not Exactness.ROUNDED
     if exact and tuned_dtype == base_dtype == value_dtype == "BF16":
         found = _subtract_bf16(tuned, base, out, scratch, measure)
         if found is not None:
             return found
-    positions, differences, replaced, bits = [], [], [], []
-    changed = unrestored = 0
+    positions, differences, replaced, bits, lost = [], [], [], [], []
+    changed = unrestored = tuned_nonfinite = base_nonfinite = 0
     for begin in range(0, tuned.size, STEP):
         end = min(begin + STEP, tuned.size)
         piece = _subtract_piece(
-            tuned[begin:end], tuned_dtype, base[begin:end], base_dtype, value_dtype, exact
-        )
+            tuned[begin:end], tuned_dtype, base[begin:end], base_dtype, value_dtype, exactness,
+            casts,
+        )  # fmt: skip
+        casts = piece.casts
         out[begin:end] = piece.values
+        tuned_nonfinite += piece.nonfinite[0]
+        base_nonfinite += piece.nonfinite[1]
+        lost.append(np.flatnonzero(piece.lost).astype(np.uint32) + np.uint32(begin))
         if exact:
             at = np.flatnonzero(piece.inexact).astype(np.uint32)
             positions.append(at + np.uint32(begin))
@@ -154,6 +224,9 @@ def subtract(
         _join(bits, NO_BITS),
         changed,
         unrestored,
+        (tuned_nonfinite, base_nonfinite),
+        _join(lost, NO_POSITIONS),
+        casts,
     )
 
 
@@ -174,24 +247,27 @@ def _subtract_bf16(
     if tuned.view(np.int16).min() == -0x8000:  # no sum gives -0, however small the step
         at = np.union1d(at, np.flatnonzero((tuned == 0x8000) & (base != 0x8000)))
     inexact, replaced, bits, hidden = (NO_POSITIONS, NO_VALUES), NO_POSITIONS, NO_BITS, 0
+    nonfinite, lost = (0, 0), NO_POSITIONS
     if at.size:
         found = _settle_bf16(tuned[at], base[at])
         if found is not None:  # the values stand in `out` already
             rounded, difference = found
             inexact = at[rounded].astype(np.uint32), difference[rounded]
         else:
-            piece = _subtract_piece(tuned[at], "BF16", base[at], "BF16", "BF16", True)
+            piece = _subtract_piece(tuned[at], "BF16", base[at], "BF16", "BF16", Exactness.WHOLE)
             out[at] = piece.values
             hidden = int(np.count_nonzero(piece.values == 0))
             rounded = piece.inexact
             inexact = at[rounded].astype(np.uint32), piece.difference[rounded]
             replaced = at[piece.replace].astype(np.uint32)
             bits = tuned[replaced].astype(np.uint64)
+            nonfinite, lost = piece.nonfinite, at[piece.lost].astype(np.uint32)
     delta = Delta(out, "BF16", *inexact)
     delta_sq = squared(delta) if measure else 0.0
-    if not np.isfinite(delta_sq) if measure else _has_nonfinite(out):
+    if not np.isfinite(delta_sq) if measure else has_nonfinite(out, "BF16"):
         return None
-    return Subtraction(delta, delta_sq, replaced, bits, int(np.count_nonzero(out)) + hidden, 0)
+    changed = int(np.count_nonzero(out)) + hidden
+    return Subtraction(delta, delta_sq, replaced, bits, changed, 0, nonfinite, lost)
 
 
 def _settle_bf16(tuned: Array, base: Array) -> tuple[npt.NDArray[np.bool_], F32Array] | None:
@@ -225,13 +301,33 @@ def _far_apart(tuned: Array, base: Array, steps: npt.NDArray[np.uint16]) -> npt.
     return np.sort(np.concatenate((row * width + lanes[lane], ends + 16 * width)))
 
 
-def _has_nonfinite(bf16: Array) -> bool:
-    return bool(bf16.view(np.int16).max(initial=0) >= 0x7F80 or bf16.max(initial=0) >= 0xFF80)
+INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF << 52}  # patterns
+
+
+def has_nonfinite(values: Array, dtype: str) -> bool:
+    """Return whether floats of a dtype hold NaN or an infinity: by two reductions, no copy."""
+    bits, least = bit_pattern(values), INFINITY[dtype]
+    sign = 1 << 8 * bits.itemsize - 1
+    signed = bits.view(bits.dtype.str.replace("u", "i"))
+    return bool(signed.max(initial=0) >= least or bits.max(initial=0) >= sign | least)
+
+
+def count_nonfinite(values: Array, dtype: str) -> int:
+    """Return how many of floats of a dtype are NaN or infinities."""
+    if not has_nonfinite(values, dtype):
+        return 0
+    return int(np.count_nonzero(_nonfinite(values, dtype)))
+
+
+def _nonfinite(values: Array, dtype: str) -> npt.NDArray[np.bool_]:
+    least = bit_pattern(values).dtype.type(INFINITY[dtype])
+    wrong: npt.NDArray[np.bool_] = (bit_pattern(values) & least) == least
+    return wrong
 
 
 def has_special(bf16: Array) -> bool:
     """Return whether a BF16 block holds NaN, an infinity or a negative zero."""
-    return _has_nonfinite(bf16) or bool(bf16.view(np.int16).min(initial=0) == -0x8000)
+    return has_nonfinite(bf16, "BF16") or bool(bf16.view(np.int16).min(initial=0) == -0x8000)
 
 
 def _add_piece(
@@ -302,6 +398,35 @@ def add(
         )
 
 
+class Nonfinite(NamedTuple):
+    """How many NaN and infinities the target's block holds, and what was written.
+
+    `lost` are positions that are not finite in the output although the target's values are, or
+    although the delta wanted to change them.
+    """
+
+    target: int = 0
+    output: int = 0
+    lost: U32Array = NO_POSITIONS
+
+
+def nonfinite_of(
+    target: Array, target_dtype: str, delta: Delta | None, lam: float, out: Array, out_dtype: str
+) -> Nonfinite:
+    """Count what is not finite before and after lam * delta was added; None is a copy."""
+    before = count_nonfinite(target, target_dtype)
+    if out is target:
+        return Nonfinite(before, before)
+    after = count_nonfinite(out, out_dtype)
+    if not after:
+        return Nonfinite(before)
+    wrong = _nonfinite(out, out_dtype)
+    if before and delta is not None:
+        asked = delta.wide(0, out.size) != 0 if np.float32(lam) else np.zeros_like(wrong)
+        wrong &= ~_nonfinite(target, target_dtype) | asked
+    return Nonfinite(before, after, np.flatnonzero(wrong).astype(np.uint32))
+
+
 def group_products(x: Delta, y: Delta, width: int = kernels.DOT_ROW) -> npt.NDArray[np.float64]:
     """Return the inner products of two deltas over groups of `width` neighbours, a power of two.
 
@@ -367,7 +492,8 @@ def moments(
 ) -> Moments:
     """Measure how much of the delta arrived, on the first 30 Ki values of a block.
 
-    The sums are scaled to the whole block. What is not finite counts as not moved.
+    The sums are scaled to the whole block. What is not finite counts as changed, where it is, but
+    not as moved.
     """
     sample = min(SAMPLE, out.size)
     scale = out.size / sample
@@ -384,12 +510,14 @@ def moments(
             return Moments(changed, *(scale * total for total in sums))
     wide = delta.wide(0, sample)
     before = widen(target[:sample], target_dtype)
+    after = widen(out[:sample], out_dtype)
     with np.errstate(invalid="ignore", over="ignore"):
-        moved = widen(out[:sample], out_dtype) - before
+        moved = after - before
+    changed = int(np.count_nonzero((after != before) & ~(np.isnan(after) & np.isnan(before))))
     moved[~np.isfinite(moved)] = 0
     wide = wide.astype(moved.dtype, copy=False)
     return Moments(
-        round(scale * int(np.count_nonzero(moved))),
+        round(scale * changed),
         scale * kernels.dot(moved, moved),
         scale * kernels.dot(moved, wide),
         scale * kernels.dot(wide, wide),

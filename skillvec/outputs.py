@@ -306,7 +306,7 @@ def _probed(delta: PairDelta, tuned: Source) -> tuple[str, Any]:
     while True:
         out = kernels.from_bytes(bytearray(numel * ITEMSIZE[dtype]), dtype)
         found = subtract(sides[0], tuned.dtype, sides[1], delta.base.dtype, dtype,
-                         delta.exact, out, scratch)  # fmt: skip
+                         delta.exactness, out, scratch)  # fmt: skip
         if found.delta.positions.size * 4 <= numel or ITEMSIZE[dtype] > 2:
             return dtype, bit_pattern(out)
         dtype = "F32"

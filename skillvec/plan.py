@@ -119,6 +119,11 @@ class Plan:
     request: Request | None = None  # what compare measures
 
     @property
+    def expects_base(self) -> bool:
+        """Whether the target is likely to be the vector's exact base; its digests decide."""
+        return self.verdict in ("", "exact base")  # verify proves a vector on its base
+
+    @property
     def nbytes_read(self) -> int:
         return sum(job.nbytes_read for job in self.jobs) + sum(
             file_nbytes(source) for source, _ in self.copies
@@ -384,9 +389,19 @@ def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint)
             job = _add_job(base[name], vector, name, tuned[name].dtype, "")
             jobs.append(replace(job, expected=tuned[name]))
     for name in vector.manifest["equal"]:
-        if name in tuned and name in base:
-            job = Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name])
-            jobs.append(job)
+        if name not in tuned or name not in base:
+            problems.append(f"{name}: not in {tuned.ref if name not in tuned else base.ref}")
+            continue
+        job = Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name])
+        jobs.append(job)
+    said = {
+        name for key in ("equal", "differing", "tied", "excluded") for name in vector.manifest[key]
+    }
+    for side in (tuned, base):
+        unsaid = [name for name in side if name not in vector.deltas and name not in said]
+        problems += [
+            f"{name}: in {side.ref}, and the vector does not speak of it" for name in unsaid
+        ]
     if problems:
         raise IncompatibleError(f"{vector.ref} is not of these models:\n{up_to_five(problems)}")
     return Plan("verify", jobs, vectors=vector.files())

@@ -14,8 +14,8 @@ from skillvec.patch import is_patch
 from skillvec.rules import parse_recipe
 from skillvec.storage import refuse_duplicates
 from skillvec.vector import SkillVector
+from skillvec.vectorfile import ALLOWED, check_shape
 from skillvec.vectorfile import CHOSEN as SELECTION
-from skillvec.vectorfile import check_shape
 
 
 def described(vector: SkillVector) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def read_merged(opened: Checkpoint) -> dict[str, Any]:
     try:
         recipe = json.loads(opened.metadata[METADATA_KEY], object_pairs_hook=refuse_duplicates)
         check_shape(recipe, RECIPE, "recipe")
-        said = {key: SELECTION[key] for key in SELECTION if key in recipe["request"]}
+        known = SELECTION | ALLOWED
+        said = {key: known[key] for key in known if key in recipe["request"]}
         check_shape(recipe["request"], said, "request")
         if recipe["kind"] != "merged" or recipe["schema"] != 1:
             raise ValueError("another kind or schema")
@@ -121,7 +122,7 @@ def flags(**options: Any) -> list[str]:
         word
         for key, value in options.items()
         for item in (value if isinstance(value, list | tuple) else [value])
-        for word in (f"--{key}", str(item))
+        for word in (f"--{key.replace('_', '-')}", *([] if item is True else [str(item)]))
     ]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from skillvec import analysis
+from skillvec import analysis, operators
 from skillvec.deltas import PairDelta
 from skillvec.engine import JobResult
-from skillvec.errors import up_to_five
+from skillvec.errors import NonfiniteError, up_to_five
 from skillvec.fitting import ledger_line
 from skillvec.plan import Job, Plan
 from skillvec.report import Line, Report
@@ -35,12 +35,15 @@ def complete_manifest(
 ) -> None:
     """Add what is known when all blocks are written: digests, counts, codecs, exactness."""
     manifest["tensors"], manifest["differing"], equal = {}, [], {}
-    unrestored = 0
+    unrestored, announced = 0, vector.nonfinite()
     for result in results:
         job = result.job
         if job.operator == "store":
             unrestored += result.unrestored
-            manifest["tensors"][job.name] = _entry(result, settled["tensors"][job.name], vector)
+            placed = settled["tensors"][job.name]
+            manifest["tensors"][job.name] = _entry(
+                result, placed, vector, announced.get(job.name, 0)
+            )
         elif result.mismatches:
             manifest["differing"].append(job.name)
         else:
@@ -67,9 +70,12 @@ def complete_manifest(
     )
 
 
-def _entry(result: JobResult, placed: tuple[str, int], vector: SkillVector) -> dict[str, Any]:
-    """Return the manifest's line on a delta that was written."""
+def _entry(
+    result: JobResult, placed: tuple[str, int], vector: SkillVector, announced: int
+) -> dict[str, Any]:
+    """Return the manifest's line on a delta that was written; `announced` as of `nonfinite`."""
     job, (codec, block) = result.job, placed
+    nonfinite = min(result.lost + announced, job.numel)
     delta = job.deltas[0]
     entry = Entry(job.name, job.out_dtype, delta.spec.shape, codec)
     digest = NO_DIGEST if codec == "zero" else result.digests["output"]
@@ -77,14 +83,16 @@ def _entry(result: JobResult, placed: tuple[str, int], vector: SkillVector) -> d
         old = vector.manifest["tensors"][job.name]
         changed, norm, base, tuned = (old[key] for key in ("changed", "norm", "base", "tuned"))
         unrestored = old.get("unrestored", 0)
-        return tensor_entry(entry, codec, block, digest, changed, norm, base, tuned, unrestored)
+        return tensor_entry(
+            entry, codec, block, digest, changed, norm, base, tuned, unrestored, nonfinite
+        )
     base = tuned = None
     if isinstance(delta, PairDelta):
         base = [delta.base.dtype, result.digests["base"]]
         tuned = [delta.tuned.dtype, result.digests["tuned"]]
     norm = float(result.sums[0]) ** 0.5
     return tensor_entry(
-        entry, codec, block, digest, result.changed, norm, base, tuned, result.unrestored
+        entry, codec, block, digest, result.changed, norm, base, tuned, result.unrestored, nonfinite
     )
 
 
@@ -134,6 +142,9 @@ def report_stored(
             f"tuned is {'+'.join(mixed)} where base is not: tuned comes back when the vector is"
             " applied to base with --dtype of the tuned model"
         )
+    stored_results = [result for result in results if result.job.operator == "store"]
+    report.warnings += rounding_warning(stored_results, 0)
+    tell_nonfinite(report, results)
 
 
 def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> None:
@@ -147,11 +158,11 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             continue
         gain, cosine = analysis.realised(result.sums, plan.lam)
         assert job.point is not None
-        # the count of changed values is taken on a sample; the digests saw every byte
         same_dtype = job.out_dtype == job.point.dtype
         unchanged = same_dtype and result.digests["output"] == result.digests["point"]
         line = job_line(job, "unchanged" if unchanged else "applied")
         line |= {"numel": job.numel, "changed": result.changed, "gain": gain, "cosine": cosine}
+        line["estimated"] = job.numel > operators.SAMPLE  # changed, gain, cosine: of a sample
         if unchanged and result.sums[2] > 0 and plan.lam:
             line["note"] = "rounding absorbed the whole delta"
         report.ledger.append(line)
@@ -168,6 +179,7 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
     report.facts |= {
         "numel": sum(result.job.numel for result in added),
         "changed": sum(result.changed for result in added),
+        "estimated": any(line["estimated"] for line in report.ledger if "estimated" in line),
         "gain": gain,
         "cosine": cosine,
         "worst": [
@@ -178,6 +190,8 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             )[:5]
         ],
     }
+    report.warnings += rounding_warning(added, 2)
+    tell_nonfinite(report, results)
     if gain is not None and not (0.9 <= gain <= 1.1 and (cosine or 0) >= 0.9):
         stored = sorted({result.job.out_dtype for result in added})
         report.warnings.append(
@@ -186,6 +200,104 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             " steps of the target's grid are as large as the delta. --dtype fp32 is exact,"
             " --rounding stochastic right on average"
         )
+
+
+SIDES = ("tuned", "base", "target", "output")
+LEFT_OUT = "--exclude leaves tensors out"
+
+
+def _sides_of(result: JobResult) -> dict[str, int]:
+    """Return how many NaN and infinities each side of a tensor holds, where it holds any."""
+    counts = {side: getattr(result, f"{side}_nonfinite") for side in SIDES}
+    return {side: count for side, count in counts.items() if count}
+
+
+def nonfinite_line(result: JobResult) -> str:
+    """Return which values of a tensor NaN, infinities or the range of a dtype decide."""
+    sides = ", ".join(f"{count} in {side}" for side, count in _sides_of(result).items())
+    why = f"not finite: {sides}" if sides else "differences beyond the range of their dtype"
+    return f"{result.job.name}: {result.lost} of {result.job.numel} values ({why})"
+
+
+def refuse_nonfinite(results: Sequence[JobResult], allow_nonfinite: bool) -> None:
+    """Raise NonfiniteError naming the tensors in which NaN or infinities decide a value."""
+    wrong = [result for result in results if result.lost]
+    if not wrong or allow_nonfinite:
+        return
+    advice = (
+        "no finite difference leads from base to tuned there, so targets would keep their own"
+        f" values: {LEFT_OUT}; --allow-nonfinite goes on, for the exact base alone"
+    )
+    if not any(result.tuned_nonfinite or result.base_nonfinite for result in wrong) and any(
+        result.job.operator == "add" for result in wrong
+    ):
+        advice = (
+            f"a smaller lam or a wider --dtype may hold what overflows; {LEFT_OUT};"
+            " --allow-nonfinite writes it as it is"
+        )
+    lines = up_to_five([nonfinite_line(result) for result in wrong])
+    raise NonfiniteError(f"values that are not finite, or out of range:\n{lines}\n({advice})")
+
+
+def refuse_announced(vector: SkillVector, allow_nonfinite: bool, names: Sequence[str]) -> None:
+    """Raise NonfiniteError where manifests say that values of these tensors have no delta."""
+    found = {name: count for name, count in vector.nonfinite().items() if name in set(names)}
+    if found and not allow_nonfinite:
+        numels = {name: vector.deltas[name].spec.numel for name in found}
+        lines = [f"{name}: {count} of {numels[name]} values" for name, count in found.items()]
+        raise NonfiniteError(
+            f"{vector.ref}: made with --allow-nonfinite: where tuned or base was not finite, only"
+            f" the exact base gets tuned's values:\n{up_to_five(lines)}\n({LEFT_OUT};"
+            " --allow-nonfinite goes on)"
+        )
+
+
+def tell_nonfinite(report: Report, results: Sequence[JobResult]) -> None:
+    """Add counts of NaN and infinities to facts and ledger, and sentences on what they are."""
+    lines = {line["name"]: line for line in report.ledger}
+    totals: Counter[str] = Counter()
+    lost, kept = [], []
+    for result in results:
+        sides = _sides_of(result)
+        if result.lost:
+            lost.append(nonfinite_line(result))
+            sides["lost"] = result.lost
+        elif sides:
+            kept.append(f"{result.job.name}: {max(sides.values())} of {result.job.numel} values")
+        if sides:
+            lines[result.job.name]["nonfinite"] = sides
+            totals.update(sides)
+    if totals:
+        report.facts["nonfinite"] = dict(totals)
+    if lost:
+        report.warnings.append(f"values that are not finite, or out of range:\n{up_to_five(lost)}")
+    if kept:
+        report.warnings.append(
+            f"NaN or infinities that nothing changes, so they stay as they are:\n{up_to_five(kept)}"
+        )
+
+
+def rounding_warning(results: Sequence[JobResult], column: int) -> list[str]:
+    """Return what to say of tensors whose whole delta is the rounding of one side to a dtype.
+
+    `column` is that of the delta's squared norm in the sums of the results.
+    """
+    total = sum(float(result.sums[column]) for result in results)
+    ways: dict[int, list[JobResult]] = {}
+    for result in results:
+        if result.casts and result.sums[column] > 0:
+            ways.setdefault((result.casts & -result.casts).bit_length() - 1, []).append(result)
+    found = []
+    for way, held in sorted(ways.items()):
+        side, dtype = operators.CASTS[way]
+        other = "base" if side == "tuned" else "tuned"
+        share = sum(float(result.sums[column]) for result in held) / total
+        found.append(
+            f"{100 * share:.3g} % of the vector's squared norm is rounding, not training: in these"
+            f" tensors {side} is {other} rounded to {dtype}, value for value ({LEFT_OUT}):\n"
+            + up_to_five([result.job.name for result in held])
+        )
+    return found
 
 
 def mismatch_line(result: JobResult, side: str) -> str:
@@ -223,6 +335,7 @@ def describe_vector(vector: SkillVector) -> Report:
     facts |= {
         "files": [os.path.basename(file) for file in stored.files],
         "lineage": vector.dtypes,
+        "nonfinite": sum(vector.nonfinite().values()),
         "numel": numel,
         "changed": changed,
         "density": changed / numel if numel else 0.0,

@@ -358,6 +358,17 @@ class SkillVector:
         own = [side for side in sides if side is not None]
         return own + [side for part in self.parts for side in part.inputs()]
 
+    def nonfinite(self) -> dict[str, int]:
+        """Return how many values of tensors have no finite delta, at most: as manifests say."""
+        if not self.parts:
+            entries = self.manifest.get("tensors", {}).items()
+            return {name: e["nonfinite"] for name, e in entries if e.get("nonfinite")}
+        found: dict[str, int] = {}
+        for part in self.parts:
+            for name, count in part.nonfinite().items():
+                found[name] = min(found.get(name, 0) + count, part.deltas[name].spec.numel)
+        return found
+
     def base_digest(self, name: str) -> str | None:
         """Return the digest of the base's tensor that the delta was taken from, if recorded."""
         if self.parts:

@@ -118,6 +118,7 @@ PARENT = {
 }  # fmt: skip
 # what who subtracts may choose besides the dtype; the last two stand where they were given
 CHOSEN: dict[Any, Any] = {"include": [str], "exclude": [str], "rename": [str], "rows": str}
+ALLOWED: dict[Any, Any] = {"allow_nonfinite": bool}  # stands where it was given
 MANIFEST = {
     "kind": str, "schema": int, "tool": str, "command": str, "formula": str, "dtype": str,
     "codec": str, "identity": DIGEST, "block_numel": int,
@@ -143,7 +144,9 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
     """
     if shape is ...:
         return
-    if isinstance(shape, re.Pattern):
+    if shape is bool:
+        _expect(type(value) is bool, "true or false", value, where)
+    elif isinstance(shape, re.Pattern):
         fits = isinstance(value, str) and shape.fullmatch(value) is not None
         _expect(fits, "a digest of 32 hex digits", value, where)
     elif isinstance(shape, range):
@@ -247,8 +250,9 @@ class VectorFile:
             )
         try:
             check_shape(manifest, MANIFEST, "manifest")
+            known = CHOSEN | ALLOWED
             for said in (manifest, *manifest["parents"]):
-                check_shape(said, {key: CHOSEN[key] for key in CHOSEN if key in said}, "manifest")
+                check_shape(said, {key: known[key] for key in known if key in said}, "manifest")
         except TypeError as error:
             raise self._broken(f"broken {error}") from None
         if manifest["exactness"]["claim"] not in CLAIMS:
@@ -288,7 +292,7 @@ class VectorFile:
             )
         if (entry["base"] is None) != (entry["tuned"] is None):
             raise self._broken(f"broken manifest: {name}: base and tuned go together")
-        counts = (entry["changed"], entry.get("unrestored", 0))
+        counts = (entry["changed"], entry.get("unrestored", 0), entry.get("nonfinite", 0))
         if any(type(count) is not int or not 0 <= count <= numel for count in counts) or not (
             0 <= entry["norm"] <= MAX_NORM
         ):
@@ -545,7 +549,7 @@ def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
 
 def tensor_entry(
     entry: Entry, codec: str, block: int, digest: str, changed: int, norm: float,
-    base: list[str] | None, tuned: list[str] | None, unrestored: int = 0,
+    base: list[str] | None, tuned: list[str] | None, unrestored: int = 0, nonfinite: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the manifest's line on one tensor; the norm in the 5 digits it is good for."""
     line = {
@@ -553,7 +557,8 @@ def tensor_entry(
         "digest": digest, "changed": changed, "norm": float(f"{min(norm, MAX_NORM):.4e}"),
         "base": base, "tuned": tuned,
     }  # fmt: skip
-    return line | ({"unrestored": unrestored} if unrestored else {})
+    counts = {"unrestored": unrestored, "nonfinite": nonfinite}
+    return line | {key: count for key, count in counts.items() if count}
 
 
 def exactness_entry(
@@ -574,10 +579,12 @@ def _widest(manifest: dict[str, Any], entries: Sequence[Entry]) -> dict[str, Any
     total = sum(entry.numel for entry in entries)
     rows = total // BLOCK_NUMEL + len(entries)
     side = ["BF16", hexes]
+    least, allowed = -1.2345e-300, manifest.get("allow_nonfinite", False)
     lines = {
-        e.name: tensor_entry(e, "packed", rows, hexes, e.numel, -1.2345e-300, side, side, e.numel)
+        e.name: tensor_entry(e, "packed", rows, hexes, e.numel, least, side, side, e.numel,
+                             e.numel if allowed else 0)
         for e in entries
-    }
+    }  # fmt: skip
     return manifest | {
         "tensors": lines,
         "equal": {name: [entry[0], hexes] for name, entry in manifest["equal"].items()},

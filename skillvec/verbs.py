@@ -66,7 +66,7 @@ from skillvec.provenance import (
     reopened,
 )
 from skillvec.report import Report, Watcher
-from skillvec.rules import Recipe, Share, parse_recipe, read_recipe, selection
+from skillvec.rules import Recipe, Share, is_selected, parse_recipe, read_recipe, selection
 from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import Staging
 from skillvec.storage import copy_file, fsync_path, shown
@@ -75,8 +75,11 @@ from skillvec.summary import (
     describe_vector,
     job_line,
     mismatch_line,
+    refuse_announced,
+    refuse_nonfinite,
     report_apply,
     report_stored,
+    tell_nonfinite,
 )
 from skillvec.vector import FP32_MAX, SkillVector
 from skillvec.vectorfile import (
@@ -102,6 +105,7 @@ def diff(
     exclude: Sequence[str] = (),
     rename: Sequence[str] = (),
     rows: str = "strict",
+    allow_nonfinite: bool = False,
     stream: bool = False,
     engine: str = "threads",
     workers: int | None = None,
@@ -112,13 +116,15 @@ def diff(
     """Compute the skill vector v = tuned - base (PaST, arXiv 2601.11258, stage 2).
 
     With `output`, write it there and return the opened vector; without, return it unread, to be
-    subtracted where it is used. `dtype` auto is exact: base + 1 * v restores tuned bit for bit
-    (for fp32 as stated in the manifest); bf16, fp16 and fp32 store rounded values. `codec` auto
-    takes the smallest. `rename` rules ("REGEX=TEXT") bring tuned's names to base's where no known
-    layout does; `rows` says what happens to embeddings of another length (strict, common, skip).
-    `tuned` may be a PEFT adapter of base. With `stream` a checkpoint on the Hub is read shard by
-    shard, at most two of them on the disk. The report is the attribute `report` of what is
-    returned. Raises UsageError, IncompatibleError, FormatError, OutputError.
+    subtracted where it is used. `dtype` auto is exact: base + 1 * v restores tuned bit for bit,
+    whatever the dtypes; bf16, fp16 and fp32 store rounded values. `codec` auto takes the smallest.
+    NaN and infinities are refused where tuned and base do not hold the same, unless
+    `allow_nonfinite`: then they come back on the exact base alone. `rename` rules ("REGEX=TEXT")
+    bring tuned's names to base's where no known layout does; `rows` says what happens to
+    embeddings of another length (strict, common, skip). `tuned` may be a PEFT adapter of base.
+    With `stream` a checkpoint on the Hub is read shard by shard, at most two of them on the disk.
+    The report is the attribute `report` of what is returned. Raises UsageError,
+    IncompatibleError, NonfiniteError, FormatError, OutputError.
     """
     vector = SkillVector.between(tuned, base, dtype, include, exclude, rename, rows)
     if output is None:
@@ -127,8 +133,8 @@ def diff(
         return vector
     return save(
         vector, output, codec=codec, max_shard_size=max_shard_size, method=method, notes=notes,
-        license=license, stream=stream, engine=engine, workers=workers, dry_run=dry_run,
-        force=force, watcher=watcher,
+        license=license, allow_nonfinite=allow_nonfinite, stream=stream, engine=engine,
+        workers=workers, dry_run=dry_run, force=force, watcher=watcher,
     )  # fmt: skip
 
 
@@ -199,6 +205,7 @@ def save(
     method: str | None = None,
     notes: str | None = None,
     license: str | None = None,
+    allow_nonfinite: bool = False,
     stream: bool = False,
     engine: str = "threads",
     workers: int | None = None,
@@ -211,7 +218,8 @@ def save(
     `dtype` of a combination: auto is fp32 (fp64 where an input is); that of a difference was
     chosen when it was taken. `codec`: auto, dense, sparse
     or packed (docs/format.md). A stored vector is written with its manifest and exact values,
-    whatever the codec. `method`, `notes` and `license` go into the manifest.
+    whatever the codec. `method`, `notes` and `license` go into the manifest. Raises NonfiniteError
+    where values have no finite delta, unless `allow_nonfinite`.
     """
     runner = engine_of(engine, workers)
     if codec not in ("auto", *CODECS[1:]):
@@ -225,6 +233,7 @@ def save(
             f"dtype {dtype}: {vector.ref} has its own; diff --dtype chooses that of a difference"
         )
     dtype = dtype if vector.parts else vector.manifest["dtype"]
+    refuse_announced(vector, allow_nonfinite, list(vector.deltas))
     place = output_vector(output, force, vector)
     storage = choose_storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
     labels = {"method": method, "notes": notes, "license": license}
@@ -232,15 +241,17 @@ def save(
     verb, words = command_words(vector)
     if vector.parts:
         shown["dtype"] = dtype
+    allowed = {"allow_nonfinite": True} if allow_nonfinite else {}
     training = vector.manifest["training"]
     manifest = vector.manifest | {
         "tool": f"skillvec {__version__}",
-        "command": shlex.join(["skillvec", verb, *words, *flags(codec=codec, **shown)]),
+        "command": shlex.join(["skillvec", verb, *words, *flags(codec=codec, **shown, **allowed)]),
         "dtype": dtype,
         "codec": codec,
         "block_numel": BLOCK_NUMEL,
         "training": {"method": method or training["method"], "notes": notes or training["notes"]},
         "license": license or vector.manifest["license"],
+        **allowed,
     }
     plan, entries = plan_store(verb, vector, storage)
     facts: dict[str, Any] = {"formula": manifest["formula"], "output": place.ref,
@@ -260,6 +271,7 @@ def save(
         writer,
     ):
         results = run_plan(plan, runner, watcher, stage, writer=writer, stream=stream)
+        refuse_nonfinite(results, allow_nonfinite)
         settled = writer.settle()
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
@@ -290,6 +302,7 @@ def export_patch(
     output: PathLike,
     *,
     base: PathLike | Checkpoint | None = None,
+    allow_nonfinite: bool = False,
     engine: str = "threads",
     workers: int | None = None,
     dry_run: bool = False,
@@ -299,7 +312,8 @@ def export_patch(
     """Write the values that vector + base changes, as `NAME.indices` and `NAME.values`.
 
     Raises IncompatibleError unless `base` (where it was, if not given) is the vector's exact base,
-    on which alone such a list holds.
+    on which alone such a list holds; NonfiniteError where NaN or infinities would be listed,
+    unless `allow_nonfinite`.
     """
     runner = engine_of(engine, workers)
     opened = SkillVector.open(vector)
@@ -320,6 +334,7 @@ def export_patch(
             raise IncompatibleError(
                 f"{point.ref} is not the exact base of {opened.ref}:\n{up_to_five(other)}"
             )
+        refuse_nonfinite(results, allow_nonfinite)
         made = writer.finish({"schema": 1, **request})
         nbytes = os.path.getsize(made)
         stage.publish(made)
@@ -329,6 +344,7 @@ def export_patch(
                      "numel": sum(job.numel for job in plan.jobs)}  # fmt: skip
     for line, count in zip(report.ledger, writer.counts, strict=True):
         line |= {"status": "listed" if count else "unchanged", "changed": int(count)}
+    tell_nonfinite(report, results)
     return report
 
 
@@ -347,6 +363,7 @@ def apply(
     exclude: Sequence[str] = (),
     rename: Sequence[str] = (),
     rows: str = "strict",
+    allow_nonfinite: bool = False,
     stream: bool = False,
     engine: str = "threads",
     workers: int | None = None,
@@ -361,7 +378,9 @@ def apply(
     `seed`. With `tuned` and `base` in place of a vector the difference is taken in the same pass
     and not stored: the same weights. `rename` rules are applied to the vector's names; of `rows`
     that only the target has, nothing changes. `stream` as of diff. Raises IncompatibleError with
-    both shapes where the vector does not fit, UsageError, FormatError, OutputError.
+    both shapes where the vector does not fit, NonfiniteError where values of the output are NaN or
+    infinite and were not so in the target, or should have changed (unless `allow_nonfinite`),
+    UsageError, FormatError, OutputError.
     """
     if output is None:
         raise UsageError("apply needs an output")
@@ -370,6 +389,7 @@ def apply(
     runner = engine_of(engine, workers)
     request = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed}
     request |= selection(include, exclude, rename, rows)
+    request |= {"allow_nonfinite": True} if allow_nonfinite else {}
     point = open_checkpoint(target, "target")
     if vector is not None:
         displacement = SkillVector.open(vector)
@@ -402,6 +422,7 @@ def apply(
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
         results = run_plan(plan, runner, watcher, stage, files, stream=stream)
+        refuse_nonfinite(results, allow_nonfinite)
         for file in files:
             file.sync()
         made = stage.made
@@ -578,6 +599,10 @@ def _plan_apply(
         "lam": lam * displacement.scale,
         "request": request,
     }
+    allowed = request.get("allow_nonfinite", False)
+    globs = request["include"], request["exclude"]
+    named = [name for name in displacement.deltas if is_selected(name, *globs)]
+    refuse_announced(displacement, allowed, named)
     plan = plan_apply(
         point,
         displacement,
@@ -638,7 +663,7 @@ def _verify_vector(
         return report
     results = run_plan(measured(plan, runner, watcher), runner, watcher)
     side = "tuned model's" if manifest["tuned"] else "parents'"
-    _conclude(report, results, side, manifest["tensors"])
+    _conclude(report, results, side, manifest)
     return report
 
 
@@ -646,20 +671,23 @@ def _conclude(
     report: Report,
     results: list[JobResult],
     side: str,
-    entries: Mapping[str, Any] | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> None:
     """Turn compared jobs into the ledger; raise VerificationError where one does not hold.
 
-    `entries` of a vector's manifest say how many values are known not to be restored.
+    `manifest` is that of a vector: it announces values that are not restored.
     """
     report.ledger, wrong = [], []
+    entries, equal = (manifest or {}).get("tensors", {}), (manifest or {}).get("equal", {})
+    unrestored: dict[str, int] = {}
     for result in results:
         name = result.job.name
-        entry = (entries or {}).get(name)
+        entry = entries.get(name)
         stated = entry.get("unrestored", 0) if entry else 0
         problem = None
         digest = result.digests.get("point") or result.digests.get("base")
-        if entry and entry["base"] and digest not in (None, entry["base"][1]):
+        expected = entry["base"] if entry else equal.get(name)
+        if expected and digest not in (None, expected[1]):
             problem = f"{name}: the base's tensor is not the one the vector was made from"
         elif result.mismatches != stated:
             problem = mismatch_line(result, side)
@@ -667,6 +695,14 @@ def _conclude(
         report.ledger.append(line | ({"unrestored": stated} if stated else {}))
         if problem:
             wrong.append(problem)
+        elif stated:
+            unrestored[name] = stated
     if wrong:
         raise VerificationError(f"{report.facts['claim']} does not hold:\n{up_to_five(wrong)}")
+    tell_nonfinite(report, results)
     report.facts["verified"] = True
+    if manifest is not None and manifest["tuned"]:
+        left = ("differing", "excluded")
+        report.facts["unrestored"] = unrestored
+        report.facts |= {key: manifest[key] for key in left}
+        report.ledger += [{"name": name, "status": key} for key in left for name in manifest[key]]
