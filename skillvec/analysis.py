@@ -341,7 +341,11 @@ def forecast(pair: dict[str, Any]) -> Row:
             f" (chance {_percent(chance)})"
         )
     if found["conflict"] is not None:
-        words.append(f"{_percent(found['conflict'])} meets weights that B moved the other way")
+        sampled = any(measures.is_estimated(row["numel"]) for row in pair["tensors"])
+        about = "about " if sampled else ""
+        words.append(
+            f"{about}{_percent(found['conflict'])} meets weights that B moved the other way"
+        )
     where = ", ".join(row["name"] for row in found["layers"][:3])
     look = f"; look at {where}" if where else "; no layer stands out"
     return found | {"sentence": f"adding A to a model that holds B: {', '.join(words)}{look}"}

@@ -21,7 +21,7 @@ from skillvec.checkpoint import Checkpoint, open_checkpoint
 from skillvec.engine import JobResult
 from skillvec.errors import UsageError
 from skillvec.kernels import HALVES
-from skillvec.measures import STEP_EDGES, Request, layout
+from skillvec.measures import ESTIMATED, STEP_EDGES, Request, is_estimated, layout
 from skillvec.outputs import Output, PathLike, output_report
 from skillvec.plan import Plan, plan_compare
 from skillvec.report import Report, Watcher
@@ -209,6 +209,8 @@ def _conclude(
     """Turn sums into the facts of the report."""
     form = layout(request)
     records = [(r.job.name, r.job.numel, r.sums.view(form)[0]) for r in results]
+    if any(is_estimated(numel) for _, numel, _ in records):
+        report.facts["estimated"] = list(ESTIMATED)
     labels, lineage = report.facts["vectors"], report.facts["lineage"]
     report.facts["norms"] = [
         {"label": labels[i], "lineage": lineage[i]}

@@ -377,7 +377,9 @@ def _print_comparison(report: Report, verbose: bool) -> None:
     facts = report.facts
     letters = {label: chr(ord("A") + i % 26) for i, label in enumerate(facts["vectors"])}
     for vector in facts["norms"]:
-        _print(_wrapped(f"{letters[vector['label']]} = {_vector_line(vector)}"))
+        _print(
+            _wrapped(f"{letters[vector['label']]} = {_vector_line(vector, 'estimated' in facts)}")
+        )
     left_out = {"z", "lift"} if verbose else set()  # room for names; the report has them all
     left_out |= set() if facts["control"] else {"control"}
     shown = {title: spec for title, spec in PAIR_COLUMNS.items() if title not in left_out}
@@ -405,14 +407,15 @@ def _print_comparison(report: Report, verbose: bool) -> None:
         _print(_wrapped(f"{words} {forecast[0].upper()}{forecast[1:]}."))
 
 
-def _vector_line(vector: dict[str, Any]) -> str:
+def _vector_line(vector: dict[str, Any], estimated: bool) -> str:
     """Return label, dtype lineage, norm and density of a vector."""
     row = vector["overall"]
     words = f"{vector['label']} ({vector['lineage']}), norm {row['norm']:.4g}"
     if row["density"] is not None:
         words += f", {100 * row['density']:.3g} % changed"
     if row["below_half_step"] is not None:
-        words += f", {100 * row['below_half_step']:.2g} % by under half a 16-bit step"
+        about = "about " if estimated else ""
+        words += f", {about}{100 * row['below_half_step']:.2g} % by under half a 16-bit step"
     return words
 
 
@@ -431,7 +434,7 @@ def _wrapped(text: str) -> str:
 def _print_norms(report: Report, verbose: bool) -> None:
     """Print norms by kind and layer, with bars of the root mean square of the values."""
     (vector,) = report.facts["norms"]
-    _print(_wrapped(_vector_line(vector)))
+    _print(_wrapped(_vector_line(vector, "estimated" in report.facts)))
     rows = []
     for level in ("modules", "kinds", "layers", *(["tensors"] if verbose else [])):
         most = max((row["rms"] or 0 for row in vector[level]), default=0)

@@ -25,6 +25,10 @@ STEP_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of |delta| in steps 
 VECTOR = ("square", "support", "sampled", "moved", "kept_dot", "kept_sq", "absorbed", "step_sq")
 PAIR = ("product", "groups_sq", "shared", "agree", "met_a", "met_b", "clash_a", "clash_b")
 CONTROL = ("product", "groups_sq")
+# numbers of docs/orthogonality.md that come of the sampled sums
+ESTIMATED = (
+    "steps", "below_half_step", "kept_gain", "kept_cosine", "absorbed", "on_support", "conflict",
+)  # fmt: skip
 
 
 class Request(NamedTuple):
@@ -180,6 +184,11 @@ def _count_supports(
         pairs["agree"][n] = count - np.count_nonzero(opposed)
 
 
+def is_estimated(numel: int) -> bool:
+    """Return whether a tensor of so many values is larger than its sample."""
+    return numel > RUNS * RUN
+
+
 def is_sampled(begin: int) -> bool:
     """Return whether the block that begins there is one of those that are sampled."""
     return begin % SAMPLED == 0
@@ -187,7 +196,7 @@ def is_sampled(begin: int) -> bool:
 
 def sample(values: Array) -> Array:
     """Return 32 runs of 512 values at equal distances in a block, or all of a short one."""
-    if values.size <= RUNS * RUN:
+    if not is_estimated(values.size):
         return values
     width = values.size // RUNS
     return values[: RUNS * width].reshape(RUNS, width)[:, :RUN].ravel()
