@@ -507,7 +507,7 @@ def _print_vector(facts: dict[str, Any]) -> None:
         f" {exact['replacements']} replacements, {exact['unrestored']} not restored"
     )
     if facts["nonfinite"]:
-        _print(f"  finite   not so in {facts['nonfinite']} values: they hold on the exact base")
+        _print(f"  finite   but for {facts['nonfinite']} values, which only the exact base gets")
     top = (f"{layer['name']} {layer['norm']:.3g}" for layer in facts["layers"][:3])
     text = f"  largest  {', '.join(top)}"
     _print(textwrap.fill(text, 80, subsequent_indent=" " * 11, break_on_hyphens=False))

@@ -147,6 +147,18 @@ def report_stored(
     tell_nonfinite(report, results)
 
 
+def correct_verdict(report: Report, results: Sequence[JobResult]) -> None:
+    """Take back the verdict "exact base", which a sample gave, where digests say otherwise."""
+    added = [result for result in results if result.job.operator == "add"]
+    known = [r for r in added if r.job.base_digest or isinstance(r.job.deltas[0], PairDelta)]
+    other = [result.job.name for result in known if not result.exact_base]
+    if report.facts.get("verdict") == "exact base" and other:
+        report.facts["verdict"] = "same family"
+        report.warnings.append(
+            "the target looked like the vector's base but differs from it in:\n" + up_to_five(other)
+        )
+
+
 def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> None:
     report.ledger = []
     passed = {line["name"]: line for line in plan.ledger}
@@ -167,13 +179,7 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             line["note"] = "rounding absorbed the whole delta"
         report.ledger.append(line)
     report.ledger += passed.values()
-    known = [r for r in added if r.job.base_digest or isinstance(r.job.deltas[0], PairDelta)]
-    other = [result.job.name for result in known if not result.exact_base]
-    if plan.verdict == "exact base" and other:
-        report.facts["verdict"] = "same family"
-        report.warnings.append(
-            "the target looked like the vector's base but differs from it in:\n" + up_to_five(other)
-        )
+    correct_verdict(report, results)
     sums = np.sum([result.sums for result in added], axis=0)
     gain, cosine = analysis.realised(sums, plan.lam)
     report.facts |= {
@@ -192,7 +198,8 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
     }
     report.warnings += rounding_warning(added, 2)
     tell_nonfinite(report, results)
-    if gain is not None and not (0.9 <= gain <= 1.1 and (cosine or 0) >= 0.9):
+    lost = report.facts.get("nonfinite", {}).get("lost")  # that, not the grid, is the reason then
+    if gain is not None and not lost and not (0.9 <= gain <= 1.1 and (cosine or 0) >= 0.9):
         stored = sorted({result.job.out_dtype for result in added})
         report.warnings.append(
             f"rounding to {'+'.join(stored)} changed the request: of lam {plan.lam:g}, "

@@ -72,6 +72,7 @@ from skillvec.staging import Staging
 from skillvec.storage import copy_file, fsync_path, shown
 from skillvec.summary import (
     complete_manifest,
+    correct_verdict,
     describe_vector,
     job_line,
     mismatch_line,
@@ -699,6 +700,7 @@ def _conclude(
             unrestored[name] = stated
     if wrong:
         raise VerificationError(f"{report.facts['claim']} does not hold:\n{up_to_five(wrong)}")
+    correct_verdict(report, results)
     tell_nonfinite(report, results)
     report.facts["verified"] = True
     if manifest is not None and manifest["tuned"]:
