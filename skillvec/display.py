@@ -302,12 +302,13 @@ def done_sentence(report: Report) -> str:
         )
     if report.verb == "apply":
         about = "about " if facts["estimated"] else ""
-        finite = " of finite values" if facts.get("nonfinite", {}).get("lost") else ""
+        lost = facts.get("nonfinite", {}).get("lost")
+        finite = "\n(what is not finite counts as not arrived)" if lost else ""
         return (
             f"tensors: {counts}; verdict {facts['verdict']}\n"
             f"{about}{human_count(facts['changed'])} of {human_count(facts['numel'])} values"
-            f" changed; realised gain{finite} {about}{_number(facts['gain'])},"
-            f" cosine {_number(facts['cosine'])}"
+            f" changed; realised gain {about}{_number(facts['gain'])},"
+            f" cosine {_number(facts['cosine'])}{finite}"
         )
     verdict = f"; verdict {facts['verdict']}" if "verdict" in facts else ""
     return f"{facts['claim']}: {_held(facts)}\ntensors: {counts}{verdict}"
