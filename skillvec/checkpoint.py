@@ -8,7 +8,7 @@ import fnmatch
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,8 +20,10 @@ from skillvec.errors import (
     IncompatibleError,
     SkillvecError,
     UsageError,
+    only_here,
     printable,
     up_to_five,
+    up_to_five_each,
 )
 from skillvec.quantised import dequantised
 from skillvec.sources import Source, files_of
@@ -498,9 +500,10 @@ def _open_pickle_shards(
     files: Mapping[str, str], weight_map: Mapping[str, str], what: str
 ) -> Opened:
     opened = _open_pickles([files[name] for name in _shard_names(files, weight_map, what)], what)
-    other = sorted(set(opened.tensors) ^ set(weight_map))
-    if other:
-        raise FormatError(f"{what}: index and shards disagree:\n{up_to_five(other)}")
+    alone = only_here(opened.tensors, weight_map, "the shards")
+    alone |= only_here(weight_map, opened.tensors, "the index")
+    if any(alone.values()):
+        raise FormatError(f"{what}: index and shards disagree:\n{up_to_five_each(alone)}")
     return opened
 
 
@@ -525,18 +528,21 @@ def read_index(index: str) -> tuple[dict[str, str], dict[str, Any]]:
 def _open_shards(files: Mapping[str, str], weight_map: Mapping[str, str], what: str) -> Opened:
     tensors: dict[str, Source] = {}
     metadata: dict[str, str] | None = None
-    problems = []
+    problems = defaultdict(list)
     for file in _shard_names(files, weight_map, what):
         header = read_header(files[file])
         metadata = header.metadata if metadata is None else metadata
         for name, spec in header.tensors.items():
             if weight_map.get(name) != file:
                 said = weight_map.get(name, "not in the index")
-                problems.append(f"{name}: found in {file}, index: {said}")
+                kind = "of another file" if name in weight_map else said
+                problems[kind].append(f"{name}: found in {file}, index: {said}")
             tensors[name] = spec
-    problems += [f"{name}: not in {f}" for name, f in weight_map.items() if name not in tensors]
+    for name, file in weight_map.items():
+        if name not in tensors:
+            problems["not in the shards"].append(f"{name}: not in {file}")
     if problems:
-        raise FormatError(f"{what}: index and shards disagree:\n{up_to_five(problems)}")
+        raise FormatError(f"{what}: index and shards disagree:\n{up_to_five_each(problems)}")
     return Opened(tensors, metadata or {}, notes=_finer(files))
 
 

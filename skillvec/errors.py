@@ -4,7 +4,7 @@ Messages say what, where (tensor, file), what was expected and found, and what t
 string, so they pickle.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class SkillvecError(Exception):
@@ -50,9 +50,29 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def up_to_five(lines: Sequence[str]) -> str:
-    """Return the first five of `lines`, one a row, and how many more there are."""
+def up_to_five(lines: Sequence[str], kind: str = "") -> str:
+    """Return the first five of `lines`, one a row, and how many more (of a kind) there are."""
     shown = [f"  {line:.500}" for line in lines[:5]]  # names in files may be of any length
     if len(lines) > 5:
-        shown.append(f"  ... and {len(lines) - 5} more")
+        shown.append(f"  ... and {len(lines) - 5} more {kind:.200}".rstrip())
     return "\n".join(shown)
+
+
+def up_to_five_each(kinds: Mapping[str, Sequence[str]]) -> str:
+    """Return the first five lines of every kind, one a row, and how many more there are of it.
+
+    For what two sides say: whoever reads names of one side alone cannot see why they differ. Keys
+    say what a kind has in common, in words that go on after "and 3 more".
+    """
+    given = {kind: lines for kind, lines in kinds.items() if lines}
+    shown = [up_to_five(lines, kind) for kind, lines in list(given.items())[:5]]
+    rest = list(given.values())[5:]
+    if rest:
+        shown.append(f"  ... and {sum(map(len, rest))} more of {len(rest)} other kinds")
+    return "\n".join(shown)
+
+
+def only_here(here: Iterable[str], there: Iterable[str], where: str) -> dict[str, list[str]]:
+    """Return the names that only one of two sides has, as a kind for `up_to_five_each`."""
+    other = set(there)
+    return {f"only in {where}": [f"{n}: only in {where}" for n in here if n not in other]}

@@ -3,6 +3,7 @@
 Reads headers, samples and manifests; refuses by name what does not fit.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from skillvec.bridging import bridged, hints_of, left_over
 from skillvec.checkpoint import Checkpoint
 from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta, delta_dtype
-from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.errors import IncompatibleError, UsageError, up_to_five_each
 from skillvec.kernels import FLOATS
 from skillvec.layouts import viewed_specs
 from skillvec.lineage import MAX_TIED, find_tied, probe_digest, relatedness, sketch
@@ -118,7 +119,7 @@ def fitting(
     routes: dict[str, str] = {}
     passed: dict[str, tuple[str, str]] = {}
     lines: list[dict[str, Any]] = []
-    problems: list[str] = []
+    problems = defaultdict(list)
     manifest = vector.manifest
     alone = sum(name not in vector.deltas for name in target)
     for name, spec in target.items():
@@ -129,9 +130,11 @@ def fitting(
         elif name in vector.deltas:
             shape = vector.deltas[name].spec.shape
             if shape != spec.shape:
-                problems.append(f"{name}: target {list(spec.shape)}, vector {list(shape)}")
+                said = f"{name}: target {list(spec.shape)}, vector {list(shape)}"
+                problems["of different shapes"].append(said)
             elif spec.dtype not in FLOATS:
-                problems.append(f"{name}: target is {spec.dtype}, the vector's delta is a float")
+                said = f"{name}: target is {spec.dtype}, the vector's delta is a float"
+                problems["of different dtypes"].append(said)
             else:
                 routes[name] = name
         elif name in manifest["excluded"]:
@@ -145,7 +148,8 @@ def fitting(
             if twin and twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
                 routes[name] = twin
             else:
-                problems.append(f"{name} {list(spec.shape)}: only in the target")
+                said = f"{name} {list(spec.shape)}: only in the target"
+                problems["only in the target"].append(said)
     for name, delta in vector.deltas.items():
         if name in target:
             continue
@@ -161,14 +165,15 @@ def fitting(
                 hint = (
                     " (the target ties it, and the vector holds two different deltas for the pair)"
                 )
-            problems.append(f"{name} {list(delta.spec.shape)}: only in the vector{hint}")
+            said = f"{name} {list(delta.spec.shape)}: only in the vector{hint}"
+            problems["only in the vector"].append(said)
     if not problems and not routes:
         raise IncompatibleError(f"{vector.ref}: no tensor of {target.ref} is left to add to")
     if problems:
         raise IncompatibleError(
             f"verdict: incompatible: {vector.ref} does not fit {target.ref}"
             " (--exclude GLOB leaves tensors out):\n"
-            + "\n".join([up_to_five(problems), *fitted.hints])
+            + "\n".join([up_to_five_each(problems), *fitted.hints])
         )
     return routes, passed, lines
 

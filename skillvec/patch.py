@@ -8,6 +8,7 @@ hostile until checked, block by block.
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skillvec.checkpoint import METADATA_KEY, Checkpoint, kind_of_file, open_tensors
-from skillvec.errors import FormatError, IncompatibleError, up_to_five
+from skillvec.errors import FormatError, IncompatibleError, only_here, up_to_five_each
 from skillvec.kernels import STORAGE_DTYPE, Array
 from skillvec.sources import Source
 from skillvec.storage import (
@@ -113,32 +114,37 @@ def open_patch(
         raise IncompatibleError(
             f"patch {opened.ref}: expected pairs of NAME{INDICES} and NAME{VALUES}"
         )
-    if kind_of_file(opened.metadata) == "patch":
-        family = json.loads(opened.metadata[METADATA_KEY]).get("family")
-        if family != base.family_digest:
-            raise IncompatibleError(f"patch {opened.ref}: made for a model of another shape")
-    problems, patches = [], {name: Patch(spec, None, None) for name, spec in base.items()}
+    problems, listed = defaultdict(list), set[str]()
+    patches = {name: Patch(spec, None, None) for name, spec in base.items()}
     for full, indices in opened.items():
         name, _, kind = full.rpartition(".")
         if f".{kind}" != INDICES:
             continue
         values, spec = opened[name + VALUES], base.get(name)
+        listed.add(name)
         if spec is None:
-            problems.append(f"{name}: not in the base")
+            problems["not in the base"].append(f"{name}: not in the base")
         elif indices.dtype not in POSITIONS or len(indices.shape) != 1:
-            problems.append(f"{full}: {indices.dtype} {list(indices.shape)}, expected I32 or I64")
+            said = f"{full}: {indices.dtype} {list(indices.shape)}, expected I32 or I64"
+            problems["of other positions"].append(said)
         elif values.dtype != spec.dtype or values.shape != indices.shape:
-            problems.append(
+            problems["of other values"].append(
                 f"{values.name}: {values.dtype} {list(values.shape)}, expected {spec.dtype}"
                 f" {list(indices.shape)}"
             )
         else:
             assert isinstance(indices, TensorSpec) and isinstance(values, TensorSpec)
             patches[name] = Patch(spec, indices, values)
-    if problems:
-        raise IncompatibleError(
-            f"patch {opened.ref} does not fit {base.ref}:\n{up_to_five(problems)}"
-        )
+    other = False
+    if kind_of_file(opened.metadata) == "patch":
+        family = json.loads(opened.metadata[METADATA_KEY]).get("family")
+        other = family != base.family_digest
+    if problems or other:
+        if "not in the base" in problems:
+            problems |= only_here(base, listed, "the base")
+        what = "was made for a model of another shape than" if other else "does not fit"
+        names = f":\n{up_to_five_each(problems)}" if problems else ""
+        raise IncompatibleError(f"patch {opened.ref} {what} {base.ref}{names}")
     path = os.fspath(opened.path)
     return patches, opened, digest_file_range(path, 0, os.path.getsize(path))
 

@@ -6,13 +6,14 @@ printed (`--dry-run`), handed to any engine, and holds the ledger of every tenso
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from skillvec.checkpoint import INDEX, METADATA_KEY, SINGLE, Checkpoint
 from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
-from skillvec.errors import IncompatibleError, up_to_five
+from skillvec.errors import IncompatibleError, only_here, up_to_five_each
 from skillvec.fitting import (
     fitting,
     kinship_warnings,
@@ -205,24 +206,36 @@ def _dropped(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
     """Plan the list of what vector + base changes. Raises IncompatibleError for another base."""
-    jobs, problems, row = [], [], 0
+    jobs, problems, row = [], defaultdict(list), 0
     for name, delta in vector.deltas.items():
         spec = base.get(name)
         if spec is None or spec.shape != delta.spec.shape:
-            problems.append(f"{name} {list(delta.spec.shape)}: not so in {base.ref}")
+            kind = f"not so in {base.ref}"
+            problems[kind].append(f"{name} {list(delta.spec.shape)}: {kind}")
         elif spec.dtype != vector.tuned_dtype(name):
-            problems.append(f"{name}: tuned is {vector.tuned_dtype(name)}, base {spec.dtype}")
+            said = f"{name}: tuned is {vector.tuned_dtype(name)}, base {spec.dtype}"
+            problems["of different dtypes"].append(said)
         else:
             job = _add_job(spec, vector, name, spec.dtype, "")
             jobs.append(replace(job, operator="list", first_block=row))
             row += block_count(spec.numel)
     if problems:
-        raise IncompatibleError(f"no patch can be made of {vector.ref}:\n{up_to_five(problems)}")
+        problems |= _unknown_to(vector, base)
+        raise IncompatibleError(
+            f"no patch can be made of {vector.ref}:\n{up_to_five_each(problems)}"
+        )
     entries = vector.manifest["tensors"]
     bound = sum(
         entries[job.name]["changed"] * (8 + ITEMSIZE[job.out_dtype]) for job in jobs
     )  # a position takes 4 or 8 bytes
     return Plan("export-patch", jobs, vectors=vector.files(), bound_nbytes=bound)
+
+
+def _unknown_to(vector: SkillVector, model: Checkpoint) -> dict[str, list[str]]:
+    """Return the tensors of a model that its vector does not know, for an error beside others."""
+    manifest = vector.manifest
+    known = {*vector.deltas, *manifest["equal"], *manifest["tied"], *manifest["excluded"]}
+    return only_here(model, known, model.ref)
 
 
 # -------------------------------------------------------------------------------------- apply
@@ -376,12 +389,13 @@ def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint) -> Plan:
     """Plan the proof that vector + base = tuned, bit for bit."""
-    problems, jobs = [], []
+    problems, jobs = defaultdict(list), []
     for name, delta in vector.deltas.items():
         if name not in tuned or name not in base:
-            problems.append(f"{name}: not in {tuned.ref if name not in tuned else base.ref}")
+            kind = f"not in {tuned.ref if name not in tuned else base.ref}"
+            problems[kind].append(f"{name}: {kind}")
         elif not delta.spec.shape == tuned[name].shape == base[name].shape:
-            problems.append(
+            problems["of different shapes"].append(
                 f"{name}: vector {list(delta.spec.shape)}, tuned {list(tuned[name].shape)},"
                 f" base {list(base[name].shape)}"
             )
@@ -403,14 +417,21 @@ def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint)
             f"{name}: in {side.ref}, and the vector does not speak of it" for name in unsaid
         ]
     if problems:
-        raise IncompatibleError(f"{vector.ref} is not of these models:\n{up_to_five(problems)}")
+        problems |= _unknown_to(vector, tuned) | _unknown_to(vector, base)
+        raise IncompatibleError(
+            f"{vector.ref} is not of these models:\n{up_to_five_each(problems)}"
+        )
     return Plan("verify", jobs, vectors=vector.files())
 
 
 def plan_verify_combination(vector: SkillVector, again: SkillVector) -> Plan:
     """Plan the proof that a stored combination is what its parts give."""
     if set(vector.deltas) != set(again.deltas):
-        raise IncompatibleError(f"{vector.ref} has other tensors than its parts give")
+        alone = only_here(vector.deltas, again.deltas, "the file")
+        alone |= only_here(again.deltas, vector.deltas, "what its parts give")
+        raise IncompatibleError(
+            f"{vector.ref} has other tensors than its parts give:\n{up_to_five_each(alone)}"
+        )
     jobs = []
     for name, delta in vector.deltas.items():
         pair = (delta, again.deltas[name])
@@ -423,23 +444,26 @@ def plan_verify_combination(vector: SkillVector, again: SkillVector) -> Plan:
 
 def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
     """Turn the plan of an apply into the proof that its output lies on the disk."""
-    problems, jobs = [], []
+    problems, jobs = defaultdict(list), []
     names = {job.name for job in applied.jobs}
     for job in applied.jobs:
         spec = merged.get(job.name)
         assert job.point is not None
         if spec is None:
-            problems.append(f"{job.name}: missing in {merged.ref}")
+            kind = f"missing in {merged.ref}"
+            problems[kind].append(f"{job.name}: {kind}")
         elif (spec.dtype, spec.shape) != (job.out_dtype, job.point.shape):
-            problems.append(
+            problems["of another shape or dtype"].append(
                 f"{job.name}: expected {job.out_dtype} {list(job.point.shape)}, found"
                 f" {spec.dtype} {list(spec.shape)}"
             )
         else:
             jobs.append(replace(job, expected=spec))
-    problems += [f"{name}: not in the target" for name in merged if name not in names]
-    if problems:
-        raise IncompatibleError(f"{merged.ref} is not of this target:\n{up_to_five(problems)}")
+    problems |= only_here(merged, names, merged.ref)
+    if any(problems.values()):
+        raise IncompatibleError(
+            f"{merged.ref} is not of this target:\n{up_to_five_each(problems)}"
+        )
     return replace(applied, verb="verify", jobs=jobs, outputs=[], copies=[])
 
 
@@ -456,7 +480,7 @@ def plan_compare(
     """Plan the measuring of vectors tensor by tensor, with the weights `against` beside them."""
     names = list(dict.fromkeys(name for vector in vectors for name in vector.deltas))
     refuse_idle_globs(names, include, exclude)
-    jobs, problems, ledger = [], [], []
+    jobs, problems, ledger = [], defaultdict(list), []
     for name in names:
         holders = [vector for vector in vectors if name in vector.deltas]
         spec = holders[0].deltas[name].spec
@@ -470,20 +494,26 @@ def plan_compare(
             if twin is not None and all(twin in vector.deltas for vector in vectors):
                 ledger.append(ledger_line(spec, "tied", f"same delta as {twin}"))
             else:
-                problems.append(f"{name} {list(spec.shape)}: not in {missing[0].ref}")
+                kind = f"not in {missing[0].ref}"
+                problems[kind].append(f"{name} {list(spec.shape)}: {kind}")
             continue
         shapes = [vector.deltas[name].spec.shape for vector in vectors]
         if len(set(shapes)) > 1:
-            problems.append(f"{name}: " + ", ".join(str(list(shape)) for shape in shapes))
+            said = f"{name}: " + ", ".join(str(list(shape)) for shape in shapes)
+            problems["of different shapes"].append(said)
             continue
         weights = against.get(name) if against is not None else None
         if against is not None and (weights is None or weights.shape != spec.shape):
-            problems.append(f"{name} {list(spec.shape)}: not so in {against.ref}")
+            kind = f"not so in {against.ref}"
+            problems[kind].append(f"{name} {list(spec.shape)}: {kind}")
         deltas = tuple(vector.deltas[name] for vector in vectors)
         jobs.append(Job(name, "compare", spec.numel, point=weights, deltas=deltas))
     if problems:
+        if against is not None and f"not so in {against.ref}" in problems:
+            problems |= only_here(against, names, against.ref)
         raise IncompatibleError(
-            f"the inputs do not match (--exclude GLOB leaves tensors out):\n{up_to_five(problems)}"
+            "the inputs do not match (--exclude GLOB leaves tensors out):\n"
+            + up_to_five_each(problems)
         )
     if not jobs:
         raise IncompatibleError("no tensor is left to compare")

@@ -12,7 +12,7 @@ its universal checkpoints.
 import os
 import re
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skillvec.errors import FormatError, IncompatibleError, SkillvecError, up_to_five
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    SkillvecError,
+    up_to_five,
+    up_to_five_each,
+)
 from skillvec.kernels import Array
 from skillvec.pickles import (
     ADVICE,
@@ -270,9 +276,17 @@ def _open_ranks(folder: Path, what: str) -> Opened:
         raise IncompatibleError(f"{folder}: files of worlds of {worlds} ranks: which are meant?")
     files = _ranks([(int(match[2]), folder / match[0]) for match in found], worlds[0])
     ranks = [state_dict(load_archive(os.fspath(file)), os.fspath(file)) for file in files]
-    other = sorted({name for rank in ranks for name in rank.keys() ^ ranks[0].keys()})
-    if other:
-        raise FormatError(f"{folder}: tensors that not every rank has:\n{up_to_five(other)}")
+    every, lacking = dict.fromkeys(name for rank in ranks for name in rank), defaultdict(list)
+    for name in every:
+        owner = next(number for number, rank in enumerate(ranks) if name in rank)
+        missing = next((number for number, rank in enumerate(ranks) if name not in rank), None)
+        if missing is not None:
+            kind = f"in rank {owner}, not in rank {missing}"
+            lacking[kind].append(f"{name}: {kind}")
+    if lacking:
+        raise FormatError(
+            f"{folder}: tensors that not every rank has:\n{up_to_five_each(lacking)}"
+        )
     tensors = {name: _of_ranks(name, [rank[name] for rank in ranks]) for name in ranks[0]}
     left = [name for name in names if re.match(r"(optim|extra_state)_world_size_", name)]
     notes = [f"{len(left)} files of optimizer and other state left out"] if left else []

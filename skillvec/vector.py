@@ -8,6 +8,7 @@ subtracted; what has no meaning (a vector plus a model) is a TypeError that says
 import contextlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -34,7 +35,13 @@ from skillvec.deltas import (
     dtype_of,
     value_dtype,
 )
-from skillvec.errors import IncompatibleError, SkillvecError, UsageError, up_to_five
+from skillvec.errors import (
+    IncompatibleError,
+    SkillvecError,
+    UsageError,
+    up_to_five,
+    up_to_five_each,
+)
 from skillvec.kernels import FLOATS
 from skillvec.lineage import MAX_TIED, find_tied, identity
 from skillvec.merging import OPERATORS, Operator, check_parameters
@@ -453,17 +460,18 @@ def _common_names(parts: Sequence[SkillVector]) -> list[str]:
     if any(part.parts for part in parts):
         raise TypeError("a combination cannot be combined again as it is: save it first")
     names = list(dict.fromkeys(name for part in parts for name in part.deltas))
-    problems = []
+    problems = defaultdict(list)
     for name in names:
         shapes = [part.deltas[name].spec.shape for part in parts if name in part.deltas]
         if len(set(shapes)) > 1:
-            problems.append(f"{name}: " + ", ".join(str(list(shape)) for shape in shapes))
+            said = f"{name}: " + ", ".join(str(list(shape)) for shape in shapes)
+            problems["of different shapes"].append(said)
         for part in parts:
             if name not in part.deltas and name not in part.manifest["excluded"]:
-                problems.append(f"{name} {list(shapes[0])}: not in {part.ref}")
+                problems[kind := f"not in {part.ref}"].append(f"{name} {list(shapes[0])}: {kind}")
                 break
     if problems:
-        raise IncompatibleError(f"the vectors do not match:\n{up_to_five(problems)}")
+        raise IncompatibleError(f"the vectors do not match:\n{up_to_five_each(problems)}")
     return names
 
 
@@ -531,13 +539,14 @@ def _match(
     refuse_idle_globs(names, include, exclude)
     excluded = [n for n in names if n in skipped or not is_selected(n, include, exclude)]
     found: dict[str, Any] = {"deltas": [], "integers": {}, "tied": {}, "excluded": excluded}
-    problems = []
+    problems = defaultdict(list)
     alone = [name for name in names if name not in tuned or name not in base]
     for name in names:
         if name in skipped or not is_selected(name, include, exclude):
             continue
         if name in SIDE:
-            problems.append(f"{name}: this name is reserved for the vector file")
+            said = f"{name}: this name is reserved for the vector file"
+            problems["of reserved names"].append(said)
         elif name not in tuned or name not in base:
             here, there = (tuned, base) if name in tuned else (base, tuned)
             may_tie = there.ties_embeddings is not False and len(alone) <= MAX_TIED
@@ -548,10 +557,11 @@ def _match(
                 hint = ""
                 if here.ties_embeddings and name.endswith("lm_head.weight"):
                     hint = " (tied by its config, but its bytes are those of no other tensor)"
-                problems.append(f"{name} {list(here[name].shape)}: only in {here.ref}{hint}")
+                kind = f"only in {here.ref}"
+                problems[kind].append(f"{name} {list(here[name].shape)}: {kind}{hint}")
         elif tuned[name].shape != base[name].shape:
             shapes = f"{list(tuned[name].shape)}, base {list(base[name].shape)}"
-            problems.append(f"{name}: tuned {shapes}")
+            problems["of different shapes"].append(f"{name}: tuned {shapes}")
         else:
             dtypes = tuned[name].dtype, base[name].dtype
             if dtypes[0] in FLOATS and dtypes[1] in FLOATS:
@@ -559,11 +569,12 @@ def _match(
             elif dtypes[0] == dtypes[1]:
                 found["integers"][name] = [dtypes[0], None]
             else:
-                problems.append(f"{name}: tuned is {dtypes[0]}, base is {dtypes[1]}")
+                said = f"{name}: tuned is {dtypes[0]}, base is {dtypes[1]}"
+                problems["of different dtypes"].append(said)
     if problems:
         raise IncompatibleError(
             f"{tuned.ref} and {base.ref} do not match (--exclude GLOB leaves tensors out):\n"
-            + "\n".join([up_to_five(problems), *hints])
+            + "\n".join([up_to_five_each(problems), *hints])
         )
     if not found["deltas"]:
         raise IncompatibleError(f"{tuned.ref} and {base.ref}: no tensor is left to subtract")

@@ -29,7 +29,7 @@ from skillvec.checkpoint import (
     read_index,
 )
 from skillvec.codecs import CODECS, NO_BYTES, Encoded, decode_block
-from skillvec.errors import FormatError, up_to_five
+from skillvec.errors import FormatError, up_to_five, up_to_five_each
 from skillvec.kernels import FLOATS, Array
 from skillvec.storage import (
     ITEMSIZE,
@@ -356,10 +356,15 @@ def find_vector(ref: str | os.PathLike[str] | Place, role: str = "vector") -> Ve
             raise FormatError(f"vector {place.ref}: shards are missing:\n{up_to_five(missing)}")
         headers = {files[name]: read_header(files[name]) for name in names}
         held = {(n, os.path.basename(p)) for p, h in headers.items() for n in h.tensors}
-        wrong = [n for n, _ in held ^ set(weight_map.items()) if n not in SIDE or n in weight_map]
-        if wrong:
+        listed = set(weight_map.items())
+        wrong = {
+            f"only in {where}": [f"{n}: only in {where} ({file})" for n, file in sorted(pairs)
+                                 if n not in SIDE or n in weight_map]
+            for where, pairs in (("the shards", held - listed), ("the index", listed - held))
+        }  # fmt: skip
+        if any(wrong.values()):
             raise FormatError(
-                f"vector {place.ref}: index and shards disagree:\n{up_to_five(wrong)}"
+                f"vector {place.ref}: index and shards disagree:\n{up_to_five_each(wrong)}"
             )
         return VectorFile(place.ref, place.path, headers, metadata)
     address = _one_file(place)
