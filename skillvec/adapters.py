@@ -12,7 +12,7 @@ do not fit the base or fit it in two ways.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from math import comb, prod, sqrt
@@ -21,7 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.errors import FormatError, IncompatibleError, printable, up_to_five
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    only_here,
+    printable,
+    up_to_five,
+    up_to_five_each,
+)
 from skillvec.kernels import FLOATS, STORAGE_DTYPE, Array, F32Array, widen
 from skillvec.sources import (
     Box,
@@ -37,6 +44,13 @@ TILE = 1 << 18  # values multiplied at a time: near the cores, whatever the rank
 MOST_RANK, MOST_ALPHA, MOST_NESTED, MOST_STEPS = 1 << 20, 1e30, 4, 10**10
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 MERGE = "merge it into its base (merge_and_unload, save_pretrained) and give the merged model"
+UNMERGED = "it cannot be merged into weights, so there is no vector of it"
+# what PEFT does not merge: tokens in place of weights, sums that depend on the input
+UNMERGED_KINDS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE",
+    "ADAPTION_PROMPT", "POLY", "XLORA", "LILY", "SHADOW",
+)  # fmt: skip
+UNMERGED_KEYS = ("alora_invocation_tokens", "arrow_config")
 NOT_A_SUM = {  # keys of adapter_config.json that, if set, make something else of LoRA
     "use_dora": "DoRA scales the rows of the sum", "lora_bias": "the factors have biases",
     "alora_invocation_tokens": "activated LoRA holds for some tokens only",
@@ -231,7 +245,7 @@ class Adapter:
         IncompatibleError naming weights that the base lacks, that do not fit or fit in two ways.
         """
         deltas: dict[str, LowRank] = {}
-        problems = [f"{name}: only in the adapter" for name in self.whole if name not in base]
+        problems = defaultdict(list, only_here(self.whole, base, "the adapter"))
         held = defaultdict(list)
         for name in base:
             held[name.rpartition(".")[0]].append(name)
@@ -245,14 +259,15 @@ class Adapter:
                 deltas |= ways[0] if ways else {}
                 if len(ways) != 1:
                     said = f"{module}: {len(ways)} ways to fit its factors to {', '.join(names)}"
-                    problems.append(said)
+                    problems["that fit in no one way"].append(said)
                 continue
             rank, scaling = self.settings.of(module)
             turned = pair.embedding or self.settings.turned
             if weight is None or len(pairs) > 1:
-                problems.append(f"{name}: only in the adapter")
+                problems["only in the adapter"].append(f"{name}: only in the adapter")
             elif pair.A.shape[0] != rank:
-                problems.append(f"{name}: factors of rank {pair.A.shape[0]}, config {rank}")
+                said = f"{name}: factors of rank {pair.A.shape[0]}, config {rank}"
+                problems["of another rank"].append(said)
             elif weight.shape == pair.sides(turned):
                 deltas[name] = pair.delta(name, weight.shape, turned, scaling)
                 if weight.shape == weight.shape[::-1] and not pair.embedding:
@@ -262,13 +277,10 @@ class Adapter:
                 wrong = True
             else:
                 shapes = f"adapter {list(pair.sides(turned))}, base {list(weight.shape)}"
-                problems.append(f"{name}: {shapes}")
-        problems += square if wrong else []
-        if problems:
-            raise IncompatibleError(
-                f"{self.what}: the adapter does not fit the base (was it made for another one? else"
-                f" {MERGE}):\n{up_to_five(problems)}"
-            )
+                problems["of another shape"].append(f"{name}: {shapes}")
+        problems["square"] = square if wrong else []
+        if any(problems.values()):
+            raise self._unfit(problems, base)
         both = [name for name in self.whole if name in deltas]
         for name in both:
             weight, point = self.whole[name], base[name]
@@ -280,6 +292,31 @@ class Adapter:
         kept = {name: weight for name, weight in self.whole.items() if name not in deltas}
         notes = [f"{name}: also saved whole, as it is in the base" for name in both]
         return Effect(deltas, kept, self.notes + notes)
+
+    def _unfit(self, problems: dict[str, list[str]], base: Iterable[str]) -> IncompatibleError:
+        """Return the error that names what does not fit, with advice that can be followed."""
+        kinds = {kind for kind, lines in problems.items() if lines}
+        if "only in the adapter" in kinds:  # names of the base that end alike tell why
+            mine = {*self.whole, *(f"{module}.weight" for module in self.pairs)}
+            ends = {name.removesuffix(".weight").rpartition(".")[2] for name in mine}
+            alike = [name for name in base if ends & set(name.split("."))]
+            problems |= only_here(alike or base, mine, "the base")
+        if "of another rank" in kinds:
+            advice = (
+                "its factors have other ranks than its config says, which PEFT does not load"
+                " either: mend r and rank_pattern, and lora_alpha and alpha_pattern, by which they"
+                " are scaled"
+            )
+        elif kinds <= {"that fit in no one way", "square"}:
+            advice = MERGE
+        elif "only in the adapter" in kinds and self.settings.parameters:
+            advice = f"was it made for another one, or for this one in another layout? then {MERGE}"
+        else:
+            advice = "was it made for another one?"
+        return IncompatibleError(
+            f"{self.what}: the adapter does not fit the base ({advice}):\n"
+            + up_to_five_each(problems)
+        )
 
     def _wraps(self, name: str) -> bool:
         return any(f".{name}".endswith(f".{target}") for target in self.settings.parameters)
@@ -373,10 +410,8 @@ def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:
             raise IncompatibleError(f"{what}: {key}: {source.dtype}: dequantise it first")
         return module, ""
     if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
-        kind = "a convolution" if len(source.shape) > 2 else "no matrix of floats"
-        raise IncompatibleError(
-            f"{what}: {key}: {source.dtype} {list(source.shape)}: {kind}: {MERGE}"
-        )
+        kind = f"a convolution: {MERGE}" if len(source.shape) > 2 else "no matrix of floats"
+        raise IncompatibleError(f"{what}: {key}: {source.dtype} {list(source.shape)}: {kind}")
     return module, factor
 
 
@@ -384,8 +419,12 @@ def _settings(config: Mapping[str, Any], what: str, where: str) -> tuple[Setting
     """Check a config; return what scalings depend on, and what is worth saying of the rest."""
     kind = str(config.get("peft_type")).rpartition(".")[2]
     if kind != "LORA":
-        raise IncompatibleError(f"{what}: peft_type {kind:.40}, expected LORA: {MERGE}")
+        advice = UNMERGED if kind in UNMERGED_KINDS else f"if PEFT loads it, {MERGE}"
+        advice = advice if config.get("peft_type") else "PEFT does not load it either"
+        raise IncompatibleError(f"{what}: peft_type {kind:.40}, expected LORA: {advice}")
     problems = [f"{key}: {why}" for key, why in NOT_A_SUM.items() if config.get(key)]
+    advice = f" (if nothing else is said, {MERGE})" if problems else ""
+    advice = f" ({UNMERGED})" if any(map(config.get, UNMERGED_KEYS)) else advice
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(OTHER_BASE):
         how = "save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
@@ -395,8 +434,7 @@ def _settings(config: Mapping[str, Any], what: str, where: str) -> tuple[Setting
         problems.append(f"init_lora_weights {start:.40}: not known here")
     if problems:
         raise IncompatibleError(
-            f"{what}: LoRA of a kind that is not taken (if nothing else is said, {MERGE}):\n"
-            + up_to_five(problems)
+            f"{what}: LoRA of a kind that is not taken{advice}:\n{up_to_five(problems)}"
         )
 
     def taken(key: str, value: Any, fits: bool, expected: str) -> Any:

@@ -4,12 +4,13 @@ Hides folders, shards, indexes, side files, the Hub, and in which format the wei
 headers only. What skillvec cannot take is refused here by name, before any work.
 """
 
+import contextlib
 import fnmatch
 import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from skillvec.errors import (
     up_to_five,
     up_to_five_each,
 )
+from skillvec.kernels import FLOATS
 from skillvec.quantised import dequantised
 from skillvec.sources import Source, files_of
 from skillvec.staging import STAGING_SUFFIX
@@ -49,6 +51,8 @@ INDEX = "model.safetensors.index.json"
 VECTOR_INDEX = "vector.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+STEP = re.compile(r"global_step(\d{1,18})(?=/|$)")  # a folder of DeepSpeed's
+FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # of LoRA, in a tensor's name
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 NOT_TEXT = re.compile("[\ud800-\udfff]")  # lone surrogates, which no file can hold
@@ -326,6 +330,14 @@ def as_model(opened: Checkpoint, role: str) -> Checkpoint:
             f"{role} {opened.ref}: this is a PEFT adapter, a displacement and no model: use it in"
             " place of a vector, or as the TUNED of diff with its base model as BASE"
         )
+    empty = placeholders(opened)
+    weights = [opened[name].shape for name in opened if name.endswith(".weight")]
+    if (0,) in weights and (2 * weights.count((0,)) > len(weights) or max(map(len, weights)) < 2):
+        raise IncompatibleError(f"{role} {empty_weights(opened, empty)}")
+    if empty:
+        note = f"{len(empty)} tensors are empty ([0]), such as {empty[0]}: are they meant to be?"
+        more = replace(opened.opened, notes=(*opened.opened.notes, note))
+        opened = Checkpoint(opened.place, more, opened.formats)
     tensors, formats = dequantised(opened, opened.config, f"{role} {opened.ref}")
     return opened.with_tensors(tensors, formats) if formats else opened
 
@@ -333,6 +345,46 @@ def as_model(opened: Checkpoint, role: str) -> Checkpoint:
 def is_adapter(place: Place) -> bool:
     """Return whether a folder holds a PEFT adapter."""
     return place.member is None and ADAPTER_CONFIG in place.files and SINGLE not in place.files
+
+
+def placeholders(model: Mapping[str, Source]) -> list[str]:
+    """Return the names of floating-point tensors of shape [0], which stand for weights elsewhere.
+
+    ZeRO-3 leaves them in a state dict that was not gathered.
+    """
+    return [name for name, spec in model.items() if spec.shape == (0,) and spec.dtype in FLOATS]
+
+
+def empty_weights(opened: Checkpoint, names: Sequence[str]) -> str:
+    """Return what to say of a checkpoint whose weights are placeholders, and where they may be."""
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    steps = _steps([*os.listdir(folder), *opened.place.files])
+    if is_adapter(opened.place) and steps:
+        where = f"lie in {steps[-1]}/: copy {ADAPTER_CONFIG} into it and name that folder"
+    elif steps or folder.name.startswith("global_step"):
+        where = f"lie in {steps[-1] if steps else folder.name}/: name that folder"
+    else:
+        where = "lie in the global_step folder of the run: name that, or save them again, gathered"
+    return (
+        f"{opened.ref}: {len(names)} of {len(opened)} tensors are empty, as DeepSpeed's ZeRO-3"
+        " leaves them where weights are saved without being gathered"
+        f" (stage3_gather_16bit_weights_on_model_save); the weights {where}:\n"
+        + up_to_five([f"{name}: {opened[name].dtype} [0]" for name in names])
+    )
+
+
+def lone_factors(model: Checkpoint, names: Iterable[str]) -> str | None:
+    """Return what to say where some of the `names` of a model are factors of LoRA, else None."""
+    factors = [name for name in names if FACTOR.search(name)]
+    if not factors:
+        return None
+    inner = [name for name, kind in _inside(model.place) if kind == "a PEFT adapter"]
+    saved = f" (name {inner[0]}/, which holds an adapter)" if inner else ""
+    return (
+        f"{model.ref}: factors of LoRA, which are no weights of a model, and no {ADAPTER_CONFIG}"
+        f" beside them, without which nobody knows how they are scaled: put it there, or take the"
+        f" adapter that PEFT saved{saved}:\n{up_to_five(factors)}"
+    )
 
 
 def kind_of_file(metadata: Mapping[str, Any]) -> str | None:
@@ -442,7 +494,8 @@ def _open_folder(place: Place, what: str) -> Opened:
             raise FormatError(f"{what}: holds both {SINGLE} and {INDEX} over other files: which?")
         return _open_shards(files, weight_map, what)
     single = [SINGLE] if SINGLE in files else []
-    single = single or sorted(name for name in files if name.endswith(".safetensors"))
+    here = sorted(name for name in files if "/" not in name)  # not in folders below, as on a disk
+    single = single or [name for name in here if name.endswith(".safetensors")]
     if len(single) == 1:
         header = read_header(files[single[0]])
         return Opened(header.tensors, header.metadata, notes=_finer(files))
@@ -460,23 +513,56 @@ def _open_folder(place: Place, what: str) -> Opened:
     if PICKLES[1] in files:
         weight_map, _ = read_index(files[PICKLES[1]])
         return _open_pickle_shards(files, weight_map, what)
-    found = sorted(name for name in files if name.endswith(PICKLE_SUFFIXES))
+    found = [name for name in here if name.endswith(PICKLE_SUFFIXES)]
     if PICKLES[0] in found or "adapter_model.bin" in found:
         name = PICKLES[0] if PICKLES[0] in found else "adapter_model.bin"
         return _open_pickles([files[name]], what)
-    for name in sorted(files):
+    for name in here:
         if Path(name).suffix in FOREIGN:
             raise IncompatibleError(
                 f"{what}: no safetensors, but {name}: {FOREIGN[Path(name).suffix]}"
             )
+    inner = [f"{name}/: {kind}" for name, kind in _inside(place)]
+    if inner:
+        raise UsageError(
+            f"{what}: no {SINGLE} and no {INDEX} in this folder; "
+            + ("download and name" if _is_listed(place) else "name")
+            + f" the one in it that is meant:\n{up_to_five(inner)}"
+        )
+    if ADAPTER_CONFIG in files:
+        raise UsageError(f"{what}: {ADAPTER_CONFIG}, but no adapter_model.safetensors beside it")
     if found:
         raise IncompatibleError(f"{what}: no {SINGLE}, but {found[0]}: name the file that is meant")
     raise UsageError(f"{what}: no {SINGLE} and no {INDEX} in this folder")
 
 
+def _inside(place: Place) -> list[tuple[str, str]]:
+    """Return the folders in a folder that hold an adapter, a vector or a model, and which it is."""
+    held = defaultdict(set)
+    for name in place.files:  # of the Hub and of stores: names with slashes
+        folder, _, file = name.partition("/")
+        held[folder].add(file)
+    if not _is_listed(place) and place.path.is_dir():
+        for entry in os.scandir(place.path):
+            with contextlib.suppress(OSError):  # no folder, or not to be read
+                held[entry.name] |= set(os.listdir(entry))
+    kinds = {
+        ADAPTER_CONFIG: "a PEFT adapter", VECTOR_INDEX: "a skill vector", SINGLE: "a model",
+        INDEX: "a model", PICKLES[0]: "a model", PICKLES[1]: "a model", ".metadata": "a model",
+    }  # fmt: skip
+    found = [(name, [kind for file, kind in kinds.items() if file in held[name]]) for name in held]
+    return sorted((name, kind[0]) for name, kind in found if kind)
+
+
+def _steps(names: Iterable[str]) -> list[str]:
+    """Return the folders of DeepSpeed's steps among names of files, the last step last."""
+    found = {match[0]: int(match[1]) for name in names if (match := STEP.match(name))}
+    return sorted(found, key=lambda name: found[name])
+
+
 def _finer(files: Mapping[str, str]) -> tuple[str, ...]:
     """Return a note where a trainer kept fp32 weights beside those that it rounded."""
-    shards = sorted(name for name in files if name.startswith("global_step"))
+    shards = _steps(files)
     return tuple(
         f"{name}/ holds DeepSpeed's fp32 weights, which keep what this model's dtype rounds away:"
         " name that folder to read them"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from skillvec.bridging import bridged, hints_of, left_over
-from skillvec.checkpoint import Checkpoint
+from skillvec.checkpoint import Checkpoint, empty_weights, lone_factors, placeholders
 from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta, delta_dtype
 from skillvec.errors import IncompatibleError, UsageError, up_to_five_each
 from skillvec.kernels import FLOATS
@@ -170,6 +170,12 @@ def fitting(
     if not problems and not routes:
         raise IncompatibleError(f"{vector.ref}: no tensor of {target.ref} is left to add to")
     if problems:
+        left = [name for name in target if name not in routes and name not in passed]
+        told = lone_factors(target, left)
+        if empty := [name for name in placeholders(target) if name in left]:
+            told = empty_weights(target, empty)
+        if told:
+            raise IncompatibleError(f"target {told}")
         raise IncompatibleError(
             f"verdict: incompatible: {vector.ref} does not fit {target.ref}"
             " (--exclude GLOB leaves tensors out):\n"

@@ -461,9 +461,7 @@ def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
             jobs.append(replace(job, expected=spec))
     problems |= only_here(merged, names, merged.ref)
     if any(problems.values()):
-        raise IncompatibleError(
-            f"{merged.ref} is not of this target:\n{up_to_five_each(problems)}"
-        )
+        raise IncompatibleError(f"{merged.ref} is not of this target:\n{up_to_five_each(problems)}")
     return replace(applied, verb="verify", jobs=jobs, outputs=[], copies=[])
 
 

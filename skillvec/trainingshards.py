@@ -284,9 +284,7 @@ def _open_ranks(folder: Path, what: str) -> Opened:
             kind = f"in rank {owner}, not in rank {missing}"
             lacking[kind].append(f"{name}: {kind}")
     if lacking:
-        raise FormatError(
-            f"{folder}: tensors that not every rank has:\n{up_to_five_each(lacking)}"
-        )
+        raise FormatError(f"{folder}: tensors that not every rank has:\n{up_to_five_each(lacking)}")
     tensors = {name: _of_ranks(name, [rank[name] for rank in ranks]) for name in ranks[0]}
     left = [name for name in names if re.match(r"(optim|extra_state)_world_size_", name)]
     notes = [f"{len(left)} files of optimizer and other state left out"] if left else []

@@ -20,10 +20,13 @@ from skillvec.bridging import seen_as
 from skillvec.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
+    empty_weights,
     is_adapter,
     locate,
+    lone_factors,
     open_checkpoint,
     open_tensors,
+    placeholders,
     read_json,
 )
 from skillvec.deltas import (
@@ -159,6 +162,8 @@ class SkillVector:
         says it is. Without a base it is fitted to the target: tensors that it does not name stay.
         """
         opened = open_tensors(place, "adapter")
+        if empty := placeholders(opened):
+            raise IncompatibleError(f"adapter {empty_weights(opened, empty)}")
         config = read_json(place.files[ADAPTER_CONFIG])
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
         said, ref = adapter.base_ref, place.ref if base is None else f"{place.ref}::{base.ref}"
@@ -572,6 +577,13 @@ def _match(
                 said = f"{name}: tuned is {dtypes[0]}, base is {dtypes[1]}"
                 problems["of different dtypes"].append(said)
     if problems:
+        for side, other in ((tuned, base), (base, tuned)):
+            wanted = (n for n in side if n not in other and n not in excluded)
+            if told := lone_factors(side, wanted):
+                raise IncompatibleError(told)
+            sizes = {n: other[n].shape for n in placeholders(side) if n in other}
+            if empty := [n for n in placeholders(side) if sizes.get(n) != (0,)]:
+                raise IncompatibleError(empty_weights(side, empty))
         raise IncompatibleError(
             f"{tuned.ref} and {base.ref} do not match (--exclude GLOB leaves tensors out):\n"
             + "\n".join([up_to_five_each(problems), *hints])

@@ -57,7 +57,7 @@ COMMANDS = {
     "apply": "apply {0}/base_ {0}/v.safetensors -o {0}/x",
     "combine": "combine {0}/v.safetensors {0}/v_.safetensors -o {0}/x.safetensors",
     "orthogonality": "orthogonality {0}/v.safetensors {0}/v_.safetensors",
-    "orthogonality against": "orthogonality {0}/v.safetensors {0}/v.safetensors --against {0}/base_",
+    "against": "orthogonality {0}/v.safetensors {0}/v.safetensors --against {0}/base_",
     "verify": "verify {0}/v.safetensors --base {0}/base_ --tuned {0}/tuned",
     "import-patch": "import-patch {0}/patch.safetensors {0}/base_ -o {0}/x.safetensors",
     "export-patch": "export-patch {0}/v.safetensors --base {0}/base_ -o {0}/x.safetensors",
