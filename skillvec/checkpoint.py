@@ -79,6 +79,7 @@ FOREIGN = {
     ".npz": "numpy arrays: save them by safetensors.numpy.save_file under the model's names",
     ".nemo": "a NeMo archive: export it to Hugging Face format with NeMo first",
 }
+FILES = (".safetensors", *PICKLE_SUFFIXES, *FOREIGN)  # how names of files end, not of repositories
 
 
 @dataclass(frozen=True)
@@ -419,7 +420,10 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
     if there:
         path = path.resolve()
         files = {entry.name: entry.path for entry in os.scandir(path)} if path.is_dir() else {}
-        return Place(text, path, files)
+        # written as a commit of the Hub, and none: a record must not say that it is
+        return Place(f"./{text}" if hub.is_recorded(text) else text, path, files)
+    if Path(text).suffix in FILES and not text.startswith(hub.SCHEME):
+        raise UsageError(f"{role} {text}: no such file")
     if not hub.is_reference(text):
         raise UsageError(f"{role} {text}: no such file or folder")
     try:
@@ -428,6 +432,33 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
         if text.startswith("hf://"):
             raise
         raise type(error)(f"{error}\n(nor is {text} a file or folder of this disk)") from None
+
+
+def relocate(ref: str, role: str, option: str = "") -> Place:
+    """Return where a reference leads that stands in a record: a manifest, a recipe.
+
+    What was read of the Hub is recorded with its commit; what names none was of this disk, and the
+    Hub is never asked for it: `runs/sft` may be the name of a stranger's model. `option` is how to
+    say where it is now. Raises UsageError where it is not there, else as `locate`.
+    """
+    from skillvec import hub, objects
+
+    if hub.is_recorded(ref):
+        return hub.locate(ref, role)
+    path = os.path.expanduser(ref)
+    if objects.is_reference(ref) or os.path.exists(path):
+        return locate(ref, role)
+    seen = "" if os.path.isabs(path) else ", seen from the folder in which that command ran"
+    advice = f"say with {option} where it is now" if option else "put it there again"
+    raise UsageError(
+        f"{role} {printable(ref):.300}: no such file or folder; it was recorded as one of the disk"
+        f"{seen}: {advice}"
+    )
+
+
+def reopen(given: str | os.PathLike[str] | Checkpoint | None, ref: str, role: str) -> Checkpoint:
+    """Open the model that is given, else the one that a record names; errors as of `relocate`."""
+    return open_checkpoint(relocate(ref, role, f"--{role}") if given is None else given, role)
 
 
 def _is_listed(place: Place) -> bool:

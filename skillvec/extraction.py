@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skillvec import subspace
+from skillvec import hub, subspace
 from skillvec.blocks import pieces_of
-from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint, reopen
 from skillvec.deltas import dtype_of
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import Array, narrow, widen
@@ -94,7 +94,7 @@ def extract_lora(
     opened = SkillVector.open(vector)
     point = opened.base
     if point is None or base is not None:
-        point = open_checkpoint(base or opened.manifest["base"]["ref"], "base")
+        point = reopen(base, opened.manifest["base"]["ref"], "base")
     plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
     refuse_announced(opened, allow_nonfinite, [job.name for job in plan.jobs])
     held = _sorted_out(plan.jobs, point)
@@ -314,11 +314,15 @@ def _config(
     rank = max(ranks.values())
     others = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != rank}
     named = str(base.config.get("architectures") or "")
+    revision = vector.manifest["base"]["revision"] if base is vector.base else None
+    ref, commit = hub.pinned(base.ref) or (base.ref, revision)
+    if ref == base.ref and hub.is_reference(ref) and not ref.startswith(hub.SCHEME):
+        ref = f"./{ref}"  # a folder of this disk: PEFT would ask the Hub for that name
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if "ForCausalLM" in named else None,
-        "base_model_name_or_path": base.ref,
-        "revision": vector.manifest["base"]["revision"] if base is vector.base else None,
+        "base_model_name_or_path": ref,
+        "revision": commit,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": others,

@@ -131,6 +131,25 @@ def is_reference(text: str) -> bool:
     return text.startswith(SCHEME) or _parsed(text) is not None
 
 
+def pinned(text: str) -> tuple[str, str] | None:
+    """Return repository and commit of a reference that names a commit, as all that are recorded."""
+    asked = _parsed(text)
+    if asked is None or asked.revision is None or not COMMIT.fullmatch(asked.revision):
+        return None
+    return asked.repo, asked.revision
+
+
+def is_recorded(text: str) -> bool:
+    """Return whether a record says by text that it was read of the Hub: with commit or scheme."""
+    return text.startswith(SCHEME) or pinned(text) is not None
+
+
+def is_cached(repo: str) -> bool:
+    """Return whether some of a repository's files are in the client's cache on this disk."""
+    name = f"models--{repo.replace('/', '--')}"
+    return os.path.isdir(os.path.join(_client(".constants").HF_HUB_CACHE, name, "snapshots"))
+
+
 def locate(ref: str, role: str, token: str | None = None) -> Place:
     """Resolve a reference to a commit, fetch its small root files, and address all its files.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from skillvec import hub
 from skillvec.checkpoint import Checkpoint
 from skillvec.kernels import FLOATS, widen
 from skillvec.sources import Source, digest_values, read_raw, value_range, values_of
@@ -38,8 +39,10 @@ def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     # as written: a file in the Hub's cache is a link that leads out of its snapshot
     place = os.path.abspath(os.path.expanduser(checkpoint.ref))
     snapshot = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", f"{place}/{checkpoint.path}/")
+    linked = snapshot and not checkpoint.place.revision and hub.is_reference(checkpoint.ref)
     return {
-        "ref": checkpoint.ref,
+        # of a link into the cache: beside a commit, its path would be read as a name on the Hub
+        "ref": f"./{checkpoint.ref}" if linked else checkpoint.ref,
         "revision": checkpoint.place.revision or (snapshot.group(1) if snapshot else None),
         "model_type": checkpoint.model_type,
         "config": checkpoint.config_digest,

@@ -5,9 +5,10 @@ save, checked and followed by verify.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from skillvec.checkpoint import METADATA_KEY, Checkpoint
+from skillvec.checkpoint import METADATA_KEY, Checkpoint, relocate
 from skillvec.errors import FormatError, UsageError, VerificationError
 from skillvec.merging import OPERATORS
 from skillvec.patch import is_patch
@@ -33,16 +34,29 @@ def described(vector: SkillVector) -> dict[str, Any]:
     return sides | {key: value for key, value in chosen.items() if value not in ("auto", [])}
 
 
-def reopened(said: dict[str, Any]) -> SkillVector:
-    """Return the vector that a recipe describes."""
+def reopened(said: dict[str, Any], places: Mapping[str, Any] | None = None) -> SkillVector:
+    """Return the vector that a recipe describes; `places` says where its sides are now."""
     if "ref" in said:
-        return SkillVector.open(said["ref"])
+        return _found(said["ref"], "--vector")
     if "recipe" not in said:
-        return SkillVector.between(**said)
+        given = dict(places or {})
+        sides: dict[str, Any] = {
+            side: relocate(said[side], side, f"--{side}" if given else "--vector")
+            for side in ("tuned", "base") if given.get(side) is None
+        }  # fmt: skip
+        return SkillVector.between(**said | given | sides)
     recipe = parse_recipe(said["recipe"])
     if recipe.op not in OPERATORS:
         raise UsageError(f"made by the operator {recipe.op}, which is not skillvec's: pass vector")
     return SkillVector.combined([reopened(part) for part in said["parts"]], recipe)
+
+
+def _found(ref: str, option: str = "") -> SkillVector:
+    """Return the vector, or the adapter and its base, that a record names."""
+    tuned, _, base = ref.partition("::")
+    if not base:
+        return SkillVector.open(relocate(ref, "vector", option))
+    return SkillVector.between(relocate(tuned, "tuned", option), relocate(base, "base", option))
 
 
 def digests_of(said: dict[str, Any]) -> Any:
@@ -126,12 +140,31 @@ def flags(**options: Any) -> list[str]:
     ]
 
 
-def parents_of(vector: SkillVector) -> SkillVector:
-    """Return a stored combination made again from its parents, where they are what they were."""
+def opened_parents(manifest: dict[str, Any]) -> list[SkillVector]:
+    """Return the vectors that a stored combination was made of, from where its manifest says."""
+    parts = []
+    for parent in manifest["parents"]:
+        if parent["manifest"] is None and parent["tuned"]:  # a difference that was not stored
+            chosen = {key: parent[key] for key in CHOSEN if key in parent}
+            tuned, base = (relocate(parent[side], side) for side in ("tuned", "base"))
+            parts.append(SkillVector.between(tuned, base, **chosen))
+        else:
+            parts.append(_found(parent["ref"]))
+    return parts
+
+
+def parents_of(vector: SkillVector, tuned: Any = None, base: Any = None) -> SkillVector:
+    """Return a stored combination made again from its parents, where they are what they were.
+
+    `tuned` and `base` are where those of an adapter's vector are, if not where they were.
+    """
     manifest = vector.manifest
     if manifest["recipe"] is None and len(manifest["parents"]) == 1:  # an adapter
         (parent,) = manifest["parents"]
-        again = SkillVector.between(parent["ref"], parent["base"])
+        again = SkillVector.between(
+            relocate(parent["ref"], "tuned", "--tuned") if tuned is None else tuned,
+            relocate(parent["base"], "base", "--base") if base is None else base,
+        )
         if again.manifest["identity"] != parent["identity"]:
             raise VerificationError(
                 f"{again.ref} is not the adapter that {vector.ref} was made from"
@@ -145,13 +178,7 @@ def parents_of(vector: SkillVector) -> SkillVector:
     parents = manifest["parents"]
     if len(recipe.shares) != len(parents):
         raise FormatError(f"{vector.ref}: recipe and parents are not of one number")
-    keys = ("tuned", "base", *CHOSEN)
-    parts = [
-        SkillVector.between(**{key: parent[key] for key in keys if key in parent})
-        if parent["manifest"] is None and parent["tuned"]  # a difference that was not stored
-        else SkillVector.open(share.vector)
-        for share, parent in zip(recipe.shares, parents, strict=True)
-    ]
+    parts = opened_parents(manifest)
     for part, parent in zip(parts, parents, strict=True):
         if part.manifest["identity"] != parent["identity"]:
             raise VerificationError(f"{part.ref} is not the vector that {vector.ref} was made from")

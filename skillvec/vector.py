@@ -15,6 +15,7 @@ from math import isfinite
 from numbers import Real
 from typing import Any
 
+from skillvec import hub
 from skillvec.adapters import Adapter, open_adapter
 from skillvec.bridging import seen_as
 from skillvec.checkpoint import (
@@ -116,8 +117,8 @@ class SkillVector:
 
     @staticmethod
     def between(
-        tuned: str | os.PathLike[str] | Checkpoint,
-        base: str | os.PathLike[str] | Checkpoint,
+        tuned: str | os.PathLike[str] | Place | Checkpoint,
+        base: str | os.PathLike[str] | Place | Checkpoint,
         dtype: str = "auto",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -134,7 +135,7 @@ class SkillVector:
         if kept == "F64":
             raise UsageError("dtype fp64: auto keeps fp64 inputs in fp64")
         if not isinstance(tuned, Checkpoint):
-            place = locate(tuned, "tuned")
+            place = tuned if isinstance(tuned, Place) else locate(tuned, "tuned")
             if is_adapter(place):
                 if dtype != "auto" or include or exclude or rename or rows != "strict":
                     raise UsageError(f"tuned {place.ref}: an adapter is taken whole, in fp32")
@@ -168,9 +169,7 @@ class SkillVector:
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
         said, ref = adapter.base_ref, place.ref if base is None else f"{place.ref}::{base.ref}"
         if base is None and said and adapter.whole:
-            here = os.path.exists(os.path.expanduser(said)) or not adapter.revision
-            pinned = said if here else f"{said}@{adapter.revision}"
-            base = open_checkpoint(pinned, "base of the adapter")
+            base = open_checkpoint(_base_of(adapter, place), "base of the adapter")
         elif base is None and said and os.path.exists(os.path.expanduser(said)):
             with contextlib.suppress(SkillvecError):  # only the verdict would gain by it
                 base = open_checkpoint(said, "base of the adapter")
@@ -396,6 +395,27 @@ class SkillVector:
             return delta.tuned.dtype
         entry = self.manifest.get("tensors", {}).get(name)
         return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
+
+
+def _base_of(adapter: Adapter, place: Place) -> str:
+    """Return the reference of the base that an adapter names; UsageError where nobody can tell.
+
+    PEFT records what its user wrote, so org/name may be a folder of the disk on which it was
+    trained. It is of the Hub where a revision stands beside it, where the adapter came from there,
+    or where the client's cache knows it; else the Hub would be asked for the model of a stranger.
+    """
+    ref = adapter.base_ref or ""
+    if os.path.exists(os.path.expanduser(ref)):
+        return ref
+    if adapter.revision:
+        return f"{ref}@{adapter.revision}"
+    if place.revision or not hub.is_reference(ref) or hub.is_recorded(ref) or hub.is_cached(ref):
+        return ref
+    raise UsageError(
+        f"adapter {place.ref}: holds whole modules, to be subtracted from its base, {ref}: no such"
+        f" folder here, and its config does not say whether it was one: write {place.ref}::BASE (in"
+        f" diff: {place.ref} BASE), where BASE is a folder or, for one on the Hub, hf://{ref}"
+    )
 
 
 def _zero(name: str, shape: tuple[int, ...]) -> StoredDelta:

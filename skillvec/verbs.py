@@ -23,6 +23,7 @@ from skillvec.checkpoint import (
     locate,
     open_checkpoint,
     open_tensors,
+    reopen,
 )
 from skillvec.codecs import CODECS
 from skillvec.deltas import dtype_of
@@ -61,6 +62,7 @@ from skillvec.provenance import (
     described,
     digests_of,
     flags,
+    opened_parents,
     parents_of,
     read_merged,
     reopened,
@@ -160,11 +162,17 @@ def combine(
         if vectors or weights or parameters or seed or op != "linear":
             raise UsageError("a recipe names vectors, weights, operator and seed: give it alone")
         if not isinstance(recipe, Mapping) and os.fspath(recipe).endswith(".safetensors"):
-            recipe = SkillVector.open(recipe).manifest["recipe"]
-            if recipe is None:
+            manifest = SkillVector.open(recipe).manifest
+            if manifest["recipe"] is None:
                 raise UsageError("recipe: this vector is no combination")
-        made = parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
-        parts = [SkillVector.open(share.vector) for share in made.shares]
+            made, parts = parse_recipe(manifest["recipe"]), opened_parents(manifest)
+            if len(made.shares) != len(parts):
+                raise FormatError(
+                    "recipe: its vectors and the manifest's parents are not one number"
+                )
+        else:
+            made = parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
+            parts = [SkillVector.open(share.vector) for share in made.shares]
     else:
         if not vectors:
             raise UsageError("expected at least one vector, found none")
@@ -320,7 +328,7 @@ def export_patch(
     opened = SkillVector.open(vector)
     if opened.stored is None or opened.scale != 1 or opened.manifest["tuned"] is None:
         raise UsageError(f"{opened.ref}: a patch is made of a stored tuned - base")
-    point = open_checkpoint(base or opened.manifest["base"]["ref"], "base")
+    point = reopen(base, opened.manifest["base"]["ref"], "base")
     plan = plan_patch(opened, point)
     place = output_vector(output, force, opened, [point])
     facts = {"output": place.ref, "vector": opened.ref, "base": point.ref}
@@ -542,7 +550,8 @@ def verify(
     place = locate(path, "input")
     stored = find_vector(place)
     if stored is not None:
-        _refuse_idle(given, ("tuned", "base") if stored.manifest["tuned"] else ())
+        made_of = stored.manifest["tuned"] or not stored.manifest["recipe"]  # a pair, an adapter
+        _refuse_idle(given, ("tuned", "base") if made_of else ())
         return _verify_vector(SkillVector.of_file(stored), tuned, base, runner, dry_run, watcher)
     opened = open_tensors(place, "input")
     recipe = read_merged(opened)
@@ -552,13 +561,12 @@ def verify(
     if vector is not None:
         displacement = SkillVector.open(vector)
     elif "tuned" in said:
-        moved = {"tuned": tuned or said["tuned"], "base": base or said["base"]}
-        displacement = reopened(said | moved)
+        displacement = reopened(said, {"tuned": tuned, "base": base})
     elif tuned is not None and base is not None:
         displacement = SkillVector.between(tuned, base)
     else:
         displacement = reopened(said)
-    point = open_checkpoint(target or recipe["target"]["ref"], "target")
+    point = reopen(target, recipe["target"]["ref"], "target")
     plan, now = _plan_apply(point, displacement, recipe["request"])
     same_kind = ("ref" in said) == ("ref" in now["vector"])  # else the bytes decide
     if same_kind and digests_of(now["vector"]) != digests_of(said):
@@ -645,11 +653,11 @@ def _verify_vector(
     place = shown(vector.ref, vector.stored.path)
     facts = {"path": place, "exactness": manifest["exactness"]}
     if manifest["tuned"] is None:
-        plan = plan_verify_combination(vector, parents_of(vector))
+        plan = plan_verify_combination(vector, parents_of(vector, tuned, base))
         facts |= {"claim": f"VECTOR = {manifest['formula']}"}
     else:
-        left = open_checkpoint(tuned or manifest["tuned"]["ref"], "tuned")
-        right = open_checkpoint(base or manifest["base"]["ref"], "base")
+        left = reopen(tuned, manifest["tuned"]["ref"], "tuned")
+        right = reopen(base, manifest["base"]["ref"], "base")
         claim = "VECTOR + BASE = TUNED"
         if is_patch(left):
             claim = "VECTOR = PATCH - BASE"
