@@ -5,12 +5,11 @@ headers only. What skillvec cannot take is refused here by name, before any work
 """
 
 import contextlib
-import fnmatch
 import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,7 @@ from skillvec.errors import (
 )
 from skillvec.kernels import FLOATS
 from skillvec.quantised import dequantised
+from skillvec.sidefiles import STATE, Made, left_behind
 from skillvec.sources import Source, files_of
 from skillvec.staging import STAGING_SUFFIX
 from skillvec.storage import (
@@ -58,12 +58,6 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 NOT_TEXT = re.compile("[\ud800-\udfff]")  # lone surrogates, which no file can hold
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
-# files that hold or index weights (or optimiser state): never copied beside merged weights
-WEIGHT_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json",
-    "adapter_model.bin", "optimizer.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "tf_model*.h5",
-    "flax_model*.msgpack", "*.onnx", "*.onnx_data", "*.distcp", ".metadata",
-)  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
     "added_tokens.json",
@@ -240,17 +234,27 @@ class Checkpoint(Mapping[str, Source]):
         shapes = sorted((name, list(spec.shape)) for name, spec in self.items())
         return digest_bytes(json.dumps(shapes).encode())
 
-    def side_files(self) -> tuple[list[tuple[str, str]], list[str]]:
-        """Return address and name of each file to copy, and names of weights left behind."""
-        copied: list[tuple[str, str]] = []
-        left: list[str] = []
+    def side_files(
+        self, made: Collection[str] = (), indexed: bool = False
+    ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Return address and name of each file to copy; name and reason of each left behind.
+
+        `made` are the weight files of the output, `indexed` says whether it has the target's index.
+        What the weights were read from, and its index, are neither.
+        """
         ours = {*self.files, *map(os.fspath, self.real_files)}
-        for name, address in self._beside():
-            if not is_weight_file(name):
-                copied.append((address, name))
-            elif not {address, os.path.realpath(address)} & ours and name != INDEX:
-                left.append(name)
-        return copied, left
+        sources = {INDEX, PICKLES[1]} if self.kind == PICKLES[0] else {INDEX}
+        beside = {
+            name: address
+            for name, address in self._beside()
+            if name not in sources and not {address, os.path.realpath(address)} & ours
+        }
+        left = left_behind(beside, Made(self.keys(), made, indexed))
+        copied = [(at, name) for name, at in beside.items() if name not in left]
+        if self.path in self.folder.parents:  # config and tokenizer in a folder below the shards
+            above = set(self.place.files) - {self.folder.relative_to(self.path).parts[0]}
+            left |= {n: STATE for n in sorted(above) if self.place.files[n] not in ours}
+        return copied, list(left.items())
 
     def _beside(self) -> Iterator[tuple[str, str]]:
         """Yield name and address of every file in the folder, and below it in a plain one."""
@@ -271,18 +275,11 @@ class Checkpoint(Mapping[str, Source]):
                 for name in subfolders
                 if name not in (".git", ".cache") and not name.endswith(STAGING_SUFFIX)
             )
-            if self.kind not in ("safetensors", PICKLES[0]):  # optimizer states of a training
-                subfolders.clear()
             for name in sorted(names):
                 full = os.path.join(folder, name)
                 if not os.path.isfile(full):
                     raise FormatError(f"{full}: a broken link or not a file; it cannot be copied")
                 yield os.path.relpath(full, self.folder), full
-
-
-def is_weight_file(name: str) -> bool:
-    """Return whether a file of this name holds or indexes weights, or optimizer state."""
-    return any(fnmatch.fnmatch(os.path.basename(name), glob) for glob in WEIGHT_FILES)
 
 
 def _parsed(file: str) -> Any:

@@ -99,6 +99,17 @@ def _layout(notes: dict[str, str]) -> list[str]:
     return lines[:5] + ([f"... and {len(lines) - 5} more ways (--json)"] if len(lines) > 5 else [])
 
 
+def _left(names: list[str]) -> str:
+    """Return up to five files that differ in more than their numbers, and how many more."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (name.count("/"), name)):
+        alike.setdefault(re.sub(r"\d+", "N", name), []).append(name)
+    words = [held[0] + (f" and {len(held) - 1} like it" if held[1:] else "")
+             for held in alike.values()]  # fmt: skip
+    more = sum(map(len, list(alike.values())[5:]))
+    return ", ".join(words[:5] + ([f"and {more} more"] if more else []))
+
+
 def _fetched(facts: dict[str, Any]) -> str:
     plural = "" if facts["fetched"] == 1 else "s"
     text = f"{human_bytes(facts['nbytes_fetched'])} in {facts['fetched']} file{plural} from the Hub"
@@ -165,6 +176,8 @@ class Screen:
                 self.say(f"  delete  {name}")
         for line in _layout(facts.get("layout", {})):
             self.say(f"  layout  {line}")
+        if facts.get("left_behind"):
+            self.say(f"  left    behind, not copied: {_left(facts['left_behind'])}")
         if "fetched" in facts:
             self.say(f"  fetch   {_fetched(facts)}")
         if "output" in facts and report.verb != "pull":

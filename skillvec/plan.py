@@ -114,7 +114,7 @@ class Plan:
     verdict: str = ""
     warnings: list[str] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)  # files to write: index, changed config
-    left_behind: list[str] = field(default_factory=list)
+    left_behind: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     layout: Mapping[str, str] = field(default_factory=dict)  # how tensors of another layout fit
     bound_nbytes: int = 0  # the most that a vector takes
     request: Request | None = None  # what compare measures
@@ -133,6 +133,7 @@ class Plan:
     @property
     def nbytes_written(self) -> int:
         outputs = self.bound_nbytes + sum(output.nbytes for output in self.outputs)
+        outputs += sum(len(text.encode()) for text in self.texts.values())
         return outputs + sum(file_nbytes(source) for source, _ in self.copies)
 
     def files(self) -> list[str]:
@@ -232,9 +233,9 @@ def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
 
 
 def _unknown_to(vector: SkillVector, model: Checkpoint) -> dict[str, list[str]]:
-    """Return the tensors of a model that its vector does not know, for an error beside others."""
-    manifest = vector.manifest
-    known = {*vector.deltas, *manifest["equal"], *manifest["tied"], *manifest["excluded"]}
+    """Return the tensors of a model that its vector does not speak of."""
+    keys = ("equal", "differing", "tied", "excluded")
+    known = {*vector.deltas, *(name for key in keys for name in vector.manifest[key])}
     return only_here(model, known, model.ref)
 
 
@@ -309,13 +310,16 @@ def plan_apply(
     ledger += [ledger_line(target[name], *why) for name, why in passed.items()]
     ledger += _dropped(target)
     copies: list[tuple[str, str]] = []
-    left: list[str] = []
+    left: list[tuple[str, str]] = []
     texts: dict[str, str] = {}
     if target.is_folder:
-        copies, left = target.side_files()
         texts = _texts(target, outputs, weight_map)
+        own = target.kind == "safetensors" and INDEX in target.place.files
+        kept = own and target.is_plain and INDEX not in texts
+        made = [output.name for output in outputs]
+        copies, left = target.side_files(made, own and (kept or INDEX in texts))
         copies = [(source, name) for source, name in copies if name not in texts]
-        if target.is_plain and INDEX in target.place.files and INDEX not in texts:
+        if kept:
             copies.append((target.place.files[INDEX], INDEX))
     return Plan(
         "apply", jobs, outputs, copies, ledger, vector.files(), mixes,
@@ -404,20 +408,13 @@ def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint)
             jobs.append(replace(job, expected=tuned[name]))
     for name in vector.manifest["equal"]:
         if name not in tuned or name not in base:
-            problems.append(f"{name}: not in {tuned.ref if name not in tuned else base.ref}")
-            continue
-        job = Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name])
-        jobs.append(job)
-    said = {
-        name for key in ("equal", "differing", "tied", "excluded") for name in vector.manifest[key]
-    }
-    for side in (tuned, base):
-        unsaid = [name for name in side if name not in vector.deltas and name not in said]
-        problems += [
-            f"{name}: in {side.ref}, and the vector does not speak of it" for name in unsaid
-        ]
-    if problems:
-        problems |= _unknown_to(vector, tuned) | _unknown_to(vector, base)
+            kind = f"not in {tuned.ref if name not in tuned else base.ref}"
+            problems[kind].append(f"{name}: {kind}")
+        else:
+            job = Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name])
+            jobs.append(job)
+    problems |= _unknown_to(vector, tuned) | _unknown_to(vector, base)
+    if any(problems.values()):
         raise IncompatibleError(
             f"{vector.ref} is not of these models:\n{up_to_five_each(problems)}"
         )
@@ -462,7 +459,7 @@ def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
     problems |= only_here(merged, names, merged.ref)
     if any(problems.values()):
         raise IncompatibleError(f"{merged.ref} is not of this target:\n{up_to_five_each(problems)}")
-    return replace(applied, verb="verify", jobs=jobs, outputs=[], copies=[])
+    return replace(applied, verb="verify", jobs=jobs, outputs=[], copies=[], texts={})
 
 
 # -------------------------------------------------------------------------------------- compare

@@ -19,12 +19,13 @@ from urllib.parse import quote
 
 from skillvec import hub
 from skillvec.cards import BEGIN, LICENSE, hub_model, merged_card, renewed, vector_card
-from skillvec.checkpoint import VECTOR_INDEX, Checkpoint, is_weight_file, open_tensors
+from skillvec.checkpoint import VECTOR_INDEX, Checkpoint, open_tensors
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError, printable, up_to_five
 from skillvec.hub import README
 from skillvec.outputs import PathLike, output_model, output_vector
 from skillvec.provenance import read_merged
 from skillvec.report import Report, Watcher
+from skillvec.sidefiles import is_weight_file
 from skillvec.staging import staging
 from skillvec.storage import (
     Place,

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from skillvec import analysis, operators
+from skillvec.checkpoint import INDEX
 from skillvec.deltas import PairDelta
 from skillvec.engine import JobResult
 from skillvec.errors import NonfiniteError, up_to_five
 from skillvec.fitting import ledger_line
 from skillvec.plan import Job, Plan
 from skillvec.report import Line, Report
+from skillvec.sidefiles import OLD, is_weight_file
 from skillvec.storage import file_nbytes, shown
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import NO_DIGEST, Entry, VectorFile, exactness_entry, tensor_entry
@@ -303,6 +305,35 @@ def rounding_warning(results: Sequence[JobResult], column: int) -> list[str]:
             f"{100 * share:.3g} % of the vector's squared norm is rounding, not training: in these"
             f" tensors {side} is {other} rounded to {dtype}, value for value ({LEFT_OUT}):\n"
             + up_to_five([result.job.name for result in held])
+        )
+    return found
+
+
+def side_facts(plan: Plan) -> dict[str, Any]:
+    """Return which files of the target's folder stay behind, and which come along as they are."""
+    old = [name for name, why in plan.left_behind if why == OLD]
+    return {
+        "left_behind": [name for name, _ in plan.left_behind],
+        "old_weights": old,
+        "copied_weights": [
+            name for _, name in plan.copies if name != INDEX and is_weight_file(name)
+        ],
+    }
+
+
+def side_warnings(report: Report) -> list[str]:
+    """Return what there is to know of weights in the target's folder that are not rewritten."""
+    old, copied = report.facts["old_weights"], report.facts["copied_weights"]
+    found = []
+    if old:
+        found.append(
+            "the target holds its weights in other files too; these stay behind, because whatever"
+            f" loads them would miss the vector:\n{up_to_five(old)}"
+        )
+    if copied:
+        found.append(
+            "files that look like weights are copied as they are, without the vector:\n"
+            + up_to_five(copied)
         )
     return found
 

@@ -82,6 +82,8 @@ from skillvec.summary import (
     refuse_nonfinite,
     report_apply,
     report_stored,
+    side_facts,
+    side_warnings,
     tell_nonfinite,
 )
 from skillvec.vector import FP32_MAX, SkillVector
@@ -419,11 +421,12 @@ def apply(
         "rounding": rounding,
         "seed": seed if rounding == "stochastic" else None,
         "verdict": plan.verdict,
-        "left_behind": plan.left_behind,
+        **side_facts(plan),
     }
     if plan.layout:
         facts["layout"] = plan.layout
     report = planned(plan, facts, runner, watcher, stream)
+    report.warnings += side_warnings(report)
     if dry_run:
         return report
     plan = measured(plan, runner, watcher, stream)

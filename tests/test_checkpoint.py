@@ -378,19 +378,18 @@ COPIED = {
     "modeling_toy.py": b"class Toy: ...\n", "tokenizer.model": bytes(range(256)), "empty.txt": b"",
     "additional_chat_templates/tool_use.jinja": b"{% if tools %}", "1_Pooling/config.json": b"{}",
     ".gitattributes": b"*.safetensors lfs", "training_args.bin": b"\x80",
+    "model.gguf": b"", "2_Dense/model.safetensors": b"", "onnx/model.onnx": b"",
 }  # fmt: skip
 LEFT = {
     "consolidated.safetensors": b"", "pytorch_model.bin": b"",
     "pytorch_model-00001-of-00002.bin": b"",
     "pytorch_model.bin.index.json": b"{}", "optimizer.pt": b"", "rng_state.pth": b"",
-    "model.gguf": b"", "tf_model.h5": b"", "flax_model.msgpack": b"",
-    "2_Dense/model.safetensors": b"",
-    "onnx/model.onnx": b"",
+    "tf_model.h5": b"", "flax_model.msgpack": b"",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_side_files_are_copied_byte_for_byte_and_other_weights_are_listed(
+def test_side_files_are_copied_byte_for_byte_and_states_and_old_weights_are_listed(
     shards: int, tmp_path: Path, family
 ):
     target = save(tmp_path / "target", toy(3), shards=shards)

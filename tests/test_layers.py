@@ -20,7 +20,8 @@ ORDER = [
     "lineage", "deltas", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "layouts", "conversions",
     "trainingshards", "pickles", "adapters", "quantised", "objects", "hub", "sources", "merging",
-    "operators", "codecs", "kernels", "staging", "storage", "report", "errors", "__init__",
+    "operators", "codecs", "kernels", "staging", "sidefiles", "storage", "report", "errors",
+    "__init__",
 ]  # fmt: skip
 # (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
 # vector.save() is the verb.
