@@ -169,7 +169,9 @@ def _compare(
         facts["output"] = place.ref
     if subspace_k:
         facts["subspace"] = {"k": subspace_k, "device": subspace.resolve_device(device)}
-    report = planned(replace(plan, verb=verb), facts, runner, watcher)
+    page_nbytes = page.LEAST_NBYTES if place is not None else 0
+    plan = replace(plan, verb=verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
+    report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
     if dry_run:
         return report
     before = fingerprints(plan.files() if subspace_k else ())  # for what is read after the run

@@ -19,6 +19,7 @@ def _files(files: list[str], kind: str = "") -> str:
 
 
 TRANSFERS = ("push", "pull")
+REPORTS = ("orthogonality", "norms")
 STORES = ("diff", "combine", "import-patch", "export-patch", "extract-lora")
 
 
@@ -182,6 +183,10 @@ class Screen:
             self.say(f"  fetch   {_fetched(facts)}")
         if "output" in facts and report.verb != "pull":
             self.say(f"  output  {facts['output']}")
+        free = facts.get("nbytes_free")
+        if free is not None and (report.verb == "pull" or free < facts["nbytes_written"]):
+            most = "" if report.verb == "pull" else f", for {_written(report)}"
+            self.say(f"  free    {human_bytes(free)} on the disk of the output{most}")
         if self.verbose:
             self.say(f"  plan    {plan_sentence(report)}")
 
@@ -257,16 +262,25 @@ def plan_sentence(report: Report) -> str:
     """Return what a plan would read, write and hold in memory."""
     facts = report.facts
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
-    most = "at most " if report.verb in STORES else ""
     text = (
-        f"reads {human_bytes(facts['nbytes_read'])}, writes {most}"
-        f"{human_bytes(facts['nbytes_written'])}, memory about"
-        f" {human_bytes(facts['memory_nbytes'])}{_each(facts['engine'])}\n"
+        f"reads {human_bytes(facts['nbytes_read'])}, writes {_written(report)}, memory about"
+        f" {human_bytes(facts['memory_nbytes'])}{_each(facts['engine'])}\n{_free(facts)}"
         f"{facts['workers']} {_workers(facts['engine'])} ({facts['kernels']}); tensors: {counts}"
     )
     if facts["files"]:
         text += f"; {_files(facts['files'], 'weight ')}, {_files(facts['side_files'], 'side ')}"
     return text
+
+
+def _written(report: Report) -> str:
+    nbytes = report.facts["nbytes_written"]
+    most = "at most " if report.verb in STORES else ""
+    return ("about " if report.verb in REPORTS and nbytes else most) + human_bytes(nbytes)
+
+
+def _free(facts: dict[str, Any]) -> str:
+    free = facts.get("nbytes_free")
+    return "" if free is None else f"{human_bytes(free)} free on the disk of the output\n"
 
 
 def _workers(engine: str) -> str:

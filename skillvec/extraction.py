@@ -107,7 +107,7 @@ def extract_lora(
         "rank": rank, "energy": energy, "dtype": dtype, "seed": seed,
         "device": subspace.resolve_device(device),
     }  # fmt: skip
-    report = planned(plan, facts, runner, watcher)
+    report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
     lines = {line["name"]: line for line in report.ledger}
     for name, hold in held.items():
         lines[name] |= {"status": "left out", "note": hold.why} if hold.why else {"status": "held"}

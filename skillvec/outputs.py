@@ -1,6 +1,8 @@
 """Where output may go, in what form, and how it gets there: staged files, one rename."""
 
 import contextlib
+import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ from skillvec.patch import Patch, PatchWriter
 from skillvec.plan import Plan
 from skillvec.report import Watcher
 from skillvec.sources import Source, value_range, values_of
-from skillvec.staging import Staging, staging
+from skillvec.staging import KEPT, Staging, staging, staging_of
 from skillvec.storage import (
     ITEMSIZE,
     OutputFile,
@@ -28,7 +30,14 @@ from skillvec.storage import (
     prefetch,
 )
 from skillvec.vector import SkillVector
-from skillvec.vectorfile import PARTS, Entry, StoredDelta, VectorFile, VectorWriter
+from skillvec.vectorfile import (
+    PARTS,
+    Entry,
+    StoredDelta,
+    VectorFile,
+    VectorWriter,
+    block_count,
+)
 
 PathLike = str | os.PathLike[str]
 PROBE_NUMEL = 4096
@@ -50,6 +59,44 @@ class Output(NamedTuple):
     @property
     def is_folder(self) -> bool:
         return self.names is not None and "" not in self.names
+
+    @property
+    def disk(self) -> Path:
+        """The nearest folder above the output that is there: on its disk it is made."""
+        return next(folder for folder in self.path.parents if folder.is_dir())
+
+    @property
+    def staging(self) -> Path:
+        return staging_of(self.path)
+
+    def refuse_closed(self) -> None:
+        """Raise OutputError where nothing can be made, UsageError for too long a name."""
+        disk, name = self.disk, self.staging.name
+        if not os.access(disk, os.W_OK | os.X_OK, effective_ids=True):
+            read_only = os.statvfs(disk).f_flag & os.ST_RDONLY
+            why = os.strerror(errno.EROFS if read_only else errno.EACCES)
+            raise OutputError(f"output {self.ref}: nothing can be written to {disk}: {why}")
+        longest = os.pathconf(disk, "PC_NAME_MAX")
+        if len(os.fsencode(name)) > longest:
+            raise UsageError(
+                f"output {self.ref}: its name is too long: it is made as {name:.40}..., and names"
+                f" have at most {longest} bytes there"
+            )
+
+    def refuse_full(self, least_nbytes: int) -> None:
+        """Raise OutputError where so many bytes do not fit beside what lies there.
+
+        What an interrupted run has left is written over, so its room counts as free. An old output
+        goes when the new one is whole.
+        """
+        free = free_nbytes(self.disk)
+        if free is None or least_nbytes <= free + _taken_nbytes(self.staging):
+            return
+        raise OutputError(
+            f"output {self.ref}: does not fit: {least_nbytes:,} bytes are needed, {free:,} are free"
+            f" on the disk of {self.disk}: make room there, or write elsewhere"
+            + (" (what is replaced goes last)" if self.names is not None else "")
+        )
 
     def delivery(self, force: bool, watcher: Watcher | None) -> Callable[[Path], None] | None:
         """Return what brings a file or folder to the URL; None for a path."""
@@ -74,6 +121,26 @@ class Output(NamedTuple):
         return deliver
 
 
+def free_nbytes(folder: Path) -> int | None:
+    """Return the bytes that anyone may still write to the disk of a folder; None if it says none.
+
+    So it is where a file system does not know its own size.
+    """
+    free = shutil.disk_usage(folder).free
+    return free if free or os.statvfs(folder).f_blocks else None
+
+
+def _taken_nbytes(folder: Path) -> int:
+    """Return the room that a run has taken in its folder, without the output that it replaced."""
+    taken = 0
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if Path(at, name) != folder / KEPT]
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # that run goes on
+                taken += 512 * os.lstat(os.path.join(at, name)).st_blocks
+    return taken
+
+
 def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Output:
     """Return where output goes, links above it resolved, or refuse the place."""
     from skillvec import objects
@@ -90,6 +157,7 @@ def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFi
         place = _local_place(ref, inputs)
     if place.names is not None and not force:
         raise UsageError(f"output {place.ref}: exists already; --force overwrites it")
+    place.refuse_closed()
     return place
 
 
@@ -256,6 +324,18 @@ def parse_size(text: int | str) -> int:
     if size <= 0:
         raise UsageError(f"max_shard_size {text}: expected a size such as 5GB")
     return size
+
+
+def vector_nbytes(entries: Sequence[Entry], manifest: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the least and the most that a vector file takes.
+
+    Dense tensors are sure; of exceptions nothing is known, so the most has a fiftieth for them. The
+    header says each name three times, and of a tensor at most 400 bytes more.
+    """
+    least = sum(entry.nbytes for entry in entries if entry.codec == "dense")
+    most = sum(entry.nbytes * 51 // 50 + 12 * block_count(entry.numel) for entry in entries)
+    most += sum(3 * len(json.dumps(entry.name)) + 400 for entry in entries)
+    return least, most + 2 * len(json.dumps(manifest)) + 4096
 
 
 def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tuple[str, str]]:

@@ -41,6 +41,7 @@ PAIR_NUMBERS = (
     ("sar_b", "alignment B", ".3g"),
 )  # fmt: skip
 GLANCE = 10
+LEAST_NBYTES = 800_000  # of a page: the drawing library that it carries
 VECTOR_NUMBERS = (
     ("numel", "values", ",d"), ("norm", "norm", ".4g"), ("rms", "rms", ".3g"),
     ("density", "density", "%"), ("below_half_step", "below ½ step", "%"),

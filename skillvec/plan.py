@@ -117,6 +117,7 @@ class Plan:
     left_behind: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     layout: Mapping[str, str] = field(default_factory=dict)  # how tensors of another layout fit
     bound_nbytes: int = 0  # the most that a vector takes
+    sure_nbytes: int = 0  # of them, what it takes whatever its values are
     request: Request | None = None  # what compare measures
 
     @property
@@ -132,9 +133,15 @@ class Plan:
 
     @property
     def nbytes_written(self) -> int:
+        """The most that is written."""
         outputs = self.bound_nbytes + sum(output.nbytes for output in self.outputs)
         outputs += sum(len(text.encode()) for text in self.texts.values())
         return outputs + sum(file_nbytes(source) for source, _ in self.copies)
+
+    @property
+    def least_nbytes(self) -> int:
+        """The least that is written."""
+        return self.nbytes_written - self.bound_nbytes + self.sure_nbytes
 
     def files(self) -> list[str]:
         """Return every file that is read, each once: vectors, tensors, side files."""

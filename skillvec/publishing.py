@@ -22,7 +22,7 @@ from skillvec.cards import BEGIN, LICENSE, hub_model, merged_card, renewed, vect
 from skillvec.checkpoint import VECTOR_INDEX, Checkpoint, open_tensors
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError, printable, up_to_five
 from skillvec.hub import README
-from skillvec.outputs import PathLike, output_model, output_vector
+from skillvec.outputs import PathLike, free_nbytes, output_model, output_vector
 from skillvec.provenance import read_merged
 from skillvec.report import Report, Watcher
 from skillvec.sidefiles import is_weight_file
@@ -167,11 +167,15 @@ def pull(
     report = Report("pull", {
         "kind": made.kind, "repo": repo, "revision": place.revision, "files": made.sizes,
         "nbytes": sum(made.sizes.values()), "output": out.ref if out else os.fspath(place.path),
+        "nbytes_free": free_nbytes(out.disk if out else place.path),
     })  # fmt: skip
     if watcher:
         watcher.planned(report)
+    if out is not None:  # what the cache lacks of a file may be there in part
+        out.refuse_full(report.facts["nbytes"])
     if dry_run:
         return report
+    del report.facts["nbytes_free"]  # a fact of the moment
     if out is None:
         hub.fetch_all(made.files.values(), watcher)
         held = [local_path(address) for address in made.files.values()]

@@ -19,6 +19,7 @@ from skillvec.engine import (
     to_line,
 )
 from skillvec.errors import UsageError
+from skillvec.outputs import Output, free_nbytes
 from skillvec.plan import Job, Plan
 from skillvec.report import Report, Watcher
 from skillvec.staging import Journal, Staging
@@ -69,8 +70,14 @@ def planned(
     engine: Engine,
     watcher: Watcher | None,
     stream: bool = False,
+    place: Output | None = None,
+    dry_run: bool = False,
 ) -> Report:
-    """Return the report as far as headers can tell, and show it to the watcher."""
+    """Return the report as far as headers can tell, and show it to the watcher.
+
+    Raises OutputError where what is sure to be written does not fit on the disk of `place`. What is
+    free there is a fact of the moment: only the report of a `dry_run` keeps it.
+    """
     mixed = [len(d.sources) for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
     each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
     planned = {
@@ -96,8 +103,19 @@ def planned(
     report.ledger = [
         job_line(job, status[job.operator]) for job in plan.jobs if job.name not in named
     ] + plan.ledger
+    if place is not None:
+        report.facts["nbytes_free"] = free_nbytes(place.disk)
     if watcher:
         watcher.planned(report)
+    if place is not None:
+        shards = report.facts["stream"]["most_nbytes"] if stream else 0
+        place.refuse_full(plan.least_nbytes + shards)
+        free = report.facts["nbytes_free"] if dry_run else report.facts.pop("nbytes_free")
+        if dry_run and free is not None and free < plan.nbytes_written:
+            report.warnings.append(
+                f"the output may not fit: it takes at most {plan.nbytes_written:,} bytes, often"
+                f" less, and {free:,} are free on the disk of {place.disk}"
+            )
     return report
 
 

@@ -33,7 +33,7 @@ from skillvec.errors import (
 from skillvec.storage import OutputFile, changes, explain, fsync_path
 
 STAGING_SUFFIX = ".skillvec-unfinished"
-JOURNAL, OWNER = "journal", "owner"
+JOURNAL, OWNER, KEPT = "journal", "owner", "replaced"
 # after these the same command fails again: what was done is of no use
 FINAL = (FormatError, IncompatibleError, VerificationError)
 OTHER = "of another command", "give that command to go on with it"
@@ -197,7 +197,7 @@ class Staging:
 
     @property
     def _replaced(self) -> Path:
-        return self.folder / "replaced"
+        return self.folder / KEPT
 
     def publish(self, source: Path) -> None:
         """Rename `source` (inside the folder) to the output, moving an old folder away first."""
@@ -255,6 +255,11 @@ class Staging:
     def _restore(self) -> None:
         if self._replaced.exists() and not os.path.lexists(self.output):
             os.rename(self._replaced, self.output)
+
+
+def staging_of(output: Path) -> Path:
+    """Return the folder beside an output in which it is made."""
+    return output.parent / f".{output.name}{STAGING_SUFFIX}"
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -320,7 +325,7 @@ def staging(
     that may pass (a full disk, Ctrl-C), if the journal claims anything. Else it is removed
     whatever happens. Raises OutputError; UsageError where the folder is of another request.
     """
-    folder = output.parent / f".{output.name}{STAGING_SUFFIX}"
+    folder = staging_of(output)
     lock = _lock(output, folder)
     stage = Staging(output, folder, force, deliver)
     kept = False

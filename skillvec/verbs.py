@@ -43,6 +43,7 @@ from skillvec.outputs import (
     output_model,
     output_vector,
     parse_size,
+    vector_nbytes,
     writing,
     writing_patch,
     writing_vector,
@@ -271,9 +272,9 @@ def save(
         facts[side] = getattr(vector, side).facts
     if vector.notes:
         facts["layout"] = dict(vector.notes)
-    bound = sum(entry.nbytes for entry in entries)
-    plan = replace(plan, bound_nbytes=bound)
-    report = planned(plan, facts, runner, watcher, stream)
+    least, most = vector_nbytes(entries, manifest)
+    plan = replace(plan, bound_nbytes=most, sure_nbytes=least)
+    report = planned(plan, facts, runner, watcher, stream, place, dry_run)
     if dry_run:
         return replace(vector, report=report)
     plan = measured(plan, runner, watcher, stream)
@@ -334,7 +335,7 @@ def export_patch(
     plan = plan_patch(opened, point)
     place = output_vector(output, force, opened, [point])
     facts = {"output": place.ref, "vector": opened.ref, "base": point.ref}
-    report = planned(plan, facts, runner, watcher)
+    report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
     if dry_run:
         return report
     request = {"vector": opened.manifest["identity"], "family": point.family_digest}
@@ -425,7 +426,7 @@ def apply(
     }
     if plan.layout:
         facts["layout"] = plan.layout
-    report = planned(plan, facts, runner, watcher, stream)
+    report = planned(plan, facts, runner, watcher, stream, place, dry_run)
     report.warnings += side_warnings(report)
     if dry_run:
         return report

@@ -1,6 +1,7 @@
 """Vectors as LoRA: the folder against PEFT, numpy's SVD in fp64 and what is left of the norm."""
 
 import json
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import skillvec
 from skillvec import extraction, subspace
-from skillvec.errors import IncompatibleError, UsageError
+from skillvec.errors import IncompatibleError, OutputError, UsageError
 from skillvec.extraction import extract_lora
 from skillvec.vector import SkillVector
 
@@ -285,6 +286,15 @@ def test_a_dry_run_reads_and_writes_nothing(llamas, tmp_path: Path, monkeypatch)
     monkeypatch.setattr(extraction, "_write", None)
     report = extract_lora("::".join(llamas), tmp_path / "lora", rank=1, dry_run=True)
     assert report.counts == {"held": 15, "left out": 6} and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_is_free_and_what_cannot_be_made(llamas, tmp_path, monkeypatch) -> None:
+    report = extract_lora("::".join(llamas), tmp_path / "lora", rank=1, dry_run=True)
+    assert report.facts["nbytes_free"] > report.facts["nbytes_written"] > 0
+    assert "nbytes_free" not in extract_lora("::".join(llamas), tmp_path / "lora", rank=1).facts
+    monkeypatch.setattr(os, "access", lambda *given, **options: False)
+    with pytest.raises(OutputError, match="nothing can be written"):
+        extract_lora("::".join(llamas), tmp_path / "two", rank=1, dry_run=True)
 
 
 def test_watchers_are_told(llamas, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from conftest import Family
 from families import from_bits, perturbed, save, toy
 
 import skillvec
-from skillvec import storage
+from skillvec import outputs, storage
 from skillvec.errors import FormatError, OutputError, SkillvecError
 
 UNFINISHED = ".skillvec-unfinished"
@@ -212,23 +212,32 @@ def large_family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_disk_that_is_really_full(small_disk: Path, large_family):
     base, tuned = large_family
     command = [sys.executable, "-m", "skillvec"]
-    for arguments in (
-        ["diff", tuned, base, "-o", small_disk / "v.safetensors"],
-        ["diff", tuned, base, "-o", small_disk / "v.safetensors", "--max-shard-size", "400kB"],
-        ["apply", base, "--tuned", tuned, "--base", base, "-o", small_disk / "out"],
-    ):
+    pair = ["apply", base, "--tuned", tuned, "--base", base]
+    for arguments, said in (
+        (["diff", tuned, base, "-o", small_disk / "v.safetensors"], "the disk is full"),
+        (["diff", tuned, base, "-o", small_disk / "v.safetensors", "--max-shard-size", "400kB"],
+         "the disk is full"),
+        ([*pair, "-o", small_disk / "out"], "does not fit"),  # known before
+    ):  # fmt: skip
         done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
         assert done.returncode == 1 and done.stdout == ""
-        assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
+        assert said in done.stderr and "Traceback" not in done.stderr
         assert names(small_disk) == []
 
 
-def test_a_disk_that_the_side_files_fill(small_disk: Path, tmp_path: Path, family):
+def test_a_disk_that_the_side_files_fill(
+    small_disk: Path, tmp_path: Path, family, monkeypatch: pytest.MonkeyPatch
+):
     target = save(
         tmp_path / "target", toy(3, layers=1), side_files={"tokenizer.json": b"x" * (3 << 20)}
     )
+    vector = skillvec.diff(family.tuned, family.base)
+    with pytest.raises(OutputError, match="does not fit"):
+        skillvec.apply(target, vector, small_disk / "out")
+    assert names(small_disk) == []
+    monkeypatch.setattr(outputs, "free_nbytes", lambda folder: None)  # as of a disk that says none
     with pytest.raises(OutputError, match=r"tokenizer\.json.*full"):
-        skillvec.apply(target, skillvec.diff(family.tuned, family.base), small_disk / "out")
+        skillvec.apply(target, vector, small_disk / "out")
     assert names(small_disk) == []
 
 
