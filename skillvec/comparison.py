@@ -259,7 +259,7 @@ def _warnings(pairs: Sequence[dict[str, Any]], lineage: Sequence[str]) -> list[s
     found = []
     for pair in pairs:
         shared = pair["shared_rounding"]
-        if shared is not None:
+        if shared is not None and pair["overall"]["cosine"] is not None:  # no delta is zero
             size = "" if shared["cosine"] is None else f" of about {shared['cosine']:+.2g}"
             found.append(
                 f"A = {pair['a']} and B = {pair['b']} share the 16-bit {shared['checkpoint']}"

@@ -150,10 +150,11 @@ def open_patch(
 
 
 def is_patch(opened: Checkpoint) -> bool:
-    """Return whether all tensors are pairs of positions and values."""
+    """Return whether all tensors are pairs of positions and values; of none, if it says so."""
     names = set(opened)
     stems = {name.removesuffix(INDICES) for name in names if name.endswith(INDICES)}
-    return bool(names) and names == {stem + part for stem in stems for part in (INDICES, VALUES)}
+    said = bool(names) or kind_of_file(opened.metadata) == "patch"
+    return said and names == {stem + part for stem in stems for part in (INDICES, VALUES)}
 
 
 class PatchWriter(RowWriter):

@@ -98,6 +98,8 @@ def push(
         )
     report = Report("push")
     card = _card(made, repo, license, _remote_card(api, repo, state), api, report)
+    if made.vector and not any(line["changed"] for line in made.said["tensors"].values()):
+        report.warnings.append("the vector is zero: it changes no model")
     sizes = made.sizes | {README: len(card.encode())}
     report.facts |= {
         "kind": made.kind, "path": os.fspath(vector), "repo": repo, "revision": revision,

@@ -98,6 +98,10 @@ def _entry(
     )
 
 
+def zero_warning(why: str) -> str:
+    return f"no value differs: the vector is zero ({why}), and adding it changes nothing"
+
+
 def report_stored(
     report: Report,
     plan: Plan,
@@ -132,6 +136,13 @@ def report_stored(
         "norm": sum(entry["norm"] ** 2 for entry in entries.values()) ** 0.5,
         "exactness": manifest["exactness"],
     }
+    if not changed:
+        why = (
+            "its adapter adds nothing: B is zero" if not manifest["tuned"] else "TUNED equals BASE"
+        )
+        why = {"combine": "its vectors are, or cancel out", "import-patch": "its patch changes none"
+               }.get(plan.verb, why)  # fmt: skip
+        report.warnings.append(zero_warning(why))
     if manifest["differing"]:
         report.warnings.append(
             "integer or bool tensors differ and are not transferred:\n"
@@ -198,6 +209,8 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             )[:5]
         ],
     }
+    if nothing := _nothing(added, plan.lam, report.counts):
+        report.warnings.append(f"no value differs: {nothing}; OUT holds the weights of TARGET")
     report.warnings += rounding_warning(added, 2)
     tell_nonfinite(report, results)
     lost = report.facts.get("nonfinite", {}).get("lost")  # that, not the grid, is the reason then
@@ -209,6 +222,18 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             " steps of the target's grid are as large as the delta. --dtype fp32 is exact,"
             " --rounding stochastic right on average"
         )
+
+
+def _nothing(added: Sequence[JobResult], lam: float, counts: dict[str, int]) -> str:
+    """Return why an apply changed no value, "" where it did or where rounding is the reason."""
+    if lam == 0:
+        return "lam is 0"
+    if any(result.sums[2] for result in added):  # on a sample, so the digests decide
+        return ""
+    same = all(r.job.point is not None and r.job.point.dtype == r.job.out_dtype for r in added)
+    if same:
+        return "" if counts.get("applied") else "the vector is zero"
+    return "" if any(r.changed for r in added) else "the vector is zero, wherever it was sampled"
 
 
 SIDES = ("tuned", "base", "target", "output")

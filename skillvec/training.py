@@ -52,6 +52,8 @@ class SkillVectorCallback(TrainerCallback):
         self.written.append(path)
         facts = vector.report.facts
         logger.info(f"{path}: norm {facts['norm']:.4g}, {100 * facts['density']:.3g} % changed")
+        for warning in vector.report.warnings:
+            logger.warning(f"{path}: {warning}")
         tuned = vector.manifest["tuned"]  # none of an adapter, whose s B A is fp32
         if tuned and set(HALVES) & set(tuned["dtypes"]):
             logger.warning_once(

@@ -354,6 +354,8 @@ def export_patch(
     changed = int(writer.counts.sum())
     report.facts |= {"changed": changed, "nbytes": nbytes,
                      "numel": sum(job.numel for job in plan.jobs)}  # fmt: skip
+    if not changed:
+        report.warnings.append("no value differs: the vector is zero, and the patch lists nothing")
     for line, count in zip(report.ledger, writer.counts, strict=True):
         line |= {"status": "listed" if count else "unchanged", "changed": int(count)}
     tell_nonfinite(report, results)

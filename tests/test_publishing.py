@@ -121,6 +121,13 @@ def test_nothing_is_sent_twice_and_a_readers_text_stays(server, slept, made):
     assert set(files) == {".gitattributes", "README.md", "notes.md", "other.safetensors"}
 
 
+def test_a_vector_of_zeros_is_told_before_it_is_public(server, slept, made, tmp_path):
+    skillvec.diff(made / "base", made / "base", tmp_path / "zero.safetensors")
+    for vector, warnings in ((tmp_path / "zero.safetensors", 1), (made / SKILL, 0)):
+        report = push(vector, "user/zero", dry_run=True)
+        assert len([text for text in report.warnings if "vector is zero" in text]) == warnings
+
+
 def test_a_repository_holds_one_vector(server, slept, made):
     push(made / SKILL, "user/skill")
     before = server.files("user/skill")

@@ -93,6 +93,19 @@ def test_16_bit_checkpoints_are_warned_of(tmp_path: Path, monkeypatch: pytest.Mo
         assert len(said) == warnings
 
 
+def test_a_step_that_moved_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("skillvec.training.logger.warning", said.append)
+    base = save(tmp_path / "base", toy(0, "F32"))
+    callback = sv.SkillVectorCallback(base)
+    for step, seed in ((1, 1), (2, None)):
+        tensors = toy(0, "F32") if seed is None else perturbed(toy(0, "F32"), seed)
+        save(tmp_path / "out" / f"checkpoint-{step}", tensors)
+        call(callback, tmp_path / "out", step)
+        assert len(said) == step - 1
+    assert "skill-2.safetensors: no value differs: the vector is zero" in said[0]
+
+
 @pytest.mark.slow
 def test_a_real_trainer_calls_it(tmp_path: Path) -> None:
     """Two steps of TRL's SFTTrainer from an fp32 model; every checkpoint is base + v."""
