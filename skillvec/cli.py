@@ -342,11 +342,11 @@ def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> An
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
 @_nonfinite
-@_shared(writes=True)
+@_shared(writes=True, works=False)
 def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> Any:
     """Write the best LoRA adapter of VECTOR: s B A of a rank, for PEFT.
 
-    RL deltas are nearly full rank: the report says how much of each one is kept.
+    The report says how much of each tensor is kept, and what is left out.
     """
     from skillvec import extraction
 

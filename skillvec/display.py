@@ -265,7 +265,7 @@ def plan_sentence(report: Report) -> str:
     text = (
         f"reads {human_bytes(facts['nbytes_read'])}, writes {_written(report)}, memory about"
         f" {human_bytes(facts['memory_nbytes'])}{_each(facts['engine'])}\n{_free(facts)}"
-        f"{facts['workers']} {_workers(facts['engine'])} ({facts['kernels']}); tensors: {counts}"
+        f"{_workers(report)} ({facts['kernels']}); tensors: {counts}"
     )
     if facts["files"]:
         text += f"; {_files(facts['files'], 'weight ')}, {_files(facts['side_files'], 'side ')}"
@@ -283,8 +283,9 @@ def _free(facts: dict[str, Any]) -> str:
     return "" if free is None else f"{human_bytes(free)} free on the disk of the output\n"
 
 
-def _workers(engine: str) -> str:
-    return {"threads": "workers", "serial": "worker"}.get(engine, f"workers of {engine}")
+def _workers(report: Report) -> str:
+    engine, count = report.facts["engine"], report.facts["workers"]
+    return f"{count} worker{'' if count == 1 else 's'}" + (f" of {engine}" if _each(engine) else "")
 
 
 def _each(engine: str) -> str:
@@ -302,11 +303,14 @@ def done_sentence(report: Report) -> str:
         )
     if report.verb == "extract-lora":
         ranks = sorted({facts["least_rank"], facts["most_rank"]})
+        places = (("left_out_energy", "that LoRA does not hold (embeddings, norms, ...)"),
+                  ("not_found_energy", "not found among the modules of the base"))  # fmt: skip
+        elsewhere = [(facts[key], where) for key, where in places if facts[key]]
         return (
             f"tensors: {counts}\n{facts['modules']} modules of rank"
             f" {' to '.join(map(str, ranks))}, {human_bytes(facts['nbytes'])}\n"
             f"keeps {100 * facts['kept_energy']:.3g} % of the vector's squared norm"
-            f" ({100 * facts['left_out_energy']:.3g} % is in tensors that LoRA does not hold)"
+            + "".join(f"\n{100 * share:.3g} % is in tensors {where}" for share, where in elsewhere)
         )
     if report.verb in STORES[:3]:
         exact = facts["exactness"]

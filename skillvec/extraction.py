@@ -3,7 +3,8 @@
 Hides which weights LoRA can hold. That is asked of the model class of the base's config, built on
 the meta device: nn.Linear, and transformers' Conv1D, whose weights lie turned. Left out, by name,
 and counted in the energy: embeddings (few servers take them), heads tied to them (a delta on one
-would change both), norms, biases, fused experts, names that are no module of the model.
+would change both), norms, biases, fused experts. Counted apart: names that the model does not have,
+of which nothing is known.
 
 One matrix is in memory at a time, with its factors; those go to the disk as they come. The share
 of energy that is kept is measured against the factors as they are stored, not taken from singular
@@ -47,6 +48,7 @@ from skillvec.vector import SkillVector
 from skillvec.vectorfile import readers_of
 
 FIRST_RANK = 16  # tried for an energy, then doubled
+NOT_FOUND = "not found"  # status of names that the model does not have
 LITTLE = 0.9  # of the energy: below, the adapter is another thing than the vector
 PIECE = 1 << 20  # values of the residual at a time
 WEIGHTS = "adapter_model.safetensors"
@@ -67,8 +69,6 @@ def extract_lora(
     dtype: str = "fp32",
     dry_run: bool = False,
     force: bool = False,
-    engine: str = "threads",
-    workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> Report:
     """Write the vector's matrices as a PEFT LoRA adapter for its base: B A is the best of its rank.
@@ -76,9 +76,10 @@ def extract_lora(
     Every matrix gets `rank`, or the smallest rank that keeps the share `energy` of its squared
     norm. `base` is where the base is now (its config is read), if not where it was. `dtype` is
     that of the factors; the SVD is in fp32 (fp64 of fp64 deltas), by `device` and `seed`. The
-    report has rank and kept energy of every tensor and of all, with what is left out. Values
-    without a finite delta are refused, or with `allow_nonfinite` count as unchanged. Raises
-    UsageError, IncompatibleError, NonfiniteError, FormatError, OutputError.
+    report has rank and kept energy of every tensor and of all, with what is left out, and what is
+    not found in the model of that config. Values without a finite delta are refused, or with
+    `allow_nonfinite` count as unchanged. Raises UsageError, IncompatibleError, NonfiniteError,
+    FormatError, OutputError.
     """
     if (rank is None) == (energy is None):
         raise UsageError("extract-lora takes either rank or energy")
@@ -90,7 +91,6 @@ def extract_lora(
         raise UsageError(f"seed {seed}: expected at least 0")
     if dtype_of(dtype) == "F64":
         raise UsageError("dtype fp64: factors are stored in fp32, bf16 or fp16")
-    runner = engine_of(engine, workers)
     opened = SkillVector.open(vector)
     point = opened.base
     if point is None or base is not None:
@@ -107,17 +107,18 @@ def extract_lora(
         "rank": rank, "energy": energy, "dtype": dtype, "seed": seed,
         "device": subspace.resolve_device(device),
     }  # fmt: skip
-    report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
+    one = engine_of("serial", None)  # matrices come one by one
+    report = planned(plan, facts, one, watcher, place=place, dry_run=dry_run)
     lines = {line["name"]: line for line in report.ledger}
     for name, hold in held.items():
-        lines[name] |= {"status": "left out", "note": hold.why} if hold.why else {"status": "held"}
+        lines[name] |= {"status": hold.status} | ({"note": hold.why} if hold.why else {})
     tied, excluded = opened.manifest["tied"], opened.manifest["excluded"]
     report.ledger += [{"name": n, "status": "tied", "note": f"copy of {tied[n]}"} for n in tied]
     report.ledger += [{"name": name, "status": "excluded"} for name in excluded]
     if dry_run:
         return report
     before = fingerprints(plan.files())
-    plan = measured(plan, runner, watcher)
+    plan = measured(plan, engine_of("threads", None), watcher)
     try:
         with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
             made = stage.made
@@ -143,6 +144,11 @@ class Hold(NamedTuple):
 
     why: str = ""
     turned: bool = False
+    status: str = "held"
+
+
+def _left(why: str) -> Hold:
+    return Hold(why, status="left out")
 
 
 def _sorted_out(jobs: Sequence[Job], base: Checkpoint) -> dict[str, Hold]:
@@ -150,23 +156,26 @@ def _sorted_out(jobs: Sequence[Job], base: Checkpoint) -> dict[str, Hold]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    modules = dict(_model_of(base).named_modules())
+    model = _model_of(base)
+    modules, known = dict(model.named_modules()), set(model.state_dict(keep_vars=True))
     owners = Counter(id(getattr(module, "weight", None)) for module in modules.values())
     held, problems = {}, []
     for job in jobs:
         name, shape = job.name, tuple(job.deltas[0].spec.shape)
         module = modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if len(shape) != 2:
-            held[name] = Hold(f"{len(shape)} dimensions, a matrix has 2")
+            held[name] = _left(f"{len(shape)} dimensions, a matrix has 2")
+        elif name not in known:
+            held[name] = Hold(f"no module of {base.model_type} has it", status=NOT_FOUND)
         elif not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-            kind = "no module" if module is None else f"a {type(module).__name__}"
-            held[name] = Hold(f"{kind} of {base.model_type}, not a linear one")
+            kind = "parameter" if module is None else f"weight of a {type(module).__name__}"
+            held[name] = _left(f"the {kind}, not of a linear module")
         elif tuple(module.weight.shape) != shape:
             problems.append(f"{name}: {list(shape)}, base {list(module.weight.shape)}")
         elif owners[id(module.weight)] > 1:
-            held[name] = Hold("tied: a delta would change the other weight too")
+            held[name] = _left("tied: a delta would change the other weight too")
         elif isinstance(module, nn.Embedding):
-            held[name] = Hold("an embedding")
+            held[name] = _left("an embedding")
         else:
             held[name] = Hold(turned=isinstance(module, Conv1D))
     if problems:
@@ -175,7 +184,9 @@ def _sorted_out(jobs: Sequence[Job], base: Checkpoint) -> dict[str, Hold]:
         )
     if all(hold.why for hold in held.values()):
         reasons = [f"{name}: {hold.why}" for name, hold in held.items()]
-        raise IncompatibleError(f"no tensor that LoRA could hold:\n{up_to_five(reasons)}")
+        raise IncompatibleError(
+            f"no tensor that LoRA could hold, by the model of {base.ref}:\n{up_to_five(reasons)}"
+        )
     return held
 
 
@@ -344,15 +355,25 @@ def _conclude(report: Report, ranks: Sequence[int]) -> None:
     told = [line for line in report.ledger if "norm_sq" in line]
     total = sum(line["norm_sq"] for line in told)
     kept = sum(line["norm_sq"] * (line["kept_energy"] or 0) for line in told)
-    left = sum(line["norm_sq"] for line in told if line["status"] == "left out")
+    left, missing = (
+        sum(line["norm_sq"] for line in told if line["status"] == status)
+        for status in ("left out", NOT_FOUND)
+    )
     report.facts |= {
         "norm_sq": total, "kept_energy": kept / total, "left_out_energy": left / total,
+        "not_found_energy": missing / total,
         "modules": len(ranks), "least_rank": min(ranks), "most_rank": max(ranks),
         "svd_error": max(line.get("svd_error", 0.0) for line in told),
     }  # fmt: skip
     if kept < LITTLE * total:
         report.warnings.append(
-            f"the adapter keeps {kept / total:.3g} of the vector's squared norm"
-            f" ({left / total:.3g} is in tensors that LoRA does not hold): what it does may differ;"
-            " deltas of reinforcement learning are nearly of full rank, so apply those as they are"
+            f"the adapter keeps {kept / total:.3g} of the vector's squared norm, so what it does may"
+            " differ from what the vector does"
+        )
+    if missing:
+        names = [line["name"] for line in told if line["status"] == NOT_FOUND and line["norm_sq"]]
+        report.warnings.append(
+            f"{missing / total:.3g} of the vector's squared norm is in tensors that were not found"
+            f" among the modules of {report.facts['base']}, so no adapter of it reaches them:\n"
+            + up_to_five(names)
         )

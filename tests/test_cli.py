@@ -682,7 +682,8 @@ def test_options_are_spelled_as_users_of_merge_tools_expect():
         spelled = {text for p in main.commands[verb].params for text in p.opts}
         assert {"--json", "-q", "--quiet", "-v", "--verbose"} <= spelled
         if verb in WRITERS:
-            assert {"-o", "--output", "--force", "--dry-run", "--workers"} <= spelled
+            assert {"-o", "--output", "--force", "--dry-run"} <= spelled
+            assert ("--workers" in spelled) == ("--engine" in spelled) == (verb != "extract-lora")
         if verb in SELECTIVE:
             assert {"--include", "--exclude", "--dry-run"} <= spelled
         if verb in ("diff", "combine", "apply"):

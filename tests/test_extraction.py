@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import skillvec
 from skillvec import extraction, subspace
+from skillvec.display import done_sentence
 from skillvec.errors import IncompatibleError, OutputError, UsageError
 from skillvec.extraction import extract_lora
 from skillvec.vector import SkillVector
@@ -114,7 +115,9 @@ def test_a_rank_is_the_best_of_its_size_and_loads_in_peft(llamas, tmp_path: Path
     share = sum(np.square(held[name]).sum() for name in left)
     share /= sum(np.square(delta).sum() for delta in held.values())
     assert report.facts["left_out_energy"] == pytest.approx(share, rel=1e-5)
-    assert "keeps" in report.warnings[-1] and "full rank" in report.warnings[-1]
+    assert "the adapter keeps" in report.warnings[-1]
+    assert report.facts["not_found_energy"] == 0
+    assert not any("full rank" in text or "not found" in text for text in report.warnings)
 
 
 def test_generation_runs(llamas, tmp_path: Path) -> None:
@@ -240,6 +243,59 @@ def test_deltas_of_zero_are_listed_and_left_out(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="could hold is 0"):
         extract_lora(vector, tmp_path / "none", rank=4, include=["*layers.1*"])
     assert not (tmp_path / "none").exists()
+
+
+def test_what_the_model_does_not_have_is_no_fault_of_lora(tmp_path: Path) -> None:
+    """A module of another release, or under another prefix, says nothing of what LoRA holds."""
+    torch.manual_seed(0)
+    tuned, base = pair(tmp_path, llama())
+    sizes = {}
+    for side in (tuned, base):
+        tensors = load_file(f"{side}/model.safetensors")
+        torch.manual_seed(len(side))
+        sizes[side] = {
+            "model.mtp.proj.weight": torch.randn(8, 8),
+            "mtp.norm.weight": torch.randn(8),
+        }
+        save(
+            Path(side),
+            tensors | sizes[side],
+            config=json.loads(Path(side, "config.json").read_text()),
+        )
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=24)
+    notes = {line["name"]: (line["status"], line.get("note")) for line in report.ledger}
+    assert notes["model.mtp.proj.weight"] == ("not found", "no module of llama has it")
+    assert notes["mtp.norm.weight"] == ("left out", "1 dimensions, a matrix has 2")
+    assert notes["model.embed_tokens.weight"] == ("left out", "an embedding")
+    held = deltas(tuned, base)
+    total = sum(np.square(delta).sum() for delta in held.values())
+    shares = {status: sum(np.square(held[n]).sum() for n in held if notes[n][0] == status) / total
+              for status in ("held", "left out", "not found")}  # fmt: skip
+    assert min(shares.values()) > 0
+    facts = report.facts
+    for key, status in (("kept", "held"), ("left_out", "left out"), ("not_found", "not found")):
+        assert facts[f"{key}_energy"] == pytest.approx(shares[status], rel=1e-4)
+    (text,) = (text for text in report.warnings if "not found among the modules of" in text)
+    assert "model.mtp.proj.weight" in text and "mtp.norm" not in text
+    said = done_sentence(report)
+    assert f"{100 * shares['not found']:.3g} % is in tensors not found" in said
+    assert f"{100 * shares['left out']:.3g} % is in tensors that LoRA does not hold" in said
+    start, result = load_file(f"{base}/model.safetensors"), merged(base, tmp_path / "lora")
+    for name, (status, _) in notes.items():
+        if status == "held":
+            moved = result[name].astype(float) - start[name].numpy()
+            np.testing.assert_allclose(moved, held[name], rtol=0, atol=2e-6)
+
+
+def test_a_model_of_other_names_is_refused_for_them_not_for_lora(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tuned, base = pair(tmp_path, llama())
+    for side in (tuned, base):
+        tensors = load_file(f"{side}/model.safetensors")
+        config = json.loads(Path(side, "config.json").read_text())
+        save(Path(side), {f"thinker.{n}": t for n, t in tensors.items()}, config=config)
+    with pytest.raises(IncompatibleError, match="no module of llama has it"):
+        extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=2)
 
 
 def test_fp64_deltas_are_decomposed_in_fp64(tmp_path: Path) -> None:

@@ -600,7 +600,7 @@ def _stream(inputs: Path, output: Path, **options: Any) -> None:
 
 
 def _extract(inputs: Path, output: Path, **options: Any) -> None:
-    options = {"rank": 2} | options
+    options = {"rank": 2} | {k: v for k, v in options.items() if k not in ("engine", "workers")}
     extraction.extract_lora(inputs / "llama.safetensors", output, base=inputs / "llama", **options)
 
 
