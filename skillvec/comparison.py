@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,7 +139,7 @@ def _compare(
     if figures and output is None:
         raise UsageError("figures need an output folder")
     opened = [SkillVector.open(ref) for ref in vectors]
-    names = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
+    names = _distinct([v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened])
     weights = open_checkpoint(against, "against") if against is not None else None
     other = None
     if control is not None and control != "random":
@@ -189,6 +189,15 @@ def _compare(
     if place is not None:
         _write(report, place, force, figures, watcher)
     return report
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """Return labels with a number behind those that stand before, so that each means one vector."""
+    taken: list[str] = []
+    for label in labels:
+        tries = (f"{label} ({n})" if n > 1 else label for n in count(1))
+        taken.append(next(name for name in tries if name not in taken))
+    return taken
 
 
 def _request(

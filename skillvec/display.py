@@ -407,11 +407,11 @@ SUBSPACE_COLUMNS = {
 def _print_comparison(report: Report, verbose: bool) -> None:
     """Print one screen: who was compared, every pair, what it means; all levels if verbose."""
     facts = report.facts
-    letters = {label: chr(ord("A") + i % 26) for i, label in enumerate(facts["vectors"])}
+    letters = {label: _letter(i) for i, label in enumerate(facts["vectors"])}
     for vector in facts["norms"]:
-        _print(
-            _wrapped(f"{letters[vector['label']]} = {_vector_line(vector, 'estimated' in facts)}")
-        )
+        said = _vector_line(vector, "estimated" in facts)
+        line = _wrapped(f"{letters[vector['label']]}\xa0=\xa0{said}")
+        _print(line.replace("\xa0", " "))  # a long path stays behind its letter
     left_out = {"z", "lift"} if verbose else set()  # room for names; the report has them all
     left_out |= set() if facts["control"] else {"control"}
     shown = {title: spec for title, spec in PAIR_COLUMNS.items() if title not in left_out}
@@ -437,6 +437,11 @@ def _print_comparison(report: Report, verbose: bool) -> None:
         own = {"A": letters[pair["a"]], "B": letters[pair["b"]]}
         forecast = re.sub(r"\b[AB]\b", lambda found: own[found[0]], pair["forecast"]["sentence"])  # noqa: B023
         _print(_wrapped(f"{words} {forecast[0].upper()}{forecast[1:]}."))
+
+
+def _letter(i: int) -> str:
+    """Return A to Z, then AA to ZZ and so on."""
+    return (_letter(i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26)
 
 
 def _vector_line(vector: dict[str, Any], estimated: bool) -> str:

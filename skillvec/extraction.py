@@ -367,8 +367,8 @@ def _conclude(report: Report, ranks: Sequence[int]) -> None:
     }  # fmt: skip
     if kept < LITTLE * total:
         report.warnings.append(
-            f"the adapter keeps {kept / total:.3g} of the vector's squared norm, so what it does may"
-            " differ from what the vector does"
+            f"the adapter keeps {kept / total:.3g} of the vector's squared norm: what it does may"
+            " differ"
         )
     if missing:
         names = [line["name"] for line in told if line["status"] == NOT_FOUND and line["norm_sq"]]

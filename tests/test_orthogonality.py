@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from itertools import combinations
 from math import sqrt
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from families import load, perturbed, save, toy
 
 import skillvec as sv
 from skillvec.cli import main
-from skillvec.comparison import csv_text
+from skillvec.comparison import _distinct, csv_text
+from skillvec.display import Screen
 
 NUMBERS = ("cosine", "z", "norm_a", "norm_b", "norm_ratio")
 
@@ -333,6 +335,42 @@ def test_what_cannot_be_asked(family, tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=words):
             sv.orthogonality(ref, ref, **options)
+
+
+def test_one_vector_given_twice_is_two_vectors_everywhere(family, tmp_path: Path) -> None:
+    ref = f"{family.tuned}::{family.base}"
+    other = f"{family.sft}::{family.base}"
+    report = sv.orthogonality(ref, ref, other, ref, output=tmp_path / "r", subspace=2)
+    labels = [ref, f"{ref} (2)", other, f"{ref} (3)"]
+    assert report.facts["vectors"] == labels == [e["label"] for e in report.facts["norms"]]
+    pairs = [(pair["a"], pair["b"]) for pair in report.facts["pairs"]]
+    assert pairs == list(combinations(labels, 2))
+    cosines = [pair["overall"]["cosine"] for pair in report.facts["pairs"]]
+    same = [True, False, True, False, True, False]
+    assert [round(cosine, 6) == 1 for cosine in cosines] == same
+    rows = list(csv.DictReader((tmp_path / "r" / "report.csv").open()))
+    assert {(row["a"], row["b"]) for row in rows} == {*pairs, *((label, "") for label in labels)}
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["vectors"] == labels
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert all(label in page for label in labels)
+
+
+def test_a_label_that_another_vector_would_get_is_not_given_twice() -> None:
+    taken = ["a", "a", "a (2)", "a", "b"]
+    assert _distinct(taken) == ["a", "a (2)", "a (2) (2)", "a (3)", "b"]
+
+
+def test_every_vector_has_its_letter(family, capsys: pytest.CaptureFixture[str]) -> None:
+    ref = f"{family.tuned}::{family.base}"
+    for count, last in ((2, "A, B:"), (28, "AA, AB:")):
+        report = sv.orthogonality(*[ref] * count, include=["model.norm.weight"])
+        Screen().show(report)
+        told = [line for line in capsys.readouterr().out.splitlines() if " = " in line]
+        letters = [line.partition(" = ")[0] for line in told]
+        assert len(set(letters)) == len(letters) == count
+        Screen().show(report)
+        lines = capsys.readouterr().out
+        assert f"\n{last}" in lines and "B, B" not in lines
 
 
 def test_bf16_lineage_is_named_beside_the_cosine(family) -> None:
