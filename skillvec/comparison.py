@@ -139,7 +139,7 @@ def _compare(
     if figures and output is None:
         raise UsageError("figures need an output folder")
     opened = [SkillVector.open(ref) for ref in vectors]
-    names = _distinct([v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened])
+    names = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
     weights = open_checkpoint(against, "against") if against is not None else None
     other = None
     if control is not None and control != "random":
@@ -189,15 +189,6 @@ def _compare(
     if place is not None:
         _write(report, place, force, figures, watcher)
     return report
-
-
-def _distinct(labels: Sequence[str]) -> list[str]:
-    """Return labels with a number behind those that stand before, so that each means one vector."""
-    taken: list[str] = []
-    for label in labels:
-        tries = (f"{label} ({n})" if n > 1 else label for n in count(1))
-        taken.append(next(name for name in tries if name not in taken))
-    return taken
 
 
 def _request(
@@ -419,25 +410,43 @@ def _write(
 ) -> None:
     """Write the report's folder beside its place and move it there."""
     content = report.to_dict()
+    shown = _told_apart(content)
     with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
         made = stage.made
         files = {
             "report.json": (json.dumps(content, indent=1) + "\n").encode(),
             "report.csv": csv_text(content).encode(),
-            "report.html": page.html(content).encode(),
+            "report.html": page.html(shown).encode(),
         }
         if figures:
             (made / "figures").mkdir()
-            files |= {f"figures/{name}": drawn for name, drawn in page.figures(content)}
+            files |= {f"figures/{name}": drawn for name, drawn in page.figures(shown)}
         for name, data in files.items():
             (made / name).write_bytes(data)
             fsync_path(os.fspath(made / name))
         stage.publish(made)
 
 
+def _told_apart(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a report in which labels that stand twice have a number, as of one vector twice.
+
+    In a report pairs stand in the order of their vectors, which a table of rows has not.
+    """
+    labels: list[str] = []
+    for label in content["vectors"]:
+        tries = (f"{label} ({n})" if n > 1 else label for n in count(1))
+        labels.append(next(name for name in tries if name not in labels))
+    sides = list(combinations(labels, 2))  # none of norms
+    pairs = [pair | {"a": a, "b": b} for pair, (a, b) in zip(content["pairs"], sides, strict=False)]
+    norms = [
+        entry | {"label": label} for entry, label in zip(content["norms"], labels, strict=True)
+    ]
+    return content | {"vectors": labels, "pairs": pairs, "norms": norms}
+
+
 def csv_text(content: dict[str, Any]) -> str:
     """Return every row of every level as CSV: pairs first, then vectors, with `b` empty."""
-    rows = list(_flat_rows(content))
+    rows = list(_flat_rows(_told_apart(content)))
     text = io.StringIO()
     columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import textwrap
+from itertools import combinations
 from typing import Any
 
 from skillvec.errors import printable
@@ -407,18 +408,18 @@ SUBSPACE_COLUMNS = {
 def _print_comparison(report: Report, verbose: bool) -> None:
     """Print one screen: who was compared, every pair, what it means; all levels if verbose."""
     facts = report.facts
-    letters = {label: _letter(i) for i, label in enumerate(facts["vectors"])}
-    for vector in facts["norms"]:
+    letters = [_letter(i) for i in range(len(facts["vectors"]))]
+    pairs = list(zip(combinations(letters, 2), facts["pairs"], strict=True))
+    for letter, vector in zip(letters, facts["norms"], strict=True):
         said = _vector_line(vector, "estimated" in facts)
-        line = _wrapped(f"{letters[vector['label']]}\xa0=\xa0{said}")
+        line = _wrapped(f"{letter}\xa0=\xa0{said}")
         _print(line.replace("\xa0", " "))  # a long path stays behind its letter
     left_out = {"z", "lift"} if verbose else set()  # room for names; the report has them all
     left_out |= set() if facts["control"] else {"control"}
     shown = {title: spec for title, spec in PAIR_COLUMNS.items() if title not in left_out}
     rows = []
-    for pair in facts["pairs"]:
-        words = f"{letters[pair['a']]}, {letters[pair['b']]}"
-        rows.append([words, *_columns(pair["overall"], shown)])
+    for names, pair in pairs:
+        rows.append([", ".join(names), *_columns(pair["overall"], shown)])
         for level in ("modules", "kinds", "layers", "tensors") if verbose else ("kinds",):
             if not verbose and (len(facts["pairs"]) > 1 or len(pair[level]) > 14):
                 continue
@@ -429,12 +430,12 @@ def _print_comparison(report: Report, verbose: bool) -> None:
     if facts["subspace"]:
         _print(f"\ntop {facts['subspace']['k']} singular directions")
         _table(["", *SUBSPACE_COLUMNS], [
-            [f"{letters[pair['a']]}, {letters[pair['b']]}",
-             *_columns(pair["overall"], SUBSPACE_COLUMNS)] for pair in facts["pairs"]
+            [", ".join(names), *_columns(pair["overall"], SUBSPACE_COLUMNS)]
+            for names, pair in pairs
         ])  # fmt: skip
-    for pair in facts["pairs"]:
-        words = f"{letters[pair['a']]}, {letters[pair['b']]}: {pair['sentence']}."
-        own = {"A": letters[pair["a"]], "B": letters[pair["b"]]}
+    for names, pair in pairs:
+        words = f"{', '.join(names)}: {pair['sentence']}."
+        own = dict(zip("AB", names, strict=True))
         forecast = re.sub(r"\b[AB]\b", lambda found: own[found[0]], pair["forecast"]["sentence"])  # noqa: B023
         _print(_wrapped(f"{words} {forecast[0].upper()}{forecast[1:]}."))
 

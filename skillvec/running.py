@@ -52,6 +52,8 @@ def engine_of(name: str, workers: int | None) -> Engine:
         return Cluster(workers)
     if name not in ENGINES:
         raise UsageError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
+    if name == "serial" and (workers or 1) > 1:
+        raise UsageError(f"workers {workers}: engine serial is the calling thread alone")
     return Threads(0 if name == "serial" else workers or min(16, len(os.sched_getaffinity(0))))
 
 

@@ -36,7 +36,7 @@ from skillvec.errors import (
     up_to_five,
 )
 from skillvec.fitting import fitting, laid_out, ledger_line, verdict_on
-from skillvec.merging import OPERATORS, Operator
+from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.outputs import (
     PathLike,
     choose_storage,
@@ -201,6 +201,7 @@ def combine(
     if output is None and options:
         raise TypeError(f"combine: {', '.join(options)} is of no use without output")
     if len(parts) == 1 and plain:
+        check_parameters(made.op, {**made.parameters, **first.parameters})  # it takes none
         vector = parts[0] * first.weight
     else:
         vector = SkillVector.combined(parts, made, operator)

@@ -142,6 +142,8 @@ def test_usage_errors_exit_2(tmp_path: Path, family, vector, other):
         "expected one of bf16": ("combine", vector, other, "-o", v, "--dtype", "int8"),
         "a size such as 5GB": ("diff", tuned, base, "-o", v, "--max-shard-size", "5 apples"),
         "workers -1: expected at least 1": ("combine", vector, other, "-o", v, "--workers", "-1"),
+        "workers 3: engine serial is the calling thread alone": (
+            "verify", vector, "--engine", "serial", "--workers", "3"),
         "only a vector has a verdict": ("inspect", target, "--target", base),
         "is made of a stored": ("export-patch", f"{tuned}::{base}", "-o", v),
         "one .safetensors file": ("apply", shard, vector, "-o", out,

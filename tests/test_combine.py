@@ -1339,6 +1339,20 @@ def test_parameters_that_are_wrong_are_usage_and_name_what_is_allowed(family, sm
     assert sorted(path.name for path in folder.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
+def test_a_parameter_beside_one_vector_is_not_passed_over(family, small) -> None:
+    """The operator that was meant is missing: the result would be another model."""
+    a, _, folder = small
+    for words in (["combine", f"{a.ref}=0.5", "-o", folder / "x.safetensors"],
+                  ["apply", family.target, a.ref, "-o", folder / "x"]):  # fmt: skip
+        result = run(*words, "--param", "density=0.3")
+        assert result.exit_code == 2 and "linear has no parameter 'density'" in result.stderr
+    for more in ({"parameters": {"density": 0.3}}, {}):
+        share = {"vector": a.ref} | ({} if more else {"parameters": {"density": 0.3}})
+        with pytest.raises(sv.UsageError, match="linear has no parameter 'density'"):
+            sv.combine(recipe={"vectors": [share], **more})
+    assert sorted(path.name for path in folder.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
 def test_weights_behind_an_equals_sign(family, small, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, folder = small
     monkeypatch.chdir(folder)

@@ -16,7 +16,7 @@ from families import load, perturbed, save, toy
 
 import skillvec as sv
 from skillvec.cli import main
-from skillvec.comparison import _distinct, csv_text
+from skillvec.comparison import csv_text
 from skillvec.display import Screen
 
 NUMBERS = ("cosine", "z", "norm_a", "norm_b", "norm_ratio")
@@ -341,23 +341,32 @@ def test_one_vector_given_twice_is_two_vectors_everywhere(family, tmp_path: Path
     ref = f"{family.tuned}::{family.base}"
     other = f"{family.sft}::{family.base}"
     report = sv.orthogonality(ref, ref, other, ref, output=tmp_path / "r", subspace=2)
-    labels = [ref, f"{ref} (2)", other, f"{ref} (3)"]
-    assert report.facts["vectors"] == labels == [e["label"] for e in report.facts["norms"]]
-    pairs = [(pair["a"], pair["b"]) for pair in report.facts["pairs"]]
-    assert pairs == list(combinations(labels, 2))
+    assert report.facts["vectors"] == [ref, ref, other, ref]  # pairs stand in their order
     cosines = [pair["overall"]["cosine"] for pair in report.facts["pairs"]]
     same = [True, False, True, False, True, False]
     assert [round(cosine, 6) == 1 for cosine in cosines] == same
+    labels = [ref, f"{ref} (2)", other, f"{ref} (3)"]
+    pairs = list(combinations(labels, 2))
     rows = list(csv.DictReader((tmp_path / "r" / "report.csv").open()))
     assert {(row["a"], row["b"]) for row in rows} == {*pairs, *((label, "") for label in labels)}
-    assert json.loads((tmp_path / "r" / "report.json").read_text())["vectors"] == labels
+    found = {
+        (r["a"], r["b"]): float(r["cosine"]) for r in rows if r["level"] == "overall" and r["b"]
+    }
+    assert found == dict(zip(pairs, cosines, strict=True))
     page = (tmp_path / "r" / "report.html").read_text()
     assert all(label in page for label in labels)
+    assert json.loads((tmp_path / "r" / "report.json").read_text()) == report.to_dict()
 
 
-def test_a_label_that_another_vector_would_get_is_not_given_twice() -> None:
-    taken = ["a", "a", "a (2)", "a", "b"]
-    assert _distinct(taken) == ["a", "a (2)", "a (2) (2)", "a (3)", "b"]
+def test_a_label_that_another_vector_would_get_is_not_given_twice(family, tmp_path: Path) -> None:
+    for name in ("a", "a (2)"):
+        sv.diff(family.tuned, family.base, tmp_path / f"{name}.safetensors")
+    refs = [str(tmp_path / f"{name}.safetensors") for name in ("a", "a", "a (2)")]
+    report = sv.orthogonality(*refs).to_dict()
+    for given in (refs, [refs[0], refs[0], f"{refs[0]} (2)"]):
+        report["vectors"] = given
+        rows = list(csv.DictReader(io.StringIO(csv_text(report))))
+        assert len({row["a"] for row in rows if not row["b"]}) == 3
 
 
 def test_every_vector_has_its_letter(family, capsys: pytest.CaptureFixture[str]) -> None:
