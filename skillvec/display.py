@@ -184,7 +184,7 @@ class Screen:
             self.say(f"  fetch   {_fetched(facts)}")
         if "output" in facts and report.verb != "pull":
             self.say(f"  output  {facts['output']}")
-        free = facts.get("nbytes_free")
+        free = report.now.get("nbytes_free")
         if free is not None and (report.verb == "pull" or free < facts["nbytes_written"]):
             most = "" if report.verb == "pull" else f", for {_written(report)}"
             self.say(f"  free    {human_bytes(free)} on the disk of the output{most}")
@@ -226,7 +226,7 @@ class Screen:
             if not self.as_json:
                 _print(f"warning: {warning}", to_stderr=True)
         if self.as_json:
-            _print(json.dumps(report.to_dict(), indent=2))
+            _print(json.dumps(report.to_dict() | report.now, indent=2))
         elif self.quiet:
             if last_line is not None:
                 _print(last_line)
@@ -265,7 +265,7 @@ def plan_sentence(report: Report) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
     text = (
         f"reads {human_bytes(facts['nbytes_read'])}, writes {_written(report)}, memory about"
-        f" {human_bytes(facts['memory_nbytes'])}{_each(facts['engine'])}\n{_free(facts)}"
+        f" {human_bytes(facts['memory_nbytes'])}{_each(facts['engine'])}\n{_free(report)}"
         f"{_workers(report)} ({facts['kernels']}); tensors: {counts}"
     )
     if facts["files"]:
@@ -279,8 +279,8 @@ def _written(report: Report) -> str:
     return ("about " if report.verb in REPORTS and nbytes else most) + human_bytes(nbytes)
 
 
-def _free(facts: dict[str, Any]) -> str:
-    free = facts.get("nbytes_free")
+def _free(report: Report) -> str:
+    free = report.now.get("nbytes_free")
     return "" if free is None else f"{human_bytes(free)} free on the disk of the output\n"
 
 

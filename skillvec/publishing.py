@@ -169,15 +169,15 @@ def pull(
     report = Report("pull", {
         "kind": made.kind, "repo": repo, "revision": place.revision, "files": made.sizes,
         "nbytes": sum(made.sizes.values()), "output": out.ref if out else os.fspath(place.path),
-        "nbytes_free": free_nbytes(out.disk if out else place.path),
     })  # fmt: skip
+    report.now["nbytes_free"] = free_nbytes(out.disk if out else place.path)
     if watcher:
         watcher.planned(report)
     if out is not None:  # what the cache lacks of a file may be there in part
         out.refuse_full(report.facts["nbytes"])
     if dry_run:
         return report
-    del report.facts["nbytes_free"]  # a fact of the moment
+    report.now.clear()
     if out is None:
         hub.fetch_all(made.files.values(), watcher)
         held = [local_path(address) for address in made.files.values()]

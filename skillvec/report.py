@@ -12,13 +12,15 @@ class Report:
     """The answer of a verb.
 
     `facts` are its totals and statements, `ledger` has a line for every tensor of every input
-    (name, status, dtype, shape and what was measured), `warnings` are sentences for the user.
+    (name, status, dtype, shape and what was measured), `warnings` are sentences for the user. What
+    holds for the moment of a plan alone, such as free room, is in `now`: two runs may differ in it.
     """
 
     verb: str
     facts: dict[str, Any] = field(default_factory=dict)
     ledger: list[Line] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    now: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -26,7 +28,7 @@ class Report:
         return dict(sorted(Counter(line["status"] for line in self.ledger).items()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data, as `--json` prints it."""
+        """Return everything but `now` as plain data; `--json` prints both."""
         return {
             "verb": self.verb,
             **self.facts,

@@ -78,7 +78,7 @@ def planned(
     """Return the report as far as headers can tell, and show it to the watcher.
 
     Raises OutputError where what is sure to be written does not fit on the disk of `place`. What is
-    free there is a fact of the moment: only the report of a `dry_run` keeps it.
+    free there, only the report of a `dry_run` keeps.
     """
     mixed = [len(d.sources) for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
     each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
@@ -106,13 +106,13 @@ def planned(
         job_line(job, status[job.operator]) for job in plan.jobs if job.name not in named
     ] + plan.ledger
     if place is not None:
-        report.facts["nbytes_free"] = free_nbytes(place.disk)
+        report.now["nbytes_free"] = free_nbytes(place.disk)
     if watcher:
         watcher.planned(report)
     if place is not None:
         shards = report.facts["stream"]["most_nbytes"] if stream else 0
         place.refuse_full(plan.least_nbytes + shards)
-        free = report.facts["nbytes_free"] if dry_run else report.facts.pop("nbytes_free")
+        free = report.now["nbytes_free"] if dry_run else report.now.pop("nbytes_free")
         if dry_run and free is not None and free < plan.nbytes_written:
             report.warnings.append(
                 f"the output may not fit: it takes at most {plan.nbytes_written:,} bytes, often"

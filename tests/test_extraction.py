@@ -346,8 +346,8 @@ def test_a_dry_run_reads_and_writes_nothing(llamas, tmp_path: Path, monkeypatch)
 
 def test_a_dry_run_says_what_is_free_and_what_cannot_be_made(llamas, tmp_path, monkeypatch) -> None:
     report = extract_lora("::".join(llamas), tmp_path / "lora", rank=1, dry_run=True)
-    assert report.facts["nbytes_free"] > report.facts["nbytes_written"] > 0
-    assert "nbytes_free" not in extract_lora("::".join(llamas), tmp_path / "lora", rank=1).facts
+    assert report.now["nbytes_free"] > report.facts["nbytes_written"] > 0
+    assert not extract_lora("::".join(llamas), tmp_path / "lora", rank=1).now
     monkeypatch.setattr(os, "access", lambda *given, **options: False)
     with pytest.raises(OutputError, match="nothing can be written"):
         extract_lora("::".join(llamas), tmp_path / "two", rank=1, dry_run=True)

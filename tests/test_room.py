@@ -243,7 +243,7 @@ def test_pull_needs_the_room_of_all_files(inputs: Path, small, monkeypatch, tmp_
         with pytest.raises(UsageError, match="does not exist"):
             publishing.pull("user/skill", tmp_path / "no" / "v.safetensors", dry_run=True)
         small(0)  # of the cache some may be there in part: only said
-        assert publishing.pull("user/skill", dry_run=True).facts["nbytes_free"] == 0
+        assert publishing.pull("user/skill", dry_run=True).now["nbytes_free"] == 0
 
 
 def test_shards_that_are_streamed_need_room_too(small, monkeypatch, tmp_path: Path):
