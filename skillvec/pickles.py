@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, printable, up_to_five
 from skillvec.sources import Box, Index, Source, View, Viewed, row_major
-from skillvec.storage import ITEMSIZE, TensorSpec, file_nbytes, read_bytes
+from skillvec.storage import ITEMSIZE, TensorSpec, file_nbytes, read_bytes, seems
 
 MAX_PICKLE_NBYTES = 1 << 29  # the tree alone, without data: real ones take a few hundred KB
 MAX_DIMENSIONS = 64
@@ -272,10 +272,17 @@ def load_archive(path: str, begin: int = 0, nbytes: int | None = None) -> Any:
             f" _use_new_zipfile_serialization=False): {ADVICE}"
         )
     if magic != b"PK\3\4":
-        raise FormatError(f"{path}: not an archive of torch.save: it begins with {magic!r}")
+        found = None if begin else seems(path, nbytes)
+        what = f", but {found}" if found else f": it begins with {magic!r}"
+        if not begin and read_bytes(path, 8, 1) == b"{":
+            what = ", but perhaps safetensors: then its name has to end in .safetensors"
+        raise FormatError(f"{path}: not an archive of torch.save{what}")
     archive = _Archive(path, begin, nbytes)
     if "constants.pkl" in archive.records:
-        raise IncompatibleError(f"{path}: a TorchScript module: {ADVICE}")
+        raise IncompatibleError(
+            f"{path}: a TorchScript module, code with its weights (torch.jit.save): load it with"
+            " torch.jit.load and save its state_dict() as safetensors"
+        )
     if "byteorder" in archive.records and archive.content("byteorder") != b"little":
         raise IncompatibleError(f"{path}: big-endian data: {ADVICE}")
     return load_pickle(archive.content("data.pkl"), path, archive.storage)

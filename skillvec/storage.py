@@ -10,6 +10,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import shutil
 import struct
 import threading
@@ -214,39 +215,60 @@ def _checked_spec(path: str, name: str, entry: Any, data_start: int) -> TensorSp
     return TensorSpec(name, entry["dtype"], tuple(shape), path, data_start + offsets[0], nbytes)
 
 
+# what else is found under the name of safetensors: bytes at an offset, what they begin, what to do
+OTHERS = (
+    (0, b"PK\3\4", "a zip archive", "if torch.save wrote it, name it .pt or .bin; a TorchScript"
+     " module has to be loaded and its state dict saved as safetensors"),
+    *((0, bytes([128, n]), "a pickle", "load it with torch, save it as safetensors")
+      for n in (2, 3, 4, 5)),
+    (0, b"GGUF", "GGUF", "diff and apply the safetensors that it was made from, then convert"),
+    (0, b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it"),
+    (0, b"BZh", "a bzip2 archive", "unpack it"),
+    (0, b"\xfd7zXZ\0", "an xz archive", "unpack it"),
+    (257, b"ustar", "a tar archive", "unpack it"),
+    (0, b"\x89HDF\r\n", "HDF5 (Keras, TensorFlow)", "load it with its library, then save"),
+    (0, b"\x93NUMPY", "a numpy array", "save it by safetensors.numpy.save_file"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
+)  # fmt: skip
+TEXT = re.compile(rb"(\xef\xbb\xbf)?[\t\n\r\x20-\x7e]+")
+
+
+def seems(path: str, nbytes: int) -> str | None:
+    """Return what a file is by its first bytes and what to do with it; None where they say nothing.
+
+    For errors alone: it is asked when a file is not what its name says.
+    """
+    head = read_bytes(path, 0, min(512, nbytes))
+    for at, magic, what, advice in OTHERS:
+        if head.startswith(magic, at) and head[8:9] != b"{":  # there JSON would begin
+            return f"{what} by its first bytes: {advice}"
+    if head and TEXT.fullmatch(head[:64]):
+        said = head[:40].decode("ascii", "replace").strip()
+        return f"text that begins with {said!r}, perhaps an error page: download the file again"
+    if len(head) > 8 and not any(head):
+        return "zeros, as an interrupted download leaves them: download the file again"
+    return None
+
+
+def _no_header(path: str, nbytes: int, problem: str) -> FormatError:
+    """Return the error for a file that does not begin like safetensors."""
+    found = seems(path, nbytes)
+    return FormatError(f"{path}: {f'not safetensors, but {found}' if found else problem}")
+
+
 def read_header(path: str | Path) -> Header:
     """Read and check the header of a safetensors file without touching its data.
 
     Returns tensors in the order of their data. Raises FormatError naming the file, the tensor and
-    the broken rule; OSError where the file cannot be read.
+    the broken rule, or what the file is instead; OSError where the file cannot be read.
     """
     path = os.fspath(path)
     witness(path)
     nbytes = file_nbytes(path)
-    prefix = read_bytes(path, 0, min(8, nbytes))
-    if len(prefix) < 8:
-        raise FormatError(f"{path}: {nbytes} bytes are too few for a safetensors file")
-    (header_nbytes,) = struct.unpack("<Q", prefix)
-    if header_nbytes > MAX_HEADER_NBYTES:
-        raise FormatError(
-            f"{path}: header of {header_nbytes} bytes, over the cap of {MAX_HEADER_NBYTES}"
-            " (not a safetensors file?)"
-        )
-    data_start = 8 + header_nbytes
-    if data_start > nbytes:
-        raise FormatError(
-            f"{path}: header of {header_nbytes} bytes in a file of {nbytes}: truncated"
-        )
-    raw = read_bytes(path, 8, header_nbytes)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=refuse_duplicates)
-        if b"\\u" in raw:  # escaped lone surrogates are no text
-            json.dumps(header, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: header is not valid JSON: {error}") from None
-    if not raw.startswith(b"{") or not isinstance(header, dict):
-        raise FormatError(f"{path}: header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
+    header, data_start = _parsed_header(path, nbytes)
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null, as mlx writes it
     if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
         raise FormatError(f"{path}: __metadata__ is not a map of strings")
     specs = []
@@ -269,6 +291,30 @@ def read_header(path: str | Path) -> Header:
         rule = "truncated" if position > nbytes else "bytes behind the last tensor"
         raise FormatError(f"{path}: expected {position} bytes, found {nbytes}: {rule}")
     return Header({spec.name: spec for spec in specs}, metadata, data_start)
+
+
+def _parsed_header(path: str, nbytes: int) -> tuple[dict[str, Any], int]:
+    """Return the JSON object that a file of safetensors begins with, and where its data begins."""
+    prefix = read_bytes(path, 0, min(8, nbytes))
+    if len(prefix) < 8:
+        raise _no_header(path, nbytes, f"{nbytes} bytes are too few for a safetensors file")
+    (header_nbytes,) = struct.unpack("<Q", prefix)
+    if header_nbytes > MAX_HEADER_NBYTES:
+        cap = f"header of {header_nbytes} bytes, over the cap of {MAX_HEADER_NBYTES}"
+        raise _no_header(path, nbytes, f"{cap} (not a safetensors file?)")
+    if 8 + header_nbytes > nbytes:
+        problem = f"header of {header_nbytes} bytes in a file of {nbytes}: truncated"
+        raise _no_header(path, nbytes, problem)
+    raw = read_bytes(path, 8, header_nbytes)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=refuse_duplicates)
+        if b"\\u" in raw:  # escaped lone surrogates are no text
+            json.dumps(header, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise _no_header(path, nbytes, f"header is not valid JSON: {error}") from None
+    if not raw.startswith(b"{") or not isinstance(header, dict):
+        raise _no_header(path, nbytes, "header is not a JSON object")
+    return header, 8 + header_nbytes
 
 
 def encode_header(

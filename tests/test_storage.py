@@ -1,9 +1,15 @@
 """Bytes: hostile headers, the official format, digests, and the staging folder."""
 
+import bz2
 import fcntl
+import gzip
+import io
 import json
+import lzma
 import os
+import pickle
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +139,6 @@ HOSTILE = {
     "metadata is a list": (header_of({"__metadata__": ["pt"]}), ["__metadata__"]),
     "metadata holds a number": (header_of({"__metadata__": {"format": 1}}), ["__metadata__"]),
     "metadata holds null": (header_of({"__metadata__": {"format": None}}), ["__metadata__"]),
-    "metadata is null": (header_of({"__metadata__": None}), ["__metadata__"]),
 }
 
 
@@ -153,15 +158,94 @@ def test_hostile_header_is_refused_naming_file_and_rule(wrong: str, tmp_path: Pa
 @pytest.mark.parametrize("wrong", HOSTILE)
 def test_what_is_called_hostile_the_official_reader_refuses_too(wrong: str):
     # The kinds below are ours alone: the official reader takes a repeated entry key (the last one
-    # wins), blanks, and metadata: null. Everything else guards the test against a strawman.
+    # wins) and blanks. Everything else guards the test against a strawman.
     ours = {
-        "a key of an entry twice", "a tensor twice", "metadata is null", "entry with one key more",
+        "a key of an entry twice", "a tensor twice", "entry with one key more",
         "blanks before the object",
     }  # fmt: skip
     content, _ = HOSTILE[wrong]
     if wrong not in ours:
         with pytest.raises(Exception):  # noqa: B017  its errors have no common type of their own
             safetensors.deserialize(content)
+
+
+def test_metadata_that_is_null_is_none_as_for_the_official_reader(tmp_path: Path):
+    content = header_of({"__metadata__": None, "w": W}, bytes(8))  # as mlx writes it
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    assert [name for name, _ in safetensors.deserialize(content)] == ["w"]
+    assert safetensors.safe_open(path, "np").metadata() is None
+    header = read_header(path)
+    assert header.metadata == {} and list(header.tensors) == ["w"]
+
+
+def _tar() -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("model.safetensors"), io.BytesIO())
+    return made.getvalue()
+
+
+def _saved(content: object, zipped: bool) -> bytes:
+    made = io.BytesIO()
+    torch.save(content, made, _use_new_zipfile_serialization=zipped)
+    return made.getvalue()
+
+
+def _scripted() -> bytes:
+    made = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), made)
+    return made.getvalue()
+
+
+OTHERS = {
+    "torch.save": (lambda: _saved({"w": torch.ones(2)}, True), "a zip archive"),
+    "TorchScript": (_scripted, "a zip archive"),
+    "torch.save before 1.6": (lambda: _saved({"w": torch.ones(2)}, False), "a pickle"),
+    **{
+        f"pickle {n}": (lambda n=n: pickle.dumps({"a": [1.0] * 9}, n), "a pickle")
+        for n in (2, 3, 4, 5)
+    },
+    "gzip": (lambda: gzip.compress(bytes(5000), mtime=0), "a gzip archive"),
+    "gzip with a time": (lambda: gzip.compress(bytes(5000), mtime=1 << 30), "a gzip archive"),
+    "bzip2": (lambda: bz2.compress(bytes(5000)), "a bzip2 archive"),
+    "xz": (lambda: lzma.compress(bytes(5000)), "an xz archive"),
+    "tar": (_tar, "a tar archive"),
+    "numpy": (lambda: b"\x93NUMPY\1\0v\0{'descr': '<f4'}", "a numpy array"),
+    "GGUF": (lambda: b"GGUF\3\0\0\0" + bytes(64), "GGUF"),
+    "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(64), "HDF5"),
+    "Git LFS": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "git lfs pull",
+    ),
+    "a page": (lambda: b"<!DOCTYPE html>\n<html><body>404</body></html>", "'<!DOCTYPE html>"),
+    "an answer": (lambda: b'{"data":{"error":"Repository not found"}}', "text that begins with"),
+    "a word": (lambda: b"404", "text that begins with '404'"),
+    "zeros": (lambda: bytes(4096), "zeros, as"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_called_safetensors_and_is_none_is_named_by_its_first_bytes(
+    kind: str, tmp_path: Path
+):
+    made, words = OTHERS[kind]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(made())
+    with pytest.raises(FormatError) as caught:
+        read_header(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: not safetensors, but ") and words in message
+    assert "header of" not in message
+
+
+@pytest.mark.parametrize("nbytes", [0x280, 0x8B1F, 0x4034B50])  # their bytes are those of others
+def test_a_header_cut_off_is_truncated_whatever_its_length_looks_like(nbytes: int, tmp_path: Path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(struct.pack("<Q", nbytes) + b'{"w":{"dtype":"F32"')
+    with pytest.raises(FormatError, match="truncated"):
+        read_header(path)
 
 
 def test_a_missing_file_is_an_oserror(tmp_path: Path):
