@@ -32,6 +32,7 @@ from skillvec.sources import Source, files_of
 from skillvec.staging import STAGING_SUFFIX
 from skillvec.storage import (
     MAX_HEADER_NBYTES,
+    Header,
     Place,
     TensorSpec,
     digest_bytes,
@@ -55,6 +56,11 @@ STEP = re.compile(r"global_step(\d{1,18})(?=/|$)")  # a folder of DeepSpeed's
 FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # of LoRA, in a tensor's name
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# what calls a file a part: `i-of-N`, which is whole where N is 1, and files of ranks
+PART = re.compile(
+    r"-of-(\d{1,9})\b|^(?:model[-_.])?(?:rank|shard|part|tp|pp)[-_]?\d+(?=[-_.])"
+    r"|(?:^|_)[mtp]p_rank_\d|^consolidated\.\d"
+)
 NOT_TEXT = re.compile("[\ud800-\udfff]")  # lone surrogates, which no file can hold
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
@@ -485,13 +491,34 @@ def open_tensors(ref: str | os.PathLike[str] | Place, role: str) -> Checkpoint:
 
 def _open_file(address: str, name: str, what: str) -> Opened:
     # a link's own name tells nothing: Hub caches link to blobs named by hash
-    suffix = Path(name).suffix
+    short, suffix = Path(name).name, Path(name).suffix
     if suffix in PICKLE_SUFFIXES:
-        return _open_pickles([address], what)
+        return replace(_open_pickles([address], what), notes=_one_of_several(short))
     if suffix in FOREIGN:
         raise IncompatibleError(f"{what}: {FOREIGN[suffix]}")
-    header = read_header(address)
-    return Opened(header.tensors, header.metadata)
+    return _of_headers({short: read_header(address)}, what, _one_of_several(short))
+
+
+def _of_headers(headers: Mapping[str, Header], what: str, notes: tuple[str, ...] = ()) -> Opened:
+    """Return what safetensors files hold, by name: tensors, or the parts of ranks put together."""
+    from skillvec.trainingshards import is_of_ranks, of_ranks
+
+    metadata = next(iter(headers.values())).metadata
+    if is_of_ranks(headers):
+        made = of_ranks(headers, what)
+        return Opened(made.tensors, metadata, made.kind, notes=(*notes, *made.notes))
+    tensors: dict[str, Source] = {}
+    for header in headers.values():
+        tensors |= header.tensors
+    return Opened(tensors, metadata, notes=notes)
+
+
+def _one_of_several(name: str) -> tuple[str, ...]:
+    """Return a note where the name of a file says that it is a part of a model."""
+    found = PART.search(name)
+    if found is None or (found[1] and int(found[1]) < 2):
+        return ()
+    return (f"{name}: by its name one part of several: what lies in the others is left out",)
 
 
 def _open_pickles(addresses: list[str], what: str) -> Opened:
@@ -525,9 +552,17 @@ def _open_folder(place: Place, what: str) -> Opened:
     here = sorted(name for name in files if "/" not in name)  # not in folders below, as on a disk
     single = single or [name for name in here if name.endswith(".safetensors")]
     if len(single) == 1:
-        header = read_header(files[single[0]])
-        return Opened(header.tensors, header.metadata, notes=_finer(files))
+        opened = _of_headers({single[0]: read_header(files[single[0]])}, what, _finer(files))
+        if _one_of_several(single[0]):
+            raise FormatError(
+                f"{what}: {single[0]} alone, by its name one part of several, and no {INDEX}: copy"
+                " or download the model whole; if this part is what is meant, name the file"
+            )
+        return opened
     if single:
+        opened = _of_headers({name: read_header(files[name]) for name in single}, what)
+        if opened.kind != "safetensors":
+            return opened
         raise FormatError(
             f"{what}: {len(single)} safetensors files and no {INDEX}: which tensors are the model?"
         )
@@ -640,24 +675,23 @@ def read_index(index: str) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _open_shards(files: Mapping[str, str], weight_map: Mapping[str, str], what: str) -> Opened:
-    tensors: dict[str, Source] = {}
-    metadata: dict[str, str] | None = None
+    headers = {name: read_header(files[name]) for name in _shard_names(files, weight_map, what)}
+    opened = _of_headers(headers, what, _finer(files))
     problems = defaultdict(list)
-    for file in _shard_names(files, weight_map, what):
-        header = read_header(files[file])
-        metadata = header.metadata if metadata is None else metadata
-        for name, spec in header.tensors.items():
-            if weight_map.get(name) != file:
-                said = weight_map.get(name, "not in the index")
-                kind = "of another file" if name in weight_map else said
-                problems[kind].append(f"{name}: found in {file}, index: {said}")
-            tensors[name] = spec
+    for file, header in headers.items():
+        for name in header.tensors:
+            # shards of ranks have each its part, under one name
+            if weight_map.get(name) == file or (name in weight_map and opened.kind != "safetensors"):
+                continue
+            said = weight_map.get(name, "not in the index")
+            kind = "of another file" if name in weight_map else said
+            problems[kind].append(f"{name}: found in {file}, index: {said}")
     for name, file in weight_map.items():
-        if name not in tensors:
+        if name not in opened.tensors:
             problems["not in the shards"].append(f"{name}: not in {file}")
     if problems:
         raise FormatError(f"{what}: index and shards disagree:\n{up_to_five_each(problems)}")
-    return Opened(tensors, metadata or {}, notes=_finer(files))
+    return opened
 
 
 def is_there(address: str) -> bool:

@@ -166,6 +166,8 @@ class Screen:
             name = _source(facts["vector"])
             self.say("OUT = TARGET + LAM * V")
             self.say(f"  target  {_point(facts['target'])}")
+            for note in facts["target"]["notes"]:
+                self.say(f"          {note}")
             self.say(f"  vector  {name}{_from(facts)}, lam {facts['lam']:g}")
             self.say(f"  verdict {facts['verdict']}")
         elif report.verb == "extract-lora":

@@ -1,19 +1,20 @@
 """Checkpoints of training runs, put together from the files of all ranks without loading one.
 
-Takes torch.distributed.checkpoint folders, one file a rank of FSDP and verl (DTensor or
-ShardedTensor), DeepSpeed ZeRO 1, 2 and 3 (the fp32 master weights, by the arithmetic of its
-zero_to_fp32). Every tensor comes out in the dtype it is stored in. Files are parsed for addresses
-(skillvec.pickles); the parts of a tensor must tile it exactly. Optimizer state is left out and
-counted in notes. Refused by name: missing ranks, flat FSDP parameters, strided shards over uneven
-meshes, partial sums, compressed streams, tensor and pipeline parallelism and experts of DeepSpeed,
-its universal checkpoints.
+Takes torch.distributed.checkpoint folders, the safetensors that its HuggingFaceStorageWriter leaves
+of each rank, one file a rank of FSDP and verl (DTensor or ShardedTensor), DeepSpeed ZeRO 1, 2 and 3
+(the fp32 master weights, by the arithmetic of its zero_to_fp32). Every tensor comes out in the
+dtype it is stored in. Files are parsed for addresses (skillvec.pickles); the parts of a tensor must
+tile it exactly. Optimizer state is left out and counted in notes. Refused by name: missing ranks,
+flat FSDP parameters, strided shards over uneven meshes, partial sums, compressed streams, tensor
+and pipeline parallelism and experts of DeepSpeed, its universal checkpoints.
 """
 
+import json
 import os
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -50,14 +51,25 @@ from skillvec.sources import (
     Viewed,
     digest_values,
     read_values,
+    row_major,
 )
-from skillvec.storage import ITEMSIZE, TensorSpec, is_plain_name, read_bytes
+from skillvec.storage import (
+    ITEMSIZE,
+    Header,
+    TensorSpec,
+    is_plain_name,
+    read_bytes,
+    refuse_duplicates,
+)
 
 MAX_RANKS = 1 << 17
 MAX_CELLS = 1 << 24  # of the grid that the parts of one tensor cut it into
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 FLAT_FILE = re.compile(r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin")  # accelerate's LOCAL_STATE_DICT
+SHARDING = "DCP_SHARDING_INFO"  # header metadata: where in its tensor each part of a file begins
+WHOLE = "model.safetensors"
+SHARD_FILE = re.compile(r"shard-(\d+)-model-\d+-of-\d+\.safetensors")  # by rank, from 1 on
 OPTIMIZERS = ("optimizer", "optim", "optimizers", "lr_scheduler", "scheduler", "dataloader")
 SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -246,6 +258,72 @@ def _chunk(folder: Path, info: Record, name: str, sizes: Index) -> Stored:
     if not isinstance(stored, Stored) or stored.shape != sizes:
         raise FormatError(f"{path}: expected a part of {list(sizes)} of {name!r} at byte {begin}")
     return stored
+
+
+# ------------------------------------------------- safetensors of HuggingFaceStorageWriter
+
+
+def is_of_ranks(headers: Mapping[str, Header]) -> bool:
+    """Return whether files, by name, hold parts of tensors: shards that a rank wrote."""
+    found = {name: header for name, header in headers.items() if SHARDING in header.metadata}
+    return any(
+        SHARD_FILE.fullmatch(name) or any(map(any, _offsets(name, header).values()))
+        for name, header in found.items()
+    )
+
+
+def of_ranks(headers: Mapping[str, Header], what: str) -> Opened:
+    """Return the model that safetensors files of ranks hold together, by the offsets they name.
+
+    `what` names the model in errors. How many ranks there were stands nowhere: the first one's
+    shard alone is refused, a rank between others shows as a gap. Raises FormatError,
+    IncompatibleError.
+    """
+    other = [name for name, header in headers.items() if SHARDING not in header.metadata]
+    if other:
+        raise FormatError(
+            f"{what}: shards of ranks ({SHARDING}) beside other safetensors: which are the model?"
+            f" Name the file, or move the others away:\n{up_to_five(other)}"
+        )
+    ranks = sorted({int(match[1]) for match in map(SHARD_FILE.fullmatch, headers) if match})
+    if len(ranks) == 1 or len(headers) == 1:
+        raise IncompatibleError(
+            f"{what}: {min(headers)}: what one rank wrote by torch's HuggingFaceStorageWriter, a"
+            " part of every tensor: name a folder that holds the shards of all ranks (of a run of"
+            f" one rank: rename the file to {WHOLE}, or have torch consolidate it)"
+        )
+    parts: dict[str, list[tuple[Index, Stored]]] = {}
+    for file, header in headers.items():
+        for name, begin in _offsets(file, header).items():
+            spec = header.tensors[name]
+            if spec.dtype not in ITEMSIZE:
+                raise IncompatibleError(f"{what}: {name}: parts of {spec.dtype}: {ADVICE}")
+            strides = row_major(spec.shape)
+            stored = Stored(spec.dtype, spec.shape, strides, spec.path, spec.start)
+            parts.setdefault(name, []).append((begin, stored))
+    tensors: dict[str, Source] = {}
+    said = f"shards of {len(ranks) or len(headers)} ranks"
+    for name, found in parts.items():
+        ends = [[a + n for a, n in zip(at, part.shape, strict=False)] for at, part in found]
+        try:
+            tensors[name] = _assemble(name, tuple(map(max, *ends, ends[0])), found)
+        except SkillvecError as error:
+            raise type(error)(f"{what}: {error}; {said} are here: is one missing?") from None
+    notes = [f"put together from {said}; how many there were is not recorded"]
+    return Opened(tensors, None, "DCP safetensors", notes)
+
+
+def _offsets(file: str, header: Header) -> dict[str, Index]:
+    """Return where the tensors of a file begin in those that they are parts of."""
+    try:
+        said = json.loads(header.metadata[SHARDING], object_pairs_hook=refuse_duplicates)
+        found = {name: _shape(said[name]["saved_offsets"]) for name in header.tensors}
+    except (ValueError, LookupError, TypeError, RecursionError, FormatError) as error:
+        raise FormatError(f"{file}: no readable {SHARDING}: {error!r:.200}") from None
+    wrong = [name for name, at in found.items() if len(at) != len(header.tensors[name].shape)]
+    if wrong:
+        raise FormatError(f"{file}: offsets of other dimensions:\n{up_to_five(wrong)}")
+    return found
 
 
 # ----------------------------------------------------------------------------- files of ranks

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from click.testing import CliRunner
 from families import assert_same_bits, load, perturbed, save, toy
 
 import skillvec
 from skillvec.checkpoint import INDEX, open_checkpoint, open_tensors
+from skillvec.cli import main
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 
 
@@ -159,6 +161,46 @@ def test_shards_without_their_index_are_refused(shards: Path):
     (shards / INDEX).unlink()
     message = message_of(FormatError, shards)
     assert "3 safetensors files" in message and INDEX in message
+
+
+PARTS = [
+    "model-00001-of-00002.safetensors", "model-rank-0-part-0.safetensors", "rank1.safetensors",
+    "consolidated.00.safetensors", "shard_3.safetensors", "mp_rank_00_model_states.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_alone_is_no_model_unless_it_is_named(name: str, tmp_path: Path):
+    folder = save(tmp_path / "model", toy())
+    (folder / "model.safetensors").rename(folder / name)
+    message = message_of(FormatError, folder)
+    assert f"{name} alone" in message and INDEX in message
+    named = open_checkpoint(folder / name)
+    assert set(named) == set(toy())
+    (note,) = named.facts["notes"]
+    assert note.startswith(f"{name}: by its name one part of several")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model-00001-of-00001.safetensors", "pytorch_lora_rank_64.safetensors", "epoch2.safetensors",
+     "consolidated.safetensors", "mp3_classifier.safetensors", "shards.safetensors"],
+)  # fmt: skip
+def test_other_numbers_in_a_name_say_nothing(name: str, tmp_path: Path):
+    folder = save(tmp_path / "model", toy())
+    (folder / "model.safetensors").rename(folder / name)
+    assert set(open_checkpoint(folder)) == set(toy())
+    assert not open_checkpoint(folder / name).facts["notes"]
+
+
+def test_the_target_of_apply_is_shown_with_its_notes(tmp_path: Path, family):
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    save(part, load(family.base))
+    skillvec.diff(family.tuned, family.base, tmp_path / "v.safetensors")
+    words = ["apply", part, tmp_path / "v.safetensors", "-o", tmp_path / "o.safetensors"]
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0
+    assert f"{part.name}: by its name one part" in " ".join(done.stderr.split())
 
 
 # ----------------------------------------------------------------------------- hostile indexes

@@ -1,5 +1,6 @@
 """Checkpoints of training runs: every tensor has the bits that the library itself puts together."""
 
+import json
 import os
 import pickle
 import shutil
@@ -10,8 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import toy
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_pickles import Runs, assert_same, raw_of
 
+import skillvec
+from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.trainingshards import Joined, open_training
 
@@ -63,12 +68,12 @@ def sharded(become, rank: int, world: int, parts: dict) -> dict:
 # --------------------------------------------------------------- torch.distributed.checkpoint
 
 
-def save_dcp(folder: Path, states: list[dict]) -> Path:
+def save_dcp(folder: Path, states: list[dict], writer: type | None = None, **options) -> Path:
     """Save the state dicts of all ranks with torch's own planner and writer, rank by rank."""
     from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
     planners = [DefaultSavePlanner() for _ in states]
-    writers = [FileSystemWriter(folder) for _ in states]
+    writers = [(writer or FileSystemWriter)(folder, **options) for _ in states]
     plans = []
     for rank, (planner, writer, state) in enumerate(zip(planners, writers, states, strict=True)):
         writer.reset(folder)
@@ -244,6 +249,160 @@ def test_swapped_and_shifted_chunks_are_refused(tmp_path: Path, rank_of):
     changed(tmp_path, shift)
     with pytest.raises(FormatError, match="do not tile"):
         open_training(tmp_path, "tuned")
+
+
+# ------------------------------------------------- safetensors of HuggingFaceStorageWriter
+
+
+def save_shards(folder: Path, become, parts: dict, world: int, **options) -> Path:
+    """Have torch write the safetensors of every rank of a world that shares the tensors."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    states = [sharded(become, rank, world, parts) for rank in range(world)]
+    return save_dcp(folder, states, HuggingFaceStorageWriter, save_distributed=True, **options)
+
+
+def said_offsets(file: Path, change) -> None:
+    """Write a shard again with other offsets, tensors or metadata."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    content, said = load_file(file), json.loads(metadata["DCP_SHARDING_INFO"])
+    said = change(content, said) or said
+    save_file(content, file, metadata | {"DCP_SHARDING_INFO": json.dumps(said)})
+
+
+@DIST
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_safetensors_of_ranks_are_put_together(tmp_path: Path, rank_of, world: int, files: int):
+    names = {name: 1 + i % files for i, name in enumerate(tensors())}
+    save_shards(tmp_path, rank_of, tensors(), world, fqn_to_index_mapping=names)
+    shards = sorted(path.name for path in tmp_path.iterdir())
+    assert shards[0] == f"shard-00001-model-00001-of-0000{files}.safetensors"
+    opened = open_checkpoint(tmp_path, "tuned")
+    assert_same(opened, tensors())
+    assert opened.kind == "DCP safetensors" and not opened.is_plain
+    (note,) = opened.facts["notes"]
+    assert f"shards of {world} ranks" in note
+    # an index cannot say in which files a tensor is, but it can say which files there are
+    where = {name: next(f for f in shards if f.endswith(f"{i:05}-of-{files:05}.safetensors"))
+             for name, i in names.items()}  # fmt: skip
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises((FormatError, IncompatibleError), match="what one rank wrote"):
+        open_checkpoint(tmp_path, "tuned")  # of the first rank alone
+
+
+@DIST
+def test_a_model_of_ranks_is_subtracted_and_applied_to(tmp_path: Path, rank_of):
+    shards = save_shards(tmp_path / "tuned", rank_of, tensors(), 3)
+    base = {name: tensor * 2 for name, tensor in tensors().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    skillvec.diff(shards, tmp_path / "base.safetensors", tmp_path / "v.safetensors")
+    skillvec.apply(
+        tmp_path / "base.safetensors", tmp_path / "v.safetensors", tmp_path / "o.safetensors"
+    )
+    made = load_file(tmp_path / "o.safetensors")
+    assert all(torch.equal(made[name], tensor) for name, tensor in tensors().items())
+    skillvec.apply(shards, tmp_path / "v.safetensors", tmp_path / "out", lam=-1.0)
+    assert [path.name for path in tmp_path.glob("out/*.safetensors")] == ["model.safetensors"]
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(made[name], base[name]) for name in base)
+
+
+@DIST
+@pytest.mark.parametrize("gone", [1, 2])
+def test_a_rank_that_is_missing_is_a_gap(tmp_path: Path, rank_of, gone: int):
+    save_shards(tmp_path, rank_of, tensors(), 4)
+    (tmp_path / f"shard-{gone:05}-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"model .*: tensor 'embed.weight': 3 parts.*missing"):
+        open_checkpoint(tmp_path)
+
+
+@DIST
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_the_shard_of_one_rank_is_no_model(tmp_path: Path, rank_of, rank: int, as_folder: bool):
+    save_shards(tmp_path / "all", rank_of, tensors(8), 2)
+    shard = tmp_path / "all" / f"shard-0000{rank}-model-00001-of-00001.safetensors"
+    (tmp_path / "one").mkdir()
+    alone = shutil.copy(shard, tmp_path / "one")
+    with pytest.raises(IncompatibleError, match=f"{shard.name}: what one rank wrote"):
+        open_checkpoint(tmp_path / "one" if as_folder else alone)
+    renamed = tmp_path / "one" / "weights.safetensors"
+    os.rename(alone, renamed)
+    if rank == 2:  # offsets tell, whatever it is called
+        with pytest.raises(IncompatibleError, match="what one rank wrote"):
+            open_checkpoint(tmp_path / "one" if as_folder else renamed)
+
+
+@DIST
+def test_a_run_of_one_rank_is_whole_under_the_name_of_a_model(tmp_path: Path, rank_of):
+    save_shards(tmp_path, rank_of, tensors(), 1)
+    (shard,) = tmp_path.iterdir()
+    with pytest.raises(IncompatibleError, match=r"rename the file to model\.safetensors"):
+        open_checkpoint(tmp_path)
+    shard.rename(tmp_path / "model.safetensors")
+    opened = open_checkpoint(tmp_path)
+    assert_same(opened, tensors())
+    assert opened.is_plain
+
+
+@DIST
+def test_shards_beside_a_model_are_not_guessed_between(tmp_path: Path, rank_of):
+    save_shards(tmp_path, rank_of, tensors(), 2)
+    other = tmp_path / "consolidated.safetensors"
+    save_file(tensors(), other, {"format": "pt"})
+    with pytest.raises(FormatError, match=r"shards of ranks.*which.*\n  ?consolidated.safetensors"):
+        open_checkpoint(tmp_path)
+    other.rename(tmp_path / "model.safetensors")  # the one that every library takes
+    opened = open_checkpoint(tmp_path)
+    assert_same(opened, tensors())
+    assert opened.kind == "safetensors"
+
+
+@DIST
+def test_what_torch_consolidated_is_a_model_like_any(tmp_path: Path, rank_of):
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import (
+        consolidate_safetensors_files,
+    )
+
+    save_shards(tmp_path / "sharded", rank_of, tensors(), 2)
+    consolidate_safetensors_files(
+        str(tmp_path / "sharded"), str(tmp_path), fqn_to_index_mapping=dict.fromkeys(tensors(), 1)
+    )
+    opened = open_checkpoint(tmp_path)
+    assert_same(opened, tensors())
+    assert opened.kind == "safetensors"
+
+
+@DIST
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda held, said: said["embed.weight"].update(saved_offsets=[3, 0]), "do not tile"),
+        (lambda held, said: said["embed.weight"].update(saved_offsets=[5, 0]), "do not tile"),
+        (lambda held, said: said["embed.weight"].update(saved_offsets=[4, 1]), "do not tile"),
+        (lambda held, said: said["embed.weight"].update(saved_offsets=[1 << 62, 0]), "not tile"),
+        (lambda held, said: said["embed.weight"].update(saved_offsets=[4]), "other dimensions"),
+        (lambda held, said: said["embed.weight"].update(saved_offsets=[-4, 0]), "no readable"),
+        (lambda held, said: said["embed.weight"].update(saved_offsets=None), "no readable"),
+        (lambda held, said: said.pop("embed.weight") and None, "no readable DCP_SHARDING_INFO"),
+        (lambda held, said: [1], "no readable"),
+        (
+            lambda held, said: held.update({"embed.weight": held["embed.weight"].half()}),
+            r"parts of \['F16', 'F32'\]",
+        ),
+        (
+            lambda held, said: held.update({"embed.weight": held["embed.weight"][:, :4].clone()}),
+            "do not tile",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_name(tmp_path: Path, rank_of, change, text: str):
+    save_shards(tmp_path, rank_of, tensors(), 2)
+    said_offsets(tmp_path / "shard-00002-model-00001-of-00001.safetensors", change)
+    with pytest.raises(FormatError, match=text):
+        open_checkpoint(tmp_path)
 
 
 # ----------------------------------------------------------------------------- files of ranks
