@@ -26,7 +26,7 @@ from skillvec.errors import (
     up_to_five_each,
 )
 from skillvec.kernels import FLOATS
-from skillvec.quantised import dequantised
+from skillvec.quantised import LeftOut, dequantised, nothing_left_out, unexplained
 from skillvec.sidefiles import STATE, Made, left_behind
 from skillvec.sources import Source, files_of
 from skillvec.staging import STAGING_SUFFIX
@@ -308,24 +308,28 @@ def read_json(file: str) -> dict[str, Any]:
 
 
 def open_checkpoint(
-    ref: str | os.PathLike[str] | Place | Checkpoint, role: str = "model"
+    ref: str | os.PathLike[str] | Place | Checkpoint,
+    role: str = "model",
+    left_out: LeftOut = nothing_left_out,
 ) -> Checkpoint:
     """Open a model: a folder or file of this disk, or a reference to the Hub (docs/checkpoints.md).
 
     Reads headers only; quantised weights are dequantised when they are read. `role` names the
-    input in errors. Raises UsageError for a path that is not there, FormatError for a broken file,
-    IncompatibleError for what is not taken.
+    input in errors. Tensors of a dtype that is not taken, and weights of integers that no config
+    explains, are refused unless `left_out` says of each that it will not be used. Raises
+    UsageError for a path that is not there, FormatError for a broken file, IncompatibleError for
+    what is not taken.
     """
     if isinstance(ref, Checkpoint):
         refuse_stale(ref.opened.seen)
         return ref
-    return as_model(open_tensors(ref, role), role)
+    return as_model(open_tensors(ref, role), role, left_out)
 
 
-def as_model(opened: Checkpoint, role: str) -> Checkpoint:
+def as_model(opened: Checkpoint, role: str, left_out: LeftOut = nothing_left_out) -> Checkpoint:
     """Return what was opened as a model, or refuse what is none; quantised weights are read plain.
 
-    Errors as of `open_checkpoint`.
+    `left_out` and errors as of `open_checkpoint`.
     """
     if kind_of_file(opened.metadata) in ("vector", "vector shard"):
         raise IncompatibleError(f"{role} {opened.ref}: this is a skill vector, expected a model")
@@ -342,8 +346,17 @@ def as_model(opened: Checkpoint, role: str) -> Checkpoint:
         note = f"{len(empty)} tensors are empty ([0]), such as {empty[0]}: are they meant to be?"
         more = replace(opened.opened, notes=(*opened.opened.notes, note))
         opened = Checkpoint(opened.place, more, opened.formats)
-    tensors, formats = dequantised(opened, opened.config, f"{role} {opened.ref}")
-    return opened.with_tensors(tensors, formats) if formats else opened
+    tensors, formats = dequantised(opened, opened.config, f"{role} {opened.ref}", left_out)
+    model = opened.with_tensors(tensors, formats) if formats else opened
+    unread = list(unexplained(tensors))
+    if not unread:
+        return model
+    note = (
+        f"{len(unread)} tensors stay as they are, because no config says how to read them, such as"
+        f" {unread[0]}; scales that their method folded into other tensors are not undone"
+    )
+    notes = (*model.opened.notes, note)
+    return Checkpoint(model.place, replace(model.opened, notes=notes), model.formats)
 
 
 def is_adapter(place: Place) -> bool:
@@ -459,9 +472,15 @@ def relocate(ref: str, role: str, option: str = "") -> Place:
     )
 
 
-def reopen(given: str | os.PathLike[str] | Checkpoint | None, ref: str, role: str) -> Checkpoint:
+def reopen(
+    given: str | os.PathLike[str] | Checkpoint | None,
+    ref: str,
+    role: str,
+    left_out: LeftOut = nothing_left_out,
+) -> Checkpoint:
     """Open the model that is given, else the one that a record names; errors as of `relocate`."""
-    return open_checkpoint(relocate(ref, role, f"--{role}") if given is None else given, role)
+    place = relocate(ref, role, f"--{role}") if given is None else given
+    return open_checkpoint(place, role, left_out)
 
 
 def _is_listed(place: Place) -> bool:
@@ -680,8 +699,8 @@ def _open_shards(files: Mapping[str, str], weight_map: Mapping[str, str], what: 
     problems = defaultdict(list)
     for file, header in headers.items():
         for name in header.tensors:
-            # shards of ranks have each its part, under one name
-            if weight_map.get(name) == file or (name in weight_map and opened.kind != "safetensors"):
+            apart = name in weight_map and opened.kind != "safetensors"  # in the file of each rank
+            if weight_map.get(name) == file or apart:
                 continue
             said = weight_map.get(name, "not in the index")
             kind = "of another file" if name in weight_map else said

@@ -25,6 +25,7 @@ from skillvec.measures import ESTIMATED, STEP_EDGES, Request, is_estimated, layo
 from skillvec.outputs import Output, PathLike, output_report
 from skillvec.plan import Plan, plan_compare
 from skillvec.report import Report, Watcher
+from skillvec.rules import leaving_out
 from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import staging
 from skillvec.storage import fingerprints, forget_open_files, fsync_path, refuse_changed
@@ -140,7 +141,8 @@ def _compare(
         raise UsageError("figures need an output folder")
     opened = [SkillVector.open(ref) for ref in vectors]
     names = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
-    weights = open_checkpoint(against, "against") if against is not None else None
+    left_out = leaving_out(include, exclude)
+    weights = open_checkpoint(against, "against", left_out) if against is not None else None
     other = None
     if control is not None and control != "random":
         other = SkillVector.open(control, "control")

@@ -94,7 +94,8 @@ def extract_lora(
     opened = SkillVector.open(vector)
     point = opened.base
     if point is None or base is not None:
-        point = reopen(base, opened.manifest["base"]["ref"], "base")
+        excluded = set(opened.manifest["excluded"]).__contains__
+        point = reopen(base, opened.manifest["base"]["ref"], "base", excluded)
     plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
     refuse_announced(opened, allow_nonfinite, [job.name for job in plan.jobs])
     held = _sorted_out(plan.jobs, point)

@@ -15,6 +15,7 @@ from skillvec.errors import IncompatibleError, UsageError, up_to_five_each
 from skillvec.kernels import FLOATS
 from skillvec.layouts import viewed_specs
 from skillvec.lineage import MAX_TIED, find_tied, probe_digest, relatedness, sketch
+from skillvec.quantised import unexplained
 from skillvec.rules import is_selected, refuse_idle_globs
 from skillvec.sources import Source, View, whole
 from skillvec.storage import TensorSpec
@@ -122,9 +123,12 @@ def fitting(
     problems = defaultdict(list)
     manifest = vector.manifest
     alone = sum(name not in vector.deltas for name in target)
+    unread = unexplained(target)
     for name, spec in target.items():
         if not is_selected(name, include, exclude):
             passed[name] = ("excluded", "")
+        elif name in unread and name not in manifest["excluded"]:
+            problems["unread"].append(f"{unread[name].text}: nothing says how to read it")
         elif name in fitted.skipped:
             passed[name] = ("passed through", fitted.skipped[name])
         elif name in vector.deltas:

@@ -26,8 +26,15 @@ from skillvec.kernels import FLOATS
 from skillvec.measures import Request
 from skillvec.patch import Patch
 from skillvec.rules import is_selected, refuse_idle_globs
-from skillvec.sources import Source, files_of
-from skillvec.storage import ITEMSIZE, TensorSpec, encode_header, file_nbytes, read_bytes
+from skillvec.sources import Source, as_integers, files_of
+from skillvec.storage import (
+    ITEMSIZE,
+    TensorSpec,
+    encode_header,
+    file_nbytes,
+    read_bytes,
+    tensor_nbytes,
+)
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import Entry, VectorFile, block_count, in_file_order
 
@@ -309,9 +316,10 @@ def plan_apply(
                 note = "" if source == spec.name else f"tied: takes the delta of {source}"
                 job = _add_job(spec, vector, source, out_dtype, note)
             else:
-                job = Job(spec.name, "copy", spec.numel, out_dtype=out_dtype, point=spec)
+                point = as_integers(spec)  # the header says what they are
+                job = Job(spec.name, "copy", point.numel, out_dtype=point.dtype, point=point)
             jobs.append(replace(job, output=(number, position)))
-            position += spec.numel * ITEMSIZE[out_dtype]
+            position += tensor_nbytes(out_dtype, spec.shape)
         outputs.append(OutputPlan(file, position, header))
         weight_map |= {spec.name: file for spec in specs}
     ledger += [ledger_line(target[name], *why) for name, why in passed.items()]
@@ -348,8 +356,8 @@ def _shards(
         return [(os.path.basename(path), specs) for path, specs in by_file.items()]
     shards: list[list[Source]] = [[]]
     held = 0
-    for spec in sorted(target.values(), key=lambda s: -ITEMSIZE[dtypes[s.name]]):
-        nbytes = spec.numel * ITEMSIZE[dtypes[spec.name]]
+    for spec in sorted(target.values(), key=lambda s: -ITEMSIZE.get(dtypes[s.name], 1)):
+        nbytes = tensor_nbytes(dtypes[spec.name], spec.shape)
         if shards[-1] and held + nbytes > SHARD_NBYTES and target.is_folder:
             shards.append([])
             held = 0
@@ -450,19 +458,23 @@ def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
     """Turn the plan of an apply into the proof that its output lies on the disk."""
     problems, jobs = defaultdict(list), []
     names = {job.name for job in applied.jobs}
+    passed = {line["name"]: line for line in applied.ledger}
     for job in applied.jobs:
         spec = merged.get(job.name)
         assert job.point is not None
+        expected = job.out_dtype, list(job.point.shape)
+        if job.operator == "copy":  # as the target has it, whatever it is read as
+            expected = passed[job.name]["dtype"], passed[job.name]["shape"]
         if spec is None:
             kind = f"missing in {merged.ref}"
             problems[kind].append(f"{job.name}: {kind}")
-        elif (spec.dtype, spec.shape) != (job.out_dtype, job.point.shape):
+        elif (spec.dtype, list(spec.shape)) != expected:
             problems["of another shape or dtype"].append(
-                f"{job.name}: expected {job.out_dtype} {list(job.point.shape)}, found"
+                f"{job.name}: expected {expected[0]} {expected[1]}, found"
                 f" {spec.dtype} {list(spec.shape)}"
             )
         else:
-            jobs.append(replace(job, expected=spec))
+            jobs.append(replace(job, expected=as_integers(spec)))
     problems |= only_here(merged, names, merged.ref)
     if any(problems.values()):
         raise IncompatibleError(f"{merged.ref} is not of this target:\n{up_to_five_each(problems)}")

@@ -12,6 +12,7 @@ from skillvec.checkpoint import METADATA_KEY, Checkpoint, relocate
 from skillvec.errors import FormatError, UsageError, VerificationError
 from skillvec.merging import OPERATORS
 from skillvec.patch import is_patch
+from skillvec.quantised import LeftOut, nothing_left_out
 from skillvec.rules import parse_recipe
 from skillvec.storage import refuse_duplicates
 from skillvec.vector import SkillVector
@@ -34,8 +35,14 @@ def described(vector: SkillVector) -> dict[str, Any]:
     return sides | {key: value for key, value in chosen.items() if value not in ("auto", [])}
 
 
-def reopened(said: dict[str, Any], places: Mapping[str, Any] | None = None) -> SkillVector:
-    """Return the vector that a recipe describes; `places` says where its sides are now."""
+def reopened(
+    said: dict[str, Any], places: Mapping[str, Any] | None = None,
+    left_out: LeftOut = nothing_left_out,
+) -> SkillVector:  # fmt: skip
+    """Return the vector that a recipe describes.
+
+    `places` says where its sides are now, `left_out` is as of SkillVector.between.
+    """
     if "ref" in said:
         return _found(said["ref"], "--vector")
     if "recipe" not in said:
@@ -44,7 +51,7 @@ def reopened(said: dict[str, Any], places: Mapping[str, Any] | None = None) -> S
             side: relocate(said[side], side, f"--{side}" if given else "--vector")
             for side in ("tuned", "base") if given.get(side) is None
         }  # fmt: skip
-        return SkillVector.between(**said | given | sides)
+        return SkillVector.between(**said | given | sides, left_out=left_out)
     recipe = parse_recipe(said["recipe"])
     if recipe.op not in OPERATORS:
         raise UsageError(f"made by the operator {recipe.op}, which is not skillvec's: pass vector")

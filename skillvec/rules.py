@@ -353,6 +353,11 @@ def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bo
     return not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
 
 
+def leaving_out(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    """Return what tells of a name whether globs leave it out."""
+    return lambda name: not is_selected(name, include, exclude)
+
+
 def selection(
     include: Sequence[str], exclude: Sequence[str], rename: Sequence[str], rows: str
 ) -> dict[str, Any]:

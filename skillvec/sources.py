@@ -65,6 +65,20 @@ class Derived(ABC):
 Source = TensorSpec | Derived
 
 
+def as_integers(source: Source) -> Source:
+    """Return a tensor of a dtype that nothing computes with as integers of the same bytes."""
+    if source.dtype in STORAGE_DTYPE:
+        return source
+    width = ITEMSIZE.get(source.dtype, 1)
+    dtype = f"U{8 * width}"
+    if isinstance(source, TensorSpec):
+        shape = source.shape if source.dtype in ITEMSIZE else (source.nbytes,)
+        return source._replace(dtype=dtype, shape=shape)
+    assert isinstance(source, Viewed)
+    boxes = tuple(box._replace(source=as_integers(box.source)) for box in source.view.boxes)
+    return Viewed(source.name, dtype, source.view._replace(boxes=boxes))
+
+
 def value_range(spec: TensorSpec, begin: int, numel: int) -> tuple[str, int, int]:
     """Return where some values of a tensor lie: path, offset and bytes."""
     width = ITEMSIZE[spec.dtype]
@@ -92,6 +106,7 @@ def read_raw(source: Source, begin: int, buffer: memoryview) -> None:
     if isinstance(source, TensorSpec):
         read_into(source.path, source.start + begin, buffer)
         return
+    source = as_integers(source)
     width = ITEMSIZE[source.dtype]
     first, last = begin // width, -(-(begin + len(buffer)) // width)
     held = values_of(source, first, last - first).view(np.uint8)

@@ -50,7 +50,22 @@ from skillvec.kernels import FLOATS
 from skillvec.lineage import MAX_TIED, find_tied, identity
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import open_patch
-from skillvec.rules import Recipe, Share, is_selected, refuse_idle_globs, resolve, selection
+from skillvec.quantised import (
+    INTEGERS,
+    LeftOut,
+    may_be_weight,
+    nothing_left_out,
+    unexplained,
+)
+from skillvec.rules import (
+    Recipe,
+    Share,
+    is_selected,
+    leaving_out,
+    refuse_idle_globs,
+    resolve,
+    selection,
+)
 from skillvec.sources import Source, digest_values
 from skillvec.storage import Place, TensorSpec, digest_bytes, refuse_stale
 from skillvec.vectorfile import CHOSEN, SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
@@ -124,25 +139,34 @@ class SkillVector:
         exclude: Sequence[str] = (),
         rename: Sequence[str] = (),
         rows: str = "strict",
+        left_out: LeftOut = nothing_left_out,
     ) -> "SkillVector":
         """Return tuned - base without computing it: every name and shape is checked here.
 
         `dtype`, `rename` and `rows` as of skillvec.diff. `tuned` may be a PEFT adapter of `base`.
+        What cannot be read is left out where `left_out` says of all of it that it is not used.
         Raises UsageError for what is unknown, IncompatibleError naming tensors that stand on one
         side only or differ in shape.
         """
         kept = "auto" if dtype == "auto" else dtype_of(dtype)
         if kept == "F64":
             raise UsageError("dtype fp64: auto keeps fp64 inputs in fp64")
+        chosen = leaving_out(include, exclude)
+
+        def unused(name: str) -> bool:
+            return chosen(name) or left_out(name)
+
         if not isinstance(tuned, Checkpoint):
             place = tuned if isinstance(tuned, Place) else locate(tuned, "tuned")
             if is_adapter(place):
                 if dtype != "auto" or include or exclude or rename or rows != "strict":
                     raise UsageError(f"tuned {place.ref}: an adapter is taken whole, in fp32")
                 return SkillVector.adapted(place, open_checkpoint(base, "base"))
-            tuned = open_checkpoint(place, "tuned")
-        base = open_checkpoint(base, "base")
+            tuned = open_checkpoint(place, "tuned", unused)
+        base = open_checkpoint(base, "base", unused)
         seen, notes, skipped, hints = seen_as(tuned, base, rename, rows)
+        unread = unexplained(seen) | unexplained(base)
+        skipped = skipped | {name: "left out" for name in unread if left_out(name)}
         matched = _match(seen, base, include, exclude, skipped, hints)
         deltas = {
             name: PairDelta(
@@ -150,8 +174,8 @@ class SkillVector:
             )
             for name in matched["deltas"]
         }
-        chosen = selection(include, exclude, rename, rows)
-        manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched | chosen)
+        said = selection(include, exclude, rename, rows)
+        manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched | said)
         ref = f"{tuned.ref}::{base.ref}"
         return SkillVector(ref, deltas, manifest, tuned=seen, base=base, notes=notes)
 
@@ -565,6 +589,7 @@ def _match(
     excluded = [n for n in names if n in skipped or not is_selected(n, include, exclude)]
     found: dict[str, Any] = {"deltas": [], "integers": {}, "tied": {}, "excluded": excluded}
     problems = defaultdict(list)
+    unread = unexplained(tuned) | unexplained(base)
     alone = [name for name in names if name not in tuned or name not in base]
     for name in names:
         if name in skipped or not is_selected(name, include, exclude):
@@ -572,6 +597,8 @@ def _match(
         if name in SIDE:
             said = f"{name}: this name is reserved for the vector file"
             problems["of reserved names"].append(said)
+        elif name in unread:
+            problems["unread"].append(f"{unread[name].text}: nothing says how to read it")
         elif name not in tuned or name not in base:
             here, there = (tuned, base) if name in tuned else (base, tuned)
             may_tie = there.ties_embeddings is not False and len(alone) <= MAX_TIED
@@ -591,8 +618,13 @@ def _match(
             dtypes = tuned[name].dtype, base[name].dtype
             if dtypes[0] in FLOATS and dtypes[1] in FLOATS:
                 found["deltas"].append(name)
-            elif dtypes[0] == dtypes[1]:
+            elif dtypes[0] == dtypes[1] and not _codes_differ(tuned[name], base[name]):
                 found["integers"][name] = [dtypes[0], None]
+            elif dtypes[0] == dtypes[1]:
+                problems["of integers"].append(
+                    f"{name} {dtypes[0]} {list(base[name].shape)}: integers that differ, and"
+                    " nothing says that they are no weights"
+                )
             else:
                 said = f"{name}: tuned is {dtypes[0]}, base is {dtypes[1]}"
                 problems["of different dtypes"].append(said)
@@ -611,3 +643,9 @@ def _match(
     if not found["deltas"]:
         raise IncompatibleError(f"{tuned.ref} and {base.ref}: no tensor is left to subtract")
     return found
+
+
+def _codes_differ(tuned: Source, base: Source) -> bool:
+    """Return whether integers that may be the codes of a weight differ: no side tensor may."""
+    codes = tuned.dtype in INTEGERS and may_be_weight(base.name, base)
+    return codes and digest_values(tuned) != digest_values(base)

@@ -68,8 +68,17 @@ from skillvec.provenance import (
     read_merged,
     reopened,
 )
+from skillvec.quantised import LeftOut
 from skillvec.report import Report, Watcher
-from skillvec.rules import Recipe, Share, is_selected, parse_recipe, read_recipe, selection
+from skillvec.rules import (
+    Recipe,
+    Share,
+    is_selected,
+    leaving_out,
+    parse_recipe,
+    read_recipe,
+    selection,
+)
 from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import Staging
 from skillvec.storage import copy_file, fsync_path, shown
@@ -405,12 +414,13 @@ def apply(
     request = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed}
     request |= selection(include, exclude, rename, rows)
     request |= {"allow_nonfinite": True} if allow_nonfinite else {}
-    point = open_checkpoint(target, "target")
+    left_out = leaving_out(include, exclude)
     if vector is not None:
         displacement = SkillVector.open(vector)
     else:
         assert tuned is not None and base is not None
-        displacement = SkillVector.between(tuned, base)
+        displacement = SkillVector.between(tuned, base, left_out=left_out)
+    point = open_checkpoint(target, "target", _unused(displacement, left_out))
     plan, recipe = _plan_apply(point, displacement, request)
     place = output_model(output, force, point, [*displacement.inputs(), point])
     facts = {
@@ -454,6 +464,12 @@ def apply(
         stage.publish(made if point.is_folder else Path(files[0].path))
     _tell_resumed(report, stage)
     return report
+
+
+def _unused(vector: SkillVector, left_out: LeftOut) -> LeftOut:
+    """Return which tensors of a target need not be readable: no delta is meant for them."""
+    excluded = set(vector.manifest["excluded"])
+    return lambda name: name in excluded or left_out(name)
 
 
 def _tell_resumed(report: Report, stage: Staging) -> None:
@@ -562,19 +578,21 @@ def verify(
         return _verify_vector(SkillVector.of_file(stored), tuned, base, runner, dry_run, watcher)
     opened = open_tensors(place, "input")
     recipe = read_merged(opened)
-    said = recipe["vector"]
+    said, request = recipe["vector"], recipe["request"]
+    left_out = leaving_out(request["include"], request["exclude"])
     subtracted = "tuned" in said or (tuned is not None and base is not None)
     _refuse_idle(given, tuple(given) if subtracted else ("target", "vector"))
     if vector is not None:
         displacement = SkillVector.open(vector)
     elif "tuned" in said:
-        displacement = reopened(said, {"tuned": tuned, "base": base})
+        displacement = reopened(said, {"tuned": tuned, "base": base}, left_out)
     elif tuned is not None and base is not None:
-        displacement = SkillVector.between(tuned, base)
+        displacement = SkillVector.between(tuned, base, left_out=left_out)
     else:
         displacement = reopened(said)
-    point = reopen(target, recipe["target"]["ref"], "target")
-    plan, now = _plan_apply(point, displacement, recipe["request"])
+    unused = _unused(displacement, left_out)
+    point = reopen(target, recipe["target"]["ref"], "target", unused)
+    plan, now = _plan_apply(point, displacement, request)
     same_kind = ("ref" in said) == ("ref" in now["vector"])  # else the bytes decide
     if same_kind and digests_of(now["vector"]) != digests_of(said):
         raise VerificationError(
@@ -663,8 +681,9 @@ def _verify_vector(
         plan = plan_verify_combination(vector, parents_of(vector, tuned, base))
         facts |= {"claim": f"VECTOR = {manifest['formula']}"}
     else:
-        left = reopen(tuned, manifest["tuned"]["ref"], "tuned")
-        right = reopen(base, manifest["base"]["ref"], "base")
+        excluded = set(manifest["excluded"]).__contains__
+        left = reopen(tuned, manifest["tuned"]["ref"], "tuned", excluded)
+        right = reopen(base, manifest["base"]["ref"], "base", excluded)
         claim = "VECTOR + BASE = TUNED"
         if is_patch(left):
             claim = "VECTOR = PATCH - BASE"

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ import torch
 from families import from_bits, save_int4
 from safetensors.torch import save_file
 
+import skillvec
 from skillvec import quantised
 from skillvec.errors import FormatError, IncompatibleError
-from skillvec.quantised import dequantised
+from skillvec.quantised import dequantised, may_be_weight, unexplained
 from skillvec.sources import Source, Viewed, read_values, values_of, whole
-from skillvec.storage import read_header
+from skillvec.storage import TensorSpec, encode_header, read_header, tensor_nbytes
 
 E4M3 = torch.float8_e4m3fn
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -638,3 +640,391 @@ def test_what_is_not_quantised_is_left_as_it_is(tmp_path: Path):
     assert opened(tmp_path) == (sources_of(tmp_path), {})
     write(tmp_path / "said", {"a.weight": torch.ones(2, 2)}, FP8)
     assert opened(tmp_path / "said") == (sources_of(tmp_path / "said"), {})
+
+
+# ------------------------------------------------------------------- what no config explains
+
+
+def headers(rows: str) -> dict[str, Source]:
+    """Return tensors of "name DTYPE sizes" lines, as their headers tell of them."""
+    found: dict[str, Source] = {}
+    for row in rows.strip().split("\n"):
+        name, dtype, *sizes = row.split()
+        shape = tuple(map(int, sizes))
+        found[name] = TensorSpec(name, dtype, shape, "", 0, tensor_nbytes(dtype, shape))
+    return found
+
+
+# as the libraries write them; the first is the weight, then what belongs to it, then what does not
+QUANTISED = {
+    "optimum-quanto int8": """
+        1.weight._data I8 128 64
+        1.weight._scale BF16 128 1
+        - 1.bias BF16 128
+        - 2.weight BF16 128""",
+    "optimum-quanto int4": """
+        1.weight._data._data U8 64 64
+        1.weight._scale BF16 128 1
+        1.weight._shift BF16 128 1
+        - 1.bias BF16 128""",
+    "int8 of ComfyUI": """
+        q.weight I8 64 64
+        q.weight_scale F32 64 1
+        q.comfy_quant U8 35""",
+    "int8 per tensor": """
+        q.weight I8 64 64
+        q.weight_scale F32""",
+    "MLX 4 bits": """
+        q.weight U32 64 8
+        q.scales F16 64 1
+        q.biases F16 64 1
+        - q.bias F16 64""",
+    "HQQ": """
+        q.W_q U8 64 64
+        q.scale BF16 128 1
+        q.zero BF16 128 1
+        q.packing U8 7
+        q.unpack_view_dtype U8 11
+        q.shape I64 2
+        - q.bias BF16 128""",
+    "HQQ viewed as floats": """
+        q.W_q BF16 64 32
+        q.scale BF16 128 1
+        q.zero BF16 128 1""",
+    "AQLM": """
+        q.codes I8 64 8 2
+        q.codebooks F16 2 256 1 8
+        q.scales F16 64 1 1 1""",
+    "torchao flattened": """
+        1._weight_qdata I8 128 64
+        1._weight_scale F32 128 1
+        1._weight_zero_point I8 128 1
+        - 1.bias BF16 128""",
+    "EETQ": """
+        q.weight I8 64 64
+        q.weight_scales F16 64""",
+    "bitsandbytes int8": """
+        q.weight I8 64 64
+        q.SCB F32 64""",
+    "bitsandbytes nf4": """
+        q.weight U8 2048 1
+        q.weight.absmax U8 64
+        q.weight.nested_absmax F32 1
+        q.weight.nested_quant_map F32 256
+        q.weight.quant_map F32 16
+        q.weight.quant_state.bitsandbytes__nf4 U8 95""",
+    "bitsandbytes nf4 stored in bf16": """
+        q.weight.quant_state.bitsandbytes__nf4 U8 95
+        q.weight BF16 1024 1
+        q.weight.absmax F32 64
+        q.weight.quant_map F32 16""",
+    "GPTQ": """
+        q.qweight I32 64 128
+        q.qzeros I32 8 16
+        q.scales F16 8 128
+        q.g_idx I32 512
+        - q.bias F16 128""",
+    "AWQ": """
+        q.qweight I32 512 16
+        q.qzeros I32 4 16
+        q.scales F16 4 128""",
+    "Marlin": """
+        q.B I32 32 256
+        q.s F16 4 128""",
+    "VPTQ": """
+        q.indices I16 1 64 128
+        q.centroids.weight F16 1 2048
+        q.weight_scale F16 512
+        q.perm U16 512""",
+    "QuIP#": """
+        q.Qidxs I64 64 8
+        q.SU F16 64
+        q.SV F16 64
+        q.Wscale F32""",
+    "EXL2": """
+        q.q_weight I32 64 128
+        q.q_scale I32 8 16
+        q.q_scale_max F16 8
+        q.q_groups I16 16""",
+    "EXL3": """
+        q.trellis I16 32 32 64
+        q.suh F16 512
+        q.svh F16 512
+        - q.bias F16 512""",
+    "NVFP4": """
+        q.weight U8 64 32
+        q.weight_scale F8_E4M3 64 4
+        q.weight_scale_2 F32""",
+    "MXFP4": """
+        e.gate_up_proj_blocks U8 2 32 2 16
+        e.gate_up_proj_scales U8 2 32 2
+        - e.gate_up_proj_bias BF16 2 32""",
+    "an embedding": """
+        token_embedding I8 100 16
+        token_embedding_scale F32 100""",
+    "a fused projection": """
+        x.in_proj_weight I8 96 32
+        x.in_proj_weight_scale F32 96
+        - x.in_proj_bias F32 0""",
+    "names that nobody has used": """
+        q.qs U8 4096
+        q.d F16 128
+        q.m F16 128
+        - q.bias F16 64""",
+    "others": """
+        q.matrix I8 64 32
+        q.gain F32 64""",
+    "flax": """
+        q.kernel I8 64 32
+        q.kernel_gain F32 32""",
+    "one 8-bit float": """
+        q.weight F8_E5M2 64 32
+        - k.weight BF16 64 32""",
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_weights_that_nothing_explains_are_refused_with_what_scales_them(kind: str):
+    rows = [row.strip() for row in QUANTISED[kind].strip().split("\n")]
+    own = headers("\n".join(row for row in rows if row[0] != "-"))
+    rest = headers("\n".join([*(row[2:] for row in rows if row[0] == "-"), "norm.weight F32 9"]))
+    weight = next(iter(own))
+    found = unexplained(rest | own)
+    assert set(found) == set(own)
+    assert {entry.of for entry in found.values()} <= set(own)
+    with pytest.raises(IncompatibleError, match=r"(?s)^model toy: .*nothing in config") as no:
+        dequantised(rest | own, {"quantization": {"bits": 4}}, "model toy")
+    message = str(no.value)
+    assert f"{weight}: {own[weight].dtype}" in message and "(quantization is not read)" in message
+    for name in list(own)[1:3]:
+        assert name.rpartition(".")[2] in message
+    # left out as a whole, it stays as it is; in part, the rest is named
+    assert dequantised(rest | own, {}, "model toy", own.__contains__) == (rest | own, {})
+    for name in own:
+        with pytest.raises(IncompatibleError, match=f"{re.escape(name)}: "):
+            dequantised(rest | own, {}, "model toy", (set(own) - {name}).__contains__)
+
+
+# integer buffers of real models, old and new, with the floats beside them
+BUFFERS = """
+    h.0.attn.bias U8 1 1 64 64
+    h.0.attn.masked_bias F32
+    h.1.attn.bias BOOL 1 1 64 64
+    transformer.h.0.attn.attention.bias U8 1 1 64 64
+    transformer.h.0.attn.attention.masked_bias F32
+    transformer.h.0.attn.causal_mask U8 1 1 64 64
+    transformer.h.0.attn.scale_attn F32
+    gpt_neox.layers.0.attention.bias U8 1 1 64 64
+    gpt_neox.layers.0.attention.masked_bias F32
+    gpt_neox.layers.0.attention.rotary_emb.inv_freq F32 8
+    embeddings.position_ids I64 1 512
+    embeddings.token_type_ids I64 1 512
+    text_model.embeddings.position_ids I64 1 77
+    vision_model.embeddings.position_ids I64 1 50
+    vision_model.embeddings.class_embedding F32 768
+    logit_scale F32
+    position_ids I64 1 77
+    video.embeddings.position_ids I64 1 64
+    video.embeddings.cls_emb F32 1 1 768
+    video.embeddings.position_embedding F32 64 768
+    swin.attn.relative_position_index I64 64 64
+    swin.attn.relative_position_bias_table F32 225 4
+    swinv2.attn.relative_position_index I64 64 64
+    swinv2.attn.logit_scale F32 4 1 1
+    swinv2.attn.relative_coords_table F32 1 15 15 2
+    swinv2.attn.q_bias F32 96
+    beit.relative_position_bias.relative_position_index I64 197 197
+    beit.relative_position_bias.relative_position_bias_table F32 732 12
+    levit.attention_bias_idxs I64 49 49
+    levit.attention_biases F32 4 49
+    bn.num_batches_tracked I64
+    bn.running_mean F32 8
+    layers.0.mlp.gate.tid2eid I64 1000 6
+    layers.0.mlp.gate.weight F32 8 64
+    layers.0.mlp.gate.e_score_correction_bias F32 8
+    layers.0.mlp.expert_map I32 256
+    layers.0.mlp.physical_to_logical_map I64 58 288
+    layers.0.mlp.router_scale F32 8
+    latent_stats_num_updates I64
+    latent_mean F32 32
+    vision_model.summary_idxs I64 2
+    codec.quantizer.codebook_offsets I64 8
+    codec.quantizer.codebook F32 8 1024 64
+    codec.quantizer.cluster_size F32 8
+    generation.suppress_tokens I64 90
+    optimizer.step I64
+    rng_state U8 5056
+"""
+
+
+def test_integer_buffers_are_no_weights():
+    for dtype in ("U8", "I32", "I64"):
+        tensors = headers(re.sub(r"\b[IU](8|32|64)\b", dtype, BUFFERS))
+        assert unexplained(tensors) == {}
+        assert dequantised(tensors, {}, "model toy") == (tensors, {})
+        integers = [n for n, t in tensors.items() if t.dtype == dtype and t.numel > 1]
+        assert not any(may_be_weight(name, tensors[name]) for name in integers)
+
+
+def tower() -> dict[str, torch.Tensor]:
+    """Return a model whose visual tower nothing explains: dtypes that are not taken, and int8."""
+    generator = torch.Generator().manual_seed(7)
+    made = {
+        "q.weight": torch.randn(32, 16, generator=generator).bfloat16(),
+        "norm.weight": torch.ones(16).bfloat16(),
+        "visual.a.weight": codes(16, 16),
+        "visual.a.weight_scale": scales(16, 1),
+        "visual.b.weight": codes(16, 16).view(torch.float8_e5m2),
+        "visual.c.weight": torch.randint(-9, 9, (16, 16), generator=generator, dtype=torch.int8),
+        "visual.c.gain": scales(16, 1, dtype=torch.float16),
+        "visual.c.bias": torch.zeros(16),
+        "visual.d": torch.randn(3, 5, generator=generator).to(torch.complex64),
+        "visual.e": scales(4, dtype=torch.float8_e8m0fnu),
+    }
+    return made
+
+
+def with_f4(path: Path) -> Path:
+    """Add a tensor of 4 bits a value to a file, which torch cannot save."""
+    header = read_header(path)
+    content = path.read_bytes()
+    layout = [(s.name, s.dtype, s.shape) for s in header.tensors.values()]
+    head = encode_header([*layout, ("visual.f", "F4", (3, 4))], header.metadata)
+    path.write_bytes(head + content[header.data_start :] + b"\1\2\3\4\5\6")
+    return path
+
+
+def raw_bytes(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    held = path.read_bytes()
+    return {
+        s.name: (s.dtype, s.shape, held[s.start : s.start + s.nbytes])
+        for s in read_header(path).tensors.values()
+    }
+
+
+@pytest.fixture
+def towers(tmp_path: Path) -> SimpleNamespace:
+    base = tower()
+    tuned = base | {
+        "q.weight": base["q.weight"] + 0.125,
+        "visual.c.weight": base["visual.c.weight"] + 1,
+    }
+    for name, tensors in (("base", base), ("tuned", tuned), ("plain", {})):
+        tensors = {k: v for k, v in (tensors or base).items() if name != "plain" or k[0] != "v"}
+        save_file(tensors, tmp_path / f"{name}.safetensors", {"format": "pt"})
+    return SimpleNamespace(
+        base=with_f4(tmp_path / "base.safetensors"), tuned=with_f4(tmp_path / "tuned.safetensors"),
+        v=tmp_path / "v.safetensors", out=tmp_path / "out.safetensors",
+        plain=tmp_path / "plain.safetensors",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [{"exclude": ["visual.*"]}, {"include": ["q.*", "norm.*"]}])
+def test_what_is_left_out_is_passed_through_byte_for_byte(towers, chosen):
+    with pytest.raises(IncompatibleError, match=r"visual.e: F8_E8M0 \[4\]"):
+        skillvec.diff(towers.tuned, towers.base, towers.v)
+    skillvec.diff(towers.tuned, towers.base, towers.v, **chosen)
+    assert skillvec.verify(towers.v).facts["verified"]
+    report = skillvec.apply(towers.base, towers.v, towers.out)  # the vector says what it left out
+    assert skillvec.verify(towers.out).facts["verified"]
+    base, tuned, out = (raw_bytes(path) for path in (towers.base, towers.tuned, towers.out))
+    assert out == base | {"q.weight": tuned["q.weight"]}
+    lines = {line["name"]: (line["dtype"], line["shape"]) for line in report.ledger}
+    assert lines["visual.a.weight"] == ("F8_E4M3", [16, 16]) and lines["visual.f"] == ("F4", [3, 4])
+    # in one pass, and from a pair that can be read
+    again = towers.out.with_name("again.safetensors")
+    sides = {"tuned": towers.tuned, "base": towers.base}
+    skillvec.apply(towers.base, None, again, **sides, **chosen)
+    assert raw_bytes(again) == out and skillvec.verify(again).facts["verified"]
+    skillvec.diff(towers.plain, towers.plain, towers.v, force=True)
+    with pytest.raises(IncompatibleError, match=r"visual.d: C64"):
+        skillvec.apply(towers.base, towers.v, towers.out, force=True)
+    skillvec.apply(towers.base, towers.v, towers.out, force=True, **chosen)
+    assert raw_bytes(towers.out) == base
+    (note,) = skillvec.open_checkpoint(towers.base, "model", lambda n: n[0] == "v").facts["notes"]
+    assert note.startswith("8 tensors stay as they are")
+
+
+def test_what_scales_a_weight_is_left_out_with_it(towers):
+    globs = ["visual.[!c]*", "visual.c.weight"]
+    with pytest.raises(IncompatibleError, match=r"visual.c.gain: F16 \[16, 1\], belongs to vis"):
+        skillvec.diff(towers.tuned, towers.base, towers.v, exclude=globs)
+    skillvec.diff(towers.tuned, towers.base, towers.v, exclude=[*globs, "visual.c.gain"])
+    assert set(skillvec.SkillVector.open(towers.v).deltas) == {
+        "q.weight", "norm.weight", "visual.c.bias",
+    }  # fmt: skip
+
+
+def test_an_open_model_does_not_lose_what_it_was_opened_without(towers):
+    opened = skillvec.open_checkpoint(towers.base, "model", lambda name: name[0] == "v")
+    skillvec.diff(towers.plain, towers.plain, towers.v)
+    for use in (
+        lambda: skillvec.diff(opened, opened, towers.v, force=True),
+        lambda: skillvec.apply(opened, towers.v, towers.out),
+    ):
+        with pytest.raises(IncompatibleError, match="nothing says how to read it"):
+            use()
+    skillvec.apply(opened, towers.v, towers.out, exclude=["visual.*"])
+    assert raw_bytes(towers.out) == raw_bytes(towers.base)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "taken"),
+    [
+        ("gate.expert_ids", (8, 6), True),
+        ("attn.bias", (1, 1, 8, 8), True),
+        ("num_batches_tracked", (), True),
+        ("q.codes", (8, 8), False),
+        ("q.matrix", (8, 8), False),
+    ],
+)
+def test_integers_that_differ_are_side_tensors_only_where_they_are_no_codes(
+    tmp_path: Path, name: str, shape: tuple[int, ...], taken: bool
+):
+    files = [tmp_path / "tuned.safetensors", tmp_path / "base.safetensors"]
+    for i, file in enumerate(files):
+        held = {"k.weight": torch.ones(4, 4), name: torch.full(shape, i, dtype=torch.int64)}
+        save_file(held, file)
+    if not taken:
+        with pytest.raises(IncompatibleError, match=rf"{name} I64 \[8, 8\]: integers that differ"):
+            skillvec.diff(*files, tmp_path / "v.safetensors")
+        skillvec.diff(files[0], files[0], tmp_path / "v.safetensors")  # the same codes
+        return
+    skillvec.diff(*files, tmp_path / "v.safetensors")
+    assert skillvec.SkillVector.open(tmp_path / "v.safetensors").manifest["differing"] == [name]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_buffer_of_any_model_of_transformers_is_taken_for_a_weight():
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kinds = {
+        name: made
+        for table in vars(modeling_auto)
+        if table.endswith("MAPPING_NAMES")
+        for made in getattr(modeling_auto, table).values()
+        for name in (made if isinstance(made, tuple | list) else (made,))
+    }
+    dtypes = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "U8"}
+    built = integers = 0
+    for name in sorted(kinds):
+        kind = getattr(transformers, name, None)
+        try:
+            with torch.device("meta"):
+                try:
+                    model = kind(kind.config_class(num_hidden_layers=2))
+                except Exception:  # no such key, or others go with it
+                    model = kind(kind.config_class())
+        except Exception:  # needs another library, or has no default
+            continue
+        state = model.state_dict()
+        tensors = {
+            n: TensorSpec(n, dtypes.get(t.dtype, "F32"), tuple(t.shape), "", 0, 0)
+            for n, t in state.items()
+        }
+        assert unexplained(tensors) == {}, name
+        built += 1
+        integers += any(t.dtype != "F32" and t.numel > 1 for t in tensors.values())
+    assert built > 1000 and integers > 20
