@@ -3,7 +3,9 @@
 Hides PEFT's names, its scalings and the three shapes of its factors (linear, embedding, fused
 experts). A delta is scaling * B A, made block by block where it is read, never held whole. Only
 the base tells how a weight lies (`Conv1D` is turned, and the `fan_in_fan_out` that PEFT saves is
-that of the last module) and which parameter a wrapped one is, so an adapter is fitted to it.
+that of the last module) and which parameter a wrapped one is, so an adapter is fitted to it. On a
+base that ties its head to its embeddings the effect is that of PEFT's merge: a module that is saved
+whole parts the two, and factors of either are added to the one weight.
 
 Refused by name: all whose effect is not base + scaling * B A (`NOT_A_SUM`, convolutions, every
 other method of PEFT), initialisations that changed the base (`OTHER_BASE`), names and shapes that
@@ -12,8 +14,8 @@ do not fit the base or fit it in two ways.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
 from math import comb, prod, sqrt
 from typing import Any, NamedTuple
@@ -194,19 +196,55 @@ class Settings(NamedTuple):
         return rank, chosen(self.alpha_pattern, self.alpha) / (sqrt(rank) if self.rslora else rank)
 
 
-class Effect(NamedTuple):
-    """What an adapter does to a base, by names of the base: adds `deltas`, puts `whole` weights."""
+@dataclass(frozen=True)
+class Summed(Derived):
+    """The sum of several deltas of one weight, as F32."""
 
-    deltas: dict[str, LowRank]
+    name: str
+    summands: "tuple[LowRank | Summed, ...]"
+    dtype = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.summands[0].shape
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return tuple(part for summand in self.summands for part in summand.parts)
+
+    def read(self, begin: int, out: Array) -> None:
+        """Fill `out` (float32). Raises FormatError where a summand or the sum is not finite."""
+        self.summands[0].read(begin, out)
+        other = np.empty_like(out)
+        for summand in self.summands[1:]:
+            summand.read(begin, other)
+            with np.errstate(over="ignore"):
+                out += other
+        if not np.isfinite(out).all():
+            raise FormatError(f"{self.path}: {self.name}: the sum of its deltas leaves fp32")
+
+
+class Effect(NamedTuple):
+    """What an adapter does to a base, by names of the base: adds `deltas`, puts `whole` weights.
+
+    `untied` maps heads that the base ties, and the adapter does not, to the embedding whose values
+    they had; `warnings` are sentences for the user.
+    """
+
+    deltas: dict[str, LowRank | Summed]
     whole: dict[str, Source]
     notes: list[str]
+    untied: dict[str, str]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter, checked as far as it can be without its base.
 
-    `whole` are weights that it brings (modules_to_save, resized embeddings, trained biases).
+    `whole` are weights that it brings (modules_to_save, resized embeddings, trained biases); of
+    those, `saved` ends the names of modules that PEFT trains as copies beside the base's own.
+    `tying` keeps what the base ties tied (ensure_weight_tying).
     """
 
     what: str
@@ -216,6 +254,21 @@ class Adapter:
     notes: list[str]
     pairs: dict[str, tuple[Pair, ...]]  # by module, the outermost wrapper first
     settings: Settings
+    saved: tuple[str, ...] = ()
+    tying: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights that it names, as far as it tells them itself."""
+        outer = {f"{module}.weight": pairs[0] for module, pairs in self.pairs.items()}
+        made = {name: pair.sides(pair.embedding) for name, pair in outer.items()}
+        return made | {name: weight.shape for name, weight in self.whole.items()}
+
+    @property
+    def copies(self) -> list[str]:
+        """The weights that PEFT trains as copies, so that the base's own stay what they are."""
+        modules = {name: name.rpartition(".")[0] for name in self.whole}
+        return [name for name, module in modules.items() if module.endswith(self.saved)]
 
     @property
     def deltas(self) -> dict[str, LowRank]:
@@ -238,12 +291,15 @@ class Adapter:
             deltas[name] = pair.delta(name, pair.sides(turned), turned, scaling)
         return deltas
 
-    def fitted(self, base: Mapping[str, Source]) -> Effect:
+    def fitted(self, base: Mapping[str, Source], tied: Mapping[str, str] = {}) -> Effect:
         """Return what the adapter does to a base, or to any model of its names and shapes.
 
-        Reads weights that were saved beside their delta: the base's own are left away. Raises
-        IncompatibleError naming weights that the base lacks, that do not fit or fit in two ways.
+        `tied` maps names that are one weight of the base: a head, perhaps in no file, to where its
+        values lie. Reads weights that were saved beside their delta: the base's own are left away.
+        Raises IncompatibleError naming weights that the base lacks, that do not fit or fit in two
+        ways, and ties that merging cannot part.
         """
+        stored, base = base, dict(base) | {head: base[tied[head]] for head in tied}
         deltas: dict[str, LowRank] = {}
         problems = defaultdict(list, only_here(self.whole, base, "the adapter"))
         held = defaultdict(list)
@@ -291,7 +347,50 @@ class Adapter:
                 )
         kept = {name: weight for name, weight in self.whole.items() if name not in deltas}
         notes = [f"{name}: also saved whole, as it is in the base" for name in both]
-        return Effect(deltas, kept, self.notes + notes)
+        effect = Effect({**deltas}, kept, self.notes + notes, {}, [])
+        for source in dict.fromkeys(tied.values()):
+            heads = [head for head in tied if tied[head] == source]
+            self._merge_tied(effect, source, heads, stored)
+        if effect.untied and len(tied) > 1:
+            raise IncompatibleError(
+                f"{self.what}: parts {next(iter(effect.untied))} from what the base ties it to, but"
+                f" one switch of the config ties these, all or none: {MERGE}:\n"
+                + up_to_five(list(tied))
+            )
+        return effect
+
+    def _merge_tied(
+        self, effect: Effect, source: str, heads: Sequence[str], stored: Mapping[str, Source]
+    ) -> None:
+        """Do to names that are one weight of the base what PEFT's merge does to it."""
+        group = (source, *heads)
+        wholes = [name for name in group if name in effect.whole]
+        added = [name for name in group if name in effect.deltas]
+        if not self.tying and any(name in self.copies for name in wholes):
+            effect.untied.update(dict.fromkeys(heads, source))
+            return
+        weights = [effect.whole.pop(name) for name in wholes]
+        summands = [effect.deltas.pop(name) for name in added]
+        if weights and (added or len({digest_values(weight) for weight in weights}) > 1):
+            raise IncompatibleError(
+                f"{self.what}: the base ties {' and '.join(group)}, and the adapter says two things"
+                f" of the one weight: {MERGE}"
+            )
+        if self.tying and summands:  # each name has these factors, saved or not, and is merged
+            summands += summands[:1] * (len(group) - len(summands))
+        for name in (source, *(head for head in heads if head in stored)):
+            if weights:
+                effect.whole[name] = weights[0]
+            elif summands:
+                named = tuple(replace(delta, name=name) for delta in summands)
+                effect.deltas[name] = named[0] if len(named) == 1 else Summed(name, named)
+        if summands:
+            what = f"the delta of {added[0]}" if len(summands) == 1 else "the deltas of both"
+            what = "the same delta more than once" if self.tying else what
+            effect.warnings.append(
+                f"{source}: the base ties {', '.join(heads)} to it, so PEFT's merge, which this is,"
+                f" adds {what} to their one weight: that is not the model that was trained"
+            )
 
     def _unfit(self, problems: dict[str, list[str]], base: Iterable[str]) -> IncompatibleError:
         """Return the error that names what does not fit, with advice that can be followed."""
@@ -350,7 +449,15 @@ def open_adapter(
 
     Headers only. Raises FormatError for a broken adapter, IncompatibleError for what is not taken.
     """
-    settings, notes = _settings(config, what, f"{folder_name}/adapter_config.json")
+    where = f"{folder_name}/adapter_config.json"
+    settings, notes = _settings(config, what, where)
+    saved, tying = config.get("modules_to_save") or [], config.get("ensure_weight_tying") or False
+    if not isinstance(saved, list) or not all(type(name) is str and name for name in saved):
+        raise FormatError(f"{where}: modules_to_save: expected names, found {saved!r:.80}")
+    if type(tying) is not bool:
+        raise FormatError(
+            f"{where}: ensure_weight_tying: expected true or false, found {tying!r:.80}"
+        )
     held: dict[tuple[str, int], dict[str, Source]] = {}
     wholes: dict[str, Source] = {}
     for key, source in tensors.items():
@@ -391,7 +498,9 @@ def open_adapter(
         raise FormatError(
             f"{what}: base_model_name_or_path, revision: {ref!r:.80}, {revision!r:.80}"
         )
-    return Adapter(what, ref or None, revision or None, wholes, notes, pairs, settings)
+    return Adapter(
+        what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying
+    )
 
 
 def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:

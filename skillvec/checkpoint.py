@@ -92,6 +92,7 @@ class Opened:
     side: Path | None = None  # the folder of config and tokenizer, where it is not the place itself
     notes: tuple[str, ...] = ()
     seen: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # states of its files
+    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # metadata by file
 
 
 class Checkpoint(Mapping[str, Source]):
@@ -527,9 +528,11 @@ def _of_headers(headers: Mapping[str, Header], what: str, notes: tuple[str, ...]
         made = of_ranks(headers, what)
         return Opened(made.tensors, metadata, made.kind, notes=(*notes, *made.notes))
     tensors: dict[str, Source] = {}
+    labels: dict[str, dict[str, str]] = {}
     for header in headers.values():
         tensors |= header.tensors
-    return Opened(tensors, metadata, notes=notes)
+        labels |= {spec.path: header.metadata for spec in header.tensors.values()}
+    return Opened(tensors, metadata, notes=notes, labels=labels)
 
 
 def _one_of_several(name: str) -> tuple[str, ...]:

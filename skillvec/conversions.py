@@ -4,7 +4,9 @@ Hides transformers' conversion objects: which of them a config.json names, how t
 what their operations make, as views. `between` turns two sets of such views, of what is there and
 of what is wanted, into views of the wanted tensors over those that are there. Taken are operations
 that stack, join, cut and transpose whole tensors; those that reorder rows inside a tensor (rotary
-permutations, interleaving) and those for many tensors to many are refused by name.
+permutations, interleaving) and those for many tensors to many are refused by name. The classes of
+models are asked here, too: `model_of` makes one without its weights, `tied_weights` says which are
+one.
 """
 
 import re
@@ -18,6 +20,41 @@ from skillvec.sources import Box, Index, View, concatenate, row_major, stack
 Shapes = Mapping[str, Index]
 NESTED = 16  # configs within a config that are looked at
 PAIRS = 1 << 16  # pairs of boxes of one tensor, beyond which it is not taken apart
+
+
+def model_of(config: Mapping[str, Any], most_layers: int) -> Any:
+    """Return the model of a config.json, without memory for its weights.
+
+    Raises ValueError where it has more than `most_layers` layers, so that it cannot keep us busy,
+    and whatever transformers and its models raise on a config that is none of theirs.
+    """
+    import torch
+    import transformers
+
+    said = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    made = transformers.AutoConfig.for_model(config["model_type"], **said)
+    layers = getattr(made.get_text_config(), "num_hidden_layers", 0)
+    if layers > most_layers:
+        raise ValueError(f"{layers} layers, but {most_layers} tensors")
+    with torch.device("meta"):
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind(made)
+        auto: Any = transformers.AutoModelForCausalLM
+        return auto.from_config(made)
+
+
+def tied_weights(config: Mapping[str, Any], most_layers: int) -> dict[str, str] | None:
+    """Return the weights that the model of a config.json shares with another: head -> embedding.
+
+    None where transformers makes no model of it.
+    """
+    try:
+        return dict(model_of(config, most_layers).all_tied_weights_keys)
+    except Exception:  # whatever a model's code raises on a config of others
+        return None
 
 
 def all_of(source: str, shape: Index) -> View:

@@ -25,6 +25,7 @@ import numpy as np
 from skillvec import hub, subspace
 from skillvec.blocks import pieces_of
 from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint, reopen
+from skillvec.conversions import model_of
 from skillvec.deltas import dtype_of
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import Array, narrow, widen
@@ -193,26 +194,11 @@ def _sorted_out(jobs: Sequence[Job], base: Checkpoint) -> dict[str, Hold]:
 
 def _model_of(base: Checkpoint) -> Any:
     """Return the model of the base's config, without memory for its weights."""
-    import torch
-    import transformers
-
-    said = {k: v for k, v in base.config.items() if k not in ("model_type", "quantization_config")}
     where = f"{base.ref}: config.json (it tells linear weights from others)"
     if base.model_type is None:
         raise IncompatibleError(f"{where}: has no model_type, or is not there")
-    named = base.config.get("architectures")
-    name = named[0] if isinstance(named, list) and named else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
     try:
-        config = transformers.AutoConfig.for_model(base.model_type, **said)
-        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if layers > len(base):  # so that it cannot keep us busy
-            raise ValueError(f"{layers} layers, but {len(base)} tensors")
-        with torch.device("meta"):
-            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-                return kind(config)
-            auto: Any = transformers.AutoModelForCausalLM
-            return auto.from_config(config)
+        return model_of(base.config, len(base))
     except Exception as error:  # whatever a model's code raises on a config of others
         problem = str(error).partition(". ")[0][:200]  # it goes on to list every model there is
         raise IncompatibleError(f"{where}: transformers makes no model of it: {problem}") from None

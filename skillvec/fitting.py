@@ -4,22 +4,32 @@ Reads headers, samples and manifests; refuses by name what does not fit.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from skillvec.bridging import bridged, hints_of, left_over
 from skillvec.checkpoint import Checkpoint, empty_weights, lone_factors, placeholders
+from skillvec.configs import untied_config
+from skillvec.conversions import tied_weights
 from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta, delta_dtype
 from skillvec.errors import IncompatibleError, UsageError, up_to_five_each
 from skillvec.kernels import FLOATS
-from skillvec.layouts import viewed_specs
-from skillvec.lineage import MAX_TIED, find_tied, probe_digest, relatedness, sketch
+from skillvec.layouts import numbered, viewed_specs
+from skillvec.lineage import (
+    MAX_TIED,
+    find_tied,
+    probe_digest,
+    relatedness,
+    same_bytes,
+    sketch,
+)
 from skillvec.quantised import unexplained
 from skillvec.rules import is_selected, refuse_idle_globs
 from skillvec.sources import Source, View, whole
 from skillvec.storage import TensorSpec
-from skillvec.vector import SkillVector
+from skillvec.vector import SkillVector, adapter_effect
 from skillvec.vectorfile import StoredDelta
 
 
@@ -56,10 +66,11 @@ def laid_out(
                 f"rename: {vector.ref} is fitted by its own names where its base is not known: name"
                 " the base (ADAPTER::BASE)"
             )
-        effect = vector.adapter.fitted(target)
+        effect = adapter_effect(vector.adapter, target)
         deltas = {name: ComputedDelta(d, vector.ref) for name, d in effect.deltas.items()}
         stay = {name: "not in the adapter" for name in target if name not in deltas}
-        return Fitted(replace(vector, deltas=deltas), target, stay, [])
+        vector = replace(vector, deltas=deltas, warnings=tuple(effect.warnings))
+        return Fitted(vector, target, stay, [])
     mine = {name: delta.spec for name, delta in vector.deltas.items()}
     wanted = {
         name: spec for name, spec in target.items()
@@ -71,12 +82,14 @@ def laid_out(
         return Fitted(vector, target, {}, [])
     made: dict[str, DeltaSource] = {}
     back: dict[str, View] = {}
+    places: dict[str, str] = {}  # where a whole delta goes
     for name, view in found.views.items():
         (source, *others) = view.sources or (None,)
         shape = vector.deltas[source].spec.shape if source else ()
         if source and not others and view == whole(source, shape):
             made[name] = vector.deltas[source]
             back[source] = whole(name, shape)
+            places[source] = name
         else:
             made[name] = _viewed_delta(name, view, vector)
     left = left_over(found, vector.ref, mine, wanted)
@@ -87,7 +100,9 @@ def laid_out(
     seen = target
     if back:  # under the vector's names: a sketch goes by those of the tensors
         seen = target.with_tensors(viewed_specs(found._replace(views=back), target))
-    laid = replace(vector, deltas=made | unused, notes=found.notes)
+    moved = {head: places.get(of, of) for head, of in vector.untied.items()}
+    manifest = vector.manifest | ({"untied": moved} if moved else {})
+    laid = replace(vector, deltas=made | unused, notes=found.notes, manifest=manifest)
     return Fitted(laid, seen, found.skipped, hints_of(found))
 
 
@@ -107,19 +122,34 @@ def _viewed_delta(name: str, view: View, vector: SkillVector) -> ViewDelta:
 RELATED = 0.5  # cosine of sketches: unrelated ones spread by .06, fine-tuned ones stay above .9
 
 
+class Fit(NamedTuple):
+    """Which tensor takes which delta: `routes` from names of the target to names of deltas.
+
+    `passed` are tensors passed through, with status and note; `lines` of the ledger are of deltas
+    that need no tensor; `untied` are heads that the target does not store and that get tensors of
+    their own, with the name of the embedding whose values they have.
+    """
+
+    routes: dict[str, str]
+    passed: dict[str, tuple[str, str]]
+    lines: list[dict[str, Any]]
+    untied: dict[str, str]
+
+
+KEPT = "untied: keeps the head of the target"
+
+
 def fitting(
     target: Checkpoint, fitted: Fitted, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[dict[str, str], dict[str, tuple[str, str]], list[dict[str, Any]]]:
+) -> Fit:
     """Decide for every tensor of the target which delta it takes, or why it takes none.
 
-    Returns target name -> delta name, target name -> (status, note) for tensors passed through,
-    and ledger lines for deltas that need no tensor. Raises IncompatibleError for what is left.
+    Raises IncompatibleError for what is left.
     """
     vector = fitted.vector
     refuse_idle_globs([*target, *vector.deltas], include, exclude)
-    routes: dict[str, str] = {}
-    passed: dict[str, tuple[str, str]] = {}
-    lines: list[dict[str, Any]] = []
+    fit = Fit({}, {}, [], {})
+    routes, passed, lines, untied = fit
     problems = defaultdict(list)
     manifest = vector.manifest
     alone = sum(name not in vector.deltas for name in target)
@@ -157,7 +187,22 @@ def fitting(
     for name, delta in vector.deltas.items():
         if name in target:
             continue
-        if not is_selected(name, include, exclude):
+        source = vector.untied.get(name, "")
+        taken = is_selected(name, include, exclude)
+        if source in target and target.ties_embeddings is not False:
+            if source not in routes and not (taken and _changes(delta)):
+                lines.append(ledger_line(delta.spec, "tied", f"{source} does not change either"))
+                continue
+            why = _untying_problem(target, name, source, delta.spec.shape)
+            if why:
+                problems["of heads"].append(f"{name} {list(delta.spec.shape)}: {why}")
+            untied[name] = source
+            if taken:
+                routes[name] = name
+            else:
+                passed[name] = ("excluded", KEPT)
+            continue
+        if not taken:
             lines.append(ledger_line(delta.spec, "excluded"))
             continue
         twin = None if target.ties_embeddings is False else same_delta(vector, name)
@@ -185,16 +230,77 @@ def fitting(
             " (--exclude GLOB leaves tensors out):\n"
             + "\n".join([up_to_five_each(problems), *fitted.hints])
         )
-    return routes, passed, lines
+    return fit
+
+
+def head_note(delta: DeltaSource) -> str:
+    """Return what the ledger says of a head that gets a tensor of its own."""
+    return "untied: a head of its own from here on" if _changes(delta) else KEPT
+
+
+def _changes(delta: DeltaSource) -> bool:
+    """Return whether a delta may change anything, as far as is known without reading it."""
+    return not (isinstance(delta, StoredDelta) and delta.codec == "zero")
+
+
+def _untying_problem(target: Checkpoint, head: str, source: str, shape: tuple[int, ...]) -> str:
+    """Return why a head cannot get a tensor and a config of its own, "" where it can."""
+    if target[source].shape != shape or target[source].dtype not in FLOATS:
+        return f"{source} is {target[source].dtype} {list(target[source].shape)} in the target"
+    said = tied_weights(target.config, len(target))
+    if said is None:  # no model of transformers: its config is all there is to go by
+        return "" if target.ties_embeddings else "nothing says that the target ties it"
+    if said.get(head) != source:
+        return f"the target's model does not tie it to {source}"
+    left = tied_weights(untied_config(target.config), len(target))
+    if len(said) > 1 or left is None or head in left:
+        return f"the target's config cannot part it alone from {source}"
+    return ""
+
+
+def parted(target: Checkpoint, vector: SkillVector, moves: Mapping[str, DeltaSource]) -> bool:
+    """Return whether the target ties tensors that it stores, and a vector moves them apart.
+
+    `moves` are the deltas that its tensors take. What the config ties and the file holds with other
+    bytes, transformers leaves apart.
+    """
+    if not target.ties_embeddings:
+        return False
+    alike: dict[Any, list[str]] = defaultdict(list)
+    for name, spec in target.items():
+        if len(spec.shape) == 2 and spec.dtype in FLOATS and not numbered(name):
+            alike[spec.dtype, spec.shape].append(name)
+    pairs = (pair for names in alike.values() for pair in combinations(names, 2))
+    return any(
+        _moves_apart(vector, [moves[name] for name in pair if name in moves])
+        and same_bytes(target[pair[0]], target[pair[1]])
+        for pair in pairs
+    )
+
+
+def _moves_apart(vector: SkillVector, taken: Sequence[DeltaSource]) -> bool:
+    """Return whether two tensors of the same bytes may differ once they took these deltas."""
+    if len(taken) < 2 or not any(map(_changes, taken)):
+        return any(map(_changes, taken))
+    one, other = (delta.spec.name for delta in taken)
+    return one != other and not (one in vector.deltas and same_delta(vector, one) == other)
 
 
 def same_delta(vector: SkillVector, name: str) -> str | None:
-    """Return another tensor of the vector with the very same delta."""
+    """Return another tensor of the vector with the very same delta.
+
+    Where only the deltas tell, it is none of the numbered layers if the tensor is not: those may
+    have the shape of a head and not change either.
+    """
     delta = vector.deltas[name]
+
+    def alike(other: str) -> bool:
+        return other != name and numbered(other) == numbered(name)
+
     if vector.origin is not None:  # an adapter, not stored: what it leaves alone is the same
         zeros = {n: d.spec for n, d in vector.deltas.items() if isinstance(d, StoredDelta)}
-        others = (n for n, spec in zeros.items() if n != name and spec.shape == delta.spec.shape)
-        return next(others, None) if name in zeros else None
+        same = (n for n, spec in zeros.items() if alike(n) and spec.shape == delta.spec.shape)
+        return next(same, None) if name in zeros else None
     if isinstance(delta, PairDelta):
         assert vector.base is not None and vector.tuned is not None
         twin = find_tied(vector.base, name)
@@ -203,21 +309,25 @@ def same_delta(vector: SkillVector, name: str) -> str | None:
         twins = {same_delta(part, name) for part in vector.parts if name in part.deltas}
         twin = twins.pop() if len(twins) == 1 else None
         other = vector.deltas.get(twin or "")
-        alike = isinstance(other, MixDelta) and delta.by_value and (
+        same_way = isinstance(other, MixDelta) and delta.by_value and (
             (delta.weights, delta.parameters) == (other.weights, other.parameters)
         )  # fmt: skip
-        return twin if alike else None
+        return twin if same_way else None
     entries = vector.manifest["tensors"]
-    keys = ("base", "tuned") if entries[name]["base"] else ("dtype", "shape", "codec", "digest")
+    known = entries[name]["base"] is not None
+    keys = ("base", "tuned") if known else ("dtype", "shape", "codec", "digest")
     mine = [entries[name][key] for key in keys]
-    for other, entry in entries.items():
-        if other != name and [entry[key] for key in keys] == mine:
-            return str(other)
-    return None
+    same = (n for n, e in entries.items() if n != name and [e[key] for key in keys] == mine)
+    return next((other for other in same if known or alike(other)), None)
 
 
-def kinship_warnings(vector: SkillVector) -> list[str]:
-    """Return a warning where vectors of unrelated bases are combined."""
+def warnings_of(vector: SkillVector) -> list[str]:
+    """Return the warnings of a vector and its parts, and where their bases are not related."""
+    own = [warning for part in (vector, *vector.parts) for warning in part.warnings]
+    return [*dict.fromkeys(own), *_kinship_warnings(vector)]
+
+
+def _kinship_warnings(vector: SkillVector) -> list[str]:
     sketches = [part.manifest["base"]["sketch"] for part in vector.parts]
     cosines = [relatedness(sketches[0], other) for other in sketches[1:]]
     if not any(cosine is not None and cosine < RELATED for cosine in cosines):
@@ -233,7 +343,7 @@ def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]
     unknown lineage": nothing says so.
     """
     base = vector.manifest["base"]
-    warnings = kinship_warnings(vector)
+    warnings = warnings_of(vector)
     if base["tokenizer"] and target.tokenizer_digest not in (None, base["tokenizer"]):
         warnings.append(
             "the target's tokenizer differs from the base's: a token may mean something else"

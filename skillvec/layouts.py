@@ -175,7 +175,7 @@ def _match_rows(search: _Search, rows: str) -> None:
     apart = search.rows_apart()
     lengths = {(search.have[name][0], search.want[w][0]) for w, name in apart.items()}
     # in numbered layers alone it is heads or widths that differ, not the vocabulary
-    if len(lengths) != 1 or all(map(_numbered, apart)):
+    if len(lengths) != 1 or all(map(numbered, apart)):
         return
     ((have, want),) = lengths
     for wanted, name in apart.items():
@@ -192,7 +192,8 @@ def _match_rows(search: _Search, rows: str) -> None:
             search.used[name] = prod(search.shapes[name])  # cut on purpose
 
 
-def _numbered(name: str) -> bool:
+def numbered(name: str) -> bool:
+    """Return whether a tensor is one of a row of layers or experts, going by its name."""
     return any(part.isdigit() for part in name.split("."))
 
 

@@ -7,7 +7,7 @@ that of the very bytes. Hides which values are looked at.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import sqrt
 from typing import Any
 
@@ -15,8 +15,20 @@ import numpy as np
 
 from skillvec import hub
 from skillvec.checkpoint import Checkpoint
+from skillvec.conversions import tied_weights
+from skillvec.errors import IncompatibleError
 from skillvec.kernels import FLOATS, widen
-from skillvec.sources import Source, digest_values, read_raw, value_range, values_of
+from skillvec.layouts import numbered
+from skillvec.sources import (
+    Index,
+    Source,
+    Viewed,
+    digest_values,
+    read_raw,
+    value_range,
+    values_of,
+    whole,
+)
 from skillvec.storage import ITEMSIZE, TensorSpec, allocate, digest_bytes, leaf_digests, prefetch
 
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
@@ -134,3 +146,64 @@ def find_tied(checkpoint: Checkpoint, name: str) -> str | None:
             if digest_values(other) == digest:
                 return other.name
     return None
+
+
+def under_name(source: Source, name: str) -> Source:
+    """Return a tensor as it is, under another name."""
+    if isinstance(source, TensorSpec):
+        return source._replace(name=name)
+    return Viewed(name, source.dtype, whole(source, source.shape))
+
+
+def tied_heads(
+    model: Checkpoint, touched: Mapping[str, Index], kept_apart: Iterable[str]
+) -> dict[str, str]:
+    """Return the pairs of names that are one weight of a model: head -> where its values lie.
+
+    A head lies in no file, or with the bytes of the other. `touched` are tensors to change, with
+    their shapes: nothing is asked of transformers unless one is a matrix outside the layers. Where
+    it makes no model of the config, a head is told by its shape. Raises IncompatibleError where
+    the config ties an embedding in `kept_apart` to a head whose name nothing tells.
+    """
+    likely = {n: shape for n, shape in touched.items() if len(shape) == 2 and not numbered(n)}
+    if not likely or model.ties_embeddings is False or not model.config:
+        return {}
+    said = tied_weights(model.config, len(model)) or {}
+    pairs = [pair for pair in said.items() if any(name in model for name in pair)]
+    if not pairs and (said or model.ties_embeddings):
+        pairs = _tied_by_shape(model, likely)
+        inner = model.config.get("text_config")
+        configs = [model.config, inner if isinstance(inner, dict) else {}]
+        rows = [config.get("vocab_size") for config in configs]
+        for name in kept_apart:
+            if not pairs and name in model and likely.get(name, (-1,))[0] in rows:
+                raise IncompatibleError(
+                    f"{name}: the config of {model.ref} ties it to a head whose name nothing tells"
+                    " (transformers makes no such model of the config): merge the adapter into its"
+                    " base with PEFT and give the merged model"
+                )
+    found = {}
+    for head, source in pairs:
+        if source not in model:
+            head, source = source, head
+        if head not in model or same_bytes(model[head], model[source]):
+            found[head] = source
+    return found
+
+
+def _tied_by_shape(model: Checkpoint, likely: Mapping[str, Index]) -> list[tuple[str, str]]:
+    """Pair names that a model lacks with the only matrix of their shape outside its layers."""
+    pairs = []
+    for head in likely:
+        twins = [n for n, spec in model.items() if spec.shape == likely[head] and not numbered(n)]
+        if head not in model and len(twins) == 1:
+            pairs.append((head, twins[0]))
+    return pairs
+
+
+def same_bytes(one: Source, other: Source) -> bool:
+    """Return whether two tensors have one dtype, shape and bytes."""
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    first = min(one.numel, PROBE_NBYTES // ITEMSIZE[one.dtype])
+    alike = alike and digest_values(one, 0, first) == digest_values(other, 0, first)
+    return alike and digest_values(one) == digest_values(other)

@@ -7,22 +7,33 @@ printed (`--dry-run`), handed to any engine, and holds the ledger of every tenso
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from skillvec.checkpoint import INDEX, METADATA_KEY, SINGLE, Checkpoint
+from skillvec.checkpoint import INDEX, METADATA_KEY, PICKLES, SINGLE, Checkpoint
+from skillvec.configs import (
+    Written,
+    is_of,
+    plain_config,
+    retyped,
+    retyped_config,
+    untied_config,
+)
 from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
-from skillvec.errors import IncompatibleError, only_here, up_to_five_each
+from skillvec.errors import FormatError, IncompatibleError, only_here, up_to_five_each
 from skillvec.fitting import (
     fitting,
-    kinship_warnings,
+    head_note,
     laid_out,
     ledger_line,
+    parted,
     same_delta,
     verdict_on,
+    warnings_of,
 )
 from skillvec.kernels import FLOATS
+from skillvec.lineage import under_name
 from skillvec.measures import Request
 from skillvec.patch import Patch
 from skillvec.rules import is_selected, refuse_idle_globs
@@ -205,7 +216,7 @@ def plan_store(
         ledger += [{"name": name, "status": "excluded"} for name in manifest["excluded"]]
     plan = Plan(
         verb, jobs, ledger=ledger, vectors=vector.files(), mixes=vector.mixes(),
-        warnings=kinship_warnings(vector),
+        warnings=warnings_of(vector),
     )  # fmt: skip
     return plan, entries
 
@@ -294,17 +305,21 @@ def plan_apply(
     """
     mixes = vector.mixes()  # those that go nowhere are measured too
     fitted = laid_out(vector, target, rename, rows)
-    routes, passed, ledger = fitting(target, fitted, include, exclude)
+    routes, passed, ledger, untied = fitting(target, fitted, include, exclude)
+    moves = {name: fitted.vector.deltas[source] for name, source in routes.items()}
+    is_untied = bool(untied) or parted(target, vector, moves)
     vector = fitted.vector
     verdict, warnings = verdict_on(fitted.seen, vector)
+    heads = {head: under_name(target[source], head) for head, source in untied.items()}
+    target = target.with_tensors({**target, **heads}) if heads else target
     jobs, outputs = [], []
     weight_map: dict[str, str] = {}
     dtypes = {
         name: (dtype if dtype and spec.dtype in FLOATS and name in routes else spec.dtype)
         for name, spec in target.items()
     }
-    for number, (file, specs) in enumerate(_shards(target, dtypes)):
-        metadata = {"format": "pt"}
+    for number, (file, specs) in enumerate(_shards(target, dtypes, untied)):
+        metadata = _metadata(target, specs)
         if recipe is not None:
             metadata[METADATA_KEY] = json.dumps(recipe, separators=(",", ":"), ensure_ascii=False)
         header = encode_header([(s.name, dtypes[s.name], s.shape) for s in specs], metadata)
@@ -314,6 +329,7 @@ def plan_apply(
             if spec.name in routes:
                 source = routes[spec.name]
                 note = "" if source == spec.name else f"tied: takes the delta of {source}"
+                note = head_note(moves[spec.name]) if spec.name in untied else note
                 job = _add_job(spec, vector, source, out_dtype, note)
             else:
                 point = as_integers(spec)  # the header says what they are
@@ -328,7 +344,7 @@ def plan_apply(
     left: list[tuple[str, str]] = []
     texts: dict[str, str] = {}
     if target.is_folder:
-        texts = _texts(target, outputs, weight_map)
+        texts = _texts(target, outputs, weight_map, dtypes, is_untied, untied)
         own = target.kind == "safetensors" and INDEX in target.place.files
         kept = own and target.is_plain and INDEX not in texts
         made = [output.name for output in outputs]
@@ -342,17 +358,30 @@ def plan_apply(
     )  # fmt: skip
 
 
+def _metadata(target: Checkpoint, specs: Sequence[Source]) -> dict[str, str]:
+    """Return the header metadata of a file of the output: that of its own shard of the target.
+
+    An old recipe goes, and offsets of the writer whose parts are put together here.
+    """
+    own = target.opened.labels.get(specs[0].path, {}) if specs and target.is_plain else {}
+    kept = {k: v for k, v in own.items() if k != METADATA_KEY and not k.startswith("DCP_")}
+    return kept if "format" in kept else {"format": "pt"} | kept
+
+
 def _shards(
-    target: Checkpoint, dtypes: Mapping[str, str]
+    target: Checkpoint, dtypes: Mapping[str, str], added: Container[str]
 ) -> Sequence[tuple[str, Sequence[Source]]]:
-    """Return the files of the output with their tensors in order: the target's own, or new ones."""
+    """Return the files of the output with their tensors in order: the target's own, or new ones.
+
+    Those in `added` come last in the file where their values are read.
+    """
     if target.is_plain:
         by_file: dict[str, list[TensorSpec]] = {}
         for spec in target.values():
             assert isinstance(spec, TensorSpec)
             by_file.setdefault(spec.path, []).append(spec)
         for specs in by_file.values():
-            specs.sort(key=lambda spec: (spec.start, spec.nbytes))
+            specs.sort(key=lambda spec: (spec.name in added, spec.start, spec.nbytes))
         return [(os.path.basename(path), specs) for path, specs in by_file.items()]
     shards: list[list[Source]] = [[]]
     held = 0
@@ -370,37 +399,55 @@ def _shards(
 
 
 def _texts(
-    target: Checkpoint, outputs: list[OutputPlan], weight_map: dict[str, str]
-) -> dict[str, str]:
+    target: Checkpoint, outputs: list[OutputPlan], weight_map: dict[str, str],
+    dtypes: Mapping[str, str], is_untied: bool, added: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
     """Return the index and config of the output where they are not those of the target."""
     texts: dict[str, str] = {}
     total = sum(output.nbytes - len(output.header) for output in outputs)
+    floats = ((spec.dtype, dtypes[name]) for name, spec in target.items() if spec.dtype in FLOATS)
+    written = Written(frozenset(floats), target.kind not in ("safetensors", PICKLES[0]))
     if target.is_plain:
         own = target.place.files.get(INDEX)
-        if own is not None and total != target.nbytes:
+        if own is not None and (added or written.converted):
             index: dict[str, Any] = json.loads(read_bytes(own, 0, file_nbytes(own)))
-            metadata = index.get("metadata")
-            said = metadata if isinstance(metadata, dict) else {}
-            texts[INDEX] = _as_text(index | {"metadata": said | {"total_size": total}})
+            made = _index_of(index, target, total, written, added, weight_map)
+            texts |= {INDEX: _as_text(made)} if made != index else {}
     elif len(outputs) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         texts[INDEX] = _as_text(index)
-    if target.formats and target.config:
-        texts["config.json"] = _as_text(_plain_config(target.config))
+    config = plain_config(target.config) if target.formats else target.config
+    if written.converted or written.is_new or not (target.is_plain or is_of(config, written)):
+        config = retyped_config(config, written)
+    config = untied_config(config) if is_untied else config
+    if target.config and (target.formats or config != target.config):
+        texts["config.json"] = _as_text(config)
     return texts
 
 
+def _index_of(
+    index: Mapping[str, Any], target: Checkpoint, total: int, written: Written,
+    added: Mapping[str, str], weight_map: Mapping[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the target's own index with what is otherwise in the output."""
+    said = index.get("metadata")
+    metadata = dict(said) if isinstance(said, dict) else {}
+    if added or total != target.nbytes:
+        metadata["total_size"] = total
+    if written.converted:
+        retyped(metadata, written)
+    if added and type(metadata.get("total_parameters")) is int:
+        metadata["total_parameters"] += sum(target[name].numel for name in added)
+    held = index["weight_map"] | {name: weight_map[name] for name in added}
+    changed = {"metadata": metadata} if metadata != said else {}
+    return {**index, **changed, "weight_map": held}
+
+
 def _as_text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2) + "\n"
-
-
-def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without what it says of quantisation."""
-    return {
-        key: _plain_config(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key != "quantization_config"
-    }
+    try:
+        return json.dumps(content, indent=2) + "\n"
+    except RecursionError:
+        raise FormatError("config.json or the index is nested too deeply to be written") from None
 
 
 # ------------------------------------------------------------------------------------- verify

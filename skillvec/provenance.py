@@ -16,8 +16,8 @@ from skillvec.quantised import LeftOut, nothing_left_out
 from skillvec.rules import parse_recipe
 from skillvec.storage import refuse_duplicates
 from skillvec.vector import SkillVector
-from skillvec.vectorfile import ALLOWED, check_shape
 from skillvec.vectorfile import CHOSEN as SELECTION
+from skillvec.vectorfile import check_shape
 
 
 def described(vector: SkillVector) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def read_merged(opened: Checkpoint) -> dict[str, Any]:
     try:
         recipe = json.loads(opened.metadata[METADATA_KEY], object_pairs_hook=refuse_duplicates)
         check_shape(recipe, RECIPE, "recipe")
-        known = SELECTION | ALLOWED
+        known = SELECTION | {"allow_nonfinite": bool}
         said = {key: known[key] for key in known if key in recipe["request"]}
         check_shape(recipe["request"], said, "request")
         if recipe["kind"] != "merged" or recipe["schema"] != 1:

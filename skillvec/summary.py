@@ -381,6 +381,8 @@ def describe_vector(vector: SkillVector) -> Report:
                 "base", "tuned", "parents", "recipe", "training", "license", "tied", "excluded",
                 "differing"):  # fmt: skip
         facts[key] = manifest.get(key)
+    facts |= {"untied": vector.untied} if vector.untied else {}
+    report.warnings += vector.warnings
     numel = sum(delta.spec.numel for delta in stored.deltas.values())
     changed = sum(entry["changed"] for entry in entries.values())
     codecs: dict[str, dict[str, int]] = {}

@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any
 
 from skillvec import hub
-from skillvec.adapters import Adapter, open_adapter
+from skillvec.adapters import Adapter, Effect, open_adapter
 from skillvec.bridging import seen_as
 from skillvec.checkpoint import (
     ADAPTER_CONFIG,
@@ -43,11 +43,13 @@ from skillvec.errors import (
     IncompatibleError,
     SkillvecError,
     UsageError,
+    printable,
     up_to_five,
     up_to_five_each,
 )
 from skillvec.kernels import FLOATS
-from skillvec.lineage import MAX_TIED, find_tied, identity
+from skillvec.layouts import numbered
+from skillvec.lineage import MAX_TIED, find_tied, identity, tied_heads, under_name
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import open_patch
 from skillvec.quantised import (
@@ -93,6 +95,7 @@ class SkillVector:
     notes: Mapping[str, str] = field(default_factory=dict)  # how tensors were found
     origin: Checkpoint | None = None  # the files of an adapter
     adapter: Adapter | None = None  # one without its base: fitted to the target that it meets
+    warnings: tuple[str, ...] = ()
     report: Any = field(default=None, compare=False)  # of the verb that wrote it
 
     @staticmethod
@@ -128,7 +131,8 @@ class SkillVector:
     @staticmethod
     def of_file(stored: VectorFile) -> "SkillVector":
         """Return the vector of a file that is open."""
-        return SkillVector(stored.ref, stored.deltas, stored.manifest, stored=stored)
+        said = tuple(map(printable, stored.manifest.get("warnings", ())))
+        return SkillVector(stored.ref, stored.deltas, stored.manifest, stored=stored, warnings=said)
 
     @staticmethod
     def between(
@@ -204,10 +208,14 @@ class SkillVector:
             )
         deltas: dict[str, DeltaSource] = {}
         notes: dict[str, str] = {}
+        untied: dict[str, str] = {}
+        warnings: list[str] = []
         if base is not None:
-            effect = adapter.fitted(base)
+            effect = adapter_effect(adapter, base)
+            untied, warnings = effect.untied, effect.warnings
             found = {name: ComputedDelta(d, place.ref) for name, d in effect.deltas.items()}
-            for name, spec in base.items():
+            heads = {h: under_name(base[of], h) for h, of in untied.items() if h not in base}
+            for name, spec in (*base.items(), *heads.items()):
                 if name in effect.whole:
                     kept = effect.whole[name]
                     if kept.shape != spec.shape:
@@ -228,6 +236,8 @@ class SkillVector:
         if base is not None:
             matched["integers"] = {n: [s.dtype, None] for n, s in base.items() if n not in deltas}
         manifest = _pair_manifest(None, ours, "auto", matched)
+        told = {"untied": untied, "warnings": warnings}
+        manifest |= {key: said for key, said in told.items() if said}
         manifest |= {
             "formula": "s B A of an adapter",
             "identity": who,
@@ -238,7 +248,7 @@ class SkillVector:
         }  # fmt: skip
         return SkillVector(
             ref, deltas, manifest, base=base, notes=notes, origin=opened,
-            adapter=None if base else adapter,
+            adapter=None if base else adapter, warnings=tuple(warnings),
         )  # fmt: skip
 
     @staticmethod
@@ -277,6 +287,7 @@ class SkillVector:
         operator = operator or OPERATORS[recipe.op]
         recipe = replace(recipe, shares=tuple(map(_scaled, recipe.shares, parts)))
         parts = [replace(part, scale=1.0) for part in parts]
+        parts = _all_untied(parts)
         names = _common_names(parts)
         shares = resolve(recipe, names)
         deltas: dict[str, DeltaSource] = {}
@@ -383,6 +394,11 @@ class SkillVector:
         own = [self.stored] if self.stored else []
         return own + [file for part in self.parts for file in part.files()]
 
+    @property
+    def untied(self) -> dict[str, str]:
+        """Heads that its base ties, and it does not -> the embedding whose values they had."""
+        return dict(self.manifest.get("untied", {}))
+
     def mixes(self) -> list[MixDelta]:
         """Return the deltas of a combination."""
         return [delta for delta in self.deltas.values() if isinstance(delta, MixDelta)]
@@ -442,6 +458,22 @@ def _base_of(adapter: Adapter, place: Place) -> str:
     )
 
 
+def adapter_effect(adapter: Adapter, base: Checkpoint) -> Effect:
+    """Return what an adapter does to a model, as PEFT does it where the model ties weights.
+
+    Raises IncompatibleError where it does not fit, or nothing tells what the model ties.
+    """
+    effect = adapter.fitted(base, tied_heads(base, adapter.shapes, adapter.copies))
+    matrices = {n: s.shape for n, s in base.items() if len(s.shape) == 2 and not numbered(n)}
+    for name in adapter.copies if not base.config else ():
+        if name in matrices and list(matrices.values()).count(matrices[name]) == 1:
+            effect.warnings.append(
+                f"{name}: saved whole, and no config.json says whether the base ties its head to"
+                " it: such a head changes with it here, and stays as it was with PEFT"
+            )
+    return effect
+
+
 def _zero(name: str, shape: tuple[int, ...]) -> StoredDelta:
     return StoredDelta(TensorSpec(name, "F32", shape, "", 0, 0), "zero")
 
@@ -498,6 +530,22 @@ def _scaled(share: Share, part: SkillVector) -> Share:
     return replace(share, weight=times(share.weight), rules=rules)
 
 
+def _all_untied(parts: Sequence[SkillVector]) -> list[SkillVector]:
+    """Return vectors with deltas of the heads that any of them unties.
+
+    On a base that ties a head, one that says nothing of it changes it with the embedding.
+    """
+    untied = {head: of for part in parts for head, of in part.untied.items()}
+    tying = {part.manifest["base"]["config"] for part in parts if part.untied} - {None}
+    made = []
+    for part in parts:
+        if part.manifest["base"]["config"] in tying:
+            lent = {h: part.deltas[of] for h, of in untied.items() if of in part.deltas}
+            part = replace(part, deltas=lent | dict(part.deltas))
+        made.append(part)
+    return made
+
+
 def _common_names(parts: Sequence[SkillVector]) -> list[str]:
     """Return the names of all vectors, or refuse what does not match."""
     for part in parts:
@@ -539,6 +587,10 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
     said = words | {"vectors": [share | {"vector": who} for share, who in shares]}
     licenses = {m["license"] for m in manifests}
     tied = dict(manifests[0]["tied"])
+    told = {
+        "untied": {head: of for part in parts for head, of in part.untied.items()},
+        "warnings": list(dict.fromkeys(said for part in parts for said in part.warnings)),
+    }
     weights = " ".join(
         f"{share.vector}={share.weight:g}" if isinstance(share.weight, float) else share.vector
         for share in recipe.shares
@@ -572,6 +624,7 @@ def _combined_manifest(parts: Sequence[SkillVector], recipe: Recipe) -> dict[str
                  if all(m["tied"].get(name) == twin for m in manifests)},
         "excluded": [name for name in manifests[0]["excluded"]
                      if all(name in m["excluded"] for m in manifests)],
+        **{key: said for key, said in told.items() if said},
     }  # fmt: skip
 
 

@@ -118,7 +118,10 @@ PARENT = {
 }  # fmt: skip
 # what who subtracts may choose besides the dtype; the last two stand where they were given
 CHOSEN: dict[Any, Any] = {"include": [str], "exclude": [str], "rename": [str], "rows": str}
-ALLOWED: dict[Any, Any] = {"allow_nonfinite": bool}  # stands where it was given
+# what stands only where there is something to tell
+TOLD: dict[Any, Any] = {
+    "untied": {...: str}, "warnings": [str], "allow_nonfinite": bool,
+}  # fmt: skip
 MANIFEST = {
     "kind": str, "schema": int, "tool": str, "command": str, "formula": str, "dtype": str,
     "codec": str, "identity": DIGEST, "block_numel": int,
@@ -250,9 +253,10 @@ class VectorFile:
             )
         try:
             check_shape(manifest, MANIFEST, "manifest")
-            known = CHOSEN | ALLOWED
+            told = {key: TOLD[key] for key in TOLD if key in manifest}
+            check_shape(manifest, told, "manifest")
             for said in (manifest, *manifest["parents"]):
-                check_shape(said, {key: known[key] for key in known if key in said}, "manifest")
+                check_shape(said, {key: CHOSEN[key] for key in CHOSEN if key in said}, "manifest")
         except TypeError as error:
             raise self._broken(f"broken {error}") from None
         if manifest["exactness"]["claim"] not in CLAIMS:

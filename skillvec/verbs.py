@@ -650,11 +650,6 @@ def _plan_apply(
         rows=request.get("rows", "strict"),
         recipe=recipe,
     )
-    if dtype and "torch_dtype" in point.config | {"torch_dtype": point.config.get("dtype")}:
-        plan.warnings.append(
-            "config.json is copied as it is: its dtype still names the target's, so pass"
-            f" dtype to from_pretrained to load {dtype}"
-        )
     return plan, recipe
 
 

@@ -18,7 +18,7 @@ ORDER = [
     "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
     "outputs", "engine", "blocks", "plan", "fitting", "vector", "bridging",
     "lineage", "deltas", "rules", "patch", "page", "analysis",
-    "subspace", "measures", "vectorfile", "checkpoint", "layouts", "conversions",
+    "subspace", "measures", "vectorfile", "checkpoint", "layouts", "conversions", "configs",
     "trainingshards", "pickles", "adapters", "quantised", "objects", "hub", "sources", "merging",
     "operators", "codecs", "kernels", "staging", "sidefiles", "storage", "report", "errors",
     "__init__",
