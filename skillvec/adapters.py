@@ -381,9 +381,10 @@ class Adapter:
         for name in (source, *(head for head in heads if head in stored)):
             if weights:
                 effect.whole[name] = weights[0]
+            elif len(summands) == 1:
+                effect.deltas[name] = replace(summands[0], name=name)
             elif summands:
-                named = tuple(replace(delta, name=name) for delta in summands)
-                effect.deltas[name] = named[0] if len(named) == 1 else Summed(name, named)
+                effect.deltas[name] = Summed(name, tuple(summands))
         if summands:
             what = f"the delta of {added[0]}" if len(summands) == 1 else "the deltas of both"
             what = "the same delta more than once" if self.tying else what

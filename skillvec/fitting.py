@@ -297,10 +297,9 @@ def same_delta(vector: SkillVector, name: str) -> str | None:
     def alike(other: str) -> bool:
         return other != name and numbered(other) == numbered(name)
 
-    if vector.origin is not None:  # an adapter, not stored: what it leaves alone is the same
-        zeros = {n: d.spec for n, d in vector.deltas.items() if isinstance(d, StoredDelta)}
-        same = (n for n, spec in zeros.items() if alike(n) and spec.shape == delta.spec.shape)
-        return next(same, None) if name in zeros else None
+    if vector.origin is not None:  # an adapter, not stored
+        others = ((n, other) for n, other in vector.deltas.items() if alike(n))
+        return next((n for n, other in others if _is_same(delta, other)), None)
     if isinstance(delta, PairDelta):
         assert vector.base is not None and vector.tuned is not None
         twin = find_tied(vector.base, name)
@@ -319,6 +318,18 @@ def same_delta(vector: SkillVector, name: str) -> str | None:
     mine = [entries[name][key] for key in keys]
     same = (n for n, e in entries.items() if n != name and [e[key] for key in keys] == mine)
     return next((other for other in same if known or alike(other)), None)
+
+
+def _is_same(one: DeltaSource, other: DeltaSource) -> bool:
+    """Return whether an adapter does the same to two tensors: nothing, or the very same thing."""
+    if one.spec.shape != other.spec.shape:
+        return False
+    if isinstance(one, ComputedDelta) and isinstance(other, ComputedDelta):
+        unnamed = [vars(delta.source) | {"name": ""} for delta in (one, other)]
+        return unnamed[0] == unnamed[1]
+    if isinstance(one, PairDelta) and isinstance(other, PairDelta):
+        return one.tuned == other.tuned and same_bytes(one.base, other.base)
+    return not (_changes(one) or _changes(other))
 
 
 def warnings_of(vector: SkillVector) -> list[str]:

@@ -344,7 +344,17 @@ def plan_apply(
     left: list[tuple[str, str]] = []
     texts: dict[str, str] = {}
     if target.is_folder:
-        texts = _texts(target, outputs, weight_map, dtypes, is_untied, untied)
+        floats = {
+            ("" if dtype and name in routes else spec.dtype, dtypes[name])
+            for name, spec in target.items() if spec.dtype in FLOATS
+        }  # fmt: skip
+        written = Written(frozenset(floats), target.kind not in ("safetensors", PICKLES[0]))
+        texts = _texts(target, outputs, weight_map, written, is_untied, untied)
+        if "config.json" not in texts and not is_of(target.config, written):
+            warnings.append(
+                "config.json names a dtype that no tensor has, as the target's does: from_pretrained"
+                " rounds what it loads. --dtype makes the two agree"
+            )
         own = target.kind == "safetensors" and INDEX in target.place.files
         kept = own and target.is_plain and INDEX not in texts
         made = [output.name for output in outputs]
@@ -400,13 +410,11 @@ def _shards(
 
 def _texts(
     target: Checkpoint, outputs: list[OutputPlan], weight_map: dict[str, str],
-    dtypes: Mapping[str, str], is_untied: bool, added: Mapping[str, str],
+    written: Written, is_untied: bool, added: Mapping[str, str],
 ) -> dict[str, str]:  # fmt: skip
     """Return the index and config of the output where they are not those of the target."""
     texts: dict[str, str] = {}
     total = sum(output.nbytes - len(output.header) for output in outputs)
-    floats = ((spec.dtype, dtypes[name]) for name, spec in target.items() if spec.dtype in FLOATS)
-    written = Written(frozenset(floats), target.kind not in ("safetensors", PICKLES[0]))
     if target.is_plain:
         own = target.place.files.get(INDEX)
         if own is not None and (added or written.converted):
