@@ -461,7 +461,7 @@ def open_adapter(
         )
     held: dict[tuple[str, int], dict[str, Source]] = {}
     wholes: dict[str, Source] = {}
-    for key, source in tensors.items():
+    for key, source in _each_once(tensors, what).items():
         module, factor = _parsed(key, source, what)
         name = re.sub(r"\.base_layer(?=\.|$)", "", module)
         group = held.setdefault((name, module.count(".base_layer")), {}) if factor else wholes
@@ -502,6 +502,25 @@ def open_adapter(
     return Adapter(
         what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying
     )
+
+
+def _each_once(tensors: Mapping[str, Source], what: str) -> dict[str, Source]:
+    """Return the tensors of an adapter without the wrapper's own names for what it holds whole.
+
+    Where it saves embeddings (of another length than its base's), PEFT writes a whole module three
+    times: under its name, which it reads, as a copy, and as it was.
+    """
+    kept = dict(tensors)
+    for key, source in tensors.items():
+        module, wrapper, rest = key.partition(".modules_to_save.")
+        if wrapper and (plain := tensors.get(f"{module}.{rest}")) is not None:
+            if (plain.dtype, plain.shape) != (source.dtype, source.shape) or (
+                digest_values(plain) != digest_values(source)
+            ):
+                raise IncompatibleError(f"{what}: {key}: another weight than {module}.{rest}")
+            del kept[key]
+            kept.pop(f"{module}.original_module.{rest}", None)
+    return kept
 
 
 def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:

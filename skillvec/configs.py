@@ -47,7 +47,7 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Written(NamedTuple):
-    """The float dtypes of an output: (read, written) of its tensors; read is "" where one was asked.
+    """The float dtypes of an output: (read, written) of its tensors; read is "" where one is asked.
 
     `is_new` of weights that lay in no file that transformers loads, so that no config is of them.
     """

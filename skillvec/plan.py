@@ -352,8 +352,8 @@ def plan_apply(
         texts = _texts(target, outputs, weight_map, written, is_untied, untied)
         if "config.json" not in texts and not is_of(target.config, written):
             warnings.append(
-                "config.json names a dtype that no tensor has, as the target's does: from_pretrained"
-                " rounds what it loads. --dtype makes the two agree"
+                "config.json names a dtype that no tensor has, as the target's does, and"
+                " from_pretrained goes by it: --dtype makes the two agree"
             )
         own = target.kind == "safetensors" and INDEX in target.place.files
         kept = own and target.is_plain and INDEX not in texts
