@@ -390,7 +390,8 @@ class Adapter:
             what = "the same delta more than once" if self.tying else what
             effect.warnings.append(
                 f"{source}: the base ties {', '.join(heads)} to it, so PEFT's merge, which this is,"
-                f" adds {what} to their one weight: that is not the model that was trained"
+                f" adds {what} to their one weight: that is not the model that was trained. On a"
+                " copy of the base that stores both and ties neither it is"
             )
 
     def _unfit(self, problems: dict[str, list[str]], base: Iterable[str]) -> IncompatibleError:

@@ -233,9 +233,9 @@ def fitting(
     return fit
 
 
-def head_note(delta: DeltaSource) -> str:
-    """Return what the ledger says of a head that gets a tensor of its own."""
-    return "untied: a head of its own from here on" if _changes(delta) else KEPT
+def head_note(delta: DeltaSource | None) -> str:
+    """Return what the ledger says of a head that gets a tensor of its own, and what it takes."""
+    return "untied: a head of its own" if delta is not None and _changes(delta) else KEPT
 
 
 def _changes(delta: DeltaSource) -> bool:

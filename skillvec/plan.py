@@ -312,6 +312,7 @@ def plan_apply(
     verdict, warnings = verdict_on(fitted.seen, vector)
     heads = {head: under_name(target[source], head) for head, source in untied.items()}
     target = target.with_tensors({**target, **heads}) if heads else target
+    notes = {head: head_note(moves.get(head)) for head in untied}
     jobs, outputs = [], []
     weight_map: dict[str, str] = {}
     dtypes = {
@@ -329,8 +330,7 @@ def plan_apply(
             if spec.name in routes:
                 source = routes[spec.name]
                 note = "" if source == spec.name else f"tied: takes the delta of {source}"
-                note = head_note(moves[spec.name]) if spec.name in untied else note
-                job = _add_job(spec, vector, source, out_dtype, note)
+                job = _add_job(spec, vector, source, out_dtype, notes.get(spec.name, note))
             else:
                 point = as_integers(spec)  # the header says what they are
                 job = Job(spec.name, "copy", point.numel, out_dtype=point.dtype, point=point)
@@ -364,7 +364,8 @@ def plan_apply(
             copies.append((target.place.files[INDEX], INDEX))
     return Plan(
         "apply", jobs, outputs, copies, ledger, vector.files(), mixes,
-        lam * vector.scale, rounding, seed, verdict, warnings, texts, left, vector.notes,
+        lam * vector.scale, rounding, seed, verdict, warnings, texts, left,
+        {**vector.notes, **notes},
     )  # fmt: skip
 
 
