@@ -92,18 +92,22 @@ def retyped_config(config: Mapping[str, Any], written: Written) -> dict[str, Any
     key, said = _said(config)
     if said is None and len(written.after) > 1:
         made[key] = written.named(None)
-    elif isinstance(said, dict):  # by part, of which transformers takes the main one for all
-        made[key] = written.named(SAID.get(str(said.get("", "float32"))))
-    elif isinstance(said, str) and said not in SAID:
-        made[key] = written.named(None)
+    elif isinstance(said, dict) or (isinstance(said, str) and said not in SAID):
+        main = SAID.get(_main(said))
+        if main is None or written.named(main) != NAMES[main]:
+            made[key] = written.named(main)
     return made
 
 
 def is_of(config: Mapping[str, Any], written: Written) -> bool:
     """Return whether a config says no dtype, or one that some of the weights have."""
     _, said = _said(config)
-    said = said.get("", "float32") if isinstance(said, dict) else said
-    return said is None or SAID.get(str(said)) in written.after
+    return said is None or SAID.get(_main(said)) in written.after
+
+
+def _main(said: Any) -> str:
+    """Return the dtype that transformers takes for all where it is said by part."""
+    return str(said.get("", "float32") if isinstance(said, dict) else said)
 
 
 def _said(config: Mapping[str, Any]) -> tuple[str, Any]:
