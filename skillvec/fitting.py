@@ -293,6 +293,8 @@ def same_delta(vector: SkillVector, name: str) -> str | None:
     have the shape of a head and not change either.
     """
     delta = vector.deltas[name]
+    if delta.spec.name != name and vector.deltas.get(delta.spec.name) is delta:  # lent to a head
+        return delta.spec.name
 
     def alike(other: str) -> bool:
         return other != name and numbered(other) == numbered(name)
