@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from skillvec.adapters import TILE, Adapter, Effect, LowRank, open_adapter, product
+from skillvec.adapters import TILE, Adapter, Effect, LowRank, Summed, open_adapter, product
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.sources import Source, values_of
 from skillvec.storage import read_header
@@ -278,6 +279,32 @@ def test_memory_is_bounded_by_tiles(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12 * 8 * TILE
+
+
+def test_the_sum_of_several_deltas_takes_one_block_more(tmp_path: Path) -> None:
+    import tracemalloc
+
+    delta = low_rank(tmp_path, 600, 3000, 50, torch.float32)
+    both = Summed("x.weight", (delta, replace(delta, scaling=-0.5)))
+    out = np.empty(1 << 20, np.float32)
+    tracemalloc.start()
+    both.read(1000, out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * 8 * TILE + out.nbytes
+    parts = [values_of(part, 1000, out.size) for part in both.summands]
+    np.testing.assert_array_equal(out, parts[0] + parts[1])
+    huge = Summed("x.weight", (replace(delta, scaling=3e37),) * 3)
+    with pytest.raises(FormatError, match=r"x\.weight: (NaN|the sum of its deltas leaves fp32)"):
+        values_of(huge, 0, 1000)
+
+
+@pytest.mark.parametrize(
+    "config", [{"modules_to_save": "lm_head"}, {"modules_to_save": [1]}, {"ensure_weight_tying": 1}]
+)
+def test_what_decides_over_ties_is_checked(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=f"{next(iter(config))}: expected"):
+        made(tmp_path, FACTORS, **config)
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from families import bits, load, save, toy
+from families import assert_same_bits, bits, load, save, toy
+from hubserver import HubServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
@@ -203,6 +204,18 @@ def test_the_head_gets_a_tensor_of_its_own(world: Path, given: str, tmp_path: Pa
     assert header[HEAD]["data_offsets"][1] == len(shard) - 8 - int.from_bytes(shard[:8], "little")
     assert config_of(out) == config_of(world / "base") | {"tie_word_embeddings": False}
     assert opened(out).lm_head.weight.data_ptr() != opened(out).model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_target_on_the_hub(world: Path, stream: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    sv.apply(world / "base", world / "v.safetensors", tmp_path / "here")
+    with HubServer() as server:
+        server.add_repo("org/base", world / "base")
+        server.adopt(monkeypatch, tmp_path / "home")
+        sv.apply("org/base", world / "v.safetensors", tmp_path / "there", stream=stream)
+    assert_same_bits(tmp_path / "there", tmp_path / "here")
+    for name in ("config.json", "model.safetensors.index.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
 
 
 def test_a_proof_reads_the_new_head(world: Path, tmp_path: Path) -> None:
