@@ -43,7 +43,8 @@ from skillvec.sources import (
 )
 
 TILE = 1 << 18  # values multiplied at a time: near the cores, whatever the rank
-MOST_RANK, MOST_ALPHA, MOST_NESTED, MOST_STEPS = 1 << 20, 1e30, 4, 10**10
+MOST_RANK, MOST_ALPHA, MOST_NESTED = 1 << 20, 1e30, 4
+MOST_SIGNS, MOST_REPEATS, MOST_STEPS = 400, 4, 10**10  # of patterns: PEFT's own are names
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 MERGE = "merge it into its base (merge_and_unload, save_pretrained) and give the merged model"
 UNMERGED = "it cannot be merged into weights, so there is no vector of it"
@@ -582,7 +583,8 @@ def _settings(config: Mapping[str, Any], what: str, where: str) -> tuple[Setting
     def patterns(key: str) -> dict[str, Any]:
         held = taken(key, config.get(key) or {}, isinstance(config.get(key) or {}, dict), "a map")
         for pattern in held:
-            taken(key, pattern, _is_harmless(pattern), "a short pattern of at most 4 repeats")
+            expected = f"a short pattern of at most {MOST_REPEATS} repeats"
+            taken(key, pattern, _is_harmless(pattern), expected)
         return {pattern: number(key, value) for pattern, value in held.items()}
 
     rslora, turned = (config.get(key) or False for key in ("use_rslora", "fan_in_fan_out"))
@@ -605,7 +607,8 @@ def _is_harmless(pattern: str) -> bool:
     except (re.error, RecursionError, OverflowError):
         return False
     repeats = len(re.findall(r"[*+{]", pattern))
-    return len(pattern) <= 400 and repeats <= 4 and not re.search(r"\)[*+{]", pattern)
+    few = len(pattern) <= MOST_SIGNS and repeats <= MOST_REPEATS
+    return few and not re.search(r"\)[*+{]", pattern)  # nor a group that is repeated
 
 
 def _steps(pattern: str, length: int) -> int:

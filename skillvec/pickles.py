@@ -24,10 +24,17 @@ from typing import Any, NamedTuple
 
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, printable, up_to_five
 from skillvec.sources import Box, Index, Source, View, Viewed, row_major
-from skillvec.storage import ITEMSIZE, TensorSpec, file_nbytes, read_bytes, seems
+from skillvec.storage import (
+    ITEMSIZE,
+    MAX_DIMENSIONS,
+    MAX_SIZE,
+    TensorSpec,
+    file_nbytes,
+    read_bytes,
+    seems,
+)
 
 MAX_PICKLE_NBYTES = 1 << 29  # the tree alone, without data: real ones take a few hundred KB
-MAX_DIMENSIONS = 64
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # around a model's tensors
 ADVICE = "load it with the library that wrote it and save the weights as safetensors"
 
@@ -300,7 +307,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
         raise IncompatibleError(f"a tensor without plain values: {str(rest)[:80]}; {ADVICE}")
     if not isinstance(shape, tuple) or not isinstance(strides, tuple) or (
         len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS
-        or any(type(n) is not int or not 0 <= n < 1 << 63 for n in (offset, *shape, *strides))
+        or any(type(n) is not int or not 0 <= n <= MAX_SIZE for n in (offset, *shape, *strides))
     ):  # fmt: skip
         raise FormatError(f"a tensor of shape {shape!s:.80}, strides {strides!s:.80}")
     strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))

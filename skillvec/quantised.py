@@ -27,6 +27,7 @@ from skillvec.kernels import DTYPE_NAMES, STORAGE_DTYPE, Array, F32Array, narrow
 from skillvec.sources import Derived, Index, Source, read_values, values_of
 
 TILE = 1 << 20  # values computed, and read, at a time
+MAX_SIDE = 1 << 40  # of a side that a config states
 RAW: dict[str, Any] = STORAGE_DTYPE | {"F8_E4M3": np.dtype("u1"), "F8_E8M0": np.dtype("u1")}
 FLOATS = ("BF16", "F16", "F32")
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
@@ -425,15 +426,16 @@ def _refuse_unexplained(
     )
 
 
-def _is_size(value: object, most: int = 1 << 40) -> TypeGuard[int]:
-    return type(value) is int and 0 < value <= most
+def _is_size(value: object, most: int | None = None) -> TypeGuard[int]:
+    return type(value) is int and 0 < value <= (MAX_SIDE if most is None else most)
 
 
-def _sizes(pair: object, most: Index = (1 << 40, 1 << 40)) -> tuple[int, int] | None:
+def _sizes(pair: object, most: Index | None = None) -> tuple[int, int] | None:
     """Return two sizes that someone wrote, cut to a matrix; None where they are no sizes."""
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_size, pair)):
         return None
-    return min(pair[0], most[0]), min(pair[1], most[1])
+    rows, columns = most or (MAX_SIDE, MAX_SIDE)
+    return min(pair[0], rows), min(pair[1], columns)
 
 
 def _fp8(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:

@@ -28,6 +28,8 @@ from xxhash import xxh3_64, xxh3_128
 from skillvec.errors import FormatError, OutputError, SkillvecError, up_to_five
 
 MAX_HEADER_NBYTES = 100_000_000  # the cap of the official reader
+MAX_DIMENSIONS = 64  # where numpy and torch end
+MAX_SIZE = (1 << 63) - 1  # of a dimension and of an offset
 LEAF_NBYTES = 1 << 20  # a digest is a tree of leaves, so that blocks can be hashed in any order
 MiB = 1 << 20
 Bytes = npt.NDArray[np.uint8]
@@ -195,12 +197,13 @@ def _checked_spec(path: str, name: str, entry: Any, data_start: int) -> TensorSp
         raise ValueError("expected exactly dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
-        # numpy and torch end at 64 dimensions, and the product of a million sizes takes minutes
-        if not isinstance(numbers, list) or len(numbers) > 64 or any(
-            type(n) is not int or not 0 <= n < 1 << 63 for n in numbers
+        # checked before the sizes are multiplied, which takes long where they are many
+        if not isinstance(numbers, list) or len(numbers) > MAX_DIMENSIONS or any(
+            type(n) is not int or not 0 <= n <= MAX_SIZE for n in numbers
         ):  # fmt: skip
             raise ValueError(
-                f"{key} is not a list of at most 64 non-negative integers: {str(numbers)[:80]}"
+                f"{key} is not a list of at most {MAX_DIMENSIONS} non-negative integers:"
+                f" {str(numbers)[:80]}"
             )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"data_offsets {offsets} are not [begin, end]")

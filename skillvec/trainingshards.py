@@ -55,6 +55,8 @@ from skillvec.sources import (
 )
 from skillvec.storage import (
     ITEMSIZE,
+    MAX_DIMENSIONS,
+    MAX_SIZE,
     Header,
     TensorSpec,
     is_plain_name,
@@ -138,7 +140,9 @@ def _side(*folders: Path) -> Path | None:
 def _shape(value: Any) -> Index:
     """Return a shape or offset of a pickle, checked."""
     shape = tuple(value)
-    if len(shape) > 64 or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape):
+    if len(shape) > MAX_DIMENSIONS or any(
+        type(n) is not int or not 0 <= n <= MAX_SIZE for n in shape
+    ):
         raise FormatError(f"not a shape: {str(value)[:80]}")
     return shape
 
