@@ -34,6 +34,7 @@ from skillvec.kernels import FLOATS, Array
 from skillvec.storage import (
     ITEMSIZE,
     LEAF_NBYTES,
+    MAX_DIMENSIONS,
     Bytes,
     Header,
     OutputFile,
@@ -288,7 +289,8 @@ class VectorFile:
         sides = [entry[side][0] for side in ("base", "tuned") if entry[side]]
         if codec not in CODECS:
             raise self._broken(f"{name}: codec {codec!r}: a newer skillvec is needed")
-        numel = prod(shape) if min(shape, default=0) >= 0 and len(shape) < 64 else -1
+        fits = min(shape, default=0) >= 0 and len(shape) <= MAX_DIMENSIONS
+        numel = prod(shape) if fits else -1
         if not {dtype, *sides} <= set(FLOATS) or not 0 <= numel <= MAX_NUMEL:
             raise self._broken(
                 f"broken manifest: {name}: {dtype} {str(list(shape))[:80]}: expected floats,"

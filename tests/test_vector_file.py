@@ -548,6 +548,15 @@ def test_a_broken_manifest_is_a_format_error_naming_the_file(harm: str, made: Ma
     assert len(refused(made, path, tmp_path / "out")) < 3000
 
 
+def test_as_many_dimensions_as_a_model_may_have_come_back(tmp_path: Path):
+    base = {"w": torch.ones([2] + [1] * 63)}
+    right = save(tmp_path / "base", base)
+    left = save(tmp_path / "tuned", {"w": base["w"] + 1})
+    skillvec.diff(left, right, tmp_path / "v.safetensors")
+    skillvec.apply(right, tmp_path / "v.safetensors", tmp_path / "out")
+    assert_same_bits(tmp_path / "out", left)
+
+
 @pytest.mark.parametrize("kind", ["packed", "shards"])
 def test_an_altered_manifest_does_not_fit_its_own_digest(
     kind: str, made_of: Callable[[str], Made], tmp_path: Path
