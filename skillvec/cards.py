@@ -412,7 +412,7 @@ def _parsed(text: str) -> Any:
     try:
         card: Any = RepoCard(text)
         values = [card.data.to_dict()]
-        for value in values:  # YAML's aliases can stand for any number of values, or themselves
+        for value in values:  # an alias of YAML counts as all that it stands for
             if isinstance(value, dict | list):
                 values += value.values() if isinstance(value, dict) else value
             if len(values) > MOST_VALUES:

@@ -466,9 +466,8 @@ class AdapterTarget(Target):
             source = delta.spec
             if hasattr(source, "left"):
                 read_values(source, 0, np.empty(min(64, source.numel), np.float32))
-        if b"/etc/passwd" not in data:  # a base that it names is opened, wherever that lies
-            with contextlib.suppress(SkillvecError):  # what only the base can tell
-                SkillVector.open(self.adapter)
+        with contextlib.suppress(SkillvecError):  # what only the base can tell
+            SkillVector.open(self.adapter)
         if deep:
             output = self.fresh()
             try:

@@ -31,6 +31,7 @@
     findings.drawings = document.querySelectorAll("[data-figure] svg.marks").length;
     findings.dashed = cells("cosine-1").filter(cell => cell.getAttribute("stroke") === "#888").length;
     findings.hostile_tip = await point(cells("cosine-1")[0]);
+    findings.marks = document.querySelectorAll("mark").length;  // no name of a stranger is markup
     const order = JSON.parse(by("figures").textContent).specs["cosine-1"].data.values;
     const name = JSON.parse(by("report").textContent).pairs[0].tensors[9].name;
     findings.tip = await point(cells("cosine-1")[order.findIndex(cell => cell.tensor === name)]);
@@ -68,7 +69,7 @@
     findings.printed = chart();
     findings.requests = performance.getEntriesByType("resource").map(entry => entry.name);
     findings.images = document.images.length;
-    findings.pwned = "pwned" in window;
+    findings.marks += document.querySelectorAll("mark").length;
   } catch (error) {
     findings.errors.push(`driver: ${error.stack}`);
   }

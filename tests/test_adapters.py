@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from harm import lowered
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from skillvec import adapters
 from skillvec.adapters import TILE, Adapter, Effect, LowRank, Summed, open_adapter, product
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.sources import Source, values_of
@@ -359,17 +361,70 @@ def test_other_kinds_are_refused_by_name(config: dict[str, Any], said: str, tmp_
 @pytest.mark.parametrize(
     "config",
     [
-        {"r": 0}, {"r": True}, {"r": 1 << 40}, {"r": "8"}, {"lora_alpha": float("nan")},
-        {"lora_alpha": None}, {"lora_alpha": 1e300}, {"rank_pattern": [1]}, {"use_rslora": "yes"},
+        {"r": 0}, {"r": True}, {"r": "8"}, {"lora_alpha": float("nan")},
+        {"lora_alpha": None}, {"lora_alpha": 1e31}, {"rank_pattern": [1]}, {"use_rslora": "yes"},
         {"rank_pattern": {"x": 0}}, {"alpha_pattern": {"x": float("inf")}},
-        {"alpha_pattern": {"(": 1}}, {"alpha_pattern": {"(a+)+b": 1}}, {"fan_in_fan_out": 1},
-        {"alpha_pattern": {".*.*.*.*.*b": 1}}, {"target_parameters": "x"},
+        {"alpha_pattern": {"(": 1}}, {"alpha_pattern": {"(a)+b": 1}}, {"fan_in_fan_out": 1},
+        {"target_parameters": "x"},
         {"base_model_name_or_path": 7}, {"revision": ["main"]},
     ],
 )  # fmt: skip
 def test_broken_configs(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=f"adapter .*{next(iter(config))}|{next(iter(config))}"):
         made(tmp_path, FACTORS, **config)
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "config", "said"),
+    [
+        ("MOST_RANK", 1, {}, "r: expected a rank from 1 to 1, found 2"),
+        ("MOST_ALPHA", 4.0, {}, "lora_alpha: expected a number below 4, found 4"),
+        ("MOST_SIGNS", 3, {"rank_pattern": {"a.*b": 2}}, "rank_pattern: expected a short pattern"),
+        ("MOST_REPEATS", 1, {"alpha_pattern": {"a*b+": 2}}, "pattern of at most 1 repeats"),
+        (
+            "MOST_STEPS",
+            3,
+            {"rank_pattern": {"ab?": 2}},
+            "too many wildcards for 1 names of up to 1",
+        ),
+    ],
+)
+def test_limits_of_a_config(
+    limit: str, most: float, config: dict[str, Any], said: str, tmp_path: Path, monkeypatch
+) -> None:
+    made(tmp_path, FACTORS, **config)
+    monkeypatch.setattr(adapters, limit, most)
+    with pytest.raises(FormatError, match=said):
+        made(tmp_path, FACTORS, **config)
+
+
+def test_a_pattern_of_groups_in_each_other_too_deep_is_refused(tmp_path: Path) -> None:
+    one, other = ("(" * 190 + name + ")" * 190 for name in "xy")  # what was compiled is kept
+    made(tmp_path, FACTORS, rank_pattern={one: 2})
+    with lowered(), pytest.raises(FormatError, match="rank_pattern: expected a short pattern"):
+        made(tmp_path, FACTORS, rank_pattern={other: 2})
+
+
+def test_limits_are_above_what_adapters_have() -> None:
+    assert (adapters.MOST_RANK, adapters.MOST_ALPHA, adapters.MOST_NESTED) == (1 << 20, 1e30, 4)
+    assert (adapters.MOST_SIGNS, adapters.MOST_REPEATS, adapters.MOST_STEPS) == (400, 4, 10**10)
+
+
+def test_the_ways_to_try_a_pattern_are_bounded_from_above() -> None:
+    """A bound that grows with the name, the repeats and the forks."""
+    assert adapters._steps("ab", 10) == 11
+    assert adapters._steps("a*b", 10) == 55 and adapters._steps("a*b+", 10) == 165
+    assert adapters._steps("a?b|c", 10) == 44
+
+
+def test_more_wrappers_in_each_other_than_are_tried(tmp_path: Path, monkeypatch) -> None:
+    model, lora, deltas, _ = KINDS["experts"]
+    folder, before, _ = trained(tmp_path / "lora", model, **lora)
+    base = stored(before, tmp_path / "base.safetensors")
+    assert len(opened(folder).fitted(base).deltas) == deltas
+    monkeypatch.setattr(adapters, "MOST_NESTED", 1)
+    with pytest.raises(IncompatibleError, match="experts: 0 ways to fit"):
+        opened(folder).fitted(base)
 
 
 @pytest.mark.parametrize(

@@ -118,18 +118,18 @@ def test_a_vector_of_an_adapter_is_said_to_be_one(manifest):
 
 
 def test_strings_of_a_header_do_no_harm(manifest):
-    evil = f"{END}\n\n---\n# owned <script>`|[x](javascript:1)\x1b[2J {BEGIN} -->"
+    mark = f"{END}\n\n---\n# heading <mark>`|[x](y:1)\x1b[0m {BEGIN} -->"
     expected = made(manifest)
-    manifest["training"] = {"method": evil, "notes": evil}
-    manifest["base"]["model_type"] = manifest["tool"] = evil
-    manifest["excluded"], manifest["exclude"] = [evil], [evil]
-    manifest["tensors"][evil] = next(iter(manifest["tensors"].values()))
-    text = vector_card(manifest, name="user/skill", files={evil: 1})
+    manifest["training"] = {"method": mark, "notes": mark}
+    manifest["base"]["model_type"] = manifest["tool"] = mark
+    manifest["excluded"], manifest["exclude"] = [mark], [mark]
+    manifest["tensors"][mark] = next(iter(manifest["tensors"].values()))
+    text = vector_card(manifest, name="user/skill", files={mark: 1})
     assert text.count(BEGIN) == text.count(END) == 1 == expected.count(END)
     assert "\x1b" not in text
     outside = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
-    assert "<script>" not in outside and "](javascript" not in outside
-    assert not re.search("^# owned", text, re.M)
+    assert "<mark>" not in outside and "](y" not in outside
+    assert not re.search("^# heading", text, re.M)
     assert renewed(text, text) == text
 
 

@@ -11,6 +11,7 @@ import safetensors
 import torch
 from click.testing import CliRunner
 from families import assert_same_bits, load, perturbed, save, toy
+from harm import NESTED, lowered
 
 import skillvec
 from skillvec.checkpoint import INDEX, open_checkpoint, open_tensors
@@ -208,7 +209,7 @@ def test_the_target_of_apply_is_shown_with_its_notes(tmp_path: Path, family):
 
 @pytest.mark.parametrize(
     "file",
-    ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "./x.safetensors", "", ".", "..",
+    ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "./x.safetensors", "", ".", "..",
      3, None, ["x"], True, "x/"],
 )  # fmt: skip
 def test_an_index_may_name_plain_files_of_its_folder_only(file: object, shards: Path):
@@ -224,11 +225,12 @@ def test_an_index_may_name_plain_files_of_its_folder_only(file: object, shards: 
     "content",
     [b"", b"{", b"[]", b"null", b"3", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}',
      b'{"weight_map": null}', b'{"weight_map": "model.safetensors"}', b"\xff\xfe\x00",
-     b'{"weight_map":' + b"[" * 100_000],
+     b'{"weight_map":' + NESTED.encode()],
 )  # fmt: skip
 def test_a_broken_index_is_a_format_error(content: bytes, shards: Path):
     (shards / INDEX).write_bytes(content)
-    assert INDEX in message_of(FormatError, shards)
+    with lowered():
+        assert INDEX in message_of(FormatError, shards)
 
 
 def test_index_and_shards_must_tell_the_same(shards: Path):
@@ -382,12 +384,13 @@ def test_a_folder_holding_only_a_vector_is_no_model(tmp_path: Path, family):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'"toy"', b"\xff\xfe", b'{"a":' + b"[" * 100_000]
+    "content", [b"", b"{", b"[]", b"null", b'"toy"', b"\xff\xfe", b'{"a":' + NESTED.encode()]
 )
 def test_a_broken_config_is_a_format_error(content: bytes, tmp_path: Path):
     folder = save(tmp_path / "model", toy())
     (folder / "config.json").write_bytes(content)
-    assert str(folder / "config.json") in message_of(FormatError, folder)
+    with lowered():
+        assert str(folder / "config.json") in message_of(FormatError, folder)
 
 
 @pytest.mark.parametrize(
@@ -537,14 +540,15 @@ def test_every_spec_points_at_the_bytes_of_its_tensor(family):
 
 
 def test_metadata_of_others_under_our_key_is_not_a_vector(tmp_path: Path):
-    for i, text in enumerate(["", "null", "[]", "{}", '{"kind": 3}', "{", "[" * 100_000, "NaN"]):
+    for i, text in enumerate(["", "null", "[]", "{}", '{"kind": 3}', "{", NESTED, "NaN"]):
         file = save(tmp_path / f"{i}.safetensors", {"w": torch.zeros(2)}, {"skillvec": text})
-        assert set(open_checkpoint(file)) == {"w"}
-        assert skillvec.inspect(file).facts["kind"] == "model"
+        with lowered():
+            assert set(open_checkpoint(file)) == {"w"}
+            assert skillvec.inspect(file).facts["kind"] == "model"
 
 
 def test_names_with_odd_characters_are_carried(tmp_path: Path):
-    names = ["", " ", "a/b", "../../etc/passwd", "größe", "日本.weight", 'q"\\', "a\tb", "*", "[a]"]
+    names = ["", " ", "a/b", "a/../b", "größe", "日本.weight", 'q"\\', "a\tb", "*", "[a]"]
     tensors = {name: np.full((3,), i, np.float32) for i, name in enumerate(names)}
     base = save(tmp_path / "base", tensors)
     tuned = save(tmp_path / "tuned", {name: t + 1 for name, t in tensors.items()})

@@ -1,7 +1,8 @@
 """Hostile files: a short form of the long run (fuzz.py), and every finding and hazard by name.
 
 Headers, manifests, blocks and indexes have hostile files of their own in test_storage,
-test_vector_file, test_codecs and test_checkpoint; what stands here is what those do not hold.
+test_vector_file, test_codecs and test_checkpoint; what stands here is what those do not hold. No
+file here harms a program that takes it: each is small, and the limit that it breaks is lowered.
 """
 
 import json
@@ -10,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +32,7 @@ from skillvec.adapters import open_adapter
 from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.pickles import Stored, load_pickle
-from skillvec.storage import TensorSpec, digest_bytes, read_header
+from skillvec.storage import TensorSpec, digest_bytes, read_bytes, read_header
 from skillvec.trainingshards import _assemble
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import find_vector
@@ -112,25 +114,29 @@ def test_a_guard_that_sees_nothing_would_prove_nothing(tmp_path: Path) -> None:
     with pytest.raises(harm.Escape), harm.guarded(tmp_path):
         os.system("true")
     with pytest.raises(harm.Hang), harm.guarded(tmp_path, 0.05):
-        while True:
-            pass
+        time.sleep(5)
     open("/etc/hostname").close()
 
 
 # ------------------------------------------------------------------------------- the file system
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def device(path: Path) -> None:
+    path.symlink_to(os.devnull)
+
+
+@pytest.mark.parametrize("make", [device, os.mkdir], ids=["device", "folder"])
 @pytest.mark.parametrize(
     "name", ["model.safetensors", INDEX, "model_world_size_1_rank_0.pt", "pytorch_model.bin"]
 )
-def test_what_is_no_file_is_refused_and_never_waited_for(
+def test_what_is_no_file_is_refused_before_it_is_opened(
     name: str, make: Callable[[Path], None], tmp_path: Path
 ) -> None:
     make(tmp_path / name)
-    assert name in refused(lambda: skillvec.inspect(tmp_path), tmp_path, FormatError)
-    if make is os.mkfifo:
-        assert name in refused(lambda: skillvec.inspect(tmp_path / name), tmp_path)
+    said = refused(lambda: skillvec.inspect(tmp_path), tmp_path, FormatError)
+    assert name in said and "a folder, a pipe or a device" in said
+    if make is device:
+        assert "a device" in refused(lambda: skillvec.inspect(tmp_path / name), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", INDEX, "adapter_config.json", ".metadata"])
@@ -142,12 +148,12 @@ def test_links_that_go_in_circles_are_refused(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", [INDEX, "config.json", "adapter_config.json"])
-def test_json_of_any_length_is_not_read(name: str, model: Path) -> None:
-    (model / name).touch()
-    os.truncate(model / name, 100 << 30)  # a hole, which takes no room on the disk
+def test_json_of_any_length_is_not_read(name: str, model: Path, monkeypatch) -> None:
+    (model / name).write_text(" " * 1001)
+    monkeypatch.setattr("skillvec.checkpoint.MAX_HEADER_NBYTES", 1000)
     read = SkillVector.open if name == "adapter_config.json" else skillvec.inspect
     said = refused(lambda: read(model), model, FormatError)
-    assert name in said and "over the cap" in said
+    assert name in said and "1001 bytes, over the cap of 1000" in said
 
 
 def test_vocabularies_are_digested_piece_by_piece(single: Path, monkeypatch) -> None:
@@ -164,22 +170,18 @@ def test_vocabularies_are_digested_piece_by_piece(single: Path, monkeypatch) -> 
 
 @pytest.mark.parametrize("name", [".metadata", "latest"])
 def test_training_files_of_any_length_are_not_read(name: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("skillvec.pickles.MAX_PICKLE_NBYTES", 1 << 20)
-    monkeypatch.setattr("skillvec.trainingshards.MAX_PICKLE_NBYTES", 1 << 20)
-    (tmp_path / name).touch()
-    os.truncate(tmp_path / name, 100 << 30)
+    for module in ("pickles", "trainingshards"):
+        monkeypatch.setattr(f"skillvec.{module}.MAX_PICKLE_NBYTES", 1000)
+    asked = []
+
+    def counted(path: str, offset: int, nbytes: int) -> bytes:
+        asked.append(nbytes)
+        return read_bytes(path, offset, nbytes)
+
+    monkeypatch.setattr("skillvec.trainingshards.read_bytes", counted)
+    (tmp_path / name).write_bytes(bytes(5000))
     refused(lambda: skillvec.inspect(tmp_path), tmp_path, FormatError)
-
-
-def test_a_directory_of_an_archive_is_not_read_whatever_its_length(tmp_path: Path) -> None:
-    path, nbytes = tmp_path / "pytorch_model.bin", 3 << 30
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, nbytes, 0, 0)
-    with path.open("wb") as file:
-        file.write(b"PK\3\4")
-        file.seek(nbytes)
-        file.write(end)
-    said = refused(lambda: open_checkpoint(path), tmp_path, FormatError)
-    assert f"a directory of {nbytes} bytes" in said
+    assert asked == [1001 if name == ".metadata" else 256]
 
 
 @pytest.mark.parametrize("ref", ["~nobody.here/x", "x" * 5000, "a\0b", "\ud800", "y/" * 3000])
@@ -190,29 +192,23 @@ def test_names_that_no_system_takes_are_a_usage_error(ref: str, tmp_path: Path) 
 # ----------------------------------------------------------------------------- headers and indexes
 
 
-def test_a_header_that_claims_2_to_the_60_bytes(tmp_path: Path) -> None:
+def test_shapes_of_any_length_are_not_multiplied(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
-    assert "over the cap" in refused(lambda: read_header(path), tmp_path, FormatError)
-
-
-def test_shapes_of_any_length_are_not_multiplied(tmp_path: Path) -> None:
-    # the product of 400,000 numbers of 62 bits takes minutes
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(harm.join({}, [("w", "F32", [1 << 62] * 400_000, b"")]))
+    path.write_bytes(harm.join({}, [("w", "F32", [1] * 65, b"abcd")]))
+    monkeypatch.setattr("skillvec.storage.tensor_nbytes", lambda dtype, shape: 1 / 0)
     assert "at most 64" in refused(lambda: read_header(path), tmp_path, FormatError)
 
 
 @pytest.mark.parametrize(
     "tensor",
-    [("w" * 1_000_000, "F33", [1], b"abcd"), ("w", "F" * 1_000_000, [1], b"abcd"),
-     ("w" * 1_000_000, "F32", [2], b"abcd")],
+    [("w" * 9_000, "F33", [1], b"abcd"), ("w", "F" * 9_000, [1], b"abcd"),
+     ("w" * 9_000, "F32", [2], b"abcd")],
 )  # fmt: skip
 def test_a_refusal_does_not_quote_names_at_length(tensor: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(harm.join({}, [tensor]))
     refused(lambda: read_header(path), tmp_path, FormatError)
-    names = harm.Pairs([("k" * 1_000_000, 1), ("k" * 1_000_000, 2)])
+    names = harm.Pairs([("k" * 9_000, 1), ("k" * 9_000, 2)])
     header = harm.json_text(names).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     refused(lambda: read_header(path), tmp_path, FormatError)
@@ -220,27 +216,19 @@ def test_a_refusal_does_not_quote_names_at_length(tensor: Any, tmp_path: Path) -
 
 def test_an_index_with_names_at_length_is_not_quoted_at_length(model: Path) -> None:
     index = json.loads((model / INDEX).read_text())
-    index["weight_map"] |= {f"{i}" * 100_000: "model-00001-of-00002.safetensors" for i in range(9)}
+    index["weight_map"] |= {f"{i}" * 9_000: "model-00001-of-00002.safetensors" for i in range(9)}
     (model / INDEX).write_text(json.dumps(index))
     assert "4 more" in refused(lambda: open_checkpoint(model), model, FormatError)
-    (model / INDEX).write_bytes(b'{"weight_map": "\xff' + b"x" * 100_000)
+    (model / INDEX).write_bytes(b'{"weight_map": "\xff' + b"x" * 9_000)
     assert "weight_map" in refused(lambda: open_checkpoint(model), model, FormatError)
 
 
-@pytest.mark.slow
-def test_a_million_tensors_take_time_and_memory_in_proportion(tmp_path: Path) -> None:
-    many_tensors(tmp_path, 1_000_000)
-
-
-def test_many_tensors_are_read_and_described(tmp_path: Path) -> None:
-    many_tensors(tmp_path, 50_000)
-
-
-def many_tensors(folder: Path, count: int) -> None:
-    """Read a header of many tensors and describe it, in a process within some memory for each."""
+def test_many_tensors_take_memory_in_proportion(tmp_path: Path) -> None:
+    """As many as a checkpoint of unfused experts has, described in a process of its own."""
+    count = 50_000
     entry = '"model.layers.{0}.w":{{"dtype":"U8","shape":[1],"data_offsets":[{0},{1}]}}'
     header = "{" + ",".join(entry.format(i, i + 1) for i in range(count)) + "}"
-    path = folder / "x.safetensors"
+    path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(count))
 
     code = """
@@ -268,14 +256,19 @@ def test_a_key_that_stands_twice_is_refused(file: str, model: Path) -> None:
     assert key in said and "twice" in said
 
 
-@pytest.mark.parametrize("file", ["a\0b", "x" * 300, "..", "/etc/passwd", "../model/config.json"])
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("a\0b", "missing"), ("x" * 300, "missing"), ("..", "no plain file"), ("/x", "no plain file"),
+     ("../near/config.json", "no plain file")],
+)  # fmt: skip
 def test_a_vector_index_names_plain_files_of_its_folder_only(
-    file: str, target_of: Callable[[str], hostile.Target]
+    file: str, words: str, target_of: Callable[[str], hostile.Target]
 ) -> None:
     target = target_of("vector index")
     index = json.loads(target.seeds[0])
     index["weight_map"] |= {next(iter(index["weight_map"])): file}
-    refused(lambda: target.run(json.dumps(index).encode()), target.folder, FormatError)
+    content = json.dumps(index).encode()
+    assert words in refused(lambda: target.run(content), target.folder, FormatError)
 
 
 # ------------------------------------------------------------------- manifests, recipes, numbers
@@ -291,7 +284,7 @@ def test_a_manifest_with_a_key_twice_is_refused(
     assert "'kind' stands twice" in refused(lambda: find_vector(path), tmp_path, FormatError)
 
 
-NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"]
+NUMBERS = ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -336,6 +329,14 @@ def test_a_model_type_is_text_that_can_be_written_again(single: Path, tmp_path: 
     assert vector.manifest["base"]["model_type"] == "\\ud800\\x07"
 
 
+def test_a_recipe_nested_too_deep_is_none(target_of: Callable[[str], hostile.Target]) -> None:
+    target = target_of("merged")
+    for seed in (harm.NESTED.encode(), b'{"kind": "merged", "vector":' + harm.NESTED.encode()):
+        with harm.lowered():
+            said = refused(lambda seed=seed: target.run(seed), target.folder, UsageError)
+        assert "no recipe in its header" in said
+
+
 # -------------------------------------------------------------------------------------- adapters
 
 
@@ -350,17 +351,19 @@ def factors(modules: list[str]) -> dict[str, TensorSpec]:
     )
 
 
-@pytest.mark.parametrize(
-    "pattern", ["a?" * 40 + "a" * 40 + "b", "(a|aa)" * 50 + "b", ".*.*.*.*b", "[a-z]*[a-z]*" * 2]
-)
+@pytest.mark.parametrize("pattern", ["a?b", "a|b", "a*b", "[a-z]+b", "a{2}b"])
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_patterns_of_an_adapter_cannot_be_tried_for_ever(
-    key: str, pattern: str, tmp_path: Path
+    key: str, pattern: str, tmp_path: Path, monkeypatch
 ) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, key: {pattern: 2}}
-    tensors = factors([f"layers.{i}.{'a' * 600}x" for i in range(3)])
-    said = refused(lambda: open_adapter("x", config, tensors, "adapter x").deltas, tmp_path)
-    assert "too many wildcards" in said
+    tensors = factors([f"layers.{i}.q_proj" for i in range(3)])
+    assert len(open_adapter("x", config, tensors, "adapter x").deltas) == 3
+    plain = 3 * (len("layers.0.q_proj") + 1)  # ways to try a pattern that has no wildcard
+    monkeypatch.setattr("skillvec.adapters.MOST_STEPS", plain)
+    said = refused(lambda: open_adapter("x", config, tensors, "adapter x"), tmp_path)
+    assert "too many wildcards for 3 names of up to 15 characters" in said
+    open_adapter("x", config | {key: {"q_proj": 2}}, tensors, "adapter x")
 
 
 def test_a_pattern_that_is_none_among_others_is_refused(tmp_path: Path) -> None:
@@ -379,7 +382,7 @@ def test_an_adapter_of_many_modules_is_fitted_in_time_that_grows_as_they_do(tmp_
 
 
 @pytest.mark.parametrize("key", ["base_model_name_or_path", "revision"])
-@pytest.mark.parametrize("text", ["\ud800", "a\0b", "\u202e"])
+@pytest.mark.parametrize("text", ["\ud800", "a\0b", "\u200b"])
 def test_an_adapter_names_its_base_in_text_that_can_be_written(
     text: str, key: str, tmp_path: Path
 ) -> None:
@@ -417,22 +420,25 @@ def test_signalling_nans_are_refused_without_a_warning(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------- pickles
 
-# a list or dict that is made once, then named again and again (h\0) by a few bytes each
-NONES = b"(](" + b"N" * 200_000 + b"eq\0"
-ITEMS = b"(}(" + b"".join(b"X\x06\0\0\0%06dN" % i for i in range(100_000)) + b"uq\0"
-ORDERED, THROUGH = b"ccollections\nOrderedDict\nq\1", b"ctorch._utils\n_rebuild_parameter\nq\2"
-BOMBS = {
-    "copies as arguments": NONES + b"cbuiltins\nlist\nq\1" + b"h\1h\0R" * 3000,
-    "copies as shapes": NONES + b"ctorch\nSize\nq\1" + b"h\1h\0\x85R" * 3000,
-    "copies as dicts": ITEMS + ORDERED + b"h\1h\0\x85R" * 900,
-    "copies as states": ITEMS + ORDERED + b"h\1)Rh\0b" * 900,
-    "copies through a function": ITEMS + ORDERED + THROUGH + b"h\1)Rh\2h\0N\x86Rb" * 900,
+# a list and a dict of two items, which are copied once: what is copied at all could be copied often
+PAIR, ITEMS = b"](NNeq\0", b"}(K\1NK\2Nuq\0"
+ORDERED, THROUGH = b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_parameter\n"
+COPIES = {
+    "as arguments": (PAIR + b"cbuiltins\nlist\nh\0R", "made elsewhere"),
+    "as arguments of a class": (PAIR + b"cbuiltins\nlist\nh\0\x81", "made elsewhere"),
+    "as a shape": (PAIR + b"ctorch\nSize\nh\0\x85R", "torch.Size of 2 dimensions"),
+    "as a dict": (ITEMS + ORDERED + b"h\0\x85R", "made of another object"),
+    "as a state": (ITEMS + ORDERED + b")Rh\0b", "made elsewhere"),
+    "through a function": (ITEMS + ORDERED + b")R" + THROUGH + b"h\0N\x86Rb", "made elsewhere"),
 }
 
 
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_small_pickles_do_not_grow_large(bomb: str, tmp_path: Path) -> None:
-    refused(lambda: load_pickle(b"\x80\x02" + BOMBS[bomb] + b"t.", "x"), tmp_path, FormatError)
+@pytest.mark.parametrize("copied", COPIES)
+def test_pickles_do_not_grow_by_copies(copied: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("skillvec.pickles.MAX_DIMENSIONS", 1)
+    raw, words = COPIES[copied]
+    raw = b"\x80\x02" + raw + b"."
+    assert words in refused(lambda: load_pickle(raw, "x"), tmp_path, FormatError)
 
 
 def test_sets_are_not_made(tmp_path: Path) -> None:
@@ -468,15 +474,22 @@ def test_many_parts_of_a_tensor_take_time_in_proportion(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------- cards
 
-LAUGHS = "\n".join(
-    f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9) if i else 'x'}]" for i in range(12)
-)  # nine to the twelfth values
 
-
-@pytest.mark.parametrize("head", [LAUGHS, "tags: &a [*a]", "tags: &a {b: *a}"])
-def test_aliases_in_a_readme_do_not_stop_an_apply(head: str, single: Path, tmp_path: Path) -> None:
-    text = f"---\n{head}\n---\n\n# target\n"
-    refused(lambda: cards.renewed(text, "---\nlicense: mit\n---\n"), tmp_path, UsageError)
+@pytest.mark.parametrize(
+    ("head", "values"),
+    [("tags: [a, b, c]", 5), ("a: &a [b, c]\nd: [*a, *a]", 11), ("a: {b: {c: [d, e]}}", 6)],
+)  # an alias is as many values as it stands for
+def test_metadata_of_too_many_values_does_not_stop_an_apply(
+    head: str, values: int, single: Path, tmp_path: Path, monkeypatch
+) -> None:
+    text, mine = f"---\n{head}\n---\n\n# target\n", "---\nlicense: mit\n---\n"
+    assert "license: mit" in cards.renewed(text, cards._card({"license": "mit"}, "# x"))
+    assert cards.MOST_VALUES == 100_000
+    monkeypatch.setattr(cards, "MOST_VALUES", values)
+    cards._parsed(text)
+    monkeypatch.setattr(cards, "MOST_VALUES", values - 1)
+    said = refused(lambda: cards.renewed(text, mine), tmp_path, UsageError)
+    assert f"more than {values - 1} values" in said
     (single / "README.md").write_text(text)
     tuned = save(tmp_path / "tuned", perturbed(toy(0, layers=1, width=8, vocabulary=10), 1))
     with harm.guarded(tmp_path):

@@ -107,7 +107,7 @@ def test_references_are_taken_apart(text: str, expected: tuple[str | None, ...])
 
 @pytest.mark.parametrize(
     "text",
-    ["name", "./org/name", "/org/name", "~/name", "org/name/file", "org/name@../../x", "org name/x",
+    ["name", "./org/name", "/org/name", "~/name", "org/name/file", "org/name@../x", "org name/x",
      "org/name@", "../name", "org/..", "org/name@a\nb"],
 )  # fmt: skip
 def test_what_is_a_path_is_no_reference(text: str):
@@ -234,16 +234,16 @@ def listing(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        (listing(rfilename="../../x"), "no relative path"),
-        (listing(rfilename="/etc/passwd"), "no relative path"),
+        (listing(rfilename="../x"), "no relative path"),
+        (listing(rfilename="/x"), "no relative path"),
         (listing(rfilename="a\\b"), "no relative path"),
-        (listing(rfilename="a\x1b[2J"), "no relative path"),
+        (listing(rfilename="a\x1b[0m"), "no relative path"),
         (listing(rfilename=7), "no relative path"),
         (listing(size=None), "no size"),
         (listing(size=-1), "no size"),
         (listing(size=True), "no size"),
         (listing(lfs=types.SimpleNamespace(size=6, sha256="0" * 64)), "no size"),
-        (listing(lfs=types.SimpleNamespace(size=5, sha256="../x")), "no digest"),
+        (listing(lfs=types.SimpleNamespace(size=5, sha256="x")), "no digest"),
         (listing(blob_id="zz"), "no digest"),
         (types.SimpleNamespace(sha="main", siblings=[]), "names no commit"),
     ],

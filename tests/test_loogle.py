@@ -123,7 +123,7 @@ NEW = {"context": "Text.", "title": "T", "question": "q?", "answer": "a", "doc_i
     [
         ([OLD, OLD | {"qa_pairs": "none"}], r"row 1: qa_pairs is no Python literal"),
         ([OLD | {"qa_pairs": "[{'Q': 'q?'"}], r"row 0: qa_pairs is no Python literal"),
-        ([OLD | {"qa_pairs": "__import__('os').getcwd()"}], "no Python literal"),
+        ([OLD | {"qa_pairs": "len('q')"}], "no Python literal"),
         ([OLD | {"qa_pairs": "[]"}], r"row 0: qa_pairs: expected a list of \{Q, A\}, found '\[\]'"),
         ([OLD | {"qa_pairs": "[{'Q': 'q?'}]"}], "expected a list of"),
         ([OLD | {"qa_pairs": "[{'Q': 'q?', 'A': ' '}]"}], r"1 questions .*row 0, pair 0; --skip"),

@@ -210,7 +210,7 @@ def test_a_store_without_versions_is_asked_every_time(monkeypatch: pytest.Monkey
     store.rm("/plain", recursive=True)
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../x", "a%0Ab", "a\\b", ".."])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../x", "a%0Ab", "a\\b", ".."])
 def test_hostile_names_in_a_listing_are_refused(s3: ObjectServer, name: str, tmp_path: Path):
     s3.put("bucket/m", {"evil": b"{}"})
     s3.fault("GET", "prefix=m", rewrite=lambda body: body.replace(b"m/evil", b"m/" + name.encode()))
@@ -495,12 +495,16 @@ def test_a_large_file_goes_in_parts_which_come_back_together(
 
 @pytest.mark.parametrize(
     ("files", "nbytes", "most"),
-    [(1, 5 * 10**9, 4), (1, 160 * 10**9, 4), (1, 200 * 10**9, 3), (1, 5 << 40, 1),
-     (2, 5 * 10**9, 2), (9, 5 * 10**9, 1)],
+    [(1, 4_800, 4), (1, 153_000, 4), (1, 191_000, 3), (1, 5 << 20, 1), (2, 4_800, 2),
+     (9, 4_800, 1)],
 )  # fmt: skip
 def test_parts_are_few_enough_and_fit_memory(
     files: int, nbytes: int, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
+    """With a byte in place of each MiB: files of 5 GB to 5 TB, which is the most S3 takes."""
+    for name in ("PART_NBYTES", "IN_FLIGHT_NBYTES"):
+        monkeypatch.setattr(objects, name, getattr(objects, name) // MiB)
+    monkeypatch.setattr(objects, "MiB", 1)
     seen = []
 
     def put_file(
@@ -517,16 +521,12 @@ def test_parts_are_few_enough_and_fit_memory(
     made = tmp_path / "made"
     made.mkdir()
     for number in range(files):
-        with open(made / str(number), "wb") as file:
-            try:
-                file.truncate(nbytes)
-            except OSError:
-                pytest.skip("the disk takes no sparse file of this size")
+        (made / str(number)).write_bytes(bytes(nbytes))
     objects.upload(made / "0" if files == 1 else made, "s3://bucket/x")
     assert len(seen) == files and len(set(seen)) == 1
     part, at_once = seen[0]
-    assert -(-nbytes // part) <= 10_000 and part % MiB == 0
-    assert at_once == most and min(files, 4) * at_once * part <= max(64 * MiB, part)
+    assert -(-nbytes // part) <= 10_000
+    assert at_once == most and min(files, 4) * at_once * part <= max(64, part)
 
 
 def test_an_upload_that_breaks_off_leaves_no_model_and_no_parts(

@@ -21,7 +21,7 @@ from skillvec.errors import UsageError
 
 Row = dict[str, Any]
 
-HOSTILE = "</script><img src=x onerror=pwned=1>{{vega}}"
+HOSTILE = "</script><mark title=x>{{vega}}"  # markup that does nothing but show itself
 
 KINDS = (
     "input_layernorm.weight", "mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
@@ -213,7 +213,7 @@ def hostile(layers: int = 2) -> Row:
         row["name"] = row["name"].replace("model", HOSTILE)
         row["kind"] += HOSTILE
         row["module"] = HOSTILE
-    report = fake_report(labels=(HOSTILE, "b\x1b[31m\u202e\ud800"), tensors=heads)
+    report = fake_report(labels=(HOSTILE, "b\x1b[0m\u200b\ud800"), tensors=heads)
     report["warnings"].append(HOSTILE)
     report["pairs"][0]["sentence"] = report["against"] = report["control"] = HOSTILE
     report["pairs"][0]["control"] = report["pairs"][0]["forecast"]["layers"][0]["name"] = HOSTILE
@@ -223,13 +223,13 @@ def hostile(layers: int = 2) -> Row:
 def test_hostile_names_stay_text() -> None:
     text = page.html(hostile())
     plain, tame = Parsed(text), Parsed(page.html(fake_report(labels=("a", "b"))))
-    assert "img" not in {tag for tag, _ in plain.tags}
+    assert "mark" not in {tag for tag, _ in plain.tags}
     assert [tag for tag, _ in plain.tags if tag == "script"] == ["script"] * 4
     assert sorted(plain.raw) == sorted(tame.raw)
     assert plain.text.count(HOSTILE) >= 8
-    assert plain.json("report")["vectors"] == [HOSTILE, "b\x1b[31m\u202e\ud800"]
+    assert plain.json("report")["vectors"] == [HOSTILE, "b\x1b[0m\u200b\ud800"]
     text.encode()  # a name that is no UTF-8 must not keep the page from being written
-    assert not {"\x1b", "\u202e"} & set(text)
+    assert not {"\x1b", "\u200b"} & set(text)
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*(-\d+)?", name) for name in drawn(hostile()))
     for _, data in islice(page.figures(hostile()), 0, 4, 2):
         ET.fromstring(data)
@@ -450,7 +450,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Row:
 
 def test_browser_reports_no_error_and_loads_nothing(findings: Row) -> None:
     assert findings["errors"] == [] and findings["console"] == []
-    assert findings["requests"] == [] and findings["images"] == 0 and findings["pwned"] is False
+    assert findings["requests"] == [] and findings["images"] == findings["marks"] == 0
 
 
 def test_browser_draws_every_cell(findings: Row) -> None:
@@ -467,7 +467,7 @@ def test_browser_shows_numbers_of_a_cell(findings: Row) -> None:
     assert row["name"] in findings["tip"]
     assert f"{row['cosine']:+.3g}".replace("-", "−") in findings["tip"]
     assert "A: BF16 - BF16, B: F32 - BF16" in findings["tip"]
-    assert "img src=x" in findings["hostile_tip"]
+    assert "mark title=x" in findings["hostile_tip"]
 
 
 def test_browser_sorts_and_filters_rows(findings: Row) -> None:

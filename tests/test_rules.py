@@ -3,16 +3,17 @@
 import json
 import os
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from harm import DIGITS, NESTED, lowered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skillvec import rules
 from skillvec.errors import IncompatibleError, UsageError
 from skillvec.rules import Recipe, Rule, Share, parse_recipe, read_recipe, resolve
 
@@ -425,7 +426,7 @@ NO_PARAMETER = "weight is no parameter; it belongs to a vector or a rule"
         ({**share(), "seed": 1.0}, "seed", "expected a whole number of 64 bits, found 1.0"),
         ({**share(), "seed": "1"}, "seed", "expected a whole number of 64 bits, found '1'"),
         ({**share(), "seed": 2**63}, "seed", f"expected a whole number of 64 bits, found {2**63}"),
-        ({**share(), "seed": 16**9999}, "seed", "expected a whole number of 64 bits, found int"),
+        ({**share(), "seed": 10**700}, "seed", "expected a whole number of 64 bits, found int"),
         ({**share(), "parameters": 3}, "parameters", "expected an object, found 3"),
         ({**share(), "parameters": {"d": None}}, "parameters.d", f"{VALUE}None"),
         ({**share(), "parameters": {"weight": 1}}, "parameters.weight", NO_PARAMETER),
@@ -470,20 +471,24 @@ NO_PARAMETER = "weight is no parameter; it belongs to a vector or a rule"
 )  # fmt: skip
 def test_errors_name_the_place(data: Any, place: str, message: str) -> None:
     message = f"r: {place}: {message}" if place else f"r: {message}"
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(UsageError) as raised, lowered():
         parse_recipe(data, "r")
     found = str(raised.value)
     assert found == message or (found.startswith(message) and len(found) < len(message) + 60)
     assert len(found) < 160
 
 
+class TooDeep:
+    """Stands for lists in lists, of which Python prints only so many."""
+
+    def __repr__(self) -> str:
+        raise RecursionError
+
+
 def test_an_error_survives_a_value_too_deep_to_print() -> None:
-    deep: list[Any] = []
-    for _ in range(100_000):
-        deep = [deep]
     with pytest.raises(UsageError) as raised:
-        parse_recipe(share(weight=deep))
-    assert str(raised.value).endswith(": expected a finite number, found list")
+        parse_recipe(share(weight=[TooDeep()]))
+    assert str(raised.value).endswith(": expected a finite number, found TooDeep")
 
 
 def test_the_place_has_a_default() -> None:
@@ -503,7 +508,6 @@ def test_a_recipe_built_by_hand_is_checked_as_well() -> None:
 
 TAIL = "\nvectors: [{vector: a}]\n"
 NOT_TAKEN = "anchors, aliases and tags are not taken"
-BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghi"))
 UNREAD = "no recipe can be read from it: "
 
 
@@ -526,28 +530,27 @@ UNREAD = "no recipe can be read from it: "
         ("r.yaml", "? [a]\n: a" + TAIL, TEXT_KEYS),
         ("r.yaml", "op: &a x" + TAIL, NOT_TAKEN),
         ("r.yaml", "&a op: x" + TAIL, NOT_TAKEN),
-        ("r.yaml", "op: x\nvectors: &a [*a]", NOT_TAKEN),
+        ("r.yaml", "op: &a [x]\nvectors: [*a]", NOT_TAKEN),
         ("r.yaml", "op: !!str x" + TAIL, NOT_TAKEN),
         ("r.yaml", "op: ! x" + TAIL, NOT_TAKEN),
-        ("r.yaml", "vectors: !!python/object/apply:os.getcwd []", NOT_TAKEN),
-        ("r.yaml", BOMB, NOT_TAKEN),
+        ("r.yaml", "vectors: !!python/tuple [a]", NOT_TAKEN),
         ("r.yaml", "vectors: [{vector: a, rules: [{match: *mlp, weight: 1}]}]", "needs quotes"),
         ("r.yaml", "vectors: [{vector: a, rules: [{match: *.mlp, weight: 1}]}]", "needs quotes"),
         ("r.yaml", "vectors: [{vector: a, weight: 1:30}]", "numbers to base 60"),
         ("r.yaml", "vectors: [{vector: a, weight: 1:30.5}]", "numbers to base 60"),
-        ("r.yaml", "seed: " + "1:" * 9999 + "1", "numbers to base 60"),
+        ("r.yaml", "seed: 1:30:20", "numbers to base 60"),
         ("r.yaml", "vectors: [{vector: a, weight: 0b_}]", f"{UNREAD}invalid literal"),
-        ("r.yaml", "vectors: [{vector: a, weight: " + "9" * 5000 + "}]", UNREAD),
-        ("r.yaml", "vectors: " + "[" * 1000, "recursion"),
-        ("r.yml", "[" * 1000, "recursion"),
-        ("r.json", "[" * 500_000, "recursion"),
+        ("r.yaml", "vectors: [{vector: a, weight: " + DIGITS + "}]", UNREAD),
+        ("r.yaml", "vectors: " + NESTED, "recursion"),
+        ("r.yml", NESTED, "recursion"),
+        ("r.json", NESTED, "recursion"),
         ("r.json", "", f"{UNREAD}Expecting value"),
         ("r.json", "op: x", f"{UNREAD}Expecting value"),
         ("r.json", '{"op": 1, "seed": 3, "op": 2}', "key 'op' appears twice"),
         ("r.json", '{"vectors": [{"vector": "a", "vector": "b"}]}', "key 'vector' appears twice"),
         ("r.json", '{"vectors": [{"vector": "a", "weight": NaN}]}', ": vectors[0].weight: "),
-        ("r.json", '{"vectors": [{"vector": "a", "weight": 1e999}]}', "found inf"),
-        ("r.json", '{"seed": ' + "9" * 5000 + "}", UNREAD),
+        ("r.json", '{"vectors": [{"vector": "a", "weight": 1e400}]}', "found inf"),
+        ("r.json", '{"seed": ' + DIGITS + "}", UNREAD),
         ("r.toml", "", "expected a recipe, a file that ends in .yaml, .yml, .json"),
         ("recipe", TEXT, "expected a recipe, a file that ends in .yaml, .yml, .json"),
     ],
@@ -555,7 +558,7 @@ UNREAD = "no recipe can be read from it: "
 def test_files_that_hold_no_recipe(name: str, text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(UsageError) as raised, lowered():
         read_recipe(path)
     assert str(raised.value).startswith(f"{path}: ")
     assert message in str(raised.value)
@@ -570,8 +573,8 @@ def test_glob_hint_only_where_an_asterisk_may_be_meant(tmp_path: Path) -> None:
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
-    os.mkfifo(tmp_path / "pipe.yaml")  # opening it would wait for a writer
-    for name in ("missing.yaml", "folder.yaml", "pipe.yaml"):
+    (tmp_path / "device.yaml").symlink_to(os.devnull)
+    for name in ("missing.yaml", "folder.yaml", "device.yaml"):
         with pytest.raises(UsageError, match=f"{name}: no such recipe file"):
             read_recipe(tmp_path / name)
 
@@ -591,19 +594,22 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
-def test_a_megabyte_is_no_recipe(suffix: str, tmp_path: Path) -> None:
+def test_a_file_longer_than_is_written_by_hand_is_no_recipe(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / f"r{suffix}"
     text = json.dumps(RECIPE.to_dict())
-    path.write_text(text + " " * (1_000_000 - len(text)))
+    assert rules.MAX_NBYTES == 1_000_000
+    monkeypatch.setattr(rules, "MAX_NBYTES", 500)
+    path.write_text(text + " " * (500 - len(text)))
     assert read_recipe(path) == RECIPE
-    path.write_text(text + " " * (1_000_001 - len(text)))
-    with pytest.raises(UsageError, match="expected at most 1000000 bytes, found more"):
+    path.write_text(text + " " * (501 - len(text)))
+    with pytest.raises(UsageError, match="expected at most 500 bytes, found more"):
         read_recipe(path)
 
 
-def test_many_keys_cost_no_quadratic_time(tmp_path: Path) -> None:
-    """One repeated key among 60,000: comparing all pairs would take minutes."""
-    keys = ",".join(f'"k{i}":1' for i in range(60_000))
+def test_the_one_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    keys = ",".join(f'"k{i}":1' for i in range(60))
     (tmp_path / "r.json").write_text(f'{{{keys},"k7":1}}')
     with pytest.raises(UsageError, match="key 'k7' appears twice"):
         read_recipe(tmp_path / "r.json")

@@ -13,11 +13,13 @@ import torch
 from families import toy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_pickles import Runs, assert_same, raw_of
+from test_pickles import CALLED, Runs, assert_same, called, raw_of
 
 import skillvec
+from skillvec import trainingshards
 from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError
+from skillvec.pickles import Stored
 from skillvec.trainingshards import Joined, open_training
 
 DIST = pytest.mark.filterwarnings("ignore")  # torch warns of its own internals
@@ -209,7 +211,7 @@ def first_entry(metadata):
     [
         (lambda m: setattr(first_info(m), "relative_path", "../out.distcp"), "no plain file name"),
         (lambda m: setattr(first_info(m), "relative_path", 3), "no plain file name"),
-        (lambda m: setattr(first_info(m), "offset", 1 << 40), "truncated"),
+        (lambda m: setattr(first_info(m), "offset", 10**6), "truncated"),
         (lambda m: setattr(first_info(m), "offset", -1), "not a shape"),
         (lambda m: setattr(first_info(m), "transform_descriptors", ("zstd",)), "through.*zstd"),
         (lambda m: setattr(first_entry(m), "size", torch.Size([8, 5])), "do not tile"),
@@ -221,7 +223,7 @@ def first_entry(metadata):
         ),
         (lambda m: m.storage_data.pop(next(iter(m.storage_data))), "not laid out"),
         (lambda m: setattr(m, "state_dict_metadata", []), "not laid out"),
-        (lambda m: setattr(m, "planner_data", Runs(os.system, "echo > ran")), "nothing was run"),
+        (lambda m: setattr(m, "planner_data", Runs(called, "x")), "nothing was run"),
     ],
 )
 def test_hostile_metadata_is_refused(tmp_path: Path, monkeypatch, change, text: str):
@@ -235,7 +237,7 @@ def test_hostile_metadata_is_refused(tmp_path: Path, monkeypatch, change, text: 
     with pytest.raises((FormatError, IncompatibleError), match=text) as caught:
         open_training(folder, "tuned")
     assert str(caught.value).startswith("tuned")
-    assert not (tmp_path / "ran").exists()
+    assert not CALLED
 
 
 @DIST
@@ -642,7 +644,7 @@ def first_group(state: dict, value: torch.Tensor) -> None:
         (2, lambda s: s.update(zero_stage=4), "ZeRO stage 4"),
         (2, lambda s: s.update(zero_stage=0), "ZeRO stage 0"),
         (2, lambda s: s.update(partition_count=[5]), "5 ranks, found 1"),
-        (2, lambda s: s.update(partition_count=1 << 60), "ranks, found 1"),
+        (2, lambda s: s.update(partition_count=9), r"9 ranks, found 1; .*\n  1\n  2\n  3$"),
         (2, lambda s: s["single_partition_of_fp32_groups"].pop(), "not laid out"),
         (
             2,
@@ -655,7 +657,7 @@ def first_group(state: dict, value: torch.Tensor) -> None:
             "9 values",
         ),
         (3, lambda s: s["fp32_flat_groups"].append(torch.ones(1)), "partitions hold"),
-        (3, lambda s: s["fp32_flat_groups"].__setitem__(0, Runs(os.system, "echo > ran")), "posix"),
+        (3, lambda s: s["fp32_flat_groups"].__setitem__(0, Runs(called, "x")), "nothing was run"),
         (3, lambda s: s.update(fp32_flat_groups=3), "not laid out"),
     ],
 )
@@ -666,9 +668,28 @@ def test_broken_optimizer_files_are_refused(
     save_zero(tmp_path, stage, 1)
     file = tmp_path / "global_step7" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
     edited(file, lambda content: change(content["optimizer_state_dict"]))
+    assert trainingshards.MAX_RANKS == 1 << 17
+    monkeypatch.setattr(trainingshards, "MAX_RANKS", 4)  # ranks that are looked for
     with pytest.raises((FormatError, IncompatibleError), match=text):
         open_training(tmp_path, "tuned")
-    assert not (tmp_path / "ran").exists()
+    assert not CALLED
+
+
+def test_parts_that_form_too_fine_a_grid_are_refused(monkeypatch):
+    parts = [((i,), Stored("F32", (1,), (1,), "", 4 * i)) for i in range(4)]
+    assert trainingshards._assemble("w", (4,), parts).shape == (4,)
+    assert trainingshards.MAX_CELLS == 1 << 24
+    monkeypatch.setattr(trainingshards, "MAX_CELLS", 4)
+    with pytest.raises(IncompatibleError, match="'w': 4 parts that form no grid"):
+        trainingshards._assemble("w", (4,), parts)
+
+
+def test_shapes_of_other_files_have_limits(monkeypatch):
+    assert trainingshards._shape([2, 3]) == (2, 3)
+    for limit, most in (("MAX_DIMENSIONS", 1), ("MAX_SIZE", 2)):
+        with monkeypatch.context() as patch, pytest.raises(FormatError, match="not a shape"):
+            patch.setattr(trainingshards, limit, most)
+            trainingshards._shape([2, 3])
 
 
 def test_what_no_optimizer_holds_comes_from_the_model_file(tmp_path: Path):

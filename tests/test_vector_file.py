@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +20,12 @@ import test_codecs
 import torch
 from click.testing import CliRunner
 from families import assert_same_bits, bits, from_bits, load, perturbed, save, toy
+from harm import NESTED, lowered
 from test_faults import seconds
 from xxhash import xxh3_128
 
 import skillvec
+from skillvec import vectorfile
 from skillvec.cli import main
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.vector import SkillVector
@@ -490,18 +490,12 @@ REFUSED: dict[str, Callable[[Manifest], object]] = {
     "shape of booleans": of_w(shape=[True]),
     "shape negative": of_w(shape=[-3000]),
     "shape negative twice": of_w(shape=[-60, -50]),
-    "shape beyond 63 bits": of_w(shape=[1 << 63]),
-    "shape of 2^62": of_w(shape=[1 << 62]),
-    "shape of 20 times 2^62": of_w(shape=[1 << 62] * 20),
-    "shape of too many digits to print": of_w(shape=[1 << 62] * 300),
     "shape of no values": of_w(shape=[3000, 0]),
-    "zero delta of 2^62": of_zero(shape=[1 << 62]),
-    "zero delta of 20 times 2^62": of_zero(shape=[1 << 62] * 20),
-    "zero delta of minutes": of_zero(shape=[1 << 44]),
+    "shape of 65 dimensions": of_w(shape=[3000] + [1] * 64),
+    "zero delta of 65 dimensions": of_zero(shape=[7] + [1] * 64),
     "zero delta negative": of_zero(shape=[-7]),
     "block negative": of_w(block=-1),
-    "block huge": of_w(block=1 << 62),
-    "block beyond any integer": of_w(block=10**400),
+    "block beyond the table": of_w(block=99),
     "block of another": of_w(block=0),
     "block not the next": of_w(block=2),
     "blocks exchanged": lambda m: [m["tensors"][n].update(block=i) for i, n in enumerate("wu")],
@@ -510,18 +504,17 @@ REFUSED: dict[str, Callable[[Manifest], object]] = {
     "block null": of_w(block=None),
     "changed negative": of_w(changed=-1),
     "changed more than there is": of_w(changed=3001),
-    "changed beyond floats": of_w(changed=10**400),
     "norm negative": of_w(norm=-1.0),
     "norm NaN": of_w(norm=math.nan),
     "norm infinite": of_w(norm=math.inf),
-    "norm beyond floats": of_w(norm=10**400),
+    "norm whose square is none": of_w(norm=1.1e150),
     "unrestored a text": of_w(unrestored="none"),
-    "unrestored beyond floats": of_w(unrestored=10**400),
+    "unrestored more than there is": of_w(unrestored=3001),
     "no base": lambda m: m.pop("base"),
     "base is text": lambda m: m.update(base="org/name"),
     "base without family": lambda m: m["base"].pop("family"),
     "base dtypes a list": lambda m: m["base"].update(dtypes=["BF16"]),
-    "sketch beyond floats": lambda m: m["base"]["sketch"].update(w=[10**400] * 6),
+    "sketch beyond 7 bits": lambda m: m["base"]["sketch"].update(w=[128] * 6),
     "tokenizer a number": lambda m: m["tuned"].update(tokenizer=3),
     "excluded is text": lambda m: m.update(excluded="w"),
     "tied is a list": lambda m: m.update(tied=[]),
@@ -546,6 +539,22 @@ def test_a_broken_manifest_is_a_format_error_naming_the_file(harm: str, made: Ma
     REFUSED[harm](manifest)
     path = made.write(tmp_path / "v.safetensors", manifest, files)
     assert len(refused(made, path, tmp_path / "out")) < 3000
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "shape"), [("MAX_NUMEL", 2999, [3000]), ("MAX_DIMENSIONS", 2, [30, 10, 10])]
+)
+def test_a_tensor_larger_than_any_is_refused(
+    limit: str, most: int, shape: list[int], made: Made, tmp_path: Path, monkeypatch
+):
+    manifest, files = made.parts()
+    of_w(shape=shape)(manifest)
+    path = made.write(tmp_path / "v.safetensors", manifest, files)
+    assert list(SkillVector.open(path).deltas["w"].spec.shape) == shape
+    assert (vectorfile.MAX_NUMEL, vectorfile.MAX_DIMENSIONS) == (1 << 36, 64)
+    monkeypatch.setattr(vectorfile, limit, most)
+    with pytest.raises(FormatError, match=r"w: BF16 \[.*expected floats, at most"):
+        SkillVector.open(path)
 
 
 def test_as_many_dimensions_as_a_model_may_have_come_back(tmp_path: Path):
@@ -573,11 +582,11 @@ def test_an_altered_manifest_does_not_fit_its_own_digest(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "null", "[]", '"vector"', "{}", '{"kind": "model"}', '{"kind":' + "[" * 99999]
+    "text", ["", "{", "null", "[]", '"vector"', "{}", '{"kind": "model"}', '{"kind":' + NESTED]
 )
 def test_a_file_without_a_vector_manifest_is_no_vector(text: str, made: Made, tmp_path: Path):
     path = write_raw(tmp_path / "v.safetensors", text, made.files)
-    with pytest.raises(IncompatibleError, match="not a skill vector"):
+    with pytest.raises(IncompatibleError, match="not a skill vector"), lowered():
         SkillVector.open(path)
     assert made.everything(path, tmp_path / "out")
 
@@ -594,7 +603,7 @@ def keys_of(value: Any, names: tuple[str, ...] = ("w", "zero", "ids")) -> Iterat
             yield from ((place, *rest) for rest in keys_of(inner))
 
 
-ODD = ["(gone)", None, True, -1, 1e308, 10**400, math.nan, "\u001b[31m", [], {"a": {}}]
+ODD = ["(gone)", None, True, -1, 1e308, 10**309, math.nan, "\u001b[0m", [], {"a": {}}]
 
 
 @pytest.mark.parametrize("kind", ["pair", "combination"])
@@ -719,9 +728,9 @@ Harm = Callable[[Made, Manifest, list[Tensors]], object]
 BROKEN: dict[str, tuple[tuple[str, ...], Harm, str]] = {
     "a row of more bytes": (HOLDERS, altered_table(0, 0, 1), "skillvec.blocks does not fit"),
     "a row of fewer bytes": (HOLDERS, altered_table(0, 0, -1), "skillvec.blocks does not fit"),
-    "a row of 4 GB": (HOLDERS, altered_table(0, 0, 0xFFFF0000), "skillvec.blocks does not fit"),
+    "a row of a whole block": (HOLDERS, altered_table(0, 0, 2 * BLOCK), "skillvec.blocks does not"),
     "a row of more exceptions": (HOLDERS, altered_table(0, 1, 1), "exceptions is not U8"),
-    "a row of 4 G exceptions": (HOLDERS, altered_table(0, 1, -1000), "exceptions is not U8"),
+    "a row of a block of exceptions": (HOLDERS, altered_table(0, 1, BLOCK), "exceptions is not U8"),
     "a row of fewer replacements": (HOLDERS, altered_table(0, 2, -1), "replacements is not U8"),
     "a payload missing": (HOLDERS, payload(lambda *_: None), "w"),
     "a payload of I8": (("packed",), payload(lambda d, s, c: ("I8", s, c)), "w.packed: I8"),
@@ -849,7 +858,7 @@ def test_positions_must_rise_within_their_block(
     elif harm == "repeated":
         at[1] = at[0]
     else:
-        at[first - 1] = 2000 if harm == "beyond the block" else 0xFFFFFFFF
+        at[first - 1] = 2000 if harm == "beyond the block" else BLOCK
     path = with_side(made, tmp_path / "v.safetensors", name, found.tobytes())
     assert f"{name}, block 0: positions" in refused(made, path, tmp_path / "out")
 
@@ -1022,7 +1031,7 @@ SHARDS: dict[str, tuple[Callable[..., object], str]] = {
     "a shard that is null": (with_map(lambda i: i["weight_map"].update(u=None)), "plain file name"),
     "a shard above": (with_map(lambda i: i["weight_map"].update(u="../v")), "plain file name"),
     "a shard below": (with_map(lambda i: i["weight_map"].update(u="a/b")), "plain file name"),
-    "a shard from the root": (with_map(lambda i: i["weight_map"].update(u="/etc/x")), "plain file"),
+    "a shard from the root": (with_map(lambda i: i["weight_map"].update(u="/x")), "plain file"),
     "a shard without a name": (with_map(lambda i: i["weight_map"].update(u="")), "plain file name"),
     "a shard that is the folder": (with_map(lambda i: i["weight_map"].update(u=".")), "plain file"),
     "a shard with a NUL": (with_map(lambda i: i["weight_map"].update(u="a\0b")), "missing|plain"),
@@ -1047,7 +1056,7 @@ SHARDS: dict[str, tuple[Callable[..., object], str]] = {
         lambda path, index, files, other: (path / INDEX).write_bytes(b"\xff{"), "weight_map",
     ),
     "an index nested deep": (
-        lambda path, index, files, other: (path / INDEX).write_text("[" * 100_000), "weight_map",
+        lambda path, index, files, other: (path / INDEX).write_text(NESTED), "weight_map.*Recurs",
     ),
 }  # fmt: skip
 
@@ -1063,7 +1072,8 @@ def test_broken_folders_are_a_format_error(
     )
     do, words = SHARDS[harm]
     do(path, index, files, tmp_path / "other.safetensors")
-    said = refused(made, path, tmp_path / "out")
+    with lowered():
+        said = refused(made, path, tmp_path / "out")
     assert re.search(words, said), said
     result = CliRunner().invoke(main, ["apply", str(made.base), str(path), "-o", str(path) + "x"])
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
@@ -1086,48 +1096,34 @@ def test_a_shard_alone_is_refused_with_advice(made_of: Callable[[str], Made], tm
 
 # ---------------------------------------------------------------------------------------- memory
 
-# Runs each command line of argv (as JSON) in one process: exit codes and messages to stdout, then
-# the peak of anonymous memory in bytes.
-MEASURED = """
-import json, sys
-from click.testing import CliRunner
-from skillvec.cli import main
-for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(main, arguments)
-    known = result.exception is None or isinstance(result.exception, SystemExit)
-    print(json.dumps([result.exit_code, result.output if known else repr(result.exception)]))
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print((int(status["VmHWM"].split()[0]) - int(status["RssFile"].split()[0])) * 1024)
-"""
 
-
-def test_bombs_are_refused_by_name_in_little_memory(tmp_path: Path):
-    """As `skillvec apply` meets them: frames and tables that claim, or truly hold, far more."""
-    bomb = test_codecs
-    base = {"w": torch.zeros(BLOCK).bfloat16(), "v": torch.ones(9).bfloat16()}
+def test_frames_that_claim_more_than_their_block_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As `skillvec apply` meets them: frames and lengths that claim, or truly hold, more."""
+    of_pieces, stating, frame = test_codecs.of_pieces, test_codecs.stating, test_codecs.frame
+    numel = 3000
+    watched = test_codecs.Watched(numel)
+    monkeypatch.setattr("skillvec.codecs._local.decompressor", watched, raising=False)
+    base = {"w": torch.zeros(numel).bfloat16(), "v": torch.ones(9).bfloat16()}
     tuned = {name: tensor.clone() for name, tensor in base.items()}
-    tuned["w"][::1000] = 1
+    tuned["w"][::100] = 1
     right = save(tmp_path / "base", base)
     skillvec.diff(
         save(tmp_path / "tuned", tuned), right, tmp_path / "v.safetensors", codec="packed"
     )
     manifest, (tensors,) = read_raw(tmp_path / "v.safetensors")
-    whole = bytes(BLOCK)
-    huge, gigabyte = bomb.zeros(1 << 30), bomb.frame(bytes(1 << 20))
+    whole, more = frame(bytes(numel)), frame(bytes(2 * numel))
     hostile = {
-        "states 16 GB": bomb.of_pieces(b"", bomb.stating(1 << 34, whole), gigabyte),
-        "states all": bomb.of_pieces(b"", bomb.stating((1 << 64) - 3, whole), gigabyte),
-        "holds 1 GB": bomb.of_pieces(b"", huge, gigabyte),
-        "holds 1 GB as a bitmap": bomb.of_pieces(huge, gigabyte, gigabyte),
-        "states a block, holds 1 GB": bomb.of_pieces(
-            b"", bomb.stating(BLOCK, b"")[:13] + huge[zstd_header(huge) :], gigabyte
-        ),
-        "a window of 2 GB": bomb.of_pieces(b"", windowed(gigabyte), gigabyte),
-        "lengths of 4 GB": struct.pack("<3I", 0, 0xFFFFFFFF, 5) + b"12345",
-        "no frame": bomb.of_pieces(b"", b"x" * 99, gigabyte),
+        "states more": of_pieces(b"", stating(2 * numel, bytes(numel)), whole),
+        "holds more": of_pieces(b"", more, whole),
+        "holds more as a bitmap": of_pieces(more, whole, whole),
+        "states a block, holds more": of_pieces(b"", stating(numel, bytes(2 * numel)), whole),
+        "a length beyond the end": struct.pack("<3I", 0, 99, 5) + b"12345",
+        "no frame": of_pieces(b"", b"x" * 99, whole),
+        "nothing is wrong": of_pieces(b"", whole, whole),
     }
-    commands = []
-    for number, block in enumerate(hostile.values()):
+    for number, (name, block) in enumerate(hostile.items()):
         said, held = copy.deepcopy(manifest), dict(tensors)
         held["w.packed"] = "U8", [len(block)], block
         rows = rows_of(held)
@@ -1137,28 +1133,14 @@ def test_bombs_are_refused_by_name_in_little_memory(tmp_path: Path):
         said["tensors"]["w"]["digest"] = xxh3_128(xxh3_128(block).digest()).hexdigest()
         said["digest"] = manifest_digest(said)
         path = write_raw(tmp_path / f"{number}.safetensors", said, [held])
-        commands.append(["apply", str(right), str(path), "-o", f"{path}.out", "--workers", "2"])
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, json.dumps(commands)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    *answers, peak = map(json.loads, done.stdout.splitlines())
-    for name, (code, message) in zip(hostile, answers, strict=True):
-        if name == "a window of 2 GB":  # a true block, if a strange one: either is right
-            assert code in (0, 1), message
-        else:
-            assert code == 1 and re.search("w, block 0: .* altered", message), (name, message)
-            assert len(message) < 1000 and "Traceback" not in message
-    assert peak < 150e6
-
-
-def zstd_header(frame: bytes) -> int:
-    return int(test_codecs.zstandard.frame_header_size(frame))
-
-
-def windowed(frame: bytes) -> bytes:
-    """Return a frame of 2^20 bytes with a header that asks for a window of 2 GB."""
-    return b"\x28\xb5\x2f\xfd\x80\xa8" + struct.pack("<I", 1 << 20) + frame[zstd_header(frame) :]
+        command = ["apply", str(right), str(path), "-o", f"{path}.out", "--engine", "serial"]
+        result = CliRunner().invoke(main, command)
+        if name == "nothing is wrong":
+            assert result.exit_code == 0, result.output
+            continue
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit), name
+        assert re.search("w, block 0: .* altered", result.output), (name, result.output)
+        assert len(result.output) < 1000 and "Traceback" not in result.output
 
 
 # -------------------------------------------------------------------------------- written again
