@@ -20,6 +20,7 @@ Row = dict[str, Any]
 Sums = Mapping[str, Any]
 Record = tuple[str, int, Any]  # tensor, its number of values, sums of measures.layout
 NO_LAYER = "(no layer)"
+MOST_DIGITS = 18  # of a number in a name; what is longer is text, which Python may not count
 WEIGHTS = ("energy", "energy_a", "energy_b")
 OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
 
@@ -44,7 +45,7 @@ def realised(
 
 def layer_of(name: str) -> str:
     """Return the prefix of a tensor name up to its first number: its layer, or "" for none."""
-    found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
+    found = re.match(rf"(?:.*?\.)??\d{{1,{MOST_DIGITS}}}(?=\.|$)", name)
     return found.group() if found else ""
 
 
@@ -64,7 +65,8 @@ def module_of(name: str) -> str:
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a sort key that puts layer 10 behind layer 9."""
     return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+        (int(part), "") if part.isdecimal() and len(part) <= MOST_DIGITS else (-1, part)
+        for part in re.split(r"(\d+)", name)
     ]
 
 

@@ -4,9 +4,10 @@ from math import sqrt
 
 import numpy as np
 import pytest
+from harm import DIGITS, lowered
 
 from skillvec import analysis
-from skillvec.analysis import kind_of, layer_of, module_of, natural_order, realised
+from skillvec.analysis import MOST_DIGITS, kind_of, layer_of, module_of, natural_order, realised
 from skillvec.measures import Request, layout
 
 
@@ -64,6 +65,15 @@ def test_natural_order_counts() -> None:
     assert ordered.index("a.9.b") < ordered.index("a.9.c")
     assert ordered.index("9") < ordered.index("10")
     assert ordered.index("a.10.b") < ordered.index("b.1")
+
+
+def test_numbers_that_are_too_long_are_text() -> None:
+    short, long = "9" * MOST_DIGITS, "1" * (MOST_DIGITS + 1)
+    assert layer_of(f"layers.{short}.w") == f"layers.{short}"
+    assert layer_of(f"layers.{long}.w") == "" and layer_of(f"layers.{long}.3.w").endswith(".3")
+    names = [f"w.{short}", "w.2", f"w.{long}", f"w.{DIGITS}"]
+    with lowered():
+        assert sorted(names, key=natural_order) == [names[2], names[3], names[1], names[0]]
 
 
 def test_natural_order_takes_any_digit() -> None:

@@ -337,6 +337,21 @@ def test_a_recipe_nested_too_deep_is_none(target_of: Callable[[str], hostile.Tar
         assert "no recipe in its header" in said
 
 
+def test_numbers_in_names_may_have_any_length(tmp_path: Path) -> None:
+    """Python counts to so many digits and no further."""
+    shapes = {f"layers.{number}.w.weight": torch.zeros(4, 4) for number in ("0", "1", harm.DIGITS)}
+    base = save(tmp_path / "base", shapes)
+    tuned = save(tmp_path / "tuned", {name: tensor + 1 for name, tensor in shapes.items()})
+    share = {"vector": str(tmp_path / "v.safetensors"), "weight": [0, 1]}
+    with harm.lowered():
+        vector = skillvec.diff(tuned, base, share["vector"])
+        assert len(skillvec.norms(vector).facts["norms"][0]["layers"]) == 3
+        skillvec.apply(base, vector, tmp_path / "out")
+        recipe, output = {"vectors": [share]}, tmp_path / "c.safetensors"
+        said = refused(lambda: skillvec.combine(recipe=recipe, output=output), tmp_path, UsageError)
+    assert "tensors outside every layer" in said
+
+
 # -------------------------------------------------------------------------------------- adapters
 
 
