@@ -68,6 +68,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
     "added_tokens.json",
 )  # fmt: skip
+TIE = "tie_word_embeddings"
+# words in the names of transformers' classes that have a head over the vocabulary
+WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHead", "ForMaskedLM", "ForPreTraining")
 # keys of config.json that say who wrote it, not what the model is
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 FOREIGN = {
@@ -209,11 +212,55 @@ class Checkpoint(Mapping[str, Source]):
 
     @property
     def ties_embeddings(self) -> bool | None:
-        """What the config says of tied input and output embeddings; None if it says nothing."""
-        for config in (self.config, self.config.get("text_config")):
-            if isinstance(config, dict) and "tie_word_embeddings" in config:
-                return bool(config["tie_word_embeddings"])
-        return None
+        """What config.json alone says of tied input and output embeddings.
+
+        The outer key goes. None where there is none, or where it says no and that of a model within
+        says yes, which some classes follow: then the bytes decide (or `tied_in_transformers`).
+        """
+        own = self.config.get(TIE)
+        within = [inner.get(TIE) for inner in self.config.values() if isinstance(inner, dict)]
+        return own if isinstance(own, bool) and (own or True not in within) else None
+
+    @cached_property
+    def tied_in_transformers(self) -> bool | None:
+        """Whether transformers 5 ties the head to the embeddings; None where that is not known.
+
+        From config and headers. Imports transformers, if it is installed, where the default of a
+        class decides, or what it makes of configs within. A head that is stored although the config
+        ties it stays its own if its values differ: that is not known from headers.
+        """
+        said, own = self.ties_embeddings, "lm_head.weight" in self
+        names = self.config.get("architectures")
+        name = names[0] if isinstance(names, list) and names and type(names[0]) is str else ""
+        heads = any(word in name for word in WITH_HEAD)
+        nested = any(isinstance(c, dict) and "model_type" in c for c in self.config.values())
+        if said is False and (own or (self._stores_head and not nested)):
+            return False
+        if said and self._stores_head:
+            return None
+        if said and heads and not nested:
+            return True
+        from skillvec.conversions import can_tie, ties
+
+        found = ties(self.config)
+        if found is None:
+            return said
+        outside, within = found
+        if not outside:
+            return None if within and not own else False
+        able = can_tie(name)
+        if self._stores_head or able is None or (within and not able):
+            return None
+        return (True if heads else None) if able else False
+
+    @property
+    def _stores_head(self) -> bool:
+        """Whether there is a head beside the embeddings, tied or not: by its name or its rows."""
+        inner = [self.config, *(c for c in self.config.values() if isinstance(c, dict))]
+        sizes = {config["vocab_size"] for config in inner
+                 if type(config.get("vocab_size")) is int}  # fmt: skip
+        rows = [n for n, s in self.items() if len(s.shape) == 2 and s.shape[0] in sizes]
+        return len(rows) > 1 or any(name.endswith("lm_head.weight") for name in self)
 
     @property
     def config_digest(self) -> str | None:

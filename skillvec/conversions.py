@@ -72,6 +72,45 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(kind for kind in found if isinstance(kind, str)))
 
 
+def ties(config: Mapping[str, Any]) -> tuple[bool, bool] | None:
+    """Return whether transformers' config ties embeddings: of the model, and of one within it.
+
+    None where it cannot tell.
+    Its config class is made of the keys about that alone: no other decides, and a class may build
+    lists as long as a number that someone wrote.
+    """
+
+    def kept(of: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
+        return {
+            key: kept(value, depth - 1) if isinstance(value, Mapping) else value
+            for key, value in of.items()
+            if (isinstance(value, Mapping) and depth and key.endswith(("_config", "coder")))
+            or (key == "model_type" and isinstance(value, str))
+            or ("tie" in key and (value is None or isinstance(value, bool)))
+        }
+
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(kept(config))
+    except Exception:  # not installed, another version, other code: whatever a config class raises
+        return None
+    within = [inner for inner in vars(made).values() if hasattr(inner, "to_diff_dict")]
+    own, *inside = [bool(getattr(c, "tie_word_embeddings", False)) for c in (made, *within)]
+    return own, any(inside)
+
+
+def can_tie(name: str) -> bool | None:
+    """Return whether a class of transformers has weights to tie; None where there is none so."""
+    try:
+        import transformers
+
+        kind = getattr(transformers, name, None)
+    except Exception:  # not installed, or without what the class needs
+        return None
+    return None if kind is None else bool(getattr(kind, "_tied_weights_keys", None))
+
+
 def mapping_of(config: Mapping[str, Any]) -> tuple[str, Callable[[], list[Any]]]:
     """Return the names in the registry that a config leads to, and what makes their entries anew.
 

@@ -505,8 +505,9 @@ def _print_inspect(report: Report) -> None:
         f" {len(report.ledger)} tensors ({dtypes}), {human_bytes(facts['nbytes'])} in"
         f" {_files(facts['files'])}"
     )
-    if facts["ties_embeddings"] is not None:
-        _print(f"  embeddings tied: {'yes' if facts['ties_embeddings'] else 'no'}")
+    if facts["model_type"] is not None:
+        tied = {True: "yes", False: "no", None: "unknown"}[facts["ties_embeddings"]]
+        _print(f"  embeddings tied: {tied}")
     if "recipe" in facts:
         recipe = facts["recipe"]
         _print(f"  {recipe['target']['ref']} + {recipe['lam']:g} * {_source(recipe['vector'])}")

@@ -232,7 +232,7 @@ OTHERS = (
     (257, b"ustar", "a tar archive", "unpack it"),
     (0, b"\x89HDF\r\n", "HDF5 (Keras, TensorFlow)", "load it with its library, then save"),
     (0, b"\x93NUMPY", "a numpy array", "save it by safetensors.numpy.save_file"),
-    (0, b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
+    (0, b"version http", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
 )  # fmt: skip
 TEXT = re.compile(rb"(\xef\xbb\xbf)?[\t\n\r\x20-\x7e]+")
 

@@ -528,7 +528,7 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
         "numel": sum(spec.numel for spec in opened.values()),
         "dtypes": opened.dtypes,
         "model_type": opened.model_type,
-        "ties_embeddings": opened.ties_embeddings,
+        "ties_embeddings": opened.tied_in_transformers if opened.config else None,
         "config_digest": opened.config_digest,
         "tokenizer_digest": opened.tokenizer_digest,
         "family_digest": opened.family_digest,

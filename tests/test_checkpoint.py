@@ -406,6 +406,136 @@ def test_odd_values_in_a_config_do_no_harm(config: dict, tmp_path: Path):
     skillvec.inspect(base)
 
 
+# --------------------------------------------------------------------------- tied embeddings
+
+TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
+    "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+}  # fmt: skip
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+
+
+def model_of(kind: str, **keys: bool | None):
+    """Return a small model; `outer` and `inner` are tie_word_embeddings of it and of its text."""
+    import transformers
+
+    outer = {} if keys.get("outer") is None else {"tie_word_embeddings": keys["outer"]}
+    inner = {} if keys.get("inner") is None else {"tie_word_embeddings": keys["inner"]}
+    config: dict = TEXT | outer
+    if kind == "Qwen3VL":
+        config = {"text_config": TEXT | inner, "vision_config": VISION, **outer}
+    elif kind == "Qwen2_5_VL":
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4,
+                  "out_hidden_size": 32}  # fmt: skip
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+        text = TEXT | inner | {"rope_parameters": rope}
+        config = {"text_config": text, "vision_config": vision, **outer}
+    elif kind == "Llava":
+        text = TEXT | inner | {"model_type": "llama"}
+        vision = TOWER | {"model_type": "clip_vision_model"}
+        config = {"text_config": text, "vision_config": vision, **outer}
+    elif kind == "GPT2":
+        config = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, **outer}
+    kinds = {"GPT2": "GPT2LMHeadModel", "Bert": "BertModel"}
+    tail = "ForConditionalGeneration" if "text_config" in config else "ForCausalLM"
+    made = getattr(transformers, kinds.get(kind, f"{kind}{tail}"))
+    torch.manual_seed(0)
+    return made(getattr(transformers, f"{kind}Config")(**config))
+
+
+KEYS = [(outer, inner) for outer in (None, True, False) for inner in (None, True, False)]
+NESTED = ["Qwen3VL", "Qwen2_5_VL", "Llava"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "outer", "inner"),
+    [*((kind, *keys) for kind in NESTED for keys in KEYS),
+     *((kind, outer, None) for kind in ("GPT2", "Llama", "Gemma", "Bert")
+       for outer in (None, True, False))],
+)  # fmt: skip
+def test_embeddings_are_tied_where_transformers_ties_them(
+    tmp_path: Path, kind: str, outer: bool | None, inner: bool | None
+):
+    model = model_of(kind, outer=outer, inner=inner)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part, key in ((config, outer), (config.get("text_config", {}), inner)):
+        if key is None:  # as those have it who leave defaults out
+            part.pop("tie_word_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = type(model).from_pretrained(tmp_path)
+    head, embeddings = again.get_output_embeddings(), again.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    facts = skillvec.inspect(tmp_path).facts
+    assert facts["ties_embeddings"] is tied
+    if head is not None:
+        assert open_checkpoint(tmp_path).ties_embeddings in (tied, None)
+
+
+def test_a_head_that_is_stored_though_the_config_ties_it_is_not_judged_by_its_header(
+    tmp_path: Path,
+):
+    config = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 64}
+    config["architectures"] = ["LlamaForCausalLM"]
+    table = torch.ones(64, 4)
+    both = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}
+    save(tmp_path / "both", both, config=config)
+    assert skillvec.inspect(tmp_path / "both").facts["ties_embeddings"] is None
+    renamed = {"model.embed_tokens.weight": table, "output.weight": table.clone()}
+    save(tmp_path / "renamed", renamed, config=config)
+    assert skillvec.inspect(tmp_path / "renamed").facts["ties_embeddings"] is None
+    save(tmp_path / "one", {"model.embed_tokens.weight": table}, config=config)
+    assert skillvec.inspect(tmp_path / "one").facts["ties_embeddings"] is True
+    words = CliRunner().invoke(main, ["inspect", str(tmp_path / "both")]).output
+    assert "embeddings tied: unknown" in words
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tie_word_embeddings": None}, {"tie_word_embeddings": "yes"}, {"tie_word_embeddings": []},
+        {"text_config": {"tie_word_embeddings": True}}, {"text_config": 3},
+        {"model_type": "no such model"}, {"architectures": 3}, {"architectures": [None]},
+        {"vocab_size": "64"}, {"vocab_size": True}, {"num_hidden_layers": 1 << 40},
+        {"model_type": "qwen3_vl", "text_config": {"num_hidden_layers": 1 << 40}},
+        {"model_type": "vision-encoder-decoder"}, {"model_type": "gemma", "head_dim": "x"},
+    ],
+)  # fmt: skip
+def test_odd_configs_tell_nothing_of_ties_and_do_no_harm(tmp_path: Path, config: dict):
+    save(tmp_path, {"embed.weight": torch.ones(64, 4)}, config={"model_type": "llama"} | config)
+    report = skillvec.inspect(tmp_path)
+    assert report.facts["ties_embeddings"] in (None, False)
+
+
+def test_where_config_keys_disagree_the_bytes_decide(tmp_path: Path):
+    # A head that only the tuned model stores, as a copy of its embeddings: the base ties it.
+    config = {"model_type": "toy", "vocab_size": 64, "text_config": {"tie_word_embeddings": True}}
+    table = torch.arange(256.0).reshape(64, 4)
+    sides = {"model.embed.weight": table, "model.norm.weight": torch.ones(4)}
+    for own, refused in ((None, False), (True, False), (False, False), ("alone", True)):
+        said = config | ({} if own is None else {"tie_word_embeddings": own})
+        if own == "alone":  # nothing speaks against it
+            said = {"model_type": "toy", "tie_word_embeddings": False}
+        base = save(tmp_path / f"base {own}", sides, config=said)
+        head = {"lm_head.weight": table + 1, "model.embed.weight": table + 1}
+        tuned = save(tmp_path / f"tuned {own}", sides | head, config=said)
+        if refused:
+            with pytest.raises(IncompatibleError, match=r"lm_head.weight .*: only in"):
+                skillvec.diff(tuned, base)
+        else:
+            assert skillvec.diff(tuned, base).manifest["tied"] == {
+                "lm_head.weight": "model.embed.weight"
+            }
+
+
 def test_config_identity_ignores_who_wrote_it(tmp_path: Path):
     one = save(tmp_path / "one", toy(), config={"a": 1, "transformers_version": "4.51.0"})
     other = save(tmp_path / "other", toy(), config={"transformers_version": "5.0", "a": 1})

@@ -791,6 +791,9 @@ QUANTISED = {
     "flax": """
         q.kernel I8 64 32
         q.kernel_gain F32 32""",
+    "a weight without scales": """
+        q.weight I32 64 32
+        - k.weight BF16 64 32""",
     "one 8-bit float": """
         q.weight F8_E5M2 64 32
         - k.weight BF16 64 32""",

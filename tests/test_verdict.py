@@ -218,12 +218,12 @@ def test_an_incompatible_target_is_refused_with_both_shapes(skill: Path, tmp_pat
     narrow = save(tmp_path / "narrow", toy(0, layers=4, width=32, vocabulary=200))
     fewer = save(tmp_path / "fewer", toy(0, layers=3, width=48, vocabulary=200))
     more = initialised(0) | {"model.extra.weight": torch.ones(2, 3)}
-    whole = {name: tensor.to(torch.int32) for name, tensor in initialised(0).items()}
+    whole = {name: tensor.to(torch.bool) for name, tensor in initialised(0).items()}
     for target, words in (
         (narrow, ["lm_head.weight: target [200, 32], vector [200, 48]", "... and "]),
         (fewer, ["model.layers.3.mlp.up_proj.weight [96, 48]: only in the vector"]),
         (save(tmp_path / "more", more), ["model.extra.weight [2, 3]: only in the target"]),
-        (save(tmp_path / "whole", whole), ["lm_head.weight: target is I32"]),
+        (save(tmp_path / "whole", whole), ["lm_head.weight: target is BOOL"]),
     ):
         for arguments in (
             ("inspect", vector, "--target", target),
