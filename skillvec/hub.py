@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from skillvec.errors import (
     FormatError,
@@ -58,6 +59,9 @@ MISSING = (
     "no repository of a model on the Hub that may be read: check the name; if it is private,"
     f" {LOGIN}"
 )
+DEFAULT_ENDPOINT = "https://huggingface.co"
+PAGES = ("text/html", "text/plain")  # what proxies, login pages and other servers answer with
+PROXIES = "check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY"
 OFFLINE_KINDS = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
 SENTENCES: dict[str | int, str] = {  # what the client's errors mean, by class or status
     **dict.fromkeys(OFFLINE_KINDS, OFFLINE),
@@ -74,7 +78,17 @@ Result = TypeVar("Result")
 
 
 def _client(part: str = "") -> Any:
+    said = os.environ.get("HF_ENDPOINT", "")
+    if not _is_address(said):  # the client takes it apart where it is imported, and fails there
+        raise UsageError(f"HF_ENDPOINT {printable(said):.200}: not the URL of a Hub")
     return import_module(f"huggingface_hub{part}")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 class Reference(NamedTuple):
@@ -261,6 +275,8 @@ class _Patience:
             raise error
         if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
             error = error.__cause__  # "not in the cache", for want of an answer
+        if obstacle := _obstacle(error):
+            raise SkillvecError(f"{self.what}: {obstacle}") from None
         self.failures += 1
         seconds = _pause(error, self.failures, busy)
         most = self.lost if type(error).__name__ == "ConnectError" else TRIES
@@ -299,6 +315,8 @@ def written(what: str, call: Callable[[], Result], lost: int = TRIES) -> Result:
         except errors.OfflineModeIsEnabled:
             raise UsageError(f"{what}: offline mode is on (HF_HUB_OFFLINE): unset it") from None
         except errors.HfHubHTTPError as error:
+            if obstacle := _obstacle(error):
+                raise SkillvecError(f"{what}: {obstacle}") from None
             status = error.response.status_code
             if status in (401, 403):
                 raise UsageError(
@@ -321,6 +339,71 @@ def written(what: str, call: Callable[[], Result], lost: int = TRIES) -> Result:
             raise UsageError(f"{what}: the Hub refuses the card: {reason}") from None
 
     return patiently(what, tried, lost)
+
+
+def _endpoint() -> str:
+    """Return what answers in errors: the Hub, or what HF_ENDPOINT names in its place."""
+    said = re.sub("//[^/@]*@", "//", str(_client(".constants").ENDPOINT))  # no password of it
+    return "the Hub" if said == DEFAULT_ENDPOINT else f"{printable(said):.200} (HF_ENDPOINT)"
+
+
+def _obstacle(error: BaseException) -> str | None:
+    """Return what stands before the Hub, or in its place, where another try is of no use."""
+    who, response = _endpoint(), getattr(error, "response", None)
+    on_the_way = "is a proxy, a firewall or a login page on the way" + (
+        "?" if who == "the Hub" else ", or does HF_ENDPOINT name no Hub?"
+    )
+    if response is not None:
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        told = {"x-error-code", "x-error-message"} & {key.lower() for key in response.headers}
+        if kind in PAGES and not told and response.status_code not in BUSY:
+            return f"{who} answered {response.status_code} with a page ({kind}): {on_the_way}"
+        return None
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "FileMetadataError" in kinds:  # an answer for a file, and not one of the Hub's
+        if target := _redirect():
+            return (
+                f"{who} redirects to {target}, where the client does not follow it: set HF_ENDPOINT"
+                " to that, or to a mirror that answers itself"
+            )
+        return f"{who} answers for a file without saying of which commit: {on_the_way}"
+    if "TooManyRedirects" in kinds:
+        return f"{who} redirects in a circle: {on_the_way}"
+    if kinds & {"UnsupportedProtocol", "InvalidURL"}:
+        return f"{who} is, or leads to, no URL that begins with https:// or http://"
+    if "ProxyError" in kinds and not str(error).startswith("5"):  # 502 and the like may pass
+        return f"the proxy lets nothing through ({printable(str(error)):.80}): {PROXIES}"
+    if isinstance(error, ValueError) and "proxy" in str(error).lower():
+        return f"the proxy has no URL that is understood: {PROXIES}"
+    return _tls_fault(error, who) if "ConnectError" in kinds else None
+
+
+def _tls_fault(error: BaseException | None, who: str) -> str | None:
+    """Return what is wrong with the certificate or the protocol that a connection met."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        target = _redirect()
+        where = f"{target}, to which {who} redirects," if target else who
+        return (
+            f"the certificate that {where} shows is not trusted ({error.verify_message}): if a"
+            " proxy or a mirror has one of its own, name its authority's file in SSL_CERT_FILE"
+        )
+    if error is None or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return None
+    return f"{who} does not speak TLS as https:// wants it ({error.reason}): is it http:// there?"
+
+
+def _redirect() -> str | None:
+    """Return the other origin to which the endpoint sends whoever asks it, if it does."""
+    constants, session = _client(".constants"), _client(".utils").get_session()
+    try:
+        answer = session.head(f"{constants.ENDPOINT}/api/models", follow_redirects=False, timeout=5)
+    except Exception:  # of any kind: it is asked only to say more of an error
+        return None
+    target = urlsplit(answer.headers.get("location", ""))
+    origin = f"{target.scheme}://{target.netloc.rpartition('@')[2]}"
+    return f"{printable(origin):.200}" if target.netloc else None
 
 
 def _pause(error: BaseException, failures: int, busy: tuple[int, ...]) -> float | None:
@@ -349,14 +432,19 @@ def _explained(error: BaseException, what: str) -> SkillvecError:
     if said is not None:
         return UsageError(f"{what}: {said}")
     if status:
-        tries = f" after {TRIES} tries" if status in BUSY else ""
-        return SkillvecError(f"{what}: the Hub answered {status}{tries}: try again later")
+        advice = f" after {TRIES} tries: try again later" if status in BUSY else ": is it a Hub?"
+        return SkillvecError(f"{what}: {_endpoint()} answered {status}{advice}")
     if isinstance(error, CONFUSED):
-        return FormatError(f"{what}: the Hub's answer is not understood ({kinds[0]})")
+        target = _redirect()
+        where = f"{_endpoint()}, which redirects to {target}," if target else _endpoint()
+        return FormatError(
+            f"{what}: the answer of {where} is not understood ({kinds[0]}): is a proxy or a login"
+            " page on the way, or is it no Hub?"
+        )
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
         return OutputError(f"{what}: cannot be kept: {error.strerror}")
     return SkillvecError(
-        f"{what}: the Hub cannot be reached, or the connection kept breaking ({kinds[0]}):"
+        f"{what}: {_endpoint()} cannot be reached, or the connection kept breaking ({kinds[0]}):"
         " check the network, or set HF_HUB_OFFLINE=1 to read what the cache holds"
     )
 

@@ -80,14 +80,18 @@ def work(tmp_path: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> 
 
 ELSEWHERE = {
     "vector": ("verify ../models/m/v.safetensors", "tuned m/tuned", "--tuned"),
-    "its base": ("verify ../models/m/v.safetensors --tuned ../models/m/tuned", "base m/base", "--base"),
+    "its base": (
+        "verify ../models/m/v.safetensors --tuned ../models/m/tuned", "base m/base", "--base",
+    ),
     "combination": ("verify ../models/c.safetensors", "vector m/v.safetensors", ""),
     "difference in one": ("verify ../models/d.safetensors", "tuned m/tuned", ""),
     "again": (
         "combine --recipe ../models/c.safetensors -o x.safetensors", "vector m/v.safetensors", "",
     ),
     "adapter": ("verify ../models/ad.safetensors", "tuned m/ad", "--tuned"),
-    "its base too": ("verify ../models/ad.safetensors --tuned ../models/m/ad", "base m/base", "--base"),
+    "its base too": (
+        "verify ../models/ad.safetensors --tuned ../models/m/ad", "base m/base", "--base",
+    ),
     "merged": ("verify ../models/merged", "vector m/v.safetensors", "--vector"),
     "its target": (
         "verify ../models/merged --vector ../models/m/v.safetensors", "target m/target", "--target",
