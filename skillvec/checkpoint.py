@@ -55,6 +55,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 STEP = re.compile(r"global_step(\d{1,18})(?=/|$)")  # a folder of DeepSpeed's
 FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # of LoRA, in a tensor's name
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SHARDS = (".metadata", "*_optim_states.pt", "model_world_size_*.pt")  # of a training's checkpoint
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # what calls a file a part: `i-of-N`, which is whole where N is 1, and files of ranks
 PART = re.compile(
@@ -678,11 +679,10 @@ def _inside(place: Place) -> list[tuple[str, str]]:
         for entry in os.scandir(place.path):
             with contextlib.suppress(OSError):  # no folder, or not to be read
                 held[entry.name] |= set(os.listdir(entry))
-    kinds = {
-        ADAPTER_CONFIG: "a PEFT adapter", VECTOR_INDEX: "a skill vector", SINGLE: "a model",
-        INDEX: "a model", PICKLES[0]: "a model", PICKLES[1]: "a model", ".metadata": "a model",
-    }  # fmt: skip
-    found = [(name, [kind for file, kind in kinds.items() if file in held[name]]) for name in held]
+    kinds = {ADAPTER_CONFIG: "a PEFT adapter", VECTOR_INDEX: "a skill vector"}
+    kinds |= dict.fromkeys((SINGLE, INDEX, *PICKLES, *SHARDS), "a model")
+    found = [(name, [k for g, k in kinds.items() if fnmatch.filter(held[name], g)])
+             for name in held]  # fmt: skip
     return sorted((name, kind[0]) for name, kind in found if kind)
 
 

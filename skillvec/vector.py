@@ -683,8 +683,8 @@ def _match(
                 problems["of different dtypes"].append(said)
     if problems:
         for side, other in ((tuned, base), (base, tuned)):
-            wanted = (n for n in side if n not in other and n not in excluded)
-            if told := lone_factors(side, wanted):
+            wanted = set(side) - set(other) - set(excluded)
+            if told := lone_factors(side, sorted(wanted)):
                 raise IncompatibleError(told)
             sizes = {n: other[n].shape for n in placeholders(side) if n in other}
             if empty := [n for n in placeholders(side) if sizes.get(n) != (0,)]:

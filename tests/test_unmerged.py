@@ -362,7 +362,9 @@ def test_a_model_whose_own_weights_are_called_so_is_a_model(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------ folders below
 
 
-@pytest.mark.parametrize("kind", ["a PEFT adapter", "a model", "a skill vector"])
+@pytest.mark.parametrize(
+    "kind", ["a PEFT adapter", "a model", "a model of ranks", "a skill vector"]
+)
 def test_the_folder_above_names_what_is_in_it(kind: str, tmp_path: Path) -> None:
     folder, _ = trained(tmp_path, target_modules=["q_proj"])
     above = tmp_path / "above"
@@ -370,6 +372,9 @@ def test_the_folder_above_names_what_is_in_it(kind: str, tmp_path: Path) -> None
         shutil.copytree(folder / "ad", above / "mix")
     elif kind == "a model":
         shutil.copytree(folder / "base", above / "mix")
+    elif kind == "a model of ranks":
+        (above / "mix").mkdir(parents=True)
+        torch.save(toy(0), above / "mix" / "model_world_size_1_rank_0.pt")
     else:
         save(above / "tuned.safetensors", {"a": torch.ones(9, 9), "b": torch.ones(9, 9)})
         save(above / "base.safetensors", {"a": torch.zeros(9, 9), "b": torch.zeros(9, 9)})
@@ -387,7 +392,8 @@ def test_the_folder_above_names_what_is_in_it(kind: str, tmp_path: Path) -> None
     ):
         result = CliRunner().invoke(main, [str(word) for word in words])
         assert result.exit_code == 2, result.output
-        assert f"  mix/: {kind}" in result.stderr.splitlines(), result.stderr
+        told = f"  mix/: {kind.removesuffix(' of ranks')}"
+        assert told in result.stderr.splitlines(), result.stderr
         assert "logs" not in result.stderr and "training_args" not in result.stderr
 
 
