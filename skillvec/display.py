@@ -101,7 +101,7 @@ def _layout(notes: dict[str, str]) -> list[str]:
     return lines[:5] + ([f"... and {len(lines) - 5} more ways (--json)"] if len(lines) > 5 else [])
 
 
-def _left(names: list[str]) -> str:
+def _left(names: set[str]) -> str:
     """Return up to five files that differ in more than their numbers, and how many more."""
     alike: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: (name.count("/"), name)):
@@ -180,8 +180,9 @@ class Screen:
                 self.say(f"  delete  {name}")
         for line in _layout(facts.get("layout", {})):
             self.say(f"  layout  {line}")
-        if facts.get("left_behind"):
-            self.say(f"  left    behind, not copied: {_left(facts['left_behind'])}")
+        states = set(facts.get("left_behind", ())) - set(facts.get("old_weights", ()))
+        if states:  # a warning speaks of the others
+            self.say(f"  left    behind, not copied: {_left(states)}")
         if "fetched" in facts:
             self.say(f"  fetch   {_fetched(facts)}")
         if "output" in facts and report.verb != "pull":
@@ -191,7 +192,8 @@ class Screen:
             most = "" if report.verb == "pull" else f", for {_written(report)}"
             self.say(f"  free    {human_bytes(free)} on the disk of the output{most}")
         if self.verbose:
-            self.say(f"  plan    {plan_sentence(report)}")
+            indented = plan_sentence(report).replace("\n", "\n" + " " * 10)
+            self.say(f"  plan    {indented}")
 
     def advanced(self, done_nbytes: int, total_nbytes: int) -> None:
         """Move the bar; only on a terminal, only for work one would notice."""

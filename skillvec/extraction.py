@@ -100,8 +100,11 @@ def extract_lora(
     plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
     refuse_announced(opened, allow_nonfinite, [job.name for job in plan.jobs])
     held = _sorted_out(plan.jobs, point)
-    shapes = [job.deltas[0].spec.shape for job in plan.jobs if not held[job.name].why]
-    most = sum(min(rank or m, m, n) * (m + n) * ITEMSIZE[dtype_of(dtype)] for m, n in shapes)
+    most = 4096  # of the config, beside the names
+    for job in (job for job in plan.jobs if not held[job.name].why):
+        m, n = job.deltas[0].spec.shape
+        most += min(rank or m, m, n) * (m + n) * ITEMSIZE[dtype_of(dtype)]
+        most += 6 * len(job.name) + 600  # in the header twice, in the config four times
     plan = replace(plan, verb="extract-lora", bound_nbytes=most)
     place = output_adapter(output, force, [*opened.inputs(), point])
     facts: dict[str, Any] = {

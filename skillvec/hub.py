@@ -34,6 +34,7 @@ from skillvec.errors import (
     up_to_five,
 )
 from skillvec.report import Watcher
+from skillvec.sidefiles import is_weight_file
 from skillvec.storage import Place, register_remote, remote_of
 
 SCHEME = "hf://"
@@ -124,7 +125,7 @@ def is_replaced(name: str) -> bool:
     So it is for weights and describing files at the root; hidden files and folders stay.
     """
     plain = "/" not in name and not name.startswith(".")
-    return plain and PurePosixPath(name).suffix in (".safetensors", *DESCRIBING)
+    return plain and (PurePosixPath(name).suffix in DESCRIBING or is_weight_file(name))
 
 
 def _parsed(ref: str) -> Reference | None:

@@ -251,9 +251,10 @@ def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
             f"no patch can be made of {vector.ref}:\n{up_to_five_each(problems)}"
         )
     entries = vector.manifest["tensors"]
-    bound = sum(
-        entries[job.name]["changed"] * (8 + ITEMSIZE[job.out_dtype]) for job in jobs
-    )  # a position takes 4 or 8 bytes
+    bound = 4096 + sum(  # a position takes 4 or 8 bytes, and the header has each name twice
+        entries[job.name]["changed"] * (8 + ITEMSIZE[job.out_dtype]) + 6 * len(job.name) + 300
+        for job in jobs
+    )
     return Plan("export-patch", jobs, vectors=vector.files(), bound_nbytes=bound)
 
 

@@ -348,6 +348,8 @@ def test_a_dry_run_says_what_is_free_and_what_cannot_be_made(llamas, tmp_path, m
     report = extract_lora("::".join(llamas), tmp_path / "lora", rank=1, dry_run=True)
     assert report.now["nbytes_free"] > report.facts["nbytes_written"] > 0
     assert not extract_lora("::".join(llamas), tmp_path / "lora", rank=1).now
+    made = sum(path.stat().st_size for path in (tmp_path / "lora").iterdir())
+    assert made <= report.facts["nbytes_written"]
     monkeypatch.setattr(os, "access", lambda *given, **options: False)
     with pytest.raises(OutputError, match="nothing can be written"):
         extract_lora("::".join(llamas), tmp_path / "two", rank=1, dry_run=True)

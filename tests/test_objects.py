@@ -767,6 +767,25 @@ def test_outputs_go_to_a_store_and_come_back_as_inputs(s3: ObjectServer, tmp_pat
         skillvec.apply("s3://bucket/base", tmp_path / "v.safetensors", "s3://bucket/base")
 
 
+def test_weights_beside_a_model_come_along_and_go_with_the_model_that_had_them(
+    s3: ObjectServer, tmp_path: Path
+):
+    beside = {"spk_dict.pt": b"voices", "2_Dense/model.safetensors": b"dense"}
+    s3.put("bucket/one", {**MODEL, **beside, "optimizer.pt": b"state", "tf_model.h5": b"old"})
+    s3.put("bucket/two", MODEL)
+    (tmp_path / "t.safetensors").write_bytes(TUNED)
+    vector = tmp_path / "v.safetensors"
+    skillvec.diff(tmp_path / "t.safetensors", "s3://bucket/two/model.safetensors", vector)
+    report = skillvec.apply("s3://bucket/one", vector, "s3://bucket/out")
+    assert set(report.facts["left_behind"]) == {"optimizer.pt", "tf_model.h5"}
+    assert not s3.asked("GET", "optimizer.pt") and not s3.asked("GET", "tf_model.h5")
+    assert {name: s3.ask("GET", f"bucket/out/{name}") for name in beside} == beside
+    s3.put("bucket/out", {"mine.gguf": b"of the old model"})
+    skillvec.apply("s3://bucket/two", vector, "s3://bucket/out", force=True)
+    held = {key.removeprefix("out/") for key in s3.keys("bucket") if key.startswith("out/")}
+    assert held == {*MODEL, "README.md", "2_Dense/model.safetensors"}  # what lies deeper stays
+
+
 def test_the_command_line_takes_urls(s3: ObjectServer, tmp_path: Path):
     s3.put("bucket/base", MODEL)
     s3.put("bucket/tuned", {**MODEL, "model.safetensors": TUNED})

@@ -154,6 +154,12 @@ def test_the_most_that_a_vector_takes_is_the_most(codec: str, inputs: Path, tmp_
         assert out.stat().st_size <= said["nbytes_written"]
 
 
+def test_the_most_that_a_patch_takes_is_the_most(commands, tmp_path: Path):
+    said = json.loads(run(*commands["export-patch"], "--dry-run", "--json").stdout)
+    assert run(*commands["export-patch"]).exit_code == 0
+    assert (tmp_path / "out.safetensors").stat().st_size <= said["nbytes_written"]
+
+
 def test_what_is_replaced_takes_its_room_to_the_end(commands, small, tmp_path: Path):
     assert run(*commands["apply"]).exit_code == 0
     small(9_000)

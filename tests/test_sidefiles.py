@@ -92,7 +92,9 @@ def test_whatever_is_no_shard_of_the_model_is_copied_byte_for_byte(
     assert "without the vector" in warning and "and 6 more" in warning
     assert len([name for name in WEIGHTS if f"  {name}\n" in warning + "\n"]) == 5
     copied = sum(map(len, written.values()))
-    plain = save(tmp_path / "plain", toy(3), shards=shards)
+    plain = save(
+        tmp_path / "theirs", toy(3), shards=shards
+    )  # as long a path, which the header holds
     alone = merged(plain, tmp_path / "plainer", family).facts["nbytes_written"]
     assert facts["nbytes_written"] == alone + copied
 
@@ -159,7 +161,7 @@ def test_the_weights_as_they_were_stay_behind_and_are_named(shards: int, tmp_pat
     assert any("would miss the vector" in text and "and 6 more" in text
                for text in report["warnings"])  # fmt: skip
     assert not set(files_of(tmp_path / "o")) & set(OLD)
-    assert "left behind, not copied: consolidated.00.pth" in talk
+    assert "left behind" not in talk  # the warning names them
 
 
 @pytest.mark.parametrize("size", ["5GB", "8KB"])
