@@ -5,6 +5,7 @@ headers only. What skillvec cannot take is refused here by name, before any work
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 import re

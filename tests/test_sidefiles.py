@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from families import assert_same_bits, load, save, toy
+from families import assert_same_bits, load, save, save_int4, toy
 from hubserver import HubServer
 from test_trainingshards import save_dcp
 
@@ -384,3 +384,39 @@ def test_names_that_look_like_weights():
     assert all(map(is_weight_file, WEIGHTS))
     assert not any(map(is_weight_file, OTHERS))
     assert all(map(is_weight_file, ("a/b.safetensors", "x.bin.index.json", "m.onnx_data")))
+
+
+def test_shards_of_a_quantised_model_are_written_anew_and_the_rest_comes(tmp_path: Path):
+    pytest.importorskip("compressed_tensors")
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=32, vocab_size=48,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    plain = save_int4(model, tmp_path / "target")
+    held = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    shards = reshard(tmp_path / "target")
+    put(tmp_path / "target", "spk_dict.pt", "optimizer.pt", "pytorch_model.bin")
+    mtp = save(tmp_path / "target" / "model-mtp.safetensors", {"mtp.w": torch.ones(2)})
+    base = save(tmp_path / "base", held)
+    tuned = save(tmp_path / "tuned", {name: tensor + 1 for name, tensor in held.items()})
+    report = skillvec.apply(tmp_path / "target", output=tmp_path / "out", tuned=tuned, base=base)
+    made = files_of(tmp_path / "out")
+    assert "model.safetensors" in made and not set(made) & {*shards, INDEX}
+    assert made["model-mtp.safetensors"] == mtp.read_bytes() and "spk_dict.pt" in made
+    assert set(report.facts["left_behind"]) == {"optimizer.pt", "pytorch_model.bin"}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_bits(loaded.state_dict(), load(tuned))
+
+
+def reshard(folder: Path) -> set[str]:
+    """Split model.safetensors into two shards with an index; return their names."""
+    tensors, weight_map = load(folder), {}
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, name in enumerate(names):
+        part = dict(list(tensors.items())[i::2])
+        save(folder / name, part)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return set(names)

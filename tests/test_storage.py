@@ -245,8 +245,6 @@ def test_a_header_cut_off_is_truncated_whatever_its_length_looks_like(nbytes: in
         read_header(path)
 
 
-
-
 # limit, what it is set to -> a file that is right but for it, words of the message
 LIMITED: list[tuple[str, int, bytes, str]] = [
     ("MAX_HEADER_NBYTES", 50, one(), "header of 61 bytes, over the cap of 50"),
