@@ -56,7 +56,7 @@ BUFFER = re.compile(
     r"(^|_)(ids?|idxs?|index(es)?|indices|pos(ition)?s?|masks?|tril|counts?|counter|steps?|updates?"
     r"|tracked|lens?|lengths?|sizes?|shapes?|offsets?|order|seen|init(ed|ialized)?|version|seed|map"
     r"|mapping|perm(utation)?|tokens?|vocab|buckets?|hash(es)?|coords?|anchors?|lags?|state)\d*$"
-    r"|^[a-z]+2[a-z]+$",
+    r"|(^|_)(seq|labels|classes|levels|types)$|^[a-z]+2[a-z]+$|\w_to_\w",
     re.IGNORECASE,
 )
 BARE = re.compile(r"[a-z]?_?(idxs?|index(es)?|indices|perm|map)", re.IGNORECASE)
@@ -418,11 +418,12 @@ def _refuse_unexplained(
         return
     keys = [key for key in config if "quant" in key.lower() and key != "quantization_config"]
     said = f" ({', '.join(keys[:3])} is not read)" if keys else ""
+    other = "" if left_out is nothing_left_out else ", or leave them out, with all that scales them"
+    other += " (--exclude GLOB)" if other else ""
     raise IncompatibleError(
-        f"{what}: tensors of integers that are weights, or of a dtype that is not taken, and"
-        f" nothing in config.json says how to read them{said}; dequantise the model with the"
-        " library that made it, and save it, first. Or leave them out (--exclude GLOB), with all"
-        f" that scales them:\n{up_to_five(lines)}"
+        f"{what}: weights stored as integers, or tensors of a dtype that is not taken, and nothing"
+        f" in config.json says how to read them{said}: dequantise the model with the library that"
+        f" made it, and save it, first{other}:\n{up_to_five(lines)}"
     )
 
 

@@ -114,7 +114,15 @@ class SkillVector:
         if not isinstance(ref, Place):
             if "::" in os.fspath(ref):
                 tuned, _, base = os.fspath(ref).partition("::")
-                return SkillVector.between(tuned, base)
+                try:
+                    return SkillVector.between(tuned, base)
+                except IncompatibleError as error:
+                    hint = (
+                        "\n(TUNED::BASE is taken whole: for --exclude store a diff, and name that)"
+                    )
+                    raise IncompatibleError(
+                        f"{error}{hint if '--exclude' in str(error) else ''}"
+                    ) from None
             ref = locate(ref, role)
         place = ref
         stored = find_vector(place)

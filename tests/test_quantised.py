@@ -869,6 +869,11 @@ BUFFERS = """
     codec.quantizer.codebook F32 8 1024 64
     codec.quantizer.cluster_size F32 8
     generation.suppress_tokens I64 90
+    esm.af2_to_esm I64 66
+    esm.residx_atom37_to_atom14 I64 21 37
+    esm.lit_scale F32
+    series.lags_seq I64 70
+    series.loc F32
     optimizer.step I64
     rng_state U8 5056
 """
@@ -970,6 +975,20 @@ def test_what_scales_a_weight_is_left_out_with_it(towers):
     assert set(skillvec.SkillVector.open(towers.v).deltas) == {
         "q.weight", "norm.weight", "visual.c.bias",
     }  # fmt: skip
+
+
+def test_leaving_out_is_advised_where_it_can_be_done(towers):
+    with pytest.raises(IncompatibleError, match="or leave them out"):
+        skillvec.diff(towers.tuned, towers.base, towers.v)
+    with pytest.raises(IncompatibleError, match="TUNED::BASE is taken whole"):
+        skillvec.combine(f"{towers.tuned}::{towers.base}")
+    for use in (
+        lambda: skillvec.open_checkpoint(towers.base),
+        lambda: skillvec.import_patch(towers.plain, towers.base, towers.v),
+    ):
+        with pytest.raises(IncompatibleError, match=r"visual.d: C64") as refused:
+            use()
+        assert "--exclude" not in str(refused.value)
 
 
 def test_an_open_model_does_not_lose_what_it_was_opened_without(towers):
