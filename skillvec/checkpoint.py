@@ -575,6 +575,7 @@ def _of_headers(headers: Mapping[str, Header], what: str, notes: tuple[str, ...]
     metadata = next(iter(headers.values())).metadata
     if is_of_ranks(headers):
         made = of_ranks(headers, what)
+        metadata = {key: said for key, said in metadata.items() if not key.startswith("DCP_")}
         return Opened(made.tensors, metadata, made.kind, notes=(*notes, *made.notes))
     tensors: dict[str, Source] = {}
     labels: dict[str, dict[str, str]] = {}

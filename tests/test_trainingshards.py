@@ -284,6 +284,7 @@ def test_safetensors_of_ranks_are_put_together(tmp_path: Path, rank_of, world: i
     opened = open_checkpoint(tmp_path, "tuned")
     assert_same(opened, tensors())
     assert opened.kind == "DCP safetensors" and not opened.is_plain
+    assert opened.metadata == {"format": "pt"}  # what is written of it is no part
     (note,) = opened.facts["notes"]
     assert f"shards of {world} ranks" in note
     # an index cannot say in which files a tensor is, but it can say which files there are
