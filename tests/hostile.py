@@ -273,7 +273,8 @@ class VectorTarget(Target):
             with contextlib.suppress(UnicodeDecodeError):
                 text = harm_json(rng, text.encode()).decode("utf-8", "surrogatepass")
         if kind >= 3:
-            tensors = harm_tensors(rng, tensors)
+            with contextlib.suppress(TypeError):  # a shape that was harmed before is none
+                tensors = harm_tensors(rng, tensors)
         with contextlib.suppress(Exception):
             if rng.randrange(12):
                 text = sealed(json.loads(text), text, [tensors])
