@@ -184,10 +184,11 @@ def fitting(
             else:
                 said = f"{name} {list(spec.shape)}: only in the target"
                 problems["only in the target"].append(said)
+    partners = {of: head for head, of in vector.untied.items()} | vector.untied
     for name, delta in vector.deltas.items():
         if name in target:
             continue
-        source = vector.untied.get(name, "")
+        source = partners.get(name, "")
         taken = is_selected(name, include, exclude)
         if source in target and target.ties_embeddings is not False:
             if source not in routes and not (taken and _changes(delta)):
@@ -250,10 +251,10 @@ def _untying_problem(target: Checkpoint, head: str, source: str, shape: tuple[in
     said = tied_weights(target.config, len(target))
     if said is None:  # no model of transformers: its config is all there is to go by
         return "" if target.ties_embeddings else "nothing says that the target ties it"
-    if said.get(head) != source:
+    if source != said.get(head) and head != said.get(source):
         return f"the target's model does not tie it to {source}"
     left = tied_weights(untied_config(target.config), len(target))
-    if len(said) > 1 or left is None or head in left:
+    if len(said) > 1 or left != {}:
         return f"the target's config cannot part it alone from {source}"
     return ""
 
@@ -280,7 +281,7 @@ def parted(target: Checkpoint, vector: SkillVector, moves: Mapping[str, DeltaSou
 
 def _moves_apart(vector: SkillVector, taken: Sequence[DeltaSource]) -> bool:
     """Return whether two tensors of the same bytes may differ once they took these deltas."""
-    if len(taken) < 2 or not any(map(_changes, taken)):
+    if len(taken) < 2:
         return any(map(_changes, taken))
     one, other = (delta.spec.name for delta in taken)
     return one != other and not (one in vector.deltas and same_delta(vector, one) == other)

@@ -129,6 +129,22 @@ def test_an_adapter_does_what_peft_merges(
         assert wrong == any("not the model that was trained" in said for said in report.warnings)
 
 
+@pytest.mark.parametrize("kept", ["embeddings", "head"])
+def test_factors_that_are_one_may_be_saved_once(kept: str, tmp_path: Path) -> None:
+    """As a saver does that leaves out what shares its memory; PEFT loads them into both."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", True).save_pretrained(base)
+    train(base, adapter, **lora_of("factors", ["embed_tokens"], True))
+    held = load(adapter / "adapter_model.safetensors")
+    left = "lm_head." if kept == "embeddings" else "embed_tokens."
+    once = {name: weight for name, weight in held.items() if left not in name}
+    assert len(once) == len(held) - 3
+    save(adapter / "adapter_model.safetensors", once)
+    expected = merge(base, adapter, tmp_path / "expected")
+    sv.apply(base, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "gemma"])
 @pytest.mark.parametrize("how", ["whole", "factors"])
 def test_other_families(kind: str, how: str, tmp_path: Path) -> None:
@@ -399,6 +415,57 @@ def test_a_switch_for_more_than_one_weight_is_left_alone(tmp_path: Path) -> None
     expected = merge(*folders, kind.from_pretrained)
     sv.apply(*folders[:2], tmp_path / "out")
     assert_close(load(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize(
+    ("ties", "said"),
+    [
+        ([{HEAD: EMBED}, {HEAD: EMBED}], "the target's config cannot part it alone"),
+        ([{HEAD: EMBED}, None], "the target's config cannot part it alone"),
+        ([{HEAD: EMBED, "other.bias": "one.bias"}, {}], "the target's config cannot part it alone"),
+        ([{"other.weight": EMBED}, {}], "the target's model does not tie it to"),
+        ([{}, {}], "the target's model does not tie it to"),
+    ],
+)
+def test_a_target_whose_config_cannot_say_it(
+    ties: list[Any], said: str, world: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Classes that tie whatever they are told, or more than the head by the one switch."""
+    answers = iter(ties)
+    monkeypatch.setattr("skillvec.fitting.tied_weights", lambda *given: next(answers))
+    with pytest.raises(sv.IncompatibleError, match=rf"lm_head\.weight \[40, 16\]: {said}"):
+        sv.apply(world / "base", world / "v.safetensors", tmp_path / "out")
+
+
+def test_a_target_with_embeddings_of_another_length(world: Path, tmp_path: Path) -> None:
+    target = model_of("qwen2", True, vocab_size=44).to(torch.bfloat16)
+    target.save_pretrained(tmp_path / "target")
+    said = r"lm_head\.weight \[40, 16\]: model\.embed_tokens\.weight is BF16 \[44, 16\] in the"
+    given = tmp_path / "target", world / "v.safetensors"
+    for rows, match in (("strict", r"target \[44, 16\], vector \[40, 16\]"), ("common", said)):
+        with pytest.raises(sv.IncompatibleError, match=match):
+            sv.apply(*given, tmp_path / "out", rows=rows)
+    sv.apply(*given, tmp_path / "out", rows="skip")
+    assert HEAD not in load(tmp_path / "out")
+    assert config_of(tmp_path / "out") == config_of(tmp_path / "target")
+
+
+def test_a_base_that_stores_the_head_alone(world: Path, tmp_path: Path) -> None:
+    """transformers ties to the one that is there; PEFT goes by what it loaded."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    weights = load(world / "base")
+    weights[HEAD] = weights.pop(EMBED)
+    save(base, weights, config=config_of(world / "base"))
+    train(base, adapter, **lora_of("whole", ["embed_tokens"], False))
+    expected = merge(base, adapter, tmp_path / "expected")
+    sv.apply(base, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected, atol=0.02)
+    assert (bits(load(tmp_path / "out")[EMBED]) == bits(expected[EMBED])).all()
+    assert sv.verify(tmp_path / "out").facts["verified"]
+    # its vector fits a target that stores the embeddings instead
+    vector = sv.diff(adapter, base, tmp_path / "v.safetensors")
+    sv.apply(world / "base", vector, tmp_path / "other")
+    assert_same_bits(tmp_path / "other", tmp_path / "out")
 
 
 def unknown(folder: Path, whole: str, **config: Any) -> tuple[Path, Path]:
