@@ -235,7 +235,8 @@ class SkillVector:
                     deltas[name] = PairDelta(kept, spec, *pair)
                 elif spec.dtype in FLOATS:
                     deltas[name] = found.get(name) or _zero(name, spec.shape)
-            notes = dict.fromkeys(found, f"s B A of {place.ref}")
+            notes = {head: f"untied from {of}" for head, of in untied.items()}
+            notes |= dict.fromkeys(found, f"s B A of {place.ref}")
         digests = [[name, digest_values(spec)] for name, spec in sorted(opened.items())]
         who = digest_bytes(json.dumps([config, digests], sort_keys=True).encode())
         ours = identity(base) if base is not None else _unknown(said or "", opened)

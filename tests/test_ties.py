@@ -249,6 +249,8 @@ def test_a_proof_reads_the_new_head(world: Path, tmp_path: Path) -> None:
 
 def test_the_vector_on_other_targets(world: Path, tmp_path: Path) -> None:
     vector = world / "v.safetensors"
+    plan = sv.diff(world / "adapter", world / "base", tmp_path / "v.safetensors", dry_run=True)
+    assert line_of(plan.report, HEAD)["note"] == f"untied from {EMBED}"
     assert sv.inspect(vector).facts["untied"] == {HEAD: EMBED}
     delta = load(world / "expected")[EMBED].float() - load(world / "base")[EMBED].float()
     # one that is tied as well keeps its own head
