@@ -308,7 +308,8 @@ def plan_apply(
     fitted = laid_out(vector, target, rename, rows)
     routes, passed, ledger, untied = fitting(target, fitted, include, exclude)
     moves = {name: fitted.vector.deltas[source] for name, source in routes.items()}
-    is_untied = bool(untied) or parted(target, vector, moves)
+    named = fitted.vector if vector.adapter else vector  # by the names of its own manifest
+    is_untied = bool(untied) or parted(target, named, moves)
     vector = fitted.vector
     verdict, warnings = verdict_on(fitted.seen, vector)
     heads = {head: under_name(target[source], head) for head, source in untied.items()}
@@ -345,11 +346,7 @@ def plan_apply(
     left: list[tuple[str, str]] = []
     texts: dict[str, str] = {}
     if target.is_folder:
-        floats = {
-            ("" if dtype and name in routes else spec.dtype, dtypes[name])
-            for name, spec in target.items() if spec.dtype in FLOATS
-        }  # fmt: skip
-        written = Written(frozenset(floats), target.kind not in ("safetensors", PICKLES[0]))
+        written = _written(target, dtypes, routes if dtype else ())
         texts = _texts(target, outputs, weight_map, written, is_untied, untied)
         if "config.json" not in texts and not is_of(target.config, written):
             warnings.append(
@@ -408,6 +405,15 @@ def _shards(
         return [(SINGLE, shards[0])]
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     return list(zip(names, shards, strict=True))
+
+
+def _written(target: Checkpoint, dtypes: Mapping[str, str], asked: Container[str]) -> Written:
+    """Return what dtypes the output has, where those of the tensors in `asked` were asked for."""
+    floats = (
+        ("" if name in asked else spec.dtype, dtypes[name])
+        for name, spec in target.items() if spec.dtype in FLOATS
+    )  # fmt: skip
+    return Written(frozenset(floats), target.kind not in ("safetensors", PICKLES[0]))
 
 
 def _texts(

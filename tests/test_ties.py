@@ -363,6 +363,21 @@ def test_a_base_that_stores_what_it_ties(stored: str, how: str, tmp_path: Path) 
         assert sv.verify(tmp_path / out).facts["verified"]
 
 
+def test_an_adapter_without_its_base_on_a_target_that_stores_both(tmp_path: Path) -> None:
+    base, adapter, target = (tmp_path / name for name in ("base", "adapter", "target"))
+    model_of("llama", True).save_pretrained(base)
+    train(base, adapter, **lora_of("factors", ["lm_head"], True))
+    expected = merge(base, adapter, tmp_path / "expected")
+    weights, config = load(base), config_of(base)
+    save(target, weights | {HEAD: weights[EMBED].clone()}, config=config)
+    shutil.rmtree(base)
+    assert sv.SkillVector.open(adapter).adapter is not None
+    report = sv.apply(target, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected | {HEAD: expected[EMBED]})
+    assert config_of(tmp_path / "out") == config
+    assert any("not the model that was trained" in said for said in report.warnings)
+
+
 @pytest.mark.parametrize("apart", [True, False])
 def test_a_difference_that_parts_a_stored_pair_unties_it(apart: bool, tmp_path: Path) -> None:
     """Whatever the vector is: a config that ties two tensors of the file which differ is untrue."""
