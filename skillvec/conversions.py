@@ -31,7 +31,8 @@ def model_of(config: Mapping[str, Any], most_layers: int) -> Any:
     import torch
     import transformers
 
-    said = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
+    said = _decoded(config)
+    said = {k: v for k, v in said.items() if k not in ("model_type", "quantization_config")}
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -44,6 +45,15 @@ def model_of(config: Mapping[str, Any], most_layers: int) -> Any:
             return kind(made)
         auto: Any = transformers.AutoModelForCausalLM
         return auto.from_config(made)
+
+
+def _decoded(value: Any) -> Any:
+    """Return a config with infinities where transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def tied_weights(config: Mapping[str, Any], most_layers: int) -> dict[str, str] | None:

@@ -265,18 +265,22 @@ def parted(target: Checkpoint, vector: SkillVector, moves: Mapping[str, DeltaSou
     `moves` are the deltas that its tensors take. What the config ties and the file holds with other
     bytes, transformers leaves apart.
     """
-    if not target.ties_embeddings:
+    if target.ties_embeddings is False or not target.config:
         return False
     alike: dict[Any, list[str]] = defaultdict(list)
     for name, spec in target.items():
         if len(spec.shape) == 2 and spec.dtype in FLOATS and not numbered(name):
             alike[spec.dtype, spec.shape].append(name)
     pairs = (pair for names in alike.values() for pair in combinations(names, 2))
-    return any(
-        _moves_apart(vector, [moves[name] for name in pair if name in moves])
+    moved = [
+        pair for pair in pairs
+        if _moves_apart(vector, [moves[name] for name in pair if name in moves])
         and same_bytes(target[pair[0]], target[pair[1]])
-        for pair in pairs
-    )
+    ]  # fmt: skip
+    if not moved or target.ties_embeddings:
+        return bool(moved)
+    said = tied_weights(target.config, len(target)) or {}  # what its class does if told nothing
+    return any(said.get(one) == other or said.get(other) == one for one, other in moved)
 
 
 def _moves_apart(vector: SkillVector, taken: Sequence[DeltaSource]) -> bool:

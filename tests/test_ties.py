@@ -157,6 +157,27 @@ def test_other_families(kind: str, how: str, tmp_path: Path) -> None:
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is (how == "factors")
 
 
+def test_a_config_that_holds_infinity_has_a_class_as_well(tmp_path: Path) -> None:
+    """transformers writes {"__float__": "Infinity"} for it, as JSON has none."""
+    sizes = {"num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 4,
+             "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2,
+             "shared_intermediate_size": 40, "layer_types": ["mamba", "attention"]}  # fmt: skip
+    config = transformers.GraniteMoeHybridConfig(
+        **SIZES | sizes | {"num_hidden_layers": 2, "tie_word_embeddings": True}
+    )
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    transformers.GraniteMoeHybridForCausalLM(config).save_pretrained(base)
+    assert config_of(base)["time_step_limit"][1] == {"__float__": "Infinity"}
+    train(base, adapter, **lora_of("whole", ["embed_tokens"], False))
+    expected = merge(base, adapter, tmp_path / "expected")
+    sv.apply(base, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected)
+    assert config_of(tmp_path / "out") == config_of(base) | {"tie_word_embeddings": False}
+    vector = sv.diff(adapter, base, tmp_path / "v.safetensors")
+    found = sv.extract_lora(vector, tmp_path / "lora", rank=2)
+    assert line_of(found, HEAD)["note"].startswith("tied")
+
+
 def test_the_trained_model_is_on_an_untied_copy_of_the_base(tmp_path: Path) -> None:
     """Which is what the warning says, and PEFT advises."""
     base, copy, adapter = (tmp_path / name for name in ("base", "copy", "adapter"))
@@ -396,6 +417,13 @@ def test_a_difference_that_parts_a_stored_pair_unties_it(apart: bool, tmp_path: 
         sv.apply(folders[1], given, tmp_path / out)
         untied = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
         assert config_of(tmp_path / out) == config | (untied if apart else {})
+    # where the config says nothing its class does
+    for kind, tying in (("gemma", True), ("llama", False)):
+        silent = {"model_type": kind, "architectures": [KINDS[kind][1].__name__]} | SIZES
+        (folders[1] / "config.json").write_text(json.dumps(silent))
+        sv.apply(folders[1], vector, tmp_path / kind)
+        untied = {"tie_word_embeddings": False} if apart and tying else {}
+        assert config_of(tmp_path / kind) == silent | untied
 
 
 # --------------------------------------------------------------------------- what nothing tells
