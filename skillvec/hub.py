@@ -159,6 +159,13 @@ def is_recorded(text: str) -> bool:
     return text.startswith(SCHEME) or pinned(text) is not None
 
 
+def may_be(recorded: str, said: str) -> bool:
+    """Return whether a reference with its commit is that of what a user wrote, the same or not."""
+    one, other = _parsed(recorded), _parsed(said)
+    same = one and other and (one.repo, one.member) == (other.repo, other.member)
+    return bool(same) and pinned(recorded) is not None
+
+
 def is_cached(repo: str) -> bool:
     """Return whether some of a repository's files are in the client's cache on this disk."""
     name = f"models--{repo.replace('/', '--')}"

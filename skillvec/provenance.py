@@ -8,12 +8,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from skillvec import hub
 from skillvec.checkpoint import METADATA_KEY, Checkpoint, relocate
 from skillvec.errors import FormatError, UsageError, VerificationError
 from skillvec.merging import OPERATORS
 from skillvec.patch import is_patch
 from skillvec.quantised import LeftOut, nothing_left_out
-from skillvec.rules import parse_recipe
+from skillvec.rules import Recipe, parse_recipe
 from skillvec.storage import refuse_duplicates
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import CHOSEN as SELECTION
@@ -147,16 +148,30 @@ def flags(**options: Any) -> list[str]:
     ]
 
 
-def opened_parents(manifest: dict[str, Any]) -> list[SkillVector]:
-    """Return the vectors that a stored combination was made of, from where its manifest says."""
-    parts = []
-    for parent in manifest["parents"]:
+def opened_parents(manifest: dict[str, Any], recipe: Recipe) -> list[SkillVector]:
+    """Return the vectors that a stored combination was made of, from where its manifest says.
+
+    The recipe has them as they were written, the parents as they were found: on the Hub, at which
+    commit, or on the disk. Raises FormatError where these are not the same.
+    """
+    parts, parents = [], manifest["parents"]
+    if len(recipe.shares) != len(parents):
+        raise FormatError(f"{manifest['formula']:.200}: recipe and parents are not of one number")
+    for share, parent in zip(recipe.shares, parents, strict=True):
         if parent["manifest"] is None and parent["tuned"]:  # a difference that was not stored
             chosen = {key: parent[key] for key in CHOSEN if key in parent}
             tuned, base = (relocate(parent[side], side) for side in ("tuned", "base"))
             parts.append(SkillVector.between(tuned, base, **chosen))
-        else:
-            parts.append(_found(parent["ref"]))
+            continue
+        sides = share.vector.split("::"), parent["ref"].split("::")
+        if len(sides[0]) != len(sides[1]) or not all(
+            ref in (said, f"./{said}") or hub.may_be(ref, said)
+            for said, ref in zip(*sides, strict=True)
+        ):
+            raise FormatError(
+                f"the recipe names {share.vector:.200}, its parent {parent['ref']:.200}: which?"
+            )
+        parts.append(_found(parent["ref"]))
     return parts
 
 
@@ -182,11 +197,8 @@ def parents_of(vector: SkillVector, tuned: Any = None, base: Any = None) -> Skil
     recipe = parse_recipe(manifest["recipe"])
     if recipe.op not in OPERATORS:
         raise UsageError(f"{vector.ref}: made by the operator {recipe.op}, which is not skillvec's")
-    parents = manifest["parents"]
-    if len(recipe.shares) != len(parents):
-        raise FormatError(f"{vector.ref}: recipe and parents are not of one number")
-    parts = opened_parents(manifest)
-    for part, parent in zip(parts, parents, strict=True):
+    parts = opened_parents(manifest, recipe)
+    for part, parent in zip(parts, manifest["parents"], strict=True):
         if part.manifest["identity"] != parent["identity"]:
             raise VerificationError(f"{part.ref} is not the vector that {vector.ref} was made from")
     return SkillVector.combined(parts, recipe)

@@ -177,11 +177,8 @@ def combine(
             manifest = SkillVector.open(recipe).manifest
             if manifest["recipe"] is None:
                 raise UsageError("recipe: this vector is no combination")
-            made, parts = parse_recipe(manifest["recipe"]), opened_parents(manifest)
-            if len(made.shares) != len(parts):
-                raise FormatError(
-                    "recipe: its vectors and the manifest's parents are not one number"
-                )
+            made = parse_recipe(manifest["recipe"])
+            parts = opened_parents(manifest, made)
         else:
             made = parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
             parts = [SkillVector.open(share.vector) for share in made.shares]
