@@ -53,12 +53,15 @@ UNMERGED_KINDS = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE",
     "ADAPTION_PROMPT", "POLY", "XLORA", "LILY", "SHADOW",
 )  # fmt: skip
-UNMERGED_KEYS = ("alora_invocation_tokens", "arrow_config")
+# nor these of LoRA; it adds up replicated layers, which share their weights, and gets another model
+UNMERGED_KEYS = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 NOT_A_SUM = {  # keys of adapter_config.json that, if set, make something else of LoRA
-    "use_dora": "DoRA scales the rows of the sum", "lora_bias": "the factors have biases",
+    "use_dora": "DoRA scales the rows of the sum",
+    "lora_bias": "the factors have biases, which PEFT merges where the base's layer has one",
     "alora_invocation_tokens": "activated LoRA holds for some tokens only",
     "trainable_token_indices": "trainable tokens replace rows",
-    "layer_replication": "layers are replicated", "use_qalora": "QA-LoRA pools its inputs",
+    "layer_replication": "layers are replicated, and each copy has a sum of its own",
+    "use_qalora": "QA-LoRA pools its inputs",
     "use_bdlora": "its factors are block-diagonal", "arrow_config": "Arrow routes tokens",
     "kasa_config": "KaSA truncates the base", "monteclora_config": "its factors are sampled",
     "velora_config": "VeLoRA keeps more than factors", "megatron_config": "layers of Megatron",

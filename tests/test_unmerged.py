@@ -146,6 +146,23 @@ def test_lora_that_is_not_merged_is_not_sent_to_be(
     assert ("merge_and_unload" in told) == merges and (UNMERGED in told) != merges
 
 
+def test_replicated_layers_are_not_sent_to_be_merged(tmp_path: Path) -> None:
+    """Their copies share weights: PEFT merges without a word, and its model is another one."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 2], [1, 2]])
+    tuned = get_peft_model(llama(), lora).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1 * torch.randn(parameter.shape)
+        tuned.save_pretrained(tmp_path / "ad")
+        tokens = torch.arange(6)[None]
+        live = tuned(tokens).logits
+        merged = tuned.merge_and_unload()(tokens).logits
+    assert (live - merged).abs().max() > 0.01 * live.abs().max()
+    told = refusal(IncompatibleError, lambda: sv.SkillVector.open(tmp_path / "ad"))
+    assert "layer_replication" in told and UNMERGED in told and "merge_and_unload" not in told
+
+
 def test_ranks_that_the_config_has_lost_are_mended_there(tmp_path: Path) -> None:
     """add_weighted_adapter keeps the factors of a rank_pattern, and not the pattern."""
     base = llama()
