@@ -30,7 +30,7 @@ OLD = "weights of the target as they were"
 STRAY = "an index of files that stay behind"
 # of transformers, accelerate, DeepSpeed, Megatron, FSDP and verl
 STATE_FILE = re.compile(
-    r"(distrib_|model_)?optim(izer)?s?([-_.]\w+)*\.(pt|pth|bin|safetensors)"
+    r"(distrib_|model_)?optim(izer)?s?([-_.][\w.-]*)?\.(pt|pth|bin|safetensors)"
     r"|((lr_)?scheduler|scaler|sampler|dl_state_dict|rng_state|random_states)(_\d+)*\.(pt|pth|bin|pkl)"
     r"|.+_(optim|model)_states\.pt|(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt"
     r"|pytorch_model_fsdp(_\d+)?(_rank\d+)?\.bin"

@@ -12,10 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 from families import perturbed, save, toy
 from hubserver import HubServer
-from objectserver import ObjectServer
 
 import skillvec
-from skillvec import engine, outputs, page, publishing
+from skillvec import engine, objects, outputs, page, publishing
 from skillvec.cli import main
 from skillvec.errors import OutputError, UsageError
 
@@ -218,19 +217,16 @@ def test_a_name_or_a_folder_that_cannot_be_is_refused(verb: str, commands, unrea
 
 
 def test_what_goes_to_a_url_is_made_on_this_disk(inputs: Path, small, monkeypatch, tmp_path: Path):
-    with ObjectServer() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        server.ask("PUT", "bucket")
-        small(9_000)
-        words = ("apply", inputs / "target", inputs / "v.safetensors", "-o", "s3://bucket/out")
-        for more in (["--dry-run"], []):
-            told = run(*words, *more)
-            assert told.exit_code == 1 and f"on the disk of {tmp_path}" in told.stderr
-        assert not server.keys("bucket")
-        small(FREE)
-        assert json.loads(run(*words, "--dry-run", "--json").stdout)["nbytes_free"] == FREE
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}/out"
+    small(9_000)
+    words = ("apply", inputs / "target", inputs / "v.safetensors", "-o", url)
+    for more in (["--dry-run"], []):
+        told = run(*words, *more)
+        assert told.exit_code == 1 and f"on the disk of {tmp_path}" in told.stderr
+    assert objects.names(url) is None
+    small(FREE)
+    assert json.loads(run(*words, "--dry-run", "--json").stdout)["nbytes_free"] == FREE
 
 
 def test_pull_needs_the_room_of_all_files(inputs: Path, small, monkeypatch, tmp_path: Path):
