@@ -244,7 +244,7 @@ class VectorTarget(Target):
         tensors["odd"] = torch.full((300,), 3e38).bfloat16()
         tuned = perturbed(tensors, 1, density=0.3)
         tuned["odd"][::7] = -0.0  # exceptions and replacements
-        tuned["model.norm.weight"][0] = float("inf")
+        tuned["model.norm.weight"][0] = -0.0
         self.base = save(self.folder / "base", tensors)
         self.tuned = save(self.folder / "tuned", tuned)
         self.near = save(self.folder / "near", perturbed(tensors, 3))

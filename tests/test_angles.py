@@ -14,6 +14,7 @@ from oracle import round_to
 from scipy import stats
 
 import skillvec as sv
+from skillvec.errors import NonfiniteError
 
 Deltas = dict[str, np.ndarray | torch.Tensor]
 
@@ -199,7 +200,9 @@ def test_hidden_zeros_are_no_support(tmp_path: Path) -> None:
     for name, values in (("base", base), ("tuned", tuned), ("other", other)):
         save(tmp_path / name, {"x": values})
     refs = [f"{tmp_path / side}::{tmp_path / 'base'}" for side in ("tuned", "other")]
-    report = sv.orthogonality(*refs)
+    with pytest.raises(NonfiniteError, match="x: 1 of 40 values"):  # the NaN is the same in both
+        sv.orthogonality(*refs)
+    report = sv.orthogonality(*refs, allow_nonfinite=True)
     row = rows(report)["overall", ""]
     assert (row["density_a"], row["density_b"]) == (10 / 40, 12 / 40)
     assert row["jaccard"] == 6 / 16

@@ -12,7 +12,7 @@ from families import assert_same_bits, from_bits, load, perturbed, save, toy
 import skillvec as sv
 from skillvec import engine, running
 from skillvec import plan as plans
-from skillvec.errors import OutputError
+from skillvec.errors import NonfiniteError, OutputError
 from skillvec.plan import plan_apply
 
 Weights = dict[str, torch.Tensor]
@@ -232,9 +232,11 @@ def test_values_that_no_difference_restores_come_through_a_new_name(tmp_path: Pa
              "decoder.x": from_bits(patterns, "BF16")}  # fmt: skip
     folders = save(tmp_path / "rl", tuned), save(tmp_path / "base", base)
     rule = [r"^decoder\.=model."]
-    vector = sv.diff(*folders, tmp_path / "v.safetensors", rename=rule)
+    with pytest.raises(NonfiniteError, match=r"model\.w: 2 of 4 values"):  # infinity against 1
+        sv.diff(*folders, tmp_path / "v.safetensors", rename=rule)
+    vector = sv.diff(*folders, tmp_path / "v.safetensors", rename=rule, allow_nonfinite=True)
     assert vector.manifest["exactness"]["replacements"] > 0
-    sv.apply(folders[1], vector, tmp_path / "out")
+    sv.apply(folders[1], vector, tmp_path / "out", allow_nonfinite=True)
     renamed = {name.replace("decoder.", "model."): t for name, t in tuned.items()}
     assert_same_bits(load(tmp_path / "out"), renamed)
 

@@ -343,6 +343,10 @@ def test_json_stays_json_where_numbers_are_not_finite(tmp_path: Path):
         ("diff", left, right, "-o", v), ("inspect", v), ("apply", right, v, "-o", tmp_path / "out"),
         ("orthogonality", v, v), ("verify", v), ("verify", tmp_path / "out"),
     ):  # fmt: skip
+        if arguments[0] in ("diff", "apply", "orthogonality"):
+            refused = run(*arguments, "--json")
+            assert refused.exit_code == 3 and "3 of 24 values" in refused.output, refused.output
+            arguments = (*arguments, "--allow-nonfinite")
         result = run(*arguments, "--json")
         assert result.exit_code == 0, result.output
         strict(result.stdout)

@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base[name] = (torch.from_numpy(noise) * 0.02).bfloat16()
     sides = {"base": base, "tuned": perturbed(base, 1, density=0.3), "sft": perturbed(base, 2)}
     odd = bits(sides["tuned"]["long"]).copy()
-    odd[[0, BLOCK_NUMEL]] = 0x8000, 0x7FC1  # -0 and a NaN: what no difference restores
+    odd[[0, BLOCK_NUMEL]] = 0x8000  # -0: what no difference restores
     sides["tuned"]["long"] = from_bits(odd, "BF16", (odd.size,))
     for name, tensors in sides.items():
         save(folder / name, tensors)
@@ -155,7 +155,7 @@ class TestEngine:
         [
             ("target", {"lam": 0.7}),
             ("target", {"lam": 0.7, "rounding": "stochastic", "seed": 5}),
-            ("base", {"lam": 1.0}),  # replacements: blocks that wait for the digest
+            ("base", {"lam": 1.0}),  # replacements: blocks that a digest decides
             ("target", {"lam": 1.0, "dtype": "fp32"}),
             ("target", {"exclude": ["long"]}),
         ],

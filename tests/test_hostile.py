@@ -30,7 +30,13 @@ import skillvec
 from skillvec import cards, hub, rules
 from skillvec.adapters import open_adapter
 from skillvec.checkpoint import open_checkpoint
-from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    NonfiniteError,
+    SkillvecError,
+    UsageError,
+)
 from skillvec.pickles import Stored, load_pickle
 from skillvec.storage import TensorSpec, digest_bytes, read_bytes, read_header
 from skillvec.trainingshards import _assemble
@@ -427,10 +433,11 @@ def test_signalling_nans_are_refused_without_a_warning(tmp_path: Path) -> None:
     base = save(tmp_path / "base", {"q.weight": torch.ones(8, 6)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        said = refused(
-            lambda: SkillVector.between(folder, base).save(tmp_path / "v.safetensors"), tmp_path
-        )
-    assert "NaN" in said
+        vector, output = SkillVector.between(folder, base), tmp_path / "v.safetensors"
+        said = refused(lambda: vector.save(output), tmp_path, NonfiniteError)
+        saved = vector.save(output, allow_nonfinite=True)
+    assert "not finite" in said and "q.weight: 48 of 48 values" in said
+    assert saved.manifest["tensors"]["q.weight"]["nonfinite"] == 48
 
 
 # --------------------------------------------------------------------------------------- pickles

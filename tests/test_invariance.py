@@ -15,6 +15,7 @@ from skillvec.operators import SAMPLE
 from skillvec.vectorfile import BLOCK_NUMEL
 
 WORKERS = (1, 2, 5)
+WILD = {"allow_nonfinite": True}  # of what is planted below
 SIZES = {
     "one": (1,),
     "short": (BLOCK_NUMEL - 1,),
@@ -60,7 +61,8 @@ def whole_files(path: Path) -> dict[str, str]:
 def merged(big: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the difference, taken as it is added, makes of the target: no codec has touched it."""
     out = tmp_path_factory.mktemp("merged") / "out"
-    sv.apply(big / "target", None, out, tuned=big / "tuned", base=big / "base", lam=0.7)
+    sv.apply(big / "target", None, out, tuned=big / "tuned", base=big / "base", lam=0.7,
+             **WILD)  # fmt: skip
     return {file.name: tensor_data(file) for file in sorted(out.glob("*.safetensors"))}
 
 
@@ -80,7 +82,7 @@ def test_vector_files_are_identical_byte_by_byte(
     for workers in WORKERS:
         path = tmp_path / str(workers) / "v.safetensors"
         path.parent.mkdir()
-        options = {"codec": codec, "max_shard_size": size, "workers": workers}
+        options = {"codec": codec, "max_shard_size": size, "workers": workers, **WILD}
         vector = sv.diff(big / "tuned", big / "base", path, **options)
         found.append(whole_files(path))
         assert vector.manifest["exactness"]["claim"] == "bitwise"
@@ -89,22 +91,23 @@ def test_vector_files_are_identical_byte_by_byte(
     assert (len(found[0]) > 2) == (size != "5GB")
     used = {entry["codec"] for entry in vector.manifest["tensors"].values()}
     assert (codec if codec != "auto" else "packed") in used
-    sv.apply(big / "target", vector, tmp_path / "out", lam=0.7, workers=2)
+    sv.apply(big / "target", vector, tmp_path / "out", lam=0.7, workers=2, **WILD)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert {file.name: tensor_data(file) for file in files} == merged
-    sv.apply(big / "base", vector, tmp_path / "back", workers=5)
+    sv.apply(big / "base", vector, tmp_path / "back", workers=5, **WILD)
     assert_same_bits(tmp_path / "back", big / "tuned")
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_merged_files_and_reports_are_identical(rounding: str, big: Path, tmp_path: Path) -> None:
-    vector = sv.diff(big / "tuned", big / "base", tmp_path / "v.safetensors")
+    vector = sv.diff(big / "tuned", big / "base", tmp_path / "v.safetensors", **WILD)
     found, reports = [], []
     for workers in WORKERS:
         out = tmp_path / str(workers)
         report = sv.apply(
-            big / "target", vector, out, lam=0.7, rounding=rounding, seed=5, workers=workers
-        )
+            big / "target", vector, out, lam=0.7, rounding=rounding, seed=5, workers=workers,
+            **WILD,
+        )  # fmt: skip
         found.append(whole_files(out))
         reports.append((report.ledger, report.facts["gain"], report.facts["cosine"]))
     assert found[0] == found[1] == found[2]
@@ -116,16 +119,17 @@ def test_a_second_run_writes_the_same_bytes_and_a_seed_others(big: Path, tmp_pat
     found = []
     for number, seed in enumerate((1, 1, 2)):
         out = tmp_path / str(number)
-        sv.apply(big / "target", vector, out, lam=0.7, rounding="stochastic", seed=seed)
+        sv.apply(big / "target", vector, out, lam=0.7, rounding="stochastic", seed=seed,
+                 **WILD)  # fmt: skip
         found.append(load(out))
     assert_same_bits(found[0], found[1])
     assert not torch.equal(found[0]["three"], found[2]["three"])
 
 
 def test_orthogonality_gives_the_same_digits(big: Path, tmp_path: Path) -> None:
-    stored = sv.diff(big / "tuned", big / "base", tmp_path / "v.safetensors")
+    stored = sv.diff(big / "tuned", big / "base", tmp_path / "v.safetensors", **WILD)
     pair = f"{big / 'target'}::{big / 'base'}"
-    found = [sv.orthogonality(stored, pair, workers=w).facts["pairs"] for w in WORKERS]
+    found = [sv.orthogonality(stored, pair, workers=w, **WILD).facts["pairs"] for w in WORKERS]
     assert found[0] == found[1] == found[2]  # == on floats: every digit
 
 
@@ -163,7 +167,7 @@ def test_realised_gain_and_cosine_are_numpys(lam: float, big: Path, tmp_path: Pa
     values to four digits (bf16 differences, fp32 sums), and numpy's on all values to 3 %.
     """
     vector = sv.diff(big / "tuned", big / "base")
-    report = sv.apply(big / "target", vector, tmp_path / "out", lam=lam)
+    report = sv.apply(big / "target", vector, tmp_path / "out", lam=lam, **WILD)
     out, sides = load(tmp_path / "out"), [load(big / s) for s in ("target", "tuned", "base")]
     lines = {line["name"]: line for line in report.ledger}
     sums = np.zeros(3)

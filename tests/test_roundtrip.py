@@ -24,10 +24,12 @@ from hypothesis import strategies as st
 
 import skillvec as sv
 from skillvec.cli import main
+from skillvec.errors import NonfiniteError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CODECS = ("dense", "sparse", "packed", "auto")
 INDEX = "vector.safetensors.index.json"
+WILD = {"allow_nonfinite": True}  # of tests that plant NaN and infinities
 
 
 @pytest.fixture(autouse=True)
@@ -159,8 +161,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_models_of_every_kind_come_back_bit_for_bit(pair, tmp_path: Path) -> None:
     model_class, base, tuned = pair
     assert len(list(tuned.glob("*.safetensors"))) > 1
-    vector = sv.diff(tuned, base, tmp_path / "skill.safetensors")
-    report = sv.apply(base, vector, tmp_path / "merged")
+    vector = sv.diff(tuned, base, tmp_path / "skill.safetensors", **WILD)
+    report = sv.apply(base, vector, tmp_path / "merged", **WILD)
     assert report.facts["verdict"] == "exact base"
     assert_same_bits(tmp_path / "merged", tuned)
     assert sv.verify(tmp_path / "skill.safetensors").facts["verified"]
@@ -168,10 +170,10 @@ def test_models_of_every_kind_come_back_bit_for_bit(pair, tmp_path: Path) -> Non
     assert vector.manifest["exactness"]["replacements"] >= 4  # of those planted
     for codec, size in (("dense", "5GB"), ("sparse", "5GB"), ("packed", "9KB")):
         path = tmp_path / f"{codec}.safetensors"
-        stored = sv.diff(tuned, base, path, codec=codec, max_shard_size=size)
+        stored = sv.diff(tuned, base, path, codec=codec, max_shard_size=size, **WILD)
         assert path.is_dir() == (size != "5GB")
         assert {e["codec"] for e in stored.manifest["tensors"].values()} >= {codec}
-        sv.apply(base, stored, tmp_path / codec)
+        sv.apply(base, stored, tmp_path / codec, **WILD)
         assert tensor_data(tmp_path / codec) == tensor_data(tmp_path / "merged")
 
     names = {path.name for path in base.iterdir()}
@@ -194,7 +196,7 @@ def test_models_of_every_kind_come_back_bit_for_bit(pair, tmp_path: Path) -> Non
 def test_the_target_keeps_its_own_shards(pair, tmp_path: Path) -> None:
     """The other way round: base - tuned onto the many shards of tuned."""
     _, base, tuned = pair
-    sv.apply(tuned, sv.diff(base, tuned), tmp_path / "merged")
+    sv.apply(tuned, sv.diff(base, tuned), tmp_path / "merged", **WILD)
     assert_same_bits(tmp_path / "merged", base)
     for file in tuned.iterdir():
         written = tmp_path / "merged" / file.name
@@ -211,7 +213,7 @@ def test_a_vector_is_never_loaded_as_weights(pair, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_bytes((base / "config.json").read_bytes())
     file = tmp_path / "folder" / "skill.safetensors"
-    sv.diff(tuned, base, file)
+    sv.diff(tuned, base, file, **WILD)
     with pytest.raises(OSError):
         model_class.from_pretrained(tmp_path / "folder")
     with pytest.raises((OSError, ValueError)):
@@ -222,15 +224,30 @@ def test_a_vector_is_never_loaded_as_weights(pair, tmp_path: Path) -> None:
 
 
 def round_trip(
-    tmp_path: Path, base: dict, tuned: dict, codec: str = "auto", size: str = "5GB", **apply_with
-) -> tuple[dict, dict]:
-    """Diff and apply to the base in new folders; return merged tensors and the manifest."""
+    tmp_path: Path, base: dict, tuned: dict, codec: str = "auto", size: str = "5GB",
+    kept: str = "auto", wild: bool = False, **apply_with,
+) -> tuple[dict, dict]:  # fmt: skip
+    """Diff and apply to the base in new folders; return merged tensors and the manifest.
+
+    `kept` is the dtype of the vector. `wild` models differ in NaN or infinities: refused without
+    leave, and taken with it.
+    """
     number = len(list(tmp_path.iterdir()))
     folder = tmp_path / f"round-{number}"
     save(folder / "base", base)
     save(folder / "tuned", tuned, shards=min(2, len(tuned)))
     path = folder / "v.safetensors"
-    vector = sv.diff(folder / "tuned", folder / "base", path, codec=codec, max_shard_size=size)
+    sides = folder / "tuned", folder / "base"
+    options = {"codec": codec, "max_shard_size": size, "dtype": kept}
+    if wild:
+        with pytest.raises(NonfiniteError):
+            sv.diff(*sides, path, **options)
+        options |= WILD
+    vector = sv.diff(*sides, path, **options)
+    if wild:
+        with pytest.raises(NonfiniteError):
+            sv.apply(folder / "base", vector, folder / "merged", **apply_with)
+        apply_with |= WILD
     sv.apply(folder / "base", vector, folder / "merged", **apply_with)
     sv.verify(path)
     sv.verify(folder / "merged")
@@ -260,8 +277,9 @@ def test_planted_zeros_nans_and_infinities_come_back(
     base, tuned = planted(dtype)
     quiet = toy(dtype=dtype)
     found, manifest = round_trip(
-        tmp_path, {"wild": base, **quiet}, {"wild": tuned, **perturbed(quiet)}, codec, size
-    )
+        tmp_path, {"wild": base, **quiet}, {"wild": tuned, **perturbed(quiet)}, codec, size,
+        wild=True,
+    )  # fmt: skip
     assert_same_bits(found, {"wild": tuned, **perturbed(quiet)})
     assert (len(manifest["side"]) > 1) == (size != "5GB")
     assert manifest["exactness"]["claim"] == "bitwise"
@@ -297,10 +315,10 @@ def test_any_pair_comes_back_through_any_codec(sides, codec: str, size: str, wor
         save(place / "base", base)
         save(place / "tuned", tuned)
         path = place / "v.safetensors"
-        options = {"codec": codec, "max_shard_size": size, "workers": workers}
+        options = {"codec": codec, "max_shard_size": size, "workers": workers, **WILD}
         vector = sv.diff(place / "tuned", place / "base", path, **options)
         assert vector.manifest["exactness"]["unrestored"] == 0
-        sv.apply(place / "base", path, place / "merged", workers=workers)
+        sv.apply(place / "base", path, place / "merged", workers=workers, **WILD)
         assert_same_bits(place / "merged", tuned)
         for name, (delta, positions, _) in reader.read_vector(path)[1].items():
             expected = oracle.round_to(oracle.delta(tuned[name], base[name]), "F32").numpy()
@@ -328,30 +346,52 @@ def test_replacements_hold_on_the_exact_base_at_lam_one_only(tmp_path: Path) -> 
     other = from_bits(np.array([0x4040, 0x3F00, 0x0000], np.uint16), "BF16")  # 3, .5, 0
     for name, tensor in (("base", base), ("tuned", tuned), ("other", other)):
         save(tmp_path / name, {"x": tensor})
-    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors", **WILD)
     assert vector.manifest["exactness"]["replacements"] == 2
-    sv.apply(tmp_path / "base", vector, tmp_path / "exact")
-    sv.apply(tmp_path / "other", vector, tmp_path / "near")
-    sv.apply(tmp_path / "base", vector, tmp_path / "half", lam=0.5)
-    sv.apply(tmp_path / "base", 2 * vector, tmp_path / "scaled", lam=0.5)
+    sv.apply(tmp_path / "base", vector, tmp_path / "exact", **WILD)
+    sv.apply(tmp_path / "other", vector, tmp_path / "near", **WILD)
+    sv.apply(tmp_path / "base", vector, tmp_path / "half", lam=0.5, **WILD)
+    sv.apply(tmp_path / "base", 2 * vector, tmp_path / "scaled", lam=0.5, **WILD)
     found = {n: bits(load(tmp_path / n)["x"]).tolist() for n in ("exact", "near", "half", "scaled")}
     assert found["exact"] == found["scaled"] == [0x7FC0, 0x4000, 0x8000]
     assert found["near"] == [0x4040, 0x3FC0, 0x0000]
     assert found["half"] == [0x4040, 0x3FC0, 0x0000]
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0])
-def test_fp32_says_how_much_it_restores(size: float, tmp_path: Path) -> None:
-    """What the manifest states is what an integer comparison of the written file counts."""
+def far(size: float) -> tuple[dict, dict]:
+    """Return an fp32 base and a tuned model with differences of `size`, -0, infinity and NaN."""
     base = toy(dtype="F32")
     tuned = perturbed(base, size=size)
     tuned["model.norm.weight"][:3] = torch.tensor([-0.0, float("inf"), float("nan")])
-    found, manifest = round_trip(tmp_path, base, tuned)
+    return base, tuned
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_fp32_comes_back_bit_for_bit(size: float, tmp_path: Path) -> None:
+    """What base + fp32 difference misses, by numpy, are the replacements, and no more."""
+    base, tuned = far(size)
+    found, manifest = round_trip(tmp_path, base, tuned, wild=True)
+    assert_same_bits(found, tuned)
+    missed = 0
+    for name, tensor in tuned.items():
+        point, side = base[name].numpy(), tensor.numpy()
+        difference = np.where(np.isfinite(side), side - point, np.float32(0))
+        missed += int(np.count_nonzero(bits(point + difference) != bits(side)))
+    assert manifest["exactness"]["replacements"] == missed > 3
+    assert manifest["exactness"]["unrestored"] == 0
+    assert manifest["exactness"]["claim"] == "bitwise"
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_rounded_to_fp32_it_says_how_much_it_restores(size: float, tmp_path: Path) -> None:
+    """What the manifest states is what an integer comparison of the written file counts."""
+    base, tuned = far(size)
+    found, manifest = round_trip(tmp_path, base, tuned, kept="fp32", wild=True)
     missed = {name: int(np.count_nonzero(bits(found[name]) != bits(tuned[name]))) for name in tuned}
     stated = {name: entry.get("unrestored", 0) for name, entry in manifest["tensors"].items()}
     assert missed == stated
     assert manifest["exactness"]["unrestored"] == sum(missed.values()) > 0
-    assert manifest["exactness"]["claim"] == "partial"
+    assert manifest["exactness"]["claim"] == "rounded"
     for name in tuned:  # what is missed is missed by a rounding of fp32
         steps = oracle.ulps(found[name], tuned[name])
         wide = [oracle.wide(x[name]) for x in (found, tuned, base)]
@@ -364,10 +404,8 @@ def test_bf16_base_with_fp32_tuned_comes_back_as_fp32(tmp_path: Path) -> None:
     base = toy(dtype="BF16")
     tuned = perturbed({name: tensor.float() for name, tensor in base.items()}, size=1e-4)
     found, manifest = round_trip(tmp_path, base, tuned, dtype="fp32")
-    missed = {n: int(np.count_nonzero(bits(found[n]) != bits(tuned[n]))) for n in tuned}
-    assert missed == {n: e.get("unrestored", 0) for n, e in manifest["tensors"].items()}
-    assert sum(missed.values()) < 0.01 * sum(tensor.numel() for tensor in base.values())
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert_same_bits(found, tuned)
+    assert manifest["exactness"]["claim"] == "bitwise"
     rounded, _ = round_trip(tmp_path, base, tuned)  # without dtype: rounded to the base's bf16
     for name in tuned:
         assert oracle.ulps(rounded[name], tuned[name].bfloat16()).max() <= 1
@@ -383,7 +421,7 @@ def test_mixed_dtypes_give_tuned_back_when_its_dtype_is_asked_for(
     tuned = perturbed({n: t.to(TORCH_DTYPE[tuned_dtype]) for n, t in base.items()}, size=0.01)
     tuned["model.norm.weight"][:2] = torch.tensor([-0.0, float("inf")])
     name = {"BF16": "bf16", "F16": "fp16"}[tuned_dtype]
-    found, manifest = round_trip(tmp_path, base, tuned, dtype=name)
+    found, manifest = round_trip(tmp_path, base, tuned, dtype=name, wild=True)
     assert_same_bits(found, tuned)
     assert manifest["exactness"]["claim"] == "bitwise"
     stored = manifest["tensors"]["lm_head.weight"]["dtype"]
@@ -397,9 +435,8 @@ def test_fp64_is_kept_in_fp64(tmp_path: Path) -> None:
     stored = reader.read_vector(next(tmp_path.rglob("v.safetensors")))[1]["x"][0]
     assert manifest["tensors"]["x"]["dtype"] == "F64" and stored.dtype == np.float64
     assert np.array_equal(stored, oracle.delta(tuned["x"], base["x"]))
-    missed = int(np.count_nonzero(bits(found["x"]) != bits(tuned["x"])))
-    assert manifest["tensors"]["x"].get("unrestored", 0) == missed
-    assert_same_bits({"y": found["y"]}, {"y": tuned["y"]})
+    assert_same_bits(found, tuned)
+    assert manifest["exactness"]["claim"] == "bitwise"
 
 
 @pytest.mark.parametrize("size", [1e160, 1e300])
@@ -500,7 +537,8 @@ def test_a_shard_is_no_larger_than_asked_unless_one_tensor_is(
     save(tmp_path / "base", base)
     save(tmp_path / "tuned", tuned)
     path = tmp_path / "v.safetensors"
-    sv.diff(tmp_path / "tuned", tmp_path / "base", path, codec=codec, max_shard_size=size)
+    sides = tmp_path / "tuned", tmp_path / "base"
+    sv.diff(*sides, path, codec=codec, max_shard_size=size, **WILD)
     assert path.is_dir() == (limit < 1 << 20)
     entries = reader.read_vector(path)[0]["tensors"]
     too_large = []
@@ -515,7 +553,7 @@ def test_a_shard_is_no_larger_than_asked_unless_one_tensor_is(
         if file.stat().st_size - own > limit and len(names) > 1:
             too_large.append(f"{file.name}: {file.stat().st_size} with {sorted(names)}")
     assert not too_large, "\n".join(too_large)
-    sv.apply(tmp_path / "base", path, tmp_path / "merged")
+    sv.apply(tmp_path / "base", path, tmp_path / "merged", **WILD)
     assert_same_bits(tmp_path / "merged", tuned)
 
 
@@ -670,11 +708,11 @@ def test_a_vector_written_again_with_another_codec_is_the_same_vector(
     tuned["f16"] = tuned["f16"] * 1.1
     left, right = save(tmp_path / "tuned", tuned), save(tmp_path / "base", base)
     labels = {"method": "grpo", "notes": "as it was", "license": "apache-2.0"}
-    first = sv.diff(left, right, tmp_path / "old.safetensors", codec=old, **labels)
-    sv.apply(right, first, tmp_path / "expected")
+    first = sv.diff(left, right, tmp_path / "old.safetensors", codec=old, **labels, **WILD)
+    sv.apply(right, first, tmp_path / "expected", **WILD)
     for new, size in (("dense", "5GB"), ("sparse", "5GB"), ("packed", "5GB"), ("sparse", "2KB")):
         path = tmp_path / f"{new}{size}.safetensors"
-        again = sv.combine(first, output=path, codec=new, max_shard_size=size)
+        again = sv.combine(first, output=path, codec=new, max_shard_size=size, **WILD)
         own = {"command", "codec", "digest", "side", "tensors", "exactness"}
         for key in set(first.manifest) - own:
             assert again.manifest[key] == first.manifest[key], key
@@ -688,11 +726,11 @@ def test_a_vector_written_again_with_another_codec_is_the_same_vector(
         for name, parts in theirs.items():
             for one, other in zip(mine[name], parts, strict=True):
                 assert one.dtype == other.dtype and one.tobytes() == other.tobytes(), name
-        sv.apply(right, again, tmp_path / f"{new}{size}")
+        sv.apply(right, again, tmp_path / f"{new}{size}", **WILD)
         assert tensor_data(tmp_path / f"{new}{size}") == tensor_data(tmp_path / "expected")
         assert sv.verify(path).facts["verified"]
         direct = tmp_path / f"direct{new}{size}.safetensors"
-        sv.diff(left, right, direct, codec=new, max_shard_size=size, **labels)
+        sv.diff(left, right, direct, codec=new, max_shard_size=size, **labels, **WILD)
         chosen = [
             {n: e["codec"] for n, e in reader.read_vector(x)[0]["tensors"].items()}
             for x in (path, direct)
@@ -798,8 +836,8 @@ def test_one_pass_gives_the_bytes_of_diff_and_apply(
     tuned = {"wild": wild[1], **far, **perturbed(quiet)}
     for name, tensors in (("base", base), ("tuned", tuned), ("target", perturbed(tuned, 9))):
         save(tmp_path / name, tensors, shards=2 if name == "base" else 1)
-    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
-    request = {"lam": lam, "rounding": rounding, "seed": 3}
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors", **WILD)
+    request = {"lam": lam, "rounding": rounding, "seed": 3, **WILD}
     two = sv.apply(tmp_path / onto, vector, tmp_path / "two", **request)
     one = sv.apply(
         tmp_path / onto, None, tmp_path / "one", tuned=tmp_path / "tuned", base=tmp_path / "base",
@@ -837,8 +875,8 @@ def test_official_libraries_open_every_file_written(tmp_path: Path) -> None:
     wild = planted("F16", 500)
     for name, x in (("base", wild[0]), ("tuned", wild[1])):
         save(tmp_path / name, {"x": x, "y": x[:7].clone(), "z": torch.zeros(0)}, shards=2)
-    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
-    sv.apply(tmp_path / "base", vector, tmp_path / "merged")
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors", **WILD)
+    sv.apply(tmp_path / "base", vector, tmp_path / "merged", **WILD)
     exactness = vector.manifest["exactness"]
     for file in (tmp_path / "v.safetensors", *(tmp_path / "merged").glob("*.safetensors")):
         with safetensors.safe_open(file, "pt") as opened:
