@@ -7,7 +7,7 @@ docs/orthogonality.md has every formula.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from math import copysign, erfc, log1p, sqrt
+from math import copysign, erfc, isfinite, log1p, sqrt
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,11 @@ def realised(
     """Return gain and cosine of what was written against what was asked, lam * delta.
 
     `sums` are |written|^2, <written, delta> and |delta|^2. The gain is the projection
-    <written, lam v> / |lam v|^2: 1 where everything arrived. None where nothing was asked, and for
-    the cosine where nothing was written.
+    <written, lam v> / |lam v|^2: 1 where everything arrived. None where nothing was asked, or
+    squares left fp64, and for the cosine where nothing was written.
     """
     written_sq, written_dot_delta, delta_sq = (float(value) for value in sums)
-    if lam == 0 or delta_sq == 0:
+    if lam == 0 or delta_sq == 0 or not isfinite(written_sq * delta_sq):
         return None, None
     gain = written_dot_delta / (lam * delta_sq)
     if written_sq == 0:

@@ -23,6 +23,7 @@ from skillvec.storage import ITEMSIZE, LEAF_NBYTES, TensorSpec, allocate, leaf_d
 from skillvec.vectorfile import BLOCK_NUMEL, REPLACEMENT, BlockReader, StoredDelta, block_count
 
 NO_RECORDS: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)
+TUNED, BASE, LOST = 1, 2, 4  # of a value without a finite delta: which sides are not finite
 VIEW = ".view"  # what the role of a delta read through a view has more
 
 
@@ -49,8 +50,8 @@ class Block:
     `leaves` collect the digests of the tensor by role, in the place of each block, `seen` those of
     the tensors that views read, by name. `subtracted` is what was found when the first delta is a
     pair, for which the bits `casts` of operators.CASTS are looked for. `tuned_nonfinite` and
-    `base_nonfinite` add up over all pairs that the block reads; `lost_at` are positions where a
-    delta is not finite, and counts as 0.
+    `base_nonfinite` add up over all pairs that the block reads; `lost_codes` are LOST with
+    the sides that are why where what it reads has no finite delta, which is 0 there; or None.
     """
 
     index: int
@@ -64,12 +65,12 @@ class Block:
     casts: int = 0
     tuned_nonfinite: int = 0
     base_nonfinite: int = 0
-    lost_at: list[npt.NDArray[np.uint32]] = field(default_factory=list)
+    lost_codes: npt.NDArray[np.uint8] | None = None
 
     @property
-    def lost(self) -> npt.NDArray[np.uint32]:
-        """The positions in the block where what it reads has no finite delta, each once."""
-        return np.unique(np.concatenate(self.lost_at)) if self.lost_at else NO_POSITIONS
+    def lost(self) -> int:
+        """How many values have no finite delta."""
+        return 0 if self.lost_codes is None else int(np.count_nonzero(self.lost_codes))
 
     @property
     def begin(self) -> int:
@@ -120,39 +121,50 @@ class Block:
 
     def _computed(self, source: ComputedDelta, role: str) -> Delta:
         values = self.read(role, source.source)
-        self._forget_nonfinite(values)
+        wrong = ~np.isfinite(values)
+        if wrong.any():
+            self.lose(np.flatnonzero(wrong))
+            values[wrong] = 0
         values += 0  # no negative zeros
         return Delta(values, source.source.dtype)
 
-    def _forget_nonfinite(self, values: Array) -> None:
-        """Count what is not finite in a delta, and set it to 0."""
-        wrong = ~np.isfinite(values)
-        if wrong.any():
-            self.lost_at.append(np.flatnonzero(wrong).astype(np.uint32))
-            values[wrong] = 0
+    def lose(self, at: Array, sides: Array | int = 0) -> None:
+        """Note positions without a finite delta, and which sides are not finite there."""
+        if self.lost_codes is None:
+            self.lost_codes = np.zeros(self.size, np.uint8)
+        self.lost_codes[at] |= np.uint8(LOST) | np.asarray(sides, np.uint8)
 
     def _viewed(self, source: ViewDelta, role: str) -> Delta:
         """Put a delta together from those of another layout, each decoded where it is needed."""
-        values = self.array(role, source.spec.dtype)
-        held: dict[tuple[str, int], Array] = {}  # the last block that was decoded
+        held: dict[tuple[str, int], tuple[Block, Array]] = {}  # the last one that was decoded
+        lost = False
 
         def read(part: DeltaSource, begin: int, out: Array) -> None:
+            nonlocal lost
             while out.size:
-                index = begin // BLOCK_NUMEL
-                key = part.spec.name, index
-                if key not in held:
+                index, at = divmod(begin, BLOCK_NUMEL)
+                if (part.spec.name, index) not in held:
                     leaves = self.seen.setdefault(part.spec.name, {})
                     block = Block(index, part.spec.numel, self.workspace, self.readers, leaves)
-                    held.clear()
                     wide = block.delta(part, f"{role}{VIEW}")[0].wide(0, block.size)
-                    wide[block.lost] = np.nan  # counted where it is wanted
-                    held[key] = wide
-                wide = held[key][begin - index * BLOCK_NUMEL :][: out.size]
-                out[: wide.size] = wide
-                begin, out = begin + wide.size, out[wide.size :]
+                    lost |= block.lost_codes is not None
+                    held.clear()
+                    held[part.spec.name, index] = block, wide
+                block, wide = held[part.spec.name, index]
+                found = block.lost_codes if out.dtype == np.uint8 else wide
+                count = min(out.size, block.size - at)
+                out[:count] = 0 if found is None else found[at : at + count]
+                begin, out = begin + count, out[count:]
 
+        values = self.array(role, source.spec.dtype)
         source.view.fill(self.begin, values, read)
-        self._forget_nonfinite(values)
+        if lost:  # once more, for where in this layout
+            codes = np.zeros(self.size, np.uint8)
+            source.view.fill(self.begin, codes, read)
+            at = np.flatnonzero(codes)
+            self.lose(at, codes[at])
+            self.tuned_nonfinite += int(np.count_nonzero(codes & TUNED))
+            self.base_nonfinite += int(np.count_nonzero(codes & BASE))
         return Delta(values, source.spec.dtype)
 
     def _difference(self, source: PairDelta, role: str) -> tuple[Delta, npt.NDArray[Any]]:
@@ -180,7 +192,10 @@ class Block:
         self.tuned_nonfinite += found.nonfinite[0]
         self.base_nonfinite += found.nonfinite[1]
         if found.lost.size:
-            self.lost_at.append(found.lost)
+            sides = [(tuned, source.tuned.dtype, TUNED), (base, source.base.dtype, BASE)]
+            codes = [where * operators.are_nonfinite(values[found.lost], dtype)
+                     for values, dtype, where in sides]  # fmt: skip
+            self.lose(found.lost, codes[0] | codes[1])
         if role == "delta0":
             self.subtracted = found
         records = np.zeros(found.replaced.size, REPLACEMENT)
@@ -225,25 +240,30 @@ class Block:
 
 
 def pieces_of(
-    source: DeltaSource | Source, readers: Mapping[str, BlockReader], allow_nonfinite: bool = False
+    source: DeltaSource | Source,
+    readers: Mapping[str, BlockReader],
+    lost: dict[str, int] | None = None,
 ) -> Iterator[tuple[int, Array]]:
     """Yield begin and values, in fp32 or fp64, of the pieces of a delta or a tensor of a model.
 
-    Where a delta is not finite the values are 0; NonfiniteError is raised behind the last of them.
+    Where a delta is not finite the values are 0. `lost` takes how many that are, by name; without
+    it NonfiniteError is raised behind the last piece.
     """
     spec = source if isinstance(source, TensorSpec | Derived) else source.spec
-    workspace, lost = Workspace(), 0
+    workspace, count = Workspace(), 0
     for index in range(block_count(spec.numel)):
         block = Block(index, spec.numel, workspace, readers, {})
         if isinstance(source, TensorSpec | Derived):
             delta = Delta(block.read("point", source), source.dtype)
         else:
             delta = block.delta(source, "delta0")[0]
-        lost += block.lost.size
+        count += block.lost
         for begin in range(0, block.size, STEP):
             yield block.begin + begin, delta.wide(begin, min(begin + STEP, block.size))
-    if lost and not allow_nonfinite:
-        raise NonfiniteError(f"{spec.name}: {lost} of {spec.numel} differences are not finite")
+    if count and lost is None:
+        raise NonfiniteError(f"{spec.name}: {count} of {spec.numel} differences are not finite")
+    if count and lost is not None:
+        lost[spec.name] = count
 
 
 def add_values(
@@ -254,5 +274,5 @@ def add_values(
 
     Where a delta is not finite it counts as 0: who runs its jobs has counted and refused that.
     """
-    for begin, values in pieces_of(source, readers, allow_nonfinite=True):
+    for begin, values in pieces_of(source, readers, {}):
         out[begin : begin + values.size] += factor * values

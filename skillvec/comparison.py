@@ -149,8 +149,9 @@ def _compare(
     compared = [*opened, *([other] if other else [])]
     request = _request(compared, len(opened), control is not None, seed, sign_flips)
     plan = plan_compare(compared, request, weights, include, exclude)
+    measured_names = {job.name for job in plan.jobs}
     for vector in compared:
-        refuse_announced(vector, allow_nonfinite, [job.name for job in plan.jobs])
+        plan.warnings.extend(refuse_announced(vector, allow_nonfinite, measured_names))
     inputs = [side for vector in compared for side in vector.inputs()]
     place = None
     if output is not None:

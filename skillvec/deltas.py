@@ -116,5 +116,12 @@ def dtype_of(name: str) -> str:
     return DTYPE_NAMES[name]
 
 
+def names_of(delta: DeltaSource) -> list[str]:
+    """Return the names under which a vector holds what a delta is made of."""
+    if isinstance(delta, ViewDelta):
+        return [part.spec.name for part in delta.view.sources]
+    return [delta.spec.name]
+
+
 def delta_dtype(delta: DeltaSource) -> str:
     return delta.dtype if isinstance(delta, PairDelta) else delta.spec.dtype

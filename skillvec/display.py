@@ -9,6 +9,7 @@ import shutil
 import sys
 import textwrap
 from itertools import combinations
+from math import inf
 from typing import Any
 
 from skillvec.errors import printable
@@ -169,7 +170,7 @@ class Screen:
             for note in facts["target"]["notes"]:
                 self.say(f"          {note}")
             self.say(f"  vector  {name}{_from(facts)}, lam {facts['lam']:g}")
-            self.say(f"  verdict {facts['verdict']}")
+            self.say(f"  verdict {facts['verdict']}{_sampled(facts['verdict'])}")
         elif report.verb == "extract-lora":
             wish = f"energy {facts['energy']:g}" if facts["energy"] else f"rank {facts['rank']}"
             self.say(f"s B A ~ V at {wish}, of {facts['vector']}{_from(facts)}")
@@ -257,9 +258,10 @@ class Screen:
             _print_ledger(report, None if self.verbose else 8)
         elif report.facts.get("worst") and (report.facts["worst"][0]["cosine"] or 0) < 0.999:
             worst = report.facts["worst"][0]
+            about = "about " if worst["estimated"] else ""
             _print(
-                f"worst tensor: {worst['name']}, gain {_number(worst['gain'])},"
-                f" cosine {_number(worst['cosine'])}"
+                f"worst tensor: {worst['name']}, gain {about}{_number(worst['gain'])},"
+                f" cosine {about}{_number(worst['cosine'])}"
             )
 
 
@@ -331,7 +333,7 @@ def done_sentence(report: Report) -> str:
         return (
             f"tensors: {counts} ({codecs})\n"
             f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values changed"
-            f" ({100 * facts['density']:.3g} %), norm {facts['norm']:.6g},"
+            f" ({100 * facts['density']:.3g} %), norm {facts['norm']:.5g},"
             f" {human_bytes(facts['nbytes'])}{shards}\n"
             f"{claim}\n"
             f"({exact['exceptions']} fp32 exceptions, {exact['replacements']} replacements)"
@@ -341,13 +343,24 @@ def done_sentence(report: Report) -> str:
         lost = facts.get("nonfinite", {}).get("lost")
         finite = "\n(what is not finite counts as not arrived)" if lost else ""
         return (
-            f"tensors: {counts}; verdict {facts['verdict']}\n"
+            f"tensors: {counts}; verdict {_verdict(facts)}\n"
             f"{about}{human_count(facts['changed'])} of {human_count(facts['numel'])} values"
             f" changed; realised gain {about}{_number(facts['gain'])},"
-            f" cosine {_number(facts['cosine'])}{finite}"
+            f" cosine {about}{_number(facts['cosine'])}{finite}"
         )
-    verdict = f"; verdict {facts['verdict']}" if "verdict" in facts else ""
+    verdict = f"; verdict {_verdict(facts)}" if "verdict" in facts else ""
     return f"{facts['claim']}: {_held(facts)}\ntensors: {counts}{verdict}"
+
+
+def _sampled(verdict: str) -> str:
+    """Return what to add to a verdict of which no digest knows yet."""
+    return " (by samples of its weights)" if verdict == "exact base" else ""
+
+
+def _verdict(facts: dict[str, Any]) -> str:
+    """Return a verdict after the work: digests confirm it, but for combinations without any."""
+    verdict = str(facts["verdict"])
+    return verdict + (_sampled(verdict) if facts.get("verdict_sampled") else "")
 
 
 def _held(facts: dict[str, Any]) -> str:
@@ -419,7 +432,7 @@ def _print_comparison(report: Report, verbose: bool) -> None:
         line = _wrapped(f"{letter}\xa0=\xa0{said}")
         _print(line.replace("\xa0", " "))  # a long path stays behind its letter
     left_out = {"z", "lift"} if verbose else set()  # room for names; the report has them all
-    left_out |= set() if facts["control"] else {"control"}
+    left_out |= {"|A|/|B|"} if facts["control"] else {"control"}
     shown = {title: spec for title, spec in PAIR_COLUMNS.items() if title not in left_out}
     rows = []
     for names, pair in pairs:
@@ -482,7 +495,7 @@ def _print_norms(report: Report, verbose: bool) -> None:
         most = max((row["rms"] or 0 for row in vector[level]), default=0)
         rows.append([level, *[""] * 5])
         for row in vector[level]:
-            filled = round(16 * (row["rms"] or 0) / most) if most else 0
+            filled = round(16 * (row["rms"] or 0) / most) if 0 < most < inf else 0
             rows.append([
                 f"  {row['name'].removesuffix('.weight')}", _number(row["norm"], ".4g"),
                 _number(row["rms"], ".2e"), "█" * filled,
@@ -537,7 +550,7 @@ def _print_vector(facts: dict[str, Any]) -> None:
     files = f" in {len(facts['files'])} files" if len(facts["files"]) > 1 else ""
     _print(
         f"  {human_count(facts['numel'])} values, {100 * facts['density']:.3g} % changed, norm"
-        f" {facts['norm']:.6g}, {human_bytes(facts['nbytes'])}{files}"
+        f" {facts['norm']:.5g}, {human_bytes(facts['nbytes'])}{files}"
     )
     codecs = (
         f"{held['tensors']} {codec} ({human_bytes(held['nbytes'])})"
@@ -550,22 +563,34 @@ def _print_vector(facts: dict[str, Any]) -> None:
         f" {exact['replacements']} replacements, {exact['unrestored']} not restored"
     )
     if facts["nonfinite"]:
-        _print(f"  finite   but for {facts['nonfinite']} values, which only the exact base gets")
+        who = "which only the exact base gets" if facts["tuned"] else "which nobody gets"
+        most = "" if facts["tuned"] else "at most "
+        _print(f"  finite   but for {most}{facts['nonfinite']} values, {who}")
     top = (f"{layer['name']} {layer['norm']:.3g}" for layer in facts["layers"][:3])
     text = f"  largest  {', '.join(top)}"
     _print(textwrap.fill(text, 80, subsequent_indent=" " * 11, break_on_hyphens=False))
     if "verdict" in facts:
-        _print(f"  verdict  on {facts['target']}: {facts['verdict']}")
+        verdict = facts["verdict"]
+        _print(f"  verdict  on {facts['target']}: {verdict}{_sampled(verdict)}")
 
 
 def _print_ledger(report: Report, limit: int | None) -> None:
     known = ("status", "codec", "dtype", "shape", "changed", "norm", "gain", "cosine", "note")
     keys = [key for key in known if any(key in line for line in report.ledger)]
     lines = report.ledger[:limit]
-    rows = [[line["name"], *(_cell(line.get(key)) for key in keys)] for line in lines]
+    rows = [
+        [line["name"], *(_about(line, key) + _cell(line.get(key)) for key in keys)]
+        for line in lines
+    ]
     _table(["tensor", *keys], rows)
     if len(lines) < len(report.ledger):
         _print(f"... and {len(report.ledger) - len(lines)} more tensors (-v shows all)")
+
+
+def _about(line: dict[str, Any], key: str) -> str:
+    """Return the sign before a number that a sample gave."""
+    sampled = line.get("estimated") and key in ("changed", "gain", "cosine")
+    return "~" if sampled and line.get(key) is not None else ""
 
 
 def _cell(value: Any) -> str:

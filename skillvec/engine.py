@@ -310,7 +310,7 @@ class _Run:
             state.sums[index] = self._compared(job, block)
         elif job.operator == "same":
             deltas = [block.delta(delta, f"delta{i}")[0] for i, delta in enumerate(job.deltas)]
-            one, other = (_narrowed(delta, deltas[0].dtype, job.name) for delta in deltas)
+            one, other = (_narrowed(delta, deltas[1].dtype, job.name) for delta in deltas)
             self._compare(state, block, one, other, tally)
         elif job.operator == "store":
             self._store(job, state, block, tally)
@@ -319,7 +319,7 @@ class _Run:
         else:
             self._write(job, state, block, tally, exact_base)
         tally[NONFINITE : NONFINITE + 2] = block.tuned_nonfinite, block.base_nonfinite
-        tally[LOST] = block.lost.size
+        tally[LOST] = block.lost
         with self._lock:
             state.counts += tally
             if block.subtracted is not None:
@@ -364,7 +364,10 @@ class _Run:
         if job.point.dtype in FLOATS:
             self._count_nonfinite(job, block, point, delta, out, tally)
         if job.expected is not None:
-            self._compare(state, block, out, block.read("expected", job.expected), tally)
+            expected = block.read("expected", job.expected)
+            if job.expected_digest is not None:
+                block.digest("expected", expected)
+            self._compare(state, block, out, expected, tally)
         elif job.output is not None:
             file, start = job.output
             self._outputs[file].write(start + block.begin * out.itemsize, out.view(np.uint8).data)
@@ -458,7 +461,7 @@ class _Run:
         found = operators.nonfinite_of(point, job.point.dtype, delta, lam, out, job.out_dtype)
         tally[NONFINITE + 2 : LOST] = found.target, found.output
         if found.lost.size:
-            block.lost_at.append(found.lost)
+            block.lose(found.lost)
 
     def _add(self, job: Job, block: Block, point: Array, delta: Delta, out: Array) -> None:
         assert job.point is not None

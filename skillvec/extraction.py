@@ -98,7 +98,8 @@ def extract_lora(
         excluded = set(opened.manifest["excluded"]).__contains__
         point = reopen(base, opened.manifest["base"]["ref"], "base", excluded)
     plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
-    refuse_announced(opened, allow_nonfinite, [job.name for job in plan.jobs])
+    announced = refuse_announced(opened, allow_nonfinite, {job.name for job in plan.jobs})
+    plan.warnings.extend(announced)
     held = _sorted_out(plan.jobs, point)
     most = 4096  # of the config, beside the names
     for job in (job for job in plan.jobs if not held[job.name].why):
@@ -122,13 +123,13 @@ def extract_lora(
     report.ledger += [{"name": name, "status": "excluded"} for name in excluded]
     if dry_run:
         return report
-    before = fingerprints(plan.files())
+    before, lost = fingerprints(plan.files()), dict[str, int]()
     plan = measured(plan, engine_of("threads", None), watcher)
     try:
         with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
             made = stage.made
             ranks = _write(made / WEIGHTS, plan, opened.scale, held, lines, report.facts, watcher,
-                           allow_nonfinite)  # fmt: skip
+                           lost if allow_nonfinite else None)  # fmt: skip
             config = _config(ranks, any(hold.turned for hold in held.values()), point, opened)
             (made / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             fsync_path(os.fspath(made / ADAPTER_CONFIG))
@@ -138,6 +139,12 @@ def extract_lora(
     finally:
         forget_open_files()
     _conclude(report, list(ranks.values()))
+    if lost:
+        told = [f"{job.name}: {lost[job.name]} of {job.numel} values"
+                for job in plan.jobs if job.name in lost]  # fmt: skip
+        report.warnings.append(
+            f"differences that are not finite count as unchanged:\n{up_to_five(told)}"
+        )
     return report
 
 
@@ -212,7 +219,7 @@ def _model_of(base: Checkpoint) -> Any:
 
 def _write(
     path: Path, plan: Plan, scale: float, held: Mapping[str, Hold], lines: Mapping[str, Line],
-    facts: dict[str, Any], watcher: Watcher | None, allow_nonfinite: bool,
+    facts: dict[str, Any], watcher: Watcher | None, lost: dict[str, int] | None,
 ) -> dict[str, int]:  # fmt: skip
     """Write the factors of every matrix; return ranks by module. Fills in lines of the ledger."""
     stored = dtype_of(facts["dtype"])
@@ -233,7 +240,7 @@ def _write(
     file = OutputFile(os.fspath(path), reserve)
     try:
         for job in plan.jobs:
-            found = pieces_of(job.deltas[0], readers, allow_nonfinite)
+            found = pieces_of(job.deltas[0], readers, lost)
             pieces = (scale * piece for _, piece in found)
             factors = _factors(job, pieces, held[job.name], lines[job.name], facts)
             if factors is not None:

@@ -175,6 +175,9 @@ def _count_supports(
         signed = delta.values.view(np.int16) if delta.dtype == "BF16" else delta.values
         np.not_equal(signed, 0, out=rows[2 * i])
         np.less(signed, 0, out=rows[2 * i + 1])
+        if delta.positions.size:  # beyond the range of the dtype the value beside is 0
+            rows[2 * i][delta.positions] = delta.exact != 0
+            rows[2 * i + 1][delta.positions] = delta.exact < 0
         vectors["support"][i] = np.count_nonzero(rows[2 * i])
     for n, (i, j) in enumerate(request.pairs):
         np.logical_and(rows[2 * i], rows[2 * j], out=shared)

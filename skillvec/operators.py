@@ -108,12 +108,19 @@ def possible_casts(tuned_dtype: str, base_dtype: str) -> int:
     return found
 
 
+def differ(one: Array, other: Array) -> npt.NDArray[np.bool_]:
+    """Return where two arrays of floats hold other values; NaNs are one value, and so are zeros."""
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wrong: npt.NDArray[np.bool_] = (one != other) & ~(np.isnan(one) & np.isnan(other))
+    return wrong
+
+
 def _casts(tuned: Array, base: Array, wanted: int) -> int:
     """Return those of the wanted bits of CASTS that hold for all these values, widened ones."""
     for bit, (side, dtype) in enumerate(CASTS):
         if wanted >> bit & 1:
             rounded, other = (tuned, base) if side == "tuned" else (base, tuned)
-            if not np.array_equal(widen(narrow(other, dtype), dtype), rounded):
+            if differ(widen(narrow(other, dtype), dtype), rounded).any():
                 wanted &= ~(1 << bit)
     return wanted
 
@@ -153,7 +160,7 @@ def _subtract_piece(
         changed = int(np.count_nonzero(bit_pattern(base) != bit_pattern(tuned)))
     else:
         restored = np.where(zero, narrow(a, tuned_dtype), restored)
-        changed = int(np.count_nonzero(a != b))
+        changed = int(np.count_nonzero(differ(a, b)))
     missed = bit_pattern(restored) != bit_pattern(tuned)
     if not exact:
         replace = np.zeros_like(missed)
@@ -165,7 +172,7 @@ def _subtract_piece(
     nonfinite = (0, 0)
     if wild.any():
         nonfinite = count_nonfinite(tuned, tuned_dtype), count_nonfinite(base, base_dtype)
-        wild &= missed & ~(np.isnan(a) & np.isnan(b))  # payloads of NaN decide nothing
+        wild &= differ(a, b)
     casts = _casts(b, a, casts) if casts else 0
     return _Piece(values, inexact, difference, replace, changed, unrestored, nonfinite, wild, casts)
 
@@ -316,10 +323,11 @@ def count_nonfinite(values: Array, dtype: str) -> int:
     """Return how many of floats of a dtype are NaN or infinities."""
     if not has_nonfinite(values, dtype):
         return 0
-    return int(np.count_nonzero(_nonfinite(values, dtype)))
+    return int(np.count_nonzero(are_nonfinite(values, dtype)))
 
 
-def _nonfinite(values: Array, dtype: str) -> npt.NDArray[np.bool_]:
+def are_nonfinite(values: Array, dtype: str) -> npt.NDArray[np.bool_]:
+    """Return which of floats of a dtype are NaN or infinities."""
     least = bit_pattern(values).dtype.type(INFINITY[dtype])
     wrong: npt.NDArray[np.bool_] = (bit_pattern(values) & least) == least
     return wrong
@@ -420,10 +428,10 @@ def nonfinite_of(
     after = count_nonfinite(out, out_dtype)
     if not after:
         return Nonfinite(before)
-    wrong = _nonfinite(out, out_dtype)
+    wrong = are_nonfinite(out, out_dtype)
     if before and delta is not None:
         asked = delta.wide(0, out.size) != 0 if np.float32(lam) else np.zeros_like(wrong)
-        wrong &= ~_nonfinite(target, target_dtype) | asked
+        wrong &= differ(widen(target, target_dtype), widen(out, out_dtype)) | asked
     return Nonfinite(before, after, np.flatnonzero(wrong).astype(np.uint32))
 
 
@@ -497,23 +505,33 @@ def moments(
     """
     sample = min(SAMPLE, out.size)
     scale = out.size / sample
-    if target_dtype == out_dtype == delta.dtype == "BF16":
+    same_dtype = target_dtype == out_dtype
+    if same_dtype:
+        bits = bit_pattern(out[:sample]) != bit_pattern(target[:sample])
+    if same_dtype and delta.dtype == out_dtype == "BF16":
         written, values = np.empty(sample, np.uint16), delta.values[:sample]
         kernels.blend(out[:sample], target[:sample], "BF16", -1.0, written)
-        sums = (
-            kernels.dot(written, written),
-            kernels.dot(written, values),
-            kernels.dot(values, values),
-        )
-        if np.isfinite(sums[0]):
-            changed = round(scale * int(np.count_nonzero(written)))
-            return Moments(changed, *(scale * total for total in sums))
+        sums = np.array(
+            (kernels.dot(written, written), kernels.dot(written, values),
+             kernels.dot(values, values))
+        )  # fmt: skip
+        at = delta.positions[: np.searchsorted(delta.positions, sample)]
+        if at.size:  # neither side of an exception is a bf16
+            moved = widen(out[at], "BF16").astype(np.float64) - widen(target[at], "BF16")
+            exact = delta.exact[: at.size].astype(np.float64)
+            rounded = [widen(side[at], "BF16").astype(np.float64) for side in (written, values)]
+            sums += (moved @ moved, moved @ exact, exact @ exact)
+            sums -= (rounded[0] @ rounded[0], rounded[0] @ rounded[1], rounded[1] @ rounded[1])
+        if np.isfinite(sums).all():
+            return Moments(round(scale * int(np.count_nonzero(bits))), *(scale * sums).tolist())
     wide = delta.wide(0, sample)
     before = widen(target[:sample], target_dtype)
     after = widen(out[:sample], out_dtype)
     with np.errstate(invalid="ignore", over="ignore"):
         moved = after - before
-    changed = int(np.count_nonzero((after != before) & ~(np.isnan(after) & np.isnan(before))))
+    if not same_dtype:
+        bits = differ(after, before)
+    changed = int(np.count_nonzero(bits))
     moved[~np.isfinite(moved)] = 0
     wide = wide.astype(moved.dtype, copy=False)
     return Moments(

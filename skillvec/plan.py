@@ -21,7 +21,13 @@ from skillvec.configs import (
     untied_config,
 )
 from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
-from skillvec.errors import FormatError, IncompatibleError, only_here, up_to_five_each
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    only_here,
+    up_to_five,
+    up_to_five_each,
+)
 from skillvec.fitting import (
     fitting,
     head_note,
@@ -69,6 +75,7 @@ class Job:
     deltas: tuple[DeltaSource, ...] = ()
     output: tuple[int, int] | None = None
     expected: Source | None = None
+    expected_digest: str | None = None  # of `expected`, where differing values are announced
     base_digest: str | None = None  # of the tensor the stored delta was taken from
     tuned_dtype: str = ""  # the dtype in which replacements hold
     codec: str = ""  # of the vector being written
@@ -305,6 +312,7 @@ def plan_apply(
     Raises IncompatibleError with up to five names and both shapes where the vector does not fit.
     """
     mixes = vector.mixes()  # those that go nowhere are measured too
+    untransferred = [name for name in vector.untransferred() if name in target]
     fitted = laid_out(vector, target, rename, rows)
     routes, passed, ledger, untied = fitting(target, fitted, include, exclude)
     moves = {name: fitted.vector.deltas[source] for name, source in routes.items()}
@@ -312,6 +320,11 @@ def plan_apply(
     is_untied = bool(untied) or parted(target, named, moves)
     vector = fitted.vector
     verdict, warnings = verdict_on(fitted.seen, vector)
+    if untransferred:
+        warnings.append(
+            "integer tensors in which tuned differs from base stay the target's:\n"
+            + up_to_five(untransferred)
+        )
     heads = {head: under_name(target[source], head) for head, source in untied.items()}
     target = target.with_tensors({**target, **heads}) if heads else target
     notes = {head: head_note(moves.get(head)) for head in untied}
@@ -483,7 +496,9 @@ def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint)
             )
         else:
             job = _add_job(base[name], vector, name, tuned[name].dtype, "")
-            jobs.append(replace(job, expected=tuned[name]))
+            entry = vector.manifest["tensors"][name]
+            digest = entry["tuned"][1] if entry.get("unrestored") else None
+            jobs.append(replace(job, expected=tuned[name], expected_digest=digest))
     for name in vector.manifest["equal"]:
         if name not in tuned or name not in base:
             kind = f"not in {tuned.ref if name not in tuned else base.ref}"
@@ -509,10 +524,14 @@ def plan_verify_combination(vector: SkillVector, again: SkillVector) -> Plan:
         )
     jobs = []
     for name, delta in vector.deltas.items():
-        pair = (delta, again.deltas[name])
+        pair = (again.deltas[name], delta)  # the first of two gives digests of its sides
         if pair[0].spec.shape != pair[1].spec.shape:
             raise IncompatibleError(f"{name}: another shape than its parts have")
         jobs.append(Job(name, "same", delta.spec.numel, deltas=pair))
+    sides = again.base if again.base is not None else {}
+    for name in vector.manifest["equal"]:
+        if (spec := sides.get(name)) is not None:  # its digest is compared with the manifest's
+            jobs.append(Job(name, "copy", spec.numel, point=spec, expected=spec))
     files = [*vector.files(), *again.files()]
     return Plan("verify", jobs, vectors=files, mixes=again.mixes())
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Protocol
 
 Line = dict[str, Any]
@@ -28,14 +29,28 @@ class Report:
         return dict(sorted(Counter(line["status"] for line in self.ledger).items()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but `now` as plain data; `--json` prints both."""
-        return {
-            "verb": self.verb,
-            **self.facts,
-            "counts": self.counts,
-            "warnings": self.warnings,
-            "tensors": self.ledger,
-        }
+        """Return everything but `now` as plain data; `--json` prints both.
+
+        Numbers that are not finite, which JSON cannot hold, are None.
+        """
+        said: dict[str, Any] = _finite(
+            {
+                "verb": self.verb,
+                **self.facts,
+                "counts": self.counts,
+                "warnings": self.warnings,
+                "tensors": self.ledger,
+            }
+        )
+        return said
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 class Watcher(Protocol):

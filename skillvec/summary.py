@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import hypot
 from typing import Any
 
@@ -14,6 +14,7 @@ from skillvec.deltas import PairDelta
 from skillvec.engine import JobResult
 from skillvec.errors import NonfiniteError, up_to_five
 from skillvec.fitting import ledger_line
+from skillvec.kernels import HALVES
 from skillvec.plan import Job, Plan
 from skillvec.report import Line, Report
 from skillvec.sidefiles import OLD, is_weight_file
@@ -165,7 +166,11 @@ def correct_verdict(report: Report, results: Sequence[JobResult]) -> None:
     added = [result for result in results if result.job.operator == "add"]
     known = [r for r in added if r.job.base_digest or isinstance(r.job.deltas[0], PairDelta)]
     other = [result.job.name for result in known if not result.exact_base]
-    if report.facts.get("verdict") == "exact base" and other:
+    if report.facts.get("verdict") != "exact base":
+        return
+    if len(known) < len(added):
+        report.facts["verdict_sampled"] = True
+    if other:
         report.facts["verdict"] = "same family"
         report.warnings.append(
             "the target looked like the vector's base but differs from it in:\n" + up_to_five(other)
@@ -202,7 +207,7 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
         "gain": gain,
         "cosine": cosine,
         "worst": [
-            {key: line[key] for key in ("name", "gain", "cosine")}
+            {key: line[key] for key in ("name", "gain", "cosine", "estimated")}
             for line in sorted(
                 (line for line in report.ledger if line.get("gain") is not None),
                 key=lambda line: line["cosine"] if line["cosine"] is not None else -2.0,
@@ -211,29 +216,44 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
     }
     if nothing := _nothing(added, plan.lam, report.counts):
         report.warnings.append(f"no value differs: {nothing}; OUT holds the weights of TARGET")
-    report.warnings += rounding_warning(added, 2)
+    about = "about " if report.facts["estimated"] else ""
+    report.warnings += rounding_warning(added, 2, about)
     tell_nonfinite(report, results)
     lost = report.facts.get("nonfinite", {}).get("lost")  # that, not the grid, is the reason then
     if gain is not None and not lost and not (0.9 <= gain <= 1.1 and (cosine or 0) >= 0.9):
-        stored = sorted({result.job.out_dtype for result in added})
-        report.warnings.append(
-            f"rounding to {'+'.join(stored)} changed the request: of lam {plan.lam:g}, "
-            f"{gain * plan.lam:.3g} arrived (gain {gain:.3g}, cosine {cosine or 0:.3g});"
-            " steps of the target's grid are as large as the delta. --dtype fp32 is exact,"
-            " --rounding stochastic right on average"
-        )
+        report.warnings.append(_staircase(plan, added, gain, cosine, report.facts["estimated"]))
+    wide = all(result.job.out_dtype not in HALVES for result in added)
+    if plan.rounding == "stochastic" and wide:
+        report.warnings.append("rounding stochastic changes 16-bit outputs alone: there are none")
+
+
+def _staircase(
+    plan: Plan, added: Sequence[JobResult], gain: float, cosine: float | None, estimated: bool
+) -> str:
+    """Return that rounding to the grid of the output changed what was asked for, and what helps."""
+    dtypes = sorted({result.job.out_dtype for result in added})
+    about = "about " if estimated else ""
+    advice = "--dtype fp32 is exact" if set(dtypes) & set(HALVES) else "a larger lam is met better"
+    if set(dtypes) & set(HALVES) and plan.rounding != "stochastic":
+        advice += ", --rounding stochastic right on average"
+    return (
+        f"rounding to {'+'.join(dtypes)} changed the request: of lam {plan.lam:g}, {about}"
+        f"{gain * plan.lam:.3g} arrived (gain {about}{gain:.3g}, cosine {about}{cosine or 0:.3g});"
+        f" steps of the target's grid are as large as the delta. {advice}"
+    )
 
 
 def _nothing(added: Sequence[JobResult], lam: float, counts: dict[str, int]) -> str:
     """Return why an apply changed no value, "" where it did or where rounding is the reason."""
-    if lam == 0:
-        return "lam is 0"
+    if np.float32(lam) == 0:
+        return "lam is 0" if lam == 0 else f"lam {lam:g} is 0 in fp32"
     if any(result.sums[2] for result in added):  # on a sample, so the digests decide
         return ""
     same = all(r.job.point is not None and r.job.point.dtype == r.job.out_dtype for r in added)
     if same:
         return "" if counts.get("applied") else "the vector is zero"
-    return "" if any(r.changed for r in added) else "the vector is zero, wherever it was sampled"
+    sampled = any(r.job.numel > operators.SAMPLE for r in added)
+    return "" if sampled or any(r.changed for r in added) else "the vector is zero"
 
 
 SIDES = ("tuned", "base", "target", "output")
@@ -249,7 +269,9 @@ def _sides_of(result: JobResult) -> dict[str, int]:
 def nonfinite_line(result: JobResult) -> str:
     """Return which values of a tensor NaN, infinities or the range of a dtype decide."""
     sides = ", ".join(f"{count} in {side}" for side, count in _sides_of(result).items())
-    why = f"not finite: {sides}" if sides else "differences beyond the range of their dtype"
+    why = f"not finite: {sides}" if sides else "not finite"
+    if not sides and isinstance(result.job.deltas[0], PairDelta):
+        why = "differences beyond the range of their dtype"
     return f"{result.job.name}: {result.lost} of {result.job.numel} values ({why})"
 
 
@@ -262,8 +284,8 @@ def refuse_nonfinite(results: Sequence[JobResult], allow_nonfinite: bool) -> Non
         "no finite difference leads from base to tuned there, so targets would keep their own"
         f" values: {LEFT_OUT}; --allow-nonfinite goes on, for the exact base alone"
     )
-    if not any(result.tuned_nonfinite or result.base_nonfinite for result in wrong) and any(
-        result.job.operator == "add" for result in wrong
+    if not any(r.tuned_nonfinite or r.base_nonfinite for r in wrong) and any(
+        r.output_nonfinite for r in wrong
     ):
         advice = (
             f"a smaller lam or a wider --dtype may hold what overflows; {LEFT_OUT};"
@@ -273,31 +295,46 @@ def refuse_nonfinite(results: Sequence[JobResult], allow_nonfinite: bool) -> Non
     raise NonfiniteError(f"values that are not finite, or out of range:\n{lines}\n({advice})")
 
 
-def refuse_announced(vector: SkillVector, allow_nonfinite: bool, names: Sequence[str]) -> None:
-    """Raise NonfiniteError where manifests say that values of these tensors have no delta."""
-    found = {name: count for name, count in vector.nonfinite().items() if name in set(names)}
-    if found and not allow_nonfinite:
-        numels = {name: vector.deltas[name].spec.numel for name in found}
-        lines = [f"{name}: {count} of {numels[name]} values" for name, count in found.items()]
+def refuse_announced(
+    vector: SkillVector, allow_nonfinite: bool, names: Collection[str]
+) -> list[str]:
+    """Raise NonfiniteError where manifests say that values of these tensors have no delta.
+
+    Returns a warning that says so where that is allowed.
+    """
+    found = {name: count for name, count in vector.nonfinite().items() if name in names}
+    if not found:
+        return []
+    merged = bool(vector.parts) or vector.manifest["tuned"] is None
+    whole = {name for name in found if sum(name in p.nonfinite() for p in vector.parts) == 1}
+    lines = []
+    for name, count in found.items():
+        most = "at most " if merged and name not in whole else ""  # counts of several may overlap
+        lines.append(f"{name}: {most}{count} of {vector.deltas[name].spec.numel} values")
+    said = f"{vector.ref}: made with --allow-nonfinite: where tuned or base was not finite, " + (
+        "no target gets anything" if merged else "only the exact base gets tuned's values"
+    )
+    if not allow_nonfinite:
         raise NonfiniteError(
-            f"{vector.ref}: made with --allow-nonfinite: where tuned or base was not finite, only"
-            f" the exact base gets tuned's values:\n{up_to_five(lines)}\n({LEFT_OUT};"
-            " --allow-nonfinite goes on)"
+            f"{said}:\n{up_to_five(lines)}\n({LEFT_OUT}; --allow-nonfinite goes on)"
         )
+    return [f"{said}:\n{up_to_five(lines)}"]
 
 
 def tell_nonfinite(report: Report, results: Sequence[JobResult]) -> None:
     """Add counts of NaN and infinities to facts and ledger, and sentences on what they are."""
     lines = {line["name"]: line for line in report.ledger}
     totals: Counter[str] = Counter()
-    lost, kept = [], []
+    lost, kept, gone = [], [], []
     for result in results:
         sides = _sides_of(result)
         if result.lost:
             lost.append(nonfinite_line(result))
             sides["lost"] = result.lost
-        elif sides:
+        elif sides and result.target_nonfinite in (0, result.output_nonfinite):
             kept.append(f"{result.job.name}: {max(sides.values())} of {result.job.numel} values")
+        elif sides:
+            gone.append(nonfinite_line(result))
         if sides:
             lines[result.job.name]["nonfinite"] = sides
             totals.update(sides)
@@ -305,16 +342,21 @@ def tell_nonfinite(report: Report, results: Sequence[JobResult]) -> None:
         report.facts["nonfinite"] = dict(totals)
     if lost:
         report.warnings.append(f"values that are not finite, or out of range:\n{up_to_five(lost)}")
+    if gone:
+        report.warnings.append(
+            f"NaN or infinities of the target that tuned's values replace:\n{up_to_five(gone)}"
+        )
     if kept:
         report.warnings.append(
             f"NaN or infinities that nothing changes, so they stay as they are:\n{up_to_five(kept)}"
         )
 
 
-def rounding_warning(results: Sequence[JobResult], column: int) -> list[str]:
+def rounding_warning(results: Sequence[JobResult], column: int, about: str = "") -> list[str]:
     """Return what to say of tensors whose whole delta is the rounding of one side to a dtype.
 
-    `column` is that of the delta's squared norm in the sums of the results.
+    `column` is that of the delta's squared norm in the sums of the results; `about` stands before
+    shares of a sample.
     """
     total = sum(float(result.sums[column]) for result in results)
     ways: dict[int, list[JobResult]] = {}
@@ -327,8 +369,8 @@ def rounding_warning(results: Sequence[JobResult], column: int) -> list[str]:
         other = "base" if side == "tuned" else "tuned"
         share = sum(float(result.sums[column]) for result in held) / total
         found.append(
-            f"{100 * share:.3g} % of the vector's squared norm is rounding, not training: in these"
-            f" tensors {side} is {other} rounded to {dtype}, value for value ({LEFT_OUT}):\n"
+            f"{about}{100 * share:.3g} % of the vector's squared norm is rounding, not training: in"
+            f" these tensors {side} is {other} rounded to {dtype}, value for value ({LEFT_OUT}):\n"
             + up_to_five([result.job.name for result in held])
         )
     return found

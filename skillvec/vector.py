@@ -429,6 +429,20 @@ class SkillVector:
                 found[name] = min(found.get(name, 0) + count, part.deltas[name].spec.numel)
         return found
 
+    def untransferred(self) -> list[str]:
+        """Return the integer tensors in which tuned differs from base, which no delta carries.
+
+        Of a pair they are read: they are few, and small.
+        """
+        found = [name for part in self.parts for name in part.untransferred()]
+        if self.stored is not None:
+            found = list(self.manifest["differing"])
+        elif self.tuned is not None and self.base is not None:
+            for name in (n for n in self.manifest["equal"] if n in self.tuned):
+                if digest_values(self.tuned[name]) != digest_values(self.base[name]):
+                    found.append(name)
+        return list(dict.fromkeys(found))
+
     def base_digest(self, name: str) -> str | None:
         """Return the digest of the base's tensor that the delta was taken from, if recorded."""
         if self.parts:

@@ -26,7 +26,7 @@ from skillvec.checkpoint import (
     reopen,
 )
 from skillvec.codecs import CODECS
-from skillvec.deltas import dtype_of
+from skillvec.deltas import dtype_of, names_of
 from skillvec.engine import Engine, JobResult
 from skillvec.errors import (
     FormatError,
@@ -73,7 +73,6 @@ from skillvec.report import Report, Watcher
 from skillvec.rules import (
     Recipe,
     Share,
-    is_selected,
     leaving_out,
     parse_recipe,
     read_recipe,
@@ -252,7 +251,7 @@ def save(
             f"dtype {dtype}: {vector.ref} has its own; diff --dtype chooses that of a difference"
         )
     dtype = dtype if vector.parts else vector.manifest["dtype"]
-    refuse_announced(vector, allow_nonfinite, list(vector.deltas))
+    announced = refuse_announced(vector, allow_nonfinite, vector.deltas)
     place = output_vector(output, force, vector)
     storage = choose_storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
     labels = {"method": method, "notes": notes, "license": license}
@@ -280,7 +279,7 @@ def save(
     if vector.notes:
         facts["layout"] = dict(vector.notes)
     least, most = vector_nbytes(entries, manifest)
-    plan = replace(plan, bound_nbytes=most, sure_nbytes=least)
+    plan = replace(plan, warnings=plan.warnings + announced, bound_nbytes=most, sure_nbytes=least)
     report = planned(plan, facts, runner, watcher, stream, place, dry_run)
     if dry_run:
         return replace(vector, report=report)
@@ -340,6 +339,11 @@ def export_patch(
         raise UsageError(f"{opened.ref}: a patch is made of a stored tuned - base")
     point = reopen(base, opened.manifest["base"]["ref"], "base")
     plan = plan_patch(opened, point)
+    if opened.manifest["exactness"]["unrestored"]:
+        plan.warnings.append(
+            f"the vector was rounded to {opened.manifest['dtype']}: the list has the values that"
+            " base + vector gives, not all of tuned's"
+        )
     place = output_vector(output, force, opened, [point])
     facts = {"output": place.ref, "vector": opened.ref, "base": point.ref}
     report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
@@ -630,10 +634,6 @@ def _plan_apply(
         "lam": lam * displacement.scale,
         "request": request,
     }
-    allowed = request.get("allow_nonfinite", False)
-    globs = request["include"], request["exclude"]
-    named = [name for name in displacement.deltas if is_selected(name, *globs)]
-    refuse_announced(displacement, allowed, named)
     plan = plan_apply(
         point,
         displacement,
@@ -647,6 +647,9 @@ def _plan_apply(
         rows=request.get("rows", "strict"),
         recipe=recipe,
     )
+    used = {name for job in plan.jobs for delta in job.deltas for name in names_of(delta)}
+    allowed = request.get("allow_nonfinite", False)
+    plan.warnings.extend(refuse_announced(displacement, allowed, used))
     return plan, recipe
 
 
@@ -718,6 +721,8 @@ def _conclude(
             problem = f"{name}: the base's tensor is not the one the vector was made from"
         elif result.mismatches != stated:
             problem = mismatch_line(result, side)
+        elif result.digests.get("expected") != result.job.expected_digest:
+            problem = f"{name}: the {side} tensor is not the one the vector was made from"
         line = job_line(result.job, "differs" if problem else "verified")
         report.ledger.append(line | ({"unrestored": stated} if stated else {}))
         if problem:

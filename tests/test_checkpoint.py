@@ -451,13 +451,13 @@ def model_of(kind: str, **keys: bool | None):
 
 
 KEYS = [(outer, inner) for outer in (None, True, False) for inner in (None, True, False)]
-NESTED = ["Qwen3VL", "Qwen2_5_VL", "Llava"]
+VISION_LANGUAGE = ["Qwen3VL", "Qwen2_5_VL", "Llava"]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("kind", "outer", "inner"),
-    [*((kind, *keys) for kind in NESTED for keys in KEYS),
+    [*((kind, *keys) for kind in VISION_LANGUAGE for keys in KEYS),
      *((kind, outer, None) for kind in ("GPT2", "Llama", "Gemma", "Bert")
        for outer in (None, True, False))],
 )  # fmt: skip

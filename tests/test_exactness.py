@@ -355,6 +355,22 @@ def test_a_wrong_guess_hides_no_difference(world: Path, tmp_path: Path, monkeypa
     assert "layers.2.weight: 2 of 8100 values" in texts[0] and "position 77" in texts[0]
 
 
+@pytest.mark.parametrize("guess", [True, False])
+def test_a_wrong_guess_is_no_first_difference(guess: bool, tmp_path: Path, monkeypatch) -> None:
+    """The first block, full of replacements, holds; one value of the second does not."""
+    base = torch.ones(BLOCK_NUMEL + 9)
+    tuned = base.clone()
+    tuned[:50] = 1e-9
+    sides = pair(tmp_path, {"w": tuned}, {"w": base})
+    sv.diff(*sides, tmp_path / "v.safetensors")
+    tuned[BLOCK_NUMEL + 7] = 3
+    save(tmp_path / "tuned", {"w": tuned})
+    monkeypatch.setattr(Plan, "expects_base", property(lambda plan: guess))
+    said = f"w: 1 of {BLOCK_NUMEL + 9} values .* position {BLOCK_NUMEL + 7}"
+    with pytest.raises(VerificationError, match=said):
+        sv.verify(tmp_path / "v.safetensors")
+
+
 def test_a_run_that_goes_on_restores_as_well(world: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(running, "CLAIM_SECONDS", 0.0)
     run_block = engine._Run.run_block
@@ -655,5 +671,5 @@ def test_a_model_that_the_vector_does_not_speak_of_is_named(models: Path) -> Non
     sv.diff(models / "tuned", models / "base", models / "v.safetensors")
     tensors = load(models / "tuned") | {f"new.{i}": torch.ones(2) for i in range(7)}
     save(models / "tuned", tensors)
-    with pytest.raises(IncompatibleError, match=r"(?s)new\.0: in .*tuned.*and 2 more"):
+    with pytest.raises(IncompatibleError, match=r"(?s)new\.0: only in .*tuned.*and 2 more"):
         sv.verify(models / "v.safetensors")

@@ -36,9 +36,10 @@ from safetensors.torch import save_file
 from test_bridging import CONFIG, MLP, experts, fused
 
 import skillvec as sv
-from skillvec import cards, engine, provenance, running
+from skillvec import cards, engine, operators, provenance, running
 from skillvec.cli import main
 from skillvec.errors import NonfiniteError
+from skillvec.operators import STEP
 from skillvec.vectorfile import BLOCK_NUMEL
 
 ALLOW = {"allow_nonfinite": True}
@@ -140,6 +141,25 @@ def warned(warning: str, report: sv.Report) -> str:
     """Return the one warning that holds these words."""
     (found,) = [text for text in report.warnings if warning in text]
     return found
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_pattern_that_is_not_finite_is_counted(dtype: str) -> None:
+    """By numpy: of 16 bits all, of more the same in their upper bits, alone and together."""
+    unsigned = UNSIGNED[TORCH_DTYPE[dtype].itemsize]
+    width = 8 * np.dtype(unsigned).itemsize
+    every = np.arange(1 << 16, dtype=unsigned) << np.array(width - 16, unsigned)
+    every = np.concatenate((every, every | np.array(1, unsigned)))
+    right = ~torch.isfinite(from_bits(every, dtype)).numpy()
+    values = every if dtype == "BF16" else every.view(f"<f{width // 8}")
+    assert operators.count_nonfinite(values, dtype) == int(right.sum()) >= 64
+    assert operators.count_nonfinite(values[~right], dtype) == 0
+    assert operators.count_nonfinite(values[:0], dtype) == 0
+    found = [operators.has_nonfinite(values[i : i + 1], dtype) for i in range(0, every.size, 61)]
+    assert found == right[::61].tolist()
+    edges = np.flatnonzero(np.diff(right.astype(int)))  # next to the infinities of either sign
+    for at in (*edges, *(edges + 1)):
+        assert operators.has_nonfinite(values[at : at + 1], dtype) == right[at]
 
 
 # ------------------------------------------------------------------------------------------- diff
@@ -400,16 +420,17 @@ def test_an_output_dtype_that_cannot_hold_the_target_is_refused(
     )
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[to]
     assert nonfinite(target["w"]) == 0 and nonfinite(target["w"].to(narrow)) == 3
+    target["w"][35] = -INF  # stays
     moved_w = (target["w"].double() + tuned["w"].double() - base["w"].double()).to(narrow)
-    count = nonfinite(moved_w)  # -65520 + .5 is an fp16
+    count = nonfinite(moved_w) - 1  # -65520 + .5 is an fp16
     assert count == (2 if moved and size == 65520 else 3)
     sides = pair(tmp_path, tuned, base)
     vector = sv.diff(*sides, tmp_path / "v.safetensors")
     onto = save(tmp_path / "target", target)
     said = refused(sv.apply, onto, vector, tmp_path / "out", dtype=to)
-    assert f"w: {count} of 40 values (not finite: {count} in output)" in said
+    assert f"w: {count} of 40 values (not finite: 1 in target, {count + 1} in output)" in said
     report = sv.apply(onto, vector, tmp_path / "out", dtype=to, **ALLOW)
-    assert report.facts["nonfinite"] == {"output": count, "lost": count}
+    assert report.facts["nonfinite"] == {"target": 1, "output": count + 1, "lost": count}
     found = load(tmp_path / "out")["w"]
     assert found.dtype == narrow
     assert torch.equal(torch.isfinite(found), torch.isfinite(moved_w))
@@ -607,6 +628,9 @@ def test_measures_count_what_is_lost_as_unchanged(kind: str, kin: Path, tmp_path
     a, b = (np.concatenate([delta[name] for name in base]) for delta in deltas)
     found = report.facts["pairs"][0]["overall"]
     assert found["cosine"] == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)), abs=1e-5)
+    if kind == "pair":
+        assert report.facts["nonfinite"] == {"tuned": 5, "lost": 5}
+        assert "lm_head.weight: 2 of 960" in warned("finite", report)
     norms = sv.norms(ref, **ALLOW).facts["norms"][0]
     rows = {row["name"]: row for row in norms["tensors"]}
     for name in COUNTS:
@@ -670,6 +694,17 @@ def test_extract_lora_says_what_it_took_as_unchanged(
     assert f"{Q}: 3 of 576" in warned("finite", report)
 
 
+def test_a_count_is_never_more_than_there_are_values(tmp_path: Path) -> None:
+    """A tensor all of NaN, from a pair and from a vector that says so: 8 of 8, and readable."""
+    base = {"w": torch.ones(8), "x": torch.ones(8)}
+    sides = pair(tmp_path, {"w": base["w"] * NAN, "x": base["x"] * 2}, base)
+    vector = sv.diff(*sides, tmp_path / "v.safetensors", **ALLOW)
+    ref = "::".join(map(str, sides))
+    both = sv.combine(ref, vector, output=tmp_path / "c.safetensors", **ALLOW)
+    assert both.manifest["tensors"]["w"]["nonfinite"] == 8
+    assert "nonfinite" not in both.manifest["tensors"]["x"]
+
+
 def test_patches_of_values_that_are_not_finite(kin: Path, tmp_path: Path) -> None:
     """Listed and taken in with leave only; the lists are the changed values, by numpy."""
     v, patch = kin / "v.safetensors", tmp_path / "p.safetensors"
@@ -721,13 +756,13 @@ def test_the_command_line_says_so_and_takes_the_flag(words: str, kin: Path, tmp_
 
 def test_verify_says_what_it_compared(kin: Path, tmp_path: Path) -> None:
     report = sv.verify(kin / "v.safetensors")
-    said = warned("not finite", report)
+    said = warned("values that are not finite", report)
     assert "model.norm.weight: 3 of 24" in said and "lm_head.weight: 2 of 960" in said
     assert report.facts["verified"]
     sv.apply(kin / "base", kin / "v.safetensors", tmp_path / "out", **ALLOW)
     report = sv.verify(tmp_path / "out")
     assert report.facts["nonfinite"]["lost"] == 5
-    assert "model.norm.weight: 3 of 24" in warned("not finite", report)
+    assert "model.norm.weight: 3 of 24" in warned("values that are not finite", report)
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.5])
@@ -964,7 +999,7 @@ def test_a_vector_that_says_so_is_refused_in_every_layout(
     refused(sv.apply, *call)
     refused(sv.apply, *call, dry_run=True)
     assert not (tmp_path / "out").exists()
-    sv.apply(*call, exclude=["*experts*up_proj*"])
+    sv.apply(*call, exclude=["*.experts.*"])
 
 
 @pytest.mark.parametrize(("vector", "target", "name"), LAYOUTS)
@@ -975,8 +1010,8 @@ def test_what_is_chosen_by_the_targets_names_is_refused_and_left_out(
     call = (split / target, split / f"{vector}.safetensors", tmp_path / "out")
     refused(sv.apply, *call, include=[name])
     assert not (tmp_path / "out").exists()
-    others = [GATE_UP] if "fused" in target else [UP, UP.replace("2.up", "0.up")]
-    sv.apply(*call, exclude=others)
+    parts = [f"{MLP}.experts.*.{kind}_proj.weight" for kind in ("gate", "up")]
+    sv.apply(*call, exclude=[GATE_UP] if "fused" in target else parts)
 
 
 @pytest.mark.parametrize("chosen", ["lm_head.weight", "model.embed_tokens.weight"])
@@ -1015,7 +1050,7 @@ def test_a_vector_that_says_so_is_refused_through_a_new_name(tmp_path: Path) -> 
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tensors of three blocks in bf16 and fp32, with NaN and infinities around block ends."""
     folder = tmp_path_factory.mktemp("long")
-    at = [0, 5, BLOCK_NUMEL - 1, BLOCK_NUMEL, BLOCK_NUMEL + 70000, 2 * BLOCK_NUMEL + 11]
+    at = [0, 5, BLOCK_NUMEL - 1, BLOCK_NUMEL, BLOCK_NUMEL + STEP, 2 * BLOCK_NUMEL + 11]
     sides: dict[str, Tensors] = {"base": {}, "tuned": {}, "target": {}}
     for dtype in ("BF16", "F32"):
         base = torch.linspace(0.5, 1.5, 2 * BLOCK_NUMEL + 12).to(TORCH_DTYPE[dtype])

@@ -276,6 +276,10 @@ def test_ties_are_undone_wherever_they_are_said() -> None:
 # ------------------------------------------------------------------------------------- headers
 
 
+# of one rank that held every tensor whole
+WHOLE = json.dumps({name: {"saved_offsets": [0] * t.dim()} for name, t in toy().items()})
+
+
 def metadata_of(file: Path) -> dict[str, str]:
     with safe_open(file, "np") as content:
         return dict(content.metadata() or {})
@@ -290,7 +294,7 @@ def metadata_of(file: Path) -> dict[str, str]:
         ({"note": "mine"}, {"format": "pt", "note": "mine"}),
         ({}, {"format": "pt"}),
         ({"format": "pt", "skillvec": "old"}, {"format": "pt"}),
-        ({"format": "pt", "DCP_VERSION": "1", "DCP_SHARDING_INFO": "{}"}, {"format": "pt"}),
+        ({"format": "pt", "DCP_VERSION": "1", "DCP_SHARDING_INFO": WHOLE}, {"format": "pt"}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("folder", [True, False])
