@@ -12,6 +12,7 @@ __all__ = [
     "Checkpoint",
     "FormatError",
     "IncompatibleError",
+    "NonfiniteError",
     "OutputError",
     "Report",
     "SkillVector",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from skillvec.errors import (
         FormatError,
         IncompatibleError,
+        NonfiniteError,
         OutputError,
         SkillvecError,
         UsageError,

@@ -321,8 +321,9 @@ def done_sentence(report: Report) -> str:
         )
     if report.verb in STORES[:3]:
         exact = facts["exactness"]
+        taken = "" if facts["is_whole"] else ", in the tensors and rows that were taken"
         claim = {
-            "bitwise": "base + 1 * v is tuned, bit for bit",
+            "bitwise": f"base + 1 * v is tuned, bit for bit{taken}",
             "partial": "base + 1 * v is tuned but for what the warnings name",
             "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
             f" {exact['unrestored']} values of tuned",
@@ -372,6 +373,8 @@ def _held(facts: dict[str, Any]) -> str:
         lines.append(f"{_some(facts['differing'])}: integers that differ, not transferred")
     if facts.get("excluded"):
         lines.append(f"{_some(facts['excluded'])}: left out of the vector")
+    if facts.get("rows"):
+        lines.append(f"rows that only one model has: --rows {facts['rows']}")
     if not lines:
         return "holds"
     return "\n  ".join(["holds but for what the manifest announces:", *lines])

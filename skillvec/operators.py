@@ -430,7 +430,9 @@ def nonfinite_of(
         return Nonfinite(before)
     wrong = are_nonfinite(out, out_dtype)
     if before and delta is not None:
-        asked = delta.wide(0, out.size) != 0 if np.float32(lam) else np.zeros_like(wrong)
+        moved = delta.wide(0, out.size)
+        factor = lam if "F64" in (target_dtype, delta.dtype) else np.float32(lam)
+        asked = (moved != 0) & (factor != 0)
         wrong &= differ(widen(target, target_dtype), widen(out, out_dtype)) | asked
     return Nonfinite(before, after, np.flatnonzero(wrong).astype(np.uint32))
 

@@ -245,8 +245,10 @@ def _staircase(
 
 def _nothing(added: Sequence[JobResult], lam: float, counts: dict[str, int]) -> str:
     """Return why an apply changed no value, "" where it did or where rounding is the reason."""
-    if np.float32(lam) == 0:
-        return "lam is 0" if lam == 0 else f"lam {lam:g} is 0 in fp32"
+    if lam == 0:
+        return "lam is 0"
+    if np.float32(lam) == 0 and not any(r.job.out_dtype == "F64" for r in added):
+        return f"lam {lam:g} is 0 in fp32"
     if any(result.sums[2] for result in added):  # on a sample, so the digests decide
         return ""
     same = all(r.job.point is not None and r.job.point.dtype == r.job.out_dtype for r in added)
@@ -270,6 +272,8 @@ def nonfinite_line(result: JobResult) -> str:
     """Return which values of a tensor NaN, infinities or the range of a dtype decide."""
     sides = ", ".join(f"{count} in {side}" for side, count in _sides_of(result).items())
     why = f"not finite: {sides}" if sides else "not finite"
+    if result.job.operator == "compare":  # of several pairs, whose counts add up
+        why = "not finite"
     if not sides and isinstance(result.job.deltas[0], PairDelta):
         why = "differences beyond the range of their dtype"
     return f"{result.job.name}: {result.lost} of {result.job.numel} values ({why})"

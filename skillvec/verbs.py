@@ -738,4 +738,6 @@ def _conclude(
         left = ("differing", "excluded")
         report.facts["unrestored"] = unrestored
         report.facts |= {key: manifest[key] for key in left}
+        if manifest.get("rows", "strict") != "strict":
+            report.facts["rows"] = manifest["rows"]
         report.ledger += [{"name": name, "status": key} for key in left for name in manifest[key]]
