@@ -240,13 +240,13 @@ class Checkpoint(Mapping[str, Source]):
             return False
         if said and self._stores_head:
             return None
-        if said and heads and not nested:
+        if said and not nested and name.endswith(("ForCausalLM", "LMHeadModel")):
             return True
         from skillvec.conversions import can_tie, ties
 
         found = ties(self.config)
-        if found is None:
-            return said
+        if found is None:  # a config that says yes may be of a model without a head
+            return None if said and name and not heads else said
         outside, within = found
         if not outside:
             return None if within and not own else False
