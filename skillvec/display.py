@@ -523,7 +523,7 @@ def _print_inspect(report: Report) -> None:
         f" {len(report.ledger)} tensors ({dtypes}), {human_bytes(facts['nbytes'])} in"
         f" {_files(facts['files'])}"
     )
-    if facts["model_type"] is not None:
+    if facts["kind"] == "model" and facts["model_type"] is not None:
         tied = {True: "yes", False: "no", None: "unknown"}[facts["ties_embeddings"]]
         _print(f"  embeddings tied: {tied}")
     if "recipe" in facts:

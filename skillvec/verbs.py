@@ -529,7 +529,7 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
         "numel": sum(spec.numel for spec in opened.values()),
         "dtypes": opened.dtypes,
         "model_type": opened.model_type,
-        "ties_embeddings": opened.tied_in_transformers if opened.config else None,
+        "ties_embeddings": None,
         "config_digest": opened.config_digest,
         "tokenizer_digest": opened.tokenizer_digest,
         "family_digest": opened.family_digest,
@@ -540,6 +540,7 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
             facts["recipe"] = read_merged(opened)
     quantised: Mapping[str, str] = {}
     if facts["kind"] == "model":
+        facts["ties_embeddings"] = opened.tied_in_transformers if opened.config else None
         try:
             quantised = as_model(opened, "input").formats
         except (IncompatibleError, FormatError) as error:  # described all the same
