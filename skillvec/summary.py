@@ -136,6 +136,7 @@ def report_stored(
         "density": changed / numel if numel else 0.0,
         "norm": sum(entry["norm"] ** 2 for entry in entries.values()) ** 0.5,
         "exactness": manifest["exactness"],
+        "is_whole": not manifest["excluded"] and manifest.get("rows", "strict") == "strict",
     }
     if not changed:
         why = (
