@@ -204,6 +204,7 @@ def _request(
     return Request(tuple(vector.scale for vector in compared), pairs, controls, seed, flips)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
 def _conclude(
     report: Report,
     results: Sequence[JobResult],

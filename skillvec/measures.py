@@ -70,6 +70,7 @@ def masks_nbytes(deltas: int, numel: int) -> int:
     return 2 * (deltas + 1) * numel
 
 
+@np.errstate(over="ignore", invalid="ignore")  # sums that leave fp64 are None in the end
 def block_sums(
     deltas: Sequence[Delta],
     weights: Sequence[tuple[Array, str] | None],

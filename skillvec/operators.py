@@ -493,6 +493,7 @@ class Moments(NamedTuple):
     delta_sq: float
 
 
+@np.errstate(over="ignore", invalid="ignore")  # squares of fp64 that leave it
 def moments(
     target: Array,
     target_dtype: str,
