@@ -268,9 +268,16 @@ class Adapter:
 
     @property
     def copies(self) -> list[str]:
-        """The weights that PEFT trains as copies, so that the base's own stay what they are."""
-        modules = {name: name.rpartition(".")[0] for name in self.whole}
-        return [name for name, module in modules.items() if module.endswith(self.saved)]
+        """The weights that PEFT trains as copies, so that the base's own stay what they are.
+
+        PEFT copies a module whose name ends so, with all that is below it.
+        """
+        found = []
+        for name in self.whole:
+            parts = name.split(".")[:-1]
+            above = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            found += [name] if any(module.endswith(self.saved) for module in above) else []
+        return found
 
     @property
     def deltas(self) -> dict[str, LowRank]:

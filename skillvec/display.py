@@ -310,7 +310,7 @@ def done_sentence(report: Report) -> str:
         )
     if report.verb == "extract-lora":
         ranks = sorted({facts["least_rank"], facts["most_rank"]})
-        places = (("left_out_energy", "that LoRA does not hold (embeddings, norms, ...)"),
+        places = (("left_out_energy", "that are left out (embeddings, norms, ...)"),
                   ("not_found_energy", "not found among the modules of the base"))  # fmt: skip
         elsewhere = [(facts[key], where) for key, where in places if facts[key]]
         return (

@@ -608,3 +608,40 @@ def test_two_versions_of_a_whole_module_are_refused(tmp_path: Path) -> None:
         sv.apply(base, f"{adapter}::{base}", tmp_path / "out")
     save(file, held | {copy: held[name].clone()})
     sv.apply(base, f"{adapter}::{base}", tmp_path / "out")
+
+
+# -------------------------------------------------------------------- modules that hold others
+
+
+def test_a_head_inside_a_module_that_is_saved_whole_is_no_tied_weight(tmp_path: Path) -> None:
+    """BERT's `cls` holds the tied decoder: taken for the one weight it would be the embeddings."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    transformers.BertForMaskedLM(config).save_pretrained(base)
+    kind = transformers.BertForMaskedLM.from_pretrained
+    train(base, adapter, kind, target_modules=["query"], modules_to_save=["cls"])
+    merged = merge(base, adapter, tmp_path / "peft", kind)
+    embedding = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(merged[embedding], load(base)[embedding])
+    assert not torch.equal(merged["cls.predictions.decoder.weight"], merged[embedding])
+    for call in (
+        lambda: sv.apply(base, adapter, tmp_path / "out"),
+        lambda: sv.diff(adapter, base, tmp_path / "v.safetensors"),
+    ):
+        with pytest.raises(sv.IncompatibleError, match="parts cls.predictions.decoder.*one switch"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_inside_a_module_that_is_saved_whole_leave_the_head(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", True).save_pretrained(base)
+    train(base, adapter, target_modules=["lm_head"], modules_to_save=["model"])
+    merged = merge(base, adapter, tmp_path / "peft")
+    sv.apply(base, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), merged)
+    assert not torch.equal(merged[EMBED], merged[HEAD])
