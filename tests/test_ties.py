@@ -632,7 +632,7 @@ def test_a_head_inside_a_module_that_is_saved_whole_is_no_tied_weight(tmp_path: 
         lambda: sv.apply(base, adapter, tmp_path / "out"),
         lambda: sv.diff(adapter, base, tmp_path / "v.safetensors"),
     ):
-        with pytest.raises(sv.IncompatibleError, match=r"parts cls\.predictions\.decoder.*one switch"):
+        with pytest.raises(sv.IncompatibleError, match=r"parts cls\.predictions.* one switch"):
             call()
     assert not (tmp_path / "out").exists()
 
