@@ -362,7 +362,7 @@ class _Run:
                 tally[CHANGED] = sums.changed
                 state.sums[block.index] = sums[1:]
         if job.point.dtype in FLOATS:
-            self._count_nonfinite(job, block, point, delta, out, tally)
+            self._count_nonfinite(job, block, point, delta, out, tally, bool(restores))
         if job.expected is not None:
             expected = block.read("expected", job.expected)
             if job.expected_digest is not None:
@@ -445,7 +445,7 @@ class _Run:
         out = block.array("out", job.out_dtype)
         operators.add(point, job.point.dtype, delta, 1.0, job.out_dtype, out)
         _restore(job, out, replaced)
-        self._count_nonfinite(job, block, point, delta, out, tally)
+        self._count_nonfinite(job, block, point, delta, out, tally, replaced.size > 0)
         changed = np.flatnonzero(operators.bit_pattern(out) != operators.bit_pattern(point))
         positions = (changed + block.begin).astype(POSITIONS[positions_dtype(job.numel)])
         pieces = positions.view(np.uint8), out[changed].view(np.uint8)
@@ -453,12 +453,14 @@ class _Run:
 
     def _count_nonfinite(
         self, job: Job, block: Block, point: Array, delta: Delta | None, out: Array,
-        tally: npt.NDArray[np.int64],
+        tally: npt.NDArray[np.int64], restored: bool,
     ) -> None:  # fmt: skip
         """Count NaN and infinities of target and output; note those that the delta brought."""
         assert job.point is not None
         lam = self._plan.lam
-        found = operators.nonfinite_of(point, job.point.dtype, delta, lam, out, job.out_dtype)
+        found = operators.nonfinite_of(
+            point, job.point.dtype, delta, lam, out, job.out_dtype, restored
+        )
         tally[NONFINITE + 2 : LOST] = found.target, found.output
         if found.lost.size:
             block.lose(found.lost)

@@ -419,13 +419,20 @@ class Nonfinite(NamedTuple):
 
 
 def nonfinite_of(
-    target: Array, target_dtype: str, delta: Delta | None, lam: float, out: Array, out_dtype: str
-) -> Nonfinite:
-    """Count what is not finite before and after lam * delta was added; None is a copy."""
-    before = count_nonfinite(target, target_dtype)
-    if out is target:
-        return Nonfinite(before, before)
+    target: Array, target_dtype: str, delta: Delta | None, lam: float, out: Array, out_dtype: str,
+    restored: bool = False,
+) -> Nonfinite:  # fmt: skip
+    """Count what is not finite before and after lam * delta was added; None is a copy.
+
+    A target's NaN stays one, unless `restored` says that values were replaced: so a finite output
+    tells of the target too.
+    """
     after = count_nonfinite(out, out_dtype)
+    if out is target:
+        return Nonfinite(after, after)
+    if not after and not restored:
+        return Nonfinite()
+    before = count_nonfinite(target, target_dtype)
     if not after:
         return Nonfinite(before)
     wrong = are_nonfinite(out, out_dtype)
