@@ -324,7 +324,7 @@ def done_sentence(report: Report) -> str:
         taken = "" if facts["is_whole"] else ", in the tensors and rows that were taken"
         claim = {
             "bitwise": f"base + 1 * v is tuned, bit for bit{taken}",
-            "partial": "base + 1 * v is tuned but for what the warnings name",
+            "partial": f"base + 1 * v is tuned but for {_unrestored(exact['unrestored'])}",
             "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
             f" {exact['unrestored']} values of tuned",
             "combined": f"values as the operator gives them, in {_stored_as(facts['dtype'])}",
@@ -362,6 +362,11 @@ def _verdict(facts: dict[str, Any]) -> str:
     """Return a verdict after the work: digests confirm it, but for combinations without any."""
     verdict = str(facts["verdict"])
     return verdict + (_sampled(verdict) if facts.get("verdict_sampled") else "")
+
+
+def _unrestored(count: int) -> str:
+    """Return what base + 1 * v misses: values in vectors made before all were kept, or integers."""
+    return f"{count} values, where fp32 rounded the difference" if count else "integer tensors"
 
 
 def _held(facts: dict[str, Any]) -> str:

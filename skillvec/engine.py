@@ -41,8 +41,9 @@ COUNTS = (
     "changed", "unrestored", "exceptions", "replacements", "mismatches", "tuned_nonfinite",
     "base_nonfinite", "target_nonfinite", "output_nonfinite", "lost",
 )  # fmt: skip
-CHANGED, MISMATCHES = 0, 4
-NONFINITE, LOST = 5, 9  # where the counts of what is not finite begin, and the last of them
+CHANGED, MISMATCHES, OF_TUNED, OF_TARGET, LOST_COUNT = map(
+    COUNTS.index, ("changed", "mismatches", "tuned_nonfinite", "target_nonfinite", "lost")
+)
 
 
 @dataclass
@@ -318,8 +319,8 @@ class _Run:
             self._list(job, block, tally)
         else:
             self._write(job, state, block, tally, exact_base)
-        tally[NONFINITE : NONFINITE + 2] = block.tuned_nonfinite, block.base_nonfinite
-        tally[LOST] = block.lost
+        tally[OF_TUNED:OF_TARGET] = block.tuned_nonfinite, block.base_nonfinite
+        tally[LOST_COUNT] = block.lost
         with self._lock:
             state.counts += tally
             if block.subtracted is not None:
@@ -362,7 +363,7 @@ class _Run:
                 tally[CHANGED] = sums.changed
                 state.sums[block.index] = sums[1:]
         if job.point.dtype in FLOATS:
-            self._count_nonfinite(job, block, point, delta, out, tally, bool(restores))
+            self._count_nonfinite(job, block, point, delta, out, tally, restores)
         if job.expected is not None:
             expected = block.read("expected", job.expected)
             if job.expected_digest is not None:
@@ -461,7 +462,7 @@ class _Run:
         found = operators.nonfinite_of(
             point, job.point.dtype, delta, lam, out, job.out_dtype, restored
         )
-        tally[NONFINITE + 2 : LOST] = found.target, found.output
+        tally[OF_TARGET:LOST_COUNT] = found.target, found.output
         if found.lost.size:
             block.lose(found.lost)
 

@@ -311,10 +311,10 @@ def refuse_announced(
     if not found:
         return []
     merged = bool(vector.parts) or vector.manifest["tuned"] is None
-    whole = {name for name in found if sum(name in p.nonfinite() for p in vector.parts) == 1}
+    holders = Counter(name for part in vector.parts for name in part.nonfinite())
     lines = []
     for name, count in found.items():
-        most = "at most " if merged and name not in whole else ""  # counts of several may overlap
+        most = "at most " if merged and holders[name] != 1 else ""  # those of several may overlap
         lines.append(f"{name}: {most}{count} of {vector.deltas[name].spec.numel} values")
     said = f"{vector.ref}: made with --allow-nonfinite: where tuned or base was not finite, " + (
         "no target gets anything" if merged else "only the exact base gets tuned's values"

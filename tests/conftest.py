@@ -1,9 +1,11 @@
 """Fixtures shared by all tests; helpers to import live in families.py and oracle.py."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from families import perturbed, save, toy
 from hypothesis import settings
 
@@ -37,3 +39,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
             side_files={"tokenizer.json": "{}", "notes.txt": "kept byte for byte\n"},
         ),
     )
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small matrices are slower on many threads of torch, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

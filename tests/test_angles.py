@@ -19,13 +19,7 @@ from skillvec.errors import NonfiniteError
 Deltas = dict[str, np.ndarray | torch.Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are slower on many, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensor(values: np.ndarray | torch.Tensor) -> torch.Tensor:

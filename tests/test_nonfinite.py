@@ -50,13 +50,7 @@ PAIRS = [pytest.param(a, b, id=f"{a}-{b}") for a, b in itertools.product(FLOATS,
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are slower on many, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

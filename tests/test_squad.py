@@ -36,13 +36,7 @@ SEAL = str(HERE / "seal_items.json")
 RECIPE = Path(prepare.__file__).parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Keep torch on one thread: for models this small, more of them only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows_of(path: Path | str) -> list[dict[str, Any]]:

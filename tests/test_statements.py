@@ -12,6 +12,7 @@ from families import bits, from_bits, load, save
 
 import skillvec as sv
 from skillvec.cli import main
+from skillvec.display import done_sentence
 from skillvec.errors import NonfiniteError, VerificationError
 from skillvec.operators import SAMPLE
 from skillvec.vectorfile import BLOCK_NUMEL
@@ -276,3 +277,16 @@ def test_a_control_leaves_room_for_all_columns(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, call, env={"COLUMNS": "80"}).stdout
     head = next(line for line in shown.splitlines() if "cosine" in line and "lift" in line)
     assert "control" in head and head.rstrip().endswith("signs") and len(head.rstrip()) <= 80
+
+
+@pytest.mark.parametrize(("count", "said"), [(12, "12 values, where"), (0, "integer tensors")])
+def test_what_a_vector_does_not_restore_is_named(count: int, said: str, tmp_path: Path) -> None:
+    """Also of vectors made when some values of fp32 were given up, and only counted."""
+    sides = [
+        stored(tmp_path / "t", halves(9) + 1, steps=torch.tensor(7)),
+        stored(tmp_path / "b", halves(9), steps=torch.tensor(5)),
+    ]
+    report = sv.diff(*sides, tmp_path / "v.safetensors").report
+    assert report.facts["exactness"]["claim"] == "partial"
+    report.facts["exactness"] |= {"unrestored": count}
+    assert f"base + 1 * v is tuned but for {said}" in done_sentence(report)
