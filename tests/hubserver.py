@@ -22,6 +22,7 @@ import struct
 import threading
 import types
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -130,13 +131,34 @@ class HubServer:
         self.owners: dict[str, set[str]] = {}
         self.page = 1000
         self.part_nbytes = 5 * 2**30
-        self.requests: list[Request] = []
+        self._requests: list[Request] = []
+        self._busy = 0  # requests whose answer is not yet written down
         self.repos: dict[str, Repo] = {}
         self.errors: list[BaseException] = []
         self.lock = threading.RLock()
+        self._settled = threading.Condition(self.lock)
         self._faults: list[Fault] = []
         self._parts: dict[tuple[str, int], bytes] = {}
         self._listeners: list[_Listener] = []
+
+    @property
+    def requests(self) -> list[Request]:
+        """What was asked and answered. A client may have its answer before it stands here."""
+        with self._settled:
+            self._settled.wait_for(lambda: not self._busy, timeout=2)
+            return self._requests
+
+    @contextlib.contextmanager
+    def written_down(self) -> Iterator[list[Request]]:
+        """Yield the list to which a request that was served is added before the context ends."""
+        with self.lock:
+            self._busy += 1
+        try:
+            yield self._requests
+        finally:
+            with self._settled:
+                self._busy -= 1
+                self._settled.notify_all()
 
     def __enter__(self) -> Self:
         self._listeners = [_Listener(self), _Listener(self)]
@@ -368,6 +390,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         self.hub = self.server.hub
+        with self.hub.written_down() as requests:
+            self._serve_one(requests)
+
+    def _serve_one(self, requests: list[Request]) -> None:
         self.raw, _, self.query = self.path.partition("?")
         self.status = self.sent = self.received = 0
         self._body: bytes | None = None
@@ -391,7 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             with self.hub.lock:
-                self.hub.requests.append(
+                requests.append(
                     Request(
                         self.command,
                         urllib.parse.unquote(self.raw),
