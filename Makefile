@@ -14,8 +14,9 @@ demo: $(VENV)/.ready
 reproduce: $(VENV)/.ready
 	$(BIN)/python -m recipes.mini.reproduce
 
+# a file's tests in one process: what they share is made once
 test: $(VENV)/.ready
-	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
 
 slow: $(VENV)/.ready .venv-mergekit
 	$(PIP) "transformers[serving]"
