@@ -1,15 +1,66 @@
 """One model in the layout of another: views for names, shapes and rows that differ.
 
-Hides the search for a bridge; what no rule brings over is left to the caller to refuse.
+Hides the search for a bridge; what no rule brings over is left to the caller to refuse. The other
+layouts that a checkpoint itself has are those in which transformers holds it in memory, and saves
+it (`layouts_of`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from skillvec.checkpoint import Checkpoint
+from skillvec.conversions import classes_of, converted
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
-from skillvec.layouts import SKIPPED, Bridge, bridge, viewed_specs
-from skillvec.sources import Source, Viewed, Widened, concatenate, whole
+from skillvec.layouts import SKIPPED, Bridge, bridge, loaded_as, viewed_specs
+from skillvec.sources import Index, Source, View, Viewed, Widened, concatenate, whole
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint in another layout of its own.
+
+    `label` says which, `model` is the checkpoint under its names, `shapes` hold all names that it
+    has, in the checkpoint or not (tied heads). `back` are tensors of the checkpoint as views over
+    names of the layout, those alone of which the layout holds all. `tied` maps heads to
+    embeddings, `files` names to what transformers calls them in a file, where they are whole there.
+    """
+
+    label: str
+    model: Checkpoint
+    shapes: Mapping[str, Index]
+    back: Mapping[str, View]
+    tied: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+def layouts_of(checkpoint: Checkpoint, named: Sequence[str] = ()) -> Iterator[Layout]:
+    """Yield a checkpoint as transformers' classes hold it in memory, and as they save it.
+
+    The classes `named` come first, then those that its config leads to. Without a config.json, or
+    where transformers makes no model of it, there is none. Imports transformers.
+    """
+    if not checkpoint.config:
+        return
+    shapes = {name: tuple(spec.shape) for name, spec in checkpoint.items()}
+    for kind in classes_of(checkpoint.config, len(checkpoint), named):
+        into, back = loaded_as(shapes, kind.shapes, kind.name, kind.fresh)
+        saved = kind.saved()
+        made, _ = converted(saved, kind.fresh(), kind.shapes)
+        files = {name: file for name, file in made.items() if isinstance(file, str)}
+        yield Layout(
+            f"{kind.name} in memory", checkpoint.with_tensors(viewed_specs(into, checkpoint)),
+            kind.shapes, back.views, kind.tied, files,
+        )  # fmt: skip
+        if saved.keys() in (kind.shapes.keys(), shapes.keys()):
+            continue
+        configs = [checkpoint.config]
+        into, back = bridge(shapes, saved, configs=configs), bridge(saved, shapes, configs=configs)
+        tied = {files.get(head, head): files.get(of, of) for head, of in kind.tied.items()}
+        yield Layout(
+            f"{kind.name} as it is saved", checkpoint.with_tensors(viewed_specs(into, checkpoint)),
+            saved, back.views, tied, {name: name for name in saved},
+        )  # fmt: skip
 
 
 def seen_as(

@@ -9,11 +9,12 @@ models are asked here, too: `model_of` makes one without its weights, `tied_weig
 one.
 """
 
+import contextlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from skillvec.sources import Box, Index, View, concatenate, row_major, stack
 
@@ -22,11 +23,13 @@ NESTED = 16  # configs within a config that are looked at
 PAIRS = 1 << 16  # pairs of boxes of one tensor, beyond which it is not taken apart
 
 
-def model_of(config: Mapping[str, Any], most_layers: int) -> Any:
+def model_of(config: Mapping[str, Any], most_layers: int, name: str | None = None) -> Any:
     """Return the model of a config.json, without memory for its weights.
 
-    Raises ValueError where it has more than `most_layers` layers, so that it cannot keep us busy,
-    and whatever transformers and its models raise on a config that is none of theirs.
+    It is of the class `name`, else of the first in `architectures`, else what transformers takes
+    for language models. A class of a model within takes the config within. Raises ValueError where
+    it has more than `most_layers` layers, so that it cannot keep us busy, and whatever transformers
+    and its models raise on a config that is none of theirs.
     """
     import torch
     import transformers
@@ -34,7 +37,7 @@ def model_of(config: Mapping[str, Any], most_layers: int) -> Any:
     said = _decoded(config)
     said = {k: v for k, v in said.items() if k not in ("model_type", "quantization_config")}
     named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and named else None
+    name = name or (named[0] if isinstance(named, list) and named else None)
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     made = transformers.AutoConfig.for_model(config["model_type"], **said)
     layers = getattr(made.get_text_config(), "num_hidden_layers", 0)
@@ -42,9 +45,82 @@ def model_of(config: Mapping[str, Any], most_layers: int) -> Any:
         raise ValueError(f"{layers} layers, but {most_layers} tensors")
     with torch.device("meta"):
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-            return kind(made)
+            inner = (getattr(made, key) for key in getattr(made, "sub_configs", ()))
+            wanted = kind.config_class or type(made)
+            return kind(next((c for c in (made, *inner) if isinstance(c, wanted)), made))
         auto: Any = transformers.AutoModelForCausalLM
         return auto.from_config(made)
+
+
+class ModelClass(NamedTuple):
+    """A class of transformers for a config.json: what a model of it holds in memory.
+
+    `shapes` are those of its parameters and saved buffers, `tied` says which are one (head ->
+    embedding), `fresh` makes the entries of the mapping by which it loads files (they hold state)
+    and `saved` the names and shapes that it gives them in a file.
+    """
+
+    name: str
+    shapes: dict[str, Index]
+    tied: dict[str, str]
+    fresh: Callable[[], list[Any]]
+    saved: Callable[[], dict[str, Index]]
+
+
+def classes_of(
+    config: Mapping[str, Any], most_layers: int, named: Sequence[str] = ()
+) -> Iterator[ModelClass]:
+    """Yield the classes as which transformers loads a config.json, the likely ones first.
+
+    Those `named`, that of the config, those of its Auto classes for language, vision and text,
+    encoder and decoder, the model without a head, and the language model within. Classes that do
+    not take the config are left out; all are, where transformers knows none.
+    """
+    done = set()
+    for name in _class_names(config, named):
+        found = None
+        with contextlib.suppress(Exception):  # whatever a model's code raises on such a config
+            model = model_of(config, most_layers, name)
+            if type(model).__name__ not in done:
+                found = _described(model)
+        if found is not None:
+            done.add(found.name)
+            yield found
+
+
+def _class_names(config: Mapping[str, Any], named: Sequence[str]) -> list[str]:
+    from transformers.models.auto import modeling_auto as auto
+
+    own, *within = model_types(config) or [""]
+    classes = config.get("architectures")
+    found = [*named, *(classes if isinstance(classes, list) else ())]
+    tables = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_MAPPING_NAMES,
+    )  # fmt: skip
+    found += [table.get(own) for table in tables]
+    found += [auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) for kind in within]
+    return list(dict.fromkeys(name for name in found if isinstance(name, str)))
+
+
+def _described(model: Any) -> ModelClass:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    held = model.state_dict()
+
+    def saved() -> dict[str, Index]:
+        files = revert_weight_conversion(model, dict(held))
+        return {name: tuple(tensor.shape) for name, tensor in files.items()}
+
+    return ModelClass(
+        type(model).__name__,
+        {name: tuple(tensor.shape) for name, tensor in held.items()},
+        dict(model.all_tied_weights_keys),
+        lambda: get_model_conversion_mapping(model),
+        saved,
+    )
 
 
 def _decoded(value: Any) -> Any:

@@ -9,7 +9,7 @@ refused by name, as is whatever transformers' registry does not describe.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -58,16 +58,59 @@ def bridge(
     """
     if rows not in ("strict", "common", "skip"):
         raise UsageError(f"--rows {rows}: expected strict, common or skip")
-    search = _Search(mine, wanted, _renamed(mine, rename))
-    for name, shape in wanted.items():
-        if search.have.get(name) == shape:
-            search.take_whole(name, name)
-    _match_prefixes(search)
+    search = _Search(mine, wanted, renamed(mine, rename))
+    _match_names(search)
     most, least = sorted((len(search.have), len(search.want)), reverse=True)
     if least and len(search.rows_apart()) < most:
         _match_by_registry(search, configs)
     _match_rows(search, rows)
     return search.found()
+
+
+def loaded_as(
+    files: Shapes, memory: Shapes, label: str, fresh: Callable[[], list[Any]]
+) -> tuple[Bridge, Bridge]:
+    """Find how a model in memory is made of files, and files of it: `label` names its class.
+
+    `fresh` makes the entries of transformers' mapping for the class. That goes first, as in
+    loading, then equal names and prefixes.
+    """
+    by = f"by transformers' mapping of {label}"
+    found = []
+    for mine, wanted in ((files, memory), (memory, files)):
+        search = _Search(mine, wanted, {name: name for name in mine})
+        for again in (False, True):  # then under the prefixes that were found
+            names = {search.moved.get(name, name): name for name in search.have}
+            have: dict[str, Index] = {new: search.have[name] for new, name in names.items()}
+            left, _ = converted(have, fresh() if mine is files else [], search.want)
+            right, _ = converted(search.want, fresh() if wanted is files else [], have)
+            _join(search, left, right, names, by)
+            if not again:
+                _match_names(search)
+        found.append(search.found())
+    return found[0], found[1]
+
+
+def moves(names: Shapes, there: Shapes, fits: Callable[[str, str], bool]) -> list[dict[str, str]]:
+    """Return the ways in which one prefix for another brings all names there: name -> new name.
+
+    Names that are there as they are stay; `fits` says whether one may stand for another.
+    """
+    apart = [name for name in names if name not in there]
+    if not apart:
+        return []
+    common = [prefix for prefix in _prefixes(apart[0])
+              if all(name.startswith(prefix) for name in apart)]  # fmt: skip
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for prefix in common:
+        probe = apart[0][len(prefix) :]
+        ends = (t for t in there if t == probe or t.endswith(f".{probe}"))
+        for end in ends:
+            other = end[: len(end) - len(probe)]
+            new = [other + name[len(prefix) :] for name in apart]
+            if all(n in there and fits(name, n) for name, n in zip(apart, new, strict=True)):
+                found[tuple(new)] = dict(zip(apart, new, strict=True))
+    return list(found.values())
 
 
 def viewed_specs(bridge: Bridge, tensors: Mapping[str, Source]) -> dict[str, Source]:
@@ -99,6 +142,14 @@ def viewed_specs(bridge: Bridge, tensors: Mapping[str, Source]) -> dict[str, Sou
         boxes = tuple(box._replace(source=tensors[box.source]) for box in view.boxes)
         sources[name] = Viewed(name, first.dtype, View(view.shape, boxes))
     return sources
+
+
+def _match_names(search: "_Search") -> None:
+    """Take what has the same name and shape, then the same under another prefix."""
+    for name, shape in list(search.want.items()):
+        if search.have.get(name) == shape:
+            search.take_whole(name, name)
+    _match_prefixes(search)
 
 
 class _Search:
@@ -200,7 +251,7 @@ def numbered(name: str) -> bool:
 # -------------------------------------------------------------------------- rules and prefixes
 
 
-def _renamed(mine: Shapes, rename: Sequence[str]) -> dict[str, str]:
+def renamed(mine: Shapes, rename: Sequence[str]) -> dict[str, str]:
     """Return new name -> old name after rules REGEX=REPLACEMENT, one after the other."""
     names = {name: name for name in mine}
     for rule in rename:
