@@ -120,6 +120,36 @@ class LowRank(Derived):
     def parts(self) -> tuple[Source, ...]:
         return (*self.left.sources, *self.right.sources)
 
+    def part(self, name: str, shape: tuple[int, ...], box: Box) -> "LowRank | None":
+        """Return a box of it, which covers all of a tensor of `shape`, as a product of its own.
+
+        `box` counts this tensor's elements in row-major order. None where it is no range, perhaps
+        with steps, of experts, rows and columns, laid as experts x m x n, as m x n of one, or with
+        the last two turned.
+        """
+        (m, n), experts = self.shape[-2:], self.left.shape[0]
+        units, counts = (m * n, n, 1), (experts, m, n)
+        begins = (box.start // (m * n), box.start // n % m, box.start % n)
+        spans = [(begin, begin + 1, 1) for begin in begins]
+        along: list[int | None] = []  # of each dimension: experts, rows, columns, or just one
+        for size, stride in zip(shape, box.strides, strict=True):
+            dim = next(i for i in range(3) if stride % units[i] == 0) if size > 1 else None
+            along.append(dim)
+            if dim is not None:
+                step = stride // units[dim]
+                spans[dim] = begins[dim], begins[dim] + (size - 1) * step + 1, step
+                if step < 1 or spans[dim][1] > counts[dim]:
+                    return None
+        for turned in (False, True) if len(shape) in (2, 3) else ():
+            roles = ((0, 2, 1) if turned else (0, 1, 2))[-len(shape) :]
+            if all(dim in (None, role) for dim, role in zip(along, roles, strict=True)):
+                (e, row, column), left, right = spans, self.left, self.right
+                left, right = left.slice(0, *e).slice(1, *row), right.slice(0, *e).slice(2, *column)
+                if turned:
+                    left, right = right.transpose(1, 2), left.transpose(1, 2)
+                return LowRank(name, shape, left, right, self.scaling)
+        return None
+
     def read(self, begin: int, out: Array) -> None:
         """Fill `out` (float32); a product that leaves fp32, or of NaN, is not finite."""
         (m, n), rank = self.shape[-2:], self.left.shape[2]

@@ -159,17 +159,19 @@ class View(NamedTuple):
     shape: Index
     boxes: tuple[Box, ...]
 
-    def slice(self, dim: int, begin: int, end: int) -> "View":
-        """Return view[..., begin:end, ...] along a dimension."""
+    def slice(self, dim: int, begin: int, end: int, step: int = 1) -> "View":
+        """Return view[..., begin:end:step, ...] along a dimension; `step` is 1 or more."""
         boxes = []
         for box in self.boxes:
-            low = max(box.offset[dim], begin)
-            high = min(box.offset[dim] + box.sizes[dim], end)
+            low = max(-(-(box.offset[dim] - begin) // step), 0)
+            high = -(-(min(box.offset[dim] + box.sizes[dim], end) - begin) // step)
             if low < high:
-                start = box.start + (low - box.offset[dim]) * box.strides[dim]
-                offset, sizes = _put(box.offset, dim, low - begin), _put(box.sizes, dim, high - low)
-                boxes.append(box._replace(offset=offset, sizes=sizes, start=start))
-        return View(_put(self.shape, dim, end - begin), tuple(boxes))
+                first = begin + low * step - box.offset[dim]
+                start = box.start + first * box.strides[dim]
+                offset, sizes = _put(box.offset, dim, low), _put(box.sizes, dim, high - low)
+                strides = _put(box.strides, dim, box.strides[dim] * step)
+                boxes.append(Box(offset, sizes, box.source, start, strides))
+        return View(_put(self.shape, dim, -(-(end - begin) // step)), tuple(boxes))
 
     def transpose(self, one: int, other: int) -> "View":
         """Return the view with two dimensions swapped."""

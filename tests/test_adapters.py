@@ -21,7 +21,7 @@ import skillvec as sv
 from skillvec import adapters
 from skillvec.adapters import TILE, Adapter, Effect, LowRank, Summed, open_adapter, product
 from skillvec.errors import FormatError, IncompatibleError, NonfiniteError
-from skillvec.sources import Source, values_of
+from skillvec.sources import Box, Source, View, Viewed, values_of, whole
 from skillvec.storage import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -270,6 +270,69 @@ def test_blocks_begin_and_end_within_experts(tmp_path: Path, monkeypatch) -> Non
         for end in range(begin, 106, 9):
             found = values_of(delta, begin, end - begin)
             np.testing.assert_array_equal(found, whole.reshape(-1)[begin:end])
+
+
+Cut = Callable[[View], View]
+BOXES: dict[str, tuple[Cut, bool]] = {  # of 3 x 6 x 10: a cut, and whether it is a product
+    "all": (lambda view: view, True),
+    "one expert": (lambda view: view.slice(0, 2, 3).squeeze(), True),
+    "one expert of many": (lambda view: view.slice(0, 1, 2), True),
+    "two of the experts": (lambda view: view.slice(0, 1, 3), True),
+    "every other expert, turned": (lambda view: view.slice(0, 0, 3, 2).transpose(1, 2), True),
+    "rows of one": (lambda view: view.slice(0, 1, 2).squeeze().slice(0, 3, 6), True),
+    "columns": (lambda view: view.slice(2, 4, 9), True),
+    "every other column": (lambda view: view.slice(2, 1, 10, 2), True),
+    "every other row from an odd one, turned": (
+        lambda view: view.slice(0, 1, 2).squeeze().slice(0, 1, 6, 2).transpose(0, 1), True
+    ),
+    "a row": (lambda view: view.slice(0, 2, 3).squeeze().slice(0, 5, 6), True),
+    "a column, turned": (
+        lambda view: view.slice(0, 2, 3).squeeze().slice(1, 9, 10).transpose(0, 1), True
+    ),
+    "one value": (lambda view: view.slice(0, 1, 2).slice(1, 2, 3).slice(2, 7, 8), True),
+    "a row of every expert": (lambda view: view.slice(1, 2, 3), True),
+    "rows first": (lambda view: view.transpose(0, 1), False),
+    "columns first": (lambda view: view.transpose(0, 2), False),
+    "a row as one dimension": (
+        lambda view: view.slice(0, 1, 2).squeeze().slice(0, 1, 2).squeeze(), False
+    ),
+    "other shape": (lambda view: whole(view.sources[0], (3, 10, 6)), False),
+    "past the end of a row": (lambda view: whole(view.sources[0], (2, 3, 8)), False),
+    "the same row again": (
+        lambda view: View((2, 10), (Box((0, 0), (2, 10), view.sources[0], 10, (0, 1)),)), False
+    ),
+}  # fmt: skip
+
+
+def test_boxes_of_a_product_are_products(tmp_path: Path) -> None:
+    """Any range of experts, rows and columns, turned or not, gives the values of the box itself."""
+    torch.manual_seed(0)
+    keys = [f"base_model.model.x.lora_{side}.weight" for side in "AB"]
+    pair = torch.randn(6, 10), torch.randn(6, 6)
+    save_file(dict(zip(keys, pair, strict=True)), tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_parameters": ["x.p"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base = stored({"x.p": torch.zeros(3, 6, 10)}, tmp_path / "base")
+    delta = opened(tmp_path).fitted(base).deltas["x.p"]
+    (tmp_path / "one").mkdir()
+    one = low_rank(tmp_path / "one", 6, 10, 3, torch.bfloat16)
+    for kind, (cut, product_of_its_own) in BOXES.items():
+        view = cut(whole(delta, delta.shape))
+        part = delta.part("y", view.shape, view.boxes[0])
+        assert (part is not None) == product_of_its_own, kind
+        if part is not None:
+            assert (part.name, part.shape) == ("y", view.shape)
+            expected = values(Viewed("y", "F32", view))
+            np.testing.assert_array_equal(values(part), expected, kind)
+    for two in (lambda view: view.transpose(0, 1).slice(0, 2, 9), lambda view: view.unsqueeze()):
+        view = two(whole(one, one.shape))
+        part = one.part("y", view.shape, view.boxes[0])
+        assert part is not None and part.path.endswith("adapter_model.safetensors")
+        again = part.part("z", view.shape, whole(part, part.shape).boxes[0])
+        expected = values(Viewed("y", "F32", view))
+        np.testing.assert_array_equal(values(part), expected)
+        assert again is not None
+        np.testing.assert_array_equal(values(again), expected)
 
 
 def test_memory_is_bounded_by_tiles(tmp_path: Path) -> None:
