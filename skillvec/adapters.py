@@ -288,6 +288,36 @@ class Adapter:
     settings: Settings
     saved: tuple[str, ...] = ()
     tying: bool = False
+    classes: tuple[str, ...] = ()  # of the model that it was made on, where it says so
+
+    def renamed(self, names: Mapping[str, str]) -> "Adapter":
+        """Return the adapter under other names: `names` maps those of `shapes` to new ones."""
+        pairs = {
+            names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight"): pair
+            for module, pair in self.pairs.items()
+        }
+        whole = {names.get(name, name): weight for name, weight in self.whole.items()}
+        return replace(self, pairs=pairs, whole=whole)
+
+    def misfits(self, there: Mapping[str, Any], named: Mapping[str, str] = {}) -> list[str]:
+        """Return the weights that a model of other names or shapes has not got, so or turned.
+
+        `there` maps names to what has a shape, or is one; `named` other names for those here.
+        """
+        holders = {name.rpartition(".")[0] for name in there if self._wraps(name)}
+        found = []
+        for name in self.shapes:
+            module, new = name.removesuffix(".weight"), named.get(name, name)
+            held = there.get(new)
+            shape = None if held is None else tuple(getattr(held, "shape", held))
+            if name in self.whole:
+                fits = shape is not None  # perhaps with more rows
+            else:
+                pair = self.pairs[module][0]
+                fits = shape in (pair.sides(False), pair.sides(True))
+                fits = fits or new.removesuffix(".weight") in holders
+            found += [] if fits else [name]
+        return found
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -539,9 +569,12 @@ def open_adapter(
         raise FormatError(
             f"{what}: base_model_name_or_path, revision: {ref!r:.80}, {revision!r:.80}"
         )
+    said = config.get("auto_mapping")
+    named = said.get("base_model_class") if isinstance(said, dict) else None
     return Adapter(
-        what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying
-    )
+        what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying,
+        (named,) if isinstance(named, str) else (),
+    )  # fmt: skip
 
 
 def _each_once(tensors: Mapping[str, Source], what: str) -> dict[str, Source]:

@@ -7,10 +7,11 @@ it (`layouts_of`).
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from skillvec.checkpoint import Checkpoint
-from skillvec.conversions import classes_of, converted
+from skillvec.conversions import ModelClass, classes_of
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.layouts import SKIPPED, Bridge, bridge, loaded_as, viewed_specs
 from skillvec.sources import Index, Source, View, Viewed, Widened, concatenate, whole
@@ -18,20 +19,50 @@ from skillvec.sources import Index, Source, View, Viewed, Widened, concatenate, 
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint in another layout of its own.
+    """A checkpoint as a class of transformers holds it in memory, or, if `is_saved`, saves it."""
 
-    `label` says which, `model` is the checkpoint under its names, `shapes` hold all names that it
-    has, in the checkpoint or not (tied heads). `back` are tensors of the checkpoint as views over
-    names of the layout, those alone of which the layout holds all. `tied` maps heads to
-    embeddings, `files` names to what transformers calls them in a file, where they are whole there.
-    """
+    checkpoint: Checkpoint
+    kind: ModelClass
+    is_saved: bool
 
-    label: str
-    model: Checkpoint
-    shapes: Mapping[str, Index]
-    back: Mapping[str, View]
-    tied: Mapping[str, str]
-    files: Mapping[str, str]
+    @property
+    def label(self) -> str:
+        return f"{self.kind.name} {'as saved' if self.is_saved else 'in memory'}"
+
+    @property
+    def shapes(self) -> Mapping[str, Index]:
+        """All its names, those too that the checkpoint does not have (tied heads)."""
+        return self.kind.saved() if self.is_saved else self.kind.shapes
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Heads that are one with an embedding."""
+        if not self.is_saved:
+            return self.kind.tied
+        names = [[self.kind.file_name(name) for name in pair] for pair in self.kind.tied.items()]
+        return {head: of for head, of in names if head is not None and of is not None}
+
+    @property
+    def model(self) -> Checkpoint:
+        """The checkpoint under the names of the layout, as far as it has them."""
+        return self.checkpoint.with_tensors(viewed_specs(self._found[0], self.checkpoint))
+
+    @property
+    def back(self) -> Mapping[str, View]:
+        """Tensors of the checkpoint as views over names of the layout: those that it holds."""
+        return self._found[1].views
+
+    def file_name(self, name: str) -> str | None:
+        """Return what transformers calls a tensor in a file, None where it is not whole there."""
+        return name if self.is_saved else self.kind.file_name(name)
+
+    @cached_property
+    def _found(self) -> tuple[Bridge, Bridge]:
+        files = {name: tuple(spec.shape) for name, spec in self.checkpoint.items()}
+        if not self.is_saved:
+            return loaded_as(files, self.shapes, self.kind.name, self.kind.fresh)
+        sides, configs = (files, self.shapes), [self.checkpoint.config]
+        return bridge(*sides, configs=configs), bridge(*sides[::-1], configs=configs)
 
 
 def layouts_of(checkpoint: Checkpoint, named: Sequence[str] = ()) -> Iterator[Layout]:
@@ -42,25 +73,10 @@ def layouts_of(checkpoint: Checkpoint, named: Sequence[str] = ()) -> Iterator[La
     """
     if not checkpoint.config:
         return
-    shapes = {name: tuple(spec.shape) for name, spec in checkpoint.items()}
     for kind in classes_of(checkpoint.config, len(checkpoint), named):
-        into, back = loaded_as(shapes, kind.shapes, kind.name, kind.fresh)
-        saved = kind.saved()
-        made, _ = converted(saved, kind.fresh(), kind.shapes)
-        files = {name: file for name, file in made.items() if isinstance(file, str)}
-        yield Layout(
-            f"{kind.name} in memory", checkpoint.with_tensors(viewed_specs(into, checkpoint)),
-            kind.shapes, back.views, kind.tied, files,
-        )  # fmt: skip
-        if saved.keys() in (kind.shapes.keys(), shapes.keys()):
-            continue
-        configs = [checkpoint.config]
-        into, back = bridge(shapes, saved, configs=configs), bridge(saved, shapes, configs=configs)
-        tied = {files.get(head, head): files.get(of, of) for head, of in kind.tied.items()}
-        yield Layout(
-            f"{kind.name} as it is saved", checkpoint.with_tensors(viewed_specs(into, checkpoint)),
-            saved, back.views, tied, {name: name for name in saved},
-        )  # fmt: skip
+        yield Layout(checkpoint, kind, False)
+        if kind.saved().keys() not in (kind.shapes.keys(), checkpoint.keys()):
+            yield Layout(checkpoint, kind, True)
 
 
 def seen_as(

@@ -13,6 +13,7 @@ import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -66,6 +67,17 @@ class ModelClass(NamedTuple):
     fresh: Callable[[], list[Any]]
     saved: Callable[[], dict[str, Index]]
 
+    def file_name(self, name: str) -> str | None:
+        """Return the name that a tensor has in a file, None where it is not whole there."""
+        made, _ = converted(self.saved(), self.fresh(), self.shapes)
+        found = made.get(name)
+        return found if isinstance(found, str) else None
+
+    def loaded_names(self, names: Shapes) -> dict[str, str]:
+        """Return what names in a file, perhaps of old, are called in memory, if whole there."""
+        made, _ = converted(names, self.fresh(), self.shapes)
+        return {file: name for name, file in made.items() if isinstance(file, str)}
+
 
 def classes_of(
     config: Mapping[str, Any], most_layers: int, named: Sequence[str] = ()
@@ -110,6 +122,7 @@ def _described(model: Any) -> ModelClass:
 
     held = model.state_dict()
 
+    @cache
     def saved() -> dict[str, Index]:
         files = revert_weight_conversion(model, dict(held))
         return {name: tuple(tensor.shape) for name, tensor in files.items()}

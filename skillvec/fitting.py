@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from skillvec.adapting import effect_on
 from skillvec.bridging import bridged, hints_of, left_over
 from skillvec.checkpoint import Checkpoint, empty_weights, lone_factors, placeholders
 from skillvec.configs import untied_config
@@ -29,7 +30,7 @@ from skillvec.quantised import unexplained
 from skillvec.rules import is_selected, refuse_idle_globs
 from skillvec.sources import Source, View, whole
 from skillvec.storage import TensorSpec
-from skillvec.vector import SkillVector, adapter_effect
+from skillvec.vector import SkillVector
 from skillvec.vectorfile import StoredDelta
 
 
@@ -66,7 +67,7 @@ def laid_out(
                 f"rename: {vector.ref} is fitted by its own names where its base is not known: name"
                 " the base (ADAPTER::BASE)"
             )
-        effect = adapter_effect(vector.adapter, target)
+        effect = effect_on(vector.adapter, target)
         deltas = {name: ComputedDelta(d, vector.ref) for name, d in effect.deltas.items()}
         stay = {name: "not in the adapter" for name in target if name not in deltas}
         vector = replace(vector, deltas=deltas, warnings=tuple(effect.warnings))

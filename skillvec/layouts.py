@@ -9,7 +9,7 @@ refused by name, as is whatever transformers' registry does not describe.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -91,26 +91,25 @@ def loaded_as(
     return found[0], found[1]
 
 
-def moves(names: Shapes, there: Shapes, fits: Callable[[str, str], bool]) -> list[dict[str, str]]:
-    """Return the ways in which one prefix for another brings all names there: name -> new name.
+def moves(names: Iterable[str], there: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Yield the ways in which one prefix for another may bring names there: name -> new name.
 
-    Names that are there as they are stay; `fits` says whether one may stand for another.
+    Those that are there as they are stay; whether all of the new ones are is left to the caller. No
+    prefix has a number in it.
     """
-    apart = [name for name in names if name not in there]
-    if not apart:
-        return []
+    held = list(there)
+    apart = sorted(set(names).difference(held))
     common = [prefix for prefix in _prefixes(apart[0])
-              if all(name.startswith(prefix) for name in apart)]  # fmt: skip
-    found: dict[tuple[str, ...], dict[str, str]] = {}
+              if all(name.startswith(prefix) for name in apart)] if apart else []  # fmt: skip
+    done = set()
     for prefix in common:
         probe = apart[0][len(prefix) :]
-        ends = (t for t in there if t == probe or t.endswith(f".{probe}"))
-        for end in ends:
+        for end in (name for name in held if name == probe or name.endswith(f".{probe}")):
             other = end[: len(end) - len(probe)]
-            new = [other + name[len(prefix) :] for name in apart]
-            if all(n in there and fits(name, n) for name, n in zip(apart, new, strict=True)):
-                found[tuple(new)] = dict(zip(apart, new, strict=True))
-    return list(found.values())
+            way = {name: other + name[len(prefix) :] for name in apart}
+            if not numbered(other) and way[apart[0]] not in done:
+                done.add(way[apart[0]])
+                yield way
 
 
 def viewed_specs(bridge: Bridge, tensors: Mapping[str, Source]) -> dict[str, Source]:

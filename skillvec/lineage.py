@@ -156,19 +156,22 @@ def under_name(source: Source, name: str) -> Source:
 
 
 def tied_heads(
-    model: Checkpoint, touched: Mapping[str, Index], kept_apart: Iterable[str]
-) -> dict[str, str]:
+    model: Checkpoint, touched: Mapping[str, Index], kept_apart: Iterable[str],
+    said: Mapping[str, str] | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Return the pairs of names that are one weight of a model: head -> where its values lie.
 
     A head lies in no file, or with the bytes of the other. `touched` are tensors to change, with
     their shapes: nothing is asked of transformers unless one is a matrix outside the layers. Where
-    it makes no model of the config, a head is told by its shape. Raises IncompatibleError where
-    the config ties an embedding in `kept_apart` to a head whose name nothing tells.
+    it makes no model of the config, a head is told by its shape. `said` are the pairs of the model
+    where they are known. Raises IncompatibleError where the config ties an embedding in
+    `kept_apart` to a head whose name nothing tells.
     """
     likely = {n: shape for n, shape in touched.items() if len(shape) == 2 and not numbered(n)}
     if not likely or model.ties_embeddings is False or not model.config:
         return {}
-    said = tied_weights(model.config, len(model)) or {}
+    if said is None:
+        said = tied_weights(model.config, len(model)) or {}
     pairs = [pair for pair in said.items() if any(name in model for name in pair)]
     if not pairs and (said or model.ties_embeddings):
         pairs = _tied_by_shape(model, likely)

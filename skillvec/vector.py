@@ -16,7 +16,8 @@ from numbers import Real
 from typing import Any
 
 from skillvec import hub
-from skillvec.adapters import Adapter, Effect, open_adapter
+from skillvec.adapters import Adapter, open_adapter
+from skillvec.adapting import effect_on
 from skillvec.bridging import seen_as
 from skillvec.checkpoint import (
     ADAPTER_CONFIG,
@@ -48,8 +49,7 @@ from skillvec.errors import (
     up_to_five_each,
 )
 from skillvec.kernels import FLOATS
-from skillvec.layouts import numbered
-from skillvec.lineage import MAX_TIED, find_tied, identity, tied_heads, under_name
+from skillvec.lineage import MAX_TIED, find_tied, identity, under_name
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import open_patch
 from skillvec.quantised import (
@@ -219,7 +219,7 @@ class SkillVector:
         untied: dict[str, str] = {}
         warnings: list[str] = []
         if base is not None:
-            effect = adapter_effect(adapter, base)
+            effect = effect_on(adapter, base)
             untied, warnings = effect.untied, effect.warnings
             found = {name: ComputedDelta(d, place.ref) for name, d in effect.deltas.items()}
             heads = {h: under_name(base[of], h) for h, of in untied.items() if h not in base}
@@ -479,22 +479,6 @@ def _base_of(adapter: Adapter, place: Place) -> str:
         f" folder here, and its config does not say whether it was one: write {place.ref}::BASE (in"
         f" diff: {place.ref} BASE), where BASE is a folder or, for one on the Hub, hf://{ref}"
     )
-
-
-def adapter_effect(adapter: Adapter, base: Checkpoint) -> Effect:
-    """Return what an adapter does to a model, as PEFT does it where the model ties weights.
-
-    Raises IncompatibleError where it does not fit, or nothing tells what the model ties.
-    """
-    effect = adapter.fitted(base, tied_heads(base, adapter.shapes, adapter.copies))
-    matrices = {n: s.shape for n, s in base.items() if len(s.shape) == 2 and not numbered(n)}
-    for name in adapter.copies if not base.config else ():
-        if name in matrices and list(matrices.values()).count(matrices[name]) == 1:
-            effect.warnings.append(
-                f"{name}: saved whole, and no config.json says whether the base ties its head to"
-                " it: such a head changes with it here, and stays as it was with PEFT"
-            )
-    return effect
 
 
 def _zero(name: str, shape: tuple[int, ...]) -> StoredDelta:

@@ -16,7 +16,7 @@ PACKAGE = Path(skillvec.__file__).parent
 ORDER = [
     "__main__", "cli", "display", "training", "publishing", "extraction", "verbs", "cards",
     "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
-    "outputs", "engine", "blocks", "plan", "fitting", "vector", "bridging",
+    "outputs", "engine", "blocks", "plan", "fitting", "vector", "adapting", "bridging",
     "lineage", "deltas", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "layouts", "conversions", "configs",
     "trainingshards", "pickles", "adapters", "quantised", "objects", "hub", "sources", "merging",

@@ -1,0 +1,170 @@
+"""What an adapter does to a checkpoint, in the checkpoint's own layout.
+
+An adapter names modules of a model in memory, of the class and the version of transformers that it
+was trained with; files have other names and may hold experts one by one, or joined. Hides in which
+layout the two meet: that of the files, those of transformers' classes (`bridging.layouts_of`), or
+one of them under another prefix. An adapter is fitted there, as PEFT fits it, and what it does is
+seen through the views back. Refused: names that fit nowhere, or in two ways under other prefixes.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from skillvec.adapters import MERGE, Adapter, Effect, LowRank
+from skillvec.bridging import Layout, layouts_of
+from skillvec.checkpoint import Checkpoint
+from skillvec.conversions import all_of
+from skillvec.errors import IncompatibleError, up_to_five
+from skillvec.layouts import moves, numbered, renamed
+from skillvec.lineage import tied_heads
+from skillvec.sources import Derived, Index, Source, View, Viewed, row_major
+
+
+def effect_on(adapter: Adapter, base: Checkpoint, rename: Sequence[str] = ()) -> Effect:
+    """Return what an adapter does to a model, as PEFT does it, under the names of the model.
+
+    `rename` rules (REGEX=REPLACEMENT) go first, over the adapter's names of weights. Raises
+    IncompatibleError where it does not fit, or nothing tells what the model ties.
+    """
+    if rename:
+        new = renamed(adapter.shapes, rename)
+        adapter = adapter.renamed({old: name for name, old in new.items()})
+    effect = _met(adapter, base)
+    matrices = {n: s.shape for n, s in base.items() if len(s.shape) == 2 and not numbered(n)}
+    for name in adapter.copies if not base.config else ():
+        if name in matrices and list(matrices.values()).count(matrices[name]) == 1:
+            effect.warnings.append(
+                f"{name}: saved whole, and no config.json says whether the base ties its head to"
+                " it: such a head changes with it here, and stays as it was with PEFT"
+            )
+    return effect
+
+
+def _met(adapter: Adapter, base: Checkpoint) -> Effect:
+    """Return the effect by the layout in which they meet: that of the files, if they do there."""
+    refusal = None
+    try:
+        tied = tied_heads(base, adapter.shapes, adapter.copies)
+        if not adapter.misfits({**base, **{head: base[of] for head, of in tied.items()}}):
+            return adapter.fitted(base, tied)
+    except IncompatibleError as error:  # what nothing tells of files, a model in memory may
+        refusal = error
+    layouts = []
+    for layout in layouts_of(base, adapter.classes):
+        if not adapter.misfits(layout.shapes):
+            return _through(layout, adapter)
+        layouts.append(layout)
+    if refusal is not None:
+        raise refusal
+    for layout in layouts:
+        old = layout.kind.loaded_names(adapter.shapes)
+        if not layout.is_saved and not adapter.misfits(layout.shapes, old):
+            return _through(layout, adapter.renamed(old))
+    for layout in layouts:
+        moved = _moved(adapter, layout.shapes, layout.label)
+        if moved is not None:
+            return _through(layout, moved)
+    adapter = _moved(adapter, {name: s.shape for name, s in base.items()}, base.ref) or adapter
+    return adapter.fitted(base, tied_heads(base, adapter.shapes, adapter.copies))
+
+
+def _moved(adapter: Adapter, there: Mapping[str, Index], where: str) -> Adapter | None:
+    """Return an adapter under the one other prefix under which it fits, None where there is none.
+
+    Raises IncompatibleError where there are more.
+    """
+    modules = dict.fromkeys(f"{name.rpartition('.')[0]}.weight" for name in there)
+    ways = [way for way in moves(adapter.shapes, {**modules, **there})
+            if not adapter.misfits(there, way)]  # fmt: skip
+    if len(ways) > 1:
+        (old, _), *_ = ways[0].items()
+        raise IncompatibleError(
+            f"{adapter.what}: fits {where} in {len(ways)} ways: say which with --rename"
+            f" REGEX=REPLACEMENT; {old} may be\n" + up_to_five([way[old] for way in ways])
+        )
+    return adapter.renamed(ways[0]) if ways else None
+
+
+def _through(layout: Layout, adapter: Adapter) -> Effect:
+    """Fit an adapter in a layout of the base; return what it does, seen in that of the base."""
+    model = layout.model
+    tied = tied_heads(model, adapter.shapes, adapter.copies, layout.tied)
+    effect = adapter.fitted(model, tied)
+    deltas: dict[str, Any] = {}
+    made = Effect(deltas, {}, [*effect.notes], {}, effect.warnings)
+    used: Counter[str] = Counter()
+    problems = []
+    for name, view in layout.back.items():
+        parts = [box for box in view.boxes if box.source in effect.deltas]
+        wholes = [box for box in view.boxes if box.source in effect.whole]
+        for box in (*parts, *wholes):
+            used[box.source] += prod(box.sizes)
+        if wholes and len(wholes) < len(view.boxes):
+            problems.append(f"{name}: {wholes[0].source} is saved whole, and is a part of it")
+        elif wholes:
+            made.whole[name] = _whole(name, view, effect.whole)
+        elif parts:
+            deltas[name] = _delta(name, View(view.shape, tuple(parts)), effect.deltas)
+    places = {
+        view.boxes[0].source: name for name, view in layout.back.items()
+        if len(view.boxes) == 1 and view == all_of(view.boxes[0].source, view.shape)
+    }  # fmt: skip
+    for head, of in effect.untied.items():
+        place = places.get(head)
+        if place is None:
+            place = layout.file_name(head) if layout.file_name(of) == places.get(of) else None
+            if place is None:
+                problems.append(f"{head}: nothing tells what it is called beside {of}")
+                continue
+            if head in effect.deltas:
+                deltas[place] = effect.deltas[head]
+            if head in effect.whole:
+                made.whole[place] = effect.whole[head]
+        made.untied[place] = places[of]
+    for name in (*effect.deltas, *effect.whole):
+        if name not in effect.untied and used[name] < prod(layout.shapes[name]):
+            problems.append(f"{name}: {used[name]} of {prod(layout.shapes[name])} values are there")
+    if problems:
+        raise IncompatibleError(
+            f"{adapter.what}: what it changes of {layout.label} is no whole tensor of the base, or"
+            f" not there: {MERGE}:\n{up_to_five(problems)}"
+        )
+    if any(places.get(name) != name for name in (*deltas, *made.whole)):
+        made.notes.append(f"its names are those of {layout.label}, not of the files")
+    return made
+
+
+def _delta(name: str, view: View, deltas: Mapping[str, Derived]) -> Derived:
+    """Return a delta seen through a view: a product where it is a range of one, without reads."""
+    first, *more = view.boxes
+    source = deltas[first.source]
+    if isinstance(source, LowRank) and not more and first.sizes == view.shape:
+        if (part := source.part(name, view.shape, first)) is not None:
+            return part
+    elif not more and view == all_of(first.source, source.shape):
+        return source
+    boxes = []
+    for box in view.boxes:
+        source = deltas[box.source]
+        part = source.part(name, box.sizes, box) if isinstance(source, LowRank) else None
+        if part is not None:
+            box = box._replace(start=0, strides=row_major(box.sizes))
+        boxes.append(box._replace(source=source if part is None else part))
+    return Viewed(name, "F32", View(view.shape, tuple(boxes)))
+
+
+def _whole(name: str, view: View, wholes: Mapping[str, Source]) -> Source:
+    """Return weights that are saved whole, seen through a view."""
+    first, *more = view.boxes
+    if not more and view == all_of(first.source, view.shape):
+        return wholes[first.source]  # perhaps of other rows, which whoever subtracts refuses
+    dtypes = {wholes[box.source].dtype for box in view.boxes}
+    if len(dtypes) > 1:
+        raise IncompatibleError(
+            f"{name}: made of weights that are saved whole, of {', '.join(sorted(dtypes))}:"
+            " expected one dtype"
+        )
+    boxes = tuple(box._replace(source=wholes[box.source]) for box in view.boxes)
+    return Viewed(name, dtypes.pop(), View(view.shape, boxes))
