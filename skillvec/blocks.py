@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec import operators
-from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
+from skillvec.deltas import (
+    ComputedDelta,
+    DeltaSource,
+    MixDelta,
+    PairDelta,
+    ViewDelta,
+    key_of,
+)
 from skillvec.errors import FormatError, NonfiniteError
 from skillvec.kernels import STORAGE_DTYPE, Array
 from skillvec.merging import Place
@@ -48,7 +55,7 @@ class Block:
     """Block `index` of a tensor of `numel` values.
 
     `leaves` collect the digests of the tensor by role, in the place of each block, `seen` those of
-    the tensors that views read, by name. `subtracted` is what was found when the first delta is a
+    the deltas that views read, by key. `subtracted` is what was found when the first delta is a
     pair, for which the bits `casts` of operators.CASTS are looked for. `tuned_nonfinite` and
     `base_nonfinite` add up over all pairs that the block reads; `lost_codes` are LOST with
     the sides that are why where what it reads has no finite delta, which is 0 there; or None.
@@ -144,7 +151,7 @@ class Block:
             while out.size:
                 index, at = divmod(begin, BLOCK_NUMEL)
                 if (part.spec.name, index) not in held:
-                    leaves = self.seen.setdefault(part.spec.name, {})
+                    leaves = self.seen.setdefault(key_of(part), {})
                     block = Block(index, part.spec.numel, self.workspace, self.readers, leaves)
                     wide = block.delta(part, f"{role}{VIEW}")[0].wide(0, block.size)
                     lost |= block.lost_codes is not None

@@ -30,7 +30,7 @@ from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import staging
 from skillvec.storage import fingerprints, forget_open_files, fsync_path, refuse_changed
 from skillvec.summary import job_line, refuse_announced, refuse_nonfinite, tell_nonfinite
-from skillvec.vector import SkillVector
+from skillvec.vector import SkillVector, aligned, seen_like
 from skillvec.vectorfile import BlockReader, readers_of
 
 SCHEMA = 1
@@ -146,7 +146,10 @@ def _compare(
     other = None
     if control is not None and control != "random":
         other = SkillVector.open(control, "control")
-    compared = [*opened, *([other] if other else [])]
+    compared = aligned([*opened, *([other] if other else [])])
+    opened = compared[: len(opened)]
+    if weights is not None:
+        weights = seen_like(weights, compared[0])
     request = _request(compared, len(opened), control is not None, seed, sign_flips)
     plan = plan_compare(compared, request, weights, include, exclude)
     measured_names = {job.name for job in plan.jobs}

@@ -4,6 +4,7 @@ Plain picklable addresses and numbers, which plans hold and blocks read. Nothing
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from skillvec.errors import UsageError
@@ -63,7 +64,7 @@ class MixDelta(NamedTuple):
     """A tensor's delta as several to merge by an operator; `known` is what its passes measured."""
 
     spec: TensorSpec
-    sources: "tuple[StoredDelta | PairDelta | ComputedDelta, ...]"
+    sources: "tuple[StoredDelta | PairDelta | ComputedDelta | ViewDelta, ...]"
     weights: tuple[float, ...]
     parameters: tuple[dict[str, Any], ...]
     operator: Operator
@@ -114,6 +115,22 @@ def dtype_of(name: str) -> str:
     if name not in DTYPE_NAMES:
         raise UsageError(f"dtype {name!r}: expected one of {', '.join(DTYPE_NAMES)}")
     return DTYPE_NAMES[name]
+
+
+def views_in(deltas: "Iterable[DeltaSource]") -> "Iterator[ViewDelta]":
+    """Yield the views among deltas, in combinations, and in what views are of."""
+    for delta in deltas:
+        if isinstance(delta, ViewDelta):
+            yield delta
+            yield from views_in(delta.view.sources)
+        elif isinstance(delta, MixDelta):
+            yield from views_in(delta.sources)
+
+
+def key_of(delta: "DeltaSource") -> str:
+    """Return what tells a delta that views read from others in one run."""
+    origin = delta.scope if isinstance(delta, MixDelta) else delta.spec.path
+    return f"{origin}\n{delta.spec.name}"
 
 
 def names_of(delta: DeltaSource) -> list[str]:

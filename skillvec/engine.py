@@ -18,7 +18,7 @@ from xxhash import xxh3_128_digest
 from skillvec import operators
 from skillvec.blocks import NO_RECORDS, VIEW, Block, Workspace
 from skillvec.codecs import encode_block
-from skillvec.deltas import ComputedDelta, MixDelta, PairDelta, ViewDelta
+from skillvec.deltas import ComputedDelta, MixDelta, PairDelta, key_of, views_in
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import FLOATS, Array, narrow, widen
 from skillvec.measures import block_sums, is_sampled, layout, masks_nbytes, sample
@@ -570,21 +570,30 @@ def check_views(
 
     `seen` has the digests of what was read, by tensor; the rest is read here.
     """
-    views = [d.view for job in plan.jobs for d in job.deltas if isinstance(d, ViewDelta)]
-    parts = {part.spec.name: part for view in views for part in view.sources}
+    views = views_in(delta for job in plan.jobs for delta in job.deltas)
+    parts = {key_of(part): part for view in views for part in view.view.sources}
     workspace = Workspace()
-    for name, part in parts.items():
-        job = Job(name, "view", part.spec.numel, deltas=(part,))
+    for key, part in parts.items():
+        job = Job(part.spec.name, "view", part.spec.numel, deltas=(part,))
         stored = [role for role, delta in _stored_parts(job) if delta.codec != "zero"]
-        roles = [role.replace("delta0", f"delta0{VIEW}") for role in stored]
-        leaves = seen.setdefault(name, {})
+        leaves = _joined(seen.get(key, {}))
         for index in range(block_count(job.numel)):
             at = slice(16 * index, 16 * index + 16)
-            if not all(any(leaves.get(role, b"")[at]) for role in roles):  # no view needed it
+            if not all(any(leaves.get(role, b"")[at]) for role in stored):  # no view needed it
                 block = Block(index, job.numel, workspace, readers, leaves)
-                block.delta(part, f"delta0{VIEW}")
-        digests = {role.replace(VIEW, ""): fold_digest(held) for role, held in leaves.items()}
-        _check_digests(job, digests)
+                block.delta(part, "delta0")
+        _check_digests(job, {role: fold_digest(leaves.get(role, b"")) for role in stored})
+
+
+def _joined(seen: Mapping[str, bytearray]) -> dict[str, bytearray]:
+    """Return the leaves of a delta's stored parts by role, whoever read them through a view."""
+    leaves: dict[str, bytearray] = {}
+    for role, held in seen.items():
+        mine = leaves.setdefault(f"delta0{role.rpartition(VIEW)[2]}", bytearray(held))
+        for at in range(0, len(held), 16):
+            if not any(mine[at : at + 16]):
+                mine[at : at + 16] = held[at : at + 16]
+    return leaves
 
 
 def _stored_parts(job: Job) -> Iterator[tuple[str, StoredDelta]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillvec import __version__, kernels
-from skillvec.deltas import ViewDelta
+from skillvec.deltas import key_of, views_in
 from skillvec.engine import Found, JobResult, Threads
 from skillvec.errors import SkillvecError, UsageError
 from skillvec.plan import Job, Plan
@@ -288,8 +288,7 @@ def batches(jobs: Sequence[Job], workers: int) -> list[range]:
     limit = min(BATCH_NBYTES, total // (BATCHES * workers))
     found, begin, held, viewed = [], 0, 0, set[str]()
     for number, job in enumerate(jobs):
-        views = [delta.view for delta in job.deltas if isinstance(delta, ViewDelta)]
-        parts = {part.spec.name for view in views for part in view.sources}
+        parts = {key_of(part) for view in views_in(job.deltas) for part in view.view.sources}
         if held and held + job.nbytes_read > limit and not parts & viewed:
             found.append(range(begin, number))
             begin, held, viewed = number, 0, set()

@@ -9,15 +9,16 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from skillvec.adapters import Adapter
 from skillvec.adapting import effect_on
 from skillvec.bridging import bridged, hints_of, left_over
 from skillvec.checkpoint import Checkpoint, empty_weights, lone_factors, placeholders
 from skillvec.configs import untied_config
 from skillvec.conversions import tied_weights
-from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta, delta_dtype
+from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
 from skillvec.errors import IncompatibleError, UsageError, up_to_five_each
 from skillvec.kernels import FLOATS
-from skillvec.layouts import numbered, viewed_specs
+from skillvec.layouts import numbered, renamed, viewed_specs
 from skillvec.lineage import (
     MAX_TIED,
     find_tied,
@@ -29,8 +30,7 @@ from skillvec.lineage import (
 from skillvec.quantised import unexplained
 from skillvec.rules import is_selected, refuse_idle_globs
 from skillvec.sources import Source, View, whole
-from skillvec.storage import TensorSpec
-from skillvec.vector import SkillVector
+from skillvec.vector import SkillVector, viewed_delta
 from skillvec.vectorfile import StoredDelta
 
 
@@ -61,17 +61,16 @@ def laid_out(
     `rename` rules are applied to the vector's names; of `rows` that only the target has, the delta
     is 0.
     """
+    if vector.own is not None and list(rename) == vector.manifest.get("rename"):
+        rename = ()  # its names have changed by them
     if vector.adapter is not None:
-        if rename:
-            raise UsageError(
-                f"rename: {vector.ref} is fitted by its own names where its base is not known: name"
-                " the base (ADAPTER::BASE)"
-            )
-        effect = effect_on(vector.adapter, target)
-        deltas = {name: ComputedDelta(d, vector.ref) for name, d in effect.deltas.items()}
-        stay = {name: "not in the adapter" for name in target if name not in deltas}
-        vector = replace(vector, deltas=deltas, warnings=tuple(effect.warnings))
-        return Fitted(vector, target, stay, [])
+        return _adapted(vector, vector.adapter, target, rename)
+    if rename and vector.own is not None and not vector.own.whole:
+        known = {name: delta.spec.shape for name, delta in vector.deltas.items()}
+        try:
+            renamed(known, rename)
+        except UsageError:  # rules for the adapter's own names, of a model in memory
+            return _adapted(vector, vector.own, target, rename)
     mine = {name: delta.spec for name, delta in vector.deltas.items()}
     wanted = {
         name: spec for name, spec in target.items()
@@ -92,7 +91,7 @@ def laid_out(
             back[source] = whole(name, shape)
             places[source] = name
         else:
-            made[name] = _viewed_delta(name, view, vector)
+            made[name] = viewed_delta(name, view, vector)
     left = left_over(found, vector.ref, mine, wanted)
     unused = {name: vector.deltas[name] for name in left}
     reverse = bridged(wanted, mine, configs, (), "strict")
@@ -107,20 +106,18 @@ def laid_out(
     return Fitted(laid, seen, found.skipped, hints_of(found))
 
 
-def _viewed_delta(name: str, view: View, vector: SkillVector) -> ViewDelta:
-    boxes = tuple(box._replace(source=vector.deltas[box.source]) for box in view.boxes)
-    if any(isinstance(b.source, MixDelta) and b.source.operator.passes(b.source.parameters)
-           for b in boxes):  # fmt: skip
-        raise IncompatibleError(
-            f"{name}: the target has another layout, and {vector.ref} must be measured in its own:"
-            " store the combination first (skillvec combine -o)"
-        )
-    wide = any(delta_dtype(box.source) == "F64" for box in boxes)
-    spec = TensorSpec(name, "F64" if wide else "F32", view.shape, "", 0, 0)
-    return ViewDelta(spec, View(view.shape, boxes))
-
-
 RELATED = 0.5  # cosine of sketches: unrelated ones spread by .06, fine-tuned ones stay above .9
+
+
+def _adapted(
+    vector: SkillVector, adapter: Adapter, target: Checkpoint, rename: Sequence[str]
+) -> Fitted:
+    """Return an adapter fitted to the target itself: what it does not name stays."""
+    effect = effect_on(adapter, target, rename)
+    deltas = {name: ComputedDelta(d, vector.ref) for name, d in effect.deltas.items()}
+    stay = {name: "not in the adapter" for name in target if name not in deltas}
+    vector = replace(vector, deltas=deltas, warnings=tuple(effect.warnings), adapter=adapter)
+    return Fitted(vector, target, stay, [])
 
 
 class Fit(NamedTuple):
@@ -308,6 +305,8 @@ def same_delta(vector: SkillVector, name: str) -> str | None:
     if vector.origin is not None:  # an adapter, not stored
         others = ((n, other) for n, other in vector.deltas.items() if alike(n))
         return next((n for n, other in others if _is_same(delta, other)), None)
+    if isinstance(delta, ViewDelta):
+        return None
     if isinstance(delta, PairDelta):
         assert vector.base is not None and vector.tuned is not None
         twin = find_tied(vector.base, name)

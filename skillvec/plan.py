@@ -316,7 +316,7 @@ def plan_apply(
     fitted = laid_out(vector, target, rename, rows)
     routes, passed, ledger, untied = fitting(target, fitted, include, exclude)
     moves = {name: fitted.vector.deltas[source] for name, source in routes.items()}
-    named = fitted.vector if vector.adapter else vector  # by the names of its own manifest
+    named = fitted.vector if fitted.vector.adapter else vector  # by the names of its own manifest
     is_untied = bool(untied) or parted(target, named, moves)
     vector = fitted.vector
     verdict, warnings = verdict_on(fitted.seen, vector)

@@ -5,7 +5,7 @@ save, checked and followed by verify.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skillvec import hub
@@ -29,7 +29,8 @@ def described(vector: SkillVector) -> dict[str, Any]:
         parts = [described(part) for part in vector.parts]
         return {"recipe": vector.recipe.to_dict(), "parts": parts}
     if vector.tuned is None:
-        return {"ref": vector.ref, "digest": vector.manifest["identity"]}
+        said = {"ref": vector.ref, "digest": vector.manifest["identity"]}
+        return said | {key: vector.manifest[key] for key in ("rename",) if key in vector.manifest}
     assert vector.base is not None
     sides = {"tuned": vector.tuned.ref, "base": vector.base.ref}
     chosen = {key: vector.manifest[key] for key in CHOSEN if key in vector.manifest}
@@ -38,14 +39,15 @@ def described(vector: SkillVector) -> dict[str, Any]:
 
 def reopened(
     said: dict[str, Any], places: Mapping[str, Any] | None = None,
-    left_out: LeftOut = nothing_left_out,
+    left_out: LeftOut = nothing_left_out, rename: Sequence[str] = (),
 ) -> SkillVector:  # fmt: skip
     """Return the vector that a recipe describes.
 
-    `places` says where its sides are now, `left_out` is as of SkillVector.between.
+    `places` says where its sides are now, `left_out` is as of SkillVector.between, `rename` of
+    SkillVector.open.
     """
     if "ref" in said:
-        return _found(said["ref"], "--vector")
+        return _found(said["ref"], "--vector", said.get("rename", ()), rename)
     if "recipe" not in said:
         given = dict(places or {})
         sides: dict[str, Any] = {
@@ -59,12 +61,18 @@ def reopened(
     return SkillVector.combined([reopened(part) for part in said["parts"]], recipe)
 
 
-def _found(ref: str, option: str = "") -> SkillVector:
-    """Return the vector, or the adapter and its base, that a record names."""
+def _found(
+    ref: str, option: str = "", rename: Sequence[str] = (), spare: Sequence[str] = ()
+) -> SkillVector:
+    """Return the vector, or the adapter and its base, that a record names.
+
+    `rename` was applied when it was opened, `spare` is what may be.
+    """
     tuned, _, base = ref.partition("::")
     if not base:
-        return SkillVector.open(relocate(ref, "vector", option))
-    return SkillVector.between(relocate(tuned, "tuned", option), relocate(base, "base", option))
+        return SkillVector.open(relocate(ref, "vector", option), rename=spare)
+    sides = relocate(tuned, "tuned", option), relocate(base, "base", option)
+    return SkillVector.between(*sides, rename=rename)
 
 
 def digests_of(said: dict[str, Any]) -> Any:
@@ -171,7 +179,7 @@ def opened_parents(manifest: dict[str, Any], recipe: Recipe) -> list[SkillVector
             raise FormatError(
                 f"the recipe names {share.vector:.200}, its parent {parent['ref']:.200}: which?"
             )
-        parts.append(_found(parent["ref"]))
+        parts.append(_found(parent["ref"], rename=parent.get("rename", ())))
     return parts
 
 
@@ -186,6 +194,7 @@ def parents_of(vector: SkillVector, tuned: Any = None, base: Any = None) -> Skil
         again = SkillVector.between(
             relocate(parent["ref"], "tuned", "--tuned") if tuned is None else tuned,
             relocate(parent["base"], "base", "--base") if base is None else base,
+            rename=parent.get("rename", ()),
         )
         if again.manifest["identity"] != parent["identity"]:
             raise VerificationError(

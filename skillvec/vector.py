@@ -18,7 +18,7 @@ from typing import Any
 from skillvec import hub
 from skillvec.adapters import Adapter, open_adapter
 from skillvec.adapting import effect_on
-from skillvec.bridging import seen_as
+from skillvec.bridging import bridged, left_over, seen_as
 from skillvec.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -36,6 +36,7 @@ from skillvec.deltas import (
     DeltaSource,
     MixDelta,
     PairDelta,
+    ViewDelta,
     delta_dtype,
     dtype_of,
     value_dtype,
@@ -49,6 +50,7 @@ from skillvec.errors import (
     up_to_five_each,
 )
 from skillvec.kernels import FLOATS
+from skillvec.layouts import viewed_specs
 from skillvec.lineage import MAX_TIED, find_tied, identity, under_name
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import open_patch
@@ -68,7 +70,7 @@ from skillvec.rules import (
     resolve,
     selection,
 )
-from skillvec.sources import Source, digest_values
+from skillvec.sources import Source, View, digest_values, whole
 from skillvec.storage import Place, TensorSpec, digest_bytes, refuse_stale
 from skillvec.vectorfile import CHOSEN, SCHEMA, SIDE, StoredDelta, VectorFile, find_vector
 
@@ -95,16 +97,19 @@ class SkillVector:
     notes: Mapping[str, str] = field(default_factory=dict)  # how tensors were found
     origin: Checkpoint | None = None  # the files of an adapter
     adapter: Adapter | None = None  # one without its base: fitted to the target that it meets
+    own: Adapter | None = None  # the adapter itself, with its base or without
     warnings: tuple[str, ...] = ()
     report: Any = field(default=None, compare=False)  # of the verb that wrote it
 
     @staticmethod
     def open(
-        ref: "str | os.PathLike[str] | Place | SkillVector", role: str = "vector"
-    ) -> "SkillVector":
+        ref: "str | os.PathLike[str] | Place | SkillVector", role: str = "vector",
+        rename: Sequence[str] = (),
+    ) -> "SkillVector":  # fmt: skip
         """Open a vector file or folder, a PEFT adapter, or "TUNED::BASE"; headers only.
 
-        Raises IncompatibleError for a model.
+        `rename` rules are for an adapter that does not fit its base without. Raises
+        IncompatibleError for a model.
         """
         if isinstance(ref, SkillVector):
             for side in ref.inputs():
@@ -115,6 +120,8 @@ class SkillVector:
             if "::" in os.fspath(ref):
                 tuned, _, base = os.fspath(ref).partition("::")
                 try:
+                    if rename and is_adapter(place := locate(tuned, "tuned")):
+                        return SkillVector.adapted(place, open_checkpoint(base, "base"), (), rename)
                     return SkillVector.between(tuned, base)
                 except IncompatibleError as error:
                     hint = (
@@ -129,7 +136,7 @@ class SkillVector:
         if stored is not None:
             return SkillVector.of_file(stored)
         if is_adapter(place):
-            return SkillVector.adapted(place)
+            return SkillVector.adapted(place, None, (), rename)
         opened = open_tensors(place, role)
         raise IncompatibleError(
             f"{role} {opened.ref}: this is not a skill vector (no manifest in its header);"
@@ -171,9 +178,9 @@ class SkillVector:
         if not isinstance(tuned, Checkpoint):
             place = tuned if isinstance(tuned, Place) else locate(tuned, "tuned")
             if is_adapter(place):
-                if dtype != "auto" or include or exclude or rename or rows != "strict":
+                if dtype != "auto" or include or exclude or rows != "strict":
                     raise UsageError(f"tuned {place.ref}: an adapter is taken whole, in fp32")
-                return SkillVector.adapted(place, open_checkpoint(base, "base"))
+                return SkillVector.adapted(place, open_checkpoint(base, "base"), rename)
             tuned = open_checkpoint(place, "tuned", unused)
         base = open_checkpoint(base, "base", unused)
         seen, notes, skipped, hints = seen_as(tuned, base, rename, rows)
@@ -192,18 +199,24 @@ class SkillVector:
         return SkillVector(ref, deltas, manifest, tuned=seen, base=base, notes=notes)
 
     @staticmethod
-    def adapted(place: Place, base: Checkpoint | None = None) -> "SkillVector":
+    def adapted(
+        place: Place, base: Checkpoint | None = None, rename: Sequence[str] = (),
+        spare: Sequence[str] = (),
+    ) -> "SkillVector":  # fmt: skip
         """Return what a PEFT adapter adds to its base, s B A in fp32, without computing it.
 
         Modules that it holds whole (modules_to_save) need the base: `base`, or where the adapter
         says it is. Without a base it is fitted to the target: tensors that it does not name stay.
+        `rename` rules are applied to the adapter's names of weights, those in `spare` only where
+        they do not fit the base without: if not with them either, the target alone counts.
         """
         opened = open_tensors(place, "adapter")
         if empty := placeholders(opened):
             raise IncompatibleError(f"adapter {empty_weights(opened, empty)}")
         config = read_json(place.files[ADAPTER_CONFIG])
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
-        said, ref = adapter.base_ref, place.ref if base is None else f"{place.ref}::{base.ref}"
+        given, said = base is not None, adapter.base_ref
+        ref = f"{place.ref}::{base.ref}" if base is not None else place.ref
         if base is None and said and adapter.whole:
             base = open_checkpoint(_base_of(adapter, place), "base of the adapter")
         elif base is None and said and os.path.exists(os.path.expanduser(said)):
@@ -218,8 +231,21 @@ class SkillVector:
         notes: dict[str, str] = {}
         untied: dict[str, str] = {}
         warnings: list[str] = []
+        effect = None
         if base is not None:
-            effect = effect_on(adapter, base)
+            try:
+                effect = effect_on(adapter, base, rename)
+            except IncompatibleError:
+                if not spare:
+                    raise
+                try:
+                    effect, rename = effect_on(adapter, base, spare), spare
+                except SkillvecError:
+                    if adapter.whole or given:
+                        raise
+                    base, ref = None, place.ref
+        if effect is not None:
+            assert base is not None
             untied, warnings = effect.untied, effect.warnings
             found = {name: ComputedDelta(d, place.ref) for name, d in effect.deltas.items()}
             heads = {h: under_name(base[of], h) for h, of in untied.items() if h not in base}
@@ -238,26 +264,28 @@ class SkillVector:
             notes = {head: f"untied from {of}" for head, of in untied.items()}
             notes |= dict.fromkeys(found, f"s B A of {place.ref}")
         digests = [[name, digest_values(spec)] for name, spec in sorted(opened.items())]
-        who = digest_bytes(json.dumps([config, digests], sort_keys=True).encode())
+        chosen = {"rename": list(rename)} if rename else {}
+        told = [config, digests, *chosen.values()]
+        who = digest_bytes(json.dumps(told, sort_keys=True).encode())
         ours = identity(base) if base is not None else _unknown(said or "", opened)
         matched: dict[str, Any] = {"integers": {}, "tied": {}, "excluded": []}
-        matched |= {"include": [], "exclude": []}
+        matched |= {"include": [], "exclude": []} | chosen
         if base is not None:
             matched["integers"] = {n: [s.dtype, None] for n, s in base.items() if n not in deltas}
         manifest = _pair_manifest(None, ours, "auto", matched)
-        told = {"untied": untied, "warnings": warnings}
-        manifest |= {key: said for key, said in told.items() if said}
+        more = {"untied": untied, "warnings": warnings}
+        manifest |= {key: value for key, value in more.items() if value}
         manifest |= {
             "formula": "s B A of an adapter",
             "identity": who,
             "parents": [
                 {"ref": place.ref, "identity": who, "manifest": None, "base": ours["ref"],
-                 "tuned": None, "dtype": "auto", "include": [], "exclude": []}
+                 "tuned": None, "dtype": "auto", "include": [], "exclude": [], **chosen}
             ],
         }  # fmt: skip
         return SkillVector(
             ref, deltas, manifest, base=base, notes=notes, origin=opened,
-            adapter=None if base else adapter, warnings=tuple(warnings),
+            adapter=None if base else adapter, own=adapter, warnings=tuple(warnings),
         )  # fmt: skip
 
     @staticmethod
@@ -296,7 +324,7 @@ class SkillVector:
         operator = operator or OPERATORS[recipe.op]
         recipe = replace(recipe, shares=tuple(map(_scaled, recipe.shares, parts)))
         parts = [replace(part, scale=1.0) for part in parts]
-        parts = _all_untied(parts)
+        parts = _all_untied(aligned(parts))
         names = _common_names(parts)
         shares = resolve(recipe, names)
         deltas: dict[str, DeltaSource] = {}
@@ -551,6 +579,77 @@ def _all_untied(parts: Sequence[SkillVector]) -> list[SkillVector]:
             part = replace(part, deltas=lent | dict(part.deltas))
         made.append(part)
     return made
+
+
+def aligned(vectors: Sequence[SkillVector]) -> list[SkillVector]:
+    """Return vectors in the layout of the first: seen through views where theirs is another.
+
+    Tensors that no rule brings over stay under their names, for the caller to refuse.
+    """
+    first, *others = vectors
+    return [first, *(_aligned(other, first) for other in others)]
+
+
+def seen_like(model: Checkpoint, vector: SkillVector) -> Checkpoint:
+    """Return a model under the names and in the shapes of a vector, as far as it has those."""
+    found = bridged(model, _specs(vector), [model.config, _config_of(vector)], (), "strict")
+    return model if found is None else model.with_tensors(viewed_specs(found, model))
+
+
+def _specs(vector: SkillVector) -> dict[str, Source]:
+    return {name: delta.spec for name, delta in vector.deltas.items()}
+
+
+def _config_of(vector: SkillVector) -> dict[str, Any]:
+    """Return what is known of the config of a vector's base."""
+    if vector.base is not None and vector.base.config:
+        return vector.base.config
+    return {"model_type": vector.manifest["base"]["model_type"]}
+
+
+def _aligned(vector: SkillVector, first: SkillVector) -> SkillVector:
+    mine, wanted = _specs(vector), _specs(first)
+    found = bridged(mine, wanted, [_config_of(first), _config_of(vector)], (), "strict")
+    if found is None:
+        return vector
+    deltas: dict[str, DeltaSource] = {}
+    entries: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    stated = vector.manifest.get("tensors", {})
+    for name, view in found.views.items():
+        (source, *more) = view.sources
+        if not more and view == whole(source, mine[source].shape):
+            deltas[name], places[source] = vector.deltas[source], name
+            entries |= {name: stated[source]} if source in stated else {}
+            continue
+        deltas[name] = viewed_delta(name, view, vector)
+        lost = sum(stated[part].get("nonfinite", 0) for part in view.sources if part in stated)
+        said = {"dtype": deltas[name].spec.dtype, "shape": list(view.shape), "codec": "view"}
+        entries[name] = said | {"digest": name, "base": None, "tuned": None, "nonfinite": lost}
+    left = left_over(found, vector.ref, mine, wanted)
+    deltas |= {name: vector.deltas[name] for name in left}
+    entries |= {name: stated[name] for name in left if name in stated}
+    manifest = vector.manifest | ({"tensors": entries} if stated else {})
+    moved = {head: places.get(of, of) for head, of in vector.untied.items()}
+    manifest |= {"untied": moved} if moved else {}
+    return replace(vector, deltas=deltas, manifest=manifest, notes={**vector.notes, **found.notes})
+
+
+def viewed_delta(name: str, view: View, vector: SkillVector) -> ViewDelta:
+    """Return a delta of another layout: `view` is of names of the vector's own.
+
+    Raises IncompatibleError where that vector has to be measured first.
+    """
+    boxes = tuple(box._replace(source=vector.deltas[box.source]) for box in view.boxes)
+    if any(isinstance(b.source, MixDelta) and b.source.operator.passes(b.source.parameters)
+           for b in boxes):  # fmt: skip
+        raise IncompatibleError(
+            f"{name}: the target has another layout, and {vector.ref} must be measured in its own:"
+            " store the combination first (skillvec combine -o)"
+        )
+    wide = any(delta_dtype(box.source) == "F64" for box in boxes)
+    spec = TensorSpec(name, "F64" if wide else "F32", view.shape, "", 0, 0)
+    return ViewDelta(spec, View(view.shape, boxes))
 
 
 def _common_names(parts: Sequence[SkillVector]) -> list[str]:

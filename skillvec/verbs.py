@@ -95,7 +95,7 @@ from skillvec.summary import (
     side_warnings,
     tell_nonfinite,
 )
-from skillvec.vector import FP32_MAX, SkillVector
+from skillvec.vector import FP32_MAX, SkillVector, seen_like
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     find_vector,
@@ -417,7 +417,7 @@ def apply(
     request |= {"allow_nonfinite": True} if allow_nonfinite else {}
     left_out = leaving_out(include, exclude)
     if vector is not None:
-        displacement = SkillVector.open(vector)
+        displacement = SkillVector.open(vector, rename=rename)
     else:
         assert tuned is not None and base is not None
         displacement = SkillVector.between(tuned, base, left_out=left_out)
@@ -585,13 +585,13 @@ def verify(
     subtracted = "tuned" in said or (tuned is not None and base is not None)
     _refuse_idle(given, tuple(given) if subtracted else ("target", "vector"))
     if vector is not None:
-        displacement = SkillVector.open(vector)
+        displacement = SkillVector.open(vector, rename=request.get("rename", ()))
     elif "tuned" in said:
         displacement = reopened(said, {"tuned": tuned, "base": base}, left_out)
     elif tuned is not None and base is not None:
         displacement = SkillVector.between(tuned, base, left_out=left_out)
     else:
-        displacement = reopened(said)
+        displacement = reopened(said, rename=request.get("rename", ()))
     unused = _unused(displacement, left_out)
     point = reopen(target, recipe["target"]["ref"], "target", unused)
     plan, now = _plan_apply(point, displacement, request)
@@ -685,6 +685,7 @@ def _verify_vector(
             claim = "VECTOR = PATCH - BASE"
             plan = plan_verify_combination(vector, SkillVector.patched(left.path, right))
         else:
+            right = seen_like(right, vector)
             seen = seen_as(left, right, manifest.get("rename", ()), manifest.get("rows", "strict"))
             plan = plan_verify_vector(vector, seen[0], right)
         facts |= {"claim": claim, "tuned": left.ref, "base": right.ref,

@@ -400,16 +400,20 @@ def test_an_adapter_with_a_base_that_was_given_is_proved_with_that_base(tmp_path
     assert sv.verify(tmp_path / "c.safetensors").facts["verified"]
 
 
-def test_rules_for_the_names_of_an_adapter_without_its_base_are_refused(tmp_path: Path):
+def test_rules_are_for_the_names_of_an_adapter_and_for_those_of_its_base(tmp_path: Path):
     target = save(tmp_path / "target", toy(dtype="F32"))
     adapter = an_adapter(tmp_path / "adapter")
-    with pytest.raises(sv.UsageError, match="ADAPTER::BASE"):
-        sv.apply(target, adapter, tmp_path / "out", rename=[r"\.0\.=.1."])
-    rule = [r"\.0\.=.x.", r"\.1\.=.0.", r"\.x\.=.1."]
-    sv.apply(target, f"{adapter}::{target}", tmp_path / "out", rename=rule)
+    rules = [r"\.0\.=.x.", r"\.1\.=.0.", r"\.x\.=.1."]
+    sv.apply(target, adapter, tmp_path / "out", rename=rules[:1] + rules[2:])
+    sv.apply(target, f"{adapter}::{target}", tmp_path / "two", rename=rules)
+    assert_same_bits(tmp_path / "out", tmp_path / "two")
     before, after = load(target), load(tmp_path / "out")
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["model.layers.1.self_attn.q_proj.weight"]
+    assert sv.verify(tmp_path / "out").facts["verified"]
+    assert sv.verify(tmp_path / "two").facts["verified"]
+    with pytest.raises(sv.UsageError, match="matches none"):
+        sv.apply(target, adapter, tmp_path / "out", rename=["visual=x"], force=True)
 
 
 @pytest.mark.parametrize("whole", [True, False])
