@@ -107,10 +107,7 @@ def _through(layout: Layout, adapter: Adapter) -> Effect:
             made.whole[name] = _whole(name, view, effect.whole)
         elif parts:
             deltas[name] = _delta(name, View(view.shape, tuple(parts)), effect.deltas)
-    places = {
-        view.boxes[0].source: name for name, view in layout.back.items()
-        if len(view.boxes) == 1 and view == all_of(view.boxes[0].source, view.shape)
-    }  # fmt: skip
+    places = layout.places
     for head, of in effect.untied.items():
         place = places.get(head)
         if place is None:

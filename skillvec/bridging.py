@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from skillvec.checkpoint import Checkpoint
-from skillvec.conversions import ModelClass, classes_of
+from skillvec.conversions import ModelClass, all_of, classes_of
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.layouts import SKIPPED, Bridge, bridge, loaded_as, viewed_specs
 from skillvec.sources import Index, Source, View, Viewed, Widened, concatenate, whole
@@ -52,6 +52,14 @@ class Layout:
         """Tensors of the checkpoint as views over names of the layout: those that it holds."""
         return self._found[1].views
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Names of the layout -> those of the checkpoint, for tensors that are whole in both."""
+        return {
+            view.boxes[0].source: name for name, view in self.back.items()
+            if len(view.boxes) == 1 and view == all_of(view.boxes[0].source, view.shape)
+        }  # fmt: skip
+
     def file_name(self, name: str) -> str | None:
         """Return what transformers calls a tensor in a file, None where it is not whole there."""
         return name if self.is_saved else self.kind.file_name(name)
@@ -77,6 +85,24 @@ def layouts_of(checkpoint: Checkpoint, named: Sequence[str] = ()) -> Iterator[La
         yield Layout(checkpoint, kind, False)
         if kind.saved().keys() not in (kind.shapes.keys(), checkpoint.keys()):
             yield Layout(checkpoint, kind, True)
+
+
+def tied_names(checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Return the tensors that a checkpoint's model ties, head -> embedding, by names of its files.
+
+    A head that no file holds has the name that transformers would give it there. None where
+    transformers makes no model of the config.
+    """
+    layout = next(layouts_of(checkpoint), None)
+    if layout is None:
+        return None
+    tied = layout.tied
+    if all(of in checkpoint or head in checkpoint for head, of in tied.items()):
+        return dict(tied)
+    places = layout.places
+    names = [[places.get(name) or layout.file_name(name) or name for name in pair]
+             for pair in tied.items()]  # fmt: skip
+    return dict(names)
 
 
 def seen_as(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from skillvec.adapters import Adapter
 from skillvec.adapting import effect_on
-from skillvec.bridging import bridged, hints_of, left_over
+from skillvec.bridging import bridged, hints_of, left_over, tied_names
 from skillvec.checkpoint import Checkpoint, empty_weights, lone_factors, placeholders
 from skillvec.configs import untied_config
 from skillvec.conversions import tied_weights
@@ -246,7 +246,7 @@ def _untying_problem(target: Checkpoint, head: str, source: str, shape: tuple[in
     """Return why a head cannot get a tensor and a config of its own, "" where it can."""
     if target[source].shape != shape or target[source].dtype not in FLOATS:
         return f"{source} is {target[source].dtype} {list(target[source].shape)} in the target"
-    said = tied_weights(target.config, len(target))
+    said = tied_names(target)
     if said is None:  # no model of transformers: its config is all there is to go by
         return "" if target.ties_embeddings else "nothing says that the target ties it"
     if source != said.get(head) and head != said.get(source):
@@ -277,7 +277,7 @@ def parted(target: Checkpoint, vector: SkillVector, moves: Mapping[str, DeltaSou
     ]  # fmt: skip
     if not moved or target.ties_embeddings:
         return bool(moved)
-    said = tied_weights(target.config, len(target)) or {}  # what its class does if told nothing
+    said = tied_names(target) or {}  # what its class does if told nothing
     return any(said.get(one) == other or said.get(other) == one for one, other in moved)
 
 
