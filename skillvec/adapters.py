@@ -13,11 +13,14 @@ do not fit the base or fit it in two ways.
 """
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from math import comb, prod, sqrt
+from operator import itemgetter
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +34,7 @@ from skillvec.errors import (
     up_to_five,
     up_to_five_each,
 )
-from skillvec.kernels import FLOATS, STORAGE_DTYPE, Array, F32Array, widen
+from skillvec.kernels import FLOATS, STORAGE_DTYPE, Array, F32Array, narrow, widen
 from skillvec.sources import (
     Box,
     Derived,
@@ -39,6 +42,7 @@ from skillvec.sources import (
     View,
     digest_values,
     read_values,
+    values_of,
     whole,
 )
 
@@ -46,6 +50,7 @@ TILE = 1 << 18  # values multiplied at a time: near the cores, whatever the rank
 MOST_RANK, MOST_ALPHA, MOST_NESTED = 1 << 20, 1e30, 4
 MOST_SIGNS, MOST_REPEATS, MOST_STEPS = 400, 4, 10**10  # of patterns: PEFT's own are names
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+MAGNITUDES, BIAS, ROWS = "lora_magnitude_vector", "lora_B.bias", "token_adapter"  # beside factors
 MERGE = "merge it into its base (merge_and_unload, save_pretrained) and give the merged model"
 UNMERGED = "it cannot be merged into weights, so there is no vector of it"
 # what PEFT does not merge: tokens in place of weights, sums that depend on the input
@@ -56,10 +61,7 @@ UNMERGED_KINDS = (
 # nor these of LoRA; it adds up replicated layers, which share their weights, and gets another model
 UNMERGED_KEYS = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 NOT_A_SUM = {  # keys of adapter_config.json that, if set, make something else of LoRA
-    "use_dora": "DoRA scales the rows of the sum",
-    "lora_bias": "the factors have biases, which PEFT merges where the base's layer has one",
     "alora_invocation_tokens": "activated LoRA holds for some tokens only",
-    "trainable_token_indices": "trainable tokens replace rows",
     "layer_replication": "layers are replicated, and each copy has a sum of its own",
     "use_qalora": "QA-LoRA pools its inputs",
     "use_bdlora": "its factors are block-diagonal", "arrow_config": "Arrow routes tokens",
@@ -68,13 +70,15 @@ NOT_A_SUM = {  # keys of adapter_config.json that, if set, make something else o
 }  # fmt: skip
 SAME_BASE = ("", "true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 OTHER_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+FLAGS = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias")
 KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type", "use_rslora",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora",
+    "use_rslora",
 }  # fmt: skip
 
 
@@ -102,30 +106,42 @@ def product(left: Array, right: Array, scaling: float) -> F32Array:
 
 
 @dataclass(frozen=True)
-class LowRank(Derived):
+class Delta(Derived):
+    """What an adapter adds to the weight `name`, as F32: values that leave fp32 are not finite."""
+
+    name: str
+    dtype = "F32"
+
+    def part(self, name: str, shape: tuple[int, ...], box: Box) -> "Delta | None":
+        """Return a box of it, which covers all of a tensor of `shape`, as a delta of its own.
+
+        `box` counts this tensor's elements in row-major order. None where only reading it does.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class LowRank(Delta):
     """scaling * left @ right under the name of a weight, as F32; about 12 tiles of memory.
 
     `left` and `right` are views of the factors, experts x m x r and experts x r x n; `shape` is
     experts x m x n, or m x n of one.
     """
 
-    name: str
     shape: tuple[int, ...]
     left: View
     right: View
     scaling: float
-    dtype = "F32"
 
     @property
     def parts(self) -> tuple[Source, ...]:
         return (*self.left.sources, *self.right.sources)
 
     def part(self, name: str, shape: tuple[int, ...], box: Box) -> "LowRank | None":
-        """Return a box of it, which covers all of a tensor of `shape`, as a product of its own.
+        """Return a box of it as a product of its own.
 
-        `box` counts this tensor's elements in row-major order. None where it is no range, perhaps
-        with steps, of experts, rows and columns, laid as experts x m x n, as m x n of one, or with
-        the last two turned.
+        None where it is no range, perhaps with steps, of experts, rows and columns, laid as
+        experts x m x n, as m x n of one, or with the last two turned.
         """
         (m, n), experts = self.shape[-2:], self.left.shape[0]
         units, counts = (m * n, n, 1), (experts, m, n)
@@ -151,7 +167,7 @@ class LowRank(Derived):
         return None
 
     def read(self, begin: int, out: Array) -> None:
-        """Fill `out` (float32); a product that leaves fp32, or of NaN, is not finite."""
+        """Fill `out` (float32)."""
         (m, n), rank = self.shape[-2:], self.left.shape[2]
         done = 0
         while done < out.size:
@@ -183,11 +199,16 @@ def _float64(view: View, expert: int, dim: int, begin: int, end: int) -> npt.NDA
 
 
 class Pair(NamedTuple):
-    """The factors of one module: A is rank x in, B is out x rank; an embedding's lie turned."""
+    """The factors of one module: A is rank x in, B is out x rank; an embedding's lie turned.
+
+    `magnitudes` of DoRA and the `bias` of B are of length out, None where there is none.
+    """
 
     A: Source
     B: Source
     embedding: bool
+    magnitudes: Source | None = None
+    bias: Source | None = None
 
     def sides(self, turned: bool) -> tuple[int, int]:
         """Return the shape of B A, or of its transpose."""
@@ -207,6 +228,13 @@ class Pair(NamedTuple):
             left, right = right.transpose(1, 2), left.transpose(1, 2)
         return LowRank(name, shape, left, right, scaling)
 
+    def merged(self, weight: Source, name: str, turned: bool, scaling: float) -> "LowRank | Dora":
+        """Return what PEFT's merge adds to a matrix that fits."""
+        added = self.delta(name, weight.shape, turned, scaling)
+        if self.magnitudes is None:
+            return added
+        return Dora(name, weight, added, self.magnitudes, int(turned))
+
 
 class Settings(NamedTuple):
     """What adapter_config.json says of ranks and scalings, checked."""
@@ -218,6 +246,9 @@ class Settings(NamedTuple):
     rslora: bool
     turned: bool
     parameters: list[str]
+    dora: bool = False
+    biased: bool = False
+    tokens: list[int] | dict[str, list[int]] | None = None
 
     def of(self, key: str) -> tuple[int, float]:
         """Return the rank and the scaling of a module, or of a parameter, by its name."""
@@ -231,12 +262,10 @@ class Settings(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Summed(Derived):
-    """The sum of several deltas of one weight, as F32."""
+class Summed(Delta):
+    """The sum of several deltas of one weight."""
 
-    name: str
-    summands: "tuple[LowRank | Summed, ...]"
-    dtype = "F32"
+    summands: tuple[Delta, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -246,14 +275,167 @@ class Summed(Derived):
     def parts(self) -> tuple[Source, ...]:
         return tuple(part for summand in self.summands for part in summand.parts)
 
+    def part(self, name: str, shape: tuple[int, ...], box: Box) -> "Summed | None":
+        """Return a box of it as a sum of its own, None where a summand has none."""
+        found = [summand.part(name, shape, box) for summand in self.summands]
+        parts = tuple(part for part in found if part is not None)
+        return Summed(name, parts) if len(parts) == len(found) else None
+
     def read(self, begin: int, out: Array) -> None:
-        """Fill `out` (float32); a sum that leaves fp32, or of what is not finite, is not finite."""
+        """Fill `out` (float32)."""
         self.summands[0].read(begin, out)
         other = np.empty_like(out)
         for summand in self.summands[1:]:
             summand.read(begin, other)
             with np.errstate(over="ignore", invalid="ignore"):
                 out += other
+
+
+@dataclass(frozen=True)
+class Dora(Delta):
+    """m (W + D) / |W + D| - W of a matrix W, magnitudes m and a delta D; a tile or a row of memory.
+
+    `dim` is along what the magnitudes lie: 0 has one for each row, of whose length they take the
+    place, 1 one for each column. All in fp64, from D in fp32, rounded once: PEFT, which divides
+    and multiplies in fp32, differs by some units of fp32's last place.
+    """
+
+    base: Source
+    added: LowRank
+    magnitudes: Source
+    dim: int
+    held: dict[str, npt.NDArray[np.float64]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.added.shape
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return (*self.added.parts, self.magnitudes, self.base)
+
+    def read(self, begin: int, out: Array) -> None:
+        """Fill `out` (float32); where W + D is 0 so is its length, and nothing finite comes out."""
+        done, (_, n) = 0, self.shape
+        while done < out.size:
+            row, column = divmod(begin + done, n)
+            weight, tuned = self._rows(row, column + out.size - done)
+            with np.errstate(all="ignore"):
+                made = tuned * self._factors(row, tuned) - weight
+                made = made.reshape(-1)[column : column + out.size - done]
+                out[done : done + made.size] = made
+            done += made.size
+
+    def _rows(self, row: int, wanted: int) -> tuple[npt.NDArray[np.float64], ...]:
+        """Return whole rows of W and of W + D, up to `wanted` values or a tile, one at least."""
+        m, n = self.shape
+        rows = min(m - row, -(-wanted // n), max(1, TILE // n))
+        with np.errstate(invalid="ignore"):
+            weight = _widened(self.base, row * n, rows * n).reshape(rows, n)
+            return weight, weight + values_of(self.added, row * n, rows * n).reshape(rows, n)
+
+    def _factors(self, row: int, tuned: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return m / |W + D| as it is to be multiplied with rows that begin at `row`."""
+        if self.dim == 0:
+            lengths = np.sqrt((tuned * tuned).sum(axis=1))
+            factors: npt.NDArray[np.float64] = _widened(self.magnitudes, row, len(tuned)) / lengths
+            return factors[:, None]
+        with _columns:  # one pass over the matrix, by whoever comes first
+            if "factors" not in self.held:
+                (m, n), at = self.shape, 0
+                total = np.zeros(n)
+                while at < m:
+                    _, some = self._rows(at, TILE)
+                    total += (some * some).sum(axis=0)
+                    at += len(some)
+                self.held["factors"] = _widened(self.magnitudes, 0, n) / np.sqrt(total)
+        return self.held["factors"]
+
+
+_columns = Lock()
+
+
+def _widened(source: Source, begin: int, numel: int) -> npt.NDArray[np.float64]:
+    """Return values of a source of floats in fp64."""
+    wide = np.empty(numel)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wide[:] = widen(values_of(source, begin, numel), source.dtype)
+    return wide
+
+
+@dataclass(frozen=True)
+class Times(Delta):
+    """A tensor times a number, as what the bias of a factor adds to that of the layer."""
+
+    source: Source
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.source.shape
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def read(self, begin: int, out: Array) -> None:
+        """Fill `out` (float32)."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            out[:] = _widened(self.source, begin, out.size) * self.factor
+
+
+class Row(NamedTuple):
+    """A row of a matrix."""
+
+    source: Source
+    at: int
+
+
+FIRST = itemgetter(0)
+
+
+def _digest_of(row: Row) -> str:
+    width = row.source.shape[1]
+    return digest_values(row.source, row.at * width, width)
+
+
+@dataclass(frozen=True)
+class RowsPut(Derived):
+    """A matrix with some of its rows replaced, rounded to its dtype.
+
+    `rows` are their numbers, in ascending order, and where their values lie.
+    """
+
+    name: str
+    base: Source
+    rows: "tuple[tuple[int, Row], ...]"
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.base.shape
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return (*dict.fromkeys(source for _, (source, _) in self.rows), self.base)
+
+    def read(self, begin: int, out: Array) -> None:
+        read_values(self.base, begin, out)
+        n = self.shape[1]
+        first = bisect_left(self.rows, begin // n, key=FIRST)
+        for row, (source, at) in self.rows[first:]:
+            low, high = max(row * n, begin), min((row + 1) * n, begin + out.size)
+            if low >= high:
+                break
+            values = values_of(source, at * n + low - row * n, high - low)
+            if source.dtype != self.dtype:
+                values = narrow(widen(values, source.dtype), self.dtype)
+            out[low - begin : high - begin] = values
 
 
 class Effect(NamedTuple):
@@ -263,7 +445,7 @@ class Effect(NamedTuple):
     they had; `warnings` are sentences for the user.
     """
 
-    deltas: dict[str, LowRank | Summed]
+    deltas: dict[str, Delta]
     whole: dict[str, Source]
     notes: list[str]
     untied: dict[str, str]
@@ -276,7 +458,8 @@ class Adapter:
 
     `whole` are weights that it brings (modules_to_save, resized embeddings, trained biases); of
     those, `saved` ends the names of modules that PEFT trains as copies beside the base's own.
-    `tying` keeps what the base ties tied (ensure_weight_tying).
+    `tying` keeps what the base ties tied (ensure_weight_tying). `rows` are those that it puts into
+    a weight, and their numbers (trainable_token_indices).
     """
 
     what: str
@@ -288,6 +471,7 @@ class Adapter:
     settings: Settings
     saved: tuple[str, ...] = ()
     tying: bool = False
+    rows: Mapping[str, tuple[Source, list[int]]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()  # of the model that it was made on, where it says so
 
     def renamed(self, names: Mapping[str, str]) -> "Adapter":
@@ -297,7 +481,8 @@ class Adapter:
             for module, pair in self.pairs.items()
         }
         whole = {names.get(name, name): weight for name, weight in self.whole.items()}
-        return replace(self, pairs=pairs, whole=whole)
+        rows = {names.get(name, name): trained for name, trained in self.rows.items()}
+        return replace(self, pairs=pairs, whole=whole, rows=rows)
 
     def misfits(self, there: Mapping[str, Any], named: Mapping[str, str] = {}) -> list[str]:
         """Return the weights that a model of other names or shapes has not got, so or turned.
@@ -310,8 +495,8 @@ class Adapter:
             module, new = name.removesuffix(".weight"), named.get(name, name)
             held = there.get(new)
             shape = None if held is None else tuple(getattr(held, "shape", held))
-            if name in self.whole:
-                fits = shape is not None  # perhaps with more rows
+            if name in self.whole or name in self.rows:
+                fits = shape is not None  # perhaps with more rows, or some of them
             else:
                 pair = self.pairs[module][0]
                 fits = shape in (pair.sides(False), pair.sides(True))
@@ -320,10 +505,18 @@ class Adapter:
         return found
 
     @property
+    def needs_base(self) -> bool:
+        """Whether the values of its base decide what it adds."""
+        dora = any(pair.magnitudes for pairs in self.pairs.values() for pair in pairs)
+        return dora or bool(self.whole or self.rows)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the weights that it names, as far as it tells them itself."""
         outer = {f"{module}.weight": pairs[0] for module, pairs in self.pairs.items()}
-        made = {name: pair.sides(pair.embedding) for name, pair in outer.items()}
+        made: dict[str, tuple[int, ...]] = {}
+        made |= {name: pair.sides(pair.embedding) for name, pair in outer.items()}
+        made |= {name: rows.shape for name, (rows, _) in self.rows.items()}
         return made | {name: weight.shape for name, weight in self.whole.items()}
 
     @property
@@ -346,10 +539,15 @@ class Adapter:
         Raises IncompatibleError where only the base can tell, FormatError for other ranks.
         """
         both = [name for name in self.whole if name.removesuffix(".weight") in self.pairs]
-        if self.settings.parameters or both:
+        held = {
+            f"{next(iter(both), '')} whole too": both,
+            "target_parameters": self.settings.parameters,
+            "magnitudes of DoRA": self.settings.dora, "biases of factors": self.settings.biased,
+            "rows of tokens": self.rows,
+        }  # fmt: skip
+        for what in (what for what, some in held.items() if some):
             raise IncompatibleError(
-                f"{self.what}: has {'target_parameters' if not both else f'{both[0]} whole too'}:"
-                " only the base tells what is added: give the base"
+                f"{self.what}: has {what}: only the base tells what is added: give the base"
             )
         deltas = {}
         for module, (pair, *inner) in self.pairs.items():
@@ -369,7 +567,7 @@ class Adapter:
         ways, and ties that merging cannot part.
         """
         stored, base = base, dict(base) | {head: base[tied[head]] for head in tied}
-        deltas: dict[str, LowRank] = {}
+        deltas: dict[str, Delta] = {}
         problems = defaultdict(list, only_here(self.whole, base, "the adapter"))
         held = defaultdict(list)
         for name in base:
@@ -394,15 +592,22 @@ class Adapter:
                 said = f"{name}: factors of rank {pair.A.shape[0]}, config {rank}"
                 problems["of another rank"].append(said)
             elif weight.shape == pair.sides(turned):
-                deltas[name] = pair.delta(name, weight.shape, turned, scaling)
+                deltas[name] = pair.merged(weight, name, turned, scaling)
                 if weight.shape == weight.shape[::-1] and not pair.embedding:
                     square.append(f"{name}: square, and fan_in_fan_out is wrong for other weights")
             elif weight.shape == pair.sides(not turned) and not pair.embedding:
-                deltas[name] = pair.delta(name, weight.shape, not turned, scaling)
+                deltas[name] = pair.merged(weight, name, not turned, scaling)
                 wrong = True
             else:
                 shapes = f"adapter {list(pair.sides(turned))}, base {list(weight.shape)}"
                 problems["of another shape"].append(f"{name}: {shapes}")
+            if pair.bias is not None:
+                bias = base.get(f"{module}.bias")
+                if bias is None or bias.shape != pair.bias.shape:
+                    said = f"{module}.bias: a bias to add, and the base's layer has none such"
+                    problems["without a bias"].append(said)
+                deltas[f"{module}.bias"] = Times(f"{module}.bias", pair.bias, scaling)
+        put = self._rows_put(base, tied, problems)
         problems["square"] = square if wrong else []
         if any(problems.values()):
             raise self._unfit(problems, base)
@@ -414,7 +619,7 @@ class Adapter:
                 raise IncompatibleError(
                     f"{self.what}: {name}: a delta and a weight that is not the base's: {MERGE}"
                 )
-        kept = {name: weight for name, weight in self.whole.items() if name not in deltas}
+        kept = {name: weight for name, weight in self.whole.items() if name not in deltas} | put
         notes = [f"{name}: also saved whole, as it is in the base" for name in both]
         effect = Effect({**deltas}, kept, self.notes + notes, {}, [])
         for source in dict.fromkeys(tied.values()):
@@ -435,16 +640,18 @@ class Adapter:
         group = (source, *heads)
         wholes = [name for name in group if name in effect.whole]
         added = [name for name in group if name in effect.deltas]
+        if any(name in self.rows for name in wholes):
+            self._put_tied(effect, group, stored)
+            return
         if not self.tying and any(name in self.copies for name in wholes):
             effect.untied.update(dict.fromkeys(heads, source))
             return
         weights = [effect.whole.pop(name) for name in wholes]
         summands = [effect.deltas.pop(name) for name in added]
         if weights and (added or len({digest_values(weight) for weight in weights}) > 1):
-            raise IncompatibleError(
-                f"{self.what}: the base ties {' and '.join(group)}, and the adapter says two things"
-                f" of the one weight: {MERGE}"
-            )
+            raise self._two_things(group)
+        if any(isinstance(summand, Dora) for summand in summands) and (self.tying or added[1:]):
+            raise self._two_things(group)  # the second is scaled by what the first has made
         if self.tying and summands:  # each name has these factors, saved or not, and is merged
             summands += summands[:1] * (len(group) - len(summands))
         for name in (source, *(head for head in heads if head in stored)):
@@ -463,21 +670,74 @@ class Adapter:
                 " copy of the base that stores both and ties neither it is"
             )
 
+    def _two_things(self, group: Sequence[str]) -> IncompatibleError:
+        return IncompatibleError(
+            f"{self.what}: the base ties {' and '.join(group)}, and the adapter says two things"
+            f" of the one weight: {MERGE}"
+        )
+
+    def _rows_put(
+        self, base: Mapping[str, Source], tied: Mapping[str, str], problems: dict[str, list[str]]
+    ) -> dict[str, Source]:
+        """Return the weights of a base with the adapter's rows in them."""
+        put: dict[str, Source] = {}
+        for name, (rows, numbers) in self.rows.items():
+            weight = base.get(name)
+            if weight is None:
+                problems["only in the adapter"].append(f"{name}: only in the adapter")
+            elif len(weight.shape) != 2 or weight.shape[1:] != rows.shape[1:]:
+                said = f"{name}: adapter {list(rows.shape)}, base {list(weight.shape)}"
+                problems["of another shape"].append(said)
+            elif numbers and max(numbers) >= weight.shape[0]:
+                said = f"{name}: row {max(numbers)} is trained, and the base has {weight.shape[0]}"
+                problems["of rows that are not there"].append(said)
+            else:
+                places = [(number, Row(rows, at)) for at, number in enumerate(numbers)]
+                put[name] = RowsPut(name, weight, tuple(sorted(places, key=FIRST)))
+            if name in self.whole or name.removesuffix(".weight") in self.pairs:
+                problems["of two kinds"].append(f"{name}: rows of it are trained, and all of it")
+        if isinstance(self.settings.tokens, list) and len({tied.get(n, n) for n in put}) > 1:
+            problems["of tokens"] += [f"{n}: of which trained rows belong to one only" for n in put]
+        return put
+
+    def _put_tied(self, effect: Effect, group: Sequence[str], stored: Mapping[str, Source]) -> None:
+        """Put rows into the one weight of several names, as PEFT's merge does."""
+        wholes = {name: effect.whole.pop(name) for name in group if name in effect.whole}
+        put = {name: weight for name, weight in wholes.items() if isinstance(weight, RowsPut)}
+        if len(put) < len(wholes) or any(name in effect.deltas for name in group):
+            raise self._two_things(group)
+        rows: dict[int, Row] = {}
+        for number, row in (pair for weight in put.values() for pair in weight.rows):
+            if _digest_of(rows.setdefault(number, row)) != _digest_of(row):
+                raise self._two_things(group)
+        one = replace(next(iter(put.values())), rows=tuple(sorted(rows.items(), key=FIRST)))
+        for name in group:
+            if name == group[0] or name in stored:
+                effect.whole[name] = replace(one, name=name)
+        if isinstance(self.settings.tokens, dict) and ([*put] != [group[0]]):
+            effect.warnings.append(
+                f"{group[0]}: the base ties {', '.join(group[1:])} to it, so PEFT's merge, which"
+                f" this is, puts the rows of {' and of '.join(put)} into their one weight: that is"
+                " not the model that was trained"
+            )
+
     def _unfit(self, problems: dict[str, list[str]], base: Iterable[str]) -> IncompatibleError:
         """Return the error that names what does not fit, with advice that can be followed."""
         kinds = {kind for kind, lines in problems.items() if lines}
         if "only in the adapter" in kinds:  # names of the base that end alike tell why
-            mine = {*self.whole, *(f"{module}.weight" for module in self.pairs)}
+            mine = {*self.whole, *self.rows, *(f"{module}.weight" for module in self.pairs)}
             ends = {name.removesuffix(".weight").rpartition(".")[2] for name in mine}
             alike = [name for name in base if ends & set(name.split("."))]
             problems |= only_here(alike or base, mine, "the base")
-        if "of another rank" in kinds:
+        if "without a bias" in kinds:
+            advice = "PEFT cannot merge it either: lora_bias needs layers that have biases"
+        elif "of another rank" in kinds:
             advice = (
                 "its factors have other ranks than its config says, which PEFT does not load"
                 " either: mend r and rank_pattern, and lora_alpha and alpha_pattern, by which they"
                 " are scaled"
             )
-        elif kinds <= {"that fit in no one way", "square"}:
+        elif kinds <= {"that fit in no one way", "square", "of two kinds", "of tokens"}:
             advice = MERGE
         elif "only in the adapter" in kinds and self.settings.parameters:
             advice = f"was it made for another one, or for this one in another layout? then {MERGE}"
@@ -531,33 +791,24 @@ def open_adapter(
         )
     held: dict[tuple[str, int], dict[str, Source]] = {}
     wholes: dict[str, Source] = {}
+    tokens: dict[str, Source] = {}
     for key, source in _each_once(tensors, what).items():
         module, factor = _parsed(key, source, what)
         name = re.sub(r"\.base_layer(?=\.|$)", "", module)
-        group = held.setdefault((name, module.count(".base_layer")), {}) if factor else wholes
+        group = wholes
+        if factor:
+            group = held.setdefault((name, module.count(".base_layer")), {})
+        if factor == ROWS:
+            group, factor, name = tokens, "", f"{name}.weight"
         if (factor or name) in group:
             raise FormatError(f"{what}: {key}: a second tensor for the same: two adapters in one?")
         group[factor or name] = source
-    if not held:
+    held = {where: group for where, group in held.items() if group}
+    if not held and not tokens:
         raise FormatError(f"{what}: {folder_name}: no factors of LoRA in the adapter")
-    pairs: dict[str, tuple[Pair, ...]] = {}
-    problems = []
-    for (module, depth), group in sorted(held.items()):
-        factors = [group[name] for name in FACTORS if name in group]
-        if set(group) not in ({*FACTORS[:2]}, {*FACTORS[2:]}):
-            problems.append(f"{module}: {', '.join(group)} without the other factor")
-        elif factors[0].shape[0] != factors[1].shape[1]:
-            problems.append(f"{module}: A {list(factors[0].shape)}, B {list(factors[1].shape)}")
-        elif len(pairs.get(module, ())) != depth:
-            problems.append(f"{module}: factors inside others that are not there")
-        else:
-            pairs[module] = (
-                *pairs.get(module, ()),
-                Pair(factors[0], factors[1], FACTORS[2] in group),
-            )
-    if problems:
-        raise FormatError(f"{what}: factors that make no product:\n{up_to_five(problems)}")
-    longest = max(map(len, pairs))
+    pairs = _paired(held, settings, what)
+    rows = _numbered(tokens, settings.tokens, what)
+    longest = max(map(len, pairs), default=0)
     patterns = *settings.rank_pattern, *settings.alpha_pattern
     if len(pairs) * sum(_steps(pattern, longest) for pattern in patterns) > MOST_STEPS:
         raise FormatError(
@@ -573,8 +824,69 @@ def open_adapter(
     named = said.get("base_model_class") if isinstance(said, dict) else None
     return Adapter(
         what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying,
-        (named,) if isinstance(named, str) else (),
+        rows, (named,) if isinstance(named, str) else (),
     )  # fmt: skip
+
+
+def _paired(
+    held: Mapping[tuple[str, int], Mapping[str, Source]], settings: Settings, what: str
+) -> dict[str, tuple[Pair, ...]]:
+    """Return the factors of every module, the outermost wrapper first; refuse what is no pair."""
+    pairs: dict[str, tuple[Pair, ...]] = {}
+    problems = []
+    extra = {MAGNITUDES: settings.dora, BIAS: settings.biased}
+    flags = {
+        key: f"{flag} is {str(extra[key]).lower()}"
+        for key, flag in ((MAGNITUDES, "use_dora"), (BIAS, "lora_bias"))
+    }
+    for (module, depth), group in sorted(held.items()):
+        factors = [group[name] for name in FACTORS if name in group]
+        odd = [key for key, said in extra.items() if said != (key in group)]
+        if set(group) - {*extra} not in ({*FACTORS[:2]}, {*FACTORS[2:]}):
+            problems.append(f"{module}: {', '.join(group)} without the other factor")
+        elif factors[0].shape[0] != factors[1].shape[1]:
+            problems.append(f"{module}: A {list(factors[0].shape)}, B {list(factors[1].shape)}")
+        elif len(pairs.get(module, ())) != depth:
+            problems.append(f"{module}: factors inside others that are not there")
+        elif odd:
+            said = "but" if odd[0] in group else "no"
+            problems.append(f"{module}: {flags[odd[0]]}, {said} {odd[0]}")
+        elif wrong := [
+            key for key in extra if key in group and group[key].shape != factors[1].shape[:1]
+        ]:
+            shapes = f"{list(group[wrong[0]].shape)}, expected {list(factors[1].shape[:1])}"
+            problems.append(f"{module}: {wrong[0]} {shapes}")
+        else:
+            extras = group.get(MAGNITUDES), group.get(BIAS)
+            found = Pair(factors[0], factors[1], FACTORS[2] in group, *extras)
+            pairs[module] = (*pairs.get(module, ()), found)
+    if problems:
+        raise FormatError(f"{what}: factors that make no product:\n{up_to_five(problems)}")
+    return pairs
+
+
+def _numbered(
+    tokens: Mapping[str, Source], said: list[int] | dict[str, list[int]] | None, what: str
+) -> dict[str, tuple[Source, list[int]]]:
+    """Return the rows that an adapter trains with their numbers; FormatError where they differ."""
+    rows = {}
+    problems = []
+    for name, source in tokens.items():
+        module = name.removesuffix(".weight")  # PEFT matches the ends of its name
+        fits = [said] if isinstance(said, list) else [
+            numbers for end, numbers in (said or {}).items() if module.endswith(end)
+        ]  # fmt: skip
+        if not fits or any(numbers != fits[0] for numbers in fits):
+            problems.append(f"{name}: {len(fits)} lists of trainable_token_indices for its rows")
+        elif len(fits[0]) != source.shape[0]:
+            problems.append(f"{name}: {source.shape[0]} rows, {len(fits[0])} numbers")
+        else:
+            rows[name] = (source, fits[0])
+    if said and not tokens:
+        problems.append("trainable_token_indices: no rows of tokens in the adapter")
+    if problems:
+        raise FormatError(f"{what}: rows of tokens:\n{up_to_five(problems)}")
+    return rows
 
 
 def _each_once(tensors: Mapping[str, Source], what: str) -> dict[str, Source]:
@@ -599,20 +911,24 @@ def _each_once(tensors: Mapping[str, Source], what: str) -> dict[str, Source]:
 def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:
     """Return the module and the kind of factor of a key, or the name and "" of a whole weight."""
     found = re.fullmatch(
-        r"base_model\.model\.([^.]+(?:\.[^.]+)*?)"
-        r"(?:\.(lora_[AB])(?:\.[^.]+)?\.weight|\.(lora_embedding_[AB])(?:\.[^.]+)?)?", key
+        r"base_model\.model\.([^.]+(?:\.[^.]+)*?)(?:"
+        r"\.(lora_[AB])(?:\.[^.]+)?\.weight|\.(lora_embedding_[AB])(?:\.[^.]+)?"
+        r"|\.(lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?|\.(lora_B)(?:\.[^.]+)?(\.bias)"
+        r"|\.(token_adapter)\.trainable_tokens_delta(?:\.[^.]+)?)?", key
     )  # fmt: skip
     if not found:
         raise FormatError(f"{what}: {key}: expected a name that begins with base_model.model.")
-    module, factor = found[1], found[2] or found[3]
+    module, factor = found[1], "".join(part for part in found.groups()[1:] if part)
     if re.search(r"(^|\.)(lora_|token_adapter|original_module|modules_to_save)", module):
-        raise IncompatibleError(f"{what}: {key}: no plain LoRA (DoRA, a bias ...): {MERGE}")
+        raise IncompatibleError(f"{what}: {key}: no tensor of LoRA that is known here: {MERGE}")
     if not factor:
         if source.dtype not in STORAGE_DTYPE:
             raise IncompatibleError(f"{what}: {key}: {source.dtype}: dequantise it first")
         return module, ""
-    if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
-        kind = f"a convolution: {MERGE}" if len(source.shape) > 2 else "no matrix of floats"
+    flat = factor in (MAGNITUDES, BIAS)
+    if source.dtype not in FLOATS or len(source.shape) != 2 - flat or not source.numel:
+        kind = "no matrix of floats" if not flat else "no list of floats"
+        kind = f"a convolution: {MERGE}" if len(source.shape) > 2 else kind
         raise IncompatibleError(f"{what}: {key}: {source.dtype} {list(source.shape)}: {kind}")
     return module, factor
 
@@ -658,8 +974,8 @@ def _settings(config: Mapping[str, Any], what: str, where: str) -> tuple[Setting
             taken(key, pattern, _is_harmless(pattern), expected)
         return {pattern: number(key, value) for pattern, value in held.items()}
 
-    rslora, turned = (config.get(key) or False for key in ("use_rslora", "fan_in_fan_out"))
-    for key, flag in (("use_rslora", rslora), ("fan_in_fan_out", turned)):
+    flags = {key: config.get(key) or False for key in FLAGS}
+    for key, flag in flags.items():
         taken(key, flag, type(flag) is bool, "true or false")
     wrapped = config.get("target_parameters") or []
     listed = isinstance(wrapped, list) and all(type(name) is str and name for name in wrapped)
@@ -668,7 +984,18 @@ def _settings(config: Mapping[str, Any], what: str, where: str) -> tuple[Setting
              if key not in KNOWN and key not in NOT_A_SUM and config[key]]  # fmt: skip
     r, alpha = number("r", config.get("r", 8)), number("lora_alpha", config.get("lora_alpha", 8))
     maps = patterns("rank_pattern"), patterns("alpha_pattern")
-    return Settings(r, alpha, *maps, rslora, turned, wrapped), notes
+    rslora, turned, dora, biased = flags.values()
+    tokens = config.get("trainable_token_indices")
+    lists: list[Any] = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    for numbers in lists if tokens is not None else ():
+        fits = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        fits = fits and len(dict.fromkeys(numbers)) == len(numbers)
+        taken("trainable_token_indices", tokens, fits, "different rows, by number from 0")
+    pairs = ("use_dora", "target_parameters"), ("lora_bias", "target_parameters")
+    for one, other in (*pairs, ("use_dora", "lora_bias")):
+        if config.get(one) and config.get(other):
+            raise IncompatibleError(f"{what}: {one} with {other}, which PEFT does not load either")
+    return Settings(r, alpha, *maps, rslora, turned, wrapped, dora, biased, tokens), notes
 
 
 def _is_harmless(pattern: str) -> bool:

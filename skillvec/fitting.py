@@ -65,7 +65,7 @@ def laid_out(
         rename = ()  # its names have changed by them
     if vector.adapter is not None:
         return _adapted(vector, vector.adapter, target, rename)
-    if rename and vector.own is not None and not vector.own.whole:
+    if rename and vector.own is not None and not vector.own.needs_base:
         known = {name: delta.spec.shape for name, delta in vector.deltas.items()}
         try:
             renamed(known, rename)

@@ -217,14 +217,15 @@ class SkillVector:
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
         given, said = base is not None, adapter.base_ref
         ref = f"{place.ref}::{base.ref}" if base is not None else place.ref
-        if base is None and said and adapter.whole:
+        if base is None and said and adapter.needs_base:
             base = open_checkpoint(_base_of(adapter, place), "base of the adapter")
         elif base is None and said and os.path.exists(os.path.expanduser(said)):
             with contextlib.suppress(SkillvecError):  # only the verdict would gain by it
                 base = open_checkpoint(said, "base of the adapter")
-        if base is None and adapter.whole:
+        if base is None and adapter.needs_base:
+            what = "holds whole modules" if adapter.whole else "replaces or scales weights"
             raise IncompatibleError(
-                f"adapter {place.ref}: holds whole modules and names no base to subtract:"
+                f"adapter {place.ref}: {what} and names no base to subtract:"
                 " skillvec diff ADAPTER BASE"
             )
         deltas: dict[str, DeltaSource] = {}
@@ -241,7 +242,7 @@ class SkillVector:
                 try:
                     effect, rename = effect_on(adapter, base, spare), spare
                 except SkillvecError:
-                    if adapter.whole or given:
+                    if adapter.needs_base or given:
                         raise
                     base, ref = None, place.ref
         if effect is not None:

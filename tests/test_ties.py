@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import skillvec as sv
 from skillvec.cli import main
+from skillvec.errors import IncompatibleError
 from skillvec.fitting import KEPT
 
 pytestmark = [
@@ -74,6 +75,10 @@ def config_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text()))
 
 
+def config_of_adapter(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "adapter_config.json").read_text()))
+
+
 def logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         return opened(folder)(torch.arange(12)[None]).logits
@@ -127,6 +132,94 @@ def test_an_adapter_does_what_peft_merges(
     wrong = tied and how == "factors"
     for report in (straight, stored, vector.report, sv.inspect(tmp_path / "v.safetensors")):
         assert wrong == any("not the model that was trained" in said for said in report.warnings)
+
+
+BOTH = {"embed_tokens": [3, 1], "lm_head": [1, 7]}
+ROWS: dict[str, tuple[Any, bool]] = {  # what is trained, and whether a merge into one weight is it
+    "a list": ([3, 1, 39], True),
+    "embeddings": ({"embed_tokens": [3, 1]}, True),
+    "one list for both": ({"embed_tokens": [3, 1], "lm_head": [3, 1]}, True),
+    "head": ({"lm_head": [5]}, False),
+    "other rows of both": ({"embed_tokens": [3, 1], "lm_head": [0, 7]}, False),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_of_tokens_are_put_where_peft_puts_them(tied: bool, rows: str, tmp_path: Path) -> None:
+    """To the bit: rows are replaced, on a base in bf16 by what was rounded to it."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", tied).bfloat16().save_pretrained(base)
+    numbers, trained = ROWS[rows]
+    train(base, adapter, target_modules=["q_proj"], trainable_token_indices=numbers)
+    expected = merge(base, adapter, tmp_path / "expected")
+    straight = sv.apply(base, adapter, tmp_path / "straight")
+    sv.diff(adapter, base, tmp_path / "v.safetensors")
+    sv.apply(base, tmp_path / "v.safetensors", tmp_path / "stored")
+    for out in ("straight", "stored"):
+        found = load(tmp_path / out)
+        assert set(found) == set(expected)
+        for name in (EMBED, HEAD):
+            assert name not in expected or torch.equal(found[name], expected[name])
+        assert config_of(tmp_path / out)["tie_word_embeddings"] is tied
+        assert sv.verify(tmp_path / out).facts["verified"]
+    wrong = any("not the model that was trained" in said for said in straight.warnings)
+    assert wrong == (tied and not trained)
+
+
+def test_rows_that_differ_in_one_weight_are_refused(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", True).save_pretrained(base)
+    train(base, adapter, target_modules=["q_proj"], trainable_token_indices=BOTH)
+    with pytest.raises(IncompatibleError, match="two things of the one weight"):
+        sv.apply(base, adapter, tmp_path / "out")
+    held = load(adapter / "adapter_model.safetensors")
+    rows = {name: weight for name, weight in held.items() if "trainable_tokens" in name}
+    head, embeddings = sorted(rows)
+    held[head][0] = held[embeddings][1]  # row 1 of both
+    save(adapter / "adapter_model.safetensors", held)
+    expected = merge(base, adapter, tmp_path / "expected")
+    sv.apply(base, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("modules", MODULES, ids=["embeddings", "head", "both"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_dora_of_embeddings_and_heads(tied: bool, modules: list[str], tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", tied).save_pretrained(base)
+    train(base, adapter, target_modules=["q_proj", *modules], use_dora=True)
+    if tied and len(modules) > 1:  # PEFT scales the one weight twice, in an order of its own
+        with pytest.raises(IncompatibleError, match="two things of the one weight"):
+            sv.apply(base, adapter, tmp_path / "out")
+        return
+    expected = merge(base, adapter, tmp_path / "expected")
+    report = sv.apply(base, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected, 4e-6)
+    assert tied == any("not the model that was trained" in said for said in report.warnings)
+
+
+def test_what_the_base_decides_needs_the_base(tmp_path: Path) -> None:
+    """Rows and magnitudes are of the base: on another target they are its difference from it."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", False).save_pretrained(base)
+    other = model_of("llama", False)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.25
+    other.save_pretrained(tmp_path / "other")
+    train(base, adapter, target_modules=["q_proj"], use_dora=True, trainable_token_indices=[3])
+    merged = merge(base, adapter, tmp_path / "merged")
+    sv.apply(tmp_path / "other", adapter, tmp_path / "out")  # the config names the base
+    start, found = load(base), load(tmp_path / "out")
+    for name, weight in load(tmp_path / "other").items():
+        expected = weight + (merged[name] - start[name])
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=4e-6)
+    config = config_of_adapter(adapter)
+    config["base_model_name_or_path"] = None
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(IncompatibleError, match="replaces or scales weights and names no base"):
+        sv.apply(tmp_path / "other", adapter, tmp_path / "again")
 
 
 @pytest.mark.parametrize("kept", ["embeddings", "head"])

@@ -19,7 +19,7 @@ import transformers
 from click.testing import CliRunner
 from families import load, save, toy
 from hubserver import HubServer
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import skillvec as sv
@@ -125,7 +125,7 @@ def test_only_what_peft_merges_is_sent_to_be_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lora", "merges"),
     [
-        ({"use_dora": True}, True),
+        ({"kasa_config": KasaConfig()}, True),
         ({"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, False),
     ],
 )
