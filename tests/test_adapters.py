@@ -20,18 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import skillvec as sv
 from skillvec import adapters
-from skillvec.adapters import (
-    TILE,
-    Adapter,
-    Dora,
-    Effect,
-    LowRank,
-    RowsPut,
-    Summed,
-    open_adapter,
-    product,
-)
+from skillvec.adapters import Adapter, Effect, open_adapter
 from skillvec.errors import FormatError, IncompatibleError, NonfiniteError
+from skillvec.lowrank import TILE, Dora, LowRank, RowsPut, Summed, product
 from skillvec.sources import Box, Source, View, Viewed, values_of, whole
 from skillvec.storage import read_header
 
@@ -277,7 +268,7 @@ def test_any_block_and_thread_gives_the_same_bytes(
     a, b = (content[f"base_model.model.x.lora_{side}.weight"].double().numpy() for side in "AB")
     expected = in_order(b, a, 8 / 12)
     expected = (expected.T if turned else expected).reshape(-1)
-    monkeypatch.setattr("skillvec.adapters.TILE", 400)  # many tiles
+    monkeypatch.setattr("skillvec.lowrank.TILE", 400)  # many tiles
     draw = np.random.default_rng(0)
     cuts = np.sort(draw.choice(delta.numel, 60, replace=False))
     spans = [(0, 0), (5, 6), (89, 91), (0, delta.numel), *pairwise(cuts)]
@@ -301,7 +292,7 @@ def test_blocks_begin_and_end_within_experts(tmp_path: Path, monkeypatch) -> Non
     expected = torch.einsum("ore,eri->eoi", b.reshape(7, 2, 3), a.reshape(3, 2, 5)) * 4
     whole = values(delta)
     np.testing.assert_allclose(whole, expected.numpy(), rtol=1e-6, atol=1e-6)
-    monkeypatch.setattr("skillvec.adapters.TILE", 11)
+    monkeypatch.setattr("skillvec.lowrank.TILE", 11)
     for begin in range(0, 105, 4):
         for end in range(begin, 106, 9):
             found = values_of(delta, begin, end - begin)
@@ -458,7 +449,7 @@ def test_any_block_of_dora_gives_the_same_bytes(dim: int, tmp_path: Path, monkey
     expected = factor * summed - weights["w"].double()
     np.testing.assert_allclose(whole, expected.numpy(), rtol=1e-6, atol=1e-7)
     for tile in (40, 400, 4000):  # less than a row, a few rows, many
-        monkeypatch.setattr("skillvec.adapters.TILE", tile)
+        monkeypatch.setattr("skillvec.lowrank.TILE", tile)
         read = partial(values_of, pickle.loads(pickle.dumps(replace(dora))))
         draw = np.random.default_rng(0)
         cuts = np.sort(draw.choice(dora.numel, 40, replace=False))

@@ -19,9 +19,9 @@ ORDER = [
     "outputs", "engine", "blocks", "plan", "fitting", "vector", "adapting", "bridging",
     "lineage", "deltas", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "layouts", "conversions", "configs",
-    "trainingshards", "pickles", "adapters", "quantised", "objects", "hub", "sources", "merging",
-    "operators", "codecs", "kernels", "staging", "sidefiles", "storage", "report", "errors",
-    "__init__",
+    "trainingshards", "pickles", "adapters", "lowrank", "quantised", "objects", "hub", "sources",
+    "merging", "operators", "codecs", "kernels", "staging", "sidefiles", "storage", "report",
+    "errors", "__init__",
 ]  # fmt: skip
 # (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
 # vector.save() is the verb.
@@ -38,7 +38,7 @@ HOMES = {
         "blocks", "lineage",
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
         "summary", "patch", "measures", "comparison", "subspace", "sources", "quantised",
-        "adapters", "pickles", "trainingshards", "layouts", "conversions", "extraction",
+        "lowrank", "pickles", "trainingshards", "layouts", "conversions", "extraction",
         "storage", "engine_ray",
     },
     "torch": set(ORDER), "transformers": set(ORDER), "huggingface_hub": set(ORDER),
