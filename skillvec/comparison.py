@@ -1,7 +1,8 @@
 """The verbs that measure vectors: orthogonality and norms.
 
-One pass over the data gives every sum; singular subspaces, where asked, take the matrices one by
-one after it. What is said of them is made in `analysis`; what is written, in `page`.
+One pass over the data gives every sum; singular subspaces, where asked, take the matrices after it,
+one for each worker at a time. What is said of them is made in `analysis`; what is written, in
+`page`.
 """
 
 import csv
@@ -9,6 +10,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import combinations, count
 from typing import Any, NamedTuple
@@ -18,12 +20,12 @@ import numpy as np
 from skillvec import analysis, page, subspace
 from skillvec.blocks import add_values
 from skillvec.checkpoint import Checkpoint, open_checkpoint
-from skillvec.engine import JobResult
+from skillvec.engine import Engine, JobResult, Threads
 from skillvec.errors import UsageError
 from skillvec.kernels import HALVES
 from skillvec.measures import ESTIMATED, STEP_EDGES, Request, is_estimated, layout
 from skillvec.outputs import Output, PathLike, output_report
-from skillvec.plan import Plan, plan_compare
+from skillvec.plan import Job, Plan, plan_compare
 from skillvec.report import Report, Watcher
 from skillvec.rules import leaving_out
 from skillvec.running import engine_of, measured, planned, run_plan
@@ -177,7 +179,12 @@ def _compare(
         facts["subspace"] = {"k": subspace_k, "device": subspace.resolve_device(device)}
     page_nbytes = page.LEAST_NBYTES if place is not None else 0
     plan = replace(plan, verb=verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
-    report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
+    at_once = _at_once(runner, facts["subspace"])
+    sizes = [4 * job.numel for job in plan.jobs if subspace_k and _is_matrix(job)]
+    report = planned(
+        plan, facts, runner, watcher, place=place, dry_run=dry_run,
+        matrices_nbytes=subspace.at_once_nbytes(sizes, at_once),
+    )  # fmt: skip
     if dry_run:
         return report
     before = fingerprints(plan.files() if subspace_k else ())  # for what is read after the run
@@ -187,7 +194,7 @@ def _compare(
     results.sort(key=lambda result: analysis.natural_order(result.job.name))
     spectra = _Spectra.empty(request, len(results))
     if subspace_k:
-        _find_subspaces(results, plan, report, watcher, spectra)
+        _find_subspaces(results, plan, report, watcher, spectra, at_once)
         refuse_changed(before)
     _conclude(report, results, request, opened, spectra)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
@@ -300,38 +307,56 @@ class _Spectra(NamedTuple):
 
 def _find_subspaces(
     results: Sequence[JobResult], plan: Plan, report: Report, watcher: Watcher | None,
-    spectra: _Spectra,
+    spectra: _Spectra, at_once: int,
 ) -> None:  # fmt: skip
-    """Decompose every matrix of every vector, one in memory at a time, and relate them."""
+    """Decompose every matrix of every vector, one for each worker at a time, and relate them."""
     assert plan.request is not None
-    said, seed = report.facts["subspace"], plan.request.seed
-    matrices = [n for n, result in enumerate(results) if _is_matrix(result)]
+    request, said = plan.request, report.facts["subspace"]
+    matrices = [n for n, result in enumerate(results) if _is_matrix(result.job)]
     said |= {"exact": 0, "randomised": 0, "left_out": len(results) - len(matrices), "error": 0.0}
     readers = readers_of(plan.vectors)
     total = sum(results[n].job.nbytes_read for n in matrices)
     done = 0
+
+    def related(n: int) -> tuple[bool, float]:
+        return _relate(results[n].job, n, request, said["k"], said["device"], readers, spectra)
+
+    def nbytes_of(n: int) -> int:
+        return 4 * results[n].job.numel
+
     try:
-        for n in matrices:
-            _relate(results[n], n, plan.request, said, seed, readers, spectra)
-            done += results[n].job.nbytes_read
-            if watcher:
-                watcher.advanced(done, total)
+        with closing(subspace.in_turn(related, matrices, nbytes_of, at_once)) as found:
+            for n, (exact, error) in zip(matrices, found, strict=True):
+                said["exact" if exact else "randomised"] += 1
+                said["error"] = max(said["error"], error)
+                done += results[n].job.nbytes_read
+                if watcher:
+                    watcher.advanced(done, total)
     finally:
         forget_open_files()
 
 
-def _is_matrix(result: JobResult) -> bool:
-    shape = result.job.deltas[0].spec.shape
+def _is_matrix(job: Job) -> bool:
+    shape = job.deltas[0].spec.shape
     return len(shape) == 2 and min(shape) > 1
 
 
+def _at_once(runner: Engine, asked: dict[str, Any] | None) -> int:
+    """Return how many matrices are at work: one for each worker here, one on a device."""
+    if asked is None or asked["device"] != "cpu":
+        return 1
+    return (runner if isinstance(runner, Threads) else engine_of("threads", None)).in_process
+
+
 def _relate(
-    result: JobResult, n: int, request: Request, said: dict[str, Any], seed: int,
+    job: Job, n: int, request: Request, k: int, device: str,
     readers: dict[str, BlockReader], spectra: _Spectra,
-) -> None:  # fmt: skip
-    """Fill in what the singular subspaces of one tensor's deltas say."""
-    job, k, device = result.job, said["k"], said["device"]
-    shape = job.deltas[0].spec.shape
+) -> tuple[bool, float]:  # fmt: skip
+    """Fill in what the singular subspaces of one tensor's deltas say.
+
+    Returns whether they are exact, and the largest error of an SVD.
+    """
+    shape, error = job.deltas[0].spec.shape, 0.0
 
     def matrix(*numbers: int) -> Any:
         values = np.zeros(job.numel, np.float32)
@@ -340,13 +365,13 @@ def _relate(
         return values.reshape(shape)
 
     def spectrum(values: Any) -> subspace.Spectrum:
-        found = subspace.decompose(values, k, device, seed)
-        said["error"] = max(said["error"], found.error)
+        nonlocal error
+        found = subspace.decompose(values, k, device, request.seed)
+        error = max(error, found.error)
         return found
 
     wanted = range(1 + max((j for _, j in request.pairs), default=0))  # not the control
     alone = [spectrum(matrix(i)) for i in wanted]
-    said["exact" if alone[0].exact else "randomised"] += 1
     merged = [spectrum(matrix(i, j)) for i, j in request.pairs]
     point = None
     if job.point is not None:
@@ -386,6 +411,7 @@ def _relate(
                         f"{side}_in_{across}": share[2] if share else None}  # fmt: skip
     for m, (i, j) in enumerate(request.pairs):
         spectra.pairs[m][n] |= _angles(alone[i], alone[j], k, shape)
+    return alone[0].exact, error
 
 
 def _angles(

@@ -74,9 +74,11 @@ def planned(
     stream: bool = False,
     place: Output | None = None,
     dry_run: bool = False,
+    matrices_nbytes: int = 0,
 ) -> Report:
     """Return the report as far as headers can tell, and show it to the watcher.
 
+    `matrices_nbytes` is memory that whole matrices take beside the blocks of the workers.
     Raises OutputError where what is sure to be written does not fit on the disk of `place`. What is
     free there, only the report of a `dry_run` keeps.
     """
@@ -89,7 +91,7 @@ def planned(
         "side_files": [name for _, name in plan.copies],
         "engine": engine.name,
         "workers": max(engine.workers, 1),
-        "memory_nbytes": (64 + engine.in_process * each) << 20,
+        "memory_nbytes": ((64 + engine.in_process * each) << 20) + matrices_nbytes,
         "kernels": kernels.kernels_in_use(),
     }
     away = [file for file in plan.files() if is_away(file)]

@@ -4,28 +4,36 @@ Hides how the leading singular triplets and the effective rank of an m x n matri
 its whole spectrum while min(m, n) <= EXACT, by a block Krylov method beyond, where no m x m or
 n x n array is built and at most about 24 (m + n) (k + 8) values stand beside the matrix.
 
-The same matrix, seed, device and number of threads give the same numbers; a seed means the same
-random numbers on every device. Sums of squares are added in fp64, and fp32 products are never
-rounded to TF32 or bf16. Refused: devices that are not here, values that are not finite, shapes
-that do not fit. A zero matrix is no error: it has no triplets, and shares of it are None. Where an
-SVD fails or gives values that are not finite, other drivers take its place.
+The same matrix, seed and device give the same numbers. On the processor each matrix has one thread,
+since LAPACK adds in another order with more of them, and several are at work at a time (`in_turn`).
+A seed means the same random numbers on every device. Sums of squares are added in fp64, and fp32
+products are never rounded to TF32 or bf16. Refused: devices that are not here, values that are not
+finite, shapes that do not fit. A zero matrix is no error: it has no triplets, and shares of it are
+None. Where an SVD fails or gives values that are not finite, other drivers take its place.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from skillvec.errors import IncompatibleError, UsageError
 from skillvec.kernels import Array, F32Array
+from skillvec.storage import available_memory_nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 F64Array = npt.NDArray[np.float64]
+COPIES = 3  # of a matrix, that stand in memory while it is decomposed
+SHARE = 4  # of the memory that is free, one part in so many may be taken by matrices
 EXACT = 1024  # .3 s on two cores, and as the cube: 1.8 s at 2048
 OVERSAMPLING = 8
 PASSES = (12, 16, 20, 24)  # when to look whether to stop; effective ranks want 12
@@ -86,6 +94,53 @@ def resolve_device(device: str) -> str:
     return f"cuda:{int(number or 0)}"
 
 
+def at_once_nbytes(sizes: Iterable[int], workers: int) -> int:
+    """Return the most memory that `in_turn` takes for matrices of these sizes, in bytes."""
+    largest = sorted(sizes, reverse=True)[:workers]
+    alone = COPIES * max(largest, default=0)
+    return max(alone, min(COPIES * sum(largest), available_memory_nbytes() // SHARE))
+
+
+def in_turn(
+    work: Callable[[Item], Result], items: Iterable[Item], nbytes_of: Callable[[Item], int],
+    workers: int,
+) -> Generator[Result, None, None]:  # fmt: skip
+    """Yield work(item) in the order of the items: up to `workers` at a time, one thread each.
+
+    `nbytes_of` is the size of an item's matrix: several are at work while their copies fit into a
+    quarter of the memory that is free. What is done waits for its turn, two for each worker at
+    most. The first error ends it.
+    """
+    room = available_memory_nbytes() // SHARE
+    waiting: deque[tuple[Future[Result], int]] = deque()
+
+    def is_full(more: int) -> bool:
+        taken = [nbytes for future, nbytes in waiting if not future.done()]
+        busy = len(taken) >= workers or (taken and COPIES * (sum(taken) + more) > room)
+        return bool(busy) or len(waiting) >= 2 * workers
+
+    with _settled(), ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                nbytes = nbytes_of(item)
+                while is_full(nbytes):
+                    if waiting[0][0].done():
+                        yield waiting.popleft()[0].result()
+                    else:
+                        wait([f for f, _ in waiting if not f.done()], return_when=FIRST_COMPLETED)
+                waiting.append((pool.submit(_alone, work, item), nbytes))
+            while waiting:
+                yield waiting.popleft()[0].result()
+        finally:
+            for future, _ in waiting:
+                future.cancel()
+
+
+def _alone(work: Callable[[Item], Result], item: Item) -> Result:
+    with _settled():
+        return work(item)
+
+
 def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
     """Return the k leading singular triplets and the ranks of an m x n matrix.
 
@@ -95,7 +150,7 @@ def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
     if k < 1:
         raise UsageError(f"k = {k}, expected at least 1")
     m, n = matrix.shape
-    with _full_precision():
+    with _settled():
         tall = _load(matrix, device)
         norm_sq = _squared(tall)
         if not np.isfinite(norm_sq):
@@ -197,7 +252,8 @@ def _krylov(
 
     most = min(PASSES[-1], n // width)
     left, right = tall.new_empty((m, most * width)), tall.new_empty((n, most * width))
-    band = np.zeros((most * width, (most + 1) * width))  # B, and how it goes on to its right
+    # B, and how it goes on to its right
+    band = torch.zeros((most * width, (most + 1) * width), dtype=torch.float64)
     block = torch.linalg.qr(normal(n)).Q
     # random numbers below rounding stand in for directions that a rank-deficient block lacks
     speck = torch.finfo(tall.dtype).eps * (norm_sq / m / n) ** 0.5
@@ -217,12 +273,12 @@ def _krylov(
                 break
     rank, spread = _quadrature(band, new, width, n)
     before, _ = _quadrature(band, count // 2 * width, width, n)
-    one, other = (tall.new_tensor(side[:, :k]) for side in (u, v.T))
+    one, other = (side[:, :k].to(tall) for side in (u, v.T))
     ranks = rank, float(np.hypot(spread, rank - before))
     return left[:, :new] @ one, values[:k], right[:, :new] @ other, ranks
 
 
-def _orthonormal(image: "Tensor", basis: "Tensor") -> tuple["Tensor", F64Array, F64Array]:
+def _orthonormal(image: "Tensor", basis: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
     """Return Q, C and R with image = basis C + Q R, the columns of basis and Q orthonormal.
 
     Thrice, since what a repeated singular value leaves of an image is all rounding: with two
@@ -236,19 +292,16 @@ def _orthonormal(image: "Tensor", basis: "Tensor") -> tuple["Tensor", F64Array, 
         again = basis.T @ image
         image, corner = torch.linalg.qr(image - basis @ again)
         inside, upper = inside + again @ upper, corner @ upper
-    return image, _wide(inside), _wide(upper)
+    return image, inside.double().cpu(), upper.double().cpu()
 
 
-def _ritz(band: F64Array, size: int) -> tuple[F64Array, F64Array, F64Array, F64Array]:
+def _ritz(band: "Tensor", size: int) -> tuple["Tensor", F64Array, "Tensor", F64Array]:
     """Return the SVD u, s, v' of the leading part of B, and each triplet's residual |A'u - s v|."""
-    try:
-        u, values, v = np.linalg.svd(band[:size, :size])
-    except np.linalg.LinAlgError:
-        u, values, v = _other_drivers(band[:size, :size])
-    return u, values, v, np.linalg.norm(band[:size, size:].T @ u, axis=0)
+    u, values, v = _svd(band[:size, :size])
+    return u, values.numpy(), v, (band[:size, size:].T @ u).norm(dim=0).numpy()
 
 
-def _quadrature(band: F64Array, size: int, width: int, n: int) -> tuple[float, float]:
+def _quadrature(band: "Tensor", size: int, width: int, n: int) -> tuple[float, float]:
     """Return the effective rank and its standard error over the probes, the first block's columns.
 
     Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017) in the Krylov space that is there anyway
@@ -258,7 +311,7 @@ def _quadrature(band: F64Array, size: int, width: int, n: int) -> tuple[float, f
     _, values, v, loose = _ritz(band, size)
     leading = loose[: width - OVERSAMPLING] <= TOLERANCE * values[0]
     certain = int(np.argmin(np.append(leading, False)))
-    mass = v[certain:, :width] ** 2
+    mass = v.numpy()[certain:, :width] ** 2
     counts = np.ones((size, width))
     counts[certain:] = (n - certain) * mass / mass.sum(axis=0)
     total = counts.sum(axis=1)
@@ -279,7 +332,7 @@ def shares_inside(
     Chance gives k/m, k/n and k^2/(mn). None for a zero matrix. Raises IncompatibleError if the
     shapes differ.
     """
-    with _full_precision():
+    with _settled():
         values = _load(matrix, device, spectrum.shape)
         norm_sq = _squared(values)
         if norm_sq == 0:
@@ -318,13 +371,16 @@ def _angles(one: F32Array, other: F32Array) -> list[float]:
     scipy.linalg.subspace_angles (1.17) picks between the two in the wrong order: beside an angle
     of 60 degrees, one of 1e-7 comes out as 0.
     """
+    import torch
+
     if one.shape[1] < other.shape[1]:
         one, other = other, one
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    inner = a.T @ b
-    cosines = np.linalg.svd(inner, compute_uv=False)
-    sines = np.linalg.svd(np.linalg.qr(b - a @ inner, mode="r"), compute_uv=False)[::-1]
-    return [float(angle) for angle in np.degrees(np.arctan2(sines, cosines))]
+    with _settled():
+        a, b = (torch.from_numpy(side).double() for side in (one, other))
+        inner = a.T @ b
+        cosines = torch.linalg.svdvals(inner)
+        sines = torch.linalg.svdvals(torch.linalg.qr(b - a @ inner, mode="r").R).flip(0)
+        return [float(angle) for angle in torch.rad2deg(torch.arctan2(sines, cosines))]
 
 
 def interference(spectra: Sequence[Spectrum]) -> Interference:
@@ -338,26 +394,36 @@ def interference(spectra: Sequence[Spectrum]) -> Interference:
     """
     for spectrum in spectra:
         _check_shape(spectrum.shape, spectra[0].shape)
-    values = np.concatenate([spectrum.values for spectrum in spectra])
-    left = np.hstack([spectrum.left for spectrum in spectra]).astype(np.float64)
-    right = np.hstack([spectrum.right for spectrum in spectra]).astype(np.float64)
-    unit = np.eye(values.size)
-    product = (left.T @ left - unit) * values @ (right.T @ right - unit)
-    raw, scale = float(np.abs(product).sum()), float(values.sum())
+    import torch
+
+    values = torch.from_numpy(np.concatenate([spectrum.values for spectrum in spectra]))
+    with _settled():
+        left, right = (
+            torch.from_numpy(np.hstack(sides)).double()
+            for sides in ([s.left for s in spectra], [s.right for s in spectra])
+        )
+        unit = torch.eye(len(values), dtype=torch.float64)
+        product = (left.T @ left - unit) * values @ (right.T @ right - unit)
+        raw, scale = float(product.abs().sum()), float(values.sum())
     return Interference(raw, raw / scale if scale else None)
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Keep torch from rounding the factors of fp32 products, as a process may have allowed."""
+def _settled() -> Iterator[None]:
+    """Give this thread's torch one thread of its own, and unrounded factors of fp32 products.
+
+    A process may have allowed others. What holds for the process is put back by the outermost.
+    """
     import torch
 
-    before = torch.get_float32_matmul_precision()
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
 
 
 def _check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -387,8 +453,3 @@ def _squared(matrix: "Tensor") -> float:
 
 def _host(vectors: "Tensor") -> F32Array:
     return np.ascontiguousarray(vectors.float().cpu().numpy())
-
-
-def _wide(small: "Tensor") -> F64Array:
-    found: F64Array = small.double().cpu().numpy()
-    return found
