@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from skillvec.adapters import MERGE, Adapter, Effect, LowRank
+from skillvec.adapters import MERGE, Adapter, Effect
 from skillvec.bridging import Layout, layouts_of
 from skillvec.checkpoint import Checkpoint
 from skillvec.conversions import all_of
 from skillvec.errors import IncompatibleError, up_to_five
 from skillvec.layouts import moves, numbered, renamed
 from skillvec.lineage import tied_heads
+from skillvec.lowrank import LowRank
 from skillvec.sources import Derived, Index, Source, View, Viewed, row_major
 
 
