@@ -1,7 +1,7 @@
 """Quantised checkpoints: weights that are multiplied by their scales when they are read.
 
 Hides FP8 (DeepSeek, Qwen, MiniMax: blocks, per tensor, fused experts), compressed-tensors (float-,
-int-, naive- and pack-quantized) and MXFP4 (gpt-oss). The values are those that transformers' and
+int-, naive- and pack-quantized, NVFP4, MXFP4, MXFP6 and MXFP8) and MXFP4 (gpt-oss). The values are those that transformers' and
 compressed-tensors' own dequantisation gives in the model's dtype, bit for bit (NaNs up to their
 payload). Where they differ - FP8 whose edge blocks happen to divide a matrix evenly -
 compressed-tensors is followed: its blocks have the size that the config names. What a tensor is
@@ -30,7 +30,12 @@ TILE = 1 << 20  # values computed, and read, at a time
 MAX_SIDE = 1 << 40  # of a side that a config states
 RAW: dict[str, Any] = STORAGE_DTYPE | {"F8_E4M3": np.dtype("u1"), "F8_E8M0": np.dtype("u1")}
 FLOATS = ("BF16", "F16", "F32")
-FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+# of compressed-tensors: small floats in groups as (codes, bits, scales), and the others
+SMALL = {
+    "nvfp4-pack-quantized": ("U8", 4, "F8_E4M3"), "mxfp4-pack-quantized": ("U8", 4, "U8"),
+    "mxfp6-pack-quantized": ("U8", 6, "U8"), "mxfp8-quantized": ("F8_E4M3", 8, "U8"),
+}  # fmt: skip
+FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", *SMALL)
 # what serves only kernels that compute in few bits
 UNUSED = {
     "activations": (
@@ -68,21 +73,27 @@ def nothing_left_out(name: str) -> bool:
     return False
 
 
-def _e4m3() -> F32Array:
-    code = np.arange(256)
-    exponent, mantissa = code >> 3 & 15, code & 7
-    size = np.ldexp(mantissa + 8.0 * (exponent > 0), np.maximum(exponent, 1) - 10)
-    size[[127, 255]] = np.nan
-    return np.array(np.where(code & 128, -size, size), np.float32)
+def _small_floats(exponents: int, mantissas: int) -> F32Array:
+    """Return the values of all codes of a sign and so many bits, none of them infinite."""
+    code = np.arange(2 << exponents + mantissas)
+    exponent, mantissa = code >> mantissas & (1 << exponents) - 1, code & (1 << mantissas) - 1
+    whole = mantissa + (exponent > 0) * 2.0**mantissas
+    power = np.maximum(exponent, 1) - (1 << exponents - 1) + 1 - mantissas
+    size = np.ldexp(whole, power)
+    return np.array(np.where(code >> exponents + mantissas, -size, size), np.float32)
 
 
-E4M3 = _e4m3()
+E4M3 = _small_floats(4, 3)
+E4M3[[127, 255]] = np.nan
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-TWICE = 2 * np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], 1)  # both of a byte, low half first
+E2M3 = _small_floats(2, 3)
+PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], 1)  # both of a byte, low half first
+TWICE = 2 * PAIRS
 HALVED = np.ldexp(np.float32(1), np.arange(256) - 128)  # so that 2^128 need not be held
 with np.errstate(over="ignore"):
     POWERS = 2 * HALVED  # 255 is infinite in U8,
 E8M0 = np.where(np.isinf(POWERS), np.float32(np.nan), POWERS)  # and no number in F8_E8M0
+TABLES = {"U8": POWERS, "F8_E8M0": E8M0, "F8_E4M3": E4M3}  # of scales of a byte
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,10 @@ class Dequantised(Derived):
     """A weight, less its zero points, times the scales of its blocks.
 
     The last two dimensions of `shape`, swapped where `turned`, are a matrix of codes stored row by
-    row: one a byte, or packed (`bits` > 0) with an offset of 2^(bits-1) in I32, as pairs of E2M1 in
-    U8. The product is rounded to `product`, then to `dtype`.
+    row: one a byte, or packed (`bits` > 0) with an offset of 2^(bits-1) in I32, as E2M1 (4 bits) or
+    E2M3 (6) in U8. `divisor` is one value that divides all scales. Where `halved`, codes count
+    twice and powers half, so that 2^128 need not be held. The product is rounded to `product`, then
+    to `dtype`.
     """
 
     name: str
@@ -104,10 +117,13 @@ class Dequantised(Derived):
     bits: int = 0
     product: str = "F32"
     turned: bool = False
+    divisor: Source | None = None
+    halved: bool = False
 
     @property
     def parts(self) -> tuple[Source, ...]:
-        return (self.weight, self.scale, *([] if self.zero is None else [self.zero]))
+        rest = (part for part in (self.zero, self.divisor) if part is not None)
+        return (self.weight, self.scale, *rest)
 
     def read(self, begin: int, out: Array) -> None:
         height, width = self.shape[-2:]
@@ -132,7 +148,11 @@ class Dequantised(Derived):
             values = self._codes(number, rows, cols)
             if self.zero is not None:
                 values = values - self._per_block(self.zero, number, rows, cols)
-            values = values * self._per_block(self.scale, number, rows, cols)
+            scales = self._per_block(self.scale, number, rows, cols)
+            if self.divisor is not None:
+                divisor: F32Array = values_of(self.divisor, 0, 1)
+                scales = scales / divisor
+            values = values * scales
         if self.product not in ("F32", self.dtype):
             values = widen(narrow(values, self.product), self.product)
         return values
@@ -152,9 +172,13 @@ class Dequantised(Derived):
         start, stop = low * self.bits // unit, -(-high * self.bits // unit)
         width = -(-width * self.bits // unit)
         words = _read_box(self.weight, first, count, width, start, stop)
-        if unit == 8:
-            return TWICE[words].reshape(count, -1)[:, low - 2 * start : high - 2 * start]
-        return _unpack(words, self.bits, low * self.bits - 32 * start, high - low)
+        if unit == 32:
+            codes = _unpack(words, self.bits, low * self.bits - 32 * start, high - low)
+            return codes.astype(np.float32) - np.float32(1 << (self.bits - 1))
+        if self.bits == 6:
+            return E2M3[_unpack(words, 6, low * 6 - 8 * start, high - low)]
+        pairs = TWICE if self.halved else PAIRS
+        return pairs[words].reshape(count, -1)[:, low - 2 * start : high - 2 * start]
 
     def _per_block(
         self, source: Source, number: int, rows: tuple[int, int], cols: tuple[int, int]
@@ -168,13 +192,13 @@ class Dequantised(Derived):
         if source.dtype == "I32":  # zero points, packed down the rows
             word, end = top * self.bits // 32, -(-bottom * self.bits // 32)
             words = _read_box(source, word, end - word, grid[1], left, right).T
-            values = _unpack(words, self.bits, top * self.bits - 32 * word, bottom - top).T
+            codes = _unpack(words, self.bits, top * self.bits - 32 * word, bottom - top).T
+            values = codes.astype(np.float32) - np.float32(1 << (self.bits - 1))
         else:
             first = top + (number * grid[0] if source.numel > 1 else 0)
             raw = _read_box(source, first, bottom - top, grid[1], left, right)
-            if source.dtype in ("U8", "F8_E8M0"):
-                powers = HALVED if self.weight.dtype == "U8" else POWERS
-                values = (powers if source.dtype == "U8" else E8M0)[raw]
+            if source.dtype in TABLES:
+                values = (HALVED if self.halved else TABLES[source.dtype])[raw]
             else:
                 values = widen(raw, source.dtype)
         if right - left > 1:
@@ -197,15 +221,16 @@ def _read_box(source: Source, first: int, count: int, width: int, low: int, high
     return box
 
 
-def _unpack(words: Array, bits: int, begin: int, count: int) -> F32Array:
-    """Return `count` integers of each row of words, from bit `begin` on, without their offset."""
+def _unpack(words: Array, bits: int, begin: int, count: int) -> Array:
+    """Return `count` codes of each row of words of 32 bits, or of 8, from bit `begin` on."""
+    unit = 8 * words.itemsize
     position = begin + bits * np.arange(count)
-    index, offset = position >> 5, (position & 31).astype(np.uint32)
-    words = np.ascontiguousarray(words).view(np.uint32)
+    index, offset = position // unit, (position % unit).astype(np.uint32)
+    words = np.ascontiguousarray(words).view(f"u{words.itemsize}").astype(np.uint32, copy=False)
     codes = words[:, index] >> offset
-    over = np.flatnonzero(offset + bits > 32)
-    codes[:, over] |= words[:, index[over] + 1] << (32 - offset[over])
-    return (codes & np.uint32((1 << bits) - 1)).astype(np.float32) - np.float32(1 << (bits - 1))
+    over = np.flatnonzero(offset + bits > unit)
+    codes[:, over] |= words[:, index[over] + 1] << (unit - offset[over])
+    return codes & np.uint32((1 << bits) - 1)
 
 
 Found = tuple[tuple[str, ...], Dequantised, str]  # the names it takes, what they give, the note
@@ -498,7 +523,10 @@ def _compressed(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Fo
             if kind == "weight_packed" or weight.dtype in ("F8_E4M3", "I8"):
                 yield f"{name}: {weight.dtype} without {module}.weight_scale"
             continue
-        tried = [_fit(tensors, name, group, dtype) for group in groups]
+        tried = [
+            (_fit_small if group["format"] in SMALL else _fit)(tensors, name, group, dtype)
+            for group in groups
+        ]
         fits = {found[1]: found for found in tried if not isinstance(found, str)}
         if len(fits) == 1:
             yield next(iter(fits.values()))
@@ -581,6 +609,41 @@ def _fit(tensors: Tensors, name: str, group: dict[str, Any], dtype: str) -> Foun
     return tuple(names), source, f"{'fp' if kind == 'F8_E4M3' else 'int'}{bits} {label}"
 
 
+def _fit_small(tensors: Tensors, name: str, group: dict[str, Any], dtype: str) -> Found | str:
+    """Return a weight of small floats as a group describes it, or why it does not fit."""
+    (kind, bits, scaled), form = SMALL[group["format"]], group["format"]
+    module = name.rpartition(".")[0]
+    weight, scale = tensors[name], tensors[f"{module}.weight_scale"]
+    if (
+        (weight.dtype, name.endswith("_packed"), len(weight.shape)) != (kind, bits < 8, 2)
+        or (group["type"], group["num_bits"]) != ("float", bits)
+        or 0 in weight.shape or weight.shape[1] * 8 % bits
+    ):  # fmt: skip
+        return f"expected {kind} [rows, columns] in {form}, floats of {bits} bits"
+    (rows, width), strategy, size = weight.shape, group.get("strategy"), group.get("group_size")
+    cols = width * 8 // bits
+    if strategy not in ("group", "tensor_group") or not _is_size(size) or cols % size:
+        return f"no groups of {str(size)[:20]} of {cols} columns ({str(strategy)[:20]})"
+    if (scale.dtype, scale.shape) != (scaled, (rows, cols // size)):
+        found = f"{scale.dtype} {list(scale.shape)}"
+        return f"{module}.weight_scale {found}: expected {scaled} {[rows, cols // size]}"
+    if f"{module}.weight_zero_point" in tensors or group["symmetric"] is not True:
+        return f"{module}.weight_zero_point: compressed-tensors leaves it out of small floats"
+    names, divisor = [name, f"{module}.weight_scale"], tensors.get(f"{module}.weight_global_scale")
+    if divisor is not None:
+        names.append(f"{module}.weight_global_scale")
+    if (divisor is None and strategy == "tensor_group") or (
+        divisor is not None and (divisor.dtype, divisor.shape) != ("F32", (1,))
+    ):
+        found = f"{divisor.dtype} {list(divisor.shape)}" if divisor else "nothing"
+        return f"{module}.weight_global_scale: found {found}, expected F32 [1]"
+    source = Dequantised(
+        f"{module}.weight", dtype, (rows, cols), weight, scale, (1, size),
+        bits=bits % 8, product="BF16", divisor=divisor,
+    )  # fmt: skip
+    return tuple(names), source, f"{form.partition('-')[0]} groups of {size}"
+
+
 def _mxfp4(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:
     """Find pairs of `_blocks` and `_scales`, which gpt-oss holds transposed."""
     for name, tensor in tensors.items():
@@ -598,7 +661,9 @@ def _mxfp4(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found |
                 yield f"{name} {list(shape)}, scales {found}: expected U8 [e, r, g, 16], [e, r, g]"
                 continue
             turned = (shape[0], shape[2] * 32, shape[1])
-            source = Dequantised(plain, dtype, turned, blocks, scales, (1, 32), bits=4, turned=True)
+            source = Dequantised(
+                plain, dtype, turned, blocks, scales, (1, 32), bits=4, turned=True, halved=True
+            )
             yield (name, f"{plain}_scales"), source, "mxfp4"
 
 

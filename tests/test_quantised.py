@@ -286,6 +286,78 @@ def compressed(
     return state, compressor.decompress(state, scheme)["weight"]
 
 
+GROUPS = {"type": "float", "strategy": "group", "group_size": 32}
+FLOAT4 = GROUPS | {"num_bits": 4}
+SMALL = [
+    ("nvfp4-pack-quantized", FLOAT4 | {"strategy": "tensor_group", "group_size": 16}),
+    ("nvfp4-pack-quantized", FLOAT4 | {"group_size": 16}),
+    ("mxfp4-pack-quantized", FLOAT4),
+    ("mxfp6-pack-quantized", GROUPS | {"num_bits": 6}),
+    ("mxfp8-quantized", GROUPS | {"num_bits": 8, "scale_dtype": "torch.uint8"}),
+]  # fmt: skip
+NVFP4, MXFP8 = SMALL[0], SMALL[4]
+
+
+def small_floats(kind: str, weights: dict, rows: int = 64, cols: int = 192) -> dict:
+    """Return the state of a module of every code and every exponent, as it is stored."""
+    generator = torch.Generator().manual_seed(0)
+    size, bits = weights["group_size"], weights["num_bits"]
+    raw = torch.randint(0, 256, (rows, cols * bits // 8), generator=generator, dtype=torch.uint8)
+    grid = rows, cols // size
+    scale = torch.randint(0, 256, grid, generator=generator, dtype=torch.uint8)
+    scale.reshape(-1)[:256] = torch.arange(256)[: scale.numel()]
+    state = {
+        "weight" if bits == 8 else "weight_packed": raw.view(E4M3) if bits == 8 else raw,
+        "weight_scale": scale.view(E4M3) if kind.startswith("nvfp4") else scale,
+    }
+    if weights["strategy"] == "tensor_group":
+        state["weight_global_scale"] = torch.tensor([271.3])
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "weights"), SMALL)
+def test_small_floats_of_compressed_tensors(tmp_path: Path, kind, weights, dtype, monkeypatch):
+    from compressed_tensors.compressors import BaseCompressor
+
+    state, compressor = small_floats(kind, weights), BaseCompressor.get_value_from_registry(kind)
+    expected = compressor.decompress(state, scheme_of(kind, weights))["weight"].to(dtype)
+    tensors = {f"a.{name}": tensor for name, tensor in state.items()}
+    tensors["a.input_global_scale"] = torch.ones(1)
+    found, notes = opened(write(tmp_path, tensors, ct_config((kind, weights), dtype=dtype)))
+    size = weights["group_size"]
+    assert notes["a.weight"] == f"{kind.partition('-')[0]} groups of {size}"
+    assert set(found) == {"a.weight"}
+    assert_same(tensor_of(found["a.weight"]), expected)
+    for tile in (20, 500):
+        limit_reads(monkeypatch, tile)
+        values = values_of(found["a.weight"], 1234, 999)
+        part = expected.reshape(-1)[1234:][:999]
+        assert_same(from_bits(values, found["a.weight"].dtype, part.shape), part)
+
+
+def test_small_floats_as_their_library_compresses_them(tmp_path: Path):
+    from compressed_tensors.compressors import BaseCompressor
+
+    generator = torch.Generator().manual_seed(0)
+    for number, (kind, weights) in enumerate(SMALL):
+        size, given = weights["group_size"], small_floats(kind, weights)
+        weight = torch.randn(64, 192, generator=generator).to(torch.bfloat16)
+        scale = (weight.reshape(64, -1, size).abs().amax(-1) / 6).float()
+        state = {"weight": weight, "weight_scale": scale * (271.3 if "nvfp4" in kind else 1)}
+        state |= {k: v for k, v in given.items() if k == "weight_global_scale"}
+        scheme = scheme_of(kind, weights)
+        compressor = BaseCompressor.get_value_from_registry(kind)
+        state = compressor.compress(state, scheme)
+        assert {k: v.dtype for k, v in state.items()} == {k: v.dtype for k, v in given.items()}
+        folder = write(
+            tmp_path / str(number), {f"a.{k}": v for k, v in state.items()},
+            ct_config((kind, weights)),
+        )  # fmt: skip
+        expected = compressor.decompress(state, scheme)["weight"]
+        assert_same(tensor_of(opened(folder)[0]["a.weight"]), expected, kind)
+
+
 UNEVEN = {"symmetric": False}
 FLOAT8 = {"num_bits": 8, "type": "float"}
 SYMMETRIC = [
@@ -475,6 +547,17 @@ def packed(kind: str, weights: dict, **changes: torch.Tensor | None) -> dict[str
     return {f"a.{name}": tensor for name, tensor in state.items() if tensor is not None}
 
 
+AS_NVFP4, AS_MXFP8 = map(ct_config, (NVFP4, MXFP8))
+
+
+def small(
+    kind: str = NVFP4[0], weights: dict = NVFP4[1], **changes: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Return a layer `a` of small floats, with tensors changed or taken away."""
+    state = small_floats(kind, weights) | changes
+    return {f"a.{name}": tensor for name, tensor in state.items() if tensor is not None}
+
+
 def size(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers)
 
@@ -524,6 +607,18 @@ def i32(*shape: int) -> torch.Tensor:
         (packed(*INT8, weight_scale=None), AS_INT8, "I8 without a.weight_scale"),
         (packed(*INT8), AS_INT4, "expected I32"),
         (packed(*INT4) | {"a.weight": torch.ones(2)}, AS_INT4, "a.weight: also made by"),
+        (small(weight_packed=u8(64, 95)), AS_NVFP4, "no groups of 16 of 190 columns"),
+        (small(weight_packed=i8(64, 96)), AS_NVFP4, "expected U8 .rows"),
+        (small(weight_scale=u8(64, 12)), AS_NVFP4, "weight_scale U8.*expected F8_E4M3 .64, 12"),
+        (small(weight_scale=codes(64, 11)), AS_NVFP4, "weight_scale F8_E4M3 .64, 11"),
+        (small(weight_scale=None), AS_NVFP4, "U8 without a.weight_scale"),
+        (small(weight_global_scale=None), AS_NVFP4, "global_scale: found nothing"),
+        (small(weight_global_scale=scales()), AS_NVFP4, r"global_scale: found F32 \[\]"),
+        (small(weight_global_scale=scales(2)), AS_NVFP4, r"global_scale: found F32 \[2\]"),
+        (small(weight_zero_point=i8(64, 12)), AS_NVFP4, "weight_zero_point: compressed-tensors"),
+        (small(weight_packed=None), AS_NVFP4, "global_scale: without the weight"),
+        (small(*MXFP8, weight_scale=scales(64, 6)), AS_MXFP8, "weight_scale F32"),
+        (small(*MXFP8), AS_NVFP4, "expected U8 .rows"),
         ({"x_blocks": u8(2, 3, 4, 16), "x_scales": u8(2, 3, 5)}, MXFP4, "U8 .2, 3, 5"),
         ({"x_blocks": u8(2, 3, 4, 15), "x_scales": u8(2, 3, 4)}, MXFP4, "expected U8"),
         ({"x_blocks": u8(3, 4, 16), "x_scales": u8(3, 4)}, MXFP4, "expected U8"),
