@@ -76,15 +76,15 @@ WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHead", "ForMaskedLM",
 # keys of config.json that say who wrote it, not what the model is
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 FOREIGN = {
-    ".gguf": "GGUF is for inference, mostly quantised: diff and apply the safetensors that it was"
-    " made from, then convert the result (llama.cpp: convert_hf_to_gguf.py)",
     ".h5": "TensorFlow weights: load them with transformers (from_tf=True), then save_pretrained",
     ".msgpack": "Flax weights: load them with transformers (from_flax=True), then save_pretrained",
     ".onnx": "an ONNX graph for inference: use the checkpoint that it was exported from",
     ".npz": "numpy arrays: save them by safetensors.numpy.save_file under the model's names",
     ".nemo": "a NeMo archive: export it to Hugging Face format with NeMo first",
 }
-FILES = (".safetensors", *PICKLE_SUFFIXES, *FOREIGN)  # how names of files end, not of repositories
+GGUF = ".gguf"
+# how names of files end, not of repositories
+FILES = (".safetensors", GGUF, *PICKLE_SUFFIXES, *FOREIGN)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Opened:
     notes: tuple[str, ...] = ()
     seen: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # states of its files
     labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # metadata by file
+    formats: Mapping[str, str] = field(default_factory=dict)  # how tensors are stored, as notes say
 
 
 class Checkpoint(Mapping[str, Source]):
@@ -555,7 +556,7 @@ def open_tensors(ref: str | os.PathLike[str] | Place, role: str) -> Checkpoint:
             if type(name) is not str or name == "__metadata__" or NOT_TEXT.search(name):
                 raise FormatError(f"{what}: a tensor is called {name!r:.80}, which is no name")
     files = {path for spec in opened.tensors.values() for path in files_of(spec)}
-    return Checkpoint(place, replace(opened, seen=witnessed(files)))
+    return Checkpoint(place, replace(opened, seen=witnessed(files)), opened.formats)
 
 
 def _open_file(address: str, name: str, what: str) -> Opened:
@@ -563,6 +564,8 @@ def _open_file(address: str, name: str, what: str) -> Opened:
     short, suffix = Path(name).name, Path(name).suffix
     if suffix in PICKLE_SUFFIXES:
         return replace(_open_pickles([address], what), notes=_one_of_several(short))
+    if suffix == GGUF:
+        return _open_gguf(address, what)
     if suffix in FOREIGN:
         raise IncompatibleError(f"{what}: {FOREIGN[suffix]}")
     return _of_headers({short: read_header(address)}, what, _one_of_several(short))
@@ -603,6 +606,13 @@ def _open_pickles(addresses: list[str], what: str) -> Opened:
             " ahead; download it first (`hf download`, `aws s3 cp`), then name the folder"
         )
     return Opened(open_pickles(addresses, what), kind=PICKLES[0])
+
+
+def _open_gguf(address: str, what: str) -> Opened:
+    from skillvec.gguffile import open_gguf
+
+    found = open_gguf(address, what)
+    return Opened(found.tensors, kind="GGUF", formats=found.formats)
 
 
 def is_away(address: str) -> bool:
@@ -652,6 +662,11 @@ def _open_folder(place: Place, what: str) -> Opened:
     if PICKLES[0] in found or "adapter_model.bin" in found:
         name = PICKLES[0] if PICKLES[0] in found else "adapter_model.bin"
         return _open_pickles([files[name]], what)
+    gguf = [name for name in here if name.endswith(GGUF)]
+    if len(gguf) == 1:
+        return _open_gguf(files[gguf[0]], f"{what}: {gguf[0]}")
+    if gguf:
+        raise UsageError(f"{what}: no {SINGLE}; name the GGUF that is meant:\n{up_to_five(gguf)}")
     for name in here:
         if Path(name).suffix in FOREIGN:
             raise IncompatibleError(

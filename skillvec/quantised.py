@@ -1,7 +1,8 @@
 """Quantised checkpoints: weights that are multiplied by their scales when they are read.
 
 Hides FP8 (DeepSeek, Qwen, MiniMax: blocks, per tensor, fused experts), compressed-tensors (float-,
-int-, naive- and pack-quantized, NVFP4, MXFP4, MXFP6 and MXFP8) and MXFP4 (gpt-oss). The values are those that transformers' and
+int-, naive- and pack-quantized, NVFP4, MXFP4, MXFP6, MXFP8) and MXFP4 (gpt-oss). The values are
+those that transformers' and
 compressed-tensors' own dequantisation gives in the model's dtype, bit for bit (NaNs up to their
 payload). Where they differ - FP8 whose edge blocks happen to divide a matrix evenly -
 compressed-tensors is followed: its blocks have the size that the config names. What a tensor is

@@ -18,10 +18,10 @@ ORDER = [
     "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
     "outputs", "engine", "blocks", "plan", "fitting", "vector", "adapting", "bridging",
     "lineage", "deltas", "rules", "patch", "page", "analysis",
-    "subspace", "measures", "vectorfile", "checkpoint", "layouts", "conversions", "configs",
-    "trainingshards", "pickles", "adapters", "lowrank", "quantised", "objects", "hub", "sources",
-    "merging", "operators", "codecs", "kernels", "staging", "sidefiles", "storage", "report",
-    "errors", "__init__",
+    "subspace", "measures", "vectorfile", "checkpoint", "gguffile", "layouts", "conversions",
+    "configs", "trainingshards", "pickles", "adapters", "lowrank", "quantised", "objects", "hub",
+    "sources", "merging", "operators", "codecs", "kernels", "staging", "sidefiles", "storage",
+    "report", "errors", "__init__",
 ]  # fmt: skip
 # (from, to): checkpoint - checkpoint is a vector, so the operator has to know its result;
 # vector.save() is the verb.
@@ -39,8 +39,9 @@ HOMES = {
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
         "summary", "patch", "measures", "comparison", "subspace", "sources", "quantised",
         "lowrank", "pickles", "trainingshards", "layouts", "conversions", "extraction",
-        "storage", "engine_ray",
+        "storage", "engine_ray", "gguffile",
     },
+    "gguf": {"gguffile"},
     "torch": set(ORDER), "transformers": set(ORDER), "huggingface_hub": set(ORDER),
     "scipy": set(ORDER),
 }  # fmt: skip
@@ -58,6 +59,7 @@ LAZY = {
     "fsspec",
     "zstandard",
     "yaml",
+    "gguf",
 }
 
 
