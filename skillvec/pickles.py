@@ -41,6 +41,7 @@ ADVICE = "load it with the library that wrote it and save the weights as safeten
 DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
     "torch.bfloat16": "BF16", "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
     "torch.float8_e8m0fnu": "F8_E8M0", "torch.complex64": "C64", "torch.bool": "BOOL",
     "torch.uint8": "U8", "torch.int8": "I8", "torch.uint16": "U16", "torch.int16": "I16",
     "torch.uint32": "U32", "torch.int32": "I32", "torch.uint64": "U64", "torch.int64": "I64",

@@ -213,7 +213,8 @@ def plan_store(
     if tuned is not None and base is not None:
         for name in manifest["equal"]:
             same = tuned.get(name, base[name])  # a patch does not list it
-            jobs.append(Job(name, "copy", same.numel, point=base[name], expected=same))
+            point, expected = as_integers(base[name]), as_integers(same)
+            jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
         for status in ("excluded", "tied"):
             for name in manifest[status]:
                 note = f"copy of {manifest['tied'][name]}" if status == "tied" else ""
@@ -504,8 +505,8 @@ def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint)
             kind = f"not in {tuned.ref if name not in tuned else base.ref}"
             problems[kind].append(f"{name}: {kind}")
         else:
-            job = Job(name, "copy", base[name].numel, point=base[name], expected=tuned[name])
-            jobs.append(job)
+            point, expected = as_integers(base[name]), as_integers(tuned[name])
+            jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
     problems |= _unknown_to(vector, tuned) | _unknown_to(vector, base)
     if any(problems.values()):
         raise IncompatibleError(

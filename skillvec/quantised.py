@@ -29,7 +29,6 @@ from skillvec.sources import Derived, Index, Source, read_values, values_of
 
 TILE = 1 << 20  # values computed, and read, at a time
 MAX_SIDE = 1 << 40  # of a side that a config states
-RAW: dict[str, Any] = STORAGE_DTYPE | {"F8_E4M3": np.dtype("u1"), "F8_E8M0": np.dtype("u1")}
 FLOATS = ("BF16", "F16", "F32")
 # of compressed-tensors: small floats in groups as (codes, bits, scales), and the others
 SMALL = {
@@ -50,6 +49,7 @@ PARTNERS = (
     "_scale_inv", ".weight_scale", ".weight_zero_point", ".weight_packed", ".weight_shape",
     ".weight_global_scale", ".weight_g_idx",
 )  # fmt: skip
+COMPLEX = "C64"  # holds its values as it is: passed through
 INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 # last parts of names: a weight whatever its dtype; what scales, shifts or looks up the codes of one
 WEIGHT = re.compile(r"weight|^(w_q|kernel|qzeros)$|_(blocks|packed)$", re.IGNORECASE)
@@ -74,18 +74,28 @@ def nothing_left_out(name: str) -> bool:
     return False
 
 
-def _small_floats(exponents: int, mantissas: int) -> F32Array:
+def _small_floats(exponents: int, mantissas: int, halvings: int = 0) -> F32Array:
     """Return the values of all codes of a sign and so many bits, none of them infinite."""
     code = np.arange(2 << exponents + mantissas)
     exponent, mantissa = code >> mantissas & (1 << exponents) - 1, code & (1 << mantissas) - 1
     whole = mantissa + (exponent > 0) * 2.0**mantissas
-    power = np.maximum(exponent, 1) - (1 << exponents - 1) + 1 - mantissas
+    power = np.maximum(exponent, 1) - (1 << exponents - 1) + 1 - mantissas - halvings
     size = np.ldexp(whole, power)
     return np.array(np.where(code >> exponents + mantissas, -size, size), np.float32)
 
 
-E4M3 = _small_floats(4, 3)
-E4M3[[127, 255]] = np.nan
+E4M3, E4M3FNUZ = _small_floats(4, 3), _small_floats(4, 3, 1)
+E5M2, E5M2FNUZ = _small_floats(5, 2), _small_floats(5, 2, 1)
+E4M3[[127, 255]] = E4M3FNUZ[128] = E5M2FNUZ[128] = np.nan
+E5M2[[124, 252]] = np.inf, -np.inf
+E5M2[[125, 126, 127, 253, 254, 255]] = np.nan
+FP8 = {
+    "F8_E4M3": E4M3,
+    "F8_E5M2": E5M2,
+    "F8_E4M3FNUZ": E4M3FNUZ,
+    "F8_E5M2FNUZ": E5M2FNUZ,
+}
+RAW: dict[str, Any] = STORAGE_DTYPE | dict.fromkeys((*FP8, "F8_E8M0"), np.dtype("u1"))
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 E2M3 = _small_floats(2, 3)
 PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], 1)  # both of a byte, low half first
@@ -103,7 +113,7 @@ class Dequantised(Derived):
 
     The last two dimensions of `shape`, swapped where `turned`, are a matrix of codes stored row by
     row: one a byte, or packed (`bits` > 0) with an offset of 2^(bits-1) in I32, as E2M1 (4 bits) or
-    E2M3 (6) in U8. `divisor` is one value that divides all scales. Where `halved`, codes count
+    E2M3 (6) in bytes. `divisor` is one value that divides all scales. Where `halved`, codes count
     twice and powers half, so that 2^128 need not be held. The product is rounded to `product`, then
     to `dtype`.
     """
@@ -168,8 +178,9 @@ class Dequantised(Derived):
         first, count = number * height + rows[0], rows[1] - rows[0]
         if not self.bits:
             codes = _read_box(self.weight, first, count, width, low, high)
-            return E4M3[codes] if self.weight.dtype == "F8_E4M3" else codes.astype(np.float32)
-        unit = 8 if self.weight.dtype == "U8" else 32
+            table = FP8.get(self.weight.dtype)
+            return codes.astype(np.float32) if table is None else table[codes]
+        unit = 32 if self.weight.dtype == "I32" else 8
         start, stop = low * self.bits // unit, -(-high * self.bits // unit)
         width = -(-width * self.bits // unit)
         words = _read_box(self.weight, first, count, width, start, stop)
@@ -179,7 +190,7 @@ class Dequantised(Derived):
         if self.bits == 6:
             return E2M3[_unpack(words, 6, low * 6 - 8 * start, high - low)]
         pairs = TWICE if self.halved else PAIRS
-        return pairs[words].reshape(count, -1)[:, low - 2 * start : high - 2 * start]
+        return pairs[words.view(np.uint8)].reshape(count, -1)[:, low - 2 * start : high - 2 * start]
 
     def _per_block(
         self, source: Source, number: int, rows: tuple[int, int], cols: tuple[int, int]
@@ -329,7 +340,7 @@ def unexplained(tensors: Tensors) -> dict[str, Unexplained]:
     suspects = [
         (name, tensor)
         for name, tensor in tensors.items()
-        if tensor.dtype not in STORAGE_DTYPE
+        if tensor.dtype not in (*STORAGE_DTYPE, COMPLEX)
         or (tensor.dtype in INTEGERS and tensor.numel > 1)
         or _last(name) == "W_q"  # of HQQ, which may view them as floats
     ]
@@ -466,26 +477,31 @@ def _sizes(pair: object, most: Index | None = None) -> tuple[int, int] | None:
 
 
 def _fp8(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:
-    """Find F8_E4M3 weights with `_scale_inv`, as finegrained_fp8 of transformers has them."""
+    """Find 8-bit floats and pairs of E2M1 with `_scale_inv`, as transformers has them."""
     wanted = settings.get("weight_block_size", [128, 128])
     size = _sizes(wanted)
     if wanted is not None and size is None:
         raise IncompatibleError(f"weight_block_size {str(wanted)[:60]}, expected two sizes or null")
     for name, weight in tensors.items():
-        if weight.dtype != "F8_E4M3" or name.endswith(PARTNERS):
-            continue
         scale = tensors.get(f"{name}_scale_inv")
-        if scale is None:
-            yield f"{name}: F8_E4M3 without {name}_scale_inv"
+        pairs = weight.dtype == "I8" and len(weight.shape) > 1  # of E2M1, as DeepSeek has experts
+        if not (weight.dtype in FP8 or pairs) or name.endswith(PARTNERS):
             continue
-        block = _fp8_block(weight.shape, scale, size)
+        if scale is None:  # of other dtypes nothing says how to read them
+            if weight.dtype == "F8_E4M3":
+                yield f"{name}: F8_E4M3 without {name}_scale_inv"
+            continue
+        shape = (*weight.shape[:-1], 2 * weight.shape[-1]) if pairs else weight.shape
+        block = _fp8_block(shape, scale, None if pairs else size)
         if isinstance(block, str):
             found = f"{scale.dtype} {list(scale.shape)}"
             yield f"{name} {list(weight.shape)}: {name}_scale_inv {found}: {block}"
         else:
             kind = "per tensor" if scale.numel == 1 else f"blocks {block[0]}x{block[1]}"
-            source = Dequantised(name, dtype, weight.shape, weight, scale, block)
-            yield (name, f"{name}_scale_inv"), source, f"fp8 {kind}"
+            form = {"I8": "fp4", "F8_E4M3": "fp8"}.get(weight.dtype, weight.dtype.lower())
+            bits = 4 if pairs else 0
+            source = Dequantised(name, dtype, shape, weight, scale, block, bits=bits)
+            yield (name, f"{name}_scale_inv"), source, f"{form} {kind}"
 
 
 def _fp8_block(shape: Index, scale: Source, size: tuple[int, int] | None) -> tuple[int, int] | str:

@@ -124,6 +124,7 @@ def files_of(source: Source) -> Iterator[str]:
 
 def digest_values(source: Source, begin: int = 0, numel: int | None = None) -> str:
     """Return the digest of some values of a source (all, if not said how many), 8 MiB at a time."""
+    source = as_integers(source)
     end = source.numel if numel is None else begin + numel
     width = ITEMSIZE[source.dtype]
     step = 8 * LEAF_NBYTES // width

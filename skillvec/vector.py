@@ -49,7 +49,7 @@ from skillvec.errors import (
     up_to_five,
     up_to_five_each,
 )
-from skillvec.kernels import FLOATS
+from skillvec.kernels import FLOATS, STORAGE_DTYPE
 from skillvec.layouts import viewed_specs
 from skillvec.lineage import MAX_TIED, find_tied, identity, under_name
 from skillvec.merging import OPERATORS, Operator, check_parameters
@@ -782,7 +782,8 @@ def _match(
                 found["integers"][name] = [dtypes[0], None]
             elif dtypes[0] == dtypes[1]:
                 problems["of integers"].append(
-                    f"{name} {dtypes[0]} {list(base[name].shape)}: integers that differ, and"
+                    f"{name} {dtypes[0]} {list(base[name].shape)}:"
+                    f" {'integers' if dtypes[0] in INTEGERS else 'values'} that differ, and"
                     " nothing says that they are no weights"
                 )
             else:
@@ -806,6 +807,10 @@ def _match(
 
 
 def _codes_differ(tuned: Source, base: Source) -> bool:
-    """Return whether integers that may be the codes of a weight differ: no side tensor may."""
-    codes = tuned.dtype in INTEGERS and may_be_weight(base.name, base)
+    """Return whether what may be a weight, or the codes of one, differs: no side tensor may.
+
+    Those are integers, and complex numbers, of which no delta is made.
+    """
+    codes = tuned.dtype not in STORAGE_DTYPE
+    codes = codes or (tuned.dtype in INTEGERS and may_be_weight(base.name, base))
     return codes and digest_values(tuned) != digest_values(base)

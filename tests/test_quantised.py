@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from families import from_bits, save_int4
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import skillvec
 from skillvec import quantised
@@ -163,6 +163,32 @@ def test_fp8_of_every_code_and_every_exponent(tmp_path: Path):
             folder = write(tmp_path / f"{kind} {dtype}", pair, fp8_config([1, 256], dtype))
             found = tensor_of(opened(folder)[0]["a.weight"])
             assert_same(found, fp8_reference(weight, scale, dtype), f"{kind} {dtype}")
+
+
+def test_other_floats_of_8_bits_and_pairs_of_4_as_transformers_reads_them(tmp_path: Path):
+    raw = torch.arange(256, dtype=torch.uint8).repeat(64, 1)
+    kinds = {
+        "f8_e5m2": torch.float8_e5m2, "f8_e4m3fnuz": torch.float8_e4m3fnuz,
+        "f8_e5m2fnuz": torch.float8_e5m2fnuz, "fp4": torch.int8,
+    }  # fmt: skip
+    for form, kind in kinds.items():
+        weight, scale = raw.view(kind), scales(64, 2)
+        folder = write(
+            tmp_path / form, {"a.weight": weight, "a.weight_scale_inv": scale}, fp8_config([1, 128])
+        )
+        found, notes = opened(folder)
+        cols = 256 if form == "fp4" else 128
+        assert notes == {"a.weight": f"{form} blocks 1x{cols}"}
+        expected = fp8_reference(weight, scale, torch.bfloat16)
+        assert_same(tensor_of(found["a.weight"]), expected, form)
+        assert_same(tensor_of(found["a.weight"], 99), expected, form)
+
+
+def test_tables_of_small_floats_are_those_of_torch():
+    raw = torch.arange(256, dtype=torch.uint8)
+    for name, table in quantised.FP8.items():
+        kind = getattr(torch, f"float8_{name[3:].lower()}{'fn' if name == 'F8_E4M3' else ''}")
+        assert_same(torch.from_numpy(table), raw.view(kind).float(), name)
 
 
 def test_any_range_of_values_is_the_same_from_any_thread_and_process(tmp_path: Path, monkeypatch):
@@ -1054,12 +1080,12 @@ def test_what_is_left_out_is_passed_through_byte_for_byte(towers, chosen):
     skillvec.apply(towers.base, None, again, **sides, **chosen)
     assert raw_bytes(again) == out and skillvec.verify(again).facts["verified"]
     skillvec.diff(towers.plain, towers.plain, towers.v, force=True)
-    with pytest.raises(IncompatibleError, match=r"visual.d: C64"):
+    with pytest.raises(IncompatibleError, match=r"visual.f: F4"):
         skillvec.apply(towers.base, towers.v, towers.out, force=True)
     skillvec.apply(towers.base, towers.v, towers.out, force=True, **chosen)
     assert raw_bytes(towers.out) == base
     (note,) = skillvec.open_checkpoint(towers.base, "model", lambda n: n[0] == "v").facts["notes"]
-    assert note.startswith("8 tensors stay as they are")
+    assert note.startswith("7 tensors stay as they are")
 
 
 def test_what_scales_a_weight_is_left_out_with_it(towers):
@@ -1081,7 +1107,7 @@ def test_leaving_out_is_advised_where_it_can_be_done(towers):
         lambda: skillvec.open_checkpoint(towers.base),
         lambda: skillvec.import_patch(towers.plain, towers.base, towers.v),
     ):
-        with pytest.raises(IncompatibleError, match=r"visual.d: C64") as refused:
+        with pytest.raises(IncompatibleError, match=r"visual.f: F4") as refused:
             use()
         assert "--exclude" not in str(refused.value)
 
@@ -1159,3 +1185,40 @@ def test_no_buffer_of_any_model_of_transformers_is_taken_for_a_weight():
         built += 1
         integers += any(t.dtype != "F32" and t.numel > 1 for t in tensors.values())
     assert built > 1000 and integers > 20
+
+
+# --------------------------------------------------------------------------------- complex numbers
+
+
+def test_complex_numbers_pass_through_where_they_are_equal(tmp_path: Path):
+    turns = torch.polar(torch.ones(4, 4), torch.randn(4, 4))
+    given = {"w.weight": torch.randn(8, 8), "freqs_cis": turns, "one": turns[0, 0].clone()}
+    files = [tmp_path / f"{i}.safetensors" for i in range(5)]
+    save_file(given, files[0])
+    save_file(given | {"w.weight": given["w.weight"] + 0.1}, files[1])
+    skillvec.diff(files[1], files[0], files[2])
+    skillvec.verify(files[2])
+    skillvec.apply(files[0], files[2], files[3])
+    skillvec.verify(files[3])
+    found, expected = load_file(files[3]), load_file(files[1])
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found["freqs_cis"].dtype == torch.complex64
+    save_file(given | {"freqs_cis": turns * 2, "w.weight": given["w.weight"] + 0.1}, files[4])
+    with pytest.raises(IncompatibleError, match=r"freqs_cis C64 \[4, 4\]: values that differ"):
+        skillvec.diff(files[4], files[0], files[2], force=True)
+    skillvec.diff(files[4], files[0], files[2], force=True, exclude=["freqs_cis"])
+    skillvec.apply(files[0], files[2], files[3], force=True)
+    assert torch.equal(load_file(files[3])["freqs_cis"], turns)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz])
+def test_floats_that_no_config_explains_are_refused_or_left_out(tmp_path: Path, kind):
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    held = {"w.weight": torch.ones(4, 4), "x": torch.arange(16, dtype=torch.uint8).view(kind)}
+    save_file(held, files[0])
+    with pytest.raises(IncompatibleError, match=r"x: F8_E\dM\dFNUZ \[16\]"):
+        skillvec.diff(files[0], files[0], files[1])
+    skillvec.diff(files[0], files[0], files[1], exclude=["x"])
+    skillvec.apply(files[0], files[1], files[2], exclude=["x"])
+    skillvec.verify(files[2])
+    assert torch.equal(load_file(files[2])["x"].view(torch.uint8), held["x"].view(torch.uint8))
