@@ -1,6 +1,6 @@
 """One block of one tensor: reading it, decoding or computing its deltas, digesting what was read.
 
-Hides where a delta comes from (stored, subtracted, patched, merged). Buffers are those of one
+Hides where a delta comes from (stored, subtracted, merged). Buffers are those of one
 worker and are reused for every block; nothing here knows where results go.
 """
 
@@ -24,7 +24,6 @@ from skillvec.errors import FormatError, NonfiniteError
 from skillvec.kernels import STORAGE_DTYPE, Array
 from skillvec.merging import Place
 from skillvec.operators import NO_POSITIONS, STEP, Delta, Subtraction
-from skillvec.patch import Patch
 from skillvec.sources import Derived, Source, read_values
 from skillvec.storage import ITEMSIZE, LEAF_NBYTES, TensorSpec, allocate, leaf_digests
 from skillvec.vectorfile import BLOCK_NUMEL, REPLACEMENT, BlockReader, StoredDelta, block_count
@@ -175,11 +174,7 @@ class Block:
         return Delta(values, source.spec.dtype)
 
     def _difference(self, source: PairDelta, role: str) -> tuple[Delta, npt.NDArray[Any]]:
-        if isinstance(source.tuned, Patch):
-            tuned = self.read("tuned", source.base)
-            source.tuned.overlay(self.index, tuned)
-        else:
-            tuned = self.read("tuned", source.tuned)
+        tuned = self.read("tuned", source.tuned)
         base = self.read("base", source.base)
         if role == "delta0":  # not the second of two pairs, nor part of a combination
             self.digest("tuned", tuned)

@@ -308,7 +308,9 @@ def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op
 def import_patch(screen: Screen, patch: str, base: str, output: str, **options: Any) -> Any:
     """Make a vector of PATCH, changed values of the exact BASE.
 
-    PATCH is a safetensors file of NAME.indices and NAME.values, as TRL sends weights.
+    PATCH is a safetensors file of NAME.indices and NAME.values, with what vLLM is told beside
+    them or without, or a flush of verl (__delta_spec__, __positions__, __values__), or a folder of
+    several. Names are those of the checkpoint, or of the model in memory.
     """
     from skillvec import verbs
 
@@ -318,10 +320,15 @@ def import_patch(screen: Screen, patch: str, base: str, output: str, **options: 
 @main.command("export-patch")
 @click.argument("vector")
 @click.option("--base", help="Where the vector's exact base is now.")
+@click.option(
+    "--form", type=click.Choice(["lists", "verl", "vllm"]), default="lists", show_default=True,
+    help="lists: NAME.indices and NAME.values. vllm: the same, and what vLLM is told. verl: a"
+    " flush.",
+)  # fmt: skip
 @_nonfinite
 @_shared(writes=True, globs=False)
 def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> Any:
-    """Write what VECTOR changes in its exact base, as NAME.indices and NAME.values."""
+    """Write what VECTOR changes in its exact base: a patch, under the base's names."""
     from skillvec import verbs
 
     report = verbs.export_patch(vector, output, watcher=screen, **options)

@@ -11,7 +11,6 @@ from skillvec.errors import UsageError
 from skillvec.kernels import DTYPE_NAMES, HALVES
 from skillvec.merging import Operator
 from skillvec.operators import Exactness
-from skillvec.patch import Patch
 from skillvec.sources import Derived, Source, View
 from skillvec.storage import ITEMSIZE, TensorSpec
 from skillvec.vectorfile import StoredDelta
@@ -20,7 +19,7 @@ from skillvec.vectorfile import StoredDelta
 class PairDelta(NamedTuple):
     """A tensor's delta as two tensors to subtract into values of `dtype`."""
 
-    tuned: Source | Patch
+    tuned: Source
     base: Source
     dtype: str
     exactness: Exactness = Exactness.WHOLE
@@ -31,7 +30,9 @@ class PairDelta(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.tuned.nbytes + self.base.nbytes
+        tuned = self.tuned
+        read = tuned.nbytes_read if isinstance(tuned, Derived) else tuned.nbytes
+        return read + self.base.nbytes
 
 
 class ComputedDelta(NamedTuple):

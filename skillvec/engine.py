@@ -23,7 +23,7 @@ from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import FLOATS, Array, narrow, widen
 from skillvec.measures import block_sums, is_sampled, layout, masks_nbytes, sample
 from skillvec.operators import Delta
-from skillvec.patch import POSITIONS, Patch, positions_dtype
+from skillvec.patch import POSITIONS, positions_dtype
 from skillvec.plan import Job, Plan
 from skillvec.storage import OutputFile, RowWriter, fold_digest
 from skillvec.vectorfile import (
@@ -548,7 +548,7 @@ class _Run:
 def _casts_of(job: Job) -> int:
     """Return the ways in which a job's pair could differ by rounding alone."""
     pair = job.deltas[0] if job.deltas else None
-    if not isinstance(pair, PairDelta) or isinstance(pair.tuned, Patch):
+    if not isinstance(pair, PairDelta):
         return 0
     return operators.possible_casts(pair.tuned.dtype, pair.base.dtype)
 

@@ -15,7 +15,7 @@ from skillvec.codecs import DENSE_SHARE, encode_block
 from skillvec.deltas import PairDelta
 from skillvec.errors import OutputError, UsageError
 from skillvec.operators import bit_pattern, subtract
-from skillvec.patch import Patch, PatchWriter
+from skillvec.patch import PatchWriter
 from skillvec.plan import Plan
 from skillvec.report import Watcher
 from skillvec.sources import Source, value_range, values_of
@@ -348,10 +348,11 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
     names = set(vector.deltas)
     pairs = [delta for delta in vector.deltas.values() if isinstance(delta, PairDelta)]
     sides = [side for pair in pairs for side in (pair.tuned, pair.base)]
+    probed = vector.tuned is None or vector.tuned.kind != "patch"  # what lists change is sparse
     prefetch([value_range(s, *_middle(s)) for s in sides if isinstance(s, TensorSpec)])
     for name, delta in vector.deltas.items():
         kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
-        if isinstance(delta, PairDelta) and not isinstance(delta.tuned, Patch):
+        if isinstance(delta, PairDelta) and probed:
             kept, sample = _probed(delta, delta.tuned)
             nonzero = int((sample != 0).sum())
             if codec == "sparse":

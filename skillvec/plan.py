@@ -24,6 +24,7 @@ from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, Vie
 from skillvec.errors import (
     FormatError,
     IncompatibleError,
+    UsageError,
     only_here,
     up_to_five,
     up_to_five_each,
@@ -41,7 +42,7 @@ from skillvec.fitting import (
 from skillvec.kernels import FLOATS
 from skillvec.lineage import under_name
 from skillvec.measures import Request
-from skillvec.patch import Patch
+from skillvec.patch import FORMS, NARROW
 from skillvec.rules import is_selected, refuse_idle_globs
 from skillvec.sources import Source, as_integers, files_of
 from skillvec.storage import (
@@ -98,13 +99,8 @@ class Job:
 def _delta_files(deltas: Iterable[Any]) -> Iterator[str]:
     for delta in deltas:
         if isinstance(delta, PairDelta):
-            tuned = delta.tuned
-            parts = (
-                (tuned.base, tuned.indices, tuned.values) if isinstance(tuned, Patch) else (tuned,)
-            )
-            for part in (*parts, delta.base):
-                if part is not None:
-                    yield from files_of(part)
+            yield from files_of(delta.tuned)
+            yield from files_of(delta.base)
         elif isinstance(delta, ComputedDelta):
             yield from files_of(delta.source)
         elif isinstance(delta, MixDelta):
@@ -212,8 +208,7 @@ def plan_store(
     tuned, base = vector.tuned, vector.base
     if tuned is not None and base is not None:
         for name in manifest["equal"]:
-            same = tuned.get(name, base[name])  # a patch does not list it
-            point, expected = as_integers(base[name]), as_integers(same)
+            point, expected = as_integers(base[name]), as_integers(tuned[name])
             jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
         for status in ("excluded", "tied"):
             for name in manifest[status]:
@@ -238,8 +233,14 @@ def _dropped(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
-    """Plan the list of what vector + base changes. Raises IncompatibleError for another base."""
+def plan_patch(vector: SkillVector, base: Checkpoint, form: str = "lists") -> Plan:
+    """Plan the list of what vector + base changes.
+
+    Raises IncompatibleError for another base, and for tensors that the form cannot carry.
+    """
+    if form not in FORMS:
+        raise UsageError(f"form {form!r}: expected one of {', '.join(FORMS)}")
+    entries = vector.manifest["tensors"]
     jobs, problems, row = [], defaultdict(list), 0
     for name, delta in vector.deltas.items():
         spec = base.get(name)
@@ -249,6 +250,9 @@ def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
         elif spec.dtype != vector.tuned_dtype(name):
             said = f"{name}: tuned is {vector.tuned_dtype(name)}, base {spec.dtype}"
             problems["of different dtypes"].append(said)
+        elif form != "lists" and spec.numel >= NARROW and entries[name]["changed"]:
+            said = f"{name}: {spec.numel} values, and {form} sends positions in 32 bits"
+            problems["too large for the form"].append(f"{said}: --form lists")
         else:
             job = _add_job(spec, vector, name, spec.dtype, "")
             jobs.append(replace(job, operator="list", first_block=row))
@@ -258,11 +262,12 @@ def plan_patch(vector: SkillVector, base: Checkpoint) -> Plan:
         raise IncompatibleError(
             f"no patch can be made of {vector.ref}:\n{up_to_five_each(problems)}"
         )
-    entries = vector.manifest["tensors"]
+    wide = max((ITEMSIZE[job.out_dtype] for job in jobs), default=0) if form == "verl" else 0
     bound = 4096 + sum(  # a position takes 4 or 8 bytes, and the header has each name twice
-        entries[job.name]["changed"] * (8 + ITEMSIZE[job.out_dtype]) + 6 * len(job.name) + 300
+        entries[job.name]["changed"] * (8 + max(wide, ITEMSIZE[job.out_dtype]))
+        + 6 * len(job.name) + 300
         for job in jobs
-    )
+    )  # fmt: skip
     return Plan("export-patch", jobs, vectors=vector.files(), bound_nbytes=bound)
 
 

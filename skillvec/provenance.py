@@ -12,7 +12,6 @@ from skillvec import hub
 from skillvec.checkpoint import METADATA_KEY, Checkpoint, relocate
 from skillvec.errors import FormatError, UsageError, VerificationError
 from skillvec.merging import OPERATORS
-from skillvec.patch import is_patch
 from skillvec.quantised import LeftOut, nothing_left_out
 from skillvec.rules import Recipe, parse_recipe
 from skillvec.storage import refuse_duplicates
@@ -141,7 +140,7 @@ def command_words(vector: SkillVector) -> tuple[str, list[str]]:
     if vector.tuned is None:
         return "diff", [manifest["parents"][0]["ref"], manifest["base"]["ref"]]
     sides = [manifest["tuned"]["ref"], manifest["base"]["ref"]]
-    if vector.tuned is not None and is_patch(vector.tuned):
+    if vector.tuned.kind == "patch":
         return "import-patch", sides
     return "diff", [*sides, *flags(**{key: manifest[key] for key in CHOSEN if key in manifest})]
 

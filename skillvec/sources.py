@@ -48,6 +48,11 @@ class Derived(ABC):
         return self.numel * ITEMSIZE[self.dtype]
 
     @property
+    def nbytes_read(self) -> int:
+        """What reading all its values reads, as plans count it."""
+        return self.nbytes
+
+    @property
     def path(self) -> str:
         """The file where its first part lies."""
         return next(files_of(self), "")

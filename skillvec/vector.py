@@ -46,7 +46,6 @@ from skillvec.errors import (
     SkillvecError,
     UsageError,
     printable,
-    up_to_five,
     up_to_five_each,
 )
 from skillvec.kernels import FLOATS, STORAGE_DTYPE
@@ -54,6 +53,7 @@ from skillvec.layouts import viewed_specs
 from skillvec.lineage import MAX_TIED, find_tied, identity, under_name
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import open_patch
+from skillvec.patching import touched_by
 from skillvec.quantised import (
     INTEGERS,
     LeftOut,
@@ -291,27 +291,28 @@ class SkillVector:
 
     @staticmethod
     def patched(
-        patch: str | os.PathLike[str], base: str | os.PathLike[str] | Checkpoint
+        patch: str | os.PathLike[str] | Place, base: str | os.PathLike[str] | Checkpoint
     ) -> "SkillVector":
-        """Return what a patch (changed values of the exact base) adds, without computing it."""
+        """Return what a patch (changed values of the exact base) adds, without computing it.
+
+        Its names may be those of the base in memory. Raises IncompatibleError for one that does not
+        fit the base, FormatError for a broken one.
+        """
         base = open_checkpoint(base, "base")
-        patches, opened, digest = open_patch(patch, base)
-        floats = {name: item for name, item in patches.items() if item.dtype in FLOATS}
-        problems = [n for n, item in patches.items() if item.indices and n not in floats]
-        if problems:
-            raise IncompatibleError(f"patched tensors that are no floats:\n{up_to_five(problems)}")
+        lists = open_patch(patch)
+        touched, notes = touched_by(lists, base)
+        tuned = lists.tuned({name: touched.get(name, spec) for name, spec in base.items()})
         deltas = {
-            name: PairDelta(item, item.base, *value_dtype(item.dtype, item.dtype))
-            for name, item in floats.items()
-        }
+            name: PairDelta(tuned[name], spec, *value_dtype(spec.dtype, spec.dtype))
+            for name, spec in base.items() if spec.dtype in FLOATS
+        }  # fmt: skip
         ours = identity(base)
-        theirs = ours | {"ref": os.fspath(patch), "revision": None, "probe": digest}
-        integers = {n: [spec.dtype, None] for n, spec in base.items() if n not in floats}
+        theirs = ours | {"ref": lists.ref, "revision": None, "probe": lists.digest}
+        integers = {n: [spec.dtype, None] for n, spec in base.items() if n not in deltas}
         matched = {"integers": integers, "tied": {}, "excluded": [], "include": [], "exclude": []}
         manifest = _pair_manifest(theirs, ours, "auto", matched)
-        return SkillVector(
-            f"{os.fspath(patch)}::{base.ref}", deltas, manifest, tuned=opened, base=base
-        )
+        ref = f"{lists.ref}::{base.ref}"
+        return SkillVector(ref, deltas, manifest, tuned=tuned, base=base, notes=notes)
 
     @staticmethod
     def combined(

@@ -23,6 +23,7 @@ from skillvec.checkpoint import (
     locate,
     open_checkpoint,
     open_tensors,
+    relocate,
     reopen,
 )
 from skillvec.codecs import CODECS
@@ -48,7 +49,7 @@ from skillvec.outputs import (
     writing_patch,
     writing_vector,
 )
-from skillvec.patch import is_patch
+from skillvec.patch import find_patch, form_of
 from skillvec.plan import (
     Plan,
     plan_apply,
@@ -308,8 +309,10 @@ def import_patch(
 ) -> SkillVector:
     """Make a vector of a patch: changed values of the exact base, as RL stacks send them.
 
-    A patch is a safetensors file of `NAME.indices` (I32 or I64, flat, rising) and `NAME.values`
-    (the tuned values); what is not listed did not change. Options as of `save`.
+    A patch is a safetensors file, or a folder of several, of any form that `export_patch` writes;
+    which one, the file tells. Positions are flat, of the base's tensors or of those that
+    transformers makes of them in memory; what is not listed did not change. Options as of `save`.
+    Raises IncompatibleError where it does not fit the base, FormatError where it is broken.
     """
     vector = SkillVector.patched(patch, base)
     return save(vector, output, **options)
@@ -320,6 +323,7 @@ def export_patch(
     output: PathLike,
     *,
     base: PathLike | Checkpoint | None = None,
+    form: str = "lists",
     allow_nonfinite: bool = False,
     engine: str = "threads",
     workers: int | None = None,
@@ -327,30 +331,33 @@ def export_patch(
     force: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
-    """Write the values that vector + base changes, as `NAME.indices` and `NAME.values`.
+    """Write the values that vector + base changes, under the base's names and in its dtypes.
 
+    `form` is `lists` (NAME.indices, NAME.values), `vllm` (the same, with what vLLM's weight
+    transfer is told in the header) or `verl` (a flush: __delta_spec__, __positions__, __values__).
     Raises IncompatibleError unless `base` (where it was, if not given) is the vector's exact base,
-    on which alone such a list holds; NonfiniteError where NaN or infinities would be listed,
-    unless `allow_nonfinite`.
+    on which alone such a list holds, and where the form cannot carry a tensor; NonfiniteError where
+    NaN or infinities would be listed, unless `allow_nonfinite`, and for NaN in a form that cannot
+    carry it.
     """
     runner = engine_of(engine, workers)
     opened = SkillVector.open(vector)
     if opened.stored is None or opened.scale != 1 or opened.manifest["tuned"] is None:
         raise UsageError(f"{opened.ref}: a patch is made of a stored tuned - base")
     point = reopen(base, opened.manifest["base"]["ref"], "base")
-    plan = plan_patch(opened, point)
+    plan = plan_patch(opened, point, form)
     if opened.manifest["exactness"]["unrestored"]:
         plan.warnings.append(
             f"the vector was rounded to {opened.manifest['dtype']}: the list has the values that"
             " base + vector gives, not all of tuned's"
         )
     place = output_vector(output, force, opened, [point])
-    facts = {"output": place.ref, "vector": opened.ref, "base": point.ref}
+    facts = {"output": place.ref, "vector": opened.ref, "base": point.ref, "form": form}
     report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
     if dry_run:
         return report
     request = {"vector": opened.manifest["identity"], "family": point.family_digest}
-    with writing_patch(plan, place, force, watcher, request) as (stage, writer):
+    with writing_patch(plan, place, force, watcher, request | {"form": form}) as (stage, writer):
         results = run_plan(plan, runner, watcher, stage, writer=writer)
         other = [result.job.name for result in results if not result.exact_base]
         if other:
@@ -358,7 +365,7 @@ def export_patch(
                 f"{point.ref} is not the exact base of {opened.ref}:\n{up_to_five(other)}"
             )
         refuse_nonfinite(results, allow_nonfinite)
-        made = writer.finish({"schema": 1, **request})
+        made = writer.finish({"schema": 1, **request}, form)
         nbytes = os.path.getsize(made)
         stage.publish(made)
     _tell_resumed(report, stage)
@@ -522,7 +529,7 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     report = Report("inspect", {"path": shown(opened.ref, opened.path), "nbytes": opened.nbytes})
     facts = report.facts
     facts |= {
-        "kind": "patch" if is_patch(opened) else "adapter" if is_adapter(place) else "model",
+        "kind": "adapter" if is_adapter(place) else "model",
         "format": opened.kind,
         "notes": list(opened.opened.notes),
         "files": [os.path.basename(file) for file in opened.files],
@@ -534,6 +541,8 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
         "tokenizer_digest": opened.tokenizer_digest,
         "family_digest": opened.family_digest,
     }
+    if form := form_of(opened, opened.metadata):
+        facts |= {"kind": "patch", "form": form}
     recipe = opened.metadata.get(METADATA_KEY)
     if recipe is not None:
         with contextlib.suppress(UsageError):
@@ -678,13 +687,15 @@ def _verify_vector(
         facts |= {"claim": f"VECTOR = {manifest['formula']}"}
     else:
         excluded = set(manifest["excluded"]).__contains__
-        left = reopen(tuned, manifest["tuned"]["ref"], "tuned", excluded)
         right = reopen(base, manifest["base"]["ref"], "base", excluded)
-        claim = "VECTOR + BASE = TUNED"
-        if is_patch(left):
-            claim = "VECTOR = PATCH - BASE"
-            plan = plan_verify_combination(vector, SkillVector.patched(left.path, right))
+        said = manifest["tuned"]["ref"]
+        given = relocate(said, "tuned", "--tuned") if tuned is None else tuned
+        if not isinstance(given, Checkpoint) and find_patch(given, "tuned"):
+            claim, again = "VECTOR = PATCH - BASE", SkillVector.patched(given, right)
+            assert again.tuned is not None
+            left, plan = again.tuned, plan_verify_combination(vector, again)
         else:
+            claim, left = "VECTOR + BASE = TUNED", open_checkpoint(given, "tuned", excluded)
             right = seen_like(right, vector)
             seen = seen_as(left, right, manifest.get("rename", ()), manifest.get("rows", "strict"))
             plan = plan_verify_vector(vector, seen[0], right)

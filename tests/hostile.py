@@ -43,8 +43,9 @@ from skillvec import cards, codecs, layouts, patch, provenance, rules
 from skillvec.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from skillvec.errors import SkillvecError
 from skillvec.kernels import STORAGE_DTYPE
+from skillvec.patching import touched_by
 from skillvec.pickles import load_pickle
-from skillvec.sources import read_values
+from skillvec.sources import read_values, values_of
 from skillvec.storage import digest_bytes, forget_open_files, read_header, tensor_nbytes
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import (
@@ -379,7 +380,7 @@ class BlockTarget(Target):
 
 
 class PatchTarget(Target):
-    """A patch (NAME.indices, NAME.values) on a base."""
+    """A patch of any form on a base."""
 
     def make(self) -> list[bytes]:
         tensors = toy(0, layers=1, width=8, vocabulary=10)
@@ -396,20 +397,21 @@ class PatchTarget(Target):
                                 ("values", torch.ones(3).bfloat16()))
         }  # fmt: skip
         save(self.folder / "plain.safetensors", plain)
-        return [self.path.read_bytes(), (self.folder / "plain.safetensors").read_bytes()]
+        made = [self.path.read_bytes(), (self.folder / "plain.safetensors").read_bytes()]
+        for form in ("verl", "vllm"):
+            skillvec.export_patch(vector, self.path, form=form, force=True)
+            made.append(self.path.read_bytes())
+        return made
 
     def harm(self, rng: Random, data: bytes) -> bytes:
         return harm_file(rng, data)
 
     def run(self, data: bytes, deep: bool = False) -> bool:
         self.path.write_bytes(data)
-        patches, _, _ = patch.open_patch(self.path, open_checkpoint(self.base))
-        for name, made in patches.items():
-            numel = made.base.numel
-            for block in range(block_count(numel)):
-                values = np.zeros(min(BLOCK_NUMEL, numel - block * BLOCK_NUMEL),
-                                  STORAGE_DTYPE[made.dtype])  # fmt: skip
-                made.overlay(block, values)
+        touched, _ = touched_by(patch.open_patch(self.path), open_checkpoint(self.base))
+        for name, made in touched.items():
+            for begin in range(0, made.numel, BLOCK_NUMEL):
+                values_of(made, begin, min(BLOCK_NUMEL, made.numel - begin))
             assert name
         if deep:
             output = self.fresh().with_suffix(".safetensors")

@@ -16,7 +16,8 @@ PACKAGE = Path(skillvec.__file__).parent
 ORDER = [
     "__main__", "cli", "display", "training", "publishing", "extraction", "verbs", "cards",
     "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
-    "outputs", "engine", "blocks", "plan", "fitting", "vector", "adapting", "bridging",
+    "outputs", "engine", "blocks", "plan", "fitting", "vector", "adapting", "patching",
+    "bridging",
     "lineage", "deltas", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "gguffile", "layouts", "conversions",
     "configs", "trainingshards", "pickles", "adapters", "lowrank", "quantised", "objects", "hub",

@@ -1,0 +1,184 @@
+"""A patch on its base: in which layout its names are, and what it makes of the base's tensors.
+
+A sender names what it holds: tensors of the checkpoint, or of the model in memory, whose experts
+may be one tensor and whose head may be the embedding. Hides the search for the layout.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+from skillvec.bridging import Layout, layouts_of
+from skillvec.checkpoint import Checkpoint
+from skillvec.errors import IncompatibleError, only_here, up_to_five, up_to_five_each
+from skillvec.layouts import Bridge, moves, numbered, viewed_specs
+from skillvec.lineage import find_tied, under_name
+from skillvec.patch import Listing, Patch
+from skillvec.sources import Source, Viewed, digest_values
+from skillvec.storage import TensorSpec
+
+TURNED = 3  # dimensions from which on a tensor in memory may be a transposed one of the files
+
+
+class _Fit(NamedTuple):
+    """A layout (None: the files) that has all tensors of a patch, and what it calls them."""
+
+    layout: Layout | None
+    model: Mapping[str, Source]
+    names: Mapping[str, str]
+
+
+def touched_by(patch: Patch, base: Checkpoint) -> tuple[dict[str, Source], dict[str, str]]:
+    """Return the tensors of a base that a patch changes, changed, and notes on how they were found.
+
+    Its names may be those of the files, of the model that transformers makes of them in memory, or
+    of its own files. Raises IncompatibleError where they are of none of these, or of two of them
+    that do not mean the same values, FormatError for lists that are broken.
+    """
+    problems = patch.problems(base)
+    if patch.family not in (None, base.family_digest):
+        raise _refusal(patch, base, problems, "was made for a model of another shape than")
+    if not problems and not _may_be_turned(patch, base):
+        return _with_twins(patch, base)
+    layouts = _layouts(base)
+    for moved in (False, True):
+        fits = list(_fits(patch, base, layouts, moved))
+        if fits:
+            _refuse_two_meanings(patch, fits)
+            own = fits[0].layout is None and not moved
+            return _with_twins(patch, base) if own else _seen_back(patch, base, fits[0])
+    raise _refusal(patch, base, problems, "does not fit")
+
+
+def _refusal(
+    patch: Patch, base: Checkpoint, problems: Mapping[str, list[str]], what: str
+) -> IncompatibleError:
+    if "not in the base" in problems:
+        problems = {**problems, **only_here(base, patch.listings, "the base")}
+    names = f":\n{up_to_five_each(problems)}" if problems else ""
+    return IncompatibleError(f"patch {patch.ref} {what} {base.ref}{names}")
+
+
+def _may_be_turned(patch: Patch, base: Checkpoint) -> bool:
+    """Return whether the files alone do not tell which values of a tensor are listed."""
+    named = [name for name, one in patch.listings.items() if one.shape is None and one.numel]
+    return patch.family is None and any(len(base[name].shape) >= TURNED for name in named)
+
+
+def _layouts(base: Checkpoint) -> list[Layout]:
+    try:
+        return list(layouts_of(base))
+    except ImportError:  # no transformers here: the names of the files are all there is
+        return []
+
+
+def _fits(patch: Patch, base: Checkpoint, layouts: Iterable[Layout], moved: bool) -> Iterator[_Fit]:
+    """Yield the layouts that have all tensors of a patch, `moved` to another prefix or as they are.
+
+    Weights that are one may stand under either name, or under both.
+    """
+    for layout in (None, *layouts):
+        model: Mapping[str, Source] = base if layout is None else layout.model
+        tied = {} if layout is None else layout.tied
+        own = {name: name for name in patch.listings}
+        ways: list[dict[str, str]] = [{}]
+        if moved:
+            there = dict.fromkeys([*model, *tied], ())
+            ways = moves(dict.fromkeys(own, ()), there, lambda name, new: True)
+        found = [_untied(patch, model, tied, own | way) for way in ways]
+        found = [names for names in found if not patch.problems(model, names)]
+        if len(found) == 1:
+            yield _Fit(layout, model, found[0])
+
+
+def _untied(
+    patch: Patch, model: Mapping[str, Source], tied: Mapping[str, str], names: Mapping[str, str]
+) -> dict[str, str]:
+    """Return names with the embedding in place of a head that is one with it.
+
+    Heads that are listed otherwise than their embedding keep their name, which no model has.
+    """
+    found, senders = dict(names), {new: name for name, new in names.items()}
+    for head, source in tied.items():
+        if head in senders and head not in model:
+            pair = [patch.listings[senders[end]] for end in (head, source) if end in senders]
+            if len({tuple(_digests(listing)) for listing in pair}) == 1:
+                found[senders[head]] = source
+    return found
+
+
+def _digests(listing: Listing) -> Iterator[str | None]:
+    for listed in listing.lists:
+        for spec in listed:
+            yield None if spec is None else digest_values(spec)
+
+
+def _refuse_two_meanings(patch: Patch, fits: list[_Fit]) -> None:
+    """Raise IncompatibleError where a list means other values in one layout than in another."""
+    wrong = []
+    for name, listing in patch.listings.items():
+        meant = [fit.model[fit.names[name]] for fit in fits]
+        for fit, spec in zip(fits[1:], meant[1:], strict=True):
+            if listing.numel and _what(spec) != _what(meant[0]):
+                where = [f"{list(s.shape)} in {f.layout.label if f.layout else 'the files'}"
+                         for f, s in ((fits[0], meant[0]), (fit, spec))]  # fmt: skip
+                wrong.append(f"{name}: {' and '.join(where)}")
+                break
+    if wrong:
+        raise IncompatibleError(
+            f"patch {patch.ref}: lists that two layouts read differently, and nothing says which is"
+            f" meant (a form with shapes does: vllm, verl):\n{up_to_five(wrong)}"
+        )
+
+
+def _what(source: Source) -> Any:
+    """Return what tells sources apart, whatever their names."""
+    if isinstance(source, TensorSpec):
+        return source._replace(name="")
+    return source.view if isinstance(source, Viewed) else source
+
+
+def _with_twins(patch: Patch, base: Checkpoint) -> tuple[dict[str, Source], dict[str, str]]:
+    """Return what a patch under the files' own names changes.
+
+    A base that ties its head may store it beside the embedding; what changes one of two such copies
+    changes both, where the patch lists one alone.
+    """
+    touched, notes = patch.laid_over(base), {}
+    for name in list(touched) if base.ties_embeddings else ():
+        twin = find_tied(base, name) if not numbered(name) and len(base[name].shape) == 2 else None
+        if twin is not None and twin not in patch.listings:
+            touched[twin] = under_name(touched[name], twin)
+            notes[twin] = f"tied: patched as {name}"
+    return touched, notes
+
+
+def _seen_back(
+    patch: Patch, base: Checkpoint, fit: _Fit
+) -> tuple[dict[str, Source], dict[str, str]]:
+    """Return what a patch under the names of another layout changes in the files' own."""
+    laid = patch.laid_over(fit.model, fit.names)
+    if fit.layout is None:
+        notes = {new: f"patched as {name}" for name, new in fit.names.items() if name != new}
+        return laid, {name: note for name, note in notes.items() if name in laid}
+    views = {
+        name: view for name, view in fit.layout.back.items()
+        if any(source in laid for source in view.sources)
+    }  # fmt: skip
+    used: Counter[str] = Counter()
+    for view in views.values():
+        for box in view.boxes:
+            used[box.source] += prod(box.sizes)
+    lost = [f"{n}: {used[n]} of {s.numel} values" for n, s in laid.items() if used[n] != s.numel]
+    if lost:
+        raise IncompatibleError(
+            f"patch {patch.ref}: its names are those of {fit.layout.label}, of which"
+            f" {base.ref} does not hold all values:\n{up_to_five(lost)}"
+        )
+    found = viewed_specs(Bridge(views, {}, {}, [], {}, []), {**fit.layout.model, **laid})
+    notes = {
+        name: f"patched as {', '.join(s for s in view.sources if s in laid)} of {fit.layout.label}"
+        for name, view in views.items()
+    }
+    return found, notes
