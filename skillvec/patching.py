@@ -84,8 +84,7 @@ def _fits(patch: Patch, base: Checkpoint, layouts: Iterable[Layout], moved: bool
         own = {name: name for name in patch.listings}
         ways: list[dict[str, str]] = [{}]
         if moved:
-            there = dict.fromkeys([*model, *tied], ())
-            ways = moves(dict.fromkeys(own, ()), there, lambda name, new: True)
+            ways = list(moves(own, [*model, *tied]))
         found = [_untied(patch, model, tied, own | way) for way in ways]
         found = [names for names in found if not patch.problems(model, names)]
         if len(found) == 1:
