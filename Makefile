@@ -18,7 +18,7 @@ reproduce: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
 
-slow: $(VENV)/.ready .venv-mergekit
+slow: $(VENV)/.ready .venv-mergekit build/senders
 	$(PIP) "transformers[serving]"
 	DS_BUILD_OPS=0 $(PIP) deepspeed
 	$(PIP) --editable ".[ray]"
@@ -33,6 +33,9 @@ fuzz: $(VENV)/.ready
 
 .venv-mergekit:
 	benchmarks/mergekit_setup.sh
+
+build/senders:
+	benchmarks/senders_setup.sh
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -66,6 +66,7 @@ STEP = 1 << 20  # positions that are looked at together
 NARROW = 1 << 31  # values of a tensor whose positions verl and vLLM can send
 ENTRY = 64 << 20  # values of one entry of a flush, as verl cuts them
 RUNS = 4096  # rising parts of one entry of verl, which lays end to end what ranks have gathered
+ALL_RUNS = 1 << 22  # of a whole patch: they are held in memory
 
 
 def positions_dtype(numel: int) -> str:
@@ -77,16 +78,39 @@ def positions_dtype(numel: int) -> str:
 
 
 class Listed(NamedTuple):
-    """Values at rising positions of a flat tensor; without positions, of all of it."""
+    """Values at positions of a flat tensor that rise from each of `starts` to the next.
+
+    Without positions: of all of it.
+    """
 
     indices: TensorSpec | None
     values: TensorSpec
+    starts: tuple[int, ...] = (0,)
 
-    def bound(self, position: int) -> int:
-        """Return how many listed positions lie before one: a search of a few reads."""
+    def within(self, begin: int, end: int, dtype: str) -> Iterator[tuple[Any, Array]]:
+        """Yield the listed positions from begin to end, counted from begin, and their values.
+
+        Raises FormatError where they do not rise, or the dtype does not hold a value.
+        """
         if self.indices is None:
-            return position
-        width, low, high = ITEMSIZE[self.indices.dtype], 0, self.indices.numel
+            yield slice(None), self._narrowed(values_of(self.values, begin, end - begin), dtype)
+            return
+        for run in pairwise((*self.starts, self.indices.numel)):
+            low, high = self._bound(begin, *run), self._bound(end, *run)
+            at = values_of(self.indices, low, min(max(high - low, 0), end - begin))
+            at = at.astype(np.int64) - begin
+            rises = at.size == high - low and (at[1:] > at[:-1]).all()
+            if not rises or (at.size and (at[0] < 0 or at[-1] >= end - begin)):
+                raise FormatError(
+                    f"{self.indices.path}: {self.indices.name}: positions do not rise (of values"
+                    f" {begin} to {end})"
+                )
+            yield at, self._narrowed(values_of(self.values, low, high - low), dtype)
+
+    def _bound(self, position: int, low: int, high: int) -> int:
+        """Return where in a run of the list a position would stand: a search of a few reads."""
+        assert self.indices is not None
+        width = ITEMSIZE[self.indices.dtype]
         record = bytearray(width)
         while low < high:
             middle = (low + high) // 2
@@ -96,25 +120,6 @@ class Listed(NamedTuple):
             else:
                 high = middle
         return low
-
-    def within(self, begin: int, end: int, dtype: str) -> tuple[Any, Array]:
-        """Return the listed positions from begin to end, counted from begin, and their values.
-
-        Raises FormatError where they do not rise, or the dtype does not hold a value.
-        """
-        low, high = self.bound(begin), self.bound(end)
-        if self.indices is None:
-            at: Any = slice(None)
-        else:
-            at = values_of(self.indices, low, min(max(high - low, 0), end - begin))
-            at = at.astype(np.int64) - begin
-            rises = at.size == high - low and (at[1:] > at[:-1]).all()
-            if not rises or (at.size and (at[0] < 0 or at[-1] >= end - begin)):
-                raise FormatError(
-                    f"{self.indices.path}: {self.indices.name}: positions do not rise (of values"
-                    f" {begin} to {end})"
-                )
-        return at, self._narrowed(values_of(self.values, low, high - low), dtype)
 
     def _narrowed(self, values: Array, dtype: str) -> Array:
         """Return values in a narrower dtype: a flush has one for all, as torch.cat makes it."""
@@ -155,21 +160,23 @@ class Overlaid(Derived):
 
     @property
     def parts(self) -> tuple[Source, ...]:
-        return (self.base, *(spec for listed in self.lists for spec in listed if spec is not None))
+        listed = ((one.indices, one.values) for one in self.lists)
+        return (self.base, *(spec for pair in listed for spec in pair if spec is not None))
 
     def read(self, begin: int, out: Array) -> None:
         read_values(self.base, begin, out)
-        taken = np.zeros(out.size if len(self.lists) > 1 else 0, np.bool_)
+        several = sum(len(one.starts) for one in self.lists) > 1
+        taken = np.zeros(out.size if several else 0, np.bool_)
         for listed in self.lists:
-            at, values = listed.within(begin, begin + out.size, self.dtype)
-            if len(self.lists) > 1:
-                if taken[at].any():
+            for at, values in listed.within(begin, begin + out.size, self.dtype):
+                if several and taken[at].any():
                     raise FormatError(
                         f"{listed.values.path}: {self.name}: positions that are listed twice (of"
                         f" values {begin} to {begin + out.size})"
                     )
-                taken[at] = True
-            out[at] = values
+                if several:
+                    taken[at] = True
+                out[at] = values
 
 
 class Listing(NamedTuple):
@@ -189,29 +196,31 @@ class Listing(NamedTuple):
 
         Raises FormatError where positions lie outside, or do not rise.
         """
-        parts = [part for one in self.lists for part in _rising(one, base.numel, self.runs)]
-        return Overlaid(base, tuple(parts))
+        lists = (one._replace(starts=_starts(one, base.numel, self.runs)) for one in self.lists)
+        return Overlaid(base, tuple(lists))
 
 
-def _rising(listed: Listed, numel: int, most: int) -> Iterator[Listed]:
-    """Yield a list as at most `most` lists whose positions rise, and lie within a tensor."""
+def _starts(listed: Listed, numel: int, most: int) -> tuple[int, ...]:
+    """Return where the at most `most` runs of a list begin, in which positions rise.
+
+    Raises FormatError where there are more, or a position lies outside a tensor of `numel` values.
+    """
     spec = listed.indices
     if spec is None:
-        yield listed
-        return
+        return (0,)
     where = f"{spec.path}: {spec.name}: positions do not rise within the tensor's {numel} values"
     starts, last, begin = [0], -1, 0
     for at in _pieces(spec):
         if at.min() < 0 or at.max() >= numel:
             wrong = int(np.flatnonzero((at < 0) | (at >= numel))[0])
             raise FormatError(f"{where}: {at[wrong]} stands at {begin + wrong}")
-        falls = np.flatnonzero(np.diff(at, prepend=at.dtype.type(last)) <= 0)
+        falls = np.flatnonzero(np.diff(at.astype(np.int64), prepend=last) <= 0)
         if len(starts) + falls.size > most:
-            raise FormatError(f"{where}: {at[falls[0]]} stands at {begin + int(falls[0])}")
+            wrong = int(falls[most - len(starts)])
+            raise FormatError(f"{where}: {at[wrong]} stands at {begin + wrong}")
         starts += (begin + falls).tolist()
         last, begin = int(at[-1]), begin + at.size
-    for begin, end in pairwise([*starts, spec.numel]):
-        yield Listed(_part(spec, begin, end), _part(listed.values, begin, end))
+    return tuple(starts)
 
 
 def _part(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
@@ -272,7 +281,14 @@ class Patch:
         `names` as of `problems`. Raises FormatError for positions that do not rise, or lie outside.
         """
         listed = {names.get(n, n): one for n, one in self.listings.items() if one.numel}
-        return {name: one.over(model[name]) for name, one in listed.items()}
+        found: dict[str, Source] = {}
+        runs = 0
+        for name, listing in listed.items():
+            found[name] = made = listing.over(model[name])
+            runs += sum(len(one.starts) for one in made.lists)
+            if runs > ALL_RUNS:
+                raise FormatError(f"patch {self.ref}: {name}: positions in over {ALL_RUNS} runs")
+        return found
 
     def tuned(self, tensors: Mapping[str, Source]) -> Checkpoint:
         """Return these tensors as the model that it leads to."""
@@ -581,7 +597,7 @@ class PatchWriter(RowWriter):
                 )
                 ends[n] += nbytes
             if count:
-                found.append((spec, Listed(*parts)))
+                found.append((spec, Listed(parts[0], parts[1])))
         return found
 
     def _flush(self, lists: Sequence[tuple[Source, Listed]]) -> list[_Written]:
@@ -617,7 +633,8 @@ class PatchWriter(RowWriter):
 
 def _as_they_are(lists: Sequence[tuple[Source, Listed]]) -> list[_Written]:
     """Return pairs of tensors: values before positions, wide before narrow."""
-    parts = [part for _, listed in lists for part in listed if part is not None]
+    pairs = [(listed.indices, listed.values) for _, listed in lists]
+    parts = [part for pair in pairs for part in pair if part is not None]
     parts.sort(key=lambda part: (-ITEMSIZE[part.dtype], part.name))
     return [(part.name, part.dtype, part.shape, [part]) for part in parts]
 

@@ -109,7 +109,7 @@ def _untied(
 
 def _digests(listing: Listing) -> Iterator[str | None]:
     for listed in listing.lists:
-        for spec in listed:
+        for spec in (listed.indices, listed.values):
             yield None if spec is None else digest_values(spec)
 
 
@@ -178,6 +178,6 @@ def _seen_back(
     found = viewed_specs(Bridge(views, {}, {}, [], {}, []), {**fit.layout.model, **laid})
     notes = {
         name: f"patched as {', '.join(s for s in view.sources if s in laid)} of {fit.layout.label}"
-        for name, view in views.items()
-    }
+        for name, view in views.items() if isinstance(found[name], Viewed)
+    }  # fmt: skip
     return found, notes
