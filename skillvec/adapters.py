@@ -28,6 +28,7 @@ from skillvec.errors import (
     up_to_five,
     up_to_five_each,
 )
+from skillvec.experts import Place, are_turned, on_experts, place_of
 from skillvec.kernels import FLOATS, STORAGE_DTYPE
 from skillvec.lowrank import (
     FIRST,
@@ -103,6 +104,9 @@ class Settings(NamedTuple):
         return rank, chosen(self.alpha_pattern, self.alpha) / (sqrt(rank) if self.rslora else rank)
 
 
+Where = tuple[str, int]  # a module, and the depth of a wrapper in it
+
+
 class Effect(NamedTuple):
     """What an adapter does to a base, by names of the base: adds `deltas`, puts `whole` weights.
 
@@ -137,6 +141,7 @@ class Adapter:
     saved: tuple[str, ...] = ()
     tying: bool = False
     rows: Mapping[str, tuple[Source, list[int]]] = field(default_factory=dict)
+    stacks: Mapping[str, Pair] = field(default_factory=dict)  # 3-D factors of all experts
     classes: tuple[str, ...] = ()  # of the model that it was made on, where it says so
 
     def renamed(self, names: Mapping[str, str]) -> "Adapter":
@@ -147,7 +152,11 @@ class Adapter:
         }
         whole = {names.get(name, name): weight for name, weight in self.whole.items()}
         rows = {names.get(name, name): trained for name, trained in self.rows.items()}
-        return replace(self, pairs=pairs, whole=whole, rows=rows)
+        stacks = {
+            names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight"): pair
+            for module, pair in self.stacks.items()
+        }
+        return replace(self, pairs=pairs, whole=whole, rows=rows, stacks=stacks)
 
     def misfits(self, there: Mapping[str, Any], named: Mapping[str, str] = {}) -> list[str]:
         """Return the weights that a model of other names or shapes has not got, so or turned.
@@ -155,6 +164,7 @@ class Adapter:
         `there` maps names to what has a shape, or is one; `named` other names for those here.
         """
         holders = {name.rpartition(".")[0] for name in there if self._wraps(name)}
+        experts = {name.partition(".experts.")[0] for name in there if ".experts." in name}
         found = []
         for name in self.shapes:
             module, new = name.removesuffix(".weight"), named.get(name, name)
@@ -162,6 +172,8 @@ class Adapter:
             shape = None if held is None else tuple(getattr(held, "shape", held))
             if name in self.whole or name in self.rows:
                 fits = shape is not None  # perhaps with more rows, or some of them
+            elif module in self.stacks:
+                fits = new.partition(".experts.")[0] in experts
             else:
                 pair = self.pairs[module][0]
                 fits = shape in (pair.sides(False), pair.sides(True))
@@ -182,6 +194,9 @@ class Adapter:
         made: dict[str, tuple[int, ...]] = {}
         made |= {name: pair.sides(pair.embedding) for name, pair in outer.items()}
         made |= {name: rows.shape for name, (rows, _) in self.rows.items()}
+        for module, pair in self.stacks.items():
+            (a, _, inner), (b, out, _) = pair.A.shape, pair.B.shape
+            made[f"{module}.weight"] = (max(a, b), out, inner)
         return made | {name: weight.shape for name, weight in self.whole.items()}
 
     @property
@@ -208,7 +223,7 @@ class Adapter:
             f"{next(iter(both), '')} whole too": both,
             "target_parameters": self.settings.parameters,
             "magnitudes of DoRA": self.settings.dora, "biases of factors": self.settings.biased,
-            "rows of tokens": self.rows,
+            "rows of tokens": self.rows, "3-D factors of experts": self.stacks,
         }  # fmt: skip
         for what in (what for what, some in held.items() if some):
             raise IncompatibleError(
@@ -223,11 +238,18 @@ class Adapter:
             deltas[name] = pair.delta(name, pair.sides(turned), turned, scaling)
         return deltas
 
-    def fitted(self, base: Mapping[str, Source], tied: Mapping[str, str] = {}) -> Effect:
+    def fitted(
+        self,
+        base: Mapping[str, Source],
+        tied: Mapping[str, str] = {},
+        model_type: str | None = None,
+    ) -> Effect:
         """Return what the adapter does to a base, or to any model of its names and shapes.
 
         `tied` maps names that are one weight of the base: a head, perhaps in no file, to where its
-        values lie. Reads weights that were saved beside their delta: the base's own are left away.
+        values lie. `model_type` is that of the base's config: of fused experts it may tell more
+        than shapes do. Reads weights that were saved beside their delta: the base's own are left
+        away.
         Raises IncompatibleError naming weights that the base lacks, that do not fit or fit in two
         ways, and ties that merging cannot part.
         """
@@ -238,9 +260,16 @@ class Adapter:
         for name in base:
             held[name.rpartition(".")[0]].append(name)
         wrong, square = False, []  # whether fan_in_fan_out is wrong, and whom it alone tells
-        for module, pairs in self.pairs.items():
+        experts: dict[str, dict[Place, LowRank]] = defaultdict(dict)
+        for module, stack in self.stacks.items():
+            self._place(module, stack, experts, problems)
+        for module, pairs in self._renamed(base):
             name, pair = f"{module}.weight", pairs[0]
             weight = self.whole.get(name, base.get(name))
+            place = place_of(module) if weight is None and len(pairs) == 1 else None
+            if place is not None and held[place.experts]:
+                self._place(module, pair, experts, problems)
+                continue
             names = [n for n in held[module] if self._wraps(n)]
             if names:
                 ways = _ways(names, pairs, self.settings, base)
@@ -272,6 +301,11 @@ class Adapter:
                     said = f"{module}.bias: a bias to add, and the base's layer has none such"
                     problems["without a bias"].append(said)
                 deltas[f"{module}.bias"] = Times(f"{module}.bias", pair.bias, scaling)
+        for prefix, given in experts.items():
+            try:
+                deltas |= on_experts(prefix, given, base, model_type)
+            except ValueError as error:
+                problems["of experts"].append(str(error))
         put = self._rows_put(base, tied, problems)
         problems["square"] = square if wrong else []
         if any(problems.values()):
@@ -297,6 +331,37 @@ class Adapter:
                 + up_to_five(list(tied))
             )
         return effect
+
+    def _place(
+        self,
+        module: str,
+        pair: Pair,
+        experts: dict[str, dict[Place, LowRank]],
+        problems: dict[str, list[str]],
+    ) -> None:
+        """Sort the factors of experts by the module that holds them all in the base."""
+        place, (rank, scaling) = place_of(module), self.settings.of(module)
+        assert place is not None
+        if pair.A.shape[-2] != rank:
+            said = f"{module}: factors of rank {pair.A.shape[-2]}, config {rank}"
+            problems["of another rank"].append(said)
+        elif pair.magnitudes is not None or pair.bias is not None:
+            problems["of experts"].append(f"{module}: DoRA or a bias of experts that are fused")
+        elif place.number is not None and self.settings.rslora and place.role != "down_proj":
+            said = "rsLoRA, which PEFT scales by another rank where gate and up are fused"
+            problems["of experts"].append(f"{module}: {said}")
+        elif place.number is None:
+            experts[place.experts][place] = pair.stacked(module, scaling)
+        else:
+            experts[place.experts][place] = pair.delta(module, pair.sides(False), False, scaling)
+
+    def _renamed(self, base: Mapping[str, Source]) -> Iterable[tuple[str, tuple[Pair, ...]]]:
+        """Yield modules and factors under the names of a base, where Tinker has others."""
+        for module, pairs in self.pairs.items():
+            found = [module, module.replace(".attn.", ".self_attn.")]
+            found += ["lm_head"] if module.rpartition(".")[2] == "unembed_tokens" else []
+            there = (name for name in found if f"{name}.weight" in base)
+            yield next(there, module), pairs
 
     def _merge_tied(
         self, effect: Effect, source: str, heads: Sequence[str], stored: Mapping[str, Source]
@@ -402,7 +467,13 @@ class Adapter:
                 " either: mend r and rank_pattern, and lora_alpha and alpha_pattern, by which they"
                 " are scaled"
             )
-        elif kinds <= {"that fit in no one way", "square", "of two kinds", "of tokens"}:
+        elif kinds <= {
+            "that fit in no one way",
+            "square",
+            "of two kinds",
+            "of tokens",
+            "of experts",
+        }:
             advice = MERGE
         elif "only in the adapter" in kinds and self.settings.parameters:
             advice = f"was it made for another one, or for this one in another layout? then {MERGE}"
@@ -425,7 +496,8 @@ def _ways(
     PEFT nests them in the order in which the module declares them, which no file tells.
     """
     found = []
-    for turned in (False, True):
+    known = are_turned(names[0].rpartition(".")[0], base)
+    for turned in (False, True) if known is None else (known,):
         for order in permutations(names) if len(names) == len(pairs) <= MOST_NESTED else ():
             way = {}
             for name, pair in zip(order, pairs, strict=True):
@@ -454,7 +526,7 @@ def open_adapter(
         raise FormatError(
             f"{where}: ensure_weight_tying: expected true or false, found {tying!r:.80}"
         )
-    held: dict[tuple[str, int], dict[str, Source]] = {}
+    held: dict[Where, dict[str, Source]] = {}
     wholes: dict[str, Source] = {}
     tokens: dict[str, Source] = {}
     for key, source in _each_once(tensors, what).items():
@@ -471,6 +543,7 @@ def open_adapter(
     held = {where: group for where, group in held.items() if group}
     if not held and not tokens:
         raise FormatError(f"{what}: {folder_name}: no factors of LoRA in the adapter")
+    stacks, held = _stacks(held, what, notes)
     pairs = _paired(held, settings, what)
     rows = _numbered(tokens, settings.tokens, what)
     longest = max(map(len, pairs), default=0)
@@ -489,12 +562,40 @@ def open_adapter(
     named = said.get("base_model_class") if isinstance(said, dict) else None
     return Adapter(
         what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying,
-        rows, (named,) if isinstance(named, str) else (),
+        rows, stacks, (named,) if isinstance(named, str) else (),
     )  # fmt: skip
 
 
+def _stacks(
+    held: Mapping[Where, dict[str, Source]], what: str, notes: list[str]
+) -> tuple[dict[str, Pair], dict[Where, dict[str, Source]]]:
+    """Take the 3-D factors of all experts out of an adapter's; those that hold nothing are gone.
+
+    Tinker writes empty ones for projections that a model does not have.
+    """
+    stacks, rest, problems = {}, {}, []
+    for (module, depth), group in held.items():
+        if not any(len(source.shape) == 3 for source in group.values()):
+            rest[module, depth] = group
+            continue
+        shapes = [group[name].shape for name in FACTORS[:2] if name in group]
+        if set(group) != {*FACTORS[:2]} or depth or {len(shape) for shape in shapes} != {3}:
+            problems.append(f"{module}: 3-D factors without the other")
+            continue
+        (many, rank, _), (others, _, other) = shapes
+        if not any(source.numel for source in group.values()):
+            notes.append(f"{module}: empty factors, left out")
+        elif rank != other or not (many == others or 1 in (many, others)) or many == others == 1:
+            problems.append(f"{module}: A {list(shapes[0])}, B {list(shapes[1])}")
+        else:
+            stacks[module] = Pair(group[FACTORS[0]], group[FACTORS[1]], False)
+    if problems:
+        raise FormatError(f"{what}: factors that make no product:\n{up_to_five(problems)}")
+    return stacks, rest
+
+
 def _paired(
-    held: Mapping[tuple[str, int], Mapping[str, Source]], settings: Settings, what: str
+    held: Mapping[Where, Mapping[str, Source]], settings: Settings, what: str
 ) -> dict[str, tuple[Pair, ...]]:
     """Return the factors of every module, the outermost wrapper first; refuse what is no pair."""
     pairs: dict[str, tuple[Pair, ...]] = {}
@@ -591,6 +692,9 @@ def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:
             raise IncompatibleError(f"{what}: {key}: {source.dtype}: dequantise it first")
         return module, ""
     flat = factor in (MAGNITUDES, BIAS)
+    place = place_of(module) if factor in FACTORS[:2] and len(source.shape) == 3 else None
+    if source.dtype in FLOATS and place is not None and place.number is None:
+        return module, factor
     if source.dtype not in FLOATS or len(source.shape) != 2 - flat or not source.numel:
         kind = "no matrix of floats" if not flat else "no list of floats"
         kind = f"a convolution: {MERGE}" if len(source.shape) > 2 else kind

@@ -45,11 +45,11 @@ def effect_on(adapter: Adapter, base: Checkpoint, rename: Sequence[str] = ()) ->
 
 def _met(adapter: Adapter, base: Checkpoint) -> Effect:
     """Return the effect by the layout in which they meet: that of the files, if they do there."""
-    refusal = None
+    refusal, kind = None, base.config.get("model_type")
     try:
         tied = tied_heads(base, adapter.shapes, adapter.copies)
         if not adapter.misfits({**base, **{head: base[of] for head, of in tied.items()}}):
-            return adapter.fitted(base, tied)
+            return adapter.fitted(base, tied, kind)
     except IncompatibleError as error:  # what nothing tells of files, a model in memory may
         refusal = error
     layouts = []
@@ -68,7 +68,7 @@ def _met(adapter: Adapter, base: Checkpoint) -> Effect:
         if moved is not None:
             return _through(layout, moved)
     adapter = _moved(adapter, {name: s.shape for name, s in base.items()}, base.ref) or adapter
-    return adapter.fitted(base, tied_heads(base, adapter.shapes, adapter.copies))
+    return adapter.fitted(base, tied_heads(base, adapter.shapes, adapter.copies), kind)
 
 
 def _moved(adapter: Adapter, there: Mapping[str, Index], where: str) -> Adapter | None:
@@ -92,7 +92,7 @@ def _through(layout: Layout, adapter: Adapter) -> Effect:
     """Fit an adapter in a layout of the base; return what it does, seen in that of the base."""
     model = layout.model
     tied = tied_heads(model, adapter.shapes, adapter.copies, layout.tied)
-    effect = adapter.fitted(model, tied)
+    effect = adapter.fitted(model, tied, model.config.get("model_type"))
     deltas: dict[str, Any] = {}
     made = Effect(deltas, {}, [*effect.notes], {}, effect.warnings)
     used: Counter[str] = Counter()

@@ -5,9 +5,9 @@ bytes depend on no block, thread or library. Rows that are put into a weight are
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
-from operator import itemgetter
+from operator import itemgetter, mul
 from threading import Lock
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from skillvec.sources import (
     View,
     digest_values,
     read_values,
+    row_major,
     values_of,
     whole,
 )
@@ -114,6 +115,9 @@ class LowRank(Delta):
                 return LowRank(name, shape, left, right, self.scaling)
         return None
 
+    def named(self, name: str) -> "LowRank":
+        return replace(self, name=name)
+
     def read(self, begin: int, out: Array) -> None:
         """Fill `out` (float32)."""
         (m, n), rank = self.shape[-2:], self.left.shape[2]
@@ -149,6 +153,9 @@ def _float64(view: View, expert: int, dim: int, begin: int, end: int) -> npt.NDA
 class Pair(NamedTuple):
     """The factors of one module: A is rank x in, B is out x rank; an embedding's lie turned.
 
+    Of all experts, as Tinker saves them, A is experts x rank x in and B experts x out x rank; one
+    of the two may be of 1, and is shared.
+
     `magnitudes` of DoRA and the `bias` of B are of length out, None where there is none.
     """
 
@@ -175,6 +182,21 @@ class Pair(NamedTuple):
         if turned:
             left, right = right.transpose(1, 2), left.transpose(1, 2)
         return LowRank(name, shape, left, right, scaling)
+
+    def stacked(self, name: str, scaling: float) -> LowRank:
+        """Return scaling * B A of 3-D factors, experts x out x in."""
+        experts = max(self.A.shape[0], self.B.shape[0])
+
+        def seen(source: Source) -> View:
+            view = whole(source, source.shape)
+            (box,) = view.boxes
+            if source.shape[0] == experts:
+                return view
+            sizes = (experts, *source.shape[1:])
+            return View(sizes, (box._replace(sizes=sizes, strides=(0, *box.strides[1:])),))
+
+        shape = (experts, self.B.shape[1], self.A.shape[2])
+        return LowRank(name, shape, seen(self.B), seen(self.A), scaling)
 
     def merged(self, weight: Source, name: str, turned: bool, scaling: float) -> "LowRank | Dora":
         """Return what PEFT's merge adds to a matrix that fits."""
@@ -212,6 +234,70 @@ class Summed(Delta):
             summand.read(begin, other)
             with np.errstate(over="ignore", invalid="ignore"):
                 out += other
+
+
+@dataclass(frozen=True)
+class Joined(Delta):
+    """Products side by side in one tensor: boxes of them; what none covers is 0."""
+
+    view: View
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.view.shape
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return self.view.sources
+
+    def part(self, name: str, shape: tuple[int, ...], box: Box) -> "Delta | None":
+        """Return a box of it as a box of the one product in which it lies, None if in several."""
+        units, last = row_major(self.shape), box.start
+        last += sum((n - 1) * stride for n, stride in zip(shape, box.strides, strict=True))
+        first, end = _index(box.start, self.shape), _index(last, self.shape)
+        for held in self.view.boxes:
+            edges = zip(held.offset, held.sizes, first, end, strict=True)
+            if not all(low <= a <= b < low + n for low, n, a, b in edges):
+                continue
+            strides = []
+            for size, stride in zip(shape, box.strides, strict=True):
+                dim = next(i for i, unit in enumerate(units) if stride % unit == 0)
+                strides.append(stride // units[dim] * held.strides[dim] if size > 1 else 0)
+            inside = (a - low for a, low in zip(first, held.offset, strict=True))
+            start = held.start + sum(map(mul, inside, held.strides))
+            found = held.source.part(
+                name, shape, Box(box.offset, shape, held.source, start, tuple(strides))
+            )
+            return found if isinstance(found, Delta) else None
+        return None
+
+    def read(self, begin: int, out: Array) -> None:
+        """Fill `out` (float32)."""
+        self.view.fill(begin, out, read_values)
+
+
+def _index(at: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return where an element of a row-major tensor lies."""
+    return tuple(at // unit % n for unit, n in zip(row_major(shape), shape, strict=True))
+
+
+@dataclass(frozen=True)
+class Woven(Delta):
+    """Two products whose columns take turns, the first's before the second's; None is 0."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[LowRank | None, LowRank | None]
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return tuple(part for piece in self.pieces if piece for part in piece.parts)
+
+    def read(self, begin: int, out: Array) -> None:
+        """Fill `out` (float32)."""
+        for which, piece in enumerate(self.pieces):
+            first = (which - begin) % 2
+            room = out[first::2]
+            room[:] = values_of(piece, (begin + first) // 2, room.size) if piece else 0
 
 
 @dataclass(frozen=True)

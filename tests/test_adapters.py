@@ -2,8 +2,9 @@
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -22,7 +23,17 @@ import skillvec as sv
 from skillvec import adapters
 from skillvec.adapters import Adapter, Effect, open_adapter
 from skillvec.errors import FormatError, IncompatibleError, NonfiniteError
-from skillvec.lowrank import TILE, Dora, LowRank, RowsPut, Summed, product
+from skillvec.lowrank import (
+    TILE,
+    Dora,
+    Joined,
+    LowRank,
+    Pair,
+    RowsPut,
+    Summed,
+    Woven,
+    product,
+)
 from skillvec.sources import Box, Source, View, Viewed, values_of, whole
 from skillvec.storage import read_header
 
@@ -208,6 +219,214 @@ def test_deltas_of_peft_itself_and_names_with_the_adapter(tmp_path: Path) -> Non
         np.testing.assert_allclose(values(effect.deltas[name]), expected, rtol=3e-7, atol=1e-7)
 
 
+# ------------------------------------------------------------------------------------- experts
+
+OUT, IN = 5, 8  # of gates and ups; downs are turned
+PREFIX = "model.layers.0.mlp.experts"
+LAYOUTS: dict[str, tuple[str | None, dict[str, tuple[int, ...]]]] = {  # model type, base
+    "one by one": (None, {
+        f"{PREFIX}.{e}.{leaf}_proj.weight": (IN, OUT) if leaf == "down" else (OUT, IN)
+        for e in range(3) for leaf in ("gate", "up", "down")
+    }),
+    "one by one, as Mixtral": (None, {
+        f"{PREFIX}.{e}.{leaf}.weight": (IN, OUT) if leaf == "w2" else (OUT, IN)
+        for e in range(3) for leaf in ("w1", "w2", "w3")
+    }),
+    "fused": (
+        None, {f"{PREFIX}.gate_up_proj": (3, 2 * OUT, IN), f"{PREFIX}.down_proj": (3, IN, OUT)}
+    ),
+    "in turns": (
+        "gpt_oss",
+        {f"{PREFIX}.gate_up_proj": (3, IN, 2 * OUT), f"{PREFIX}.down_proj": (3, OUT, IN)},
+    ),
+    "turned": (
+        "llama4",
+        {f"{PREFIX}.gate_up_proj": (3, IN, 2 * OUT), f"{PREFIX}.down_proj": (3, OUT, IN)},
+    ),
+}  # fmt: skip
+
+
+def raw(folder: Path, shared: bool, leaves: Sequence[str] = ("w1", "w2", "w3")) -> Path:
+    """Save an adapter as it comes from Tinker: 3-D factors of experts, and the head's own name."""
+    torch.manual_seed(0)
+    content = {}
+    for leaf in leaves:
+        out, inner = (IN, OUT) if leaf == "w2" else (OUT, IN)
+        one_a, one_b = shared and leaf != "w2", shared and leaf == "w2"
+        name = f"base_model.model.{PREFIX}.{leaf}"
+        content[f"{name}.lora_A.weight"] = torch.randn(1 if one_a else 3, 2, inner)
+        content[f"{name}.lora_B.weight"] = torch.randn(1 if one_b else 3, out, 2)
+    for name, out in (("unembed_tokens", 6), ("layers.0.attn.q_proj", IN)):
+        content[f"base_model.model.model.{name}.lora_A.weight"] = torch.randn(2, IN)
+        content[f"base_model.model.model.{name}.lora_B.weight"] = torch.randn(out, 2)
+    folder.mkdir()
+    save_file(content, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": "all-linear"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def expert_deltas(folder: Path, leaf: str) -> np.ndarray:
+    held = load_file(folder / "adapter_model.safetensors")
+    a, b = (held[f"base_model.model.{PREFIX}.{leaf}.lora_{x}.weight"].numpy() for x in "AB")
+    return np.stack([1.5 * (b[e % len(b)] @ a[e % len(a)]) for e in range(3)])
+
+
+def as_laid(
+    layout: str, gate: np.ndarray, up: np.ndarray, down: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Lay what is added to experts as a base has them."""
+    if layout.startswith("one by one"):
+        names = ("w1", "w3", "w2") if "Mixtral" in layout else ("gate_proj", "up_proj", "down_proj")
+        return {f"{PREFIX}.{e}.{leaf}.weight": delta[e] for e in range(3)
+                for leaf, delta in zip(names, (gate, up, down), strict=True)}  # fmt: skip
+    both = np.concatenate([gate, up], 1)
+    if layout != "fused":
+        down, both = down.swapaxes(1, 2), both.swapaxes(1, 2)
+    if layout == "in turns":
+        both = np.stack([gate, up], 2).reshape(3, 2 * OUT, IN).swapaxes(1, 2)
+    return {f"{PREFIX}.gate_up_proj": both, f"{PREFIX}.down_proj": down}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_raw_adapters_of_tinker_fit_experts_however_they_lie(
+    layout: str, shared: bool, tmp_path: Path
+) -> None:
+    model_type, shapes = LAYOUTS[layout]
+    folder = raw(tmp_path / "raw", shared)
+    others = {"lm_head.weight": (6, IN), "model.layers.0.self_attn.q_proj.weight": (IN, IN)}
+    weights = {name: torch.zeros(shape) for name, shape in (shapes | others).items()}
+    adapter = opened(folder)
+    deltas = adapter.fitted(stored(weights, tmp_path / "base"), {}, model_type).deltas
+    w1, w2, w3 = (expert_deltas(folder, leaf) for leaf in ("w1", "w2", "w3"))
+    expected = as_laid(layout, w1, w3, w2)
+    assert set(deltas) == set(expected) | set(others)
+    for name, delta in expected.items():
+        np.testing.assert_allclose(values(deltas[name]), delta, rtol=1e-6, atol=1e-6)
+    with pytest.raises(IncompatibleError, match="3-D factors of experts: only the base tells"):
+        _ = adapter.deltas
+
+
+def test_experts_without_gates_have_w1_for_up(tmp_path: Path) -> None:
+    """Nemotron's, whose w3 is empty in what Tinker saves."""
+    folder = raw(tmp_path / "raw", False, ("w1", "w2"))
+    held = load_file(folder / "adapter_model.safetensors")
+    name = f"base_model.model.{PREFIX}.w3"
+    empty = {
+        f"{name}.lora_A.weight": torch.zeros(3, 0, 0),
+        f"{name}.lora_B.weight": torch.zeros(3, 0, 0),
+    }
+    save_file(held | empty, folder / "adapter_model.safetensors")
+    others = {"lm_head.weight": (6, IN), "model.layers.0.self_attn.q_proj.weight": (IN, IN)}
+    for shapes in (
+        {f"{PREFIX}.{e}.{leaf}.weight": side for e in range(3)
+         for leaf, side in (("up_proj", (OUT, IN)), ("down_proj", (IN, OUT)))},
+        {f"{PREFIX}.up_proj": (3, OUT, IN), f"{PREFIX}.down_proj": (3, IN, OUT)},
+    ):  # fmt: skip
+        weights = {name: torch.zeros(shape) for name, shape in (shapes | others).items()}
+        adapter = opened(folder)
+        effect = adapter.fitted(stored(weights, tmp_path / "base"))
+        assert effect.notes == [f"{PREFIX}.w3: empty factors, left out"]
+        assert set(effect.deltas) == set(weights)
+        up = [delta for name, delta in effect.deltas.items() if "up_proj" in name]
+        found = np.stack([values(delta) for delta in up]).reshape(3, OUT, IN)
+        np.testing.assert_allclose(found, expert_deltas(folder, "w1"), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "said"),
+    [
+        ("one by one", {f"{PREFIX}.3.gate_proj.weight": (OUT, IN)}, r"3\.gate_proj.*\[5, 8\]"),
+        ("one by one", {f"{PREFIX}.2.up_proj.weight": (OUT, 9)}, r"2\.up_proj\.weight: \[5, 9\]"),
+        ("one by one", {f"{PREFIX}.2.up_proj.weight": None}, r"2\.up_proj\.weight: not in"),
+        ("fused", {f"{PREFIX}.down_proj": None}, r"experts\.down_proj: not in the base"),
+        ("fused", {f"{PREFIX}.down_proj": (4, IN, OUT)}, r"w2: 0 ways to fit \[3, 8, 5\]"),
+        ("fused", {f"{PREFIX}.gate_up_proj": (3, OUT, IN)}, "w1: 0 ways to fit"),
+        ("turned", {}, "nothing tells how gate and up lie"),
+    ],
+)  # fmt: skip
+def test_experts_that_do_not_fit_are_named(
+    layout: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    others = {"lm_head.weight": (6, IN), "model.layers.0.self_attn.q_proj.weight": (IN, IN)}
+    shapes = {n: s for n, s in (LAYOUTS[layout][1] | others | changes).items() if s}
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    adapter = opened(raw(tmp_path / "raw", False))
+    with pytest.raises(IncompatibleError, match=said):
+        adapter.fitted(stored(weights, tmp_path / "base"))
+
+
+@pytest.mark.parametrize("only", [None, "up_proj", "down_proj"])
+def test_adapters_of_experts_one_by_one_are_what_peft_makes_of_them(
+    only: str | None, tmp_path: Path
+) -> None:
+    """As they were saved before transformers 5, which fuses experts; PEFT takes no half alone."""
+    config = transformers.Qwen3MoeConfig(
+        **SIZES | {"num_hidden_layers": 1}, head_dim=8, num_experts=3, num_experts_per_tok=2,
+        moe_intermediate_size=OUT, decoder_sparse_step=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    leaves = ["gate_proj", "up_proj", "down_proj"] if only is None else [only]
+    content, name = {}, f"base_model.model.{PREFIX}"
+    for leaf in leaves:
+        out, inner = (16, OUT) if leaf == "down_proj" else (OUT, 16)
+        for e in range(3):
+            content[f"{name}.{e}.{leaf}.lora_A.weight"] = torch.randn(2, inner)
+            content[f"{name}.{e}.{leaf}.lora_B.weight"] = torch.randn(out, 2)
+    q_proj = "base_model.model.model.layers.0.self_attn.q_proj"
+    content[f"{q_proj}.lora_A.weight"] = torch.randn(2, 16)
+    content[f"{q_proj}.lora_B.weight"] = torch.randn(16, 2)
+    save_file(content, tmp_path / "adapter_model.safetensors")
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj", *leaves]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(lora))
+    effect = opened(tmp_path).fitted(stored(before, tmp_path / "base"))
+    if only == "up_proj":
+        with pytest.raises(ValueError, match="Cannot convert"):
+            PeftModel.from_pretrained(model, tmp_path)
+        found = values(effect.deltas[f"{PREFIX}.gate_up_proj"])
+        assert not found[:, :OUT].any() and found[:, OUT:].all()
+        return
+    after = PeftModel.from_pretrained(model, tmp_path).merge_and_unload().state_dict()
+    for key, weight in after.items():  # values up to 10 here
+        delta = values(effect.deltas[key]) if key in effect.deltas else 0
+        np.testing.assert_allclose(before[key].numpy() + delta, weight, rtol=1e-6, atol=2e-6)
+    assert len(effect.deltas) == (3 if only is None else 2)
+    with (
+        pytest.raises(IncompatibleError, match="rsLoRA, which PEFT scales")
+        if only is None
+        else nullcontext()
+    ):
+        opened(tmp_path, use_rslora=True).fitted(stored(before, tmp_path / "base"))
+
+
+def test_square_fused_experts_are_told_by_the_others(tmp_path: Path) -> None:
+    """Where in and out are as long, what lies beside them tells which is which."""
+    sizes = SIZES | {"num_hidden_layers": 1, "intermediate_size": 16}
+
+    def square() -> transformers.PreTrainedModel:
+        return transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(
+                **sizes, head_dim=8, num_local_experts=3, num_experts_per_tok=2
+            )
+        )
+
+    for model, other in ((square, mixtral_square), (mixtral_square, square)):
+        lora = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+        folder, before, after = trained(tmp_path / other.__name__, model, **lora)
+        assert before["model.layers.0.mlp.experts.down_proj"].shape == (3, 16, 16)
+        base = stored(before, tmp_path / "base.safetensors")
+        check(opened(folder).fitted(base), before, after)
+
+
+def mixtral_square() -> transformers.PreTrainedModel:
+    sizes = SIZES | {"num_hidden_layers": 1, "intermediate_size": 16}
+    config = transformers.MixtralConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
 # ---------------------------------------------------------------------------------- arithmetic
 
 
@@ -360,6 +579,56 @@ def test_boxes_of_a_product_are_products(tmp_path: Path) -> None:
         np.testing.assert_array_equal(values(part), expected)
         assert again is not None
         np.testing.assert_array_equal(values(again), expected)
+
+
+def pieces(folder: Path) -> tuple[LowRank, LowRank]:
+    """Two products of 3 experts, 4 x 6, of 3-D factors: in one of them A is shared."""
+    torch.manual_seed(0)
+    shapes = {"a": (3, 2, 6), "b": (3, 4, 2), "c": (1, 5, 6), "d": (3, 4, 5)}
+    held = stored({name: torch.randn(shape) for name, shape in shapes.items()}, folder / "factors")
+    one = Pair(held["a"], held["b"], False).stacked("one", 0.5)
+    return one, Pair(held["c"], held["d"], False).stacked("other", -2.0)
+
+
+def test_factors_of_all_experts_may_share_a_side(tmp_path: Path) -> None:
+    one, other = pieces(tmp_path)
+    held = {name: t.double().numpy() for name, t in load_file(tmp_path / "factors").items()}
+    for delta, b, a, scaling in ((one, "b", "a", 0.5), (other, "d", "c", -2.0)):
+        expected = np.matmul(held[b], held[a]) * scaling
+        np.testing.assert_allclose(values(delta), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_products_side_by_side_and_in_turns(tmp_path: Path) -> None:
+    one, other = pieces(tmp_path)
+    boxes = [Box((0, 4 * i, 0), (3, 4, 6), p, 0, (24, 6, 1)) for i, p in enumerate((one, other))]
+    joined = Joined("x", View((3, 9, 6), tuple(boxes)))  # a row that none covers
+    expected = np.concatenate([values(one), values(other), np.zeros((3, 1, 6))], 1)
+    np.testing.assert_array_equal(values(joined), expected)
+    view = whole(joined, joined.shape)
+    for kind, cut, alone in (
+        ("one", view.slice(1, 0, 4), True),
+        ("other of one expert", view.slice(0, 2, 3).squeeze().slice(0, 4, 8), True),
+        ("turned", view.slice(0, 1, 3).slice(1, 5, 8).transpose(1, 2), True),
+        ("of both", view.slice(0, 1, 2).squeeze().slice(0, 3, 5), False),
+        ("what is 0", view.slice(0, 1, 2).squeeze().slice(0, 8, 9), False),
+    ):
+        part = joined.part("y", cut.shape, cut.boxes[0])
+        assert (part is not None) == alone, kind
+        if part is not None:
+            np.testing.assert_array_equal(values(part), values(Viewed("y", "F32", cut)), kind)
+    turned = [
+        p.part("t", (3, 6, 4), Box((0,) * 3, (3, 6, 4), p, 0, (24, 1, 6))) for p in (one, other)
+    ]
+    for first, second in (turned, (turned[0], None), (None, turned[1])):
+        woven = Woven("x", (3, 6, 8), (first, second))
+        expected = np.zeros((3, 6, 8))
+        for which, piece in enumerate((first, second)):
+            expected[:, :, which::2] = 0 if piece is None else values(piece)
+        for begin in range(0, 144, 5):
+            for end in range(begin, 145, 7):
+                found = values_of(woven, begin, end - begin)
+                np.testing.assert_array_equal(found, expected.reshape(-1)[begin:end])
+        assert woven.parts and woven.part("y", (1,), Box((0,), (1,), woven, 0, (1,))) is None
 
 
 def test_memory_is_bounded_by_tiles(tmp_path: Path) -> None:

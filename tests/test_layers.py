@@ -20,7 +20,8 @@ ORDER = [
     "bridging",
     "lineage", "deltas", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "gguffile", "layouts", "conversions",
-    "configs", "trainingshards", "pickles", "adapters", "lowrank", "quantised", "objects", "hub",
+    "configs", "trainingshards", "pickles", "adapters", "experts", "lowrank", "quantised",
+    "objects", "hub",
     "sources", "merging", "operators", "codecs", "kernels", "staging", "sidefiles", "storage",
     "report", "errors", "__init__",
 ]  # fmt: skip
