@@ -28,7 +28,14 @@ from skillvec.errors import (
     up_to_five,
     up_to_five_each,
 )
-from skillvec.experts import Place, are_turned, on_experts, place_of
+from skillvec.experts import (
+    Place,
+    are_turned,
+    fused_of,
+    on_experts,
+    place_of,
+    under_each_other,
+)
 from skillvec.kernels import FLOATS, STORAGE_DTYPE
 from skillvec.lowrank import (
     FIRST,
@@ -261,15 +268,20 @@ class Adapter:
             held[name.rpartition(".")[0]].append(name)
         wrong, square = False, []  # whether fan_in_fan_out is wrong, and whom it alone tells
         experts: dict[str, dict[Place, LowRank]] = defaultdict(dict)
+        rows: dict[str, dict[str, tuple[str, Pair]]] = defaultdict(dict)
         for module, stack in self.stacks.items():
             self._place(module, stack, experts, problems)
         for module, pairs in self._renamed(base):
             name, pair = f"{module}.weight", pairs[0]
             weight = self.whole.get(name, base.get(name))
-            place = place_of(module) if weight is None and len(pairs) == 1 else None
-            if place is not None and held[place.experts]:
-                self._place(module, pair, experts, problems)
-                continue
+            if weight is None and len(pairs) == 1:
+                place, fused = place_of(module), fused_of(module, base)
+                if place is not None and held[place.experts]:
+                    self._place(module, pair, experts, problems)
+                    continue
+                if fused is not None and pair.magnitudes is pair.bias is None:
+                    rows[fused][module.rpartition(".")[2]] = module, pair
+                    continue
             names = [n for n in held[module] if self._wraps(n)]
             if names:
                 ways = _ways(names, pairs, self.settings, base)
@@ -306,6 +318,12 @@ class Adapter:
                 deltas |= on_experts(prefix, given, base, model_type)
             except ValueError as error:
                 problems["of experts"].append(str(error))
+        for name, some in rows.items():
+            try:
+                made = {leaf: self._product(*pair) for leaf, pair in some.items()}
+                deltas[name] = under_each_other(name, made, base[name].shape)
+            except ValueError as error:
+                problems["of fused weights"].append(str(error))
         put = self._rows_put(base, tied, problems)
         problems["square"] = square if wrong else []
         if any(problems.values()):
@@ -354,6 +372,13 @@ class Adapter:
             experts[place.experts][place] = pair.stacked(module, scaling)
         else:
             experts[place.experts][place] = pair.delta(module, pair.sides(False), False, scaling)
+
+    def _product(self, module: str, pair: Pair) -> LowRank:
+        """Return out x in of one module; ValueError where its rank is not that of the config."""
+        rank, scaling = self.settings.of(module)
+        if pair.A.shape[0] != rank:
+            raise ValueError(f"{module}: factors of rank {pair.A.shape[0]}, config {rank}")
+        return pair.delta(module, pair.sides(False), False, scaling)
 
     def _renamed(self, base: Mapping[str, Source]) -> Iterable[tuple[str, tuple[Pair, ...]]]:
         """Yield modules and factors under the names of a base, where Tinker has others."""
@@ -473,6 +498,7 @@ class Adapter:
             "of two kinds",
             "of tokens",
             "of experts",
+            "of fused weights",
         }:
             advice = MERGE
         elif "only in the adapter" in kinds and self.settings.parameters:

@@ -1,4 +1,4 @@
-"""Factors of experts in another layout than the base's: one by one, or 3-D as Tinker saves them.
+"""Factors in another layout than the base's: of experts, and of projections that are rows of one.
 
 Adapters made before transformers 5 hold factors of every expert's linear layers, and raw ones of
 Tinker 3-D factors of all experts (w1 gate, w3 up, w2 down), of which one side may be shared. A base
@@ -18,6 +18,9 @@ ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # as Tinker and
 # model types whose experts lie as in x out, gates and ups taking turns, or side by side
 WOVEN = ("gpt_oss",)
 BESIDE = ("aria", "aria_text", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
+ROWS = {  # projections that Tinker trains apart and transformers has as rows of one, in this order
+    "in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v"), "in_proj": ("gate_proj", "x_proj"),
+}  # fmt: skip
 NAME = re.compile(rf"(.+\.experts)(?:\.(\d+))?\.({'|'.join((*ROLES, *ROLES.values()))})")
 
 
@@ -39,6 +42,34 @@ def place_of(module: str) -> Place | None:
     if not found or len(found[2] or "") > 6:
         return None
     return Place(found[1], None if found[2] is None else int(found[2]), found[3])
+
+
+def fused_of(module: str, base: Mapping[str, Source]) -> str | None:
+    """Return the weight of a base that may have a module, which it lacks, as some of its rows."""
+    parent, _, leaf = module.rpartition(".")
+    names = (f"{parent}.{fused}.weight" for fused, leaves in ROWS.items() if leaf in leaves)
+    return next((name for name in names if name in base), None)
+
+
+def under_each_other(name: str, given: Mapping[str, LowRank], shape: tuple[int, ...]) -> Joined:
+    """Return the delta of a weight that has those of several modules under each other.
+
+    Raises ValueError where one is missing, so that nothing tells where the others begin, or where
+    they do not fit.
+    """
+    leaves = ROWS[name.split(".")[-2]]
+    boxes, at = [], 0
+    for leaf in leaves:
+        if leaf not in given:
+            raise ValueError(f"{name}: without {leaf} nothing tells the rows of {', '.join(given)}")
+        sizes = given[leaf].shape
+        boxes.append(Box((at, 0), sizes, given[leaf], 0, row_major(sizes)))
+        at += sizes[0]
+    fits = at == shape[0] if leaves == ROWS["in_proj_qkv"] else at <= shape[0]
+    if len(shape) != 2 or not fits or {box.sizes[1] for box in boxes} != {shape[1]}:
+        sides = ", ".join(f"{leaf} {list(given[leaf].shape)}" for leaf in leaves)
+        raise ValueError(f"{name} {list(shape)}: {sides}")
+    return Joined(name, View(shape, tuple(boxes)))
 
 
 def are_turned(experts: str, base: Mapping[str, Source]) -> bool | None:

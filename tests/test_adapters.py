@@ -402,6 +402,43 @@ def test_adapters_of_experts_one_by_one_are_what_peft_makes_of_them(
         opened(tmp_path, use_rslora=True).fitted(stored(before, tmp_path / "base"))
 
 
+@pytest.mark.parametrize(
+    ("leaves", "fused", "rows", "said"),
+    [
+        ("in_proj_q in_proj_k in_proj_v", "in_proj_qkv", 12, None),
+        ("in_proj_q in_proj_k in_proj_v", "in_proj_qkv", 13, r"in_proj_q \[3, 8\], in_proj_k"),
+        ("in_proj_q in_proj_v", "in_proj_qkv", 12, "without in_proj_k nothing tells the rows of"),
+        ("gate_proj x_proj", "in_proj", 9, None),
+        ("gate_proj x_proj", "in_proj", 6, r"in_proj\.weight \[6, 8\]: gate_proj \[3, 8\]"),
+        ("gate_proj x_proj", "other", 9, "gate_proj.weight: only in the adapter"),
+    ],
+)
+def test_projections_that_are_rows_of_one(
+    leaves: str, fused: str, rows: int, said: str | None, tmp_path: Path
+) -> None:
+    """As Tinker trains those of Qwen3.5's linear attention and of Nemotron's Mamba layers."""
+    torch.manual_seed(0)
+    content, at = {}, []
+    for out, leaf in enumerate(leaves.split(), 3):
+        content[f"base_model.model.l.{leaf}.lora_A.weight"] = torch.randn(2, 8)
+        content[f"base_model.model.l.{leaf}.lora_B.weight"] = torch.randn(out, 2)
+        at.append(2 * content[f"base_model.model.l.{leaf}.lora_B.weight"]
+                  @ content[f"base_model.model.l.{leaf}.lora_A.weight"])  # fmt: skip
+    save_file(content, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    base = stored({f"l.{fused}.weight": torch.zeros(rows, 8)}, tmp_path / "base")
+    if said:
+        with pytest.raises(IncompatibleError, match=said):
+            opened(tmp_path).fitted(base)
+        return
+    effect = opened(tmp_path).fitted(base)
+    found = values(effect.deltas[f"l.{fused}.weight"])
+    expected = torch.cat([*at, torch.zeros(rows - sum(map(len, at)), 8)])
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(IncompatibleError, match="factors of rank 2, config 3"):
+        opened(tmp_path, r=3).fitted(base)
+
+
 def test_square_fused_experts_are_told_by_the_others(tmp_path: Path) -> None:
     """Where in and out are as long, what lies beside them tells which is which."""
     sizes = SIZES | {"num_hidden_layers": 1, "intermediate_size": 16}
