@@ -344,6 +344,19 @@ def shares_inside(
     return one, other, both
 
 
+def residual_sq(matrix: Array, left: Array, right: Array) -> float:
+    """Return |A - L R'|^2 of an m x n matrix and its m x r and n x r factors, all of one dtype."""
+    import torch
+
+    with _settled():
+        whole, one, other = (_load(side, "cpu") for side in (matrix, left, right))
+        rows, total = max(1, PIECE // max(1, len(other))), 0.0
+        for at in range(0, len(one), rows):
+            rest = whole[at : at + rows] - one[at : at + rows] @ other.T
+            total += float(rest.square_().sum(dtype=torch.float64))
+    return total
+
+
 def alignment_ratio(matrix: Array, merged: Spectrum, device: str) -> float | None:
     """Return |U U'A|_F / |A|_F, U the left singular vectors of what A was merged into.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -312,18 +313,22 @@ def test_fp64_deltas_are_decomposed_in_fp64(tmp_path: Path) -> None:
     assert set(seen) == {np.dtype(np.float64)}
 
 
-def test_one_matrix_at_a_time(llamas, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_one_matrix_for_each_worker(workers: int, llamas, tmp_path: Path, monkeypatch) -> None:
     before: list[weakref.ref[Any]] = []
     real = extraction._decomposed
+    at_once = []
 
     def watched(matrix: np.ndarray, facts: Any) -> Any:
-        assert not any(matrix() is not None for matrix in before)
         before.append(weakref.ref(matrix.base))
+        at_once.append(sum(matrix() is not None for matrix in list(before)))
+        time.sleep(0.01)
         return real(matrix, facts)
 
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(workers)))
     monkeypatch.setattr(extraction, "_decomposed", watched)
     extract_lora("::".join(llamas), tmp_path / "lora", rank=1)
-    assert len(before) == 15
+    assert len(before) == 15 and max(at_once) == workers
 
 
 class Watch:
@@ -339,7 +344,7 @@ class Watch:
 
 
 def test_a_dry_run_reads_and_writes_nothing(llamas, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(extraction, "_write", None)
+    monkeypatch.setattr(extraction, "_Writer", None)
     report = extract_lora("::".join(llamas), tmp_path / "lora", rank=1, dry_run=True)
     assert report.counts == {"held": 15, "left out": 6} and not list(tmp_path.iterdir())
 
@@ -470,9 +475,9 @@ def test_another_driver_takes_over_in_large_matrices(monkeypatch: pytest.MonkeyP
 
     def broken(*_: Any, **__: Any) -> Any:
         calls.append(1)
-        raise np.linalg.LinAlgError("did not converge")
+        raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(np.linalg, "svd", broken)
+    monkeypatch.setattr(torch.linalg, "svd", broken)
     found = subspace.decompose(matrix, 2, "cpu", 0)
     assert calls and not found.exact
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-6)
