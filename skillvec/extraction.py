@@ -256,9 +256,10 @@ def _whole_jobs(
 
     Raises IncompatibleError where the base does not store one.
     """
-    sources, deltas = model.sources(), {job.name: job.deltas[0] for job in jobs}
+    names, deltas = model.within(saved), {job.name: job.deltas[0] for job in jobs}
+    sources = model.sources(other for name in names for other in (name, *model.tied.get(name, ())))
     made = []
-    for name in model.within(saved):
+    for name in names:
         group = (name, *model.tied.get(name, ()))
         source = next((sources[other] for other in group if other in sources), None)
         delta = next((deltas[other] for other in group if other in deltas), None)
@@ -393,8 +394,8 @@ class _Writer:
 
     def _experts(self, place: str) -> int:
         """Return how many matrices lie in a parameter."""
-        shape = self._model.weights[place].shape if place in self._model.weights else ()
-        return int(shape[0]) if len(shape) == 3 else 1
+        weight = self._model.weights.get(place)
+        return int(weight.shape[0]) if weight is not None and weight.dim() == 3 else 1
 
     def _entries(
         self, key: str, kind: str, out: tuple[int, ...], inner: tuple[int, ...]

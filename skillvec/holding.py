@@ -29,6 +29,10 @@ FORMER = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
+# PEFT gives no factors to these, whose kernels read their weights themselves
+NO_FACTORS = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("conv1d", "out_proj")
+)
 # what PEFT saves whole beside the adapter, asked or not
 HEADS = {
     "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
@@ -63,6 +67,7 @@ class Held:
     def __init__(self, base: Checkpoint) -> None:
         self.base, self.model = base, _model_of(base)
         self.modules = dict(self.model.named_modules())
+        self._kinds = {name: _kind(module) for name, module in self.modules.items()}
         self.weights = dict(self.model.state_dict(keep_vars=True))
         self._views = self.views({name: tuple(spec.shape) for name, spec in base.items()})
         self.tied = self._tied()
@@ -108,7 +113,7 @@ class Held:
             if head in one and source in one and one[head] is not one[source]:
                 one[source] += one[head]
                 one |= dict.fromkeys(one[head], one[source])
-        stored = self.sources()
+        stored = self.sources(name for name, group in one.items() if len(group) > 1)
         found = {}
         for name, group in one.items():
             there = [stored[other] for other in group if other in stored]
@@ -116,9 +121,15 @@ class Held:
                 found[name] = tuple(group)
         return found
 
-    def sources(self) -> dict[str, Source]:
-        """Return the base's tensors under the names of the model."""
-        return viewed_specs(Bridge(self._views, {}, {}, [], {}, []), self.base)
+    def sources(self, names: Iterable[str]) -> dict[str, Source]:
+        """Return the base's tensors by these names of the model, as far as it stores them."""
+        views = {name: self._views[name] for name in names if name in self._views}
+        return viewed_specs(Bridge(views, {}, {}, [], {}, []), self.base)
+
+    def made_of(self, name: str) -> str:
+        """Return the weight that is made of a tensor of the base and of others, "" for none."""
+        made = (whole for whole, view in self._views.items() if name in view.sources)
+        return next(made, "")
 
     @property
     def task(self) -> str | None:
@@ -189,27 +200,25 @@ class Held:
         if not 2 <= len(shape) <= 3:
             return _left(f"{len(shape)} dimensions, a matrix has 2")
         if name not in self.weights:
+            if fused := self.made_of(name):
+                return _left(f"of {fused}, of which the vector has a part")
             return Hold(f"no module of {self.base.model_type} has it", NOT_FOUND)
         if any(re.match(rf"(^|.*\.){other}($|\..*)", module) for other in saved):
             return _left("PEFT takes its name for a module that is saved whole")
         if name in self.tied:
             return self._hold_tied(name, embed_lora)
+        last = module.rpartition(".")[2]
+        if last in NO_FACTORS.get(self.model.config.model_type, ()):
+            return _left(f"PEFT gives no factors to it in this model: --save-module {last}")
         if leaf == "weight" and len(shape) == 2:
-            kind = self._kind(owner)
+            kind = self._kinds.get(module, "parameter")
         if kind == "embedding":
             return Hold(kind=kind, place=module, turned=True) if embed_lora else _left(
                 "an embedding"
             )  # fmt: skip
-        if kind in ("linear", "turned") and module.rpartition(".")[2] not in self._former():
+        if kind in ("linear", "turned") and last not in self._former():
             return Hold(place=module, turned=kind == "turned")
         return self._hold_parameter(name, shape, owner)
-
-    def _kind(self, module: Any) -> str:
-        from torch import nn
-        from transformers.pytorch_utils import Conv1D
-
-        kinds = {nn.Linear: "linear", Conv1D: "turned", nn.Embedding: "embedding"}
-        return next((kind for of, kind in kinds.items() if isinstance(module, of)), "parameter")
 
     def _former(self) -> tuple[str, ...]:
         from transformers import conversion_mapping
@@ -222,7 +231,7 @@ class Held:
         """Factors of an embedding that is tied go into the one weight, as PEFT merges them."""
         for other in self.tied[name]:
             module = other.rpartition(".")[0]
-            if self._kind(self.modules.get(module)) == "embedding" and embed_lora:
+            if self._kinds.get(module) == "embedding" and embed_lora:
                 return Hold(kind="embedding", place=module, turned=True)
         return _left("tied: a delta would change the other weight too")
 
@@ -240,8 +249,10 @@ class Held:
             return _left("a parameter of the model itself, which PEFT does not wrap")
         if len(shape) == 3 and min(shape) == 1:
             return _left(f"{list(shape)}, no stack of matrices")
-        if any(self._kind(other) == "turned" for other in self.modules.values()):
+        if "turned" in self._kinds.values():
             return _left(f"the {kind}, which PEFT does not wrap beside layers that lie turned")
+        if any(p.dim() > 1 for _, below in owner.named_children() for p in below.parameters()):
+            return _left(f"the {kind}, and PEFT merges nothing below a module that it wraps")
         if any(_ends(other, name) and other != name for other in self.weights):
             return _left(f"the {kind}, whose name PEFT takes for that of others too")
         return Hold(kind="parameter", place=name, turned=turned)
@@ -251,8 +262,7 @@ class Held:
     def keys(self, places: Iterable[str]) -> dict[str, str]:
         """Return what PEFT calls the factors of modules and parameters, before `.lora_A`.
 
-        It nests the wrappers of a module's parameters in the order of their declaration, and what
-        lies below the module lies below them.
+        It nests the wrappers of a module's parameters in the order of their declaration.
         """
         held = set(places)
         wraps: dict[str, list[str]] = defaultdict(list)
@@ -262,12 +272,8 @@ class Held:
         keys = {}
         for place in held:
             module = place.rpartition(".")[0] if place in self.weights else place
-            parts = module.split(".")
-            above = (".".join(parts[: i + 1]) for i in range(len(parts)))
-            key = [part + ".base_layer" * (len(wraps[at]) if at != module else 0)
-                   for part, at in zip(parts, above, strict=True)]  # fmt: skip
-            inside = wraps[module][wraps[module].index(place) + 1 :] if place != module else ()
-            keys[place] = ".".join(["base_model.model", *key]) + ".base_layer" * len(inside)
+            behind = wraps[module][wraps[module].index(place) + 1 :] if place != module else ()
+            keys[place] = f"base_model.model.{module}" + ".base_layer" * len(behind)
         return keys
 
     def stays_tied(self, saved: Sequence[str], untied: Mapping[str, str]) -> bool:
@@ -289,6 +295,14 @@ class Held:
             return any(".".join(parts[i:]) in named for i in range(1, len(parts)))
 
         return [name for name in self.modules if name not in named and ends(name)]
+
+
+def _kind(module: Any) -> str:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = {nn.Linear: "linear", Conv1D: "turned", nn.Embedding: "embedding"}
+    return next((kind for of, kind in kinds.items() if isinstance(module, of)), "parameter")
 
 
 def _ends(full: str, name: str) -> bool:

@@ -439,8 +439,8 @@ def test_memory_does_not_grow_with_the_tensor(kind: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_extracting_holds_one_matrix(tmp_path: Path):
-    """Three copies of a matrix at most, of several."""
+def test_extracting_holds_one_matrix_for_each_worker(tmp_path: Path):
+    """Three copies of a matrix at most, of several; more only beside each other."""
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
               "intermediate_size": 8192, "num_hidden_layers": 3, "num_attention_heads": 32,
               "vocab_size": 8, "tie_word_embeddings": False}  # fmt: skip
@@ -453,8 +453,9 @@ def test_extracting_holds_one_matrix(tmp_path: Path):
         words = "extract-lora", skill, "--rank", 16, "--include", only, "-o", tmp_path / f"a{only}"
         peaks.append(watched(*words).memory)
     matrix = 4 * 4096 * 8192 / 1e6
+    workers = min(3, len(os.sched_getaffinity(0)))
     assert peaks[0] < 250 + 3 * matrix
-    assert peaks[1] < peaks[0] + 0.5 * matrix
+    assert peaks[1] < peaks[0] + (3 * (workers - 1) + 0.5) * matrix
 
 
 # -------------------------------------------------------------------------------------- the Hub
