@@ -24,7 +24,7 @@ from skillvec.errors import FormatError, NonfiniteError
 from skillvec.kernels import STORAGE_DTYPE, Array
 from skillvec.merging import Place
 from skillvec.operators import NO_POSITIONS, STEP, Delta, Subtraction
-from skillvec.sources import Derived, Source, read_values
+from skillvec.sources import Derived, Gatherer, Source, fill, gathering, read_values
 from skillvec.storage import ITEMSIZE, LEAF_NBYTES, TensorSpec, allocate, leaf_digests
 from skillvec.vectorfile import BLOCK_NUMEL, REPLACEMENT, BlockReader, StoredDelta, block_count
 
@@ -54,7 +54,8 @@ class Block:
     """Block `index` of a tensor of `numel` values.
 
     `leaves` collect the digests of the tensor by role, in the place of each block, `seen` those of
-    the deltas that views read, by key. `subtracted` is what was found when the first delta is a
+    the deltas that views read, by key; `holes` are those of which a value has no finite
+    delta. `subtracted` is what was found when the first delta is a
     pair, for which the bits `casts` of operators.CASTS are looked for. `tuned_nonfinite` and
     `base_nonfinite` add up over all pairs that the block reads; `lost_codes` are LOST with
     the sides that are why where what it reads has no finite delta, which is 0 there; or None.
@@ -67,6 +68,7 @@ class Block:
     leaves: dict[str, bytearray]
     measure: bool = False  # whether the norm of a difference is wanted
     seen: dict[str, dict[str, bytearray]] = field(default_factory=dict)
+    holes: set[str] = field(default_factory=set)
     subtracted: Subtraction | None = None
     casts: int = 0
     tuned_nonfinite: int = 0
@@ -142,33 +144,37 @@ class Block:
 
     def _viewed(self, source: ViewDelta, role: str) -> Delta:
         """Put a delta together from those of another layout, each decoded where it is needed."""
+        values = self.array(role, source.spec.dtype)
         held: dict[tuple[str, int], tuple[Block, Array]] = {}  # the last one that was decoded
-        lost = False
 
         def read(part: DeltaSource, begin: int, out: Array) -> None:
-            nonlocal lost
+            key = key_of(part)
             while out.size:
                 index, at = divmod(begin, BLOCK_NUMEL)
-                if (part.spec.name, index) not in held:
-                    leaves = self.seen.setdefault(key_of(part), {})
-                    block = Block(index, part.spec.numel, self.workspace, self.readers, leaves)
+                if (key, index) not in held:
+                    leaves = self.seen.setdefault(key, {})
+                    block = Block(
+                        index, part.spec.numel, self.workspace, self.readers, leaves,
+                        seen=self.seen, holes=self.holes,
+                    )  # fmt: skip
                     wide = block.delta(part, f"{role}{VIEW}")[0].wide(0, block.size)
-                    lost |= block.lost_codes is not None
+                    if block.lost_codes is not None:
+                        self.holes.add(key)
                     held.clear()
-                    held[part.spec.name, index] = block, wide
-                block, wide = held[part.spec.name, index]
+                    held[key, index] = block, wide
+                block, wide = held[key, index]
                 found = block.lost_codes if out.dtype == np.uint8 else wide
                 count = min(out.size, block.size - at)
                 out[:count] = 0 if found is None else found[at : at + count]
                 begin, out = begin + count, out[count:]
 
-        values = self.array(role, source.spec.dtype)
-        source.view.fill(self.begin, values, read)
-        if lost:  # once more, for where in this layout
-            codes = np.zeros(self.size, np.uint8)
-            source.view.fill(self.begin, codes, read)
+        fill(source, source.view, self.begin, values, read)
+        if any(key_of(part) in self.holes for part in source.view.sources):
+            codes = np.zeros(self.size, np.uint8)  # once more, for where in this layout
+            fill(source, source.view, self.begin, codes, read)
             at = np.flatnonzero(codes)
-            self.lose(at, codes[at])
+            if at.size:
+                self.lose(at, codes[at])
             self.tuned_nonfinite += int(np.count_nonzero(codes & TUNED))
             self.base_nonfinite += int(np.count_nonzero(codes & BASE))
         return Delta(values, source.spec.dtype)
@@ -252,13 +258,14 @@ def pieces_of(
     it NonfiniteError is raised behind the last piece.
     """
     spec = source if isinstance(source, TensorSpec | Derived) else source.spec
-    workspace, count = Workspace(), 0
+    workspace, gatherer, count = Workspace(), Gatherer(), 0
     for index in range(block_count(spec.numel)):
         block = Block(index, spec.numel, workspace, readers, {})
-        if isinstance(source, TensorSpec | Derived):
-            delta = Delta(block.read("point", source), source.dtype)
-        else:
-            delta = block.delta(source, "delta0")[0]
+        with gathering(gatherer):
+            if isinstance(source, TensorSpec | Derived):
+                delta = Delta(block.read("point", source), source.dtype)
+            else:
+                delta = block.delta(source, "delta0")[0]
         count += block.lost
         for begin in range(0, block.size, STEP):
             yield block.begin + begin, delta.wide(begin, min(begin + STEP, block.size))

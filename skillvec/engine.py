@@ -25,6 +25,7 @@ from skillvec.measures import block_sums, is_sampled, layout, masks_nbytes, samp
 from skillvec.operators import Delta
 from skillvec.patch import POSITIONS, positions_dtype
 from skillvec.plan import Job, Plan
+from skillvec.sources import Gatherer, gathering
 from skillvec.storage import OutputFile, RowWriter, fold_digest
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
@@ -221,7 +222,10 @@ class _Run:
         self._finished = finished
         self._readers = readers_of(plan.vectors)
         self.totals: dict[str, Array] = {}  # counts of measuring passes by scope
-        self._seen: dict[str, dict[str, bytearray]] = {}  # digests of what views read, by tensor
+        # of what views read, by role and tensor: digests, and where values are not finite
+        self._seen: dict[str, dict[str, bytearray]] = {}
+        self._holes: set[str] = set()
+        self._gatherer = Gatherer(_most_turned(plan))
         self._states: dict[int, _State] = {}
         self._results: list[JobResult | None] = [None] * len(plan.jobs)
         self._lock = threading.Lock()
@@ -272,28 +276,33 @@ class _Run:
                 yield number, block
 
     def _work(self, progress: Callable[[int], None] = lambda done_nbytes: None) -> None:
-        workspace = Workspace()
         try:
-            while not self._stop.is_set():
-                with self._lock:
-                    task = next(self._tasks, None)
-                if task is None:
-                    return
-                number, block = task
-                self.run_block(number, block, workspace)
-                if self._stop.is_set():  # a stopped writer has taken nothing
-                    return
-                progress(self._done_nbytes)
-                state = self._states[number]
-                with self._lock:
-                    state.remaining -= 1
-                    last = state.remaining == 0
-                if last:
-                    self._finish(number, workspace)
+            with gathering(self._gatherer):
+                self._work_off(progress)
         except BaseException as error:
             with self._lock:
                 self._error = self._error or error
             self._halt()
+
+    def _work_off(self, progress: Callable[[int], None]) -> None:
+        """Do one block after the other until there is none left, or the run is stopped."""
+        workspace = Workspace()
+        while not self._stop.is_set():
+            with self._lock:
+                task = next(self._tasks, None)
+            if task is None:
+                return
+            number, block = task
+            self.run_block(number, block, workspace)
+            if self._stop.is_set():  # a stopped writer has taken nothing
+                return
+            progress(self._done_nbytes)
+            state = self._states[number]
+            with self._lock:
+                state.remaining -= 1
+                last = state.remaining == 0
+            if last:
+                self._finish(number, workspace)
 
     def run_block(
         self, number: int, index: int, workspace: Workspace, exact_base: bool | None = None
@@ -302,7 +311,7 @@ class _Run:
         job, state = self._plan.jobs[number], self._states[number]
         block = Block(
             index, job.numel, workspace, self._readers, state.leaves, job.operator == "store",
-            self._seen, casts=state.casts,
+            self._seen, self._holes, casts=state.casts,
         )  # fmt: skip
         tally = np.zeros(len(COUNTS), np.int64)
         if job.operator == "measure":
@@ -545,6 +554,15 @@ class _Run:
         return mix.operator.settle(job.first_block, total, mix.weights, mix.parameters, mix.known)
 
 
+def _most_turned(plan: Plan) -> int:
+    """Return how many groups of turned views may be kept: a few of each side of the widest job."""
+    sides = (
+        2 + 2 * sum(len(getattr(delta, "sources", (delta,))) for delta in job.deltas)
+        for job in plan.jobs
+    )
+    return 2 * max(sides, default=0)
+
+
 def _casts_of(job: Job) -> int:
     """Return the ways in which a job's pair could differ by rounding alone."""
     pair = job.deltas[0] if job.deltas else None
@@ -568,7 +586,7 @@ def check_views(
 ) -> None:
     """Refuse altered deltas that views read, of which one job may have read a part only.
 
-    `seen` has the digests of what was read, by tensor; the rest is read here.
+    `seen` has the digests of what was read, by key; the rest is read here.
     """
     views = views_in(delta for job in plan.jobs for delta in job.deltas)
     parts = {key_of(part): part for view in views for part in view.view.sources}

@@ -31,7 +31,7 @@ from skillvec.blocks import pieces_of
 from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint, reopen
 from skillvec.deltas import DeltaSource, ViewDelta, delta_dtype, dtype_of
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
-from skillvec.fitting import same_delta, viewed_delta
+from skillvec.fitting import same_delta
 from skillvec.holding import LEFT_OUT, NOT_FOUND, Held, Hold
 from skillvec.kernels import Array, narrow, widen
 from skillvec.measures import Request
@@ -52,7 +52,7 @@ from skillvec.storage import (
     refuse_changed,
 )
 from skillvec.summary import refuse_announced, refuse_nonfinite
-from skillvec.vector import SkillVector
+from skillvec.vector import SkillVector, viewed_delta
 from skillvec.vectorfile import BlockReader, readers_of
 
 FIRST_RANK = 16  # tried for an energy, then doubled

@@ -333,9 +333,13 @@ def are_nonfinite(values: Array, dtype: str) -> npt.NDArray[np.bool_]:
     return wrong
 
 
-def has_special(bf16: Array) -> bool:
-    """Return whether a BF16 block holds NaN, an infinity or a negative zero."""
-    return has_nonfinite(bf16, "BF16") or bool(bf16.view(np.int16).min(initial=0) == -0x8000)
+def has_special(values: Array, dtype: str) -> bool:
+    """Return whether floats hold NaN, an infinity or a negative zero: a delta of 0 adds to others
+    what leaves their bits alone."""
+    bits = bit_pattern(values)
+    signed = bits.view(bits.dtype.str.replace("u", "i"))
+    negative_zero = bool(signed.min(initial=0) == np.iinfo(signed.dtype).min)
+    return negative_zero or has_nonfinite(values, dtype)
 
 
 def _add_piece(
@@ -355,6 +359,8 @@ def _add_piece(
         lam = float(np.float32(lam))
         total = np.empty_like(wide)
         kernels.blend(wide, delta, "F32", lam, total)
+        if lam and random16 is None and not has_special(target, target_dtype):
+            return narrow(total, out_dtype)
     keep = (delta == 0) | ~np.isfinite(wide) | (lam == 0)
     total = np.where(keep, wide, total)
     if random16 is None or out_dtype in ("F32", "F64"):
@@ -381,7 +387,7 @@ def add(
     if target_dtype == out_dtype == delta.dtype == "BF16" and random16 is None:
         kernels.blend(target, delta.values, "BF16", lam, out)
         still = np.float32(lam) == 0
-        special = has_special(target) or bool(still)
+        special = has_special(target, "BF16") or bool(still)
         if special:
             keep = ((delta.values & 0x7FFF) == 0) | ((target & 0x7F80) == 0x7F80) | still
             np.copyto(out, target, where=keep)

@@ -17,7 +17,7 @@ that scale them, whatever their names. Integer buffers (masks, positions, indexe
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple, TypeGuard
 
@@ -25,9 +25,19 @@ import numpy as np
 
 from skillvec.errors import FormatError, IncompatibleError, up_to_five
 from skillvec.kernels import DTYPE_NAMES, STORAGE_DTYPE, Array, F32Array, narrow, widen
-from skillvec.sources import Derived, Index, Source, read_values, values_of
+from skillvec.sources import (
+    Derived,
+    Index,
+    Source,
+    fill,
+    is_gathering,
+    read_values,
+    values_of,
+    whole,
+)
 
 TILE = 1 << 20  # values computed, and read, at a time
+STEP = 1 << 16  # where they lie together: their intermediate results stay near the core
 MAX_SIDE = 1 << 40  # of a side that a config states
 FLOATS = ("BF16", "F16", "F32")
 # of compressed-tensors: small floats in groups as (codes, bits, scales), and the others
@@ -98,8 +108,9 @@ FP8 = {
 RAW: dict[str, Any] = STORAGE_DTYPE | dict.fromkeys((*FP8, "F8_E8M0"), np.dtype("u1"))
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 E2M3 = _small_floats(2, 3)
-PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], 1)  # both of a byte, low half first
-TWICE = 2 * PAIRS
+# both of a byte, low half first, as one number of 64 bits
+PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], 1).view(np.uint64).reshape(-1)
+TWICE = (2 * PAIRS.view(np.float32)).view(np.uint64)
 HALVED = np.ldexp(np.float32(1), np.arange(256) - 128)  # so that 2^128 need not be held
 with np.errstate(over="ignore"):
     POWERS = 2 * HALVED  # 255 is infinite in U8,
@@ -137,13 +148,19 @@ class Dequantised(Derived):
         return (self.weight, self.scale, *rest)
 
     def read(self, begin: int, out: Array) -> None:
+        if self.turned and is_gathering():
+            experts, height, width = self.shape
+            stored = replace(self, shape=(experts, width, height), turned=False)
+            fill(self, whole(stored, stored.shape).transpose(1, 2), begin, out, read_values)
+            return
         height, width = self.shape[-2:]
+        most = TILE if self.turned else min(STEP, TILE)
         at = 0
         while at < out.size:  # whole rows of one matrix, or a part of one row
             row, low = divmod(begin + at, width)
-            count = min((out.size - at) // width, TILE // width, height - row % height)
+            count = min((out.size - at) // width, most // width, height - row % height)
             count, low, high = (count, 0, width) if count and not low else (1, low, width)
-            high = min(high, low + out.size - at, low + TILE)
+            high = min(high, low + out.size - at, low + most)
             rows, cols = (row % height, row % height + count), (low, high)
             if self.turned:
                 values = self._box(row // height, cols, rows).T
@@ -190,7 +207,8 @@ class Dequantised(Derived):
         if self.bits == 6:
             return E2M3[_unpack(words, 6, low * 6 - 8 * start, high - low)]
         pairs = TWICE if self.halved else PAIRS
-        return pairs[words.view(np.uint8)].reshape(count, -1)[:, low - 2 * start : high - 2 * start]
+        both = np.take(pairs, words.view(np.uint8)).view(np.float32)
+        return both.reshape(count, -1)[:, low - 2 * start : high - 2 * start]
 
     def _per_block(
         self, source: Source, number: int, rows: tuple[int, int], cols: tuple[int, int]

@@ -4,10 +4,14 @@ A source has a name, dtype and shape, and gives any range of its values in row-m
 `TensorSpec` reads them from a file; a `Derived` makes them of other sources, block by block, so
 that nothing is ever held whole. A `View` says how a tensor is put together from boxes of others
 (fused and split experts, shards, transposes, common rows) and can be sliced, stacked and turned
-without a byte being read.
+without a byte being read. What lies turned in its sources a `Gatherer` reads for many blocks at
+once, and for all threads.
 """
 
+import contextlib
+import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,7 +30,11 @@ from skillvec.storage import (
 )
 
 Index = tuple[int, ...]
+Reader = Callable[[Any, int, Array], None]  # of a source: fills an array with values from one on
 SPAN = 4  # times the wanted values that one read may take, before many short reads are better
+GATHERED_NBYTES = 1 << 26  # of a turned view, put together at a time
+UNIT = 1 << 20  # values of a source that are read at a time for it: what deltas are decoded in
+PAGE = 1 << 12  # bytes; columns of rows that are a multiple of it fall into the same cache lines
 
 
 class Derived(ABC):
@@ -135,10 +143,11 @@ def digest_values(source: Source, begin: int = 0, numel: int | None = None) -> s
     step = 8 * LEAF_NBYTES // width
     buffer = np.empty(min(step, max(end - begin, 1)), STORAGE_DTYPE[source.dtype])
     leaves = bytearray()
-    for at in range(begin, end, step):
-        piece = buffer[: min(step, end - at)]
-        read_values(source, at, piece)
-        leaves += leaf_digests(piece.view(np.uint8).data)
+    with gathering(Gatherer()) if end - begin > step else contextlib.nullcontext():
+        for at in range(begin, end, step):
+            piece = buffer[: min(step, end - at)]
+            read_values(source, at, piece)
+            leaves += leaf_digests(piece.view(np.uint8).data)
     return fold_digest(leaves)
 
 
@@ -215,8 +224,13 @@ class View(NamedTuple):
         """What its boxes are read from, each once."""
         return tuple({id(box.source): box.source for box in self.boxes}.values())
 
-    def fill(self, begin: int, out: Array, read: Callable[[Any, int, Array], None]) -> None:
+    def fill(self, begin: int, out: Array, read: Reader) -> None:
         """Fill `out` with values begin..; read(source, begin, out) gives those of a source."""
+        for part, room in self.parts(begin, out):
+            _copy(part, room, read)
+
+    def parts(self, begin: int, out: Array) -> "Iterator[tuple[Box, Array]]":
+        """Yield what fills `out` with values begin.., each with its place in it; zeros are set."""
         if sum(prod(box.sizes) for box in self.boxes) < prod(self.shape):
             out[:] = 0
         for low, sizes in _rectangles(self.shape, begin, begin + out.size):
@@ -225,15 +239,18 @@ class View(NamedTuple):
             for box in self.boxes:
                 part = _common(low, sizes, box)
                 if part is not None:
-                    inside: list[Any] = [
-                        slice(o - c, o - c + n)
-                        for o, c, n in zip(part.offset, low, part.sizes, strict=True)
-                    ]
-                    _copy(part, room[(*inside, ...)], read)  # with ..., a scalar stays an array
+                    begins = [o - c for o, c in zip(part.offset, low, strict=True)]
+                    yield part, _part_of(room, begins, part.sizes)
 
 
 def _times(a: int, b: int) -> int:
     return a * b
+
+
+def _part_of(room: Array, begins: Sequence[int], sizes: Index) -> Array:
+    """Return a box of an array, also one without dimensions, as a view of it."""
+    inside: list[Any] = [slice(b, b + n) for b, n in zip(begins, sizes, strict=True)]
+    return room[(*inside, ...)]
 
 
 def _put(index: Index, dim: int, value: int) -> Index:
@@ -307,7 +324,17 @@ def _common(low: Index, sizes: Index, box: Box) -> Box | None:
     return box._replace(offset=tuple(offset), sizes=tuple(common), start=start)
 
 
-def _copy(box: Box, room: Array, read: Callable[[Any, int, Array], None]) -> None:
+def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how many values lie from the first to the last of a box in its source."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+
+
+def _strided(held: Array, sizes: Sequence[int], strides: Sequence[int]) -> Array:
+    steps = [stride * held.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(held, sizes, steps)
+
+
+def _copy(box: Box, room: Array, read: Reader) -> None:
     """Read a box into an array of its sizes.
 
     One read where the values lie together, or nearly so; else one for each run of neighbours.
@@ -315,20 +342,241 @@ def _copy(box: Box, room: Array, read: Callable[[Any, int, Array], None]) -> Non
     order = sorted(range(len(box.sizes)), key=lambda dim: -box.strides[dim])
     order = [dim for dim in order if box.sizes[dim] > 1]
     numel = prod(box.sizes)
-    span = 1 + sum((n - 1) * stride for n, stride in zip(box.sizes, box.strides, strict=True))
+    span = _span(box.sizes, box.strides)
     if span == numel and room.flags.c_contiguous and order == sorted(order):
         read(box.source, box.start, room.reshape(-1))
         return
     if span <= SPAN * numel:
         held = np.empty(span, room.dtype)
         read(box.source, box.start, held)
-        strides = [stride * room.itemsize for stride in box.strides]
-        room[...] = np.lib.stride_tricks.as_strided(held, box.sizes, strides)
+        room[...] = _strided(held, box.sizes, box.strides)
         return
     far = order[0]  # the dimension whose neighbours lie farthest apart in the source
     for i in range(box.sizes[far]):
         part = box._replace(sizes=_put(box.sizes, far, 1), start=box.start + i * box.strides[far])
         _copy(part, room[(slice(None),) * far + (slice(i, i + 1),)], read)
+
+
+# ---------------------------------------------------------------------------------- turned views
+
+
+class Gatherer:
+    """What reads turned views for the threads that go through them block by block.
+
+    A block of a turned view has values of its whole source, so that each would read, or decode, all
+    of it. A gatherer puts many blocks together in one pass over the source, unit by unit, each by a
+    thread that waits for one of them, and keeps them until all were taken. It holds two groups of
+    `GATHERED_NBYTES` of a view where threads pass from one to the next, and `most` of all views.
+    """
+
+    def __init__(self, most: int = 4) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._groups: OrderedDict[tuple[int, str, int], _Group] = OrderedDict()
+        self._turned: dict[int, tuple[Any, bool]] = {}  # owners live on, so that ids stay theirs
+
+    def fill(self, owner: Any, view: View, begin: int, out: Array, read: Reader) -> None:
+        """Do as `view.fill`; `owner` is the one object whose view it is, for all that read it."""
+        if id(owner) not in self._turned:
+            self._turned[id(owner)] = owner, is_turned(view)
+        if not self._turned[id(owner)][1]:
+            view.fill(begin, out, read)
+            return
+        at = 0
+        while at < out.size:
+            first, end = _group_of(view.shape, begin + at, GATHERED_NBYTES // out.itemsize)
+            key = id(owner), out.dtype.str, first
+            with self._lock:
+                group = self._groups.get(key)
+                if group is None:
+                    group = self._groups[key] = _Group(view, first, end - first, out.dtype)
+                self._groups.move_to_end(key)
+                if len(self._groups) > self._most:
+                    self._groups.popitem(last=False)
+            group.complete(read)
+            room = out[at : end - begin]
+            room[:] = group.values[begin + at - first :][: room.size]
+            at += room.size
+            with self._lock:
+                group.left -= room.size
+                if group.left <= 0:
+                    self._groups.pop(key, None)
+
+
+class _Group:
+    """Neighbours in a view, and what is still to be done until they are there."""
+
+    def __init__(self, view: View, begin: int, numel: int, dtype: Any) -> None:
+        self.values = np.empty(numel, dtype)
+        self.left = numel  # values that nobody has taken yet
+        self._units = _units(view, begin, self.values)
+        self._begun = self._done = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def complete(self, read: Reader) -> None:
+        """Return when all values are there; do of the work what no other thread has begun."""
+        while True:
+            with self._changed:
+                number, self._begun = self._begun, self._begun + 1
+            if number >= len(self._units):
+                break
+            try:
+                _read_unit(*self._units[number], read)
+            except BaseException as error:
+                self._error = error
+                raise
+            finally:
+                with self._changed:
+                    self._done += 1
+                    self._changed.notify_all()
+        with self._changed:
+            self._changed.wait_for(lambda: self._done >= len(self._units))
+        if self._error is not None:
+            raise self._error
+
+
+class _Active(threading.local):
+    gatherer: Gatherer | None = None
+
+
+_active = _Active()
+
+
+@contextlib.contextmanager
+def gathering(gatherer: Gatherer) -> Iterator[None]:
+    """Let this thread read turned views through a gatherer: it goes on to what lies behind."""
+    before, _active.gatherer = _active.gatherer, gatherer
+    try:
+        yield
+    finally:
+        _active.gatherer = before
+
+
+def is_gathering() -> bool:
+    """Return whether this thread reads turned views through a gatherer."""
+    return _active.gatherer is not None
+
+
+def fill(owner: Any, view: View, begin: int, out: Array, read: Reader) -> None:
+    """Fill `out` with values begin.. of the view of `owner`: through this thread's gatherer."""
+    if _active.gatherer is None:
+        view.fill(begin, out, read)
+    else:
+        _active.gatherer.fill(owner, view, begin, out, read)
+
+
+def is_turned(view: View) -> bool:
+    """Return whether neighbours in a view lie far apart in its sources, and in an order."""
+    turned = False
+    for box in view.boxes:
+        order = _source_order(box)
+        inner = [_span(*_only(box, order[i + 1 :])) for i in range(len(order))]
+        if any(box.strides[dim] < n for dim, n in zip(order, inner, strict=True)):
+            return False  # values that are there twice
+        turned |= order != sorted(order)
+    return turned
+
+
+def _source_order(box: Box) -> list[int]:
+    """Return the dimensions of a box as its source has them, the outermost first."""
+    dims = [dim for dim, n in enumerate(box.sizes) if n > 1]
+    return sorted(dims, key=lambda dim: -box.strides[dim])
+
+
+def _only(box: Box, dims: Sequence[int]) -> tuple[list[int], list[int]]:
+    return [box.sizes[dim] for dim in dims], [box.strides[dim] for dim in dims]
+
+
+def _group_of(shape: Index, at: int, most: int) -> tuple[int, int]:
+    """Return begin and end of the values that go with value `at`: whole rows, whole matrices.
+
+    At most so many, and of what is larger equal shares.
+    """
+    dim = next(d for d in range(len(shape) + 1) if prod(shape[d:]) <= most)
+    if dim == 0:
+        return 0, prod(shape)
+    inner, count = prod(shape[dim:]), shape[dim - 1]
+    step = inner * -(-count // -(-count // (most // inner)))
+    first = at - at % (count * inner)
+    begin = first + (at - first) // step * step
+    return begin, min(begin + step, first + count * inner)
+
+
+Unit = tuple[int, list[tuple[Box, Array]]]  # its number in the source; boxes and their room
+
+
+def _units(view: View, begin: int, out: Array) -> list[Unit]:
+    """Return what fills `out`, by units of the sources."""
+    found: dict[tuple[int, int], list[tuple[Box, Array]]] = {}
+    for part, room in view.parts(begin, out):
+        last = part.start + _span(part.sizes, part.strides) - 1
+        for number in range(part.start // UNIT, last // UNIT + 1):
+            found.setdefault((id(part.source), number), []).append((part, room))
+    return [(number, parts) for (_, number), parts in found.items()]
+
+
+def _read_unit(number: int, parts: Sequence[tuple[Box, Array]], read: Reader) -> None:
+    """Read the boxes of one source as far as they lie in a unit of it."""
+    pieces = []
+    for box, room in parts:
+        order = _source_order(box)
+        begin = number * UNIT - box.start
+        for low, sizes in _between(*_only(box, order), begin, begin + UNIT):
+            begins, counts, start = [0] * len(box.sizes), [1] * len(box.sizes), box.start
+            for dim, a, n in zip(order, low, sizes, strict=True):
+                begins[dim], counts[dim] = a, n
+                start += a * box.strides[dim]
+            piece = box._replace(sizes=tuple(counts), start=start)
+            pieces.append((piece, _part_of(room, begins, piece.sizes)))
+    if not pieces:
+        return
+    first = min(piece.start for piece, _ in pieces)
+    end = max(piece.start + _span(piece.sizes, piece.strides) for piece, _ in pieces)
+    source, dtype = parts[0][0].source, parts[0][1].dtype
+    few = end - first > SPAN * sum(prod(piece.sizes) for piece, _ in pieces)
+    if few and isinstance(source, TensorSpec):  # else it costs more to read less
+        for piece, room in pieces:
+            _copy(piece, room, read)
+        return
+    held = np.empty(end - first, dtype)
+    read(source, first, held)
+    for piece, room in pieces:
+        _turn(held[piece.start - first :], piece, room)
+
+
+def _turn(held: Array, piece: Box, room: Array) -> None:
+    """Copy values that begin with those of a box into an array of its sizes."""
+    strides = list(piece.strides)
+    far, *inner = _source_order(piece) or [0]
+    if strides and strides[far] * held.itemsize % PAGE == 0:
+        width = _span(*_only(piece, inner))
+        rows = np.empty((piece.sizes[far], width + PAGE // 64), held.dtype)
+        rows[:, :width] = _strided(held, (piece.sizes[far], width), (strides[far], 1))
+        held, strides[far] = rows, rows.shape[1]
+    room[...] = _strided(held, piece.sizes, strides)
+
+
+def _between(
+    sizes: Sequence[int], strides: Sequence[int], begin: int, end: int
+) -> Iterator[tuple[Index, Index]]:
+    """Cut what of a box lies at begin.. before `end` into boxes: offsets and sizes.
+
+    Its dimensions are those of the source, the outermost first.
+    """
+    if not sizes:
+        if begin <= 0 < end:
+            yield (), ()
+        return
+    inner = _span(sizes[1:], strides[1:])
+    first = min(max(-(-begin // strides[0]), 0), sizes[0])
+    last = max(min((end - inner) // strides[0] + 1, sizes[0]), first)
+    if first < last:
+        yield (first, *[0] * (len(sizes) - 1)), (last - first, *sizes[1:])
+    for i in {first - 1, last}:  # of which a part may lie there
+        if 0 <= i < sizes[0]:
+            at = i * strides[0]
+            for low, counts in _between(sizes[1:], strides[1:], begin - at, end - at):
+                yield (i, *low), (1, *counts)
 
 
 @dataclass(frozen=True)
@@ -348,7 +596,7 @@ class Viewed(Derived):
         return self.view.sources
 
     def read(self, begin: int, out: Array) -> None:
-        self.view.fill(begin, out, read_values)
+        fill(self, self.view, begin, out, read_values)
 
 
 @dataclass(frozen=True)

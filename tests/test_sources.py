@@ -1,6 +1,9 @@
 """Sources: any range of a view is what numpy makes of the whole, and nothing more is read."""
 
 import pickle
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +12,19 @@ from families import save, toy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skillvec import sources
 from skillvec.sources import (
     SPAN,
+    Box,
+    Gatherer,
     View,
     Viewed,
     concatenate,
     digest_values,
     files_of,
+    fill,
+    gathering,
+    is_turned,
     read_raw,
     stack,
     values_of,
@@ -107,6 +116,100 @@ def test_a_block_reads_about_its_own_size_from_a_large_tensor(turned: bool):
         assert (found == np.ascontiguousarray(array).reshape(-1)[begin : begin + block]).all()
         assert max(asked) <= SPAN * block and sum(asked) <= SPAN * block
         assert turned or len(asked) <= 3
+
+
+# ------------------------------------------------------------------------------- turned views
+
+
+def gathered(view: View, block: int, gatherer: Gatherer, reader=read) -> np.ndarray:
+    """Return a view read block by block, by threads that share a gatherer."""
+    out = np.full(int(np.prod(view.shape)), -1)
+
+    def one(begin: int) -> None:
+        with gathering(gatherer):
+            fill(view, view, begin, out[begin : begin + block], reader)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(one, range(0, out.size, block)))
+    return out
+
+
+@given(views(), st.integers(1, 40), st.integers(1, 30), st.integers(1, 30))
+def test_threads_that_gather_a_view_read_what_numpy_makes(drawn, block: int, group: int, unit: int):
+    view, array = drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "GATHERED_NBYTES", 8 * group)
+        patch.setattr(sources, "UNIT", unit)
+        found = gathered(view, block, Gatherer(2))
+    assert (found == array.reshape(-1)).all()
+
+
+@pytest.mark.parametrize("rows", [(6,), (2, 3)])
+def test_a_turned_view_reads_each_unit_of_its_source_once(rows: tuple[int, ...], monkeypatch):
+    """Of two joined matrices, turned: one group of all, of which each block needs every row."""
+    parts = [np.arange(70 * n).reshape(n, 70) + 1000 * n for n in rows]
+    view = concatenate([whole(part, part.shape) for part in parts], 0).transpose(0, 1)
+    monkeypatch.setattr(sources, "UNIT", 50)
+    asked: Counter[tuple[int, int]] = Counter()
+
+    def counting(source: np.ndarray, begin: int, out: np.ndarray) -> None:
+        asked[source.size, begin // 50] += 1
+        assert begin // 50 == (begin + out.size - 1) // 50
+        read(source, begin, out)
+
+    found = gathered(view, 7, Gatherer(), counting)
+    assert (found == np.concatenate(parts).T.reshape(-1)).all()
+    assert len(asked) == sum(-(-part.size // 50) for part in parts)
+    assert set(asked.values()) == {1}
+
+
+def test_what_is_gathered_is_let_go_when_it_was_taken_and_bounded_before(monkeypatch):
+    monkeypatch.setattr(sources, "GATHERED_NBYTES", 8 * 10)
+    array = np.arange(400).reshape(20, 20)
+    view, gatherer = whole(array, array.shape).transpose(0, 1), Gatherer(3)
+    out = np.zeros(5, int)
+    with gathering(gatherer):
+        for begin in range(0, 400, 20):  # a quarter of each row, so that none is ever done
+            fill(view, view, begin, out, read)
+            assert len(gatherer._groups) <= 3
+    again = Gatherer(3)
+    gathered(view, 20, again)
+    assert not again._groups
+
+
+def test_an_error_below_a_turned_view_reaches_every_thread_that_waits():
+    array = np.arange(400).reshape(20, 20)
+    view, gatherer = whole(array, array.shape).transpose(0, 1), Gatherer()
+    begun, go = threading.Event(), threading.Event()
+
+    def broken(source: np.ndarray, begin: int, out: np.ndarray) -> None:
+        begun.set()
+        go.wait(10)
+        raise OSError("broken")
+
+    def one(begin: int) -> None:
+        with gathering(gatherer):
+            fill(view, view, begin, np.zeros(100, int), broken)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(one, 0)
+        assert begun.wait(10)
+        second = pool.submit(one, 100)  # finds nothing left to do, and waits
+        go.set()
+        for work in (first, second):
+            with pytest.raises(OSError, match="broken"):
+                work.result(10)
+
+
+def test_only_what_lies_turned_is_gathered():
+    array = np.arange(24).reshape(2, 3, 4)
+    view = whole(array, array.shape)
+    assert not is_turned(view)
+    assert not is_turned(view.slice(2, 1, 3)) and not is_turned(stack([view, view]))
+    assert is_turned(view.transpose(1, 2)) and is_turned(view.transpose(0, 1))
+    assert not is_turned(view.slice(1, 0, 1).transpose(0, 1))  # a dimension of 1 has no order
+    twice = Box((0, 0), (3, 4), array, 0, (1, 2))  # windows that overlap
+    assert not is_turned(View((3, 4), (twice,)))
 
 
 @pytest.fixture
