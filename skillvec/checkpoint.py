@@ -28,7 +28,8 @@ from skillvec.errors import (
 )
 from skillvec.kernels import FLOATS
 from skillvec.quantised import LeftOut, dequantised, nothing_left_out, unexplained
-from skillvec.sidefiles import STATE, Made, left_behind
+from skillvec.sidefiles import ADAPTER_CONFIG as ADAPTER_CONFIG
+from skillvec.sidefiles import ADAPTER_WEIGHTS, STATE, STATE_FILE, Made, left_behind
 from skillvec.sources import Source, files_of
 from skillvec.staging import STAGING_SUFFIX
 from skillvec.storage import (
@@ -52,7 +53,6 @@ from skillvec.storage import (
 INDEX = "model.safetensors.index.json"
 VECTOR_INDEX = "vector.safetensors.index.json"
 SINGLE = "model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 STEP = re.compile(r"global_step(\d{1,18})(?=/|$)")  # a folder of DeepSpeed's
 FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # of LoRA, in a tensor's name
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -63,6 +63,7 @@ PART = re.compile(
     r"-of-(\d{1,9})\b|^(?:model[-_.])?(?:rank|shard|part|tp|pp)[-_]?\d+(?=[-_.])"
     r"|(?:^|_)[mtp]p_rank_\d|^consolidated\.\d"
 )
+DEEP, MANY = 3, 1000  # levels below a folder, and folders there, that are looked into for a model
 NOT_TEXT = re.compile("[\ud800-\udfff]")  # lone surrogates, which no file can hold
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
@@ -389,30 +390,57 @@ def as_model(opened: Checkpoint, role: str, left_out: LeftOut = nothing_left_out
             f"{role} {opened.ref}: this is a PEFT adapter, a displacement and no model: use it in"
             " place of a vector, or as the TUNED of diff with its base model as BASE"
         )
+    if ADAPTER_CONFIG in opened.place.files and opened.place.member is None:
+        opened = _noting(
+            opened,
+            f"{ADAPTER_CONFIG} beside the weights: these are read as they are, and the adapter is"
+            " not added, which from_pretrained does where PEFT is installed",
+        )
     empty = placeholders(opened)
     weights = [opened[name].shape for name in opened if name.endswith(".weight")]
     if (0,) in weights and (2 * weights.count((0,)) > len(weights) or max(map(len, weights)) < 2):
         raise IncompatibleError(f"{role} {empty_weights(opened, empty)}")
     if empty:
         note = f"{len(empty)} tensors are empty ([0]), such as {empty[0]}: are they meant to be?"
-        more = replace(opened.opened, notes=(*opened.opened.notes, note))
-        opened = Checkpoint(opened.place, more, opened.formats)
+        opened = _noting(opened, note)
     tensors, formats = dequantised(opened, opened.config, f"{role} {opened.ref}", left_out)
     model = opened.with_tensors(tensors, formats) if formats else opened
     unread = list(unexplained(tensors))
     if not unread:
         return model
-    note = (
+    return _noting(
+        model,
         f"{len(unread)} tensors stay as they are, because no config says how to read them, such as"
-        f" {unread[0]}; scales that their method folded into other tensors are not undone"
+        f" {unread[0]}; scales that their method folded into other tensors are not undone",
     )
-    notes = (*model.opened.notes, note)
-    return Checkpoint(model.place, replace(model.opened, notes=notes), model.formats)
+
+
+def _noting(model: Checkpoint, note: str) -> Checkpoint:
+    """Return a model with one more note."""
+    opened = replace(model.opened, notes=(*model.opened.notes, note))
+    return Checkpoint(model.place, opened, model.formats)
 
 
 def is_adapter(place: Place) -> bool:
-    """Return whether a folder holds a PEFT adapter."""
-    return place.member is None and ADAPTER_CONFIG in place.files and SINGLE not in place.files
+    """Return whether a folder holds a PEFT adapter, and no weights of a model beside it."""
+    if place.member is not None or ADAPTER_CONFIG not in place.files:
+        return False
+    return not (SINGLE in place.files or INDEX in place.files or _model_beside(place))
+
+
+def _model_beside(place: Place) -> list[str]:
+    """Return files beside an adapter's that hold a model: pickles, other safetensors, by name.
+
+    Other safetensors without a factor of LoRA; an adapter may lie in a file of another name.
+    """
+    own = [name for name in ADAPTER_WEIGHTS if name in place.files]
+    found = [name for name in PICKLES if name in place.files and own]
+    for name, address in sorted(place.files.items()):
+        other = name.endswith(".safetensors") and "/" not in name and name not in own
+        if other and not STATE_FILE.fullmatch(name):
+            with contextlib.suppress(FormatError):
+                found += [] if any(map(FACTOR.search, read_header(address).tensors)) else [name]
+    return found
 
 
 def placeholders(model: Mapping[str, Source]) -> list[str]:
@@ -427,6 +455,8 @@ def empty_weights(opened: Checkpoint, names: Sequence[str]) -> str:
     """Return what to say of a checkpoint whose weights are placeholders, and where they may be."""
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     steps = _steps([*os.listdir(folder), *opened.place.files])
+    if not steps and not STEP.match(folder.name):  # of an adapter in a folder below the run's
+        steps = [f"../{name}" for name in _steps(os.listdir(folder.parent))]
     if is_adapter(opened.place) and steps:
         where = f"lie in {steps[-1]}/: copy {ADAPTER_CONFIG} into it and name that folder"
     elif steps or folder.name.startswith("global_step"):
@@ -632,6 +662,10 @@ def _open_folder(place: Place, what: str) -> Opened:
         return _open_shards(files, weight_map, what)
     single = [SINGLE] if SINGLE in files else []
     here = sorted(name for name in files if "/" not in name)  # not in folders below, as on a disk
+    if ADAPTER_CONFIG in files:
+        own = [name for name in here if name in ADAPTER_WEIGHTS]
+        adapter = is_adapter(place) and own
+        here = own if adapter else [name for name in here if name not in own]
     single = single or [name for name in here if name.endswith(".safetensors")]
     if len(single) == 1:
         opened = _of_headers({single[0]: read_header(files[single[0]])}, what, _finer(files))
@@ -688,19 +722,36 @@ def _open_folder(place: Place, what: str) -> Opened:
 
 def _inside(place: Place) -> list[tuple[str, str]]:
     """Return the folders in a folder that hold an adapter, a vector or a model, and which it is."""
-    held = defaultdict(set)
+    held: dict[str, list[str]] = defaultdict(list)
     for name in place.files:  # of the Hub and of stores: names with slashes
-        folder, _, file = name.partition("/")
-        held[folder].add(file)
+        folder, slash, file = name.rpartition("/")
+        if slash and folder.count("/") < DEEP:
+            held[folder].append(file)
     if not _is_listed(place) and place.path.is_dir():
-        for entry in os.scandir(place.path):
-            with contextlib.suppress(OSError):  # no folder, or not to be read
-                held[entry.name] |= set(os.listdir(entry))
+        held |= _folders_of(place.path)
     kinds = {ADAPTER_CONFIG: "a PEFT adapter", VECTOR_INDEX: "a skill vector"}
     kinds |= dict.fromkeys((SINGLE, INDEX, *PICKLES, *SHARDS), "a model")
     found = [(name, [k for g, k in kinds.items() if fnmatch.filter(held[name], g)])
              for name in held]  # fmt: skip
     return sorted((name, kind[0]) for name, kind in found if kind)
+
+
+def _folders_of(path: Path) -> dict[str, list[str]]:
+    """Return what lies in the folders below one, by their names; not hidden ones, nor very many."""
+    held: dict[str, list[str]] = {}
+    level = [""]
+    for _ in range(DEEP):
+        inner = []
+        for above in level:
+            with os.scandir(path / above) as entries:
+                names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+            for name in sorted(names)[: MANY - len(held)]:
+                folder = f"{above}/{name}" if above else name
+                with contextlib.suppress(OSError):  # not to be read
+                    held[folder] = os.listdir(path / folder)
+                    inner.append(folder)
+        level = inner
+    return held
 
 
 def _steps(names: Iterable[str]) -> list[str]:

@@ -181,7 +181,8 @@ class Screen:
                 self.say(f"  delete  {name}")
         for line in _layout(facts.get("layout", {})):
             self.say(f"  layout  {line}")
-        states = set(facts.get("left_behind", ())) - set(facts.get("old_weights", ()))
+        states = set(facts.get("left_behind", ()))
+        states -= {*facts.get("old_weights", ()), *facts.get("adapter_files", ())}
         if states:  # a warning speaks of the others
             self.say(f"  left    behind, not copied: {_left(states)}")
         if "fetched" in facts:

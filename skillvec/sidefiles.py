@@ -1,10 +1,11 @@
 """What of a model's folder comes along when its weights are written anew, and what stays behind.
 
-Everything comes along, byte for byte, but two kinds of files. States of a training are of no use
+Everything comes along, byte for byte, but three kinds of files. States of a training are of no use
 beside weights that were not trained. Files at the top of the folder in which a loader looks for
 the very weights that are rewritten, in another format, precision or numbering, hold them as they
-were: under such a name they would be loaded in place of what was made. Names decide, and of
-safetensors the names of the tensors in them; no weight is read.
+were: under such a name they would be loaded in place of what was made. An adapter at the top is
+added by from_pretrained to the weights beside it, into which it was merged before. Names decide,
+and of safetensors the names of the tensors in them; no weight is read.
 """
 
 import fnmatch
@@ -24,9 +25,12 @@ WEIGHT_FILES = (
     "*.onnx.data", "*.tflite", "*.npz", "*.nemo", "*.distcp", ".metadata",
 )  # fmt: skip
 ARGUMENTS = "training_args.bin"  # a pickle of settings
+ADAPTER_CONFIG = "adapter_config.json"  # where it lies, PEFT finds an adapter
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 STATE = "state of a training"
 OLD = "weights of the target as they were"
+ADAPTER = "an adapter, which from_pretrained adds to the weights beside it"
 STRAY = "an index of files that stay behind"
 # of transformers, accelerate, DeepSpeed, Megatron, FSDP and verl
 STATE_FILE = re.compile(
@@ -72,6 +76,8 @@ def left_behind(files: Mapping[str, str], made: Made) -> dict[str, str]:
     for name, address in files.items():
         if _is_state(name, saved - {""}, steps):
             left[name] = STATE
+        elif ADAPTER_CONFIG in files and name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS):
+            left[name] = ADAPTER
         elif "/" not in name and _is_old(name, address, made):
             left[name] = OLD
     there = {*made.files, *(name for name in files if name not in left)}

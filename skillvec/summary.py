@@ -17,7 +17,7 @@ from skillvec.fitting import ledger_line
 from skillvec.kernels import HALVES
 from skillvec.plan import Job, Plan
 from skillvec.report import Line, Report
-from skillvec.sidefiles import OLD, is_weight_file
+from skillvec.sidefiles import ADAPTER, OLD, is_weight_file
 from skillvec.storage import file_nbytes, shown
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import NO_DIGEST, Entry, VectorFile, exactness_entry, tensor_entry
@@ -387,6 +387,7 @@ def side_facts(plan: Plan) -> dict[str, Any]:
     return {
         "left_behind": [name for name, _ in plan.left_behind],
         "old_weights": old,
+        "adapter_files": [name for name, why in plan.left_behind if why == ADAPTER],
         "copied_weights": [
             name for _, name in plan.copies if name != INDEX and is_weight_file(name)
         ],
@@ -401,6 +402,13 @@ def side_warnings(report: Report) -> list[str]:
         found.append(
             "the target holds its weights in other files too; these stay behind, because whatever"
             f" loads them would miss the vector:\n{up_to_five(old)}"
+        )
+    if report.facts["adapter_files"]:
+        found.append(
+            "the target holds an adapter beside its weights, which were read as they are; its files"
+            " stay behind, because from_pretrained adds it to whatever lies beside them, where PEFT"
+            " is installed: copy them to the output only if the weights do not hold it already:\n"
+            + up_to_five(report.facts["adapter_files"])
         )
     if copied:
         found.append(

@@ -376,7 +376,105 @@ def test_a_model_whose_own_weights_are_called_so_is_a_model(tmp_path: Path) -> N
     assert all(torch.equal(t, tuned[name]) for name, t in load(tmp_path / "out").items())
 
 
+# ------------------------------------------------------------------- a model beside an adapter
+
+
+def put_weights(kind: str, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Save a model into a folder that holds an adapter, as a kind of files."""
+    model = llama()
+    model.load_state_dict(weights)
+    if kind == "pickle":
+        torch.save(weights, folder / "pytorch_model.bin")
+        model.config.save_pretrained(folder)
+        return
+    model.save_pretrained(folder, max_shard_size="5KB" if kind == "shards" else "1GB")
+    if kind == "another name":
+        os.rename(folder / "model.safetensors", folder / "merged.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["single", "shards", "pickle", "another name"])
+def test_merged_weights_beside_an_adapter_are_a_model(kind: str, tmp_path: Path) -> None:
+    folder, expected = trained(tmp_path, target_modules=["q_proj"])
+    put_weights(kind, folder / "ad", expected)
+    sv.diff(folder / "ad", folder / "base", folder / "v.safetensors")
+    sv.apply(folder / "base", folder / "v.safetensors", folder / "tuned")
+    found = load(folder / "tuned")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    (note,) = open_checkpoint(folder / "ad").opened.notes
+    assert note.startswith("adapter_config.json beside the weights") and "not added" in note
+
+
+@pytest.mark.parametrize("kind", ["single", "shards", "pickle"])
+def test_what_apply_makes_of_them_is_what_transformers_loads(kind: str, tmp_path: Path) -> None:
+    """With the adapter's files beside it, from_pretrained would add the adapter once more."""
+    folder, expected = trained(tmp_path, target_modules=["q_proj"])
+    put_weights(kind, folder / "ad", expected)
+    tuned = {name: tensor + 1 for name, tensor in load(folder / "base").items()}
+    save(folder / "more", tuned)
+    vector = sv.diff(folder / "more", folder / "base")
+    report = sv.apply(folder / "ad", vector, folder / "out")
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert report.facts["adapter_files"] == files
+    assert set(files) <= set(report.facts["left_behind"])
+    assert any("adapter_config.json" in text for text in report.warnings)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
+    assert set(loaded) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name], tensor + 1, rtol=0, atol=1e-6)
+    for file in files:  # so it is not for nothing that they stay behind
+        shutil.copy(folder / "ad" / file, folder / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
+    assert any("lora_A" in name for name in again)
+
+
+def test_an_adapter_in_a_folder_of_the_model_comes_along(tmp_path: Path) -> None:
+    folder, _ = trained(tmp_path, target_modules=["q_proj"])
+    shutil.copytree(folder / "ad", folder / "base" / "speech-lora")
+    report = sv.apply(folder / "base", sv.diff(folder / "base", folder / "base"), folder / "out")
+    assert report.facts["adapter_files"] == [] == report.facts["left_behind"]
+    assert (folder / "out" / "speech-lora" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "more", ["optimizer.safetensors", "copy.safetensors", "merged.safetensors"]
+)
+def test_other_safetensors_beside_an_adapter(more: str, tmp_path: Path) -> None:
+    """State of a training and factors are no model; a model in parts, or two, are refused."""
+    folder, expected = trained(tmp_path, target_modules=["q_proj"])
+    if more == "merged.safetensors":
+        put_weights("another name", folder / "ad", expected)
+        shutil.copy(folder / "ad" / more, folder / "ad" / "other.safetensors")
+        told = refusal(SkillvecError, lambda: sv.diff(folder / "ad", folder / "base"))
+        assert "2 safetensors files and no model.safetensors.index.json" in told
+        return
+    shutil.copy(folder / "ad" / "adapter_model.safetensors", folder / "ad" / more)
+    sv.apply(folder / "base", folder / "ad", folder / "out")
+    assert_merged(folder / "out", expected)
+
+
+def test_an_empty_adapter_below_the_run_is_sent_to_the_run(tmp_path: Path) -> None:
+    folder, _ = trained(tmp_path, target_modules=["q_proj"])
+    empty = {name: torch.zeros(0) for name in load_file(folder / "ad/adapter_model.safetensors")}
+    below = folder / "checkpoint-5" / "default"
+    below.mkdir(parents=True)
+    shutil.copy(folder / "ad" / "adapter_config.json", below)
+    torch.save(empty, below / "adapter_model.bin")
+    (folder / "checkpoint-5" / "global_step5").mkdir()
+    told = refusal(IncompatibleError, lambda: sv.SkillVector.open(below))
+    assert "4 of 4 tensors are empty" in told
+    assert "lie in ../global_step5/: copy adapter_config.json into it" in told
+
+
 # ------------------------------------------------------------------------------ folders below
+
+
+def test_an_adapter_two_levels_below_is_named(tmp_path: Path) -> None:
+    folder, _ = trained(tmp_path, target_modules=["q_proj"])
+    shutil.copytree(folder / "ad", tmp_path / "run" / "actor" / "lora_adapter")
+    (tmp_path / "run" / ".cache" / "x").mkdir(parents=True)
+    shutil.copy(folder / "ad" / "adapter_config.json", tmp_path / "run" / ".cache" / "x")
+    told = refusal(UsageError, lambda: sv.SkillVector.open(tmp_path / "run"))
+    assert told.splitlines()[1:] == ["  actor/lora_adapter/: a PEFT adapter"]
 
 
 @pytest.mark.parametrize(
