@@ -243,7 +243,11 @@ class Held:
         turned = len(shape) == 3 and bool(getattr(owner, "is_transposed", False))
         kind = f"weight of a {type(owner).__name__}" if leaf == "weight" else "parameter"
         convolution = isinstance(owner, nn.modules.conv._ConvNd)
-        if convolution or leaf.endswith("bias") or (len(shape) == 2 and leaf != "weight"):
+        if (
+            convolution
+            or leaf.endswith("bias")
+            or (len(shape) == 2 and not leaf.endswith("weight"))
+        ):
             return _left(f"the {kind}, not of a linear module")
         if not module:
             return _left("a parameter of the model itself, which PEFT does not wrap")
