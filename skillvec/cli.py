@@ -345,8 +345,12 @@ def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> An
     help="Of the squared norm to keep: the smallest rank that does.",
 )
 @click.option("--embed-lora", is_flag=True, help="Factors of embeddings too.")
-@click.option("--save-module", multiple=True, metavar="NAME",
-              help="Save a module whole: lm_head, embed_tokens, norm ...")
+@click.option(
+    "--save-module",
+    multiple=True,
+    metavar="NAME",
+    help="Save a module whole: lm_head, embed_tokens, norm ...",
+)
 @click.option("--base", help="Where the vector's base is now.")
 @click.option("--dtype", default="fp32", show_default=True, help="Of the factors.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
