@@ -84,6 +84,7 @@ FOREIGN = {
     ".nemo": "a NeMo archive: export it to Hugging Face format with NeMo first",
 }
 GGUF = ".gguf"
+QUANTO = "quanto_qmap.json"  # of optimum-quanto: which module it quantised, and how
 # how names of files end, not of repositories
 FILES = (".safetensors", GGUF, *PICKLE_SUFFIXES, *FOREIGN)
 
@@ -302,6 +303,7 @@ class Checkpoint(Mapping[str, Source]):
         """
         ours = {*self.files, *map(os.fspath, self.real_files)}
         sources = {INDEX, PICKLES[1]} if self.kind == PICKLES[0] else {INDEX}
+        sources |= {QUANTO} if self.formats else set()
         beside = {
             name: address
             for name, address in self._beside()
@@ -403,7 +405,18 @@ def as_model(opened: Checkpoint, role: str, left_out: LeftOut = nothing_left_out
     if empty:
         note = f"{len(empty)} tensors are empty ([0]), such as {empty[0]}: are they meant to be?"
         opened = _noting(opened, note)
-    tensors, formats = dequantised(opened, opened.config, f"{role} {opened.ref}", left_out)
+    headers = {key: said for file in opened.opened.labels.values() for key, said in file.items()}
+    config, what = opened.config, f"{role} {opened.ref}"
+    if opened.is_folder and QUANTO in opened.place.files and "quantization_config" not in config:
+        said = {"quant_method": "quanto", "map": read_json(opened.place.files[QUANTO])}
+        config = config | {"quantization_config": said}
+
+    def shapes() -> dict[str, tuple[int, ...]]:
+        from skillvec.conversions import shapes_of
+
+        return shapes_of(opened.config, len(opened)) or {}
+
+    tensors, formats = dequantised(opened, config, what, left_out, headers, shapes)
     model = opened.with_tensors(tensors, formats) if formats else opened
     unread = list(unexplained(tensors))
     if not unread:

@@ -15,6 +15,7 @@ SAID |= {"half": "F16", "float": "F32", "double": "F64"}  # torch has these as w
 DTYPE_KEYS = ("dtype", "torch_dtype")  # the first that is not null counts
 TIE_KEYS = ("tie_word_embeddings", "tie_embedding")
 QUANTISATION = "quantization_config"
+QUANTISED = (QUANTISATION, "quantization")  # the second of mlx, which writes both
 DEPTH = 16  # configs within configs, beyond which nobody looks
 
 
@@ -32,7 +33,12 @@ def _within(
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without what it says of quantisation."""
-    return _within(config, lambda part: part.pop(QUANTISATION, None))
+
+    def change(part: dict[str, Any]) -> None:
+        for key in QUANTISED:
+            part.pop(key, None)
+
+    return _within(config, change)
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,6 +156,18 @@ def tied_weights(config: Mapping[str, Any], most_layers: int) -> dict[str, str] 
         return None
 
 
+def shapes_of(config: Mapping[str, Any], most_layers: int) -> dict[str, Index] | None:
+    """Return the shapes of the weights of the model of a config.json, by name.
+
+    None where transformers makes no model of it.
+    """
+    try:
+        made = model_of(config, most_layers).state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in made.items()}
+    except Exception:  # whatever a model's code raises on a config of others
+        return None
+
+
 def all_of(source: str, shape: Index) -> View:
     """Return a view of all of a tensor; it has a box also where there are no values."""
     return View(shape, (Box((0,) * len(shape), shape, source, 0, row_major(shape)),))

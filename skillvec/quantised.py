@@ -1,10 +1,10 @@
 """Quantised checkpoints: weights that are multiplied by their scales when they are read.
 
 Hides FP8 (DeepSeek, Qwen, MiniMax: blocks, per tensor, fused experts), compressed-tensors (float-,
-int-, naive- and pack-quantized, NVFP4, MXFP4, MXFP6, MXFP8) and MXFP4 (gpt-oss). The values are
-those that transformers' and
-compressed-tensors' own dequantisation gives in the model's dtype, bit for bit (NaNs up to their
-payload). Where they differ - FP8 whose edge blocks happen to divide a matrix evenly -
+int-, naive- and pack-quantized, NVFP4, MXFP4, MXFP6, MXFP8), MXFP4 (gpt-oss), MLX (affine),
+torchao (int8, float8, intx) and optimum-quanto. The values are those that these libraries' own
+dequantisation gives, in the model's dtype where it does not say one itself, bit for bit (NaNs up to
+their payload). Where they differ - FP8 whose edge blocks happen to divide a matrix evenly -
 compressed-tensors is followed: its blocks have the size that the config names. What a tensor is
 comes from its partners, never from a list of layers. Memory is bounded by tiles of 2^20 values.
 
@@ -14,12 +14,11 @@ what no config explains: 8-bit floats, and integers that are called weights or l
 that scale them, whatever their names. Integer buffers (masks, positions, indexes, counts) pass.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -29,22 +28,36 @@ from skillvec.sources import (
     Derived,
     Index,
     Source,
+    Viewed,
     fill,
     is_gathering,
     read_values,
     values_of,
     whole,
 )
+from skillvec.unread import FLOATS, Tensors, refuse_unexplained
+from skillvec.unread import INTEGERS as INTEGERS
+from skillvec.unread import LeftOut as LeftOut
+from skillvec.unread import may_be_weight as may_be_weight
+from skillvec.unread import nothing_left_out as nothing_left_out
+from skillvec.unread import unexplained as unexplained
 
 TILE = 1 << 20  # values computed, and read, at a time
 STEP = 1 << 16  # where they lie together: their intermediate results stay near the core
 MAX_SIDE = 1 << 40  # of a side that a config states
-FLOATS = ("BF16", "F16", "F32")
 # of compressed-tensors: small floats in groups as (codes, bits, scales), and the others
 SMALL = {
     "nvfp4-pack-quantized": ("U8", 4, "F8_E4M3"), "mxfp4-pack-quantized": ("U8", 4, "U8"),
     "mxfp6-pack-quantized": ("U8", 6, "U8"), "mxfp8-quantized": ("F8_E4M3", 8, "U8"),
 }  # fmt: skip
+# of optimum-quanto: bits of what is packed, and dtypes of what is not
+PACKED = {"qint2": 2, "qint4": 4}
+BYTES = {
+    "qint8": "I8", "qfloat8": "F8_E4M3", "qfloat8_e4m3fn": "F8_E4M3", "qfloat8_e5m2": "F8_E5M2",
+    "qfloat8_e4m3fnuz": "F8_E4M3FNUZ",
+}  # fmt: skip
+TORCHAO = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
+HEADERS, SHAPES = "headers", "shapes"  # keys of `settings` for what else `dequantised` is given
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", *SMALL)
 # what serves only kernels that compute in few bits
 UNUSED = {
@@ -59,29 +72,6 @@ PARTNERS = (
     "_scale_inv", ".weight_scale", ".weight_zero_point", ".weight_packed", ".weight_shape",
     ".weight_global_scale", ".weight_g_idx",
 )  # fmt: skip
-COMPLEX = "C64"  # holds its values as it is: passed through
-INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
-# last parts of names: a weight whatever its dtype; what scales, shifts or looks up the codes of one
-WEIGHT = re.compile(r"weight|^(w_q|kernel|qzeros)$|_(blocks|packed)$", re.IGNORECASE)
-SCALING = re.compile(
-    r"scale|absmax|amax|zero|shift|quant|codebook|centroid|(^|_)(lut|scb|s[uv]h?|biases|norms)$",
-    re.IGNORECASE,
-)
-# integer buffers, by their last words: they point, count or hide; bare ones may be codes as well
-BUFFER = re.compile(
-    r"(^|_)(ids?|idxs?|index(es)?|indices|pos(ition)?s?|masks?|tril|counts?|counter|steps?|updates?"
-    r"|tracked|lens?|lengths?|sizes?|shapes?|offsets?|order|seen|init(ed|ialized)?|version|seed|map"
-    r"|mapping|perm(utation)?|tokens?|vocab|buckets?|hash(es)?|coords?|anchors?|lags?|state)\d*$"
-    r"|(^|_)(seq|labels|classes|levels|types)$|^[a-z]+2[a-z]+$|\w_to_\w",
-    re.IGNORECASE,
-)
-BARE = re.compile(r"[a-z]?_?(idxs?|index(es)?|indices|perm|map)", re.IGNORECASE)
-FEW = 64  # values of a vector of integers that may be packed weights
-LeftOut = Callable[[str], bool]  # whether the tensor of a name is left out of what is done
-
-
-def nothing_left_out(name: str) -> bool:
-    return False
 
 
 def _small_floats(exponents: int, mantissas: int, halvings: int = 0) -> F32Array:
@@ -126,7 +116,8 @@ class Dequantised(Derived):
     row: one a byte, or packed (`bits` > 0) with an offset of 2^(bits-1) in I32, as E2M1 (4 bits) or
     E2M3 (6) in bytes. `divisor` is one value that divides all scales. Where `halved`, codes count
     twice and powers half, so that 2^128 need not be held. The product is rounded to `product`, then
-    to `dtype`.
+    to `dtype`. Where there is a `shift`, `sign` times that is added to the product, and the sum
+    rounded in the same way.
     """
 
     name: str
@@ -141,11 +132,13 @@ class Dequantised(Derived):
     turned: bool = False
     divisor: Source | None = None
     halved: bool = False
+    shift: Source | None = None
+    sign: int = 1
 
     @property
     def parts(self) -> tuple[Source, ...]:
-        rest = (part for part in (self.zero, self.divisor) if part is not None)
-        return (self.weight, self.scale, *rest)
+        rest = (self.zero, self.divisor, self.shift)
+        return (self.weight, self.scale, *(part for part in rest if part is not None))
 
     def read(self, begin: int, out: Array) -> None:
         if self.turned and is_gathering():
@@ -181,9 +174,16 @@ class Dequantised(Derived):
                 divisor: F32Array = values_of(self.divisor, 0, 1)
                 scales = scales / divisor
             values = values * scales
-        if self.product not in ("F32", self.dtype):
-            values = widen(narrow(values, self.product), self.product)
-        return values
+            if self.shift is not None:
+                shifts = self._per_block(self.shift, number, rows, cols)
+                values = self._rounded(values) + self.sign * shifts
+        return values if self.product == self.dtype else self._rounded(values)
+
+    def _rounded(self, values: F32Array) -> F32Array:
+        if self.product == "F32":
+            return values
+        rounded: F32Array = widen(narrow(values, self.product), self.product)
+        return rounded
 
     @property
     def _matrix(self) -> tuple[int, int]:
@@ -197,13 +197,14 @@ class Dequantised(Derived):
             codes = _read_box(self.weight, first, count, width, low, high)
             table = FP8.get(self.weight.dtype)
             return codes.astype(np.float32) if table is None else table[codes]
-        unit = 32 if self.weight.dtype == "I32" else 8
+        unit = 32 if self.weight.dtype in ("I32", "U32") else 8
         start, stop = low * self.bits // unit, -(-high * self.bits // unit)
         width = -(-width * self.bits // unit)
         words = _read_box(self.weight, first, count, width, start, stop)
         if unit == 32:
             codes = _unpack(words, self.bits, low * self.bits - 32 * start, high - low)
-            return codes.astype(np.float32) - np.float32(1 << (self.bits - 1))
+            offset = 1 << (self.bits - 1) if self.weight.dtype == "I32" else 0
+            return codes.astype(np.float32) - np.float32(offset)
         if self.bits == 6:
             return E2M3[_unpack(words, 6, low * 6 - 8 * start, high - low)]
         pairs = TWICE if self.halved else PAIRS
@@ -238,6 +239,35 @@ class Dequantised(Derived):
         return values.astype(np.float32, copy=False)
 
 
+@dataclass(frozen=True)
+class Sliced(Derived):
+    """Codes of a few bits of which optimum-quanto lays whole rows over each other in bytes.
+
+    The first rows are the low bits of all bytes, the next ones the bits above them.
+    """
+
+    name: str
+    shape: Index
+    packed: Source
+    bits: int
+    dtype: str = "U8"
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return (self.packed,)
+
+    def read(self, begin: int, out: Array) -> None:
+        at = 0
+        while at < out.size:
+            layer, offset = divmod(begin + at, self.packed.numel)
+            count = min(out.size - at, self.packed.numel - offset)
+            part = out[at : at + count]
+            read_values(self.packed, offset, part)
+            part >>= self.bits * layer
+            part &= (1 << self.bits) - 1
+            at += count
+
+
 def _read_box(source: Source, first: int, count: int, width: int, low: int, high: int) -> Array:
     """Return some columns of some rows of a source seen as rows of `width` values."""
     box = np.empty((count, high - low), RAW[source.dtype])
@@ -263,8 +293,9 @@ def _unpack(words: Array, bits: int, begin: int, count: int) -> Array:
     return codes & np.uint32((1 << bits) - 1)
 
 
-Found = tuple[tuple[str, ...], Dequantised, str]  # the names it takes, what they give, the note
-Tensors = Mapping[str, Source]
+Found = tuple[
+    tuple[str, ...], Dequantised | Viewed, str
+]  # the names it takes, what they give, the note
 Settings = Mapping[str, Any]
 
 
@@ -273,34 +304,42 @@ def dequantised(
     config: Mapping[str, Any],
     what: str,
     left_out: LeftOut = nothing_left_out,
+    headers: Mapping[str, str] = {},
+    shapes: Callable[[], Mapping[str, Index]] = dict,
 ) -> tuple[dict[str, Source], dict[str, str]]:
     """Return the tensors with quantised weights under their plain names, read dequantised.
 
     `tensors` have their safetensors dtypes, `config` is the parsed config.json, `what` names the
     checkpoint in errors. Weights get the config's dtype, bf16 where it has none. The second result
     says of each weight how it was quantised and of each tensor left out why. Reads headers only,
-    but for the 16 bytes that tell the width of integers packed per channel. What no config explains
+    but for the 16 bytes that tell the width of integers packed per channel. `headers` are the
+    metadata of the files, in which torchao says what it wrote; `shapes` gives those of the model's
+    weights, of which optimum-quanto's groups of 4 and 2 bits do not tell. What no config explains
     stays as it is where all of it is `left_out`. Raises FormatError for partners that are missing
     or do not fit, IncompatibleError for what is not taken.
     """
     nested = [value for value in config.values() if isinstance(value, dict)]
     entries = [c["quantization_config"] for c in (config, *nested) if c.get("quantization_config")]
+    if not entries and _is_mlx(config.get("quantization")):
+        entries = [config["quantization"]]
     if not entries:
-        _refuse_unexplained(tensors, config, what, left_out)
+        refuse_unexplained(tensors, config, what, left_out)
         return dict(tensors), {}
     settings = entries[0] if isinstance(entries[0], dict) else {"quant_method": f"{entries[0]}?"}
-    method = str(settings.get("quant_method", "unnamed method"))
+    unnamed = "mlx" if _is_mlx(settings) else "unnamed method"
+    method = str(settings.get("quant_method", unnamed))
     if method not in METHODS or any(entry != settings for entry in entries):
         raise IncompatibleError(
             f"{what}: quantised ({method[:40]}; {len(entries)} quantization_config), expected one"
             f" of {', '.join(METHODS)}: dequantise the model with the library that made it, and"
             " save it, first"
         )
-    standing: dict[str, Dequantised] = {}
+    standing: dict[str, Source] = {}
     notes: dict[str, str] = {}
     problems, taken = [], set[str]()
     try:
-        for found in METHODS[method](tensors, settings, _model_dtype(config)):
+        said = settings | {HEADERS: headers, SHAPES: shapes}
+        for found in METHODS[method](tensors, said, _model_dtype(config)):
             if isinstance(found, str):
                 problems.append(found)
                 continue
@@ -325,7 +364,7 @@ def dequantised(
         problems = [f"{name}: without the weight that it belongs to" for name in left]
     if problems:
         raise FormatError(f"{what}: {method} tensors that do not fit:\n{up_to_five(problems)}")
-    _refuse_unexplained(result, config, what, left_out)
+    refuse_unexplained(result, config, what, left_out)
     return result, notes
 
 
@@ -340,146 +379,6 @@ def _model_dtype(config: Mapping[str, Any]) -> str:
             " dequantise the weights"
         )
     return DTYPE_NAMES[dtype]
-
-
-class Unexplained(NamedTuple):
-    """A tensor that cannot be read as it is: a weight, or what belongs to the weight `of`."""
-
-    of: str
-    text: str
-
-
-def unexplained(tensors: Tensors) -> dict[str, Unexplained]:
-    """Return what cannot be read as it is, by name: weights of integers or of a dtype that is not
-    taken, and the tensors beside them that scale them.
-
-    Only for tensors that no config explains: dequantised ones are floats.
-    """
-    suspects = [
-        (name, tensor)
-        for name, tensor in tensors.items()
-        if tensor.dtype not in (*STORAGE_DTYPE, COMPLEX)
-        or (tensor.dtype in INTEGERS and tensor.numel > 1)
-        or _last(name) == "W_q"  # of HQQ, which may view them as floats
-    ]
-    if not suspects:
-        return {}
-    beside: dict[str, list[str]] = defaultdict(list)  # names by module; those of codebooks by two
-    for name in tensors:
-        module = name.rpartition(".")[0]
-        beside[module].append(name)
-        if SCALING.search(_last(module)):
-            beside[module.rpartition(".")[0]].append(name)
-    found: dict[str, Unexplained] = {}
-    for name, tensor in sorted(suspects, key=lambda suspect: -suspect[1].nbytes):
-        if name in found:
-            continue
-        others = _beside(name, beside, tensors)
-        if tensor.dtype in INTEGERS and not _is_weight(name, tensor, others, tensors):
-            continue
-        parts = [other for other in others if _belongs(other, tensors[other], name, tensor)]
-        said = ", ".join(f"{_last(part)} {_described(tensors[part])}" for part in parts[:3])
-        said += f" and {len(parts) - 3} more" if len(parts) > 3 else ""
-        text = f"{name}: {_described(tensor)}" + (f", beside {said}" if said else "")
-        found[name] = Unexplained(name, text)
-        for part in parts:
-            text = f"{part}: {_described(tensors[part])}, belongs to {name}"
-            found.setdefault(part, Unexplained(name, text))
-    return {name: found[name] for name in tensors if name in found}
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _described(tensor: Source) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _beside(name: str, beside: Mapping[str, Sequence[str]], tensors: Tensors) -> list[str]:
-    """Return the names of the same module, and of the same weight where that is cut into parts."""
-    parts = name.split(".")
-    first = parts.index("weight") + 1 if "weight" in parts[:-1] else len(parts) - 1
-    found: list[str] = []
-    for end in range(first, len(parts)):
-        module, above = ".".join(parts[:end]), ".".join(parts[: end - 1])
-        found += [module] if module in tensors else []
-        found += beside.get(module, ())
-        found += [other for other in beside.get(above, ()) if other.startswith(f"{module}_")]
-    return [other for other in dict.fromkeys(found) if other != name]
-
-
-def _is_weight(name: str, tensor: Source, others: Sequence[str], tensors: Tensors) -> bool:
-    """Return whether integers are the codes of a weight, by their name and what lies beside it."""
-    module, _, last = name.rpartition(".")
-    if last == "indices" and f"{module}.values" in tensors:  # of a list, such as a patch
-        return False
-    if _is_called_weight(name):
-        return True
-    scaling = [other for other in others if _is_scaling(other, module)]
-    if any(_last(other).startswith(f"{last}_") for other in scaling):
-        return True
-    if not may_be_weight(name, tensor) or scaling:
-        return may_be_weight(name, tensor)
-    own = tensors.get(f"{module}.weight")
-    if BARE.fullmatch(last) or (own is not None and own.dtype in FLOATS and len(own.shape) > 1):
-        return False  # the module has its weight: these are none
-    floats = [tensors[n] for n in others if tensors[n].dtype not in (*INTEGERS, "BOOL")]
-    return any(other.numel < tensor.numel for other in floats)
-
-
-def _is_scaling(name: str, module: str = "") -> bool:
-    """Return whether a tensor scales others by its name, or by that of its part of the module."""
-    return SCALING.search(name.removeprefix(f"{module}.")) is not None
-
-
-def _is_called_weight(name: str) -> bool:
-    *modules, last = name.split(".")
-    return "weight" in modules or WEIGHT.search(last) is not None
-
-
-def may_be_weight(name: str, tensor: Source) -> bool:
-    """Return whether integers may be codes of a weight, for all that name and shape say: they are
-    no masks, positions, indexes or counts.
-    """
-    shape, last = tensor.shape, _last(name)
-    if _is_called_weight(name):
-        return tensor.numel > 1
-    square = len(shape) > 1 and shape[-1] == shape[-2] and tensor.numel == shape[-1] ** 2
-    mask = square and (len(shape) > 2 or "bias" in last)  # of attention, in old checkpoints
-    buffer = BUFFER.search(last) and not BARE.fullmatch(last)
-    return not (mask or buffer) and (len(shape) > 1 or tensor.numel >= FEW)
-
-
-def _belongs(name: str, tensor: Source, of: str, weight: Source) -> bool:
-    """Return whether a tensor that lies beside a weight of codes has to go where it goes."""
-    last = _last(name)
-    if _is_scaling(name, of.rpartition(".")[0]) or of.startswith(f"{name}."):
-        return True
-    if weight.dtype not in INTEGERS or (last.endswith("bias") and "weight" not in last):
-        return False
-    return tensor.numel < weight.numel
-
-
-def _refuse_unexplained(
-    tensors: Tensors, config: Mapping[str, Any], what: str, left_out: LeftOut
-) -> None:
-    found = unexplained(tensors)
-    taken = {name for name in found if not left_out(name)}
-    lines = [
-        it.text for n, it in found.items() if n in taken and (n == it.of or it.of not in taken)
-    ]
-    if not taken:
-        return
-    keys = [key for key in config if "quant" in key.lower() and key != "quantization_config"]
-    said = f" ({', '.join(keys[:3])} is not read)" if keys else ""
-    other = "" if left_out is nothing_left_out else ", or leave them out, with all that scales them"
-    other += " (--exclude GLOB)" if other else ""
-    raise IncompatibleError(
-        f"{what}: weights stored as integers, or tensors of a dtype that is not taken, and nothing"
-        f" in config.json says how to read them{said}: dequantise the model with the library that"
-        f" made it, and save it, first{other}:\n{up_to_five(lines)}"
-    )
 
 
 def _is_size(value: object, most: int | None = None) -> TypeGuard[int]:
@@ -702,6 +601,162 @@ def _mxfp4(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found |
             yield (name, f"{plain}_scales"), source, "mxfp4"
 
 
+def _is_mlx(settings: object) -> bool:
+    """Return whether settings are those of mlx, which names no method."""
+    return isinstance(settings, dict) and {"group_size", "bits"} <= set(settings)
+
+
+def _mlx(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:
+    """Find U32 weights with `scales` and `biases`, as mlx has them."""
+    for name, weight in tensors.items():
+        module, _, last = name.rpartition(".")
+        scale, bias = (tensors.get(f"{module}.{part}") for part in ("scales", "biases"))
+        if last == "scales" and bias is not None and f"{module}.weight" not in tensors:
+            yield f"{name}: without the weight that it belongs to"
+        if last != "weight" or weight.dtype != "U32":
+            continue
+        own = settings.get(module)
+        own = own if isinstance(own, dict) else settings
+        if own.get("mode", "affine") != "affine":
+            raise IncompatibleError(
+                f"{name}: mode {str(own['mode'])[:40]!r} of mlx, expected 'affine': dequantise the"
+                " model with mlx_lm.convert --dequantize first"
+            )
+        if scale is None or bias is None:
+            yield f"{name}: U32 without {module}.scales and {module}.biases"
+            continue
+        source = _of_mlx(weight, scale, bias, own.get("group_size"), own.get("bits"))
+        if isinstance(source, str):
+            yield f"{name} {list(weight.shape)}: {source}"
+        else:
+            note = f"mlx {source.bits} bits, groups of {source.block[1]}"
+            yield (name, scale.name, bias.name), source, note
+
+
+def _of_mlx(
+    weight: Source, scale: Source, bias: Source, size: object, bits: object
+) -> Dequantised | str:
+    """Return a weight in the dtype of its scales, in which mlx multiplies and adds."""
+    if not _is_size(size) or not _is_size(bits, 8):
+        return f"{str(bits)[:20]} bits in groups of {str(size)[:20]}"
+    if len(weight.shape) < 2 or 0 in weight.shape or weight.shape[-1] * 32 % (bits * size):
+        return f"no groups of {size} of {bits} bits"
+    cols = weight.shape[-1] * 32 // bits
+    grid = (*weight.shape[:-1], cols // size)
+    parts = [(part.dtype, part.shape) for part in (scale, bias)]
+    if scale.dtype not in FLOATS or parts != [(scale.dtype, grid)] * 2:
+        found = ", ".join(f"{kind} {list(shape)}" for kind, shape in parts)
+        return f"scales and biases {found}, expected floats {list(grid)}"
+    return Dequantised(
+        weight.name, scale.dtype, (*weight.shape[:-1], cols), weight, scale, (1, size), bits=bits,
+        product=scale.dtype, shift=bias,
+    )  # fmt: skip
+
+
+def _torchao(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:
+    """Find what the headers call tensors of torchao's classes, in their own dtype."""
+    for name, said in settings[HEADERS].items():
+        try:
+            entry = json.loads(said)
+            kind, inner = entry["_type"], entry.get("_data")
+            parts = entry.get("_tensor_data_names", [])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue  # not of a tensor: format, recipe, tensor_names
+        if kind == "Tensor":
+            continue
+        if kind not in TORCHAO or not set(parts) <= {"qdata", "scale", "zero_point"}:
+            raise IncompatibleError(
+                f"{name}: torchao's {str(kind)[:40]} of {str(parts)[:80]}, expected one of"
+                f" {', '.join(TORCHAO)} without more: dequantise the model with torchao first"
+            )
+        stem, _, last = name.rpartition(".")
+        names = [f"{stem}._{last}_{part}" for part in parts]
+        held = dict(zip(parts, map(tensors.get, names), strict=True))
+        source = _of_torchao(name, held, inner)
+        if isinstance(source, str):
+            yield f"{name}: {source}"
+        else:
+            yield tuple(sorted(names)), source, f"torchao {kind}"
+
+
+def _of_torchao(name: str, held: Mapping[str, Source | None], said: Any) -> Dequantised | str:
+    """Return a weight of torchao, or what is wrong with it."""
+    weight, scale, zero = (held.get(part) for part in ("qdata", "scale", "zero_point"))
+    block, dtype = said.get("block_size"), DTYPE_NAMES.get(str(said.get("dtype", {}).get("_data")))
+    if weight is None or scale is None or None in held.values():
+        return "some of its tensors are missing"
+    sizes = _sizes(block, weight.shape)
+    if len(weight.shape) != 2 or sizes is None or weight.dtype not in ("I8", *FP8):
+        return f"{weight.dtype} {list(weight.shape)} in blocks of {str(block)[:40]}"
+    grid = tuple(n // size for n, size in zip(weight.shape, sizes, strict=True))
+    uneven = any(n % size for n, size in zip(weight.shape, sizes, strict=True))
+    if dtype not in FLOATS or scale.dtype not in FLOATS or uneven or (
+        scale.shape != grid and not scale.numel == prod(grid) == 1
+    ):  # fmt: skip
+        return f"scale {scale.dtype} {list(scale.shape)}, expected floats {list(grid)}, for {dtype}"
+    if zero is not None and (zero.dtype, zero.shape) != ("I8", grid):
+        return f"zero_point {zero.dtype} {list(zero.shape)}, expected I8 {list(grid)}"
+    return Dequantised(name, dtype, weight.shape, weight, scale, sizes, zero)
+
+
+def _quanto(tensors: Tensors, settings: Settings, dtype: str) -> Iterator[Found | str]:
+    """Find `_data` and `_scale` of a weight, as optimum-quanto saves them, in the scales' dtype."""
+    shapes: Mapping[str, Index] | None = None
+    for name, data in tensors.items():
+        if not name.endswith("._data"):
+            continue
+        plain = name.removesuffix("._data").removesuffix("._data")
+        scale, shift = (tensors.get(f"{plain}.{part}") for part in ("_scale", "_shift"))
+        said = settings["map"].get(plain.rpartition(".")[0])
+        kind = str(said.get("weights"))[:40] if isinstance(said, dict) else "nothing"
+        source: Dequantised | Viewed | str
+        if kind in PACKED and scale is not None and shift is not None:
+            shapes = settings[SHAPES]() if shapes is None else shapes
+            source = _packed_by_quanto(plain, PACKED[kind], data, scale, shift, shapes.get(plain))
+        elif kind in BYTES and data.dtype == BYTES[kind] and scale is not None:
+            source = _bytes_of_quanto(plain, data, scale)
+        else:
+            source = f"expected {', '.join((*PACKED, *BYTES))} and its scales, the map says {kind}"
+        if isinstance(source, str):
+            yield f"{name} {data.dtype} {list(data.shape)}: {source}"
+        else:
+            parts = (part for part in (scale, shift) if part is not None)
+            yield (name, *(part.name for part in parts)), source, f"quanto {kind}"
+
+
+def _bytes_of_quanto(name: str, data: Source, scale: Source) -> Dequantised | str:
+    rows = data.shape[:1]
+    if len(data.shape) != 2 or not data.numel or (
+        scale.dtype not in FLOATS or scale.shape != (*rows, 1)
+    ):  # fmt: skip
+        return f"_scale {scale.dtype} {list(scale.shape)}, expected floats per row of a matrix"
+    block = (1, data.shape[1])
+    return Dequantised(name, scale.dtype, data.shape, data, scale, block, product=scale.dtype)
+
+
+def _packed_by_quanto(
+    name: str, bits: int, data: Source, scale: Source, shift: Source, shape: Index | None
+) -> Viewed | str:
+    """Return a weight of groups in the shape of the model's, or what is wrong with it."""
+    if len(data.shape) != 2 or len(scale.shape) != 2 or scale.dtype not in FLOATS:
+        return f"_scale {scale.dtype} {list(scale.shape)}, expected floats per group of a matrix"
+    (height, width), groups = data.shape, scale.shape[0]
+    if (shift.dtype, shift.shape, scale.shape) != (scale.dtype, scale.shape, (groups, 1)):
+        return f"_shift {shift.dtype} {list(shift.shape)}, _scale {list(scale.shape)}"
+    if data.dtype != "U8" or height != -(-groups * bits // 8) or not data.numel:
+        return f"expected U8 of {groups} groups of {bits} bits"
+    if shape is None or len(shape) != 2 or prod(shape) != groups * width or shape[1] % width:
+        found = "which is not known" if shape is None else str(list(shape))
+        return f"{groups} groups of {width} in the shape of the model's weight, {found}"
+    codes = Sliced(name, (groups, width), data, bits)
+    source = Dequantised(
+        name, scale.dtype, (groups, width), codes, scale, (1, width), product=scale.dtype,
+        shift=shift, sign=-1,
+    )  # fmt: skip
+    return Viewed(name, scale.dtype, whole(source, shape))
+
+
 METHODS = {
     "fp8": _fp8, "mxfp8": _fp8, "compressed-tensors": _compressed, "mxfp4": _mxfp4,
+    "mlx": _mlx, "torchao": _torchao, "quanto": _quanto,
 }  # fmt: skip

@@ -21,7 +21,7 @@ ORDER = [
     "lineage", "deltas", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "gguffile", "layouts", "conversions",
     "configs", "trainingshards", "pickles", "adapters", "experts", "lowrank", "quantised",
-    "objects", "hub",
+    "unread", "objects", "hub",
     "sources", "merging", "operators", "codecs", "kernels", "staging", "sidefiles", "storage",
     "report", "errors", "__init__",
 ]  # fmt: skip
