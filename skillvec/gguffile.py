@@ -339,6 +339,9 @@ def _named(stored: dict[str, Source], header: _Header, what: str) -> Opened:
         )
     _refuse_types(stored, what)
     config = _config(header, stored, arch)
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int or not 0 <= layers <= len(stored):  # classes make lists as long
+        raise FormatError(f"{what}: {len(stored)} tensors, {arch}.block_count {str(layers)[:40]}")
     try:
         model = model_of(config, len(stored))
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -347,7 +350,6 @@ def _named(stored: dict[str, Source], header: _Header, what: str) -> Opened:
         raise FormatError(
             f"{what}: transformers makes no {ARCHITECTURES[arch]} of its header: {error!r:.300}"
         ) from None
-    layers = config.get("num_hidden_layers", 0)
     made, used = _matched(stored, shapes, arch, layers, header.said)
     kind = ARCHITECTURES[arch]
     lines = [f"{name}: not in the file" for name in shapes if name not in made and name not in tied]
