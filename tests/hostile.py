@@ -545,6 +545,38 @@ class QuantisedTarget(Target):
         return True
 
 
+class GgufTarget(Target):
+    """A GGUF file; harm is done to its header."""
+
+    def make(self) -> list[bytes]:
+        from test_gguf import KINDS, MODELS, converted, tiny, write
+
+        self.file = self.folder / "model" / "m.gguf"
+        self.file.parent.mkdir()
+        seeds = []
+        for arch in ("llama", "qwen3moe"):
+            model = tiny(*MODELS[arch])
+            write(self.file, arch, model.config, converted(model, arch), KINDS)
+            open_checkpoint(self.file)  # imports what it needs
+            seeds.append(self.file.read_bytes())
+        return seeds
+
+    def harm(self, rng: Random, data: bytes) -> bytes:
+        end = data.rfind(b".weight") + 40
+        return harm_bytes(rng, data[:end]) + data[end:]
+
+    def run(self, data: bytes, deep: bool = False) -> bool:
+        self.file.write_bytes(data)
+        read_all(open_checkpoint(self.file))
+        if deep:
+            output = self.fresh()
+            try:
+                used(self.file.parent, self.file, output)
+            finally:
+                removed(output, output.with_suffix(".safetensors"))
+        return True
+
+
 RECIPE = {
     "op": "ties", "parameters": {"density": 0.2, "trim": "tensor"}, "seed": 3,
     "vectors": [
@@ -811,5 +843,5 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "vector index": VectorIndexTarget, "block": BlockTarget, "patch": PatchTarget,
     "adapter": AdapterTarget, "quantised": QuantisedTarget, "recipe": RecipeTarget,
     "merged": MergedTarget, "pickle": PickleTarget, "archive": ArchiveTarget,
-    "training": TrainingTarget, "card": CardTarget, "layout": LayoutTarget,
+    "gguf": GgufTarget, "training": TrainingTarget, "card": CardTarget, "layout": LayoutTarget,
 }  # fmt: skip
