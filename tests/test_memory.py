@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,11 +23,12 @@ from families import assert_same_bits, save
 from hubserver import HubServer
 from test_trainingshards import save_dcp, save_ranks
 
+from skillvec import gguffile
 from skillvec.adapters import open_adapter
 from skillvec.checkpoint import open_checkpoint
 from skillvec.kernels import STORAGE_DTYPE
 from skillvec.sources import Source, Viewed, concatenate, values_of, whole
-from skillvec.storage import encode_header, read_header, tensor_nbytes
+from skillvec.storage import TensorSpec, encode_header, read_header, tensor_nbytes
 
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
 FUSED = "model.layers.0.mlp.experts.gate_up_proj"
@@ -252,6 +254,12 @@ INT4 = {"dtype": "bfloat16", "quantization_config": {
             "num_bits": 4, "type": "int", "strategy": "group", "group_size": 128,
             "symmetric": False}}}}}  # fmt: skip
 MXFP4 = {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
+NVFP4 = {"dtype": "bfloat16", "quantization_config": {
+    "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+            "symmetric": True}}}}}  # fmt: skip
+MLX = {"quantization": {"group_size": 64, "bits": 4}}
 
 
 def raw(*shape: int, low: int = 0, high: int = 256) -> torch.Tensor:
@@ -374,6 +382,15 @@ def huge(kind: str, folder: Path) -> Source:
         views = [whole(source, shape) for source in sources.values()]
         view = views[0].transpose(1, 2) if kind == "turned" else concatenate(views, 1)
         return Viewed(WEIGHT, "F32", view)
+    if kind.startswith("gguf"):
+        block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q6_K]
+        raw = ("U8", (SIDE * SIDE // block * width,))
+        (held,) = sparse(folder / "x.safetensors", {WEIGHT: raw}).values()
+        assert isinstance(held, TensorSpec)
+        number = int(gguf.GGMLQuantizationType.Q6_K)
+        blocks = gguffile.Blocks(WEIGHT, (SIDE, SIDE), held, number, block, width)
+        view = gguffile._unpermuted(blocks, SIDE // 128)
+        return blocks if kind == "gguf" else Viewed(WEIGHT, "F32", view)
     if kind == "adapter":
         factors = {"lora_A": ("F32", (64, SIDE)), "lora_B": ("F32", (SIDE, 64))}
         names = {f"base_model.model.{WEIGHT[:-6]}{k}.weight": v for k, v in factors.items()}
@@ -386,6 +403,12 @@ def huge(kind: str, folder: Path) -> Source:
                   f"{WEIGHT}_scale": ("BF16", (SIDE, grid)),
                   f"{WEIGHT}_zero_point": ("I32", (SIDE // 8, grid)),
                   f"{WEIGHT}_shape": ("I64", (2,))}, INT4),
+        "nvfp4": ({f"{WEIGHT}_packed": ("U8", (SIDE, SIDE // 2)),
+                   f"{WEIGHT}_scale": ("F8_E4M3", (SIDE, SIDE // 16)),
+                   f"{WEIGHT}_global_scale": ("F32", (1,))}, NVFP4),
+        "mlx": ({WEIGHT: ("U32", (SIDE, SIDE // 8)),
+                 WEIGHT.replace("weight", "scales"): ("BF16", (SIDE, SIDE // 64)),
+                 WEIGHT.replace("weight", "biases"): ("BF16", (SIDE, SIDE // 64))}, MLX),
         "mxfp4": ({f"{FUSED}_blocks": ("U8", (64, expert, expert // 32, 16)),
                    f"{FUSED}_scales": ("U8", (64, expert, expert // 32))}, MXFP4),
     }[kind]  # fmt: skip
@@ -395,7 +418,10 @@ def huge(kind: str, folder: Path) -> Source:
     return source
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int4", "mxfp4", "adapter", "turned", "stacked"])
+@pytest.mark.parametrize(
+    "kind",
+    ["fp8", "int4", "mxfp4", "nvfp4", "mlx", "gguf", "gguf turned", "adapter", "turned", "stacked"],
+)
 def test_a_block_of_a_huge_tensor_takes_little_memory(kind: str, tmp_path: Path):
     source = huge(kind, tmp_path)
     assert source.numel == 1 << 32
@@ -407,7 +433,7 @@ def test_a_block_of_a_huge_tensor_takes_little_memory(kind: str, tmp_path: Path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert values.size == block and not values.any()
+    assert values.size == block and (kind == "nvfp4" or not values.any())  # 0 divided by 0
     assert peak < 12 * 4 * block + width * block, f"{peak / 1e6:.0f} MB"
 
 
