@@ -64,12 +64,18 @@ ARCHITECTURES = {
     "starcoder2": "starcoder2", "nemotron": "nemotron",
 }  # fmt: skip
 NORMS_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
-# what transformers' own mapping leaves to the default of a config class
+# keys of a header that decide about shapes, and what transformers' configs call them; the last of
+# two for one counts
 SIZES = {
-    "attention.key_length": "head_dim",
-    "expert_feed_forward_length": "moe_intermediate_size",
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
+}  # fmt: skip
+SIZES_OF = {
+    "llama": {"rope.dimension_count": "head_dim"} | SIZES
+}  # elsewhere a part of it may turn
 # made of the config when a model is loaded: how positions turn
 COMPUTED = re.compile(r"rope_(freqs|factors_(long|short))\.weight|blk\.\d+\.attn_rot_embd\.weight")
 INSTEAD = (
@@ -309,15 +315,15 @@ def _source(
 
 def _config(header: _Header, stored: Mapping[str, Source], arch: str) -> dict[str, Any]:
     """Return what decides about names and shapes in transformers, of what the header says."""
-    mapping: Any = import_module("transformers.integrations.ggml").GGUF_CONFIG_MAPPING
-    kind = ARCHITECTURES[arch]
-    keys = {**mapping[kind.removesuffix("_text")], **SIZES}  # the last of two for one counts
-    config = {
+    config: dict[str, Any] = {
         key: header.said[f"{arch}.{said}"]
-        for said, key in keys.items()
-        if key is not None and f"{arch}.{said}" in header.said
+        for said, key in SIZES_OF.get(arch, SIZES).items()
+        if f"{arch}.{said}" in header.said
     }
-    config |= {"model_type": kind, "tie_word_embeddings": "output.weight" not in stored}
+    config |= {
+        "model_type": ARCHITECTURES[arch],
+        "tie_word_embeddings": "output.weight" not in stored,
+    }
     config["pad_token_id"] = None  # some classes have one that small vocabularies have not
     if "token_embd.weight" in stored:
         config["vocab_size"] = stored["token_embd.weight"].shape[0]

@@ -31,6 +31,7 @@ EXPERTS = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama one head": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama narrow heads": ("llama", {"head_dim": 8}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen2moe": ("qwen2_moe", EXPERTS),
@@ -104,8 +105,10 @@ def write(
     writer.add_context_length(config.max_position_embeddings)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(16)
-    writer.add_key_length(16)
+    width = getattr(config, "head_dim", None) or 16
+    writer.add_rope_dimension_count(width)
+    if width == 16:  # else as of old
+        writer.add_key_length(width)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_pad_token_id(0)
     writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
