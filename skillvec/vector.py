@@ -52,7 +52,7 @@ from skillvec.kernels import FLOATS, STORAGE_DTYPE
 from skillvec.layouts import viewed_specs
 from skillvec.lineage import MAX_TIED, find_tied, identity, under_name
 from skillvec.merging import OPERATORS, Operator, check_parameters
-from skillvec.patch import open_patch
+from skillvec.patch import find_patch, open_patch
 from skillvec.patching import touched_by
 from skillvec.quantised import (
     INTEGERS,
@@ -162,10 +162,10 @@ class SkillVector:
     ) -> "SkillVector":
         """Return tuned - base without computing it: every name and shape is checked here.
 
-        `dtype`, `rename` and `rows` as of skillvec.diff. `tuned` may be a PEFT adapter of `base`.
-        What cannot be read is left out where `left_out` says of all of it that it is not used.
-        Raises UsageError for what is unknown, IncompatibleError naming tensors that stand on one
-        side only or differ in shape.
+        `dtype`, `rename` and `rows` as of skillvec.diff. `tuned` may be a PEFT adapter or a patch
+        of `base`. What cannot be read is left out where `left_out` says of all of it that it is not
+        used. Raises UsageError for what is unknown, IncompatibleError naming tensors that stand on
+        one side only or differ in shape.
         """
         kept = "auto" if dtype == "auto" else dtype_of(dtype)
         if kept == "F64":
@@ -177,10 +177,15 @@ class SkillVector:
 
         if not isinstance(tuned, Checkpoint):
             place = tuned if isinstance(tuned, Place) else locate(tuned, "tuned")
+            as_it_is = dtype == "auto" and not (include or exclude) and rows == "strict"
             if is_adapter(place):
-                if dtype != "auto" or include or exclude or rows != "strict":
+                if not as_it_is:
                     raise UsageError(f"tuned {place.ref}: an adapter is taken whole, in fp32")
                 return SkillVector.adapted(place, open_checkpoint(base, "base"), rename)
+            if place.ref.endswith(".safetensors") and find_patch(place, "tuned"):
+                if not as_it_is or rename:
+                    raise UsageError(f"tuned {place.ref}: a patch is taken whole, as it is")
+                return SkillVector.patched(place, base)
             tuned = open_checkpoint(place, "tuned", unused)
         base = open_checkpoint(base, "base", unused)
         seen, notes, skipped, hints = seen_as(tuned, base, rename, rows)
@@ -291,7 +296,7 @@ class SkillVector:
 
     @staticmethod
     def patched(
-        patch: str | os.PathLike[str] | Place, base: str | os.PathLike[str] | Checkpoint
+        patch: str | os.PathLike[str] | Place, base: str | os.PathLike[str] | Place | Checkpoint
     ) -> "SkillVector":
         """Return what a patch (changed values of the exact base) adds, without computing it.
 

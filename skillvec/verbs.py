@@ -687,16 +687,19 @@ def _verify_vector(
         facts |= {"claim": f"VECTOR = {manifest['formula']}"}
     else:
         excluded = set(manifest["excluded"]).__contains__
-        right = reopen(base, manifest["base"]["ref"], "base", excluded)
-        said = manifest["tuned"]["ref"]
-        given = relocate(said, "tuned", "--tuned") if tuned is None else tuned
+        theirs, ours = (manifest[side]["ref"] for side in ("tuned", "base"))
+        given = relocate(theirs, "tuned", "--tuned") if tuned is None else tuned
         if not isinstance(given, Checkpoint) and find_patch(given, "tuned"):
-            claim, again = "VECTOR = PATCH - BASE", SkillVector.patched(given, right)
-            assert again.tuned is not None
-            left, plan = again.tuned, plan_verify_combination(vector, again)
+            claim = "VECTOR = PATCH - BASE"
+            place = relocate(ours, "base", "--base") if base is None else base
+            again = SkillVector.patched(given, place)
+            assert again.tuned is not None and again.base is not None
+            left, right = again.tuned, again.base
+            plan = plan_verify_combination(vector, again)
         else:
-            claim, left = "VECTOR + BASE = TUNED", open_checkpoint(given, "tuned", excluded)
-            right = seen_like(right, vector)
+            claim = "VECTOR + BASE = TUNED"
+            left = open_checkpoint(given, "tuned", excluded)
+            right = seen_like(reopen(base, ours, "base", excluded), vector)
             seen = seen_as(left, right, manifest.get("rename", ()), manifest.get("rows", "strict"))
             plan = plan_verify_vector(vector, seen[0], right)
         facts |= {"claim": claim, "tuned": left.ref, "base": right.ref,

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from safetensors.torch import save_file
 
 import skillvec as sv
 from skillvec import patch as patches
-from skillvec import plan
+from skillvec import patching, plan
+from skillvec.bridging import layouts_of
+from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError, NonfiniteError, UsageError
 from skillvec.patch import Listed, Listing, open_patch
 from skillvec.sources import values_of
@@ -241,6 +244,20 @@ def test_flushes_of_one_update_lie_in_one_folder(made: Made, tmp_path: Path):
         open_patch(tmp_path)
 
 
+def test_a_patch_stands_where_a_tuned_model_does(made: Made):
+    """PATCH::BASE is added as it is read, verify proves the output, and diff takes it for TUNED."""
+    patch, base = made.exported("verl"), made.folder / "base.safetensors"
+    sv.apply(base, f"{patch}::{base}", made.folder / "out.safetensors", force=True)
+    assert_same_bits(load(made.folder / "out.safetensors"), made.tuned)
+    assert sv.verify(made.folder / "out.safetensors").facts["verified"]
+    vector = sv.diff(patch, base, made.folder / "w.safetensors")
+    assert sv.verify(vector.ref).facts["claim"] == "VECTOR = PATCH - BASE"
+    both = sv.combine(vector, f"{patch}::{base}", output=made.folder / "c.safetensors")
+    assert sv.verify(both.ref).facts["verified"]
+    with pytest.raises(UsageError, match="a patch is taken whole"):
+        sv.diff(patch, base, made.folder / "x.safetensors", include=["*conv"])
+
+
 @pytest.mark.slow
 def test_their_own_readers_and_writer(made: Made):
     """verl 0.9.1 and vLLM 0.33.0, in a process of its own (tests/senders_reference.py)."""
@@ -280,7 +297,7 @@ def test_forms_with_narrow_positions_refuse_large_tensors(
 ):
     monkeypatch.setattr(plan, "NARROW", 1000)
     for form in ("verl", "vllm"):
-        with pytest.raises(IncompatibleError, match="conv: 1000 values, and .* 32 bits"):
+        with pytest.raises(IncompatibleError, match=r"conv: 1000 values, and .* 32 bits"):
             made.exported(form)
     made.exported("lists")
     with pytest.raises(UsageError, match="expected one of lists, verl, vllm"):
@@ -426,7 +443,7 @@ def test_runs_are_bounded(small: Path, monkeypatch: pytest.MonkeyPatch):
     base = read_header(small / "base.safetensors").tensors
     assert open_patch(small / "p.safetensors").laid_over(base)["w"].lists[0].starts == (0, 1, 2)
     monkeypatch.setattr(patches, "RUNS", 2)
-    with pytest.raises(FormatError, match="do not rise within .* 6 values: 1 stands at 2"):
+    with pytest.raises(FormatError, match=r"do not rise within .* 6 values: 1 stands at 2"):
         open_patch(small / "p.safetensors").laid_over(base)
     monkeypatch.setattr(patches, "RUNS", 3)
     monkeypatch.setattr(patches, "ALL_RUNS", 2)
@@ -502,10 +519,11 @@ class Trained:
         sv.apply(self.folder / "base", vector, self.folder / "out", force=True)
         assert_same_bits(self.folder / "out", load(self.folder / "tuned"))
         sides = self.folder / "v.safetensors", self.folder / "d.safetensors"
-        found = [sv.SkillVector.open(side).manifest["tensors"] for side in sides]
-        assert [{n: e["tuned"] for n, e in one.items()} for one in found][0] == {
-            name: e["tuned"] for name, e in found[1].items()
-        }
+        mine, theirs = (
+            {name: entry["tuned"] for name, entry in held.manifest["tensors"].items()}
+            for held in map(sv.SkillVector.open, sides)
+        )
+        assert mine == theirs  # digests of tuned
         assert sv.verify(self.folder / "v.safetensors").facts["claim"] == "VECTOR = PATCH - BASE"
         return vector
 
@@ -591,9 +609,10 @@ def test_a_base_that_stores_both_tied_copies_changes_in_both(tmp_path: Path):
 
 
 def test_a_list_that_two_layouts_read_differently(tmp_path: Path):
-    """Experts that transformers turns as it loads them keep their name: shapes tell, or nobody."""
+    """Experts that transformers turns in loading keep their name: shapes tell, or nobody."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
     text = TEXT | {"moe_intermediate_size": 4, "num_experts": 2, "num_experts_per_tok": 1,
-                   "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}  # fmt: skip
+                   "rope_scaling": rope}  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2,
               "intermediate_size": 8, "patch_size": 4, "num_position_embeddings": 16,
               "deepstack_visual_indexes": [0]}  # fmt: skip
@@ -626,3 +645,27 @@ def test_a_list_that_two_layouts_read_differently(tmp_path: Path):
         tuned = made(tmp_path / "p.safetensors", tmp_path / "base").tuned
         found = values_of(tuned[name], 0, held.numel())
         assert np.array_equal(found, bits(expected))
+
+
+def test_what_goes_back_in_part_is_refused(moe: Trained, monkeypatch: pytest.MonkeyPatch):
+    """A tensor in memory of which the files hold one half has values that lead nowhere."""
+    (layout, *_) = layouts_of(open_checkpoint(moe.folder / "base"))
+    gone = "model.layers.0.mlp.experts.2.gate_proj.weight"
+    half = replace(layout, back={n: view for n, view in layout.back.items() if n != gone})
+    monkeypatch.setattr(patching, "layouts_of", lambda base: [half])
+    said = moe.refused(moe.lists)
+    assert "model.layers.0.mlp.experts.gate_up_proj: 960 of 1152 values" in said
+
+
+def test_without_transformers_names_are_those_of_the_files(
+    moe: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def missing(base: Any) -> Any:
+        raise ImportError
+
+    monkeypatch.setattr(patching, "layouts_of", missing)
+    assert "gate_up_proj: not in the base" in moe.refused(moe.lists)
+    base = save(tmp_path / "base", {"w": torch.zeros(2, 3, 4)})
+    save(tmp_path / "p.safetensors", {"w.indices": torch.tensor([5]), "w.values": torch.ones(1)})
+    tuned = sv.SkillVector.patched(tmp_path / "p.safetensors", base).tuned
+    assert values_of(tuned["w"], 0, 24).nonzero()[0].tolist() == [5]
