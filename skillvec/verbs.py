@@ -691,8 +691,8 @@ def _verify_vector(
         given = relocate(theirs, "tuned", "--tuned") if tuned is None else tuned
         if not isinstance(given, Checkpoint) and find_patch(given, "tuned"):
             claim = "VECTOR = PATCH - BASE"
-            place = relocate(ours, "base", "--base") if base is None else base
-            again = SkillVector.patched(given, place)
+            under = relocate(ours, "base", "--base") if base is None else base
+            again = SkillVector.patched(given, under)
             assert again.tuned is not None and again.base is not None
             left, right = again.tuned, again.base
             plan = plan_verify_combination(vector, again)
