@@ -22,6 +22,8 @@ from skillvec.storage import TensorSpec
 Shapes = Mapping[str, Index]
 SKIPPED = "rows differ: skipped"
 DEPTH = 16  # parts of a name that may be a prefix
+UNRELATED = "by their shapes, no tensor of one can be joined, cut or turned out of the other's"
+MOST_ROWS = 1 << 22  # beyond which sums of rows are not looked at
 ALIKE = 32  # prefixes over the same tensors, beyond which none is looked at
 
 
@@ -62,7 +64,10 @@ def bridge(
     _match_names(search)
     most, least = sorted((len(search.have), len(search.want)), reverse=True)
     if least and len(search.rows_apart()) < most:
-        _match_by_registry(search, configs)
+        if _may_share_values(search.have, search.want):
+            _match_by_registry(search, configs)
+        else:
+            search.hints[UNRELATED] = None
     _match_rows(search, rows)
     return search.found()
 
@@ -367,6 +372,47 @@ def _last(prefix: str) -> str:
 
 
 # ------------------------------------------------------------------------ transformers' registry
+
+
+def _may_share_values(mine: Shapes, wanted: Shapes) -> bool:
+    """Return whether shapes allow that some tensors are made of others: True where in doubt.
+
+    Whatever the registry describes stacks, joins, cuts or turns matrices, or rows, along one side
+    and leaves the other side whole. So with rows of that side's length, some tensors of mine have
+    as many rows, all together, as some wanted ones. Those of the same length as they lie may also
+    be cut, or differ in their number.
+    """
+    lengths = [{s[-1] for s in shapes.values() if len(s) > 1} for shapes in (mine, wanted)]
+    if lengths[0] & lengths[1]:
+        return True
+    sides = [_rows_by_width(shapes) for shapes in (mine, wanted)]
+    return any(
+        _sums(sides[0][width]) & _sums(sides[1][width]) > 1
+        if max(sum(n * count for n, count in side[width].items()) for side in sides) <= MOST_ROWS
+        else True
+        for width in sides[0].keys() & sides[1].keys()
+    )
+
+
+def _rows_by_width(shapes: Shapes) -> dict[int, Counter[int]]:
+    """Return how often tensors have how many rows, by each of the last two sides as the width."""
+    found: dict[int, Counter[int]] = defaultdict(Counter)
+    for shape in shapes.values():
+        for width in {n for n in shape[-2:] if n > 1}:
+            found[width][prod(shape) // width] += 1
+    return found
+
+
+def _sums(counted: Counter[int]) -> int:
+    """Return the sums of some of these numbers as bits of one; bit 0 is the sum of none."""
+    sums = 1
+    for number, count in counted.items():
+        times = 1
+        while count:
+            times = min(times, count)
+            sums |= sums << number * times
+            count, times = count - times, 2 * times
+    return sums
 
 
 def _match_by_registry(search: _Search, configs: Sequence[Mapping[str, Any]]) -> None:

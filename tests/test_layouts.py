@@ -1,6 +1,8 @@
 """Layouts: every view is filled and compared, bit for bit, with what transformers itself holds."""
 
+import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Mapping
 from math import prod
@@ -638,3 +640,90 @@ def test_a_scalar_has_no_rows_that_could_differ():
     for mine, wanted in (((), (3,)), ((3,), ())):
         found = bridge({"a": mine}, {"a": wanted}, rows="common")
         assert not found.views and not found.rows_differ
+
+
+# --------------------------------------------------------------------------- unrelated models
+
+
+def shapes_of(kind: str, hidden: int, inner: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of two layers as transformers has them in files."""
+    if kind == "bert":
+        stem, name = "bert.encoder.layer.{}.", "bert.embeddings.word_embeddings.weight"
+        layer = {"attention.self.query.weight": (hidden, hidden),
+                 "attention.self.query.bias": (hidden,),
+                 "intermediate.dense.weight": (inner, hidden),
+                 "output.LayerNorm.weight": (hidden,)}  # fmt: skip
+        outer = {"bert.embeddings.token_type_embeddings.weight": (2, hidden),
+                 "cls.predictions.bias": (vocabulary,)}  # fmt: skip
+    else:
+        stem, name, outer = "model.layers.{}.", "model.embed_tokens.weight", {}
+        layer = {"self_attn.q_proj.weight": (hidden, hidden),
+                 "self_attn.k_proj.weight": (hidden // 4, hidden),
+                 "mlp.down_proj.weight": (hidden, inner),
+                 "input_layernorm.weight": (hidden,)}  # fmt: skip
+        outer = {"lm_head.weight": (vocabulary, hidden)}
+    layers = {stem.format(i) + part: shape for i in range(2) for part, shape in layer.items()}
+    return {name: (vocabulary, hidden), **layers, **outer}
+
+
+@pytest.mark.parametrize("vocabularies", [(30522, 32000), (512, 512)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_unrelated_models_are_told_apart_without_transformers(vocabularies, turned, monkeypatch):
+    one = shapes_of("bert", 768, 3072, vocabularies[0])
+    other = shapes_of("llama", 960, 2560, vocabularies[1])
+    pair = (other, one) if turned else (one, other)
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    configs = [{"model_type": "bert"}, {"model_type": "llama"}]
+    found = bridge(*pair, configs=configs)
+    assert not found.views
+    assert found.hints[0] == layouts.UNRELATED and "--rename" in found.hints[1]
+    same = bridge(pair[0], {f"x.{n}.y": s for n, s in pair[0].items()}, configs=configs)
+    assert any("no registry" in hint for hint in same.hints)  # so it was asked for
+
+
+def test_unrelated_checkpoints_are_refused_without_importing_transformers(tmp_path):
+    for kind, hidden, inner in (("bert", 24, 60), ("llama", 32, 72)):
+        layout = shapes_of(kind, hidden, inner, 40)
+        content = {name: np.zeros(shape, np.float32) for name, shape in layout.items()}
+        save(tmp_path / kind, content, config={"model_type": kind})
+    code = (
+        "import sys, skillvec\n"
+        "for make in (lambda: skillvec.diff('bert', 'llama'), lambda: skillvec.apply(\n"
+        "        'llama', skillvec.diff('bert', 'bert', 'v.safetensors'), 'out')):\n"
+        "    try:\n"
+        "        make()\n"
+        "    except skillvec.IncompatibleError as error:\n"
+        "        print(error)\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+    assert done.stdout.count(layouts.UNRELATED) == 2
+    assert "bert and llama do not match" in done.stdout and "only in llama" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mine", "wanted", "may"),
+    [
+        ([(6, 8)] * 3, [(18, 8)], True),  # joined
+        ([(6, 8)] * 3, [(8, 18)], True),  # and turned
+        ([(6, 8)] * 3, [(3, 8, 6)], True),  # stacked and turned
+        ([(12, 8)] * 3, [(3, 6, 8)] * 2, True),  # cut, and stacked again
+        ([(5,)] * 4, [(4, 5)], True),  # biases of experts
+        ([(7, 8)], [(3, 8), (4, 8)], True),
+        ([(7, 8)], [(9, 8)], True),  # of other vocabularies
+        ([(8, 7)], [(8, 3), (8, 4)], True),
+        ([(8, 7)], [(8, 3), (8, 5)], False),
+        ([(6, 8)] * 3, [(18, 9)], False),
+        ([(6, 8), (6,)], [(48,)], False),
+        ([(40, 24), (40,)], [(40, 32)], False),  # of the same vocabulary
+        ([(1 << 23, 3)], [(1 << 24, 3)], True),  # too many to look at
+    ],
+)
+def test_what_shapes_allow(mine, wanted, may: bool):
+    sides = [{str(i): shape for i, shape in enumerate(side)} for side in (mine, wanted)]
+    for one, other in (sides, reversed(sides)):
+        assert layouts._may_share_values(one, other) is may
