@@ -20,9 +20,12 @@ from skillvec.errors import IncompatibleError, UsageError, up_to_five_each
 from skillvec.kernels import FLOATS
 from skillvec.layouts import numbered, renamed, viewed_specs
 from skillvec.lineage import (
+    BUFFER,
     MAX_TIED,
     find_tied,
+    is_idle_buffer,
     probe_digest,
+    recomputed,
     relatedness,
     same_bytes,
     sketch,
@@ -150,7 +153,7 @@ def fitting(
     routes, passed, lines, untied = fit
     problems = defaultdict(list)
     manifest = vector.manifest
-    alone = sum(name not in vector.deltas for name in target)
+    alone = sum(name not in vector.deltas and not BUFFER.search(name) for name in target)
     unread = unexplained(target)
     for name, spec in target.items():
         if not is_selected(name, include, exclude):
@@ -173,6 +176,8 @@ def fitting(
             passed[name] = ("passed through", "left out when the vector was made")
         elif spec.dtype not in FLOATS:
             passed[name] = ("passed through", f"{spec.dtype} takes no delta")
+        elif kind := recomputed(spec):
+            passed[name] = ("passed through", f"{kind}, which the model computes")
         else:
             twin = manifest["tied"].get(name)
             if twin is None and alone <= MAX_TIED:
@@ -203,6 +208,9 @@ def fitting(
             continue
         if not taken:
             lines.append(ledger_line(delta.spec, "excluded"))
+            continue
+        if is_idle_buffer(name, delta):
+            lines.append(ledger_line(delta.spec, "left out", "the model computes it"))
             continue
         twin = None if target.ties_embeddings is False else same_delta(vector, name)
         if twin is not None and twin in target:

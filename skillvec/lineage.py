@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,12 @@ import numpy as np
 from skillvec import hub
 from skillvec.checkpoint import Checkpoint
 from skillvec.conversions import tied_weights
+from skillvec.deltas import DeltaSource, MixDelta, PairDelta
 from skillvec.errors import IncompatibleError
-from skillvec.kernels import FLOATS, widen
+from skillvec.kernels import FLOATS, STORAGE_DTYPE, widen
 from skillvec.layouts import numbered
+from skillvec.patch import Patch
+from skillvec.quantised import INTEGERS
 from skillvec.sources import (
     Index,
     Source,
@@ -30,10 +33,13 @@ from skillvec.sources import (
     whole,
 )
 from skillvec.storage import ITEMSIZE, TensorSpec, allocate, digest_bytes, leaf_digests, prefetch
+from skillvec.vectorfile import StoredDelta
 
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
 
 
+VARIED = 16  # values of a vector that differ, from which on its bytes are its own
+MOST_COMPUTED = 1 << 24  # values of a buffer that are looked at
 MAX_TIED = 16  # tensors on one side only, beyond which nobody looks for copies: other models
 
 
@@ -132,20 +138,84 @@ def probe_digest(checkpoint: Checkpoint) -> str:
 
 
 def find_tied(checkpoint: Checkpoint, name: str) -> str | None:
-    """Return another tensor that holds the same bytes: evidence that `name` is a tied copy."""
+    """Return another tensor that holds the same bytes: evidence that `name` is a tied copy.
+
+    Biases and norms may hold the same few values without being one: of a vector with fewer than
+    `VARIED` different ones transformers has to say that its model ties them.
+    """
     spec = checkpoint[name]
-    if len(spec.shape) < 2 or not spec.nbytes:
+    if not spec.shape or not spec.nbytes:
         return None
-    digest = None
+    twins = _copies(checkpoint, name)
+    if len(spec.shape) > 1 or not twins or _is_varied(spec):
+        return twins[0] if twins else None
+    said = tied_weights(checkpoint.config, len(checkpoint)) if checkpoint.config else None
+    pairs = {frozenset(pair) for pair in (said or {}).items()}
+    return next((twin for twin in twins if frozenset((name, twin)) in pairs), None)
+
+
+def _copies(checkpoint: Checkpoint, name: str) -> list[str]:
+    """Return the other tensors that hold the same bytes; of matrices the first one is enough."""
+    spec, digest, found = checkpoint[name], None, list[str]()
+    first = min(spec.numel, PROBE_NBYTES // ITEMSIZE[spec.dtype])
     for other in checkpoint.values():
         if other.name != name and (other.dtype, other.shape) == (spec.dtype, spec.shape):
-            first = min(spec.numel, PROBE_NBYTES // ITEMSIZE[spec.dtype])
             if digest_values(spec, 0, first) != digest_values(other, 0, first):
                 continue
             digest = digest or digest_values(spec)
             if digest_values(other) == digest:
-                return other.name
-    return None
+                found.append(other.name)
+                if len(spec.shape) > 1:
+                    break
+    return found
+
+
+def _is_varied(spec: Source) -> bool:
+    """Return whether a vector begins with so many values that no other one has them by accident."""
+    first = min(spec.numel, PROBE_NBYTES // ITEMSIZE[spec.dtype])
+    return np.unique(values_of(spec, 0, first)).size >= VARIED
+
+
+# what models compute from their config and shapes: (last parts of names, which transformers ignores
+# or no longer saves)
+BUFFER = re.compile(
+    r"(^|\.)(position_ids|(original_)?inv_freq|(attn|attention)\.(bias|masked_bias))$"
+)
+
+
+def recomputed(source: Source) -> str | None:
+    """Return what a tensor is that models compute themselves, whatever a file holds; else None.
+
+    Its name says which one, and its values are those: positions that count from 0, frequencies of
+    rotary embeddings, a causal mask and the number that it puts.
+    """
+    found = BUFFER.search(source.name)
+    if not found or not 0 < source.numel <= MOST_COMPUTED or source.dtype not in STORAGE_DTYPE:
+        return None
+    kind, (*outer, last) = found[2], source.shape or (1,)
+    values = widen(values_of(source, 0, source.numel), source.dtype).reshape(-1, last)
+    if kind == "position_ids":
+        counted = source.dtype in INTEGERS and prod(outer) == 1
+        return "positions" if counted and (values == np.arange(last)).all() else None
+    if kind.endswith("inv_freq"):
+        falling = len(source.shape) == 1 and bool((np.diff(values[0]) < 0).all())
+        positive = source.dtype in FLOATS and bool((values > 0).all() and np.isfinite(values).all())
+        return "rotary frequencies" if falling and positive else None
+    if kind.endswith("masked_bias"):
+        return "a mask's number" if source.numel == 1 and values[0, 0] <= -1e4 else None
+    mask = source.shape == (1, 1, last, last) and np.array_equal(values, np.tri(last))
+    return "a causal mask" if mask else None
+
+
+def is_idle_buffer(name: str, delta: DeltaSource) -> bool:
+    """Return whether a delta does nothing to a tensor that models compute, going by its name."""
+    if isinstance(delta, MixDelta):
+        return all(is_idle_buffer(name, part) for part in delta.sources)
+    if not BUFFER.search(name):
+        return False
+    if isinstance(delta, PairDelta) and not isinstance(delta.tuned, Patch):
+        return same_bytes(delta.tuned, delta.base)
+    return isinstance(delta, StoredDelta) and delta.codec == "zero"
 
 
 def under_name(source: Source, name: str) -> Source:

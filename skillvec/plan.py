@@ -40,7 +40,7 @@ from skillvec.fitting import (
     warnings_of,
 )
 from skillvec.kernels import FLOATS
-from skillvec.lineage import under_name
+from skillvec.lineage import is_idle_buffer, under_name
 from skillvec.measures import Request
 from skillvec.patch import FORMS, NARROW
 from skillvec.rules import is_selected, refuse_idle_globs
@@ -212,7 +212,8 @@ def plan_store(
             jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
         for status in ("excluded", "tied"):
             for name in manifest[status]:
-                note = f"copy of {manifest['tied'][name]}" if status == "tied" else ""
+                note = vector.notes.get(name, "")
+                note = f"copy of {manifest['tied'][name]}" if status == "tied" else note
                 ledger.append(ledger_line(base.get(name) or tuned[name], status, note))
         ledger += [line for side in (tuned, base) for line in _dropped(side)]
     else:
@@ -591,6 +592,9 @@ def plan_compare(
             continue
         missing = [vector for vector in vectors if name not in vector.deltas]
         if missing:
+            if all(is_idle_buffer(name, vector.deltas[name]) for vector in holders):
+                ledger.append(ledger_line(spec, "left out", "the model computes it"))
+                continue
             twins = {same_delta(vector, name) for vector in holders}
             twin = twins.pop() if len(twins) == 1 else None
             if twin is not None and all(twin in vector.deltas for vector in vectors):

@@ -50,7 +50,14 @@ from skillvec.errors import (
 )
 from skillvec.kernels import FLOATS, STORAGE_DTYPE
 from skillvec.layouts import viewed_specs
-from skillvec.lineage import MAX_TIED, find_tied, identity, under_name
+from skillvec.lineage import (
+    MAX_TIED,
+    find_tied,
+    identity,
+    is_idle_buffer,
+    recomputed,
+    under_name,
+)
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.patch import find_patch, open_patch
 from skillvec.patching import touched_by
@@ -198,6 +205,7 @@ class SkillVector:
             )
             for name in matched["deltas"]
         }
+        notes = notes | matched.pop("computed")
         said = selection(include, exclude, rename, rows)
         manifest = _pair_manifest(identity(tuned), identity(base), dtype, matched | said)
         ref = f"{tuned.ref}::{base.ref}"
@@ -670,6 +678,11 @@ def _common_names(parts: Sequence[SkillVector]) -> list[str]:
     if any(part.parts for part in parts):
         raise TypeError("a combination cannot be combined again as it is: save it first")
     names = list(dict.fromkeys(name for part in parts for name in part.deltas))
+    held = {name: [part.deltas[name] for part in parts if name in part.deltas] for name in names}
+    names = [
+        name for name in names
+        if len(held[name]) == len(parts) or not all(is_idle_buffer(name, d) for d in held[name])
+    ]  # fmt: skip
     problems = defaultdict(list)
     for name in names:
         shapes = [part.deltas[name].spec.shape for part in parts if name in part.deltas]
@@ -757,7 +770,16 @@ def _match(
     problems = defaultdict(list)
     unread = unexplained(tuned) | unexplained(base)
     alone = [name for name in names if name not in tuned or name not in base]
+    kinds = {name: recomputed(tuned.get(name) or base[name]) for name in alone}
+    found["computed"] = {
+        name: f"{kind}, which the model computes: only in {(tuned if name in tuned else base).ref}"
+        for name, kind in kinds.items() if kind and name not in excluded
+    }  # fmt: skip
+    found["excluded"] += found["computed"]
+    alone = [name for name in alone if name not in found["computed"]]
     for name in names:
+        if name in found["computed"]:
+            continue
         if name in skipped or not is_selected(name, include, exclude):
             continue
         if name in SIDE:
