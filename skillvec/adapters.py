@@ -149,6 +149,7 @@ class Adapter:
     tying: bool = False
     rows: Mapping[str, tuple[Source, list[int]]] = field(default_factory=dict)
     stacks: Mapping[str, Pair] = field(default_factory=dict)  # 3-D factors of all experts
+    biases: str = "none"  # whose biases are trained, and so are saved whole: lora_only, all
     classes: tuple[str, ...] = ()  # of the model that it was made on, where it says so
 
     def renamed(self, names: Mapping[str, str]) -> "Adapter":
@@ -325,14 +326,14 @@ class Adapter:
             except ValueError as error:
                 problems["of fused weights"].append(str(error))
         put = self._rows_put(base, tied, problems)
+        problems["without their biases"] = self._biases_lost(base)
         problems["square"] = square if wrong else []
         if any(problems.values()):
             raise self._unfit(problems, base)
-        both = [name for name in self.whole if name in deltas]
+        both = [name for name in self.whole if name in deltas or name in put]
         for name in both:
             weight, point = self.whole[name], base[name]
-            same = (weight.dtype, weight.shape) == (point.dtype, point.shape)
-            if not same or digest_values(weight) != digest_values(point):
+            if not _same(weight, point):
                 raise IncompatibleError(
                     f"{self.what}: {name}: a delta and a weight that is not the base's: {MERGE}"
                 )
@@ -393,8 +394,14 @@ class Adapter:
     ) -> None:
         """Do to names that are one weight of the base what PEFT's merge does to it."""
         group = (source, *heads)
+        added = [name for name in group if name in effect.deltas or name in self.rows]
+        own = [name for name in group if added and name in effect.whole and name not in self.rows]
+        for name in own:  # a state dict has the base's own weight under each of its names
+            if (self.tying or name not in self.copies) and _same(
+                effect.whole[name], stored[source]
+            ):
+                del effect.whole[name]
         wholes = [name for name in group if name in effect.whole]
-        added = [name for name in group if name in effect.deltas]
         if any(name in self.rows for name in wholes):
             self._put_tied(effect, group, stored)
             return
@@ -431,6 +438,13 @@ class Adapter:
             f" of the one weight: {MERGE}"
         )
 
+    def _biases_lost(self, base: Mapping[str, Source]) -> list[str]:
+        """Name the biases that were trained, as the config says, and are not in the adapter."""
+        names = [f"{module}.bias" for module in self.pairs] if self.biases == "lora_only" else base
+        trained = (name for name in names if self.biases != "none" and name.endswith(".bias"))
+        lost = (name for name in trained if name in base and name not in self.whole)
+        return [f"{name}: trained (bias: {self.biases}), and not in the adapter" for name in lost]
+
     def _rows_put(
         self, base: Mapping[str, Source], tied: Mapping[str, str], problems: dict[str, list[str]]
     ) -> dict[str, Source]:
@@ -449,7 +463,7 @@ class Adapter:
             else:
                 places = [(number, Row(rows, at)) for at, number in enumerate(numbers)]
                 put[name] = RowsPut(name, weight, tuple(sorted(places, key=FIRST)))
-            if name in self.whole or name.removesuffix(".weight") in self.pairs:
+            if name.removesuffix(".weight") in self.pairs:
                 problems["of two kinds"].append(f"{name}: rows of it are trained, and all of it")
         if isinstance(self.settings.tokens, list) and len({tied.get(n, n) for n in put}) > 1:
             problems["of tokens"] += [f"{n}: of which trained rows belong to one only" for n in put]
@@ -484,7 +498,9 @@ class Adapter:
             ends = {name.removesuffix(".weight").rpartition(".")[2] for name in mine}
             alike = [name for name in base if ends & set(name.split("."))]
             problems |= only_here(alike or base, mine, "the base")
-        if "without a bias" in kinds:
+        if "without their biases" in kinds:
+            advice = "take the adapter that PEFT saved, which holds what it trains"
+        elif "without a bias" in kinds:
             advice = "PEFT cannot merge it either: lora_bias needs layers that have biases"
         elif "of another rank" in kinds:
             advice = (
@@ -552,6 +568,9 @@ def open_adapter(
         raise FormatError(
             f"{where}: ensure_weight_tying: expected true or false, found {tying!r:.80}"
         )
+    bias = config.get("bias") or "none"
+    if bias not in ("none", "all", "lora_only"):
+        raise FormatError(f"{where}: bias: expected none, all or lora_only, found {bias!r:.80}")
     held: dict[Where, dict[str, Source]] = {}
     wholes: dict[str, Source] = {}
     tokens: dict[str, Source] = {}
@@ -588,7 +607,7 @@ def open_adapter(
     named = said.get("base_model_class") if isinstance(said, dict) else None
     return Adapter(
         what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying,
-        rows, stacks, (named,) if isinstance(named, str) else (),
+        rows, stacks, bias, (named,) if isinstance(named, str) else (),
     )  # fmt: skip
 
 
@@ -681,23 +700,46 @@ def _numbered(
     return rows
 
 
+NAMED = re.compile(  # what PEFT's layers call an adapter in a state dict that is saved as it is
+    r"\.(?:lora_[AB]\.([^.]+)\.(?:weight|bias)|lora_embedding_[AB]\.([^.]+)"
+    r"|trainable_tokens_delta\.([^.]+)|lora_magnitude_vector\.([^.]+)(?:\.weight)?)$"
+)
+
+
 def _each_once(tensors: Mapping[str, Source], what: str) -> dict[str, Source]:
-    """Return the tensors of an adapter without the wrapper's own names for what it holds whole.
+    """Return the tensors of an adapter without the wrappers' own names for what it holds whole.
 
     Where it saves embeddings (of another length than its base's), PEFT writes a whole module three
-    times: under its name, which it reads, as a copy, and as it was.
+    times: under its name, which it reads, as a copy, and as it was. A state dict has the last two.
+    Raises FormatError where the factors are those of several adapters.
     """
-    kept = dict(tensors)
+    found = [NAMED.search(key) for key in tensors]
+    names = {next(filter(None, match.groups())) for match in found if match} - {"weight"}
+    if len(names) > 1:
+        raise FormatError(
+            f"{what}: two adapters in one ({', '.join(sorted(names)):.200}): PEFT saves each in a"
+            " folder of its own, and takes one"
+        )
+    kept: dict[str, Source] = {}
+    keys: dict[str, str] = {}
     for key, source in tensors.items():
         module, wrapper, rest = key.partition(".modules_to_save.")
-        if wrapper and (plain := tensors.get(f"{module}.{rest}")) is not None:
-            if (plain.dtype, plain.shape) != (source.dtype, source.shape) or (
-                digest_values(plain) != digest_values(source)
-            ):
-                raise IncompatibleError(f"{what}: {key}: another weight than {module}.{rest}")
+        first, _, inner = rest.partition(".")
+        rest = inner if first in names else rest
+        plain = f"{module}.{rest}" if wrapper else key.replace(".token_adapter.base_layer.", ".")
+        if plain in kept and not _same(kept[plain], source):
+            raise IncompatibleError(f"{what}: {max(key, keys[plain], key=len)}: another weight than"
+                                    f" {min(key, keys[plain], key=len)}")  # fmt: skip
+        kept[plain], keys[plain] = source, key
+    for key in [key for key in kept if ".original_module." in key]:
+        if key.replace(".original_module.", ".") in kept:
             del kept[key]
-            kept.pop(f"{module}.original_module.{rest}", None)
     return kept
+
+
+def _same(one: Source, other: Source) -> bool:
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return alike and digest_values(one) == digest_values(other)
 
 
 def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:

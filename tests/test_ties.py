@@ -199,6 +199,80 @@ def test_dora_of_embeddings_and_heads(tied: bool, modules: list[str], tmp_path: 
     assert tied == any("not the model that was trained" in said for said in report.warnings)
 
 
+DUMPED: dict[str, dict[str, Any]] = {
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "mlp"]},
+    "whole both": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "one": {
+        "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]},
+}  # fmt: skip
+
+
+def dumped(adapter: Path, base: Path, folder: Path, some: str = "") -> dict[str, Any]:
+    """Save the state dict of a model with an adapter, as FSDP does of all it wraps; return it."""
+    state = PeftModel.from_pretrained(opened(base), adapter).state_dict()
+    state = {name: weight.clone() for name, weight in state.items() if some in name}
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "model_world_size_1_rank_0.pt")
+    shutil.copy(adapter / "adapter_config.json", folder)
+    return state
+
+
+@pytest.mark.parametrize("kind", DUMPED)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_state_dict_of_all_is_the_adapter_in_it(tied: bool, kind: str, tmp_path: Path) -> None:
+    """Both names of a tied weight are in it, and the wrappers' copies and originals."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", tied).save_pretrained(base)
+    train(base, adapter, **DUMPED[kind])
+    state = dumped(adapter, base, tmp_path / "dump")
+    names = [f"base_model.model.{name}" for name in (EMBED, HEAD)]
+    assert all(any(key.startswith(name[:-6]) for key in state) for name in names)
+    expected = merge(base, adapter, tmp_path / "expected")
+    sv.apply(base, tmp_path / "dump", tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected, 4e-6)
+    if tied and kind == "embeddings":  # another weight under the head's name is not left away
+        state[f"base_model.model.{HEAD}"] += 1
+        torch.save(state, tmp_path / "dump" / "model_world_size_1_rank_0.pt")
+        with pytest.raises(
+            IncompatibleError, match="the adapter says two things of the one weight"
+        ):
+            sv.apply(base, tmp_path / "dump", tmp_path / "again")
+
+
+def test_a_head_that_was_trained_and_did_not_move_is_apart_all_the_same(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", True).save_pretrained(base)
+    train(base, adapter, target_modules=["embed_tokens"], modules_to_save=["lm_head"])
+    held = load(adapter / "adapter_model.safetensors")
+    (head,) = (name for name in held if name.endswith("lm_head.weight"))
+    held[head] = load(base)[EMBED].clone()
+    save(adapter / "adapter_model.safetensors", held)
+    expected = merge(base, adapter, tmp_path / "expected")
+    assert not torch.equal(expected[HEAD], expected[EMBED])
+    sv.apply(base, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_that_are_not_there_are_missed(bias: str, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama", False, attention_bias=True).save_pretrained(base)
+    train(base, adapter, target_modules=["q_proj"], bias=bias)
+    dumped(adapter, base, tmp_path / "factors", "lora_")
+    with pytest.raises(
+        IncompatibleError, match=rf"q_proj\.bias: trained \(bias: {bias}\), and not"
+    ):
+        sv.apply(base, tmp_path / "factors", tmp_path / "out")
+    expected = merge(base, adapter, tmp_path / "expected")
+    sv.apply(base, adapter, tmp_path / "out")
+    assert_close(load(tmp_path / "out"), expected)
+
+
 def test_what_the_base_decides_needs_the_base(tmp_path: Path) -> None:
     """Rows and magnitudes are of the base: on another target they are its difference from it."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
