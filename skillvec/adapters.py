@@ -598,6 +598,13 @@ def open_adapter(
             f"{what}: rank_pattern and alpha_pattern: too many wildcards for {len(pairs)} names of"
             f" up to {longest} characters: {MERGE}"
         )
+    still = [name for name in (*pairs, *stacks) if not settings.alpha and not settings.of(name)[1]]
+    if still:
+        raise IncompatibleError(
+            f"{where}: lora_alpha is 0, so that nothing is added. verl's model merger writes 0"
+            " where it finds no lora_train_meta.json: write the lora_alpha of the training:\n"
+            + up_to_five(still)
+        )
     ref, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not all(t is None or (type(t) is str and t == printable(t)) for t in (ref, revision)):
         raise FormatError(
@@ -700,6 +707,11 @@ def _numbered(
     return rows
 
 
+# names of torch's wrappers, which its own savers leave away
+WRAPPERS = re.compile(
+    r"^module\.(?=.*base_model\.)"
+    r"|(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
+)
 NAMED = re.compile(  # what PEFT's layers call an adapter in a state dict that is saved as it is
     r"\.(?:lora_[AB]\.([^.]+)\.(?:weight|bias)|lora_embedding_[AB]\.([^.]+)"
     r"|trainable_tokens_delta\.([^.]+)|lora_magnitude_vector\.([^.]+)(?:\.weight)?)$"
@@ -713,6 +725,11 @@ def _each_once(tensors: Mapping[str, Source], what: str) -> dict[str, Source]:
     times: under its name, which it reads, as a copy, and as it was. A state dict has the last two.
     Raises FormatError where the factors are those of several adapters.
     """
+    bare: dict[str, Source] = {}
+    for key, source in tensors.items():
+        if not _same(bare.setdefault(name := WRAPPERS.sub("", key), source), source):
+            raise FormatError(f"{what}: {key}: a second tensor for {name}")
+    tensors = bare
     found = [NAMED.search(key) for key in tensors]
     names = {next(filter(None, match.groups())) for match in found if match} - {"weight"}
     if len(names) > 1:
@@ -738,6 +755,8 @@ def _each_once(tensors: Mapping[str, Source], what: str) -> dict[str, Source]:
 
 
 def _same(one: Source, other: Source) -> bool:
+    if one is other:
+        return True
     alike = (one.dtype, one.shape) == (other.dtype, other.shape)
     return alike and digest_values(one) == digest_values(other)
 

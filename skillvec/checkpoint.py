@@ -53,6 +53,7 @@ from skillvec.storage import (
 INDEX = "model.safetensors.index.json"
 VECTOR_INDEX = "vector.safetensors.index.json"
 SINGLE = "model.safetensors"
+LORA_META = "lora_train_meta.json"  # of verl: the rank and alpha of a run
 STEP = re.compile(r"global_step(\d{1,18})(?=/|$)")  # a folder of DeepSpeed's
 FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # of LoRA, in a tensor's name
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -491,10 +492,12 @@ def lone_factors(model: Checkpoint, names: Iterable[str]) -> str | None:
         return None
     inner = [name for name, kind in _inside(model.place) if kind == "a PEFT adapter"]
     saved = f" (name {inner[0]}/, which holds an adapter)" if inner else ""
+    said = f" ({LORA_META} beside them says both)" if LORA_META in model.place.files else ""
     return (
         f"{model.ref}: factors of LoRA, which are no weights of a model, and no {ADAPTER_CONFIG}"
-        f" beside them, without which nobody knows how they are scaled: put it there, or take the"
-        f" adapter that PEFT saved{saved}:\n{up_to_five(factors)}"
+        f" beside them, without which nobody knows how they are scaled: put it there, with the rank"
+        f" (r) and lora_alpha of the training{said}, or take the adapter that PEFT saved{saved}:\n"
+        f"{up_to_five(factors)}"
     )
 
 

@@ -237,8 +237,13 @@ def tied_heads(
     where they are known. Raises IncompatibleError where the config ties an embedding in
     `kept_apart` to a head whose name nothing tells.
     """
-    likely = {n: shape for n, shape in touched.items() if len(shape) == 2 and not numbered(n)}
-    if not likely or model.ties_embeddings is False or not model.config:
+    outer = {n: shape for n, shape in touched.items() if not numbered(n)}
+    likely = {n: shape for n, shape in outer.items() if len(shape) == 2}
+    if (
+        not (likely or any(name not in model for name in outer))
+        or model.ties_embeddings is False
+        or not model.config
+    ):
         return {}
     if said is None:
         said = tied_weights(model.config, len(model)) or {}

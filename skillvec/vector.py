@@ -145,6 +145,8 @@ class SkillVector:
         if is_adapter(place):
             return SkillVector.adapted(place, None, (), rename)
         opened = open_tensors(place, role)
+        if told := lone_factors(opened, opened):
+            raise IncompatibleError(told)
         raise IncompatibleError(
             f"{role} {opened.ref}: this is not a skill vector (no manifest in its header);"
             " skillvec diff makes one from two models, and apply takes the model first"

@@ -993,6 +993,29 @@ def test_what_does_not_fit_the_base(
         adapter.fitted(stored(weights, tmp_path / "base"))
 
 
+def test_an_alpha_of_0_is_one_that_nobody_wrote_down(tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match=r"lora_alpha is 0.*\n.* x"):
+        made(tmp_path, FACTORS, lora_alpha=0)
+    adapter = made(tmp_path, FACTORS, lora_alpha=0, alpha_pattern={"x": 2})
+    assert adapter.settings.of("x") == (2, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "base_model.model._fsdp_wrapped_module.m.x.",
+        "base_model.model.m._checkpoint_wrapped_module.x.",
+        "_orig_mod.base_model.model.m.x.", "module._fsdp_wrapped_module.base_model.model.m.x.",
+    ],
+)  # fmt: skip
+def test_names_of_wrappers_are_no_names_of_modules(wrapped: str, tmp_path: Path) -> None:
+    tensors = {f"{wrapped}{key}": shape for key, shape in FACTORS.items()}
+    assert list(made(tmp_path, tensors).pairs) == ["m.x"]
+    twice = tensors | {f"base_model.model.m.x.{key}": (3, 6) for key in list(FACTORS)[:1]}
+    with pytest.raises(FormatError, match=r"a second tensor for base_model\.model\.m\.x\.lora_A"):
+        made(tmp_path, twice)
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "said"),
     [

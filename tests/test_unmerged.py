@@ -339,6 +339,10 @@ def test_factors_of_ranks_are_no_model_and_with_the_config_what_peft_merges(tmp_
         assert "factors of LoRA" in told and "adapter_config.json" in told
         assert "--exclude" not in told and "--rename" not in told
         assert "q_proj.lora_A.default.weight" in told
+        assert "the rank (r) and lora_alpha of the training" in told and "train_meta" not in told
+    (ranks / "lora_train_meta.json").write_text('{"r": 4, "lora_alpha": 6}')  # as verl 0.9.1 does
+    for verb in (lambda: sv.diff(ranks, folder / "base"), lambda: sv.SkillVector.open(ranks)):
+        assert "lora_train_meta.json beside them says both" in refusal(IncompatibleError, verb)
     shutil.copytree(folder / "ad", ranks / "lora_adapter")  # as verl saves it
     told = refusal(IncompatibleError, lambda: sv.diff(ranks, folder / "base"))
     assert "name lora_adapter/, which holds an adapter" in told
