@@ -150,6 +150,7 @@ class Adapter:
     rows: Mapping[str, tuple[Source, list[int]]] = field(default_factory=dict)
     stacks: Mapping[str, Pair] = field(default_factory=dict)  # 3-D factors of all experts
     biases: str = "none"  # whose biases are trained, and so are saved whole: lora_only, all
+    under: frozenset[str] = frozenset()  # weights under rows of theirs: the base's own
     classes: tuple[str, ...] = ()  # of the model that it was made on, where it says so
 
     def renamed(self, names: Mapping[str, str]) -> "Adapter":
@@ -164,7 +165,8 @@ class Adapter:
             names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight"): pair
             for module, pair in self.stacks.items()
         }
-        return replace(self, pairs=pairs, whole=whole, rows=rows, stacks=stacks)
+        under = frozenset(names.get(name, name) for name in self.under)
+        return replace(self, pairs=pairs, whole=whole, rows=rows, stacks=stacks, under=under)
 
     def misfits(self, there: Mapping[str, Any], named: Mapping[str, str] = {}) -> list[str]:
         """Return the weights that a model of other names or shapes has not got, so or turned.
@@ -330,25 +332,20 @@ class Adapter:
         problems["square"] = square if wrong else []
         if any(problems.values()):
             raise self._unfit(problems, base)
-        both = [name for name in self.whole if name in deltas or name in put]
+        both = [n for n in self.whole if n in deltas or n in put or n in self.under]
         for name in both:
             weight, point = self.whole[name], base[name]
             if not _same(weight, point):
                 raise IncompatibleError(
                     f"{self.what}: {name}: a delta and a weight that is not the base's: {MERGE}"
                 )
-        kept = {name: weight for name, weight in self.whole.items() if name not in deltas} | put
+        kept = {name: weight for name, weight in self.whole.items() if name not in both} | put
         notes = [f"{name}: also saved whole, as it is in the base" for name in both]
         effect = Effect({**deltas}, kept, self.notes + notes, {}, [])
+        parting = not self.tying and any(n in self.copies for n in (*tied, *tied.values()))
         for source in dict.fromkeys(tied.values()):
             heads = [head for head in tied if tied[head] == source]
-            self._merge_tied(effect, source, heads, stored)
-        if effect.untied and len(tied) > 1:
-            raise IncompatibleError(
-                f"{self.what}: parts {next(iter(effect.untied))} from what the base ties it to, but"
-                f" one switch of the config ties these, all or none: {MERGE}:\n"
-                + up_to_five(list(tied))
-            )
+            self._merge_tied(effect, source, heads, stored, parting)
         return effect
 
     def _place(
@@ -390,23 +387,30 @@ class Adapter:
             yield next(there, module), pairs
 
     def _merge_tied(
-        self, effect: Effect, source: str, heads: Sequence[str], stored: Mapping[str, Source]
+        self,
+        effect: Effect,
+        source: str,
+        heads: Sequence[str],
+        stored: Mapping[str, Source],
+        parting: bool,
     ) -> None:
-        """Do to names that are one weight of the base what PEFT's merge does to it."""
-        group = (source, *heads)
+        """Do to names that are one weight of the base what PEFT's merge does to it.
+
+        Where any head is parted from what it is tied to, the config's switch unties all, and each
+        has a tensor of its own; but only copies have values of their own.
+        """
+        if parting:
+            effect.untied.update(dict.fromkeys(heads, source))
+        group = [n for n in (source, *heads) if not parting or n not in self.copies]
+        names = [name for name in group if parting or name == source or name in stored]
         added = [name for name in group if name in effect.deltas or name in self.rows]
         own = [name for name in group if added and name in effect.whole and name not in self.rows]
         for name in own:  # a state dict has the base's own weight under each of its names
-            if (self.tying or name not in self.copies) and _same(
-                effect.whole[name], stored[source]
-            ):
+            if _same(effect.whole[name], stored[source]):
                 del effect.whole[name]
         wholes = [name for name in group if name in effect.whole]
         if any(name in self.rows for name in wholes):
-            self._put_tied(effect, group, stored)
-            return
-        if not self.tying and any(name in self.copies for name in wholes):
-            effect.untied.update(dict.fromkeys(heads, source))
+            self._put_tied(effect, group, names)
             return
         weights = [effect.whole.pop(name) for name in wholes]
         summands = [effect.deltas.pop(name) for name in added]
@@ -416,20 +420,20 @@ class Adapter:
             raise self._two_things(group)  # the second is scaled by what the first has made
         if self.tying and summands:  # each name has these factors, saved or not, and is merged
             summands += summands[:1] * (len(group) - len(summands))
-        for name in (source, *(head for head in heads if head in stored)):
+        for name in names:
             if weights:
                 effect.whole[name] = weights[0]
             elif len(summands) == 1:
                 effect.deltas[name] = replace(summands[0], name=name)
             elif summands:
                 effect.deltas[name] = Summed(name, tuple(summands))
-        if summands:
+        if summands and group[1:]:
             what = f"the delta of {added[0]}" if len(summands) == 1 else "the deltas of both"
             what = "the same delta more than once" if self.tying else what
             effect.warnings.append(
-                f"{source}: the base ties {', '.join(heads)} to it, so PEFT's merge, which this is,"
-                f" adds {what} to their one weight: that is not the model that was trained. On a"
-                " copy of the base that stores both and ties neither it is"
+                f"{group[0]}: the base ties {', '.join(group[1:])} to it, so PEFT's merge, which"
+                f" this is, adds {what} to their one weight: that is not the model that was"
+                " trained. On a copy of the base that stores both and ties neither it is"
             )
 
     def _two_things(self, group: Sequence[str]) -> IncompatibleError:
@@ -469,7 +473,7 @@ class Adapter:
             problems["of tokens"] += [f"{n}: of which trained rows belong to one only" for n in put]
         return put
 
-    def _put_tied(self, effect: Effect, group: Sequence[str], stored: Mapping[str, Source]) -> None:
+    def _put_tied(self, effect: Effect, group: Sequence[str], names: Sequence[str]) -> None:
         """Put rows into the one weight of several names, as PEFT's merge does."""
         wholes = {name: effect.whole.pop(name) for name in group if name in effect.whole}
         put = {name: weight for name, weight in wholes.items() if isinstance(weight, RowsPut)}
@@ -480,10 +484,9 @@ class Adapter:
             if digest_of_row(rows.setdefault(number, row)) != digest_of_row(row):
                 raise self._two_things(group)
         one = replace(next(iter(put.values())), rows=tuple(sorted(rows.items(), key=FIRST)))
-        for name in group:
-            if name == group[0] or name in stored:
-                effect.whole[name] = replace(one, name=name)
-        if isinstance(self.settings.tokens, dict) and ([*put] != [group[0]]):
+        for name in names:
+            effect.whole[name] = replace(one, name=name)
+        if group[1:] and isinstance(self.settings.tokens, dict) and ([*put] != [group[0]]):
             effect.warnings.append(
                 f"{group[0]}: the base ties {', '.join(group[1:])} to it, so PEFT's merge, which"
                 f" this is, puts the rows of {' and of '.join(put)} into their one weight: that is"
@@ -574,15 +577,18 @@ def open_adapter(
     held: dict[Where, dict[str, Source]] = {}
     wholes: dict[str, Source] = {}
     tokens: dict[str, Source] = {}
+    under: set[str] = set()
     for key, source in _each_once(tensors, what).items():
         module, factor = _parsed(key, source, what)
-        name = re.sub(r"\.base_layer(?=\.|$)", "", module)
+        name = re.sub(r"(\.token_adapter)?\.base_layer(?=\.|$)", "", module)
         group = wholes
+        if not factor and ".token_adapter.base_layer." in key:
+            under.add(name)
         if factor:
             group = held.setdefault((name, module.count(".base_layer")), {})
         if factor == ROWS:
             group, factor, name = tokens, "", f"{name}.weight"
-        if (factor or name) in group:
+        if (factor or name) in group and (factor or not _same(group[name], source)):
             raise FormatError(f"{what}: {key}: a second tensor for the same: two adapters in one?")
         group[factor or name] = source
     held = {where: group for where, group in held.items() if group}
@@ -614,7 +620,7 @@ def open_adapter(
     named = said.get("base_model_class") if isinstance(said, dict) else None
     return Adapter(
         what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying,
-        rows, stacks, bias, (named,) if isinstance(named, str) else (),
+        rows, stacks, bias, frozenset(under), (named,) if isinstance(named, str) else (),
     )  # fmt: skip
 
 
@@ -743,7 +749,7 @@ def _each_once(tensors: Mapping[str, Source], what: str) -> dict[str, Source]:
         module, wrapper, rest = key.partition(".modules_to_save.")
         first, _, inner = rest.partition(".")
         rest = inner if first in names else rest
-        plain = f"{module}.{rest}" if wrapper else key.replace(".token_adapter.base_layer.", ".")
+        plain = f"{module}.{rest}" if wrapper else key
         if plain in kept and not _same(kept[plain], source):
             raise IncompatibleError(f"{what}: {max(key, keys[plain], key=len)}: another weight than"
                                     f" {min(key, keys[plain], key=len)}")  # fmt: skip
@@ -772,7 +778,8 @@ def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:
     if not found:
         raise FormatError(f"{what}: {key}: expected a name that begins with base_model.model.")
     module, factor = found[1], "".join(part for part in found.groups()[1:] if part)
-    if re.search(r"(^|\.)(lora_|token_adapter|original_module|modules_to_save)", module):
+    bare = module.replace(".token_adapter.base_layer.", ".")
+    if re.search(r"(^|\.)(lora_|token_adapter|original_module|modules_to_save)", bare):
         raise IncompatibleError(f"{what}: {key}: no tensor of LoRA that is known here: {MERGE}")
     if not factor:
         if source.dtype not in STORAGE_DTYPE:

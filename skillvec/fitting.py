@@ -4,7 +4,7 @@ Reads headers, samples and manifests; refuses by name what does not fit.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -197,7 +197,7 @@ def fitting(
             if source not in routes and not (taken and _changes(delta)):
                 lines.append(ledger_line(delta.spec, "tied", f"{source} does not change either"))
                 continue
-            why = _untying_problem(target, name, source, delta.spec.shape)
+            why = _untying_problem(target, name, source, delta.spec.shape, partners)
             if why:
                 problems["of heads"].append(f"{name} {list(delta.spec.shape)}: {why}")
             untied[name] = source
@@ -250,8 +250,13 @@ def _changes(delta: DeltaSource) -> bool:
     return not (isinstance(delta, StoredDelta) and delta.codec == "zero")
 
 
-def _untying_problem(target: Checkpoint, head: str, source: str, shape: tuple[int, ...]) -> str:
-    """Return why a head cannot get a tensor and a config of its own, "" where it can."""
+def _untying_problem(
+    target: Checkpoint, head: str, source: str, shape: tuple[int, ...], untied: Iterable[str]
+) -> str:
+    """Return why a head cannot get a tensor and a config of its own, "" where it can.
+
+    One switch of the config unties all that it ties, so all have to be among the `untied`.
+    """
     if target[source].shape != shape or target[source].dtype not in FLOATS:
         return f"{source} is {target[source].dtype} {list(target[source].shape)} in the target"
     said = tied_names(target)
@@ -260,7 +265,7 @@ def _untying_problem(target: Checkpoint, head: str, source: str, shape: tuple[in
     if source != said.get(head) and head != said.get(source):
         return f"the target's model does not tie it to {source}"
     left = tied_weights(untied_config(target.config), len(target))
-    if len(said) > 1 or left != {}:
+    if left != {} or not {*said} <= {*untied}:
         return f"the target's config cannot part it alone from {source}"
     return ""
 

@@ -232,18 +232,15 @@ def tied_heads(
     """Return the pairs of names that are one weight of a model: head -> where its values lie.
 
     A head lies in no file, or with the bytes of the other. `touched` are tensors to change, with
-    their shapes: nothing is asked of transformers unless one is a matrix outside the layers. Where
-    it makes no model of the config, a head is told by its shape. `said` are the pairs of the model
-    where they are known. Raises IncompatibleError where the config ties an embedding in
-    `kept_apart` to a head whose name nothing tells.
+    their shapes: nothing is asked of transformers unless one outside the layers is a matrix or not
+    in the model. Where it makes no model of the config, a head is told by its shape. `said` are the
+    pairs of the model where they are known. Raises IncompatibleError where the config ties an
+    embedding in `kept_apart` to a head whose name nothing tells.
     """
     outer = {n: shape for n, shape in touched.items() if not numbered(n)}
     likely = {n: shape for n, shape in outer.items() if len(shape) == 2}
-    if (
-        not (likely or any(name not in model for name in outer))
-        or model.ties_embeddings is False
-        or not model.config
-    ):
+    told = likely or [name for name in outer if name not in model]
+    if not told or model.ties_embeddings is False or not model.config:
         return {}
     if said is None:
         said = tied_weights(model.config, len(model)) or {}
