@@ -230,17 +230,17 @@ def _of_tied(
 ) -> Hold:
     """Say how the delta of a weight with several names is held, of which one says it."""
     hold, others = held[name], [other for other in model.tied[name] if other in held]
-    if hold.why or others[0] == name:
-        moved = {job.name: _name_in(vector, job.deltas[0]) for job in jobs if job.name in others}
-        files = set(moved.values())
-        apart = files & set(vector.untied) or any(
-            same_delta(vector, file) not in files for file in files if len(files) > 1
-        )
-        if apart and not all(held[other].kind == "whole" for other in others):
-            both = " and ".join(f"--save-module {n.rpartition('.')[0]}" for n in model.tied[name])
-            return Hold(f"tied in the base, which the vector parts: {both} hold it", LEFT_OUT)
+    moved = {job.name: _name_in(vector, job.deltas[0]) for job in jobs if job.name in others}
+    files = set(moved.values())
+    apart = files & set(vector.untied) or any(
+        same_delta(vector, file) not in files for file in files if len(files) > 1
+    )
+    if apart and not all(held[other].kind == "whole" for other in others):
+        both = " and ".join(f"--save-module {n.rpartition('.')[0]}" for n in model.tied[name])
+        return Hold(f"tied in the base, which the vector parts: {both} hold it", LEFT_OUT)
+    if hold.why or hold.kind == "whole" or others[0] == name:
         return hold
-    return hold if hold.kind == "whole" else Hold(f"tied: the delta of {others[0]}", "tied")
+    return Hold(f"tied: the delta of {others[0]}", "tied")
 
 
 def _name_in(vector: SkillVector, delta: DeltaSource) -> str:
@@ -464,8 +464,8 @@ class _Writer:
             refuse_nonfinite(results, allow)
         for job in jobs:
             if job.name not in self._lines:
-                line = {"name": job.name, "status": "whole", "note": "as it is in the base"}
-                self._report.ledger.append(line)
+                note = "as it is in the base" if job.operator == "copy" else "tied in the base"
+                self._report.ledger.append({"name": job.name, "status": "whole", "note": note})
 
 
 def _tensor_nbytes(job: Job) -> int:

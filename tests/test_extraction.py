@@ -20,6 +20,7 @@ from skillvec import extraction, subspace
 from skillvec.display import done_sentence
 from skillvec.errors import IncompatibleError, OutputError, UsageError
 from skillvec.extraction import extract_lora
+from skillvec.holding import Held
 from skillvec.vector import SkillVector
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -489,6 +490,201 @@ def test_one_matrix_for_each_worker(workers: int, llamas, tmp_path: Path, monkey
     monkeypatch.setattr(extraction, "_decomposed", watched)
     extract_lora("::".join(llamas), tmp_path / "lora", rank=1)
     assert len(before) == 15 and max(at_once) == workers
+
+
+# -------------------------------------------------------------------- embeddings, whole modules
+
+
+def noted(report: Any) -> dict[str, str]:
+    return {line["name"]: line.get("note", "") for line in report.ledger}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [lambda: llama(tie_word_embeddings=True), llama, gpt2])
+def test_modules_saved_whole_are_what_apply_gives(make, dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    tuned, base = pair(tmp_path, model)
+    vector = -0.7 * SkillVector.between(tuned, base)
+    skillvec.apply(base, vector, tmp_path / "applied")
+    head, embeddings = "lm_head.weight", model.get_input_embeddings()
+    names = dict(model.named_modules())
+    embedding = next(name for name, module in names.items() if module is embeddings)
+    norm = next(name for name in names if "norm" in name or name.endswith("ln_f"))
+    asked = [embedding.rpartition(".")[2], "lm_head", norm.rpartition(".")[2]]
+    report = extract_lora(vector, tmp_path / "lora", rank=2, save_module=asked)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    found = PeftModel.from_pretrained(type(model).from_pretrained(base), tmp_path / "lora")
+    found = found.merge_and_unload().state_dict()
+    wanted = load_file(tmp_path / "applied" / "model.safetensors")
+    wanted.setdefault(head, wanted[f"{embedding}.weight"])
+    whole = [name for name, line in noted_status(report).items() if line == "whole"]
+    assert {f"{embedding}.weight", f"{norm}.weight"} < set(whole)
+    for name in (*whole, head):
+        assert torch.equal(found[name], wanted[name]), name
+    tied = model.config.tie_word_embeddings
+    assert config.get("ensure_weight_tying", False) == tied
+    same = found[head].data_ptr() == found[f"{embedding}.weight"].data_ptr()
+    assert same == tied and {embedding, "lm_head", norm} <= set(config["modules_to_save"])
+    assert all(kept == 1 for name, kept in energies(report).items() if name in whole)
+    skillvec.apply(base, tmp_path / "lora", tmp_path / "again")
+    back = load_file(tmp_path / "again" / "model.safetensors")
+    assert ("lm_head.weight" in back) != tied
+    for name in set(whole) & set(back):
+        assert torch.equal(back[name], wanted[name]), name
+
+
+def noted_status(report: Any) -> dict[str, str]:
+    return {line["name"]: line["status"] for line in report.ledger}
+
+
+def test_one_of_two_tied_modules_saves_both(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tuned, base = pair(tmp_path, llama(tie_word_embeddings=True))
+    wanted = load_file(f"{tuned}/model.safetensors")
+    for asked in ("lm_head", "embed_tokens"):
+        report = extract_lora(f"{tuned}::{base}", tmp_path / asked, rank=2, save_module=[asked])
+        found = merged(base, tmp_path / asked)
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            np.testing.assert_array_equal(found[name], wanted["model.embed_tokens.weight"].numpy())
+        assert "lm_head.weight" in {line["name"] for line in report.ledger}
+
+
+def test_factors_of_a_tied_embedding_go_into_the_one_weight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tuned, base = pair(tmp_path, llama(tie_word_embeddings=True))
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=16, embed_lora=True)
+    content = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    assert content[f"{prefix}A"].shape == (16, 40) and content[f"{prefix}B"].shape == (16, 16)
+    found, wanted = merged(base, tmp_path / "lora"), load_file(f"{tuned}/model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        moved = wanted["model.embed_tokens.weight"].numpy()
+        np.testing.assert_allclose(found[name], moved, rtol=0, atol=2e-6)
+    (text,) = (text for text in report.warnings if "unmerged" in text)
+    assert "--save-module model.embed_tokens" in text
+
+
+def test_a_vector_that_parts_what_the_base_ties(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    lora.save_pretrained(tmp_path / "given")
+    wanted = lora.merge_and_unload().state_dict()
+    vector = skillvec.diff(tmp_path / "given", tmp_path / "base", tmp_path / "v.safetensors")
+    report = extract_lora(vector, tmp_path / "left", rank=16, embed_lora=True)
+    assert "--save-module lm_head" in noted(report)["lm_head.weight"]
+    both = ["lm_head", "embed_tokens"]
+    extract_lora(vector, tmp_path / "both", rank=16, save_module=both)
+    config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
+    assert "ensure_weight_tying" not in config
+    found = merged(str(tmp_path / "base"), tmp_path / "both")
+    for name, tensor in wanted.items():
+        np.testing.assert_allclose(found[name], tensor.numpy(), rtol=0, atol=2e-6, err_msg=name)
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("embed_token", r"is one of these meant\?\n +model.embed_tokens"),
+        ("nowhere", "no module of LlamaForCausalLM is called so$"),
+        ("layers", "a ModuleList, which PEFT does not save: name what is in it"),
+    ],
+)
+def test_modules_that_cannot_be_saved(asked: str, said: str, llamas, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        extract_lora("::".join(llamas), tmp_path / "lora", rank=1, save_module=[asked])
+
+
+def test_modules_that_peft_would_take_too_are_saved_too(tmp_path: Path) -> None:
+    """It goes by the ends of names, without dots: norm is every layer's input_layernorm."""
+    model = made("llama_headless")
+    tuned, base = pair(tmp_path, model)
+    report, config, found = full_rank(
+        f"{tuned}::{base}", Path(base), type(model), tmp_path / "lora", save_module=["norm"]
+    )
+    assert len(config["modules_to_save"]) == 5 and report.counts["whole"] == 5
+    for name, tensor in model.state_dict().items():
+        assert "norm" not in name or torch.equal(found[name], tensor), name
+
+
+def test_parts_of_a_fused_weight_are_named(tmp_path: Path) -> None:
+    tuned, base = pair(tmp_path, made("mixtral"))
+    left = ["*.1.block_sparse_moe.experts.2.w1.weight"]
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=2, exclude=left)
+    experts = "model.layers.{}.{}.experts.{}"
+    said = noted_status(report)
+    assert said[experts.format(0, "mlp", "gate_up_proj")] == "held"
+    part = experts.format(1, "block_sparse_moe", "0.w1.weight")
+    assert noted(report)[part] == (
+        f"of {experts.format(1, 'mlp', 'gate_up_proj')}, of which the vector has a part"
+    )
+    assert said[part] == "left out" and report.facts["not_found_energy"] == 0
+
+
+def test_modules_whose_names_end_those_of_others_are_told_apart() -> None:
+    held = object.__new__(Held)
+    modules = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "x": torch.nn.ModuleDict(
+        {"head": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)}
+    )})  # fmt: skip
+    held.modules = dict(modules.named_modules())
+    assert held.beside(["head"]) == ["x.head"] and not held.beside(["head", "x.head"])
+    config = LoraConfig(target_modules=["head"], exclude_modules=r"x\.head")
+    adapted = [name for name in get_peft_model(modules, config).state_dict() if "lora_A" in name]
+    assert adapted == ["base_model.model.head.lora_A.default.weight"]
+
+
+# ---------------------------------------------------------------------------- energy and threads
+
+
+def test_an_energy_that_the_whole_vector_does_not_keep_is_said(llamas, tmp_path: Path) -> None:
+    tuned, base = llamas
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", energy=0.9)
+    held = deltas(tuned, base)
+    start, result = load_file(f"{base}/model.safetensors"), merged(base, tmp_path / "lora")
+    taken = [line["name"] for line in report.ledger if line["status"] == "held"]
+    lost = sum(np.square(result[n] - start[n].numpy() - held[n]).sum() for n in taken)
+    size = sum(np.square(held[n]).sum() for n in taken)
+    assert report.facts["kept_of_held"] == pytest.approx(1 - lost / size, abs=1e-5)
+    assert report.facts["kept_energy"] < 0.9 < report.facts["kept_of_held"]
+    (text,) = (text for text in report.warnings if text.startswith("energy 0.9 is kept of what"))
+    assert f"({report.facts['kept_energy']:.3g})" in text
+    names = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "two", energy=0.9, save_module=names)
+    assert report.facts["kept_energy"] == report.facts["kept_of_held"] > 0.9
+    assert not any("energy 0.9" in text for text in report.warnings)
+
+
+def test_an_energy_that_factors_are_too_coarse_for_is_said(llamas, tmp_path: Path) -> None:
+    report = extract_lora("::".join(llamas), tmp_path / "lora", energy=1.0, dtype="bf16")
+    assert any(
+        text.startswith("energy 1 is not met by factors in bf16") for text in report.warnings
+    )
+
+
+@pytest.mark.parametrize("wish", [{"rank": 3}, {"energy": 0.8}])
+def test_threads_and_workers_change_no_byte(wish, tmp_path: Path, monkeypatch) -> None:
+    tuned, base = pair(tmp_path, made("qwen3_moe"))
+    monkeypatch.setattr(subspace, "EXACT", 0)
+    monkeypatch.setattr(subspace, "PASSES", (1,))  # of which a small matrix has room
+    files, reports, before = [], [], torch.get_num_threads()
+    for workers, threads in ((1, 1), (3, 1), (2, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=workers: set(range(n)))
+        torch.set_num_threads(threads)
+        out = tmp_path / f"{workers}-{threads}"
+        reports.append(extract_lora(f"{tuned}::{base}", out, **wish))
+        assert torch.get_num_threads() == threads
+        files.append((out / "adapter_model.safetensors").read_bytes())
+    torch.set_num_threads(before)
+    assert files[0] == files[1] == files[2]
+    assert reports[0].ledger == reports[1].ledger == reports[2].ledger
 
 
 class Watch:
