@@ -14,10 +14,9 @@ import skillvec
 PACKAGE = Path(skillvec.__file__).parent
 # Top to bottom: a module may import those behind it in this list, and no other.
 ORDER = [
-    "__main__", "cli", "display", "training", "publishing", "extraction", "holding", "verbs", "cards",
-    "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
-    "outputs", "engine", "blocks", "plan", "fitting", "vector", "adapting", "patching",
-    "bridging",
+    "__main__", "cli", "display", "training", "publishing", "extraction", "holding", "verbs",
+    "cards", "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
+    "outputs", "engine", "blocks", "plan", "fitting", "vector", "adapting", "patching", "bridging",
     "lineage", "deltas", "rules", "patch", "page", "analysis",
     "subspace", "measures", "vectorfile", "checkpoint", "gguffile", "layouts", "conversions",
     "configs", "trainingshards", "pickles", "adapters", "experts", "lowrank", "quantised",
