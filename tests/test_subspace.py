@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 
@@ -482,3 +484,90 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torch_is_imported_on_use_only() -> None:
     code = "import sys, skillvec.subspace; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---------------------------------------------------------------------------------- several at once
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (90, 400)])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_threads_of_a_process_change_no_bit(
+    shape: tuple[int, int], exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    monkeypatch.setattr(subspace, "EXACT", 1024 if exact else 0)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        found.append(subspace.decompose(matrix, 3, "cpu", 0))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert found[0].exact == exact
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_come_in_turn_from_as_many_as_fit(workers: int) -> None:
+    lock, at_work, most = threading.Lock(), 0, 0
+
+    def work(item: int) -> tuple[int, int]:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.02 if item % 3 else 0.002)
+        with lock:
+            at_work -= 1
+        return item, torch.get_num_threads()
+
+    found = list(subspace.in_turn(work, range(12), lambda item: 8, workers))
+    assert found == [(item, 1) for item in range(12)] and most == workers
+
+
+def test_matrices_wait_for_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subspace, "available_memory_nbytes", lambda: 4 * 3 * 100)
+    at_work: list[int] = []
+    most = []
+
+    def work(nbytes: int) -> None:
+        at_work.append(nbytes)
+        time.sleep(0.01)
+        most.append(sum(at_work))
+        at_work.remove(nbytes)
+
+    sizes = [40, 60, 50, 50, 300, 10, 90, 100]
+    list(subspace.in_turn(work, sizes, lambda nbytes: nbytes, 4))
+    assert max(most) == 300 and sorted(most)[-2] <= 100
+    assert subspace.at_once_nbytes(sizes, 4) == 3 * 300
+    assert subspace.at_once_nbytes([10, 20, 30], 2) == 3 * 50 and not subspace.at_once_nbytes([], 2)
+
+
+def test_an_error_ends_what_is_done_in_turn() -> None:
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            raise IncompatibleError("broken")
+        return item
+
+    results = subspace.in_turn(work, range(100), lambda item: 0, 2)
+    assert next(results) == 0
+    with pytest.raises(IncompatibleError, match="broken"):
+        list(results)
+    assert len(begun) < 10
+
+
+def test_angles_and_interference_do_not_depend_on_threads() -> None:
+    generator = np.random.default_rng(0)
+    spectra = [
+        subspace.decompose(generator.standard_normal((400, 300), dtype=np.float32), 16, "cpu", 0)
+        for _ in range(2)
+    ]
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        found.append((subspace.principal_angles(*spectra), subspace.interference(spectra)))
+    torch.set_num_threads(before)
+    assert found[0] == found[1]
