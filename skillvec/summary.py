@@ -312,9 +312,11 @@ def refuse_announced(
         return []
     merged = bool(vector.parts) or vector.manifest["tuned"] is None
     holders = Counter(name for part in vector.parts for name in part.nonfinite())
+    entries = [part.manifest.get("tensors", {}) for part in (vector, *vector.parts)]
+    views = {name for part in entries for name, entry in part.items() if entry["codec"] == "view"}
     lines = []
-    for name, count in found.items():
-        most = "at most " if merged and holders[name] != 1 else ""  # those of several may overlap
+    for name, count in found.items():  # those of several may overlap, or lie beside what is seen
+        most = "at most " if (merged and holders[name] != 1) or name in views else ""
         lines.append(f"{name}: {most}{count} of {vector.deltas[name].spec.numel} values")
     said = f"{vector.ref}: made with --allow-nonfinite: where tuned or base was not finite, " + (
         "no target gets anything" if merged else "only the exact base gets tuned's values"

@@ -608,9 +608,12 @@ def aligned(vectors: Sequence[SkillVector]) -> list[SkillVector]:
 
 
 def seen_like(model: Checkpoint, vector: SkillVector) -> Checkpoint:
-    """Return a model under the names and in the shapes of a vector, as far as it has those."""
+    """Return a model under the names and in the shapes of a vector; what is left keeps its own."""
     found = bridged(model, _specs(vector), [model.config, _config_of(vector)], (), "strict")
-    return model if found is None else model.with_tensors(viewed_specs(found, model))
+    if found is None:
+        return model
+    left = {name: model[name] for name in found.unused}
+    return model.with_tensors(left | viewed_specs(found, model))
 
 
 def _specs(vector: SkillVector) -> dict[str, Source]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import assert_same_bits, from_bits, load, perturbed, save, toy
+from zoo import build, save_memory
 
 import skillvec as sv
 from skillvec import engine, running
@@ -480,3 +481,99 @@ def test_one_pickled_file_gives_one_file_however_large(tmp_path: Path, monkeypat
     sv.apply(base, vector, tmp_path / "plain")
     assert_same_bits(tmp_path / "out.safetensors", tmp_path / "plain")
     assert sv.verify(tmp_path / "out.safetensors").facts["verified"]
+
+
+# --------------------------------------------------------------------- vectors of two layouts
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tuned models on a base, saved with experts apart, and under the names in memory."""
+    folder = tmp_path_factory.mktemp("layouts")
+    model = build("Qwen3MoeForCausalLM").bfloat16()
+    for name in ("base", "one", "two"):
+        with torch.no_grad():
+            for parameter in model.parameters() if name != "base" else ():
+                parameter += 0.01 * torch.randn_like(parameter)
+        model.save_pretrained(folder / name)
+        save_memory(model, folder / f"{name}-memory")
+    sv.diff(folder / "one", folder / "base", folder / "one.safetensors")
+    sv.diff(folder / "two", folder / "base", folder / "two.safetensors")
+    sv.diff(folder / "two-memory", folder / "base-memory", folder / "fused.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("op", ["linear", "ties", "dare_linear"])
+def test_vectors_of_two_layouts_combine_in_that_of_the_first(layouts: Path, op: str, tmp_path):
+    """The same bytes as of two vectors of one layout; random numbers go by names of the first."""
+    parameters = {} if op == "linear" else {"density": 0.5}
+    for pair in ("one", "two"), ("one", "fused"):
+        vectors = [layouts / f"{name}.safetensors" for name in pair]
+        made = sv.combine(*vectors, weights=[0.5, 0.25], op=op, parameters=parameters, seed=3,
+                          output=tmp_path / f"{pair[1]}.safetensors")  # fmt: skip
+        assert sv.verify(made.ref).facts["verified"]
+    same = {name: entry["digest"] for name, entry in made.manifest["tensors"].items()}
+    other = sv.SkillVector.open(tmp_path / "two.safetensors").manifest["tensors"]
+    if op == "dare_linear":  # addressed by the identity of a vector, which is that of its own file
+        assert same.keys() == other.keys()
+    else:
+        assert same == {name: entry["digest"] for name, entry in other.items()}
+
+
+def test_a_sum_of_two_layouts_on_targets_of_either(layouts: Path, tmp_path: Path):
+    vectors = [sv.SkillVector.open(layouts / f"{n}.safetensors") for n in ("one", "two", "fused")]
+    for target in ("base", "base-memory"):
+        sv.apply(layouts / target, vectors[0] + vectors[1], tmp_path / "want", force=True)
+        sv.apply(layouts / target, vectors[0] + vectors[2], tmp_path / "out", force=True)
+        assert_same_bits(tmp_path / "out", tmp_path / "want")
+        assert sv.verify(tmp_path / "out").facts["verified"]
+
+
+def test_measures_of_two_layouts(layouts: Path):
+    """Angles, and weights to measure against, of whatever layout."""
+    one, two, fused = (layouts / f"{name}.safetensors" for name in ("one", "two", "fused"))
+    (want,) = sv.orthogonality(one, two, against=layouts / "base").facts["pairs"]
+    for against in ("base", "base-memory"):
+        (found,) = sv.orthogonality(one, fused, against=layouts / against).facts["pairs"]
+        for key, number in want["overall"].items():  # sums of bf16, and of what a view widened
+            assert found["overall"][key] == pytest.approx(number, rel=1e-7), key
+        assert found["shared_rounding"] == want["shared_rounding"]
+    same = sv.orthogonality(two, fused).facts["pairs"][0]["overall"]
+    assert same["cosine"] == pytest.approx(1, abs=1e-12)
+
+
+def test_a_vector_is_proved_on_models_of_another_layout(layouts: Path):
+    for vector, side in (("two", "-memory"), ("fused", "")):
+        report = sv.verify(
+            layouts / f"{vector}.safetensors", tuned=layouts / f"two{side}",
+            base=layouts / f"base{side}",
+        )  # fmt: skip
+        assert report.facts["verified"]
+    with pytest.raises(sv.VerificationError, match="not the one the vector was made from"):
+        sv.verify(layouts / "fused.safetensors", tuned=layouts / "one", base=layouts / "one")
+
+
+def test_an_altered_delta_of_another_layout_is_found(layouts: Path, tmp_path: Path):
+    """One flipped bit in what a combination, and a comparison, read through views."""
+    altered = tmp_path / "altered.safetensors"
+    content = bytearray((layouts / "fused.safetensors").read_bytes())
+    vector = sv.SkillVector.open(layouts / "fused.safetensors")
+    spec = vector.deltas["model.layers.1.mlp.experts.down_proj"].spec
+    content[spec.start + 100] ^= 1
+    altered.write_bytes(content)
+    for call in (
+        lambda: sv.combine(layouts / "one.safetensors", altered, output=tmp_path / "c.safetensors"),
+        lambda: sv.orthogonality(layouts / "one.safetensors", altered),
+    ):
+        with pytest.raises(sv.SkillvecError, match=r"down_proj.*altered|block"):
+            call()
+
+
+def test_values_without_a_delta_are_announced_in_another_layout(layouts: Path, tmp_path: Path):
+    tuned = load(layouts / "two-memory")
+    tuned["model.layers.0.mlp.experts.down_proj"][1, 2, 3] = float("nan")
+    save(tmp_path / "tuned", tuned)
+    pair = tmp_path / "tuned", layouts / "base-memory", tmp_path / "v.safetensors"
+    vector = sv.diff(*pair, allow_nonfinite=True)
+    with pytest.raises(sv.NonfiniteError, match=r"experts\.1\.down_proj\.weight: at most 1 of"):
+        sv.combine(layouts / "one.safetensors", vector, output=tmp_path / "c.safetensors")

@@ -700,8 +700,9 @@ def test_a_target_whose_config_cannot_say_it(
     ties: list[Any], said: str, world: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Classes that tie whatever they are told, or more than the head by the one switch."""
-    answers = iter(ties)
-    monkeypatch.setattr("skillvec.fitting.tied_weights", lambda *given: next(answers))
+    now, untied = ties
+    monkeypatch.setattr("skillvec.fitting.tied_names", lambda *given: now)
+    monkeypatch.setattr("skillvec.fitting.tied_weights", lambda *given: untied)
     with pytest.raises(sv.IncompatibleError, match=rf"lm_head\.weight \[40, 16\]: {said}"):
         sv.apply(world / "base", world / "v.safetensors", tmp_path / "out")
 
