@@ -20,6 +20,7 @@ from xxhash import xxh3_128
 
 from skillvec.checkpoint import (
     FOREIGN,
+    GGUF,
     METADATA_KEY,
     PICKLE_SUFFIXES,
     VECTOR_INDEX,
@@ -398,7 +399,7 @@ def _one_file(place: Place) -> str | None:
     else:
         address = os.fspath(place.path)
     suffix = Path(address).suffix
-    if suffix in FOREIGN or suffix in PICKLE_SUFFIXES:
+    if suffix in FOREIGN or suffix in (GGUF, *PICKLE_SUFFIXES):
         return None
     return address if is_there(address) and file_nbytes(address) >= 8 else None
 

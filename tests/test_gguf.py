@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import skillvec
 from skillvec import gguffile
 from skillvec.checkpoint import open_checkpoint
-from skillvec.errors import FormatError, IncompatibleError, UsageError
+from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.sources import Source, values_of
 
 TYPES = gguf.GGMLQuantizationType
@@ -252,6 +252,13 @@ def test_a_gguf_by_its_name_gives_one_file(tmp_path: Path):
     skillvec.apply(path, zero, tmp_path / "out.safetensors")
     skillvec.verify(tmp_path / "out.safetensors")
     assert weights(tmp_path / "out.safetensors") == weights(path)
+    said = skillvec.inspect(path)
+    assert said.facts["kind"] == "model" and len(said.ledger) == len(open_checkpoint(path))
+    skillvec.apply(path, f"{path}::{path}", tmp_path / "again.safetensors")
+    skillvec.verify(tmp_path / "again.safetensors")
+    for use in (skillvec.SkillVector.open, skillvec.norms):
+        with pytest.raises(SkillvecError, match=r"m\.gguf"):
+            use(path)
 
 
 def test_what_turns_positions_is_left_out_and_listed(tmp_path: Path):
