@@ -13,7 +13,7 @@ from families import assert_same_bits, bits, load, save
 from harm import DIGITS, lowered
 from safetensors.torch import save_file
 
-from skillvec import conversions, layouts
+from skillvec import conversions, layouts, sources
 from skillvec.errors import IncompatibleError, UsageError
 from skillvec.layouts import Bridge, bridge, viewed_specs
 from skillvec.sources import Box, View, Viewed, values_of
@@ -727,3 +727,44 @@ def test_what_shapes_allow(mine, wanted, may: bool):
     sides = [{str(i): shape for i, shape in enumerate(side)} for side in (mine, wanted)]
     for one, other in (sides, reversed(sides)):
         assert layouts._may_share_values(one, other) is may
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_turned_experts_take_the_same_bytes_from_any_thread(
+    workers: int, special: bool, tmp_path, monkeypatch
+):
+    """Of a stored vector, of a pair, onto pickles that lie turned, and what is not finite counted
+    once: groups that cut an expert, and blocks that lie across them.
+    """
+    import torch
+
+    import skillvec as sv
+
+    monkeypatch.setattr(sources, "GATHERED_NBYTES", 1 << 21)
+    name, config = "model.language_model.layers.0.mlp.experts.gate_up_proj", "qwen3_vl_moe"
+    torch.manual_seed(0)
+    base = torch.randn(3, 700, 1030).bfloat16()
+    noise = (torch.rand(base.shape) < 0.1) * 0.01 * torch.randn(base.shape)
+    tuned = (base + noise).bfloat16()
+    if special:
+        tuned[1, 300, 1000] = tuned[2, 699, 1029] = float("inf")
+    for side, content in (("base", base), ("tuned", tuned)):
+        save(tmp_path / side, {name: content}, config={"model_type": config})
+    save(tmp_path / "turned", {name: base.transpose(1, 2)}, config={"model_type": config})
+    (tmp_path / "pickle").mkdir()
+    pickled = base.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.save({name: pickled}, tmp_path / "pickle" / "pytorch_model.bin")
+    pair = f"{tmp_path}/tuned::{tmp_path}/base"
+    if special:
+        with pytest.raises(sv.SkillvecError, match=f"{name}: 2 of {base.numel()}"):
+            sv.apply(tmp_path / "turned", pair, output=tmp_path / "out", workers=workers)
+        return
+    vector = tmp_path / "v.safetensors"
+    sv.diff(tmp_path / "tuned", tmp_path / "pickle", vector, workers=workers)
+    for number, given in enumerate((vector, pair)):
+        for target, dims in (("turned", (1, 2)), ("pickle", (1, 1))):
+            out = tmp_path / f"{target}{number}"
+            sv.apply(tmp_path / target, given, output=out, workers=workers)
+            expected = tuned.transpose(*dims).contiguous()
+            assert_same_bits(out, {name: expected})
