@@ -563,6 +563,8 @@ def open_adapter(
     Headers only. Raises FormatError for a broken adapter, IncompatibleError for what is not taken.
     """
     where = f"{folder_name}/adapter_config.json"
+    if "peft_type" not in config and {"r", "lora_alpha"} <= {*config} and _is_raw(tensors):
+        config = {**config, "peft_type": "LORA"}
     settings, notes = _settings(config, what, where)
     saved, tying = config.get("modules_to_save") or [], config.get("ensure_weight_tying") or False
     if not isinstance(saved, list) or not all(type(name) is str and name for name in saved):
@@ -622,6 +624,12 @@ def open_adapter(
         what, ref or None, revision or None, wholes, notes, pairs, settings, tuple(saved), tying,
         rows, stacks, bias, frozenset(under), (named,) if isinstance(named, str) else (),
     )  # fmt: skip
+
+
+def _is_raw(tensors: Mapping[str, Source]) -> bool:
+    """Return whether tensors are named as Tinker names them, whose config may say r and alpha."""
+    found = re.compile(r"\.(unembed_tokens|experts\.w[123])\.lora_[AB]\.weight$")
+    return any(found.search(key) for key in tensors)
 
 
 def _stacks(

@@ -308,6 +308,16 @@ def test_raw_adapters_of_tinker_fit_experts_however_they_lie(
         _ = adapter.deltas
 
 
+def test_a_config_of_tinker_may_say_rank_and_alpha_alone(tmp_path: Path) -> None:
+    folder = raw(tmp_path / "raw", False)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 3}))
+    assert opened(folder).settings.of("x") == (2, 1.5)
+    for less in ({"r": 2}, {"lora_alpha": 3}):  # of these PEFT has defaults, and Tinker none
+        (folder / "adapter_config.json").write_text(json.dumps(less))
+        with pytest.raises(IncompatibleError, match="peft_type None"):
+            opened(folder)
+
+
 def test_experts_without_gates_have_w1_for_up(tmp_path: Path) -> None:
     """Nemotron's, whose w3 is empty in what Tinker saves."""
     folder = raw(tmp_path / "raw", False, ("w1", "w2"))

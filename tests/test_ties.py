@@ -672,6 +672,21 @@ def test_a_switch_for_more_than_one_weight_parts_them_all(kind: str, tmp_path: P
         assert sv.verify(out).facts["verified"]
 
 
+def test_the_head_of_tinker_is_what_the_base_ties_it_to(tmp_path: Path) -> None:
+    base, raw = tmp_path / "base", tmp_path / "raw"
+    model_of("llama", True).save_pretrained(base)
+    torch.manual_seed(1)
+    factors = {"lora_A": torch.randn(2, 16), "lora_B": torch.randn(40, 2)}
+    name = "base_model.model.model.unembed_tokens"
+    save(raw / "adapter_model.safetensors", {f"{name}.{k}.weight": w for k, w in factors.items()})
+    (raw / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    report = sv.apply(base, raw, tmp_path / "out")
+    expected = load(base)
+    expected[EMBED] = expected[EMBED] + 2 * factors["lora_B"] @ factors["lora_A"]
+    assert_close(load(tmp_path / "out"), expected)
+    assert any("not the model that was trained" in said for said in report.warnings)
+
+
 def test_a_weight_under_rows_is_the_base(tmp_path: Path) -> None:
     """PEFT cannot save what it makes of rows in the embeddings and a whole head tied to them."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
