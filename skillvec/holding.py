@@ -148,7 +148,8 @@ class Held:
             "FEATURE_EXTRACTION": auto.MODEL_MAPPING_NAMES,
         }
         fits = (task for task, table in tables.items() if table.get(kind) == name)
-        return next(fits, None)
+        task = next(fits, None)
+        return None if task == "FEATURE_EXTRACTION" and "For" in name else task
 
     # ------------------------------------------------------------------------------ what is whole
 

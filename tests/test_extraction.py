@@ -116,6 +116,30 @@ MORE: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "qwen3_5_text": ("Qwen3_5ForCausalLM", "CAUSAL_LM", SMALL | LINEAR),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "CAUSAL_LM",
                     SMALL | LINEAR | MOE | {"shared_expert_intermediate_size": 8}),
+    "qwen3_next": ("Qwen3NextForCausalLM", "CAUSAL_LM",
+                   SMALL | LINEAR | MOE | {"shared_expert_intermediate_size": 8}),
+    "glm4_moe": ("Glm4MoeForCausalLM", "CAUSAL_LM", SMALL | MOE | {
+        "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
+    "hunyuan_moe": ("HunYuanMoEV1ForCausalLM", "CAUSAL_LM", SMALL | MOE | {"moe_topk": 2}),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", "CAUSAL_LM",
+                    SMALL | {"n_routed_experts": 4, "moe_intermediate_size": 6}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", None, {
+        "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
+                          "out_hidden_size": 16, "num_position_embeddings": 16,
+                          "deepstack_visual_indexes": [0]},
+        "text_config": SMALL | MOE | {"rope_parameters": {
+            "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}}),
+    "internvl": ("InternVLForConditionalGeneration", None, {
+        "vision_config": EYE | {"image_size": [8, 8], "patch_size": [4, 4]},
+        "text_config": SMALL | {"model_type": "qwen2"}, "image_token_id": 39}),
+    "falcon_h1": ("FalconH1ForCausalLM", "CAUSAL_LM", SMALL | {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+        "mamba_n_groups": 1, "mamba_expand": 2}),
+    "llama4_vlm": ("Llama4ForConditionalGeneration", None, {
+        "vision_config": EYE | {"vision_output_dim": 16, "projector_input_dim": 16,
+                                "projector_output_dim": 16, "pixel_shuffle_ratio": 0.5},
+        "text_config": SMALL | {"intermediate_size_mlp": 24, "num_local_experts": 4,
+                                "moe_layers": [1]}}),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", None, {
         "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
                           "out_hidden_size": 16, "fullatt_block_indexes": [0]},
@@ -214,8 +238,9 @@ def check_family(family: str, folder: Path, in_memory: bool) -> None:
              if not torch.allclose(found[name], tensor, rtol=0, atol=2e-6)}  # fmt: skip
     assert {said[tied.get(name, name)] for name in wrong} <= {"left out"}
     matrices = {name for name in wrong if found[name].dim() in (2, 3)}
-    assert all(name.endswith(("bias", "A_log", "probe", "in_proj_weight", "conv1d.weight",
-                              "conv1.weight", "conv2.weight", "out_proj.weight"))
+    assert all(name.endswith(("bias", "A_log", "probe", "in_proj_weight", "conv1d.weight", "fn",
+                              "conv1.weight", "conv2.weight", "out_proj.weight", "cls_token",
+                              "position_embeddings", "positional_embedding_vlm"))
                for name in matrices), matrices  # fmt: skip
     assert "not found" not in report.counts and len(found) == len(model.state_dict())
 
@@ -660,6 +685,26 @@ def test_an_energy_that_the_whole_vector_does_not_keep_is_said(llamas, tmp_path:
     report = extract_lora(f"{tuned}::{base}", tmp_path / "two", energy=0.9, save_module=names)
     assert report.facts["kept_energy"] == report.facts["kept_of_held"] > 0.9
     assert not any("energy 0.9" in text for text in report.warnings)
+
+
+def test_experts_of_a_parameter_have_the_largest_rank_that_one_needs(tmp_path: Path) -> None:
+    model = made("gpt_oss")
+    tuned, base = pair(tmp_path, model)
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", energy=0.8)
+    held = deltas(tuned, base)
+    start, result = load_file(f"{base}/model.safetensors"), merged(base, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    lines = {line["name"]: line for line in report.ledger}
+    assert len(config["target_parameters"]) == 6
+    for name in (name for name in config["target_parameters"] if held[name].ndim == 3):
+        squares = np.linalg.svd(held[name], compute_uv=False) ** 2
+        shares = np.cumsum(squares, axis=1) / squares.sum(axis=1, keepdims=True)
+        assert lines[name]["rank"] == max(int(np.argmax(row >= 0.8)) + 1 for row in shares)
+        moved = result[name].astype(float) - start[name].numpy()
+        lost = np.square(moved - held[name]).sum(axis=(1, 2)) / np.square(held[name]).sum((1, 2))
+        assert lost.max() < 0.2
+        kept = 1 - np.square(moved - held[name]).sum() / np.square(held[name]).sum()
+        assert lines[name]["kept_energy"] == pytest.approx(kept, abs=1e-5)
 
 
 def test_an_energy_that_factors_are_too_coarse_for_is_said(llamas, tmp_path: Path) -> None:
