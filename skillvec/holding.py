@@ -226,7 +226,7 @@ class Held:
 
         kind = self.model.config.model_type
         former = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-        return FORMER.get(former.get(kind, kind), ())
+        return FORMER.get({**former, "mixtral": "mixtral"}.get(kind, ""), ())  # as PEFT looks it up
 
     def _hold_tied(self, name: str, embed_lora: bool) -> Hold:
         """Factors of an embedding that is tied go into the one weight, as PEFT merges them."""
