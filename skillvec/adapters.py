@@ -14,7 +14,7 @@ do not fit the base or fit it in two ways.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from math import comb, sqrt
@@ -30,7 +30,6 @@ from skillvec.errors import (
 )
 from skillvec.experts import (
     Place,
-    are_turned,
     fused_of,
     on_experts,
     place_of,
@@ -253,12 +252,14 @@ class Adapter:
         base: Mapping[str, Source],
         tied: Mapping[str, str] = {},
         model_type: str | None = None,
+        turned_ones: Container[str] | None = None,
     ) -> Effect:
         """Return what the adapter does to a base, or to any model of its names and shapes.
 
         `tied` maps names that are one weight of the base: a head, perhaps in no file, to where its
         values lie. `model_type` is that of the base's config: of fused experts it may tell more
-        than shapes do. Reads weights that were saved beside their delta: the base's own are left
+        than shapes do. `turned_ones` are the modules whose parameters lie in x out for PEFT, where
+        that is known. Reads weights that were saved beside their delta: the base's own are left
         away.
         Raises IncompatibleError naming weights that the base lacks, that do not fit or fit in two
         ways, and ties that merging cannot part.
@@ -287,7 +288,8 @@ class Adapter:
                     continue
             names = [n for n in held[module] if self._wraps(n)]
             if names:
-                ways = _ways(names, pairs, self.settings, base)
+                known = None if turned_ones is None else module in turned_ones
+                ways = _ways(names, pairs, self.settings, base, known)
                 deltas |= ways[0] if ways else {}
                 if len(ways) != 1:
                     said = f"{module}: {len(ways)} ways to fit its factors to {', '.join(names)}"
@@ -534,14 +536,15 @@ class Adapter:
 
 
 def _ways(
-    names: list[str], pairs: tuple[Pair, ...], settings: Settings, base: Mapping[str, Source]
-) -> list[dict[str, LowRank]]:
+    names: list[str], pairs: tuple[Pair, ...], settings: Settings, base: Mapping[str, Source],
+    known: bool | None,
+) -> list[dict[str, LowRank]]:  # fmt: skip
     """Return the ways in which nested wrappers fit the parameters of a module, all lying alike.
 
-    PEFT nests them in the order in which the module declares them, which no file tells.
+    PEFT nests them in the order in which the module declares them, which no file tells; `known`
+    says whether they lie in x out for it.
     """
     found = []
-    known = are_turned(names[0].rpartition(".")[0], base)
     for turned in (False, True) if known is None else (known,):
         for order in permutations(names) if len(names) == len(pairs) <= MOST_NESTED else ():
             way = {}

@@ -92,7 +92,8 @@ def _through(layout: Layout, adapter: Adapter) -> Effect:
     """Fit an adapter in a layout of the base; return what it does, seen in that of the base."""
     model = layout.model
     tied = tied_heads(model, adapter.shapes, adapter.copies, layout.tied)
-    effect = adapter.fitted(model, tied, model.config.get("model_type"))
+    turned = layout.kind.turned if not layout.is_saved else None
+    effect = adapter.fitted(model, tied, model.config.get("model_type"), turned)
     deltas: dict[str, Any] = {}
     made = Effect(deltas, {}, [*effect.notes], {}, effect.warnings)
     used: Counter[str] = Counter()

@@ -57,13 +57,15 @@ class ModelClass(NamedTuple):
     """A class of transformers for a config.json: what a model of it holds in memory.
 
     `shapes` are those of its parameters and saved buffers, `tied` says which are one (head ->
-    embedding), `fresh` makes the entries of the mapping by which it loads files (they hold state)
-    and `saved` the names and shapes that it gives them in a file.
+    embedding), `turned` are the modules whose experts say that they lie in x out, `fresh` makes the
+    entries of the mapping by which it loads files (they hold state) and `saved` the names and
+    shapes that it gives them in a file.
     """
 
     name: str
     shapes: dict[str, Index]
     tied: dict[str, str]
+    turned: frozenset[str]
     fresh: Callable[[], list[Any]]
     saved: Callable[[], dict[str, Index]]
 
@@ -131,6 +133,7 @@ def _described(model: Any) -> ModelClass:
         type(model).__name__,
         {name: tuple(tensor.shape) for name, tensor in held.items()},
         dict(model.all_tied_weights_keys),
+        frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False)),
         lambda: get_model_conversion_mapping(model),
         saved,
     )
