@@ -14,7 +14,7 @@ do not fit the base or fit it in two ways.
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from math import comb, sqrt
@@ -73,15 +73,16 @@ NOT_A_SUM = {  # keys of adapter_config.json that, if set, make something else o
 }  # fmt: skip
 SAME_BASE = ("", "true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 OTHER_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+NOVEL = (bool, dict, list)
 FLAGS = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias")
 KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora",
-    "use_rslora",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "merge_weights",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
+    "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -101,13 +102,29 @@ class Settings(NamedTuple):
 
     def of(self, key: str) -> tuple[int, float]:
         """Return the rank and the scaling of a module, or of a parameter, by its name."""
+        rank = next(_matching(self.rank_pattern, key), self.rank)
+        alpha = next(_matching(self.alpha_pattern, key), self.alpha)
+        return rank, alpha / (sqrt(rank) if self.rslora else rank)
 
-        def chosen(patterns: Mapping[str, Any], default: Any) -> Any:
-            found = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", key))
-            return next(found, default)
+    def doubt(self, keys: Iterable[str]) -> list[str]:
+        """Say where several patterns give a module different alphas: PEFT saves them sorted.
 
-        rank = chosen(self.rank_pattern, self.rank)
-        return rank, chosen(self.alpha_pattern, self.alpha) / (sqrt(rank) if self.rslora else rank)
+        Of ranks the factors tell.
+        """
+        found = [key for key in keys if len({*_matching(self.alpha_pattern, key)}) > 1]
+        if not found:
+            return []
+        more = f" and {len(found) - 1} more" if found[1:] else ""
+        return [
+            f"alpha_pattern: several patterns with different values match {found[0]}{more}: PEFT"
+            " takes the first, and sorts them when it saves, so that it may have trained with"
+            " another"
+        ]
+
+
+def _matching(patterns: Mapping[str, Any], key: str) -> Iterator[Any]:
+    """Yield the values of the patterns that match a name as PEFT matches it."""
+    return (value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", key))
 
 
 Where = tuple[str, int]  # a module, and the depth of a wrapper in it
@@ -343,7 +360,8 @@ class Adapter:
                 )
         kept = {name: weight for name, weight in self.whole.items() if name not in both} | put
         notes = [f"{name}: also saved whole, as it is in the base" for name in both]
-        effect = Effect({**deltas}, kept, self.notes + notes, {}, [])
+        keys = dict.fromkeys(key for n in deltas for key in (n, n.removesuffix(".weight")))
+        effect = Effect({**deltas}, kept, self.notes + notes, {}, self.settings.doubt(keys))
         parting = not self.tying and any(n in self.copies for n in (*tied, *tied.values()))
         for source in dict.fromkeys(tied.values()):
             heads = [head for head in tied if tied[head] == source]
@@ -854,8 +872,17 @@ def _settings(config: Mapping[str, Any], what: str, where: str) -> tuple[Setting
     wrapped = config.get("target_parameters") or []
     listed = isinstance(wrapped, list) and all(type(name) is str and name for name in wrapped)
     taken("target_parameters", wrapped, listed, "a list of names")
-    notes = [f"adapter_config.json: {key}: not known, ignored" for key in config
-             if key not in KNOWN and key not in NOT_A_SUM and config[key]]  # fmt: skip
+    novel = [key for key in config if key not in KNOWN and key not in NOT_A_SUM and config[key]]
+    # of another version of PEFT: switches and settings may change what is added, numbers hardly
+    switches = [key for key in novel if key.startswith("use_") or isinstance(config[key], NOVEL)]
+    if switches:
+        version = config.get("peft_version")
+        made = f", written by PEFT {version:.20}" if isinstance(version, str) else ""
+        raise IncompatibleError(
+            f"{where}{made}: not known here, and perhaps it changes what is added: with that PEFT"
+            f" {MERGE}:\n" + up_to_five([f"{key}: {config[key]!r:.80}" for key in switches])
+        )
+    notes = [f"adapter_config.json: {key}: not known, ignored" for key in novel]
     r, alpha = number("r", config.get("r", 8)), number("lora_alpha", config.get("lora_alpha", 8))
     maps = patterns("rank_pattern"), patterns("alpha_pattern")
     rslora, turned, dora, biased = flags.values()

@@ -78,8 +78,16 @@ def trained(folder: Path, model: Callable[[], Any], **lora: Any) -> tuple[Path, 
             if "lora_" in name or parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape)
     tuned.save_pretrained(folder)
+    if lora.get("alpha_pattern"):  # saved sorted, so what is loaded may be another
+        tuned = loaded(before, model, folder)
     merged = tuned.merge_and_unload().state_dict()
     return folder, before, {name: tensor.clone() for name, tensor in merged.items()}
+
+
+def loaded(before: Weights, model: Callable[[], Any], folder: Path) -> Any:
+    base = model()
+    base.load_state_dict(before)
+    return PeftModel.from_pretrained(base, folder)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -144,6 +152,23 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any], int, int]] = {
          "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         6, 0,
     ),
+    "experts, odd patterns": (
+        mixtral,
+        {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj"],
+         "rank_pattern": {"experts.gate_up_proj": 3, r"layers\.1\.mlp\.experts\.down_proj": 1},
+         "alpha_pattern": {"down_proj": 9, "experts": 70, r"gate_up_proj|q_proj": 5},
+         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        6, 0,
+    ),
+    "odd patterns": (
+        llama,
+        {"r": 4, "target_modules": [*QKV, "down_proj"],
+         "rank_pattern": {"k_proj|v_proj": 2, ".*1.*q_proj": 3, "layers.0": 9, "Q_PROJ": 9},
+         "alpha_pattern": {"proj": 30, "v_proj": 7, "model.layers.0.*": 5, "": 8, "^q_proj": 9}},
+        8, 0,
+    ),
+    "router": (mixtral, {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}, 4, 0),
+    "whole router": (mixtral, {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}, 2, 2),
     "a plain parameter": (
         llama, {"r": 2, "target_modules": [], "target_parameters": ["q_proj.weight"]}, 2, 0
     ),
@@ -181,6 +206,29 @@ def test_effects_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     assert len(effect.notes) == {
         "embedding": 2, "unsaid, turned": 2, "dora of embeddings": 2
     }.get(kind, 0)  # fmt: skip
+
+
+def test_patterns_that_were_sorted_are_doubted(tmp_path: Path) -> None:
+    """PEFT 0.21.2 saves patterns by name and takes the first: an alpha of training may be lost."""
+    lora = {"r": 2, "target_modules": ["q_proj"], "lora_alpha": 3}
+    patterns = {"q_proj": 6, r"layers\.0.*": 24}  # the first is the last once it is saved
+    torch.manual_seed(0)
+    tuned = get_peft_model(llama(), LoraConfig(**lora, alpha_pattern=patterns))
+    tuned.save_pretrained(tmp_path / "ad")
+    assert list(config_of(tmp_path / "ad")["alpha_pattern"]) == sorted(patterns)
+    name = "model.layers.0.self_attn.q_proj"
+    base = stored(llama().state_dict(), tmp_path / "base")
+    again = loaded(llama().state_dict(), llama, tmp_path / "ad")
+    scalings = [
+        model.base_model.model.get_submodule(name).scaling["default"] for model in (tuned, again)
+    ]
+    effect = opened(tmp_path / "ad").fitted(base)
+    delta = effect.deltas[f"{name}.weight"]
+    assert isinstance(delta, LowRank) and scalings == [3.0, 12.0] and delta.scaling == 12.0
+    (said,) = effect.warnings
+    assert f"match {name}: PEFT takes the first" in said
+    other = opened(tmp_path / "ad", alpha_pattern={"q_proj": 6, r"layers\.0.*": 6}).fitted(base)
+    assert not other.warnings
 
 
 def test_experts_that_lie_turned(tmp_path: Path) -> None:
@@ -872,6 +920,13 @@ def made(folder: Path, tensors: Mapping[str, tuple[int, ...]], **config: Any) ->
         ({"init_lora_weights": "olora"}, "changed the base"),
         ({"init_lora_weights": "loftq"}, "the base that it was made with"),
         ({"init_lora_weights": "novel"}, "novel: not known"),
+        ({"use_novel": 1}, r"perhaps it changes what is added.*\n.*use_novel: 1"),
+        (
+            {"novel": True, "peft_version": "9.1"},
+            r"written by PEFT 9\.1: not known here.*\n.*novel",
+        ),
+        ({"novel_config": {"x": 1}}, r"\n.*novel_config: "),
+        ({"enable_lora": [True, False]}, r"\n.*enable_lora: \[True"),
     ],
 )
 def test_other_kinds_are_refused_by_name(config: dict[str, Any], said: str, tmp_path: Path) -> None:
