@@ -87,6 +87,20 @@ def layouts_of(checkpoint: Checkpoint, named: Sequence[str] = ()) -> Iterator[La
             yield Layout(checkpoint, kind, True)
 
 
+def in_memory(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint as the class of its config.json holds it in memory.
+
+    Raises IncompatibleError where transformers makes no model of it.
+    """
+    layout = next(layouts_of(checkpoint), None)
+    if layout is None:
+        raise IncompatibleError(
+            f"{checkpoint.ref}: transformers makes no model of its config.json, so nothing says how"
+            " it names tensors in memory"
+        )
+    return layout.model
+
+
 def tied_names(checkpoint: Checkpoint) -> dict[str, str] | None:
     """Return the tensors that a checkpoint's model ties, head -> embedding, by names of its files.
 

@@ -325,6 +325,10 @@ def import_patch(screen: Screen, patch: str, base: str, output: str, **options: 
     help="lists: NAME.indices and NAME.values. vllm: the same, and what vLLM is told. verl: a"
     " flush.",
 )  # fmt: skip
+@click.option(
+    "--names", type=click.Choice(["files", "memory"]), default="files", show_default=True,
+    help="Of the base's tensors: in its files, or in memory.",
+)  # fmt: skip
 @_nonfinite
 @_shared(writes=True, globs=False)
 def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> Any:

@@ -303,7 +303,7 @@ def writing_patch(
 ) -> Iterator[tuple[Staging, PatchWriter]]:
     """Yield the staging folder and a writer of lists; close what is left open."""
     with staged(plan, output, force, watcher, request) as (stage, stack):
-        specs = [job.point for job in plan.jobs if job.point is not None]
+        specs = [job.point for job in plan.jobs if job.operator == "list" and job.point is not None]
         writer = PatchWriter(stage.folder, specs)
         stack.callback(writer.close)
         yield stage, writer

@@ -38,6 +38,9 @@ def touched_by(patch: Patch, base: Checkpoint) -> tuple[dict[str, Source], dict[
     """
     problems = patch.problems(base)
     if patch.family not in (None, base.family_digest):
+        for fit in _fits(patch, base, _layouts(base), False):
+            if fit.layout and fit.layout.model.family_digest == patch.family:
+                return _seen_back(patch, base, fit)
         raise _refusal(patch, base, problems, "was made for a model of another shape than")
     if not problems and not _may_be_turned(patch, base):
         return _with_twins(patch, base)

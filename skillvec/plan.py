@@ -20,7 +20,14 @@ from skillvec.configs import (
     retyped_config,
     untied_config,
 )
-from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
+from skillvec.deltas import (
+    ComputedDelta,
+    DeltaSource,
+    MixDelta,
+    PairDelta,
+    ViewDelta,
+    names_of,
+)
 from skillvec.errors import (
     FormatError,
     IncompatibleError,
@@ -235,41 +242,62 @@ def _dropped(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def plan_patch(vector: SkillVector, base: Checkpoint, form: str = "lists") -> Plan:
-    """Plan the list of what vector + base changes.
+    """Plan the list of what vector + base changes, under the base's names.
 
-    Raises IncompatibleError for another base, and for tensors that the form cannot carry.
+    Where the base has another layout than the vector, tensors as the vector knows them are read
+    too: their digests say whether it is the exact base. Raises IncompatibleError for another base,
+    and for tensors that the form cannot carry.
     """
     if form not in FORMS:
         raise UsageError(f"form {form!r}: expected one of {', '.join(FORMS)}")
-    entries = vector.manifest["tensors"]
+    entries, fitted = vector.manifest["tensors"], laid_out(vector, base)
     jobs, problems, row = [], defaultdict(list), 0
-    for name, delta in vector.deltas.items():
-        spec = base.get(name)
+    changed: dict[str, int] = {}
+    seen: dict[str, None] = {}  # tensors of the vector that are listed in another layout
+    for name, delta in fitted.vector.deltas.items():
+        spec, own = base.get(name), list(dict.fromkeys(names_of(delta)))
+        dtypes = dict.fromkeys(map(vector.tuned_dtype, own))
+        changed[name] = sum(entries[part]["changed"] for part in own)
         if spec is None or spec.shape != delta.spec.shape:
             kind = f"not so in {base.ref}"
             problems[kind].append(f"{name} {list(delta.spec.shape)}: {kind}")
-        elif spec.dtype != vector.tuned_dtype(name):
-            said = f"{name}: tuned is {vector.tuned_dtype(name)}, base {spec.dtype}"
+        elif [*dtypes] != [spec.dtype]:
+            said = f"{name}: tuned is {', '.join(dtypes)}, base {spec.dtype}"
             problems["of different dtypes"].append(said)
-        elif form != "lists" and spec.numel >= NARROW and entries[name]["changed"]:
+        elif form != "lists" and spec.numel >= NARROW and changed[name]:
             said = f"{name}: {spec.numel} values, and {form} sends positions in 32 bits"
             problems["too large for the form"].append(f"{said}: --form lists")
         else:
-            job = _add_job(spec, vector, name, spec.dtype, "")
-            jobs.append(replace(job, operator="list", first_block=row))
+            is_view = isinstance(delta, ViewDelta)
+            seen |= dict.fromkeys(own) if is_view else {}
+            note = fitted.vector.notes.get(name, "")
+            jobs.append(Job(
+                name, "list", spec.numel, spec.dtype, spec, (delta,), first_block=row, note=note,
+                base_digest=None if is_view else vector.base_digest(own[0]), tuned_dtype=spec.dtype,
+            ))  # fmt: skip
             row += block_count(spec.numel)
+    if seen and (count := vector.manifest["exactness"]["replacements"]):
+        problems["that no difference restores"] = [
+            f"{count} values that no difference restores, which stand in the vector's own layout"
+            " alone: name a base that has it"
+        ]
     if problems:
-        problems |= _unknown_to(vector, base)
+        problems |= _unknown_to(fitted.vector, base)
         raise IncompatibleError(
-            f"no patch can be made of {vector.ref}:\n{up_to_five_each(problems)}"
+            f"no patch can be made of {vector.ref}:\n"
+            + "\n".join([up_to_five_each(problems), *fitted.hints])
         )
+    proofs = [
+        Job(name, "copy", point.numel, point.dtype, point, base_digest=vector.base_digest(name))
+        for name in seen if (point := fitted.seen[name])
+    ]  # fmt: skip
     wide = max((ITEMSIZE[job.out_dtype] for job in jobs), default=0) if form == "verl" else 0
     bound = 4096 + sum(  # a position takes 4 or 8 bytes, and the header has each name twice
-        entries[job.name]["changed"] * (8 + max(wide, ITEMSIZE[job.out_dtype]))
+        changed[job.name] * (8 + max(wide, ITEMSIZE[job.out_dtype]))
         + 6 * len(job.name) + 300
         for job in jobs
     )  # fmt: skip
-    return Plan("export-patch", jobs, vectors=vector.files(), bound_nbytes=bound)
+    return Plan("export-patch", jobs + proofs, vectors=vector.files(), bound_nbytes=bound)
 
 
 def _unknown_to(vector: SkillVector, model: Checkpoint) -> dict[str, list[str]]:

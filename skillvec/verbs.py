@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skillvec import __version__
-from skillvec.bridging import seen_as
+from skillvec.bridging import in_memory, seen_as
 from skillvec.checkpoint import (
     METADATA_KEY,
     Checkpoint,
@@ -27,7 +27,7 @@ from skillvec.checkpoint import (
     reopen,
 )
 from skillvec.codecs import CODECS
-from skillvec.deltas import dtype_of, names_of
+from skillvec.deltas import ViewDelta, dtype_of, names_of
 from skillvec.engine import Engine, JobResult
 from skillvec.errors import (
     FormatError,
@@ -324,6 +324,7 @@ def export_patch(
     *,
     base: PathLike | Checkpoint | None = None,
     form: str = "lists",
+    names: str = "files",
     allow_nonfinite: bool = False,
     engine: str = "threads",
     workers: int | None = None,
@@ -333,8 +334,9 @@ def export_patch(
 ) -> Report:
     """Write the values that vector + base changes, under the base's names and in its dtypes.
 
-    `form` is `lists` (NAME.indices, NAME.values), `vllm` (the same, with what vLLM's weight
-    transfer is told in the header) or `verl` (a flush: __delta_spec__, __positions__, __values__).
+    `names` are those of the base's `files`, or of the model that transformers makes of them in
+    `memory`. `form` is `lists` (NAME.indices, NAME.values), `vllm` (the same, with what vLLM's
+    weight transfer is told in the header) or `verl` (__delta_spec__, __positions__, __values__).
     Raises IncompatibleError unless `base` (where it was, if not given) is the vector's exact base,
     on which alone such a list holds, and where the form cannot carry a tensor; NonfiniteError where
     NaN or infinities would be listed, unless `allow_nonfinite`, and for NaN in a form that cannot
@@ -345,25 +347,30 @@ def export_patch(
     if opened.stored is None or opened.scale != 1 or opened.manifest["tuned"] is None:
         raise UsageError(f"{opened.ref}: a patch is made of a stored tuned - base")
     point = reopen(base, opened.manifest["base"]["ref"], "base")
-    plan = plan_patch(opened, point, form)
+    if names not in ("files", "memory"):
+        raise UsageError(f"names {names!r}: expected files or memory")
+    target = point if names == "files" else in_memory(point)
+    plan = plan_patch(opened, target, form)
     if opened.manifest["exactness"]["unrestored"]:
         plan.warnings.append(
             f"the vector was rounded to {opened.manifest['dtype']}: the list has the values that"
             " base + vector gives, not all of tuned's"
         )
     place = output_vector(output, force, opened, [point])
-    facts = {"output": place.ref, "vector": opened.ref, "base": point.ref, "form": form}
+    facts = {"output": place.ref, "vector": opened.ref, "base": point.ref, "form": form,
+             "names": names}  # fmt: skip
     report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
     if dry_run:
         return report
-    request = {"vector": opened.manifest["identity"], "family": point.family_digest}
+    request = {"vector": opened.manifest["identity"], "family": target.family_digest}
     with writing_patch(plan, place, force, watcher, request | {"form": form}) as (stage, writer):
         results = run_plan(plan, runner, watcher, stage, writer=writer)
-        other = [result.job.name for result in results if not result.exact_base]
+        other = [result.job.name for result in results if not _is_of_base(result)]
         if other:
             raise IncompatibleError(
                 f"{point.ref} is not the exact base of {opened.ref}:\n{up_to_five(other)}"
             )
+        results = [result for result in results if result.job.operator == "list"]
         refuse_nonfinite(results, allow_nonfinite)
         made = writer.finish({"schema": 1, **request}, form)
         nbytes = os.path.getsize(made)
@@ -371,13 +378,25 @@ def export_patch(
     _tell_resumed(report, stage)
     changed = int(writer.counts.sum())
     report.facts |= {"changed": changed, "nbytes": nbytes,
-                     "numel": sum(job.numel for job in plan.jobs)}  # fmt: skip
+                     "numel": sum(result.job.numel for result in results)}  # fmt: skip
     if not changed:
         report.warnings.append("no value differs: the vector is zero, and the patch lists nothing")
+    report.ledger = report.ledger[: len(writer.counts)]
     for line, count in zip(report.ledger, writer.counts, strict=True):
         line |= {"status": "listed" if count else "unchanged", "changed": int(count)}
     tell_nonfinite(report, results)
     return report
+
+
+def _is_of_base(result: JobResult) -> bool:
+    """Return whether a list was made on the very tensor that the vector was taken from.
+
+    Of a list in another layout that is for the tensors it is made of to say.
+    """
+    job = result.job
+    if job.operator == "copy":
+        return result.digests["point"] == job.base_digest
+    return result.exact_base or isinstance(job.deltas[0], ViewDelta)
 
 
 def apply(

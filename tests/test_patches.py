@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import skillvec as sv
 from skillvec import patch as patches
 from skillvec import patching, plan
-from skillvec.bridging import layouts_of
+from skillvec.bridging import in_memory, layouts_of
 from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError, NonfiniteError, UsageError
 from skillvec.patch import Listed, Listing, open_patch
@@ -645,6 +645,13 @@ def test_a_list_that_two_layouts_read_differently(tmp_path: Path):
         tuned = made(tmp_path / "p.safetensors", tmp_path / "base").tuned
         found = values_of(tuned[name], 0, held.numel())
         assert np.array_equal(found, bits(expected))
+    vector = sv.import_patch(
+        tmp_path / "p.safetensors", tmp_path / "base", tmp_path / "v.safetensors"
+    )
+    for names in ("memory", "files"):  # the header of what skillvec writes tells
+        sv.export_patch(vector, tmp_path / "own.safetensors", names=names, force=True)
+        tuned = made(tmp_path / "own.safetensors", tmp_path / "base").tuned
+        assert np.array_equal(values_of(tuned[name], 0, held.numel()), bits(expected))
 
 
 def test_what_goes_back_in_part_is_refused(moe: Trained, monkeypatch: pytest.MonkeyPatch):
@@ -670,3 +677,73 @@ def test_without_transformers_names_are_those_of_the_files(
     save(tmp_path / "p.safetensors", {"w.indices": torch.tensor([5]), "w.values": torch.ones(1)})
     tuned = sv.SkillVector.patched(tmp_path / "p.safetensors", base).tuned
     assert values_of(tuned["w"], 0, 24).nonzero()[0].tolist() == [5]
+
+
+# -------------------------------------------------------------------- lists for the model in memory
+
+
+def laid_over(tensors: Tensors, patch: Path) -> Tensors:
+    """Return tensors with what a file of lists says, as whoever holds them in memory does it."""
+    found, lists = {name: t.clone() for name, t in tensors.items()}, load(patch)
+    for name in (name for name in lists if name.endswith(".indices")):
+        tensor = found[name.removesuffix(".indices")]
+        tensor.view(-1)[lists[name].long()] = lists[name.replace(".indices", ".values")]
+    return found
+
+
+@pytest.mark.parametrize("make", [experts, seeing, tied])
+def test_lists_for_the_model_in_memory(make: Callable[[], Any], tmp_path: Path):
+    """Under its names, and with its fused experts: what changed there, and it comes back."""
+    made = Trained(tmp_path, model := make())
+    report = sv.export_patch(tmp_path / "d.safetensors", patch := tmp_path / "memory.safetensors",
+                             names="memory")  # fmt: skip
+    lists, expected = load(patch), made.lists
+    expected = {n: t for n, t in expected.items() if not n.startswith(tuple(
+        model.all_tied_weights_keys))}  # fmt: skip
+    assert_same_bits(lists, expected)
+    assert report.facts["changed"] == sum(len(t) for n, t in lists.items() if ".indices" in n)
+    assert {line["name"] for line in report.ledger if line["status"] == "listed"} == {
+        name.removesuffix(".indices") for name in lists if ".indices" in name
+    }
+    with safe_open(patch, "pt") as file:
+        metadata = file.metadata()
+    made.brings(lists, metadata)
+
+
+def test_lists_of_another_layout_hold_on_the_exact_base(moe: Trained, tmp_path: Path):
+    """The base's own tensors are read, whose digests the vector knows."""
+    config = json.loads((moe.folder / "base" / "config.json").read_text())
+    other = load(moe.folder / "base")
+    other["model.layers.0.mlp.experts.1.up_proj.weight"][0, 0] += 1
+    for base, said in (
+        (save(tmp_path / "other", other, config=config), r"exact base [^*]*experts\.1\.up_proj"),
+        (save(tmp_path / "toy", other), "transformers makes no model of its config"),
+    ):
+        with pytest.raises(IncompatibleError, match=said):
+            sv.export_patch(moe.folder / "d.safetensors", tmp_path / "p.safetensors", base=base,
+                            names="memory")  # fmt: skip
+        assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_a_base_in_another_layout_than_the_vector(moe: Trained, tmp_path: Path):
+    """A state dict saved as it lies in memory is the exact base too: lists have its names."""
+    fused = in_memory(open_checkpoint(moe.folder / "base"))
+    held = {n: from_bits(values_of(s, 0, s.numel), s.dtype, s.shape) for n, s in fused.items()}
+    base = save(tmp_path / "base", held, config=fused.config)
+    sv.export_patch(moe.folder / "d.safetensors", tmp_path / "p.safetensors", base=base)
+    assert_same_bits(load(tmp_path / "p.safetensors"), moe.lists)
+
+
+def test_what_no_difference_restores_stands_in_one_layout(tmp_path: Path):
+    """-0 for another value of fp32 is kept beside the difference, by place in its own tensor."""
+    Trained(tmp_path, experts())
+    tuned = load(tmp_path / "tuned")
+    tuned["model.layers.0.mlp.experts.0.up_proj.weight"][0, 0] = -0.0
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "w.safetensors")
+    assert vector.manifest["exactness"]["replacements"] == 1
+    with pytest.raises(IncompatibleError, match="1 values that no difference restores"):
+        sv.export_patch(vector, tmp_path / "p.safetensors", names="memory")
+    sv.export_patch(vector, tmp_path / "p.safetensors")
+    with pytest.raises(UsageError, match="expected files or memory"):
+        sv.export_patch(vector, tmp_path / "q.safetensors", names="trainer")
