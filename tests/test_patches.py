@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import assert_same_bits, bits, from_bits, load, save
+from families import TORCH_DTYPE, assert_same_bits, bits, from_bits, load, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -159,9 +159,31 @@ def test_a_flush_is_what_verl_reads(made: Made):
         tensor.view(-1).index_copy_(0, at, values.to(tensor.dtype))
     assert_same_bits(found, made.tuned)
     assert held[VALUES].dtype == torch.float32  # of bf16 and fp32, as torch.cat makes it
-    for path, aligned in ((made.exported("verl"), 4), (made.exported("lists"), 1)):
-        for spec in read_header(path).tensors.values():
-            assert spec.start % (aligned if spec.name == INDICES else 1) == 0
+
+
+@pytest.mark.parametrize(("dtypes", "common"), [
+    (("BF16",), "BF16"), (("F64", "BF16"), "F64"), (("BF16", "F16"), "F32"), (("F16",), "F16"),
+])  # fmt: skip
+def test_a_flush_has_the_dtype_and_the_places_that_torch_needs(
+    dtypes: tuple[str, ...], common: str, tmp_path: Path
+):
+    """The dtype of torch.cat; an odd count of halves leaves positions where int32 can be viewed."""
+    base = {dtype: torch.ones(5, dtype=TORCH_DTYPE[dtype]) for dtype in dtypes}
+    tuned = {dtype: tensor * torch.tensor([2, 1, 2, 1, 2]) for dtype, tensor in base.items()}
+    for side, tensors in (("base", base), ("tuned", tuned)):
+        save(tmp_path / f"{side}.safetensors", tensors)
+    sv.diff(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors",
+            vector := tmp_path / "v.safetensors")  # fmt: skip
+    sv.export_patch(vector, patch := tmp_path / "p.safetensors", form="verl")
+    specs = read_header(patch).tensors
+    assert load(patch)[VALUES].dtype == torch.cat(list(tuned.values())).dtype == TORCH_DTYPE[common]
+    start = min(spec.start for spec in specs.values())
+    assert (specs[INDICES].start - start) % 4 == 0
+    assert (specs[VALUES].start - start) % (torch.finfo(TORCH_DTYPE[common]).bits // 8) == 0
+    again = sv.SkillVector.patched(patch, tmp_path / "base.safetensors").tuned
+    for dtype in dtypes:
+        assert np.array_equal(bits(tuned[dtype]), values_of(again[dtype], 0, 5).view(
+            bits(tuned[dtype]).dtype))  # fmt: skip
 
 
 def test_long_lists_are_cut_into_entries(made: Made, monkeypatch: pytest.MonkeyPatch):
@@ -527,8 +549,8 @@ class Trained:
         assert sv.verify(self.folder / "v.safetensors").facts["claim"] == "VECTOR = PATCH - BASE"
         return vector
 
-    def refused(self, lists: Tensors) -> str:
-        save_file(lists, self.folder / "p.safetensors")
+    def refused(self, lists: Tensors, metadata: dict[str, str] | None = None) -> str:
+        save_file(lists, self.folder / "p.safetensors", metadata)
         with pytest.raises(IncompatibleError) as caught:
             sv.import_patch(self.folder / "p.safetensors", self.folder / "base",
                             self.folder / "w.safetensors")  # fmt: skip
@@ -682,15 +704,6 @@ def test_without_transformers_names_are_those_of_the_files(
 # -------------------------------------------------------------------- lists for the model in memory
 
 
-def laid_over(tensors: Tensors, patch: Path) -> Tensors:
-    """Return tensors with what a file of lists says, as whoever holds them in memory does it."""
-    found, lists = {name: t.clone() for name, t in tensors.items()}, load(patch)
-    for name in (name for name in lists if name.endswith(".indices")):
-        tensor = found[name.removesuffix(".indices")]
-        tensor.view(-1)[lists[name].long()] = lists[name.replace(".indices", ".values")]
-    return found
-
-
 @pytest.mark.parametrize("make", [experts, seeing, tied])
 def test_lists_for_the_model_in_memory(make: Callable[[], Any], tmp_path: Path):
     """Under its names, and with its fused experts: what changed there, and it comes back."""
@@ -708,6 +721,8 @@ def test_lists_for_the_model_in_memory(make: Callable[[], Any], tmp_path: Path):
     with safe_open(patch, "pt") as file:
         metadata = file.metadata()
     made.brings(lists, metadata)
+    said = json.loads(metadata["skillvec"]) | {"family": "0" * 32}
+    assert "a model of another shape" in made.refused(lists, {"skillvec": json.dumps(said)})
 
 
 def test_lists_of_another_layout_hold_on_the_exact_base(moe: Trained, tmp_path: Path):
