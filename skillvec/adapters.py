@@ -134,7 +134,8 @@ class Effect(NamedTuple):
     """What an adapter does to a base, by names of the base: adds `deltas`, puts `whole` weights.
 
     `untied` maps heads that the base ties, and the adapter does not, to the embedding whose values
-    they had; `warnings` are sentences for the user.
+    they had; `warnings` are sentences for the user, `layout` says whose names the adapter has if
+    not those of the base's files.
     """
 
     deltas: dict[str, Delta]
@@ -142,6 +143,7 @@ class Effect(NamedTuple):
     notes: list[str]
     untied: dict[str, str]
     warnings: list[str]
+    layout: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ seen through the views back. Refused: names that fit nowhere, or in two ways und
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -19,8 +20,8 @@ from skillvec.conversions import all_of
 from skillvec.errors import IncompatibleError, up_to_five
 from skillvec.layouts import moves, numbered, renamed
 from skillvec.lineage import tied_heads
-from skillvec.lowrank import LowRank
-from skillvec.sources import Derived, Index, Source, View, Viewed, row_major
+from skillvec.lowrank import Delta
+from skillvec.sources import Derived, Index, Source, View, Viewed, row_major, whole
 
 
 def effect_on(adapter: Adapter, base: Checkpoint, rename: Sequence[str] = ()) -> Effect:
@@ -33,6 +34,7 @@ def effect_on(adapter: Adapter, base: Checkpoint, rename: Sequence[str] = ()) ->
         new = renamed(adapter.shapes, rename)
         adapter = adapter.renamed({old: name for name, old in new.items()})
     effect = _met(adapter, base)
+    effect.warnings.extend(adapter.notes)
     matrices = {n: s.shape for n, s in base.items() if len(s.shape) == 2 and not numbered(n)}
     for name in adapter.copies if not base.config else ():
         if name in matrices and list(matrices.values()).count(matrices[name]) == 1:
@@ -94,8 +96,8 @@ def _through(layout: Layout, adapter: Adapter) -> Effect:
     tied = tied_heads(model, adapter.shapes, adapter.copies, layout.tied)
     turned = layout.kind.turned if not layout.is_saved else None
     effect = adapter.fitted(model, tied, model.config.get("model_type"), turned)
-    deltas: dict[str, Any] = {}
-    made = Effect(deltas, {}, [*effect.notes], {}, effect.warnings)
+    deltas: dict[str, Any] = {}  # also what views put together
+    made = Effect(deltas, {}, effect.notes, {}, effect.warnings, layout.label)
     used: Counter[str] = Counter()
     problems = []
     for name, view in layout.back.items():
@@ -130,28 +132,24 @@ def _through(layout: Layout, adapter: Adapter) -> Effect:
             f"{adapter.what}: what it changes of {layout.label} is no whole tensor of the base, or"
             f" not there: {MERGE}:\n{up_to_five(problems)}"
         )
-    if any(places.get(name) != name for name in (*deltas, *made.whole)):
-        made.notes.append(f"its names are those of {layout.label}, not of the files")
     return made
 
 
-def _delta(name: str, view: View, deltas: Mapping[str, Derived]) -> Derived:
-    """Return a delta seen through a view: a product where it is a range of one, without reads."""
-    first, *more = view.boxes
-    source = deltas[first.source]
-    if isinstance(source, LowRank) and not more and first.sizes == view.shape:
-        if (part := source.part(name, view.shape, first)) is not None:
-            return part
-    elif not more and view == all_of(first.source, source.shape):
-        return source
+def _delta(name: str, view: View, deltas: Mapping[str, Delta]) -> Derived:
+    """Return a delta seen through a view: parts of it that are deltas of their own, if they are."""
     boxes = []
     for box in view.boxes:
-        source = deltas[box.source]
-        part = source.part(name, box.sizes, box) if isinstance(source, LowRank) else None
+        delta = deltas[box.source]
+        if box == all_of(box.source, delta.shape).boxes[0]:
+            part: Delta | None = replace(delta, name=name)
+        else:
+            part = delta.part(name, box.sizes, box)
         if part is not None:
             box = box._replace(start=0, strides=row_major(box.sizes))
-        boxes.append(box._replace(source=source if part is None else part))
-    return Viewed(name, "F32", View(view.shape, tuple(boxes)))
+        boxes.append(box._replace(source=part or delta))
+    made = View(view.shape, tuple(boxes))
+    first: Derived = boxes[0].source
+    return first if made == whole(first, view.shape) else Viewed(name, "F32", made)
 
 
 def _whole(name: str, view: View, wholes: Mapping[str, Source]) -> Source:

@@ -100,12 +100,14 @@ def moves(names: Iterable[str], there: Iterable[str]) -> Iterator[dict[str, str]
     """Yield the ways in which one prefix for another may bring names there: name -> new name.
 
     Those that are there as they are stay; whether all of the new ones are is left to the caller. No
-    prefix has a number in it.
+    prefix has a number in it, and modules keep their own names.
     """
     held = list(there)
     apart = sorted(set(names).difference(held))
-    common = [prefix for prefix in _prefixes(apart[0])
-              if all(name.startswith(prefix) for name in apart)] if apart else []  # fmt: skip
+    common = [
+        prefix for prefix in (_prefixes(apart[0]) if apart else ())
+        if all(name.startswith(prefix) and "." in name[len(prefix) :] for name in apart)
+    ]  # fmt: skip
     done = set()
     for prefix in common:
         probe = apart[0][len(prefix) :]

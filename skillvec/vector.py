@@ -278,7 +278,8 @@ class SkillVector:
                 elif spec.dtype in FLOATS:
                     deltas[name] = found.get(name) or _zero(name, spec.shape)
             notes = {head: f"untied from {of}" for head, of in untied.items()}
-            notes |= dict.fromkeys(found, f"s B A of {place.ref}")
+            layout = f", named as in {effect.layout}" if effect.layout else ""
+            notes |= dict.fromkeys(found, f"s B A of {place.ref}{layout}")
         digests = [[name, digest_values(spec)] for name, spec in sorted(opened.items())]
         chosen = {"rename": list(rename)} if rename else {}
         told = [config, digests, *chosen.values()]

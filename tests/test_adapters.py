@@ -497,23 +497,27 @@ def test_projections_that_are_rows_of_one(
         opened(tmp_path, r=3).fitted(base)
 
 
-def test_square_fused_experts_are_told_by_the_others(tmp_path: Path) -> None:
-    """Where in and out are as long, what lies beside them tells which is which."""
-    sizes = SIZES | {"num_hidden_layers": 1, "intermediate_size": 16}
+def test_which_way_square_experts_lie_is_asked_of_their_class(tmp_path: Path) -> None:
+    """Where in and out are as long, files alone leave two ways; the class says which PEFT takes."""
 
-    def square() -> transformers.PreTrainedModel:
-        return transformers.GptOssForCausalLM(
-            transformers.GptOssConfig(
-                **sizes, head_dim=8, num_local_experts=3, num_experts_per_tok=2
-            )
-        )
+    def turned() -> transformers.PreTrainedModel:
+        sizes = SIZES | {"num_hidden_layers": 1, "intermediate_size": 16}
+        moe = {"head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+        return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **moe))
 
-    for model, other in ((square, mixtral_square), (mixtral_square, square)):
+    for model in (turned, mixtral_square):
         lora = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
-        folder, before, after = trained(tmp_path / other.__name__, model, **lora)
+        torch.manual_seed(0)
+        base, (folder, before, after) = model(), trained(tmp_path / model.__name__, model, **lora)
+        base.load_state_dict(before)
+        base.save_pretrained(tmp_path / "base")
         assert before["model.layers.0.mlp.experts.down_proj"].shape == (3, 16, 16)
-        base = stored(before, tmp_path / "base.safetensors")
-        check(opened(folder).fitted(base), before, after)
+        sv.apply(tmp_path / "base", folder, tmp_path / "out", force=True)
+        found = type(base).from_pretrained(tmp_path / "out").state_dict()
+        for name, tensor in after.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-7, msg=name)
+        with pytest.raises(IncompatibleError, match="2 ways to fit its factors"):
+            opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
 
 
 def mixtral_square() -> transformers.PreTrainedModel:
