@@ -181,7 +181,7 @@ def fitting(
         else:
             twin = manifest["tied"].get(name)
             if twin is None and alone <= MAX_TIED:
-                twin = find_tied(target, name)
+                twin = find_tied(target, name, vector.deltas)
             if twin and twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
                 routes[name] = twin
             else:

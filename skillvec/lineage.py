@@ -7,7 +7,7 @@ that of the very bytes. Hides which values are looked at.
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from math import prod, sqrt
 from typing import Any
 
@@ -137,16 +137,17 @@ def probe_digest(checkpoint: Checkpoint) -> str:
     return digest_bytes(json.dumps(shapes).encode() + leaves)
 
 
-def find_tied(checkpoint: Checkpoint, name: str) -> str | None:
+def find_tied(checkpoint: Checkpoint, name: str, among: Container[str] | None = None) -> str | None:
     """Return another tensor that holds the same bytes: evidence that `name` is a tied copy.
 
-    Biases and norms may hold the same few values without being one: of a vector with fewer than
-    `VARIED` different ones transformers has to say that its model ties them.
+    `among` are the names that would do, if not all would. Biases and norms may hold the same few
+    values without being one: of a vector with fewer than `VARIED` different ones transformers has
+    to say that its model ties them.
     """
     spec = checkpoint[name]
     if not spec.shape or not spec.nbytes:
         return None
-    twins = _copies(checkpoint, name)
+    twins = _copies(checkpoint, name, among)
     if len(spec.shape) > 1 or not twins or _is_varied(spec):
         return twins[0] if twins else None
     said = tied_weights(checkpoint.config, len(checkpoint)) if checkpoint.config else None
@@ -154,12 +155,13 @@ def find_tied(checkpoint: Checkpoint, name: str) -> str | None:
     return next((twin for twin in twins if frozenset((name, twin)) in pairs), None)
 
 
-def _copies(checkpoint: Checkpoint, name: str) -> list[str]:
+def _copies(checkpoint: Checkpoint, name: str, among: Container[str] | None) -> list[str]:
     """Return the other tensors that hold the same bytes; of matrices the first one is enough."""
     spec, digest, found = checkpoint[name], None, list[str]()
     first = min(spec.numel, PROBE_NBYTES // ITEMSIZE[spec.dtype])
     for other in checkpoint.values():
-        if other.name != name and (other.dtype, other.shape) == (spec.dtype, spec.shape):
+        alike = other.name != name and (other.dtype, other.shape) == (spec.dtype, spec.shape)
+        if alike and (among is None or other.name in among):
             if digest_values(spec, 0, first) != digest_values(other, 0, first):
                 continue
             digest = digest or digest_values(spec)
