@@ -737,24 +737,31 @@ print("MODULES", *sorted({name.partition(".")[0] for name in sys.modules}))
 """
 
 
-def imported_by(*arguments: object) -> set[str]:
+def probed(*arguments: object) -> tuple[set[str], str]:
+    """Run a command; return the modules that it imported, and what it wrote to both streams."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, env=os.environ | {"TERM": "xterm-256color"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].removeprefix("MODULES ").split())
+    shown, _, modules = done.stdout.rpartition("MODULES ")
+    return set(modules.split()), shown + done.stderr
 
 
-def test_no_command_imports_what_it_does_not_need(tmp_path: Path, every_verb: Verbs):
+def imported_by(*arguments: object) -> set[str]:
+    return probed(*arguments)[0]
+
+
+def test_what_a_command_imports_and_shows_off_a_terminal(tmp_path: Path, every_verb: Verbs):
+    """Nothing that it does not need; no bar and no colours, whatever TERM says."""
     for verb, arguments in every_verb(tmp_path).items():
-        arguments = [*arguments, "--force"] if verb in WRITERS else arguments
-        found = imported_by(*arguments)
+        found, shown = probed(*arguments, *(["--force"] if verb in WRITERS else []))
         assert "numpy" in found  # the probe sees modules at all
         allowed = {  # p of small tensors; the card; SVD and what is a linear layer
             "orthogonality": {"scipy"}, "apply": {"huggingface_hub"}, "extract-lora": set(HEAVY),
         }.get(verb, set())  # fmt: skip
         assert not found & set(HEAVY) - allowed, verb
+        assert "\x1b" not in shown and "\r" not in shown, verb
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["diff", "--help"], ["--version"]])
@@ -765,14 +772,6 @@ def test_help_imports_no_numbers(arguments: list[str]):
 
 
 # ------------------------------------------------------------------------------------ terminals
-
-
-def test_no_bar_and_no_colours_off_a_terminal(tmp_path: Path, every_verb: Verbs):
-    for verb, arguments in every_verb(tmp_path).items():
-        force = ["--force"] if verb in WRITERS else []
-        done = spawn(*arguments, *force, TERM="xterm-256color")
-        assert done.returncode == 0
-        assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
 
 
 # Slows every read down, so that a small job lasts as long as a big one.

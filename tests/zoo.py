@@ -156,6 +156,28 @@ ZOO: dict[str, dict[str, Any]] = {
     },
     "BertForMaskedLM": SMALL,
     "BertForSequenceClassification": SMALL,
+    "BertForTokenClassification": SMALL,
+    "BertForQuestionAnswering": SMALL,
+    "RobertaForSequenceClassification": SMALL,
+    "LlamaModel": SMALL,
+    "PhimoeForCausalLM": LLAMA | MIXTRAL,
+    "HunYuanMoEV1ForCausalLM": SMALL | MOE | {"moe_topk": 2},
+    "Qwen3_5ForCausalLM": SMALL | LINEAR,
+    "Qwen3_5MoeForCausalLM": SMALL | LINEAR | SHARED,
+    "Llama4ForConditionalGeneration": {
+        "vision_config": EYE | {"vision_output_dim": 16, "projector_input_dim": 16,
+                                "projector_output_dim": 16, "pixel_shuffle_ratio": 0.5},
+        "text_config": SMALL | {
+            "intermediate_size_mlp": 24, "num_local_experts": 3, "moe_layers": [1]},
+    },
+    "FalconH1ForCausalLM": SMALL | {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+        "mamba_n_groups": 1, "mamba_expand": 2,
+    },
+    "Mamba2ForCausalLM": {
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4,
+        "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2,
+    },
 }  # fmt: skip
 ZOO["Gemma4ForConditionalGeneration"]["text_config"] |= {
     "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 4,
