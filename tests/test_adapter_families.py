@@ -37,12 +37,16 @@ def cases(names: Iterable[str], few: Iterable[str] = FEW) -> list[Any]:
 
 
 def linears(model: nn.Module) -> list[str]:
-    """Return the last names of the linear layers of a model, heads and towers apart."""
-    apart = re.compile("head|visual|vision|classifier|score")
-    return sorted({
+    """Return the last names of the linear layers of a model, heads and towers apart.
+
+    Those of Mamba's that PEFT does not take are left out.
+    """
+    apart = re.compile("head|visual|vision|classifier|score|qa_outputs")
+    found = {
         name.rpartition(".")[2] for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not apart.search(name)
-    })  # fmt: skip
+    }  # fmt: skip
+    return sorted(found - ({"out_proj"} if "A_log" in str([*model.state_dict()]) else set()))
 
 
 def train(model: Any, folder: Path, **lora: Any) -> Any:
@@ -97,12 +101,12 @@ def test_what_peft_merges_is_what_comes_out(name: str, tmp_path: Path) -> None:
     merged = train(model, tmp_path / "lora", target_modules=targets)
     merged.save_pretrained(tmp_path / "want")
     save_memory(merged, tmp_path / "want-memory")
-    least = 4 if "experts" not in str(load(tmp_path / "base")) else 8
+    least = 2 if "experts" not in str(load(tmp_path / "base")) else 8
     sv.apply(tmp_path / "base", tmp_path / "lora", tmp_path / "out")
     assert_merged(tmp_path / "out", tmp_path / "want", tmp_path / "base", least)
     assert sv.verify(tmp_path / "out").facts["verified"]
     sv.apply(tmp_path / "memory", tmp_path / "lora", tmp_path / "out-memory")
-    assert_merged(tmp_path / "out-memory", tmp_path / "want-memory", tmp_path / "memory", 4)
+    assert_merged(tmp_path / "out-memory", tmp_path / "want-memory", tmp_path / "memory", 2)
 
 
 def test_a_stored_vector_of_an_adapter_of_another_layout(tmp_path: Path) -> None:
@@ -119,7 +123,7 @@ def test_a_stored_vector_of_an_adapter_of_another_layout(tmp_path: Path) -> None
 
 
 def language_model(model: Any) -> Any:
-    for path in ("model.language_model", "model.text_model"):
+    for path in ("model.language_model", "model.text_model", "language_model.model"):
         try:
             return model.get_submodule(path)
         except AttributeError:
@@ -159,8 +163,12 @@ def test_the_language_model_of_a_model_that_sees(name: str, tmp_path: Path) -> N
         sv.apply(tmp_path / side, tmp_path / "a", tmp_path / f"a-{side}")
         assert_merged(tmp_path / f"a-{side}", tmp_path / f"want-{side}", tmp_path / side, 8)
     try:
-        text = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+        text, told = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "text", output_loading_info=True
+        )
     except ValueError:  # transformers has no language model of it alone
+        return
+    if set(told["missing_keys"]) - {"lm_head.weight"}:  # nor does it load Llama 4's
         return
     merged = train(
         text, tmp_path / "b", target_modules=linears(text), target_parameters=None

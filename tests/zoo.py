@@ -175,7 +175,7 @@ ZOO: dict[str, dict[str, Any]] = {
         "mamba_n_groups": 1, "mamba_expand": 2,
     },
     "Mamba2ForCausalLM": {
-        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4,
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4,
         "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2,
     },
 }  # fmt: skip
