@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any
 
 from skillvec import hub
-from skillvec.adapters import Adapter, open_adapter
+from skillvec.adapters import Adapter, Effect, open_adapter
 from skillvec.adapting import effect_on
 from skillvec.bridging import bridged, left_over, seen_as
 from skillvec.checkpoint import (
@@ -230,24 +230,8 @@ class SkillVector:
             raise IncompatibleError(f"adapter {empty_weights(opened, empty)}")
         config = read_json(place.files[ADAPTER_CONFIG])
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
-        given, said = base is not None, adapter.base_ref
-        ref = f"{place.ref}::{base.ref}" if base is not None else place.ref
-        if base is None and said and adapter.needs_base:
-            base = open_checkpoint(_base_of(adapter, place), "base of the adapter")
-        elif base is None and said and os.path.exists(os.path.expanduser(said)):
-            with contextlib.suppress(SkillvecError):  # only the verdict would gain by it
-                base = open_checkpoint(said, "base of the adapter")
-        if base is None and adapter.needs_base:
-            what = "holds whole modules" if adapter.whole else "replaces or scales weights"
-            raise IncompatibleError(
-                f"adapter {place.ref}: {what} and names no base to subtract:"
-                " skillvec diff ADAPTER BASE"
-            )
-        deltas: dict[str, DeltaSource] = {}
-        notes: dict[str, str] = {}
-        untied: dict[str, str] = {}
-        warnings: list[str] = []
-        effect = None
+        given, effect = base is not None, None
+        base = base if base is not None else _base_at_hand(adapter, place)
         if base is not None:
             try:
                 effect = effect_on(adapter, base, rename)
@@ -259,50 +243,21 @@ class SkillVector:
                 except SkillvecError:
                     if adapter.needs_base or given:
                         raise
-                    base, ref = None, place.ref
-        if effect is not None:
-            assert base is not None
-            untied, warnings = effect.untied, effect.warnings
-            found = {name: ComputedDelta(d, place.ref) for name, d in effect.deltas.items()}
-            heads = {h: under_name(base[of], h) for h, of in untied.items() if h not in base}
-            for name, spec in (*base.items(), *heads.items()):
-                if name in effect.whole:
-                    kept = effect.whole[name]
-                    if kept.shape != spec.shape:
-                        raise IncompatibleError(
-                            f"adapter {place.ref}: {name}: {list(kept.shape)}, base"
-                            f" {list(spec.shape)}: merge it into its base first"
-                        )
-                    pair = value_dtype(kept.dtype, spec.dtype)
-                    deltas[name] = PairDelta(kept, spec, *pair)
-                elif spec.dtype in FLOATS:
-                    deltas[name] = found.get(name) or _zero(name, spec.shape)
-            notes = {head: f"untied from {of}" for head, of in untied.items()}
-            layout = f", named as in {effect.layout}" if effect.layout else ""
-            notes |= dict.fromkeys(found, f"s B A of {place.ref}{layout}")
+        base = base if effect is not None else None
+        deltas: dict[str, DeltaSource] = {}
+        notes: dict[str, str] = {}
+        if base is not None and effect is not None:
+            deltas, notes = _deltas_of(effect, base, place)
         digests = [[name, digest_values(spec)] for name, spec in sorted(opened.items())]
-        chosen = {"rename": list(rename)} if rename else {}
-        told = [config, digests, *chosen.values()]
+        told = [config, digests, *([list(rename)] if rename else [])]
         who = digest_bytes(json.dumps(told, sort_keys=True).encode())
-        ours = identity(base) if base is not None else _unknown(said or "", opened)
-        matched: dict[str, Any] = {"integers": {}, "tied": {}, "excluded": []}
-        matched |= {"include": [], "exclude": []} | chosen
-        if base is not None:
-            matched["integers"] = {n: [s.dtype, None] for n, s in base.items() if n not in deltas}
-        manifest = _pair_manifest(None, ours, "auto", matched)
-        more = {"untied": untied, "warnings": warnings}
-        manifest |= {key: value for key, value in more.items() if value}
-        manifest |= {
-            "formula": "s B A of an adapter",
-            "identity": who,
-            "parents": [
-                {"ref": place.ref, "identity": who, "manifest": None, "base": ours["ref"],
-                 "tuned": None, "dtype": "auto", "include": [], "exclude": [], **chosen}
-            ],
-        }  # fmt: skip
+        ours = identity(base) if base is not None else _unknown(adapter.base_ref or "", opened)
+        integers = {n: [s.dtype, None] for n, s in (base or {}).items() if n not in deltas}
+        manifest = _adapter_manifest(place, who, ours, integers, effect, rename)
         return SkillVector(
-            ref, deltas, manifest, base=base, notes=notes, origin=opened,
-            adapter=None if base else adapter, own=adapter, warnings=tuple(warnings),
+            place.ref if base is None else f"{place.ref}::{base.ref}", deltas, manifest, base=base,
+            notes=notes, origin=opened, adapter=None if base is not None else adapter, own=adapter,
+            warnings=tuple(manifest.get("warnings", ())),
         )  # fmt: skip
 
     @staticmethod
@@ -504,6 +459,66 @@ class SkillVector:
             return delta.tuned.dtype
         entry = self.manifest.get("tensors", {}).get(name)
         return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
+
+
+def _base_at_hand(adapter: Adapter, place: Place) -> Checkpoint | None:
+    """Return the base that an adapter names, where it is needed or on this disk.
+
+    Raises IncompatibleError where it is needed and none is named; else only the verdict would gain.
+    """
+    said = adapter.base_ref
+    if said and adapter.needs_base:
+        return open_checkpoint(_base_of(adapter, place), "base of the adapter")
+    if adapter.needs_base:
+        what = "holds whole modules" if adapter.whole else "replaces or scales weights"
+        raise IncompatibleError(
+            f"adapter {place.ref}: {what} and names no base to subtract: skillvec diff ADAPTER BASE"
+        )
+    if said and os.path.exists(os.path.expanduser(said)):
+        with contextlib.suppress(SkillvecError):
+            return open_checkpoint(said, "base of the adapter")
+    return None
+
+
+def _deltas_of(
+    effect: Effect, base: Checkpoint, place: Place
+) -> tuple[dict[str, DeltaSource], dict[str, str]]:
+    """Return what an adapter does to every floating-point tensor of its base, and notes on it."""
+    found = {name: ComputedDelta(d, place.ref) for name, d in effect.deltas.items()}
+    heads = {h: under_name(base[of], h) for h, of in effect.untied.items() if h not in base}
+    deltas: dict[str, DeltaSource] = {}
+    for name, spec in (*base.items(), *heads.items()):
+        if name in effect.whole:
+            kept = effect.whole[name]
+            if kept.shape != spec.shape:
+                raise IncompatibleError(
+                    f"adapter {place.ref}: {name}: {list(kept.shape)}, base {list(spec.shape)}:"
+                    " merge it into its base first"
+                )
+            deltas[name] = PairDelta(kept, spec, *value_dtype(kept.dtype, spec.dtype))
+        elif spec.dtype in FLOATS:
+            deltas[name] = found.get(name) or _zero(name, spec.shape)
+    layout = f", named as in {effect.layout}" if effect.layout else ""
+    notes = {head: f"untied from {of}" for head, of in effect.untied.items()}
+    return deltas, notes | dict.fromkeys(found, f"s B A of {place.ref}{layout}")
+
+
+def _adapter_manifest(
+    place: Place, who: str, base: dict[str, Any], integers: dict[str, Any], effect: Effect | None,
+    rename: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the manifest of an adapter's vector says before its data is read."""
+    chosen: dict[str, Any] = {"include": [], "exclude": []}
+    chosen |= {"rename": list(rename)} if rename else {}
+    matched = {"integers": integers, "tied": {}, "excluded": [], **chosen}
+    said = {"untied": effect.untied, "warnings": effect.warnings} if effect is not None else {}
+    parent = {"ref": place.ref, "identity": who, "manifest": None, "base": base["ref"],
+              "tuned": None, "dtype": "auto", **chosen}  # fmt: skip
+    return (
+        _pair_manifest(None, base, "auto", matched)
+        | {key: value for key, value in said.items() if value}
+        | {"formula": "s B A of an adapter", "identity": who, "parents": [parent]}
+    )
 
 
 def _base_of(adapter: Adapter, place: Place) -> str:
