@@ -284,79 +284,21 @@ class Adapter:
         ways, and ties that merging cannot part.
         """
         stored, base = base, dict(base) | {head: base[tied[head]] for head in tied}
-        deltas: dict[str, Delta] = {}
-        problems = defaultdict(list, only_here(self.whole, base, "the adapter"))
-        held = defaultdict(list)
-        for name in base:
-            held[name.rpartition(".")[0]].append(name)
-        wrong, square = False, []  # whether fan_in_fan_out is wrong, and whom it alone tells
-        experts: dict[str, dict[Place, LowRank]] = defaultdict(dict)
-        rows: dict[str, dict[str, tuple[str, Pair]]] = defaultdict(dict)
+        found = _Found(base, only_here(self.whole, base, "the adapter"))
         for module, stack in self.stacks.items():
-            self._place(module, stack, experts, problems)
+            self._place(module, stack, found)
         for module, pairs in self._renamed(base):
-            name, pair = f"{module}.weight", pairs[0]
-            weight = self.whole.get(name, base.get(name))
-            if weight is None and len(pairs) == 1:
-                place, fused = place_of(module), fused_of(module, base)
-                if place is not None and held[place.experts]:
-                    self._place(module, pair, experts, problems)
-                    continue
-                if fused is not None and pair.magnitudes is pair.bias is None:
-                    rows[fused][module.rpartition(".")[2]] = module, pair
-                    continue
-            names = [n for n in held[module] if self._wraps(n)]
-            if names:
-                known = None if turned_ones is None else module in turned_ones
-                ways = _ways(names, pairs, self.settings, base, known)
-                deltas |= ways[0] if ways else {}
-                if len(ways) != 1:
-                    said = f"{module}: {len(ways)} ways to fit its factors to {', '.join(names)}"
-                    problems["that fit in no one way"].append(said)
-                continue
-            rank, scaling = self.settings.of(module)
-            turned = pair.embedding or self.settings.turned
-            if weight is None or len(pairs) > 1:
-                problems["only in the adapter"].append(f"{name}: only in the adapter")
-            elif pair.A.shape[0] != rank:
-                said = f"{name}: factors of rank {pair.A.shape[0]}, config {rank}"
-                problems["of another rank"].append(said)
-            elif weight.shape == pair.sides(turned):
-                deltas[name] = pair.merged(weight, name, turned, scaling)
-                if weight.shape == weight.shape[::-1] and not pair.embedding:
-                    square.append(f"{name}: square, and fan_in_fan_out is wrong for other weights")
-            elif weight.shape == pair.sides(not turned) and not pair.embedding:
-                deltas[name] = pair.merged(weight, name, not turned, scaling)
-                wrong = True
-            else:
-                shapes = f"adapter {list(pair.sides(turned))}, base {list(weight.shape)}"
-                problems["of another shape"].append(f"{name}: {shapes}")
-            if pair.bias is not None:
-                bias = base.get(f"{module}.bias")
-                if bias is None or bias.shape != pair.bias.shape:
-                    said = f"{module}.bias: a bias to add, and the base's layer has none such"
-                    problems["without a bias"].append(said)
-                deltas[f"{module}.bias"] = Times(f"{module}.bias", pair.bias, scaling)
-        for prefix, given in experts.items():
-            try:
-                deltas |= on_experts(prefix, given, base, model_type)
-            except ValueError as error:
-                problems["of experts"].append(str(error))
-        for name, some in rows.items():
-            try:
-                made = {leaf: self._product(*pair) for leaf, pair in some.items()}
-                deltas[name] = under_each_other(name, made, base[name].shape)
-            except ValueError as error:
-                problems["of fused weights"].append(str(error))
+            self._fit(module, pairs, found, turned_ones)
+        deltas, problems = found.deltas, found.problems
+        self._put_together(found, model_type)
         put = self._rows_put(base, tied, problems)
         problems["without their biases"] = self._biases_lost(base)
-        problems["square"] = square if wrong else []
+        problems["square"] = found.square if found.wrong else []
         if any(problems.values()):
             raise self._unfit(problems, base)
         both = [n for n in self.whole if n in deltas or n in put or n in self.under]
         for name in both:
-            weight, point = self.whole[name], base[name]
-            if not _same(weight, point):
+            if not _same(self.whole[name], base[name]):
                 raise IncompatibleError(
                     f"{self.what}: {name}: a delta and a weight that is not the base's: {MERGE}"
                 )
@@ -370,16 +312,75 @@ class Adapter:
             self._merge_tied(effect, source, heads, stored, parting)
         return effect
 
-    def _place(
-        self,
-        module: str,
-        pair: Pair,
-        experts: dict[str, dict[Place, LowRank]],
-        problems: dict[str, list[str]],
-    ) -> None:
+    def _fit(
+        self, module: str, pairs: tuple[Pair, ...], found: "_Found",
+        turned_ones: Container[str] | None,
+    ) -> None:  # fmt: skip
+        """Fit the factors of a module: to its weight, to parameters below it, to what holds it."""
+        base, problems = found.base, found.problems
+        name, pair = f"{module}.weight", pairs[0]
+        weight = self.whole.get(name, base.get(name))
+        if weight is None and len(pairs) == 1:
+            place, fused = place_of(module), fused_of(module, base)
+            if place is not None and found.held[place.experts]:
+                self._place(module, pair, found)
+                return
+            if fused is not None and pair.magnitudes is pair.bias is None:
+                found.rows[fused][module.rpartition(".")[2]] = module, pair
+                return
+        names = [n for n in found.held[module] if self._wraps(n)]
+        if names:
+            known = None if turned_ones is None else module in turned_ones
+            ways = _ways(names, pairs, self.settings, base, known)
+            found.deltas |= ways[0] if ways else {}
+            if len(ways) != 1:
+                said = f"{module}: {len(ways)} ways to fit its factors to {', '.join(names)}"
+                problems["that fit in no one way"].append(said)
+            return
+        rank, scaling = self.settings.of(module)
+        turned = pair.embedding or self.settings.turned
+        if weight is None or len(pairs) > 1:
+            problems["only in the adapter"].append(f"{name}: only in the adapter")
+        elif pair.A.shape[0] != rank:
+            said = f"{name}: factors of rank {pair.A.shape[0]}, config {rank}"
+            problems["of another rank"].append(said)
+        elif weight.shape == pair.sides(turned):
+            found.deltas[name] = pair.merged(weight, name, turned, scaling)
+            if weight.shape == weight.shape[::-1] and not pair.embedding:
+                said = f"{name}: square, and fan_in_fan_out is wrong for other weights"
+                found.square.append(said)
+        elif weight.shape == pair.sides(not turned) and not pair.embedding:
+            found.deltas[name] = pair.merged(weight, name, not turned, scaling)
+            found.wrong = True
+        else:
+            shapes = f"adapter {list(pair.sides(turned))}, base {list(weight.shape)}"
+            problems["of another shape"].append(f"{name}: {shapes}")
+        if pair.bias is not None:
+            bias = base.get(f"{module}.bias")
+            if bias is None or bias.shape != pair.bias.shape:
+                said = f"{module}.bias: a bias to add, and the base's layer has none such"
+                problems["without a bias"].append(said)
+            found.deltas[f"{module}.bias"] = Times(f"{module}.bias", pair.bias, scaling)
+
+    def _put_together(self, found: "_Found", model_type: str | None) -> None:
+        """Make the deltas of weights that hold several modules: experts, projections as rows."""
+        for prefix, given in found.experts.items():
+            try:
+                found.deltas |= on_experts(prefix, given, found.base, model_type)
+            except ValueError as error:
+                found.problems["of experts"].append(str(error))
+        for name, some in found.rows.items():
+            try:
+                made = {leaf: self._product(*pair) for leaf, pair in some.items()}
+                found.deltas[name] = under_each_other(name, made, found.base[name].shape)
+            except ValueError as error:
+                found.problems["of fused weights"].append(str(error))
+
+    def _place(self, module: str, pair: Pair, found: "_Found") -> None:
         """Sort the factors of experts by the module that holds them all in the base."""
         place, (rank, scaling) = place_of(module), self.settings.of(module)
         assert place is not None
+        experts, problems = found.experts[place.experts], found.problems
         if pair.A.shape[-2] != rank:
             said = f"{module}: factors of rank {pair.A.shape[-2]}, config {rank}"
             problems["of another rank"].append(said)
@@ -389,9 +390,9 @@ class Adapter:
             said = "rsLoRA, which PEFT scales by another rank where gate and up are fused"
             problems["of experts"].append(f"{module}: {said}")
         elif place.number is None:
-            experts[place.experts][place] = pair.stacked(module, scaling)
+            experts[place] = pair.stacked(module, scaling)
         else:
-            experts[place.experts][place] = pair.delta(module, pair.sides(False), False, scaling)
+            experts[place] = pair.delta(module, pair.sides(False), False, scaling)
 
     def _product(self, module: str, pair: Pair) -> LowRank:
         """Return out x in of one module; ValueError where its rank is not that of the config."""
@@ -553,6 +554,25 @@ class Adapter:
 
     def _wraps(self, name: str) -> bool:
         return any(f".{name}".endswith(f".{target}") for target in self.settings.parameters)
+
+
+class _Found:
+    """What fitting an adapter to a base has found so far.
+
+    `experts` and `rows` are factors that share a weight of the base, by that weight; `wrong` says
+    whether fan_in_fan_out is, `square` are weights whose shape does not tell.
+    """
+
+    def __init__(self, base: Mapping[str, Source], problems: Mapping[str, list[str]]) -> None:
+        self.base = base
+        self.problems = defaultdict(list, problems)
+        self.deltas: dict[str, Delta] = {}
+        self.held: dict[str, list[str]] = defaultdict(list)  # by module: its parameters
+        for name in base:
+            self.held[name.rpartition(".")[0]].append(name)
+        self.experts: dict[str, dict[Place, LowRank]] = defaultdict(dict)
+        self.rows: dict[str, dict[str, tuple[str, Pair]]] = defaultdict(dict)
+        self.wrong, self.square = False, list[str]()
 
 
 def _ways(
