@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import permutations
 from math import comb, sqrt
 from typing import Any, NamedTuple
@@ -75,6 +76,7 @@ SAME_BASE = ("", "true", "false", "none", "gaussian", "eva", "orthogonal", "mica
 OTHER_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 NOVEL = (bool, dict, list)
 FLAGS = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias")
+EMBEDDINGS = ("embed_tokens", "lm_head")  # as PEFT calls them
 KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -272,28 +274,28 @@ class Adapter:
         tied: Mapping[str, str] = {},
         model_type: str | None = None,
         turned_ones: Container[str] | None = None,
+        guess: bool = True,
     ) -> Effect:
         """Return what the adapter does to a base, or to any model of its names and shapes.
 
         `tied` maps names that are one weight of the base: a head, perhaps in no file, to where its
         values lie. `model_type` is that of the base's config: of fused experts it may tell more
         than shapes do. `turned_ones` are the modules whose parameters lie in x out for PEFT, where
-        that is known. Reads weights that were saved beside their delta: the base's own are left
-        away.
+        that is known; else, with `guess`, what lies beside a square weight tells. Reads weights
+        that were saved beside their delta: the base's own are left away.
         Raises IncompatibleError naming weights that the base lacks, that do not fit or fit in two
         ways, and ties that merging cannot part.
         """
         stored, base = base, dict(base) | {head: base[tied[head]] for head in tied}
-        found = _Found(base, only_here(self.whole, base, "the adapter"))
+        found = _Found(base, only_here(self.whole, base, "the adapter"), self.pairs)
         for module, stack in self.stacks.items():
             self._place(module, stack, found)
         for module, pairs in self._renamed(base):
-            self._fit(module, pairs, found, turned_ones)
+            self._fit(module, pairs, found, turned_ones, guess)
         deltas, problems = found.deltas, found.problems
         self._put_together(found, model_type)
         put = self._rows_put(base, tied, problems)
         problems["without their biases"] = self._biases_lost(base)
-        problems["square"] = found.square if found.wrong else []
         if any(problems.values()):
             raise self._unfit(problems, base)
         both = [n for n in self.whole if n in deltas or n in put or n in self.under]
@@ -314,7 +316,7 @@ class Adapter:
 
     def _fit(
         self, module: str, pairs: tuple[Pair, ...], found: "_Found",
-        turned_ones: Container[str] | None,
+        turned_ones: Container[str] | None, guess: bool,
     ) -> None:  # fmt: skip
         """Fit the factors of a module: to its weight, to parameters below it, to what holds it."""
         base, problems = found.base, found.problems
@@ -344,14 +346,20 @@ class Adapter:
         elif pair.A.shape[0] != rank:
             said = f"{name}: factors of rank {pair.A.shape[0]}, config {rank}"
             problems["of another rank"].append(said)
+        elif weight.shape == weight.shape[::-1] == pair.sides(False) and not pair.embedding:
+            lies = found.is_turned(module, turned, guess)
+            lies = lies if turned_ones is None else module in turned_ones
+            if lies is None:
+                said = (
+                    f"{name}: square, and nothing tells whether it is a Conv1D, which lies turned"
+                )
+                problems["square"].append(said)
+            else:
+                found.deltas[name] = pair.merged(weight, name, lies, scaling)
         elif weight.shape == pair.sides(turned):
             found.deltas[name] = pair.merged(weight, name, turned, scaling)
-            if weight.shape == weight.shape[::-1] and not pair.embedding:
-                said = f"{name}: square, and fan_in_fan_out is wrong for other weights"
-                found.square.append(said)
         elif weight.shape == pair.sides(not turned) and not pair.embedding:
             found.deltas[name] = pair.merged(weight, name, not turned, scaling)
-            found.wrong = True
         else:
             shapes = f"adapter {list(pair.sides(turned))}, base {list(weight.shape)}"
             problems["of another shape"].append(f"{name}: {shapes}")
@@ -559,12 +567,14 @@ class Adapter:
 class _Found:
     """What fitting an adapter to a base has found so far.
 
-    `experts` and `rows` are factors that share a weight of the base, by that weight; `wrong` says
-    whether fan_in_fan_out is, `square` are weights whose shape does not tell.
+    `experts` and `rows` are factors that share a weight of the base, by that weight.
     """
 
-    def __init__(self, base: Mapping[str, Source], problems: Mapping[str, list[str]]) -> None:
-        self.base = base
+    def __init__(
+        self, base: Mapping[str, Source], problems: Mapping[str, list[str]],
+        pairs: Mapping[str, tuple[Pair, ...]],
+    ) -> None:  # fmt: skip
+        self.base, self.pairs = base, pairs
         self.problems = defaultdict(list, problems)
         self.deltas: dict[str, Delta] = {}
         self.held: dict[str, list[str]] = defaultdict(list)  # by module: its parameters
@@ -572,7 +582,47 @@ class _Found:
             self.held[name.rpartition(".")[0]].append(name)
         self.experts: dict[str, dict[Place, LowRank]] = defaultdict(dict)
         self.rows: dict[str, dict[str, tuple[str, Pair]]] = defaultdict(dict)
-        self.wrong, self.square = False, list[str]()
+
+    def is_turned(self, module: str, said: bool, guess: bool) -> bool | None:
+        """Return whether a module with a square weight keeps it turned, as Conv1D does.
+
+        fan_in_fan_out, which is `said`, is that of the last module alone. Biases tell of a base
+        without Conv1D: those of one are as long as its weight's last dimension. With one, what lies
+        nearest to the module tells if it tells one thing, but that is a `guess`. None where
+        nothing tells.
+        """
+        if True not in self._ways_near[""] and not said:
+            return False
+        near = module if guess else ""
+        while near:
+            near = near.rpartition(".")[0]
+            if ways := self._ways_near.get(near):
+                return next(iter(ways)) if len(ways) == 1 else None
+        return None
+
+    @cached_property
+    def _ways_near(self) -> dict[str, set[bool]]:
+        """Which ways weights lie that are not square, by what is above them.
+
+        Of a weight with factors these tell, of others their bias.
+        """
+        found: dict[str, set[bool]] = defaultdict(set)
+        for name, spec in self.base.items():
+            module, _, last = name.rpartition(".")
+            sides = spec.shape
+            if last != "weight" or len(sides) != 2 or sides[0] == sides[1]:
+                continue
+            bias, pairs = self.base.get(f"{module}.bias"), self.pairs.get(module)
+            if pairs and not pairs[0].embedding:
+                way = sides == pairs[0].sides(True)
+            elif bias is not None and bias.shape in (sides[:1], sides[1:]):
+                way = bias.shape == sides[1:]
+            else:
+                continue
+            while module:
+                module = module.rpartition(".")[0]
+                found[module].add(way)
+        return found
 
 
 def _ways(
@@ -616,6 +666,7 @@ def open_adapter(
         raise FormatError(
             f"{where}: ensure_weight_tying: expected true or false, found {tying!r:.80}"
         )
+    tying = tying and _embeds(saved, config.get("target_modules"))
     bias = config.get("bias") or "none"
     if bias not in ("none", "all", "lora_only"):
         raise FormatError(f"{where}: bias: expected none, all or lora_only, found {bias!r:.80}")
@@ -816,6 +867,19 @@ def _same(one: Source, other: Source) -> bool:
         return True
     alike = (one.dtype, one.shape) == (other.dtype, other.shape)
     return alike and digest_values(one) == digest_values(other)
+
+
+def _embeds(saved: Sequence[str], targets: Any) -> bool:
+    """Return whether PEFT takes what an adapter trains for the embeddings, which it then ties.
+
+    It looks at the last parts of names in lists, and whether a pattern is one of those names.
+    """
+    if any(name.rpartition(".")[2] in EMBEDDINGS for name in saved):
+        return True
+    if isinstance(targets, str):
+        return _is_harmless(targets) and any(re.fullmatch(targets, name) for name in EMBEDDINGS)
+    named = targets if isinstance(targets, list) else []
+    return any(str(name).rpartition(".")[2] in EMBEDDINGS for name in named)
 
 
 def _parsed(key: str, source: Source, what: str) -> tuple[str, str]:

@@ -10,11 +10,12 @@ seen through the views back. Refused: names that fit nowhere, or in two ways und
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
 from skillvec.adapters import MERGE, Adapter, Effect
-from skillvec.bridging import Layout, layouts_of
+from skillvec.bridging import Layout, layouts_of, tied_names
 from skillvec.checkpoint import Checkpoint
 from skillvec.conversions import all_of
 from skillvec.errors import IncompatibleError, up_to_five
@@ -49,28 +50,29 @@ def _met(adapter: Adapter, base: Checkpoint) -> Effect:
     """Return the effect by the layout in which they meet: that of the files, if they do there."""
     refusal, kind = None, base.config.get("model_type")
     try:
-        tied = tied_heads(base, adapter.shapes, adapter.copies)
+        tied = tied_heads(base, adapter.shapes, adapter.copies, partial(tied_names, base))
         if not adapter.misfits({**base, **{head: base[of] for head, of in tied.items()}}):
-            return adapter.fitted(base, tied, kind)
+            return adapter.fitted(base, tied, kind, guess=not base.config)
     except IncompatibleError as error:  # what nothing tells of files, a model in memory may
         refusal = error
     layouts = []
     for layout in layouts_of(base, adapter.classes):
         if not adapter.misfits(layout.shapes):
-            return _through(layout, adapter)
+            return _through(layout, adapter, base)
         layouts.append(layout)
-    if refusal is not None:
+    if refusal is not None and layouts:
         raise refusal
     for layout in layouts:
         old = layout.kind.loaded_names(adapter.shapes)
         if not layout.is_saved and not adapter.misfits(layout.shapes, old):
-            return _through(layout, adapter.renamed(old))
+            return _through(layout, adapter.renamed(old), base)
     for layout in layouts:
         moved = _moved(adapter, layout.shapes, layout.label)
         if moved is not None:
-            return _through(layout, moved)
+            return _through(layout, moved, base)
     adapter = _moved(adapter, {name: s.shape for name, s in base.items()}, base.ref) or adapter
-    return adapter.fitted(base, tied_heads(base, adapter.shapes, adapter.copies), kind)
+    tied = tied_heads(base, adapter.shapes, adapter.copies, partial(tied_names, base))
+    return adapter.fitted(base, tied, kind)
 
 
 def _moved(adapter: Adapter, there: Mapping[str, Index], where: str) -> Adapter | None:
@@ -90,10 +92,17 @@ def _moved(adapter: Adapter, there: Mapping[str, Index], where: str) -> Adapter 
     return adapter.renamed(ways[0]) if ways else None
 
 
-def _through(layout: Layout, adapter: Adapter) -> Effect:
+def _through(layout: Layout, adapter: Adapter, base: Checkpoint) -> Effect:
     """Fit an adapter in a layout of the base; return what it does, seen in that of the base."""
     model = layout.model
-    tied = tied_heads(model, adapter.shapes, adapter.copies, layout.tied)
+    tied = tied_heads(model, adapter.shapes, adapter.copies, lambda: layout.tied)
+    held = {**model, **{head: model[of] for head, of in tied.items()}}
+    if missing := adapter.misfits(held):
+        raise IncompatibleError(
+            f"{adapter.what}: {layout.label} has what it changes, but transformers' mapping does"
+            f" not tell how that is made of the files of {base.ref}: {MERGE}:\n"
+            + "\n".join([up_to_five(missing), *layout.hints[:5]])
+        )
     turned = layout.kind.turned if not layout.is_saved else None
     effect = adapter.fitted(model, tied, model.config.get("model_type"), turned)
     deltas: dict[str, Any] = {}  # also what views put together
@@ -108,7 +117,7 @@ def _through(layout: Layout, adapter: Adapter) -> Effect:
         if wholes and len(wholes) < len(view.boxes):
             problems.append(f"{name}: {wholes[0].source} is saved whole, and is a part of it")
         elif wholes:
-            made.whole[name] = _whole(name, view, effect.whole)
+            made.whole[name] = _whole(name, view, layout.shapes, effect.whole)
         elif parts:
             deltas[name] = _delta(name, View(view.shape, tuple(parts)), effect.deltas)
     places = layout.places
@@ -152,16 +161,25 @@ def _delta(name: str, view: View, deltas: Mapping[str, Delta]) -> Derived:
     return first if made == whole(first, view.shape) else Viewed(name, "F32", made)
 
 
-def _whole(name: str, view: View, wholes: Mapping[str, Source]) -> Source:
-    """Return weights that are saved whole, seen through a view."""
-    first, *more = view.boxes
-    if not more and view == all_of(first.source, view.shape):
-        return wholes[first.source]  # perhaps of other rows, which whoever subtracts refuses
-    dtypes = {wholes[box.source].dtype for box in view.boxes}
+def _whole(
+    name: str, view: View, shapes: Mapping[str, Index], wholes: Mapping[str, Source]
+) -> Source:
+    """Return weights that are saved whole, seen through a view of tensors of these `shapes`."""
+    first = view.boxes[0].source
+    if view == all_of(first, shapes[first]):
+        return wholes[first]  # perhaps of other rows, which whoever subtracts refuses
+    kept = {box.source: wholes[box.source] for box in view.boxes}
+    for source, weight in kept.items():
+        if weight.shape != shapes[source]:
+            raise IncompatibleError(
+                f"{source}: saved whole as {list(weight.shape)}, base {list(shapes[source])}, of"
+                f" which {name} is a part: {MERGE}"
+            )
+    dtypes = {weight.dtype for weight in kept.values()}
     if len(dtypes) > 1:
         raise IncompatibleError(
             f"{name}: made of weights that are saved whole, of {', '.join(sorted(dtypes))}:"
             " expected one dtype"
         )
-    boxes = tuple(box._replace(source=wholes[box.source]) for box in view.boxes)
+    boxes = tuple(box._replace(source=kept[box.source]) for box in view.boxes)
     return Viewed(name, dtypes.pop(), View(view.shape, boxes))

@@ -57,8 +57,13 @@ class Layout:
         """Names of the layout -> those of the checkpoint, for tensors that are whole in both."""
         return {
             view.boxes[0].source: name for name, view in self.back.items()
-            if len(view.boxes) == 1 and view == all_of(view.boxes[0].source, view.shape)
+            if view == all_of(view.boxes[0].source, self.shapes[view.boxes[0].source])
         }  # fmt: skip
+
+    @property
+    def hints(self) -> list[str]:
+        """Why tensors of the layout are not made of the checkpoint's, where that is known."""
+        return self._found[0].hints
 
     def file_name(self, name: str) -> str | None:
         """Return what transformers calls a tensor in a file, None where it is not whole there."""

@@ -57,9 +57,9 @@ class ModelClass(NamedTuple):
     """A class of transformers for a config.json: what a model of it holds in memory.
 
     `shapes` are those of its parameters and saved buffers, `tied` says which are one (head ->
-    embedding), `turned` are the modules whose experts say that they lie in x out, `fresh` makes the
-    entries of the mapping by which it loads files (they hold state) and `saved` the names and
-    shapes that it gives them in a file.
+    embedding), `turned` are the modules whose weights lie in x out for PEFT (Conv1D, experts that
+    say so), `fresh` makes the entries of the mapping by which it loads files (they hold state) and
+    `saved` the names and shapes that it gives them in a file.
     """
 
     name: str
@@ -121,6 +121,7 @@ def _class_names(config: Mapping[str, Any], named: Sequence[str]) -> list[str]:
 def _described(model: Any) -> ModelClass:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
+    from transformers.pytorch_utils import Conv1D
 
     held = model.state_dict()
 
@@ -133,7 +134,11 @@ def _described(model: Any) -> ModelClass:
         type(model).__name__,
         {name: tuple(tensor.shape) for name, tensor in held.items()},
         dict(model.all_tied_weights_keys),
-        frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False)),
+        frozenset(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+        ),
         lambda: get_model_conversion_mapping(model),
         saved,
     )

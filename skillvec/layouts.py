@@ -87,8 +87,9 @@ def loaded_as(
         for again in (False, True):  # then under the prefixes that were found
             names = {search.moved.get(name, name): name for name in search.have}
             have: dict[str, Index] = {new: search.have[name] for new, name in names.items()}
-            left, _ = converted(have, fresh() if mine is files else [], search.want)
-            right, _ = converted(search.want, fresh() if wanted is files else [], have)
+            left, no = converted(have, fresh() if mine is files else [], search.want)
+            right, nor = converted(search.want, fresh() if wanted is files else [], have)
+            search.hints |= dict.fromkeys(f"{key}, {by}: {why}" for why, key in (no | nor).items())
             _join(search, left, right, names, by)
             if not again:
                 _match_names(search)

@@ -7,7 +7,7 @@ that of the very bytes. Hides which values are looked at.
 import json
 import os
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from math import prod, sqrt
 from typing import Any
 
@@ -229,36 +229,35 @@ def under_name(source: Source, name: str) -> Source:
 
 def tied_heads(
     model: Checkpoint, touched: Mapping[str, Index], kept_apart: Iterable[str],
-    said: Mapping[str, str] | None = None,
+    ask: Callable[[], Mapping[str, str] | None],
 ) -> dict[str, str]:  # fmt: skip
     """Return the pairs of names that are one weight of a model: head -> where its values lie.
 
     A head lies in no file, or with the bytes of the other. `touched` are tensors to change, with
-    their shapes: nothing is asked of transformers unless one outside the layers is a matrix or not
-    in the model. Where it makes no model of the config, a head is told by its shape. `said` are the
-    pairs of the model where they are known. Raises IncompatibleError where the config ties an
-    embedding in `kept_apart` to a head whose name nothing tells.
+    their shapes: nothing is asked unless one outside the layers is a matrix or not in the model.
+    `ask` gives the pairs that transformers' model of the config ties, under the names here, None
+    where it makes none: then a head is told by its shape. Raises IncompatibleError where the config
+    ties an embedding in `kept_apart` to a head whose name nothing tells.
     """
     outer = {n: shape for n, shape in touched.items() if not numbered(n)}
     likely = {n: shape for n, shape in outer.items() if len(shape) == 2}
     told = likely or [name for name in outer if name not in model]
     if not told or model.ties_embeddings is False or not model.config:
         return {}
-    if said is None:
-        said = tied_weights(model.config, len(model)) or {}
-    pairs = [pair for pair in said.items() if any(name in model for name in pair)]
-    if not pairs and (said or model.ties_embeddings):
-        pairs = _tied_by_shape(model, likely)
-        inner = model.config.get("text_config")
-        configs = [model.config, inner if isinstance(inner, dict) else {}]
-        rows = [config.get("vocab_size") for config in configs]
-        for name in kept_apart:
-            if not pairs and name in model and likely.get(name, (-1,))[0] in rows:
-                raise IncompatibleError(
-                    f"{name}: the config of {model.ref} ties it to a head whose name nothing tells"
-                    " (transformers makes no such model of the config): merge the adapter into its"
-                    " base with PEFT and give the merged model"
-                )
+    said = ask()
+    inner = model.config.get("text_config")
+    configs = [model.config, inner if isinstance(inner, dict) else {}]
+    rows = [config.get("vocab_size") for config in configs]
+    pairs = [pair for pair in (said or {}).items() if any(name in model for name in pair)]
+    if said is None and model.ties_embeddings:
+        pairs = _tied_by_shape(model, likely, [n for n in rows if type(n) is int])
+    for name in kept_apart if not pairs and (said or model.ties_embeddings) else ():
+        if name in model and likely.get(name, (-1,))[0] in rows:
+            raise IncompatibleError(
+                f"{name}: the config of {model.ref} ties it to a head whose name nothing tells"
+                " (transformers makes no such model of the config): merge the adapter into its"
+                " base with PEFT and give the merged model"
+            )
     found = {}
     for head, source in pairs:
         if source not in model:
@@ -268,12 +267,17 @@ def tied_heads(
     return found
 
 
-def _tied_by_shape(model: Checkpoint, likely: Mapping[str, Index]) -> list[tuple[str, str]]:
-    """Pair names that a model lacks with the only matrix of their shape outside its layers."""
+def _tied_by_shape(
+    model: Checkpoint, likely: Mapping[str, Index], rows: Sequence[int]
+) -> list[tuple[str, str]]:
+    """Pair names that a model lacks with the only matrix of their shape outside its layers.
+
+    Heads have as many `rows` as there are tokens, where that is known.
+    """
     pairs = []
-    for head in likely:
-        twins = [n for n, spec in model.items() if spec.shape == likely[head] and not numbered(n)]
-        if head not in model and len(twins) == 1:
+    for head, shape in likely.items():
+        twins = [n for n, spec in model.items() if spec.shape == shape and not numbered(n)]
+        if head not in model and len(twins) == 1 and (not rows or shape[0] in rows):
             pairs.append((head, twins[0]))
     return pairs
 

@@ -1175,9 +1175,15 @@ def test_what_only_shapes_can_tell_is_not_guessed(tmp_path: Path) -> None:
     }
     weights = {"x.weight": torch.zeros(6, 8), "y.weight": torch.zeros(6, 6)}
     base = stored(weights, tmp_path / "base")
-    with pytest.raises(IncompatibleError, match=r"y\.weight: square, and fan_in_fan_out is wrong"):
-        made(tmp_path, FACTORS | square).fitted(base)
-    assert len(made(tmp_path, FACTORS | square, fan_in_fan_out=True).fitted(base).deltas) == 2
+    adapter = made(tmp_path, FACTORS | square)
+    with pytest.raises(IncompatibleError, match=r"y\.weight: square, and nothing tells whether"):
+        adapter.fitted(base, guess=False)
+    assert set(adapter.fitted(base).deltas) == {"x.weight", "y.weight"}  # as x, which lies turned
+    mixed = stored(
+        weights | {"z.weight": torch.zeros(3, 5), "z.bias": torch.zeros(3)}, tmp_path / "mixed"
+    )
+    with pytest.raises(IncompatibleError, match=r"y\.weight: square, and nothing tells whether"):
+        adapter.fitted(mixed)
     experts = stored({"y.p": torch.zeros(2, 6, 6)}, tmp_path / "experts")
     with pytest.raises(IncompatibleError, match="y: 2 ways to fit"):
         made(tmp_path, square, r=1, target_parameters=["y.p"]).fitted(experts)
