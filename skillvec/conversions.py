@@ -230,6 +230,27 @@ def can_tie(name: str) -> bool | None:
     return None if kind is None else bool(getattr(kind, "_tied_weights_keys", None))
 
 
+def likely_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a config and, of one that is but a model type, what its classes may be.
+
+    Of a stored vector's base no more than the type is known; mappings hang on classes, and on
+    models within, too.
+    """
+    yield config
+    own = config.get("model_type")
+    if not isinstance(own, str) or "architectures" in config or len(model_types(config)) > 1:
+        return
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        inner = getattr(CONFIG_MAPPING[own], "sub_configs", {})
+    except (ImportError, KeyError):
+        return
+    within = {key: {"model_type": getattr(kind, "model_type", "")} for key, kind in inner.items()}
+    for name in _class_names({**config, **within}, ()):
+        yield {**config, **within, "architectures": [name]}
+
+
 def mapping_of(config: Mapping[str, Any]) -> tuple[str, Callable[[], list[Any]]]:
     """Return the names in the registry that a config leads to, and what makes their entries anew.
 

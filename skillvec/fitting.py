@@ -184,6 +184,8 @@ def fitting(
                 twin = find_tied(target, name, vector.deltas)
             if twin and twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
                 routes[name] = twin
+            elif vector.own is not None:
+                passed[name] = ("passed through", "not in the adapter")
             else:
                 said = f"{name} {list(spec.shape)}: only in the target"
                 problems["only in the target"].append(said)

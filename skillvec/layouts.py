@@ -10,10 +10,18 @@ refused by name, as is whatever transformers' registry does not describe.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
-from skillvec.conversions import all_of, between, converted, mapping_of, model_types
+from skillvec.conversions import (
+    all_of,
+    between,
+    converted,
+    likely_configs,
+    mapping_of,
+    model_types,
+)
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import STORAGE_DTYPE
 from skillvec.sources import Box, Index, Source, View, Viewed
@@ -422,7 +430,9 @@ def _match_by_registry(search: _Search, configs: Sequence[Mapping[str, Any]]) ->
     """Take what transformers' mappings make of the rest: of mine, of the wanted names, of both."""
     if not configs:
         search.hints["no config.json says which of transformers' mappings to use"] = None
-    for config in configs:
+    for config in chain.from_iterable(map(likely_configs, configs)):
+        if not search.want or not search.have:
+            return
         try:
             label, fresh = mapping_of(config)
         except ImportError:

@@ -61,7 +61,7 @@ from skillvec.storage import (
     tensor_nbytes,
 )
 from skillvec.vector import SkillVector
-from skillvec.vectorfile import Entry, VectorFile, block_count, in_file_order
+from skillvec.vectorfile import Entry, StoredDelta, VectorFile, block_count, in_file_order
 
 
 @dataclass(frozen=True)
@@ -314,6 +314,8 @@ SHARD_NBYTES = 5 * 10**9  # of new shards; transformers' own default is of this 
 
 def _add_job(target: Source, vector: SkillVector, source: str, out_dtype: str, note: str) -> Job:
     delta = vector.deltas[source]
+    # in another layout a stored delta keeps the name under which the manifest speaks of it
+    own = delta.spec.name if isinstance(delta, StoredDelta) else source
     return Job(
         target.name,
         "add",
@@ -321,8 +323,8 @@ def _add_job(target: Source, vector: SkillVector, source: str, out_dtype: str, n
         out_dtype=out_dtype,
         point=target,
         deltas=(delta,),
-        base_digest=vector.base_digest(source),
-        tuned_dtype=vector.tuned_dtype(source),
+        base_digest=None if isinstance(delta, ViewDelta) else vector.base_digest(own),
+        tuned_dtype="" if isinstance(delta, ViewDelta) else vector.tuned_dtype(source, own),
         note=note or vector.notes.get(source, ""),
     )
 
@@ -355,6 +357,9 @@ def plan_apply(
     is_untied = bool(untied) or parted(target, named, moves)
     vector = fitted.vector
     verdict, warnings = verdict_on(fitted.seen, vector)
+    if lost := _not_carried(vector, moves):
+        verdict = "same family" if verdict == "exact base" else verdict
+        warnings.append(lost)
     if untransferred:
         warnings.append(
             "integer tensors in which tuned differs from base stay the target's:\n"
@@ -413,6 +418,24 @@ def plan_apply(
         lam * vector.scale, rounding, seed, verdict, warnings, texts, left,
         {**vector.notes, **notes},
     )  # fmt: skip
+
+
+def _not_carried(vector: SkillVector, moves: Mapping[str, DeltaSource]) -> str:
+    """Return what to say where values that no difference restores do not come along, "" else."""
+    parts = [part for delta in moves.values() if isinstance(delta, ViewDelta)
+             for part in delta.view.sources]  # fmt: skip
+    kept = vector.manifest.get("exactness", {}).get("replacements", 0)
+    stored = kept and any(isinstance(part, StoredDelta) for part in parts)
+    if not stored and not any(
+        isinstance(p, PairDelta) and p.dtype in ("F32", "F64") for p in parts
+    ):
+        return ""
+    count = f"{kept} values" if stored else "values"
+    return (
+        f"{count} of tuned that no difference restores are known in the layout of the vector's base"
+        " alone, and the target has another: where they lie, base + v is tuned but for a rounding,"
+        " and NaN or infinities of tuned do not come"
+    )
 
 
 def _metadata(target: Checkpoint, specs: Sequence[Source]) -> dict[str, str]:

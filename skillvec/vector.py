@@ -452,12 +452,15 @@ class SkillVector:
         entry = self.manifest.get("tensors", {}).get(name)
         return entry["base"][1] if entry and entry["base"] else None
 
-    def tuned_dtype(self, name: str) -> str:
-        """Return the dtype of the tuned model's tensor, "" where there is none."""
+    def tuned_dtype(self, name: str, own: str | None = None) -> str:
+        """Return the dtype of the tuned model's tensor, "" where there is none.
+
+        `own` is its name in the manifest, where its delta goes by another one.
+        """
         delta = self.deltas[name]
         if isinstance(delta, PairDelta):
             return delta.tuned.dtype
-        entry = self.manifest.get("tensors", {}).get(name)
+        entry = self.manifest.get("tensors", {}).get(own or name)
         return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
 
 
