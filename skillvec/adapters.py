@@ -394,9 +394,6 @@ class Adapter:
             problems["of another rank"].append(said)
         elif pair.magnitudes is not None or pair.bias is not None:
             problems["of experts"].append(f"{module}: DoRA or a bias of experts that are fused")
-        elif place.number is not None and self.settings.rslora and place.role != "down_proj":
-            said = "rsLoRA, which PEFT scales by another rank where gate and up are fused"
-            problems["of experts"].append(f"{module}: {said}")
         elif place.number is None:
             experts[place] = pair.stacked(module, scaling)
         else:
@@ -681,7 +678,11 @@ def open_adapter(
         if not factor and ".token_adapter.base_layer." in key:
             under.add(name)
         if factor:
-            group = held.setdefault((name, module.count(".base_layer")), {})
+            # wrappers around the module itself: those in its name are of modules above it
+            depth = (len(module) - len(re.sub(r"(\.base_layer)+$", "", module))) // len(
+                ".base_layer"
+            )
+            group = held.setdefault((name, depth), {})
         if factor == ROWS:
             group, factor, name = tokens, "", f"{name}.weight"
         if (factor or name) in group and (factor or not _same(group[name], source)):

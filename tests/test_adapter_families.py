@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import load
+import transformers
+from families import assert_same_bits, load
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -314,3 +315,91 @@ def test_an_adapter_of_another_model_is_refused_by_the_names_of_both(tmp_path: P
     with pytest.raises(IncompatibleError, match="only in the adapter") as caught:
         sv.apply(tmp_path / "base", tmp_path / "lora", tmp_path / "out")
     assert "only in the base" in str(caught.value)
+
+
+# --------------------------------------------------------------- what only a class of models tells
+
+
+def conv1d(name: str) -> Any:
+    """Return a model that has linear layers beside GPT-2's Conv1D, whose weights lie turned."""
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40, "n_positions": 16,
+             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+    config = transformers.GPT2Config(**sizes)
+    if name == "VisionEncoderDecoderModel":
+        eye = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+               "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
+        config.add_cross_attention = config.is_decoder = True
+        config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+            transformers.ViTConfig(**eye), config
+        )
+    config.architectures = [name]
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("VisionEncoderDecoderModel", ["q_proj", "c_attn"]),
+        ("VisionEncoderDecoderModel", ["q_proj", "attn.c_proj"]),
+        ("GPT2ForSequenceClassification", "all-linear"),
+    ],
+)
+def test_square_weights_beside_those_that_lie_turned(
+    name: str, targets: Any, tmp_path: Path
+) -> None:
+    """fan_in_fan_out is that of PEFT's last module alone: of a square weight the class tells."""
+    model = conv1d(name)
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    merged = train(model, tmp_path / "lora", target_modules=targets)
+    merged.save_pretrained(tmp_path / "want")
+    sv.apply(tmp_path / "base", tmp_path / "lora", tmp_path / "out")
+    assert_merged(tmp_path / "out", tmp_path / "want", tmp_path / "base", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("LlamaForCausalLM", {"target_modules": r".*\.embed_tokens"}),  # a pattern ties nothing
+        ("LlamaForCausalLM", {"target_modules": ["embed_tokens"]}),
+        ("Gemma3ForConditionalGeneration", {"target_modules": ["lm_head"]}),
+        ("LlavaForConditionalGeneration", {"target_modules": ["linear_1", "linear_2"]}),
+    ],
+)
+def test_what_ensure_weight_tying_ties(name: str, lora: dict[str, Any], tmp_path: Path) -> None:
+    model = build(name, tied=True)
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    merged = train(model, tmp_path / "lora", **lora, ensure_weight_tying=True)
+    given = f"{tmp_path}/lora::{tmp_path}/base"
+    sv.apply(tmp_path / "base", given, tmp_path / "out")
+    loaded = type(model).from_pretrained(tmp_path / "out").state_dict()
+    for key, tensor in merged.state_dict().items():
+        torch.testing.assert_close(loaded[key], tensor, rtol=0, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_experts_that_are_saved_whole(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path / "base")
+    merged = train(
+        model, tmp_path / "lora", target_modules=["q_proj"], target_parameters=None,
+        modules_to_save=["experts"],
+    )  # fmt: skip
+    merged.save_pretrained(tmp_path / "want")
+    sv.apply(tmp_path / "base", f"{tmp_path}/lora::{tmp_path}/base", tmp_path / "out")
+    assert_merged(tmp_path / "out", tmp_path / "want", tmp_path / "base", 10)
+
+
+def test_an_adapter_of_a_text_model_that_is_at_hand(tmp_path: Path) -> None:
+    """That its base is on this disk changes nothing of where it fits."""
+    whole = build("LlavaForConditionalGeneration")
+    whole.save_pretrained(tmp_path / "whole")
+    language_model(whole).save_pretrained(tmp_path / "text")
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    train(text, tmp_path / "lora", target_modules=["q_proj"])
+    sv.apply(tmp_path / "whole", tmp_path / "lora", tmp_path / "near")
+    edit(tmp_path / "lora", base_model_name_or_path="gone")
+    sv.apply(tmp_path / "whole", tmp_path / "lora", tmp_path / "far")
+    assert_same_bits(tmp_path / "near", tmp_path / "far")

@@ -4,7 +4,6 @@ import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -452,12 +451,12 @@ def test_adapters_of_experts_one_by_one_are_what_peft_makes_of_them(
         delta = values(effect.deltas[key]) if key in effect.deltas else 0
         np.testing.assert_allclose(before[key].numpy() + delta, weight, rtol=1e-6, atol=2e-6)
     assert len(effect.deltas) == (3 if only is None else 2)
-    with (
-        pytest.raises(IncompatibleError, match="rsLoRA, which PEFT scales")
-        if only is None
-        else nullcontext()
-    ):
-        opened(tmp_path, use_rslora=True).fitted(stored(before, tmp_path / "base"))
+    # as it was trained: PEFT's conversion makes gate and up sqrt(2) too large with rsLoRA
+    scaled = opened(tmp_path, use_rslora=True).fitted(stored(before, tmp_path / "base"))
+    for key, delta in effect.deltas.items():
+        np.testing.assert_allclose(
+            values(scaled.deltas[key]), values(delta) * np.sqrt(2), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -1187,6 +1186,29 @@ def test_what_only_shapes_can_tell_is_not_guessed(tmp_path: Path) -> None:
     experts = stored({"y.p": torch.zeros(2, 6, 6)}, tmp_path / "experts")
     with pytest.raises(IncompatibleError, match="y: 2 ways to fit"):
         made(tmp_path, square, r=1, target_parameters=["y.p"]).fitted(experts)
+
+
+def test_layers_below_a_module_of_which_a_parameter_is_wrapped(tmp_path: Path) -> None:
+    """As the adapter was trained; PEFT's merge of it leaves the layers below as they were."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+
+    def mamba() -> transformers.PreTrainedModel:
+        return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+    lora = {"r": 2, "target_modules": ["x_proj"], "target_parameters": ["mixer.A_log"]}
+    folder, before, after = trained(tmp_path / "lora", mamba, **lora)
+    effect = opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
+    layer = "backbone.layers.0.mixer"
+    assert set(effect.deltas) == {f"{layer}.x_proj.weight", f"{layer}.A_log"}
+    whole = f"{layer}.A_log"
+    np.testing.assert_allclose(
+        before[whole].numpy() + values(effect.deltas[whole]), after[whole].numpy(), atol=3e-7
+    )
+    factors = load_file(folder / "adapter_model.safetensors")
+    a, b = (next(t for n, t in factors.items() if f"x_proj.lora_{x}" in n) for x in "AB")
+    np.testing.assert_allclose(
+        values(effect.deltas[f"{layer}.x_proj.weight"]), 4 * (b @ a).numpy(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_without_a_base_the_config_tells(tmp_path: Path) -> None:

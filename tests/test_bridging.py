@@ -577,3 +577,51 @@ def test_values_without_a_delta_are_announced_in_another_layout(layouts: Path, t
     vector = sv.diff(*pair, allow_nonfinite=True)
     with pytest.raises(sv.NonfiniteError, match=r"experts\.1\.down_proj\.weight: at most 1 of"):
         sv.combine(layouts / "one.safetensors", vector, output=tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "Qwen3MoeForCausalLM"])
+def test_what_no_difference_restores_in_another_layout(name: str, tmp_path: Path):
+    """Under other names it comes along; in other shapes it does not, and that is said."""
+    model = build(name)
+    model.save_pretrained(tmp_path / "base")
+    save_memory(model, tmp_path / "base-memory")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = 10.0 ** torch.randint(-6, 3, parameter.shape, generator=generator)
+            parameter.copy_(1e3 * torch.randn(parameter.shape, generator=generator) * size)
+    model.save_pretrained(tmp_path / "tuned")
+    save_memory(model, tmp_path / "tuned-memory")
+    vector = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    assert vector.manifest["exactness"]["replacements"] > 100
+    report = sv.apply(tmp_path / "base-memory", vector, tmp_path / "out")
+    if name.startswith("Gemma3"):
+        assert report.facts["verdict"] == "exact base"
+        assert_same_bits(tmp_path / "out", tmp_path / "tuned-memory")
+        return
+    assert report.facts["verdict"] == "same family"
+    assert "that no difference restores are known in the layout" in " ".join(report.warnings)
+    found, want = load(tmp_path / "out"), load(tmp_path / "tuned-memory")
+    for key, tensor in want.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_vectors_whose_layouts_a_class_tells_apart(tmp_path: Path):
+    """Of a stored vector's base the type alone is known; mappings hang on classes, too."""
+    for name in ("Qwen3_5MoeForConditionalGeneration", "GPTNeoXForCausalLM"):
+        model = build(name)
+        for side in ("base", "tuned"):
+            model.save_pretrained(tmp_path / side)
+            save_memory(model, tmp_path / f"{side}-memory")
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.01 * torch.randn_like(parameter)
+        ours = sv.diff(
+            tmp_path / "tuned", tmp_path / "base", tmp_path / "a.safetensors", force=True
+        )
+        memory = tmp_path / "tuned-memory", tmp_path / "base-memory", tmp_path / "b.safetensors"
+        theirs = sv.diff(*memory, force=True)
+        for pair in ((ours, theirs), (theirs, ours)):
+            zero = sv.combine(*pair, weights=[1, -1])
+            zero = zero.save(tmp_path / "c.safetensors", force=True)
+            assert all(entry["norm"] == 0 for entry in zero.manifest["tensors"].values())
