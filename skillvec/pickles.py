@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import chain, dropwhile, islice, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -403,6 +403,7 @@ def load_pickle(raw: bytes, where: str, storage: Callable[[Any], Any] | None = N
     from torch import serialization
     from torch._weights_only_unpickler import Unpickler
 
+    unpickler: Any = None
     try:
         if len(raw) > MAX_PICKLE_NBYTES:
             raise FormatError(f"a pickle over the cap of {MAX_PICKLE_NBYTES} bytes")
@@ -414,16 +415,29 @@ def load_pickle(raw: bytes, where: str, storage: Callable[[Any], Any] | None = N
                 "the pickle names objects that are not taken (nothing was run):\n"
                 f"{up_to_five(unknown)}\n{ADVICE}"
             )
-        unpickler: Any = Unpickler(io.BytesIO(plain), encoding="utf-8")
+        unpickler = Unpickler(io.BytesIO(plain), encoding="utf-8")
         if storage is not None:
             unpickler.persistent_load = storage
         with _lock, serialization.safe_globals([_stand_in(name) for name in names]):
             return unpickler.load()
     except SkillvecError as error:
         text = str(error)
-        raise type(error)(text if text.startswith(where) else f"{where}: {text}") from None
+        if not text.startswith(where):
+            text = ": ".join([where, *_key_at(unpickler), text])
+        raise type(error)(text) from None
     except Exception as error:  # hostile input makes the unpickler fail in any way
         raise FormatError(f"{where}: not a readable pickle: {str(error)[:200]!r}") from None
+
+
+def _key_at(unpickler: Any) -> list[str]:
+    """Return the key of a dict whose value an unpickler was making, if it was in one.
+
+    On each stack that lies below what makes the value, or below the list that it will be in.
+    """
+    stacks = [getattr(unpickler, "stack", []), *reversed(getattr(unpickler, "metastack", []))]
+    below = (dropwhile(lambda item: isinstance(item, type), stack[-2::-1]) for stack in stacks)
+    keys = (key for key in (next(items, None) for items in below) if isinstance(key, str))
+    return [f"{key[:200]!r}" for key in islice(keys, 1)]
 
 
 def _to_protocol_2(raw: bytes) -> tuple[bytes, set[str]]:
