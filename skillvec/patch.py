@@ -10,7 +10,7 @@ rest; to all others a patched tensor is a source. A patch is hostile until check
 import contextlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -409,17 +409,27 @@ def _told(opened: Checkpoint) -> dict[str, Index]:
     shapes = {name: tuple(shape) for name, _, shape, _ in told}
     held = [name.removesuffix(VALUES) for name in opened if name.endswith(VALUES)]
     wrong = [
-        f"{name}: {dtype} {count}"
+        f"{name}: {dtype} {count}, but {_listed(opened, name)}"
         for name, dtype, _, count in told
         if name not in held
         or (TORCH.get(opened[name + VALUES].dtype), opened[name + VALUES].numel) != (dtype, count)
     ]
-    if wrong or len(told) != len(held) or len(shapes) != len(held):
+    times = Counter(name for name, *_ in told)
+    wrong += [f"{name}: told {n} times" for name, n in times.items() if n > 1]
+    wrong += [f"{name}: listed, and not told" for name in held if name not in times]
+    if wrong:
         raise FormatError(
             f"patch {opened.ref}: {UPDATE} in its header is of {len(told)} tensors, {len(held)} are"
-            f" listed; it has none of these:\n{up_to_five(wrong)}"
+            f" listed; they differ in these:\n{up_to_five(wrong)}"
         )
     return shapes
+
+
+def _listed(opened: Checkpoint, name: str) -> str:
+    values = opened.get(name + VALUES)
+    if values is None:
+        return "no values are listed"
+    return f"{TORCH.get(values.dtype, values.dtype)} {values.numel} are listed"
 
 
 # ------------------------------------------------------------------------------ a flush of verl
