@@ -22,6 +22,8 @@ from skillvec.sources import Box, Index, View, concatenate, row_major, stack
 Shapes = Mapping[str, Index]
 NESTED = 16  # configs within a config that are looked at
 PAIRS = 1 << 16  # pairs of boxes of one tensor, beyond which it is not taken apart
+COUNTS = re.compile(r"(.*_)?(layers?|depths?|blocks)")  # keys of a config that count layers
+MANY = 1024  # layers of a part of a model, of which the files may hold nothing
 
 
 def model_of(config: Mapping[str, Any], most_layers: int, name: str | None = None) -> Any:
@@ -29,19 +31,23 @@ def model_of(config: Mapping[str, Any], most_layers: int, name: str | None = Non
 
     It is of the class `name`, else of the first in `architectures`, else what transformers takes
     for language models. A class of a model within takes the config within. Raises ValueError where
-    it has more than `most_layers` layers, so that it cannot keep us busy, and whatever transformers
-    and its models raise on a config that is none of theirs.
+    it has more than `most_layers` layers (a part of it, as an encoder, no fewer than MANY), so that
+    it cannot keep us busy, and whatever transformers and its models raise on a config that is none
+    of theirs.
     """
     import torch
     import transformers
 
+    layers, most = max(_counted_layers(config), default=0), max(most_layers, MANY)
+    if layers > most:
+        raise ValueError(f"{layers} layers, but {most_layers} tensors")
     said = _decoded(config)
     said = {k: v for k, v in said.items() if k not in ("model_type", "quantization_config")}
     named = config.get("architectures")
     name = name or (named[0] if isinstance(named, list) and named else None)
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     made = transformers.AutoConfig.for_model(config["model_type"], **said)
-    layers = getattr(made.get_text_config(), "num_hidden_layers", 0)
+    layers = _text_layers(made)
     if layers > most_layers:
         raise ValueError(f"{layers} layers, but {most_layers} tensors")
     with torch.device("meta"):
@@ -51,6 +57,30 @@ def model_of(config: Mapping[str, Any], most_layers: int, name: str | None = Non
             return kind(next((c for c in (made, *inner) if isinstance(c, wanted)), made))
         auto: Any = transformers.AutoModelForCausalLM
         return auto.from_config(made)
+
+
+def _counted_layers(config: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the numbers that a config.json, or one within it, gives of layers of any kind."""
+    pending: list[tuple[bool, Any]] = [(False, config)]
+    while pending:
+        counts, value = pending.pop()
+        if isinstance(value, Mapping):  # LXMERT counts its layers by what they do
+            pending += [
+                (bool(counts or COUNTS.fullmatch(str(key))), inner) for key, inner in value.items()
+            ]
+        elif isinstance(value, list):
+            pending += [(counts, inner) for inner in value]
+        elif counts and isinstance(value, int):
+            yield value
+
+
+def _text_layers(made: Any) -> int:
+    """Return how many layers the language model of a config has, 0 where no number says it."""
+    try:
+        layers = getattr(made.get_text_config(), "num_hidden_layers", 0)
+    except ValueError:  # it has several
+        return 0
+    return layers if isinstance(layers, int) else 0
 
 
 class ModelClass(NamedTuple):

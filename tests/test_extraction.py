@@ -18,6 +18,7 @@ from zoo import ZOO, build, save_memory
 
 import skillvec
 from skillvec import extraction, subspace
+from skillvec.conversions import tied_weights
 from skillvec.display import done_sentence
 from skillvec.errors import IncompatibleError, OutputError, UsageError
 from skillvec.extraction import extract_lora
@@ -709,6 +710,7 @@ def test_outputs_are_not_replaced_by_accident(llamas, tmp_path: Path) -> None:
         ({"model_type": None}, "no model_type"),
         ({"model_type": "unheard-of"}, "makes no model of it"),
         ({"num_hidden_layers": 22}, "22 layers, but 21 tensors"),
+        ({"part": {"depths": [2, 2000]}}, "2000 layers, but 21 tensors"),
         ({"num_attention_heads": "x"}, "makes no model of it"),
     ],
 )
@@ -720,6 +722,29 @@ def test_configs_that_tell_nothing(
     with pytest.raises(IncompatibleError, match=said):
         extract_lora("::".join(llamas), tmp_path / "lora", rank=1, base=str(tmp_path / "base"))
     assert not (tmp_path / "lora").exists()
+
+
+def test_layers_that_a_config_counts_by_kind(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
+    config = transformers.LxmertConfig(**sizes, l_layers=1, r_layers=1, x_layers=1)
+    tuned, base = pair(tmp_path, transformers.LxmertForQuestionAnswering(config))
+    report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=1)
+    assert report.counts["held"] > 30 and "not found" not in report.counts
+    config.architectures = ["LxmertForPreTraining"]
+    tied = {"cls.predictions.decoder.weight": "lxmert.embeddings.word_embeddings.weight"}
+    assert tied_weights(config.to_dict(), 60) == tied
+
+
+def test_a_config_with_two_texts() -> None:
+    texts = {
+        "text_encoder": {"model_type": "t5", "d_model": 16, "num_layers": 1, "num_heads": 2},
+        "decoder": {"model_type": "musicgen_decoder", "hidden_size": 16, "num_hidden_layers": 1,
+                    "num_attention_heads": 2},
+    }  # fmt: skip
+    config = transformers.MusicgenConfig(**texts, audio_encoder={"model_type": "encodec"})
+    config.architectures = ["MusicgenForConditionalGeneration"]
+    tied = {"text_encoder.encoder.embed_tokens.weight": "text_encoder.shared.weight"}
+    assert tied_weights(json.loads(config.to_json_string()), 60) == tied
 
 
 def test_factors_beyond_their_dtype(tmp_path: Path) -> None:

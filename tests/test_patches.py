@@ -404,7 +404,7 @@ REFUSED: dict[str, tuple[Callable[[], Tensors], dict[str, str], str]] = {
                         "of 0 tensors, 1 are listed; they differ in these:\n  w: listed, and not"),
     "told of fewer": (lambda: plain() | {"x.indices": torch.zeros(1).int(),
                                          "x.values": torch.zeros(1).bfloat16()}, told(),
-                      "of 1 tensors, 2 are listed; they differ in these:\n  x: listed, and not told"),
+                      "of 1 tensors, 2 are listed; they differ in these:\n  x: listed, and"),
     "told twice": (plain, told(names=["w"] * 2, dtype_names=["bfloat16"] * 2, shapes=[[6]] * 2,
                                num_updates_list=[2] * 2),
                    "of 2 tensors, 1 are listed; they differ in these:\n  w: told 2 times"),
