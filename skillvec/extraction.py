@@ -187,6 +187,7 @@ def _sorted_out(
         raise IncompatibleError(
             f"the vector does not fit the config of {base.ref}:\n{up_to_five(problems)}"
         )
+    held = model.as_loaded(held)
     for name in [name for name in held if name in model.tied]:
         held[name] = _of_tied(name, model, held, vector, plan.jobs)
         if held[name].kind == "embedding" and not held[name].why:
@@ -196,16 +197,12 @@ def _sorted_out(
                 " weight, which is right; unmerged they do not reach the head. --save-module"
                 f" {held[name].place} holds it either way"
             )
-    if not any(_has_factors(hold) for hold in held.values()):
+    if not any(hold.has_factors for hold in held.values()):
         reasons = [f"{name}: {hold.why or 'saved whole'}" for name, hold in held.items()]
         raise IncompatibleError(
             f"no tensor that LoRA could hold, by the model of {base.ref}:\n{up_to_five(reasons)}"
         )
     return replace(plan, warnings=[*plan.warnings, *warnings]), model, held, saved
-
-
-def _has_factors(hold: Hold) -> bool:
-    return not hold.why and hold.kind != "whole"
 
 
 def _in_memory(jobs: Sequence[Job], vector: SkillVector, model: Held) -> list[Job]:
@@ -285,7 +282,7 @@ def _in_file_nbytes(job: Job) -> int:
 
 def _most_nbytes(job: Job, hold: Hold, rank: int | None, dtype: str) -> int:
     """Return the most that the factors of a delta take in the file, its header and the config."""
-    if not _has_factors(hold):
+    if not hold.has_factors:
         return 0
     *experts, m, n = job.deltas[0].spec.shape
     values = prod(experts) * min(rank or m, m, n) * (m + n)
@@ -311,7 +308,7 @@ def _matrix_nbytes(part: _Part) -> int:
 def _parts(jobs: Sequence[Job], held: Mapping[str, Hold]) -> Iterator[_Part]:
     for job in jobs:
         (delta,), shape = job.deltas, job.deltas[0].spec.shape
-        if not _has_factors(held[job.name]):
+        if not held[job.name].has_factors:
             yield _Part(job, delta)
         elif len(shape) == 2:
             yield _Part(job, delta, shape)
@@ -407,7 +404,7 @@ class _Writer:
     def _reserve(self) -> int:
         """Return the length of a header that no other is longer than."""
         places = {self._held[job.name].place: job for job in self._plan.jobs
-                  if _has_factors(self._held[job.name])}  # fmt: skip
+                  if self._held[job.name].has_factors}  # fmt: skip
         keys, most = self._model.keys(places), list(map(_entry, self._copied))
         for place, job in places.items():
             *experts, m, n = job.deltas[0].spec.shape
@@ -556,7 +553,7 @@ def _config(
 ) -> dict[str, Any]:  # fmt: skip
     """Return adapter_config.json: every scaling is 1, all modules by their full names."""
     base = model.base
-    kinds = {hold.place: hold for hold in held.values() if _has_factors(hold)}
+    kinds = {hold.place: hold for hold in held.values() if hold.has_factors}
     parameters = sorted(place for place in ranks if kinds[place].kind == "parameter")
     modules = sorted(set(ranks) - set(parameters))
     turned = any(kinds[place].turned and kinds[place].kind == "linear" for place in ranks)

@@ -9,7 +9,7 @@ stores both.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -52,6 +52,10 @@ class Hold(NamedTuple):
     kind: str = "linear"
     place: str = ""
     turned: bool = False
+
+    @property
+    def has_factors(self) -> bool:
+        return not self.why and self.kind != "whole"
 
 
 def _left(why: str) -> Hold:
@@ -280,6 +284,57 @@ class Held:
             behind = wraps[module][wraps[module].index(place) + 1 :] if place != module else ()
             keys[place] = f"base_model.model.{module}" + ".base_layer" * len(behind)
         return keys
+
+    def as_loaded(self, held: Mapping[str, Hold]) -> dict[str, Hold]:
+        """Return how deltas are held, without the factors that PEFT loads under other names."""
+        found, missed = dict(held), {"": ""}
+        while missed:  # which wrappers lie within others changes with each that is left out
+            factors = {hold.place: hold for hold in found.values() if hold.has_factors}
+            missed = self._renamed_by_peft(factors)
+            for name, hold in found.items():
+                if hold.has_factors and hold.place in missed:
+                    module = hold.place if hold.kind != "parameter" else name.rpartition(".")[0]
+                    found[name] = _left(
+                        f"PEFT loads its factors as those of {missed[hold.place]}, by transformers'"
+                        f" renamings of old names: --save-module {module} holds it"
+                    )
+        return found
+
+    def _renamed_by_peft(self, factors: Mapping[str, Hold]) -> dict[str, str]:
+        """Return the modules of which PEFT does not find the factors -> where it looks instead.
+
+        It runs transformers' renamings of files over the keys of an adapter, though these are of
+        memory, and takes back what only takes a prefix away. Not all renamings leave such names be.
+        """
+        from transformers import conversion_mapping as registry
+        from transformers.core_model_loading import (
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        entries_of: Callable[[str], Any] = registry.get_checkpoint_conversion_mapping
+        if entries_of(self.model.config.model_type) is None:
+            return {}
+        renamings = [
+            WeightRenaming("base_model.model.model.", "model."),
+            WeightRenaming("base_model.model.", ""),
+            WeightRenaming(r"(lora_[^\.]*)", r"\1.default"),
+        ]
+        entries = registry.get_model_conversion_mapping(self.model)
+        renamings += [entry for entry in entries if isinstance(entry, WeightRenaming)]
+        ends = {"embedding": "lora_embedding_A"}
+        places = {
+            f"{key}.{ends.get(factors[place].kind, 'lora_A.weight')}": place
+            for place, key in self.keys(factors).items()
+        }
+        found = {}
+        for key in sorted(places, key=dot_natural_key):  # some renamings wait for an earlier key
+            renamed, _ = rename_source_key(key, renamings, [])
+            renamed = "".join(renamed.rsplit(".default", 1))
+            if not key.endswith(renamed) and f"base_model.model.{renamed}" != key:
+                found[places[key]] = renamed.partition(".lora_")[0]
+        return found
 
     def stays_tied(self, saved: Sequence[str], untied: Mapping[str, str]) -> bool:
         """Return whether PEFT can keep an embedding and its head one weight, both saved whole."""

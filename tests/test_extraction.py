@@ -25,7 +25,8 @@ from skillvec.extraction import extract_lora
 from skillvec.holding import Held
 from skillvec.vector import SkillVector
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+# the last one goes before: a mark of a test would go behind those of its module
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "error:Found missing adapter keys")
 Weights = dict[str, torch.Tensor]
 SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 40,
          "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
@@ -143,7 +144,6 @@ def check_family(family: str, folder: Path, in_memory: bool) -> None:
     assert "not found" not in report.counts and len(found) == len(model.state_dict())
 
 
-@pytest.mark.filterwarnings("error:Found missing adapter keys")
 @pytest.mark.parametrize(
     ("family", "in_memory"),
     [*((family, False) for family in FEW), *((family, True) for family in (FEW[0], FEW[4]))],
@@ -153,7 +153,6 @@ def test_full_rank_is_the_tuned_model(family: str, in_memory: bool, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("error:Found missing adapter keys")
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("family", ZOO)
 def test_full_rank_is_the_tuned_model_of_every_family(
@@ -179,7 +178,6 @@ def check_energies(
     assert report.facts["kept_energy"] == pytest.approx(overall, abs=1e-5)
 
 
-@pytest.mark.filterwarnings("error:Found missing adapter keys")
 def test_a_rank_is_the_best_of_its_size_and_loads_in_peft(llamas, tmp_path: Path) -> None:
     tuned, base = llamas
     report = extract_lora(f"{tuned}::{base}", tmp_path / "lora", rank=3)
@@ -536,6 +534,38 @@ def test_modules_that_peft_would_take_too_are_saved_too(tmp_path: Path) -> None:
     assert len(config["modules_to_save"]) == 5 and report.counts["whole"] == 5
     for name, tensor in model.state_dict().items():
         assert "norm" not in name or torch.equal(found[name], tensor), name
+
+
+def test_factors_that_peft_would_not_find_again_are_left_out(tmp_path: Path) -> None:
+    seen = ZOO["PaliGemmaForConditionalGeneration"] | {"model_type": "paligemma"}
+    sizes = {"max_state_dim": 8, "max_action_dim": 8}
+    config = transformers.PI0Config(vlm_config=seen, dit_config=seen["text_config"], **sizes)
+    tuned, base = pair(tmp_path, model := transformers.PI0ForConditionalGeneration(config))
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # PEFT's own adapter of these modules lacks them when it is loaded
+    kind, own = type(model), tmp_path / "own"
+    targets = [name for name, _ in model.named_modules() if name.startswith("embed_action_time.")]
+    targets = [name for name in targets if f"{name}.weight" in wanted]
+    get_peft_model(model, LoraConfig(target_modules=targets)).save_pretrained(own)
+    with pytest.raises(UserWarning, match="Found missing adapter keys") as caught:
+        PeftModel.from_pretrained(kind.from_pretrained(base), own)
+    assert len(targets) == 4 and all(name in str(caught.value) for name in targets)
+
+    report, _, found = full_rank(f"{tuned}::{base}", Path(base), kind, tmp_path / "lora")
+    left = {name: note for name, note in noted(report).items() if "PEFT loads its" in note}
+    assert left.keys() == {f"{name}.weight" for name in targets}
+    assert "as those of embed_action_time.embed_action_time.state_proj, by" in " ".join(
+        left.values()
+    )
+    assert not any(torch.equal(found[name], wanted[name]) for name in left)
+    assert report.facts["left_out_energy"] > 0
+    asked = [note.partition("--save-module ")[2].partition(" holds")[0] for note in left.values()]
+    _, _, found = full_rank(
+        f"{tuned}::{base}", Path(base), kind, tmp_path / "whole", save_module=asked, embed_lora=True
+    )
+    wrong = {name for name, tensor in wanted.items()
+             if not torch.allclose(found[name], tensor, rtol=0, atol=2e-6)}  # fmt: skip
+    assert not any(name.endswith("proj.weight") or name in left for name in wrong)
 
 
 def test_parts_of_a_fused_weight_are_named(tmp_path: Path) -> None:
