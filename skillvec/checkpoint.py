@@ -65,6 +65,8 @@ PART = re.compile(
     r"|(?:^|_)[mtp]p_rank_\d|^consolidated\.\d"
 )
 DEEP, MANY = 3, 1000  # levels below a folder, and folders there, that are looked into for a model
+VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head)\.")
+MAX_HEAD_NBYTES = 1 << 24  # of a pickle that is looked into for no more than a head of values
 NOT_TEXT = re.compile("[\ud800-\udfff]")  # lone surrogates, which no file can hold
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
@@ -445,16 +447,44 @@ def is_adapter(place: Place) -> bool:
 def _model_beside(place: Place) -> list[str]:
     """Return files beside an adapter's that hold a model: pickles, other safetensors, by name.
 
-    Other safetensors without a factor of LoRA; an adapter may lie in a file of another name.
+    Other safetensors without a factor of LoRA; an adapter may lie in a file of another name. A head
+    of values alone, which trainers of PPO keep beside the adapter, is no model.
     """
     own = [name for name in ADAPTER_WEIGHTS if name in place.files]
-    found = [name for name in PICKLES if name in place.files and own]
+    heads = heads_beside(place)
+    found = [name for name in PICKLES if name in place.files and own and name not in heads]
     for name, address in sorted(place.files.items()):
         other = name.endswith(".safetensors") and "/" not in name and name not in own
-        if other and not STATE_FILE.fullmatch(name):
+        if other and name not in heads and not STATE_FILE.fullmatch(name):
             with contextlib.suppress(FormatError):
                 found += [] if any(map(FACTOR.search, read_header(address).tensors)) else [name]
     return found
+
+
+def heads_beside(place: Place) -> list[str]:
+    """Return the files at the top of an adapter's folder that hold heads of values and no more.
+
+    TRL saved one as pytorch_model.bin, LLaMA-Factory does as value_head.safetensors or .bin.
+    """
+    found = []
+    for name, address in place.files.items():
+        tensors: Iterable[str] = ()
+        with contextlib.suppress(SkillvecError):
+            if name.endswith(".safetensors") and "/" not in name:
+                tensors = read_header(address).tensors
+            elif (
+                name in (PICKLES[0], "value_head.bin")
+                and not is_away(address)
+                and _is_small(address)
+            ):
+                tensors = _open_pickles([address], name).tensors
+        names = [tensor for tensor in tensors if type(tensor) is str]
+        found += [name] if names and all(map(VALUE_HEAD.search, names)) else []
+    return sorted(found)
+
+
+def _is_small(address: str) -> bool:
+    return file_nbytes(address) <= MAX_HEAD_NBYTES
 
 
 def placeholders(model: Mapping[str, Source]) -> list[str]:
@@ -676,15 +706,17 @@ def _open_folder(place: Place, what: str) -> Opened:
         if SINGLE in files and SINGLE not in weight_map.values():
             raise FormatError(f"{what}: holds both {SINGLE} and {INDEX} over other files: which?")
         return _open_shards(files, weight_map, what)
-    single = [SINGLE] if SINGLE in files else []
+    single, notes = [SINGLE] if SINGLE in files else [], _finer(files)
     here = sorted(name for name in files if "/" not in name)  # not in folders below, as on a disk
     if ADAPTER_CONFIG in files:
         own = [name for name in here if name in ADAPTER_WEIGHTS]
         adapter = is_adapter(place) and own
         here = own if adapter else [name for name in here if name not in own]
+        beside = heads_beside(place) if adapter else []
+        notes += tuple(f"{name}: a head of values beside the adapter, left out" for name in beside)
     single = single or [name for name in here if name.endswith(".safetensors")]
     if len(single) == 1:
-        opened = _of_headers({single[0]: read_header(files[single[0]])}, what, _finer(files))
+        opened = _of_headers({single[0]: read_header(files[single[0]])}, what, notes)
         if _one_of_several(single[0]):
             raise FormatError(
                 f"{what}: {single[0]} alone, by its name one part of several, and no {INDEX}: copy"
@@ -695,8 +727,11 @@ def _open_folder(place: Place, what: str) -> Opened:
         opened = _of_headers({name: read_header(files[name]) for name in single}, what)
         if opened.kind != "safetensors":
             return opened
+        also = f" {ADAPTER_CONFIG} lies there too: an adapter is" if ADAPTER_CONFIG in files else ""
+        also = also and f"{also} used where no model is beside {ADAPTER_WEIGHTS[0]}."
         raise FormatError(
             f"{what}: {len(single)} safetensors files and no {INDEX}: which tensors are the model?"
+            f"{also}\n{up_to_five(single)}"
         )
     from skillvec.trainingshards import open_training
 
@@ -711,7 +746,7 @@ def _open_folder(place: Place, what: str) -> Opened:
     found = [name for name in here if name.endswith(PICKLE_SUFFIXES)]
     if PICKLES[0] in found or "adapter_model.bin" in found:
         name = PICKLES[0] if PICKLES[0] in found else "adapter_model.bin"
-        return _open_pickles([files[name]], what)
+        return replace(_open_pickles([files[name]], what), notes=notes)
     gguf = [name for name in here if name.endswith(GGUF)]
     if len(gguf) == 1:
         return _open_gguf(files[gguf[0]], f"{what}: {gguf[0]}")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from families import assert_same_bits, load, perturbed, save, toy
 from harm import NESTED, lowered
+from safetensors.torch import load_file, save_file
 
 import skillvec
 from skillvec.checkpoint import INDEX, open_checkpoint, open_tensors
@@ -694,3 +696,43 @@ def test_open_tensors_takes_both_kinds(tmp_path: Path, family):
     skillvec.diff(family.tuned, family.base, tmp_path / "v.safetensors")
     assert "skillvec.blocks" in open_tensors(tmp_path / "v.safetensors", "input")
     assert "lm_head.weight" in open_tensors(family.base, "input")
+
+
+def adapter_beside(folder: Path, **files: dict[str, torch.Tensor]) -> Path:
+    """Return a folder with an adapter of a base of one matrix, and other files."""
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+    factors = {f"base_model.model.q.lora_{side}.weight": torch.ones(*shape)
+               for side, shape in (("A", (1, 3)), ("B", (2, 1)))}  # fmt: skip
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(factors, folder / "adapter_model.safetensors")
+    for name, tensors in files.items():
+        path = folder / name
+        (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin", "pytorch_model.bin"])
+def test_a_head_of_values_beside_an_adapter_is_no_model(name: str, tmp_path: Path):
+    head = {"v_head.summary.weight": torch.ones(1, 3), "v_head.summary.bias": torch.ones(1)}
+    base = tmp_path / "base.safetensors"
+    save_file({"q.weight": torch.zeros(2, 3)}, base)
+    folder = adapter_beside(tmp_path / "lora", **{name: head})
+    skillvec.apply(base, folder, tmp_path / "out.safetensors")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["q.weight"], torch.ones(2, 3))
+    report = skillvec.inspect(folder)
+    assert report.facts["kind"] == "adapter" and len(report.ledger) == 2
+    notes = open_tensors(folder, "input").facts["notes"]
+    assert notes == [f"{name}: a head of values beside the adapter, left out"]
+    # with one more weight it is a model, if it has the name of one
+    more = adapter_beside(tmp_path / "more", **{name: head | {"q.weight": torch.ones(2, 3)}})
+    kind = skillvec.inspect(more).facts["kind"]
+    assert kind == ("adapter" if name == "value_head.bin" else "model")
+
+
+def test_several_files_beside_an_adapter_are_named_with_it(tmp_path: Path):
+    files = {f"{name}.safetensors": {f"{name}.weight": torch.ones(2)} for name in ("one", "two")}
+    folder = adapter_beside(tmp_path / "lora", **files)
+    said = "which tensors are the model? adapter_config.json lies there too: an adapter is used"
+    with pytest.raises(FormatError, match=re.escape(said) + r".*\n  one.safetensors\n  two.safe"):
+        open_checkpoint(folder)
