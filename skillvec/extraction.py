@@ -188,15 +188,18 @@ def _sorted_out(
             f"the vector does not fit the config of {base.ref}:\n{up_to_five(problems)}"
         )
     held = model.as_loaded(held)
+    shared = []
     for name in [name for name in held if name in model.tied]:
-        held[name] = _of_tied(name, model, held, vector, plan.jobs)
-        if held[name].kind == "embedding" and not held[name].why:
-            heads = ", ".join(other for other in model.tied[name] if other != name)
-            warnings.append(
-                f"{name}: the base ties {heads} to it: merging adds these factors to the one"
-                " weight, which is right; unmerged they do not reach the head. --save-module"
-                f" {held[name].place} holds it either way"
-            )
+        hold = held[name] = _of_tied(name, model, held, vector, plan.jobs)
+        if hold.has_factors:
+            others = ", ".join(other for other in model.tied[name] if other != name)
+            asked = f": --save-module {hold.place} holds it either way"
+            shared.append(f"{name}: tied to {others}{asked if hold.kind == 'embedding' else ''}")
+    if shared:
+        warnings.append(
+            "merging adds factors of weights that the base ties to the one weight, which is right;"
+            f" unmerged they do not reach the other places where it is used:\n{up_to_five(shared)}"
+        )
     if not any(hold.has_factors for hold in held.values()):
         reasons = [f"{name}: {hold.why or 'saved whole'}" for name, hold in held.items()]
         raise IncompatibleError(

@@ -233,11 +233,20 @@ class Held:
         return FORMER.get({**former, "mixtral": "mixtral"}.get(kind, ""), ())  # as PEFT looks it up
 
     def _hold_tied(self, name: str, embed_lora: bool) -> Hold:
-        """Factors of an embedding that is tied go into the one weight, as PEFT merges them."""
-        for other in self.tied[name]:
-            module = other.rpartition(".")[0]
-            if self._kinds.get(module) == "embedding" and embed_lora:
-                return Hold(kind="embedding", place=module, turned=True)
+        """Factors of one of several names go into the one weight, as PEFT merges them.
+
+        Those of an embedding if asked for, and of a linear layer that all of its names are (in
+        blocks that layers share).
+        """
+        modules = [other.rpartition(".")[0] for other in self.tied[name]]
+        there = [module for module in modules if module in self._kinds]
+        kinds = [self._kinds[module] for module in there]
+        if embed_lora and "embedding" in kinds:
+            return Hold(kind="embedding", place=there[kinds.index("embedding")], turned=True)
+        if set(kinds) in ({"linear"}, {"turned"}) and there[0].rpartition(".")[2] not in (
+            *self._former(), *NO_FACTORS.get(self.model.config.model_type, ())
+        ):  # fmt: skip
+            return Hold(place=there[0], turned=kinds[0] == "turned")
         return _left("tied: a delta would change the other weight too")
 
     def _hold_parameter(self, name: str, shape: Index, owner: Any) -> Hold:

@@ -486,6 +486,50 @@ def test_factors_of_a_tied_embedding_go_into_the_one_weight(tmp_path: Path) -> N
     assert "--save-module model.embed_tokens" in text
 
 
+ZAMBA = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 40, "n_mamba_heads": 2, "mamba_d_state": 4,
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid", "hybrid", "hybrid"],
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("ZambaForCausalLM", {"mamba_dt_rank": 4}),
+        ("Zamba2ForCausalLM", {"num_mem_blocks": 2, "adapter_rank": 4}),
+        ("Zamba2ForCausalLM", {"num_mem_blocks": 1, "use_shared_attention_adapter": True}),
+    ],
+)
+def test_blocks_that_layers_share_have_factors_once(kind: str, more: Any, tmp_path: Path) -> None:
+    made = getattr(transformers, kind)
+    model = made(made.config_class(**ZAMBA, **more))
+    tuned, base = pair(tmp_path, model)
+    report, config, found = full_rank(f"{tuned}::{base}", Path(base), made, tmp_path / "lora")
+    groups: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(weight), []).append(name)
+    shared = {names[0]: names for names in groups.values() if len(names) > 1}
+    matrices = [name for name in shared if model.get_parameter(name).dim() == 2]
+    matrices.remove("model.embed_tokens.weight")
+    assert len(matrices) >= 6 and report.counts["held"] >= len(matrices)
+    said = {line["name"]: line["status"] for line in report.ledger}
+    targets = set(config["target_modules"])
+    for name in matrices:
+        modules = {other.removesuffix(".weight") for other in shared[name]}
+        assert said[name] == "held" and len(modules & targets) == 1
+    wanted = model.state_dict()
+    wrong = {name for name in wanted if not torch.allclose(found[name], wanted[name], atol=2e-6)}
+    first = {name: names[0] for names in groups.values() for name in names}
+    assert {said[first[name]] for name in wrong} == {"left out"}
+    assert not {first[name] for name in wrong} & set(matrices)
+    (warned,) = [w for w in report.warnings if "unmerged" in w]
+    told = dict(line.strip().split(": tied to ") for line in warned.splitlines()[1:6])
+    assert all({name, *others.split(", ")} == {*shared[name]} for name, others in told.items())
+    assert len(told) == 5 and f"  ... and {len(matrices) - 5} more" in warned
+
+
 def test_a_vector_that_parts_what_the_base_ties(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = llama(tie_word_embeddings=True)
