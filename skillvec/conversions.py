@@ -86,10 +86,11 @@ def _text_layers(made: Any) -> int:
 class ModelClass(NamedTuple):
     """A class of transformers for a config.json: what a model of it holds in memory.
 
-    `shapes` are those of its parameters and saved buffers, `tied` says which are one (head ->
-    embedding), `turned` are the modules whose weights lie in x out for PEFT (Conv1D, experts that
-    say so), `fresh` makes the entries of the mapping by which it loads files (they hold state) and
-    `saved` the names and shapes that it gives them in a file.
+    `shapes` are those of its parameters and saved buffers; those of one module are in the order of
+    their declaration, in which PEFT wraps them, the first innermost. `tied` says which are one
+    (head -> embedding), `turned` are the modules whose weights lie in x out for PEFT (Conv1D,
+    experts that say so), `fresh` makes the entries of the mapping by which it loads files (they
+    hold state) and `saved` the names and shapes that it gives them in a file.
     """
 
     name: str

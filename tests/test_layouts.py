@@ -1,5 +1,6 @@
 """Layouts: every view is filled and compared, bit for bit, with what transformers itself holds."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -8,12 +9,16 @@ from collections.abc import Mapping
 from math import prod
 
 import numpy as np
+import peft
 import pytest
+import transformers
 from families import assert_same_bits, bits, load, save
 from harm import DIGITS, lowered
 from safetensors.torch import save_file
+from zoo import ZOO, build
 
 from skillvec import conversions, layouts, sources
+from skillvec.conversions import classes_of
 from skillvec.errors import IncompatibleError, UsageError
 from skillvec.layouts import Bridge, bridge, viewed_specs
 from skillvec.sources import Box, View, Viewed, values_of
@@ -121,6 +126,38 @@ def test_files_and_models_in_memory_are_bridged_both_ways(kind: str, tmp_path):
     for mine, wanted in ((files, memory), (memory, files), (files, files), (memory, memory)):
         found = bridge(shapes(mine), shapes(wanted), configs=[model.config.to_dict()])
         assert_made(found, mine, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ZOO)
+def test_shapes_rule_out_no_family_between_files_and_memory(family: str):
+    kind = getattr(transformers, family)
+    config = kind.config_class(**json.loads(json.dumps(ZOO[family])), architectures=[family])
+    said = json.loads(config.to_json_string())
+    made = next(classes_of(said, 10**3))
+    assert made.name == family
+    files, memory = made.saved(), made.shapes
+    for mine, wanted in ((files, memory), (memory, files)):
+        found = bridge(mine, wanted, configs=[said])
+        assert found.views.keys() == wanted.keys() and not found.unused
+        apart = [{n: s for n, s in one.items() if other.get(n) != s}
+                 for one, other in ((mine, wanted), (wanted, mine))]  # fmt: skip
+        assert not all(apart) or layouts._may_share_values(*apart)
+
+
+@pytest.mark.parametrize("family", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_parameters_are_in_the_order_in_which_peft_wraps_them(family: str):
+    model = build(family)
+    shapes = next(classes_of(model.config.to_dict(), 10**3)).shapes
+    names = [name for name in shapes if ".0.mlp.experts." in name and len(shapes[name]) == 3]
+    module = names[0].rpartition(".")[0]
+    targets = sorted(name.removeprefix("model.") for name in names)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=[], target_parameters=targets))
+    outer, found = model.get_submodule(module), []
+    while isinstance(outer, peft.tuners.lora.layer.ParamWrapper):
+        found.append(f"{module}.{outer.parameter_name}")
+        outer = outer.base_layer
+    assert found == names[::-1] and len(names) == 2 and names != sorted(names)
 
 
 def test_a_bridged_checkpoint_is_read_through_its_files(tmp_path):
