@@ -233,7 +233,9 @@ def _of_tied(
     moved = {job.name: _name_in(vector, job.deltas[0]) for job in jobs if job.name in others}
     files = set(moved.values())
     apart = files & set(vector.untied) or any(
-        same_delta(vector, file) not in files for file in files if len(files) > 1
+        not file or not files <= {file, *same_delta(vector, file)}
+        for file in files
+        if len(files) > 1
     )
     if apart and not all(held[other].kind == "whole" for other in others):
         both = " and ".join(f"--save-module {n.rpartition('.')[0]}" for n in model.tied[name])

@@ -4,7 +4,7 @@ Reads headers, samples and manifests; refuses by name what does not fit.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -22,8 +22,10 @@ from skillvec.layouts import numbered, renamed, viewed_specs
 from skillvec.lineage import (
     BUFFER,
     MAX_TIED,
+    are_tied,
     find_tied,
     is_idle_buffer,
+    may_be_one,
     probe_digest,
     recomputed,
     relatedness,
@@ -48,12 +50,15 @@ class Fitted(NamedTuple):
 
     `seen` is the target in the layout of the vector, as far as it can be seen so; `skipped` are
     tensors of the target that take nothing, and why; `hints` are for the error if it does not fit.
+    `own` is the vector under its own names, and `places` where whole deltas of it have gone.
     """
 
     vector: SkillVector
     seen: Checkpoint
     skipped: dict[str, str]
     hints: list[str]
+    own: SkillVector
+    places: dict[str, str]
 
 
 def laid_out(
@@ -82,7 +87,7 @@ def laid_out(
     configs = [target.config, {"model_type": vector.manifest["base"]["model_type"]}]
     found = bridged(mine, wanted, configs, rename, rows)
     if found is None:
-        return Fitted(vector, target, {}, [])
+        return Fitted(vector, target, {}, [], vector, {})
     made: dict[str, DeltaSource] = {}
     back: dict[str, View] = {}
     places: dict[str, str] = {}  # where a whole delta goes
@@ -106,7 +111,7 @@ def laid_out(
     moved = {head: places.get(of, of) for head, of in vector.untied.items()}
     manifest = vector.manifest | ({"untied": moved} if moved else {})
     laid = replace(vector, deltas=made | unused, notes=found.notes, manifest=manifest)
-    return Fitted(laid, seen, found.skipped, hints_of(found))
+    return Fitted(laid, seen, found.skipped, hints_of(found), vector, places)
 
 
 RELATED = 0.5  # cosine of sketches: unrelated ones spread by .06, fine-tuned ones stay above .9
@@ -120,7 +125,7 @@ def _adapted(
     deltas = {name: ComputedDelta(d, vector.ref) for name, d in effect.deltas.items()}
     stay = {name: "not in the adapter" for name in target if name not in deltas}
     vector = replace(vector, deltas=deltas, warnings=tuple(effect.warnings), adapter=adapter)
-    return Fitted(vector, target, stay, [])
+    return Fitted(vector, target, stay, [], vector, {})
 
 
 class Fit(NamedTuple):
@@ -179,10 +184,8 @@ def fitting(
         elif kind := recomputed(spec):
             passed[name] = ("passed through", f"{kind}, which the model computes")
         else:
-            twin = manifest["tied"].get(name)
-            if twin is None and alone <= MAX_TIED:
-                twin = find_tied(target, name, vector.deltas)
-            if twin and twin in vector.deltas and vector.deltas[twin].spec.shape == spec.shape:
+            twin = _moving(target, name, fitted, alone <= MAX_TIED)
+            if twin is not None:
                 routes[name] = twin
             elif vector.own is not None:
                 passed[name] = ("passed through", "not in the adapter")
@@ -214,12 +217,13 @@ def fitting(
         if is_idle_buffer(name, delta):
             lines.append(ledger_line(delta.spec, "left out", "the model computes it"))
             continue
-        twin = None if target.ties_embeddings is False else same_delta(vector, name)
-        if twin is not None and twin in target:
+        twins = set() if target.ties_embeddings is False else same_delta(fitted.own, name)
+        twin = _stored_as(target, name, fitted, twins)
+        if twin is not None:
             lines.append(ledger_line(delta.spec, "tied", f"same delta as {twin}"))
         else:
             hint = ""
-            if target.ties_embeddings and name.endswith("lm_head.weight"):
+            if target.ties_embeddings and name.endswith("lm_head.weight") and not twins:
                 hint = (
                     " (the target ties it, and the vector holds two different deltas for the pair)"
                 )
@@ -240,6 +244,33 @@ def fitting(
             + "\n".join([up_to_five_each(problems), *fitted.hints])
         )
     return fit
+
+
+def _moving(target: Checkpoint, name: str, fitted: Fitted, may_copy: bool) -> str | None:
+    """Return the name of the delta that a tensor takes as a tied copy, None where there is none.
+
+    The vector says so, or, if it `may_copy`, the target holds its bytes under that name.
+    """
+    deltas = fitted.vector.deltas
+    said = fitted.vector.manifest["tied"].get(name)
+    twins = [] if said is None else [fitted.places.get(said, said)]
+    if not twins and may_copy:
+        twins = find_tied(target, name, deltas)
+    shape = target[name].shape
+    return next((t for t in twins if t in deltas and deltas[t].spec.shape == shape), None)
+
+
+def _stored_as(target: Checkpoint, name: str, fitted: Fitted, twins: Container[str]) -> str | None:
+    """Return under which name a target stores what is one weight with `name`, None if it does not.
+
+    `twins` are names of the vector with the same delta.
+    """
+    for twin, delta in fitted.own.deltas.items():
+        place = fitted.places.get(twin, twin)
+        taken = twin in twins and fitted.vector.deltas.get(place) is delta
+        if taken and place in target and may_be_one(target, name, place):
+            return place
+    return None
 
 
 def head_note(delta: DeltaSource | None) -> str:
@@ -293,7 +324,7 @@ def parted(target: Checkpoint, vector: SkillVector, moves: Mapping[str, DeltaSou
     if not moved or target.ties_embeddings:
         return bool(moved)
     said = tied_names(target) or {}  # what its class does if told nothing
-    return any(said.get(one) == other or said.get(other) == one for one, other in moved)
+    return any(are_tied(said, one, other) for one, other in moved)
 
 
 def _moves_apart(vector: SkillVector, taken: Sequence[DeltaSource]) -> bool:
@@ -301,45 +332,59 @@ def _moves_apart(vector: SkillVector, taken: Sequence[DeltaSource]) -> bool:
     if len(taken) < 2:
         return any(map(_changes, taken))
     one, other = (delta.spec.name for delta in taken)
-    return one != other and not (one in vector.deltas and same_delta(vector, one) == other)
+    return one != other and not (one in vector.deltas and other in same_delta(vector, one))
 
 
-def same_delta(vector: SkillVector, name: str) -> str | None:
-    """Return another tensor of the vector with the very same delta.
+def same_delta(vector: SkillVector, name: str) -> set[str]:
+    """Return the other tensors of the vector with the very same delta, by names of its manifest.
 
-    Where only the deltas tell, it is none of the numbered layers if the tensor is not: those may
+    Where only the deltas tell, they are none of the numbered layers if the tensor is not: those may
     have the shape of a head and not change either.
     """
     delta = vector.deltas[name]
-    if delta.spec.name != name and vector.deltas.get(delta.spec.name) is delta:  # lent to a head
-        return delta.spec.name
+    source = delta.spec.name
+    if source != name and vector.deltas.get(source) is delta:  # lent to a head
+        return {source, *same_delta(vector, source)} - {name}
+    lent = {other for other, of in vector.deltas.items() if of is delta and other != name}
+    return lent | _others_like(vector, name, delta)
 
-    def alike(other: str) -> bool:
-        return other != name and numbered(other) == numbered(name)
 
+def _others_like(vector: SkillVector, name: str, delta: DeltaSource) -> set[str]:
+    others = {n: other for n, other in vector.deltas.items() if n != name}
+    alike = {n: other for n, other in others.items() if numbered(n) == numbered(name)}
     if vector.origin is not None:  # an adapter, not stored
-        others = ((n, other) for n, other in vector.deltas.items() if alike(n))
-        return next((n for n, other in others if _is_same(delta, other)), None)
+        return {n for n, other in alike.items() if _is_same(delta, other)}
     if isinstance(delta, ViewDelta):
-        return None
+        return set()
     if isinstance(delta, PairDelta):
-        assert vector.base is not None and vector.tuned is not None
-        twin = find_tied(vector.base, name)
-        return twin if twin is not None and find_tied(vector.tuned, name) == twin else None
+        return {
+            n for n, other in others.items()
+            if isinstance(other, PairDelta) and same_bytes(delta.base, other.base)
+            and same_bytes(delta.tuned, other.tuned)
+        }  # fmt: skip
     if isinstance(delta, MixDelta):
-        twins = {same_delta(part, name) for part in vector.parts if name in part.deltas}
-        twin = twins.pop() if len(twins) == 1 else None
-        other = vector.deltas.get(twin or "")
-        same_way = isinstance(other, MixDelta) and delta.by_value and (
-            (delta.weights, delta.parameters) == (other.weights, other.parameters)
-        )  # fmt: skip
-        return twin if same_way else None
+        held = {n: other for n, other in others.items() if isinstance(other, MixDelta)}
+        return _mixed_alike(vector, delta, name, held) if delta.by_value else set()
     entries = vector.manifest["tensors"]
     known = entries[name]["base"] is not None
     keys = ("base", "tuned") if known else ("dtype", "shape", "codec", "digest")
     mine = [entries[name][key] for key in keys]
-    same = (n for n, e in entries.items() if n != name and [e[key] for key in keys] == mine)
-    return next((other for other in same if known or alike(other)), None)
+    same = {n for n in others if n in entries and [entries[n][key] for key in keys] == mine}
+    return same if known else same & set(alike)
+
+
+def _mixed_alike(
+    vector: SkillVector, delta: MixDelta, name: str, others: Mapping[str, MixDelta]
+) -> set[str]:
+    """Return the tensors to which every part of a combination does the same, or nothing."""
+    way = (delta.weights, delta.parameters, delta.spec.shape)
+    found = {n for n, o in others.items() if (o.weights, o.parameters, o.spec.shape) == way}
+    for part in vector.parts:
+        if name in part.deltas:
+            found &= same_delta(part, name)
+        else:
+            found -= set(part.deltas)
+    return found
 
 
 def _is_same(one: DeltaSource, other: DeltaSource) -> bool:

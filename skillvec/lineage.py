@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import lru_cache
 from math import prod, sqrt
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from skillvec import hub
 from skillvec.checkpoint import Checkpoint
-from skillvec.conversions import tied_weights
+from skillvec.conversions import ModelClass, classes_of, tied_weights
 from skillvec.deltas import DeltaSource, MixDelta, PairDelta
 from skillvec.errors import IncompatibleError
 from skillvec.kernels import FLOATS, STORAGE_DTYPE, widen
@@ -38,7 +39,8 @@ from skillvec.vectorfile import StoredDelta
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
 
 
-VARIED = 16  # values of a vector that differ, from which on its bytes are its own
+VARIED = 16  # values of a tensor that differ, from which on its bytes are its own
+LOOKED_AT = 1 << 20  # values that are looked at in one go to find as many
 MOST_COMPUTED = 1 << 24  # values of a buffer that are looked at
 MAX_TIED = 16  # tensors on one side only, beyond which nobody looks for copies: other models
 
@@ -137,45 +139,87 @@ def probe_digest(checkpoint: Checkpoint) -> str:
     return digest_bytes(json.dumps(shapes).encode() + leaves)
 
 
-def find_tied(checkpoint: Checkpoint, name: str, among: Container[str] | None = None) -> str | None:
-    """Return another tensor that holds the same bytes: evidence that `name` is a tied copy.
+def find_tied(checkpoint: Checkpoint, name: str, among: Container[str] | None = None) -> list[str]:
+    """Return the other tensors that hold the same bytes: evidence that all are one tied weight.
 
-    `among` are the names that would do, if not all would. Biases and norms may hold the same few
-    values without being one: of a vector with fewer than `VARIED` different ones transformers has
-    to say that its model ties them.
+    `among` are the names that would do, if not all would.
     """
+    found = copies_of(checkpoint, name, among)
+    return [twin for twin in found if may_be_one(checkpoint, name, twin)]
+
+
+def may_be_one(checkpoint: Checkpoint, name: str, twin: str) -> bool:
+    """Return whether `name` may be another name of a stored tensor that has the same values.
+
+    Layers may start as copies of one another, and tensors of few values (zeros, ones) are alike by
+    accident: of those transformers has to say that its model ties them.
+    """
+    plain = not numbered(name) and not numbered(twin) and _is_varied(checkpoint[twin])
+    return plain or is_said_tied(checkpoint, name, twin)
+
+
+def is_said_tied(checkpoint: Checkpoint, name: str, twin: str) -> bool:
+    """Return whether transformers' model of the config ties two tensors, by names of its files.
+
+    `twin` is stored, `name` need not be. Imports transformers.
+    """
+    said = json.dumps(checkpoint.config)
+    kind = _class_of(said, len(checkpoint)) if checkpoint.config else None
+    if kind is None:
+        return False
+    shape = tuple(checkpoint[twin].shape)
+    loaded = kind.loaded_names({name: shape, twin: shape})
+    return are_tied(kind.tied, loaded.get(name, name), loaded.get(twin, twin))
+
+
+@lru_cache(maxsize=4)
+def _class_of(config: str, most_layers: int) -> ModelClass | None:
+    try:
+        return next(classes_of(json.loads(config), most_layers), None)
+    except ImportError:  # no transformers here: nobody says anything
+        return None
+
+
+def are_tied(pairs: Mapping[str, str], one: str, other: str) -> bool:
+    """Return whether pairs head -> embedding make two names one weight, perhaps through others."""
+    group, size = {one}, 0
+    while size < len(group):
+        size = len(group)
+        group.update(n for pair in pairs.items() if not group.isdisjoint(pair) for n in pair)
+    return other in group
+
+
+def copies_of(checkpoint: Checkpoint, name: str, among: Container[str] | None = None) -> list[str]:
+    """Return the other tensors of the same dtype, shape and bytes; scalars have none."""
     spec = checkpoint[name]
     if not spec.shape or not spec.nbytes:
-        return None
-    twins = _copies(checkpoint, name, among)
-    if len(spec.shape) > 1 or not twins or _is_varied(spec):
-        return twins[0] if twins else None
-    said = tied_weights(checkpoint.config, len(checkpoint)) if checkpoint.config else None
-    pairs = {frozenset(pair) for pair in (said or {}).items()}
-    return next((twin for twin in twins if frozenset((name, twin)) in pairs), None)
-
-
-def _copies(checkpoint: Checkpoint, name: str, among: Container[str] | None) -> list[str]:
-    """Return the other tensors that hold the same bytes; of matrices the first one is enough."""
-    spec, digest, found = checkpoint[name], None, list[str]()
+        return []
+    alike = [
+        other for other in checkpoint.values()
+        if other.name != name and (other.dtype, other.shape) == (spec.dtype, spec.shape)
+        and (among is None or other.name in among)
+    ]  # fmt: skip
+    if not alike:
+        return []
     first = min(spec.numel, PROBE_NBYTES // ITEMSIZE[spec.dtype])
-    for other in checkpoint.values():
-        alike = other.name != name and (other.dtype, other.shape) == (spec.dtype, spec.shape)
-        if alike and (among is None or other.name in among):
-            if digest_values(spec, 0, first) != digest_values(other, 0, first):
-                continue
-            digest = digest or digest_values(spec)
-            if digest_values(other) == digest:
-                found.append(other.name)
-                if len(spec.shape) > 1:
-                    break
-    return found
+    begin = digest_values(spec, 0, first)
+    alike = [other for other in alike if digest_values(other, 0, first) == begin]
+    whole_digest = digest_values(spec) if alike else None
+    return [other.name for other in alike if digest_values(other) == whole_digest]
 
 
 def _is_varied(spec: Source) -> bool:
-    """Return whether a vector begins with so many values that no other one has them by accident."""
-    first = min(spec.numel, PROBE_NBYTES // ITEMSIZE[spec.dtype])
-    return np.unique(values_of(spec, 0, first)).size >= VARIED
+    """Return whether a tensor has so many different values that no other has them by accident.
+
+    Nearly always its beginning tells; rows of padding are zeros.
+    """
+    values: Any = np.empty(0)
+    begin, numel = 0, PROBE_NBYTES // ITEMSIZE[spec.dtype]
+    while values.size < VARIED and begin < spec.numel:
+        numel = min(numel, spec.numel - begin)
+        values = np.unique(np.concatenate([values, np.unique(values_of(spec, begin, numel))]))
+        begin, numel = begin + numel, LOOKED_AT
+    return bool(values.size >= VARIED)
 
 
 # what models compute from their config and shapes: (last parts of names, which transformers ignores

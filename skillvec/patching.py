@@ -13,7 +13,7 @@ from skillvec.bridging import Layout, layouts_of
 from skillvec.checkpoint import Checkpoint
 from skillvec.errors import IncompatibleError, only_here, up_to_five, up_to_five_each
 from skillvec.layouts import Bridge, moves, numbered, viewed_specs
-from skillvec.lineage import find_tied, under_name
+from skillvec.lineage import find_tied, is_said_tied, same_bytes, under_name
 from skillvec.patch import Listing, Patch
 from skillvec.sources import Source, Viewed, digest_values
 from skillvec.storage import TensorSpec
@@ -40,17 +40,16 @@ def touched_by(patch: Patch, base: Checkpoint) -> tuple[dict[str, Source], dict[
     if patch.family not in (None, base.family_digest):
         for fit in _fits(patch, base, _layouts(base), False):
             if fit.layout and fit.layout.model.family_digest == patch.family:
-                return _seen_back(patch, base, fit)
+                return _with_twins(patch, base, *_seen_back(patch, base, fit))
         raise _refusal(patch, base, problems, "was made for a model of another shape than")
     if not problems and not _may_be_turned(patch, base):
-        return _with_twins(patch, base)
+        return _with_twins(patch, base, patch.laid_over(base), {})
     layouts = _layouts(base)
     for moved in (False, True):
         fits = list(_fits(patch, base, layouts, moved))
         if fits:
             _refuse_two_meanings(patch, fits)
-            own = fits[0].layout is None and not moved
-            return _with_twins(patch, base) if own else _seen_back(patch, base, fits[0])
+            return _with_twins(patch, base, *_seen_back(patch, base, fits[0]))
     raise _refusal(patch, base, problems, "does not fit")
 
 
@@ -141,19 +140,30 @@ def _what(source: Source) -> Any:
     return source.view if isinstance(source, Viewed) else source
 
 
-def _with_twins(patch: Patch, base: Checkpoint) -> tuple[dict[str, Source], dict[str, str]]:
-    """Return what a patch under the files' own names changes.
+def _with_twins(
+    patch: Patch, base: Checkpoint, touched: dict[str, Source], notes: dict[str, str]
+) -> tuple[dict[str, Source], dict[str, str]]:
+    """Return what a patch changes in a base, with the tied copies that it does not list.
 
-    A base that ties its head may store it beside the embedding; what changes one of two such copies
-    changes both, where the patch lists one alone.
+    A base that ties its head may store it beside the embedding, and others of the same values; what
+    changes one of such copies changes all. Raises IncompatibleError where two are listed otherwise.
     """
-    touched, notes = patch.laid_over(base), {}
-    for name in list(touched) if base.ties_embeddings else ():
-        twin = find_tied(base, name) if not numbered(name) and len(base[name].shape) == 2 else None
-        if twin is not None and twin not in patch.listings:
-            touched[twin] = under_name(touched[name], twin)
-            notes[twin] = f"tied: patched as {name}"
-    return touched, notes
+    if base.ties_embeddings is False or not base.config:
+        return touched, notes
+    made, told = dict(touched), dict(notes)
+    for name in touched:
+        for twin in [] if numbered(name) else find_tied(base, name):
+            listed = twin in touched or twin in patch.listings
+            if listed or not (base.ties_embeddings or is_said_tied(base, name, twin)):
+                continue
+            if twin in made and not same_bytes(made[twin], touched[name]):
+                raise IncompatibleError(
+                    f"patch {patch.ref}: {twin}: one weight with {name} and with another tensor, of"
+                    " which the patch has different lists: list it, too"
+                )
+            made.setdefault(twin, under_name(touched[name], twin))
+            told.setdefault(twin, f"tied: patched as {name}")
+    return made, told
 
 
 def _seen_back(

@@ -47,6 +47,7 @@ from skillvec.fitting import (
     warnings_of,
 )
 from skillvec.kernels import FLOATS
+from skillvec.layouts import numbered
 from skillvec.lineage import is_idle_buffer, under_name
 from skillvec.measures import Request
 from skillvec.patch import FORMS, NARROW
@@ -624,6 +625,22 @@ def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
 # -------------------------------------------------------------------------------------- compare
 
 
+def _compared_as(name: str, vectors: Sequence[SkillVector], names: Sequence[str]) -> str | None:
+    """Return the tensor of all vectors that is one with what only some have, None if none is.
+
+    All that have both move them alike. Layers may do so and not be one: of those another vector has
+    to say that they are.
+    """
+    holders = [vector for vector in vectors if name in vector.deltas]
+    twins = set.intersection(*(same_delta(vector, name) for vector in holders))
+    said = {vector.manifest["tied"].get(name) for vector in vectors}
+    for twin in names:
+        may_be = twin in said or not (numbered(name) or numbered(twin))
+        if twin in twins and may_be and all(twin in vector.deltas for vector in vectors):
+            return twin
+    return None
+
+
 def plan_compare(
     vectors: Sequence[SkillVector],
     request: Request,
@@ -646,9 +663,8 @@ def plan_compare(
             if all(is_idle_buffer(name, vector.deltas[name]) for vector in holders):
                 ledger.append(ledger_line(spec, "left out", "the model computes it"))
                 continue
-            twins = {same_delta(vector, name) for vector in holders}
-            twin = twins.pop() if len(twins) == 1 else None
-            if twin is not None and all(twin in vector.deltas for vector in vectors):
+            twin = _compared_as(name, vectors, names)
+            if twin is not None:
                 ledger.append(ledger_line(spec, "tied", f"same delta as {twin}"))
             else:
                 kind = f"not in {missing[0].ref}"

@@ -814,8 +814,9 @@ def _match(
         elif name not in tuned or name not in base:
             here, there = (tuned, base) if name in tuned else (base, tuned)
             may_tie = there.ties_embeddings is not False and len(alone) <= MAX_TIED
-            twin = find_tied(here, name, there) if may_tie else None
-            if twin and twin in there and is_selected(twin, include, exclude):
+            twins = find_tied(here, name, there) if may_tie else []
+            twin = next((t for t in twins if is_selected(t, include, exclude)), None)
+            if twin is not None:
                 found["tied"][name] = twin
             else:
                 hint = ""
