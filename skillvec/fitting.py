@@ -193,6 +193,8 @@ def fitting(
                 said = f"{name} {list(spec.shape)}: only in the target"
                 problems["only in the target"].append(said)
     partners = {of: head for head, of in vector.untied.items()} | vector.untied
+    lacking = [n for n in vector.deltas if n not in target and not BUFFER.search(n)]
+    few = sum(is_selected(name, include, exclude) for name in lacking) <= MAX_TIED
     for name, delta in vector.deltas.items():
         if name in target:
             continue
@@ -217,13 +219,15 @@ def fitting(
         if is_idle_buffer(name, delta):
             lines.append(ledger_line(delta.spec, "left out", "the model computes it"))
             continue
-        twins = set() if target.ties_embeddings is False else same_delta(fitted.own, name)
+        may_tie = few and target.ties_embeddings is not False
+        twins = same_delta(fitted.own, name) if may_tie else set()
         twin = _stored_as(target, name, fitted, twins)
         if twin is not None:
             lines.append(ledger_line(delta.spec, "tied", f"same delta as {twin}"))
         else:
             hint = ""
-            if target.ties_embeddings and name.endswith("lm_head.weight") and not twins:
+            tied = may_tie and target.ties_embeddings and not twins
+            if tied and name.endswith("lm_head.weight"):
                 hint = (
                     " (the target ties it, and the vector holds two different deltas for the pair)"
                 )
@@ -350,27 +354,29 @@ def same_delta(vector: SkillVector, name: str) -> set[str]:
 
 
 def _others_like(vector: SkillVector, name: str, delta: DeltaSource) -> set[str]:
-    others = {n: other for n, other in vector.deltas.items() if n != name}
-    alike = {n: other for n, other in others.items() if numbered(n) == numbered(name)}
+    def alike(other: str) -> bool:
+        return numbered(other) == numbered(name)
+
+    others = ((n, other) for n, other in vector.deltas.items() if n != name)
     if vector.origin is not None:  # an adapter, not stored
-        return {n for n, other in alike.items() if _is_same(delta, other)}
+        return {n for n, other in others if alike(n) and _is_same(delta, other)}
     if isinstance(delta, ViewDelta):
         return set()
     if isinstance(delta, PairDelta):
         return {
-            n for n, other in others.items()
+            n for n, other in others
             if isinstance(other, PairDelta) and same_bytes(delta.base, other.base)
             and same_bytes(delta.tuned, other.tuned)
         }  # fmt: skip
     if isinstance(delta, MixDelta):
-        held = {n: other for n, other in others.items() if isinstance(other, MixDelta)}
+        held = {n: other for n, other in others if isinstance(other, MixDelta)}
         return _mixed_alike(vector, delta, name, held) if delta.by_value else set()
     entries = vector.manifest["tensors"]
     known = entries[name]["base"] is not None
     keys = ("base", "tuned") if known else ("dtype", "shape", "codec", "digest")
     mine = [entries[name][key] for key in keys]
-    same = {n for n in others if n in entries and [entries[n][key] for key in keys] == mine}
-    return same if known else same & set(alike)
+    same = (n for n, e in entries.items() if n != name and [e[key] for key in keys] == mine)
+    return {n for n in same if n in vector.deltas and (known or alike(n))}
 
 
 def _mixed_alike(

@@ -633,6 +633,8 @@ def _compared_as(name: str, vectors: Sequence[SkillVector], names: Sequence[str]
     """
     holders = [vector for vector in vectors if name in vector.deltas]
     twins = set.intersection(*(same_delta(vector, name) for vector in holders))
+    if not twins:
+        return None
     said = {vector.manifest["tied"].get(name) for vector in vectors}
     for twin in names:
         may_be = twin in said or not (numbered(name) or numbered(twin))

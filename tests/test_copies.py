@@ -84,6 +84,8 @@ def test_files_may_differ_by_any_number_of_tied_copies(kind: str, tmp_path: Path
                 assert_same_bits(tmp_path / "out", tmp_path / f"{target}_tuned")
                 if tuned == base and target == "once":
                     assert lines_of(report, "tied") == names
+    vectors = [tmp_path / f"all_{base}.safetensors" for base in ("all", "once")]
+    assert lines_of(sv.orthogonality(*vectors), "tied") == names
 
 
 # as released before transformers wrote the key: the class ties
