@@ -16,7 +16,7 @@ import numpy as np
 
 from skillvec import hub
 from skillvec.checkpoint import Checkpoint
-from skillvec.conversions import ModelClass, classes_of, tied_weights
+from skillvec.conversions import ModelClass, classes_of
 from skillvec.deltas import DeltaSource, MixDelta, PairDelta
 from skillvec.errors import IncompatibleError
 from skillvec.kernels import FLOATS, STORAGE_DTYPE, widen
