@@ -16,7 +16,7 @@ reproduce: $(VENV)/.ready
 
 # a file's tests in one process: what they share is made once
 test: $(VENV)/.ready
-	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
+	$(ONE) $(BIN)/python -m pytest -n $$($(BIN)/python -c "import os; print(min(8, os.cpu_count() + 1))") --dist loadscope
 
 slow: $(VENV)/.ready .venv-mergekit build/senders
 	$(PIP) "transformers[serving]"
