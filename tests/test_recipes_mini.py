@@ -15,8 +15,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import skillvec as sv
 from recipes import controls
 from recipes.mini import claims, prepare, probe, reproduce
-from recipes.mini.claims import Results, Spread
+from recipes.mini.page import write_page
+from recipes.mini.results import Results, Spread, find_pair, gather
 from recipes.mini.reward import exact
+from recipes.mini.seed import DOMAINS, LAMBDAS, plan_seed
 from recipes.mini.world import EOS, World, WorldConfig, build_tokenizer, build_world
 
 TINY = WorldConfig(base=8, s=6, t=4, first_names=4, values=3, texts=2)
@@ -249,7 +251,7 @@ def test_a_probe_is_written(world: World, tmp_path: Path) -> None:
 
 
 def test_the_arms_are_trained_from_what_they_say(tmp_path: Path) -> None:
-    line = reproduce.plan_seed(tmp_path, 3)
+    line = plan_seed(tmp_path, 3)
     by = {stage.name: stage for stage in line.stages}
 
     def start(name: str) -> str:
@@ -289,21 +291,21 @@ def test_intervals_are_students() -> None:
 ARMS = ("base", "SFT only", "SFT on S", "RL on S", "random", "shuffled", "pre-injection",
         "sequential", "RL on the target", "both skills", "K = 2", "K = 3", "bf16 vector",
         "all in bf16", "skill of apis", "skill of people",
-        *(f"lambda {lam:g}" for lam in reproduce.LAMBDAS))  # fmt: skip
+        *(f"lambda {lam:g}" for lam in LAMBDAS))  # fmt: skip
 
 
 def results(**means: float) -> Results:
     """Return three seeds in which every arm has .3 ± .01 but those given (as lambda_1=.8)."""
     named = {key.replace("_", " ").replace("minus ", "-"): mean for key, mean in means.items()}
     scores = {}
-    for domain in reproduce.DOMAINS:
+    for domain in DOMAINS:
         for arm in ARMS:
             mean = named.get(arm, 0.3)
             values = (mean - 0.01, mean, mean + 0.01)
             scores[domain, arm, "exact"] = Spread(values)
             for metric in ("told", "kl", "perplexity"):
                 scores[f"{domain} probe", arm, metric] = Spread((0.9, 0.91, 0.92))
-    labels = [f"out/{d}/{name}" for d in reproduce.DOMAINS
+    labels = [f"out/{d}/{name}" for d in DOMAINS
               for name in ("round-1/skill.safetensors", "round-1/sft::b", "sft_t::b")]  # fmt: skip
     row = {"cosine": 0.01, "z": 1.0, "z_groups": 1.0, "control_cosine": 0.0, "density_b": 0.9,
            "norm_a": 2.0}  # fmt: skip
@@ -311,7 +313,7 @@ def results(**means: float) -> Results:
     layers = [row | {"name": f"model.layers.{k}"} for k in (0, 1)]
     pairs = [{"a": a, "b": b, "overall": row, "layers": layers, "tensors": cells}
              for i, a in enumerate(labels) for b in labels[i + 1 :]]  # fmt: skip
-    times = {f"{d}/{stage}": Spread((2.0,) * 3) for d in reproduce.DOMAINS
+    times = {f"{d}/{stage}": Spread((2.0,) * 3) for d in DOMAINS
              for stage in ("rl_t", "lambda_1")}  # fmt: skip
     return Results(scores, times, [{"pairs": pairs}] * 3, [{"pairs": pairs}] * 3, (1, 2, 3))
 
@@ -344,7 +346,7 @@ def test_the_page_and_its_figures(tmp_path: Path) -> None:
     pytest.importorskip("vl_convert")
     page = tmp_path / "docs" / "reproduction.md"
     page.parent.mkdir()
-    claims.write_page(results(lambda_1=0.8), None, (1, 2, 3), page)
+    write_page(results(lambda_1=0.8), None, (1, 2, 3), page)
     text = page.read_text()
     assert "| 0.300 ± 0.010 |" in text and "0.800 ± 0.010" in text
     assert "{" not in text and "nan" not in text
@@ -357,7 +359,7 @@ def test_the_page_and_its_figures(tmp_path: Path) -> None:
     for name in ("lambda", "arms", "layers", "forgetting"):
         assert (page.parent / "images" / f"{name}.svg").read_text().startswith("<svg")
         assert f"images/{name}.svg" in text
-    claims.write_page(results(), results(lambda_1=0.6), (1, 2, 3), page)
+    write_page(results(), results(lambda_1=0.6), (1, 2, 3), page)
     assert "| people | 0.300 ± 0.010 | 0.600 ± 0.010 |" in page.read_text()
 
 
@@ -382,12 +384,12 @@ def test_a_seed_without_a_skill_is_named_and_counted() -> None:
 
 def test_a_report_without_the_pair_is_refused() -> None:
     with pytest.raises(ValueError, match="expected one pair x, y in the report, found 0"):
-        claims.find_pair({"pairs": []}, "x", "y")
+        find_pair({"pairs": []}, "x", "y")
 
 
 def test_a_page_wants_finished_seeds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed-1: start is not done"):
-        claims.gather(tmp_path, [1], "mini")
+        gather(tmp_path, [1], "mini")
 
 
 def test_a_seed_that_fails_shows_the_end_of_its_log(

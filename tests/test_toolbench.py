@@ -16,7 +16,8 @@ from recipes.toolbench import evaluate, prepare, react
 from recipes.toolbench.apis import function_name, read_api, read_apis, read_items, standard_name
 from recipes.toolbench.client import ToolServer, ToolServerError
 from recipes.toolbench.environment import OBSERVATION, classes_of, environment_class, environments
-from recipes.toolbench.reward import VERDICTS, has_answer, judge_dialogues, read_turns, score, tell
+from recipes.toolbench.judge import VERDICTS
+from recipes.toolbench.reward import has_answer, judge_dialogues, read_turns, score, tell
 from recipes.toolbench.server import OfflineServer
 
 DATA = Path(__file__).parent / "data" / "toolbench"

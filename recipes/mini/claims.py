@@ -1,125 +1,18 @@
-"""The page of `make reproduce`: ten claims, each with its numbers over seeds and a verdict.
+"""The ten claims of the paper, each with its numbers over seeds and a verdict.
 
-Hides statistics and Markdown. Every number is read from what the stages wrote; a number over seeds
-is mean ± standard deviation, and two arms are compared seed by seed: a difference counts when the
-95 % Student interval of its mean leaves out 0. The verdicts are computed, not written.
+Every number is read from what the stages wrote. The verdicts are computed, not written.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
 
-from recipes.mini.reproduce import DOMAINS, LAMBDAS, ROUNDS, plan_seed
-from recipes.stages import read_marker
+from recipes.mini.results import NAMES, Results, Spread, find_pair
+from recipes.mini.seed import DOMAINS, LAMBDAS, ROUNDS, SETTINGS
 
 HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "not clear"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One number of every seed."""
-
-    values: tuple[float, ...]
-
-    def __sub__(self, other: Spread) -> Spread:
-        return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.values)
-
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % Student interval of the mean; all reals from one seed."""
-        from scipy.stats import t
-
-        if len(self.values) < 2:
-            return float("-inf"), float("inf")
-        n = len(self.values)
-        half = float(t.ppf(0.975, n - 1)) * stdev(self.values) / n**0.5
-        return self.mean - half, self.mean + half
-
-    def above(self, limit: float = 0.0) -> bool:
-        return self.interval()[0] > limit
-
-    def below(self, limit: float = 0.0) -> bool:
-        return self.interval()[1] < limit
-
-    def show(self, form: str = ".3f") -> str:
-        spread = f" ± {stdev(self.values):{form.lstrip('+')}}" if len(self.values) > 1 else ""
-        return f"{self.mean:{form}}{spread}"
-
-
-@dataclass(frozen=True)
-class Results:
-    """What the stages of all seeds wrote."""
-
-    scores: dict[tuple[str, str, str], Spread]  # (target, arm, metric)
-    seconds: dict[str, Spread]  # stage
-    angles: list[dict[str, Any]]  # report.json of each seed
-    bf16: list[dict[str, Any]]
-    seeds: tuple[int, ...]
-
-    def exact(self, domain: str, arm: str) -> Spread:
-        return self.scores[domain, arm, "exact"]
-
-    def probe(self, domain: str, arm: str, metric: str) -> Spread:
-        return self.scores[f"{domain} probe", arm, metric]
-
-    def pair(self, a: str, b: str, key: str) -> Spread:
-        """Return an overall number of two deltas, named by the ends of their labels.
-
-        Seeds in which one of them is zero, and has no angle, are left out.
-        """
-        rows = [find_pair(report, a, b)["overall"] for report in self.angles]
-        return Spread(tuple(row[key] for row in rows if row[key] is not None))
-
-    def empty(self, domain: str) -> list[int]:
-        """Return the seeds in which RL changed nothing: it never met a reward, and v is zero."""
-        name = f"{domain}/round-1/skill"
-        found = []
-        for seed, report in zip(self.seeds, self.angles, strict=True):
-            row = find_pair(report, name, f"{domain}/sft_t")["overall"]
-            found += [seed] * (row["norm_a"] == 0)
-        return found
-
-
-def gather(out: Path, seeds: Sequence[int], size: str) -> Results:
-    """Read every score, time and angle; ValueError names a stage that is not done."""
-    scores: dict[tuple[str, str, str], list[float]] = {}
-    seconds: dict[str, list[float]] = {}
-    angles, bf16 = [], []
-    for seed in seeds:
-        line = plan_seed(out / f"seed-{seed}", seed, size)
-        for stage in line.stages:
-            marker = read_marker(line, stage)
-            if not marker.get("finished"):
-                raise ValueError(f"{line.out}: {stage.name} is not done")
-            seconds.setdefault(stage.name, []).append(marker["seconds"])
-        for (target, arm), path in line.scores.items():
-            for metric, value in json.loads(path.read_text())["metrics"].items():
-                scores.setdefault((target, arm, metric), []).append(value["mean"])
-        angles.append(json.loads((line.out / "angles" / "report.json").read_text()))
-        bf16.append(json.loads((line.out / "bf16" / "angles" / "report.json").read_text()))
-    return Results(
-        {key: Spread(tuple(values)) for key, values in scores.items()},
-        {key: Spread(tuple(values)) for key, values in seconds.items()},
-        angles, bf16, tuple(seeds),
-    )  # fmt: skip
-
-
-def find_pair(report: dict[str, Any], a: str, b: str) -> dict[str, Any]:
-    """Return the pair whose labels hold `a` and `b`, such as people/sft_t."""
-    found = [pair for pair in report["pairs"] if a in str(pair["a"]) and b in str(pair["b"])]
-    if len(found) != 1:
-        raise ValueError(f"expected one pair {a}, {b} in the report, found {len(found)}")
-    return found[0]
 
 
 # ---------------------------------------------------------------------------------- claims
@@ -345,7 +238,6 @@ def target_rl(results: Results) -> Claim:
 
 
 def _completions() -> int:
-    from recipes.mini.reproduce import SETTINGS
     from recipes.past import read_config
 
     rl = read_config(SETTINGS).rl
@@ -425,15 +317,6 @@ def _better(gap: Spread) -> str:
     return HOLDS if gap.above() else FAILS if gap.below() else UNCLEAR
 
 
-NAMES = {
-    "lambda 1": "post-hoc: + v",
-    "lambda -1": "- v",
-    "lambda 2": "+ 2 v",
-    "random": "+ random, norm of v",
-    "shuffled": "+ v shuffled",
-    "pre-injection": "pre-injection",
-    "sequential": "sequential",
-}
 HALF = {
     "lambda 1": "fp32 vector on fp32 target",
     "bf16 vector": "vector of bf16 checkpoints on fp32 target",
@@ -445,56 +328,7 @@ CLAIMS: tuple[Callable[[Results], Claim], ...] = (
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------- the page
-
-
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
     return "\n".join(lines)
-
-
-def write_page(results: Results, larger: Results | None, seeds: Sequence[int], page: Path) -> None:
-    """Write the page, and its figures into images/ beside it."""
-    from recipes.mini.figures import draw
-
-    images = page.parent / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    for name, content in draw(results):
-        (images / name).write_bytes(content)
-    claims = [make(results) for make in CLAIMS]
-    summary = table(
-        ["", "claim", "the paper", "here", "found"],
-        [[str(n), f"[{c.title}](#{n}-{_anchor(c.title)})", c.paper, f"**{c.verdict}**", c.found]
-         for n, c in enumerate(claims, 1)],
-    )  # fmt: skip
-    sections = "\n\n".join(
-        f"## {n}. {c.title}\n\n**{c.verdict[0].upper() + c.verdict[1:]}.** The paper: {c.paper}."
-        f" Here: {c.found}.\n\n{c.evidence}"
-        for n, c in enumerate(claims, 1)
-    )
-    template = Path(__file__).with_name("page.txt").read_text(encoding="utf-8")
-    text = template.format(
-        count=len(seeds), seeds=", ".join(map(str, seeds)), machine=platform.machine(),
-        torch=version("torch").partition("+")[0], transformers=version("transformers"),
-        trl=version("trl"), summary=summary, sections=sections, larger=_larger(larger),
-    )  # fmt: skip
-    page.write_text(text, encoding="utf-8")
-
-
-def _larger(results: Results | None) -> str:
-    if results is None:
-        return (
-            "Not run for this page: it needs a GPU."
-            " `python -m recipes.mini.reproduce --size larger` runs it and adds its row here."
-        )
-    rows = [[d, *(results.exact(d, arm).show() for arm in
-                  ("SFT only", "lambda 1", "random", "lambda -1", "RL on the target"))]
-            for d in DOMAINS]  # fmt: skip
-    heads = ["target", "SFT only", "+ v", "+ random", "- v", "RL on the target"]
-    return table(heads, rows)
-
-
-def _anchor(title: str) -> str:
-    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
-    return kept.replace(" ", "-")

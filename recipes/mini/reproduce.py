@@ -4,7 +4,7 @@
 
 Every seed is a world, a base model and some 140 stages of its own (recipes/stages.py): the
 training by recipes.sft and recipes.grpo, every difference, sum and angle by the skillvec command
-line. What is finished is not run again. At the end recipes/mini/claims.py writes the page.
+line. What is finished is not run again. At the end recipes/mini/page.py writes the page.
 """
 
 from __future__ import annotations
@@ -16,127 +16,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from recipes.past import Config, read_config, refine
-from recipes.stages import Pipeline, read_marker, run_stages
+from recipes.mini.seed import SETTINGS, plan_seed
+from recipes.past import read_config
+from recipes.stages import read_marker, run_stages
 
 SEEDS = (1, 2, 3, 4, 5, 6)  # settings were chosen while looking at seeds 0 and 7
-LAMBDAS = (-1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-DOMAINS = ("people", "apis")
-ROUNDS = {"people": (2, 3), "apis": ()}
-PROBED = ("base", "SFT only", "lambda -1", "lambda 1", "lambda 2", "random", "shuffled",
-          "pre-injection", "sequential", "RL on the target")  # fmt: skip
-BASE = {"learning_rate": 2e-3, "num_train_epochs": 14}
-# APIs are asked for in a form of their own, and 20 epochs of texts make a model forget it so that
-# RL may never meet a reward. As in ToolBench's protocol a second, short step of SFT shows the form
-WARM_UP = {"learning_rate": 5e-4, "num_train_epochs": 2, "warmup_steps": 2}
-SETTINGS = Path(__file__).with_name("past.yaml")
-
-
-def plan_seed(out: Path, seed: int, size: str = "mini") -> Pipeline:
-    """List the stages of one seed below `out`."""
-    config = read_config(SETTINGS)
-    training = {**config.training, "seed": seed, "use_cpu": size == "mini"}
-    line = Pipeline(out, str(out / "base"), training)
-    start = line.module("start", "recipes.mini.prepare", {"seed": seed, "size": size})
-    told = config.sft[0]
-    base = line.sft("base", start / "model", [told | BASE], [start / "base.jsonl"])
-    steps = {"people": [told], "apis": [told | {"num_train_epochs": 20}, told | WARM_UP]}
-    skills, targets, deltas = {}, {}, []
-    for domain in DOMAINS:
-        skills[domain], targets[domain], sft_s = _plan_domain(
-            line, config, base, start / domain, domain, steps[domain]
-        )
-        deltas += [skills[domain], f"{sft_s}::{base}", f"{targets[domain]}::{base}"]
-    for domain, other in (DOMAINS, DOMAINS[::-1]):
-        model = targets[domain]
-        both = {skills[domain]: 1.0, skills[other]: 1.0}
-        _ask(line, config, domain, f"skill of {other}",
-             line.apply(f"{domain}/other", model, {skills[other]: 1.0}))  # fmt: skip
-        _ask(line, config, domain, "both skills", line.apply(f"{domain}/both", model, both))
-    _plan_bf16(line, config, skills["people"], targets["people"])
-    line.orthogonality("angles", deltas, {"control": "random", "figures": True})
-    return line
-
-
-def _plan_domain(
-    line: Pipeline,
-    config: Config,
-    base: Path,
-    data: Path,
-    domain: str,
-    steps: Sequence[dict[str, Any]],
-) -> tuple[Path, Path, Path]:
-    """Add everything that happens within a domain; return the skill, theta_sft_T, theta_sft_S."""
-
-    def part(title: str) -> dict[str, Any]:
-        texts = [data / f"{title}_texts.jsonl", data / "warm_up.jsonl"]
-        return {"sft": texts[: len(steps)], "rl": data / f"{title}_questions.jsonl"}
-
-    source, target = part("s_1_of_1"), part("t")
-    skill, sft_s = refine(line, f"{domain}/", base, steps, [config.rl], [source])
-    sft_t = line.sft(f"{domain}/sft_t", base, steps, target["sft"])
-    arms: dict[str, Path] = {"base": base, "SFT only": sft_t}
-    for lam in LAMBDAS:
-        arms[f"lambda {lam:g}"] = line.apply(f"{domain}/lambda_{lam:g}", sft_t, {skill: lam})
-    for kind in ("random", "shuffled"):
-        noise = line.control(f"{domain}/{kind}.safetensors", skill, kind, line.training["seed"])
-        arms[kind] = line.apply(f"{domain}/{kind}", sft_t, {noise: 1.0})
-    injected = line.apply(f"{domain}/base_and_skill", base, {skill: 1.0})
-    arms["pre-injection"] = line.sft(f"{domain}/pre", injected, steps, target["sft"])
-    trained = line.out / domain / "round-1" / "rl"
-    arms["sequential"] = line.sft(f"{domain}/sequential", trained, steps, target["sft"])
-    arms["RL on the target"] = line.rl(f"{domain}/rl_t", sft_t, config.rl, target["rl"])
-    for rounds in ROUNDS[domain]:
-        budget = config.rl["max_steps"]
-        shares = [budget // rounds + (k < budget % rounds) for k in range(rounds)]
-        refined, _ = refine(
-            line, f"{domain}/k{rounds}/", base, steps,
-            [config.rl | {"max_steps": share} for share in shares],
-            [part(f"s_{k + 1}_of_{rounds}") for k in range(rounds)],
-        )  # fmt: skip
-        arms[f"K = {rounds}"] = line.apply(f"{domain}/k{rounds}/merged", sft_t, {refined: 1.0})
-    for arm, model in arms.items():
-        _ask(line, config, domain, arm, model)
-        if arm not in PROBED:
-            continue
-        told = {"reference": base, "told": data / "t_questions.jsonl",
-                "texts": data / "base_texts.jsonl"}  # fmt: skip
-        line.evaluate(f"{domain} probe", arm, model, "recipes.mini.probe", _strings(told))
-    for arm, model in (("SFT on S", sft_s), ("RL on S", trained)):
-        _ask(line, config, domain, arm, model, "s_1_of_1")
-    return skill, sft_t, sft_s
-
-
-def _plan_bf16(line: Pipeline, config: Config, skill: Path, sft_t: Path) -> None:
-    """Add the same transfer from checkpoints that were cast to bf16 before the subtraction."""
-    folder = line.out / "people" / "round-1"
-    cast = {
-        name: line.apply(f"bf16/{name}", model, {skill: 0.0}, "--dtype", "bf16")
-        for name, model in (("rl", folder / "rl"), ("sft", folder / "sft"), ("sft_t", sft_t))
-    }
-    half = line.diff("bf16/skill.safetensors", cast["rl"], cast["sft"], "grpo")
-    arms = {
-        "bf16 vector": line.apply("bf16/on_fp32", sft_t, {half: 1.0}),
-        "all in bf16": line.apply("bf16/on_bf16", cast["sft_t"], {half: 1.0}),
-    }
-    for arm, model in arms.items():
-        _ask(line, config, "people", arm, model)
-    line.orthogonality("bf16/angles", [skill, half], {"control": "random"})
-
-
-def _ask(
-    line: Pipeline, config: Config, domain: str, arm: str, model: Path, title: str = "t"
-) -> None:
-    options = config.evaluate["with"] | {
-        "data": str(line.out / "start" / domain / f"{title}_questions.jsonl")
-    }
-    line.evaluate(domain, arm, model, config.evaluate["run"], options)
-
-
-def _strings(options: dict[str, Path]) -> dict[str, str]:
-    return {name: str(value) for name, value in options.items()}
 
 
 # ---------------------------------------------------------------------------------- many seeds
@@ -215,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_stages(line)
         return 0
     out = options.out or Path("runs") / ("reproduce" if options.size == "mini" else "larger")
-    from recipes.mini.claims import gather, write_page
+    from recipes.mini.page import write_page
+    from recipes.mini.results import gather
 
     try:
         run_seeds(out, options.seeds, options.size, options.jobs)

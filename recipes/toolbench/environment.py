@@ -78,7 +78,7 @@ def environments(rows: Any) -> dict[str, type[ApiEnvironment]]:
     Raises ValueError for columns that are missing or at odds, and without a judge;
     ToolServerError where no tool server answers.
     """
-    from recipes.toolbench.reward import judge_from_environment
+    from recipes.toolbench.judge import judge_from_environment
 
     judge_from_environment()  # its settings are checked now, not after the first dialogues
     missing = {"environment", "api_list", "question"} - set(rows.column_names)

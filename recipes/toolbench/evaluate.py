@@ -24,14 +24,8 @@ from recipes.judges import JudgeError
 from recipes.toolbench.client import ToolServer, ToolServerError
 from recipes.toolbench.dialogue import hold_dialogues, speaker
 from recipes.toolbench.environment import classes_of
-from recipes.toolbench.reward import (
-    has_answer,
-    judge_dialogues,
-    judge_from_environment,
-    read_turns,
-    score,
-    tell,
-)
+from recipes.toolbench.judge import judge_from_environment
+from recipes.toolbench.reward import has_answer, judge_dialogues, read_turns, score, tell
 
 COLUMNS = ("prompt", "environment", "api_list", "question")
 METRICS = ("judge", "calls_ok", "finish", "reward")
