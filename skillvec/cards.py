@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from skillvec.analysis import kind_of, layer_of, natural_order
 from skillvec.errors import UsageError, printable
-from skillvec.provenance import CHOSEN
+from skillvec.kinds import TAKEN
 
 BEGIN, END = "<!-- skillvec:begin", "<!-- skillvec:end -->"
 OPENED = re.compile(BEGIN + "((?: [a-z_]+=[0-9a-f]{12})*) -->")
@@ -325,7 +325,7 @@ def _command(manifest: Mapping[str, Any]) -> str:
         first = first or next((hub_model(parent["ref"]) for parent in manifest["parents"]), None)
         role = "PATCH" if verb == "import-patch" else "TUNED" if tuned else "ADAPTER"
         words = [first or role, hub_model(base["ref"], base["revision"]) or "BASE"]
-        options |= {key: manifest[key] for key in (*CHOSEN, "allow_nonfinite") if key in manifest}
+        options |= {key: manifest[key] for key in (*TAKEN, "allow_nonfinite") if key in manifest}
         return _shell(verb, words, options, "VECTOR")
     if manifest["recipe"]:
         return _shell("combine", [], options | {"recipe": "RECIPE"}, "VECTOR")  # the manifest's

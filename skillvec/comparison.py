@@ -20,6 +20,7 @@ import numpy as np
 from skillvec import analysis, page, subspace
 from skillvec.blocks import add_values
 from skillvec.checkpoint import Checkpoint, open_checkpoint
+from skillvec.combining import aligned, seen_like
 from skillvec.engine import Engine, JobResult, Threads
 from skillvec.errors import UsageError
 from skillvec.kernels import HALVES
@@ -32,7 +33,7 @@ from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.staging import staging
 from skillvec.storage import fingerprints, forget_open_files, fsync_path, refuse_changed
 from skillvec.summary import job_line, refuse_announced, refuse_nonfinite, tell_nonfinite
-from skillvec.vector import SkillVector, aligned, seen_like
+from skillvec.vector import SkillVector
 from skillvec.vectorfile import BlockReader, readers_of
 
 SCHEMA = 1

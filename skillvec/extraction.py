@@ -28,10 +28,10 @@ import numpy as np
 
 from skillvec import hub, subspace
 from skillvec.blocks import pieces_of
-from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint, reopen
+from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint
+from skillvec.combining import viewed_delta
 from skillvec.deltas import DeltaSource, ViewDelta, delta_dtype, dtype_of
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
-from skillvec.fitting import same_delta
 from skillvec.holding import LEFT_OUT, NOT_FOUND, Held, Hold
 from skillvec.kernels import Array, narrow, widen
 from skillvec.measures import Request
@@ -52,7 +52,7 @@ from skillvec.storage import (
     refuse_changed,
 )
 from skillvec.summary import refuse_announced, refuse_nonfinite
-from skillvec.vector import SkillVector, viewed_delta
+from skillvec.vector import SkillVector
 from skillvec.vectorfile import BlockReader, readers_of
 
 FIRST_RANK = 16  # tried for an energy, then doubled
@@ -104,10 +104,7 @@ def extract_lora(
     if dtype_of(dtype) == "F64":
         raise UsageError("dtype fp64: factors are stored in fp32, bf16 or fp16")
     opened = SkillVector.open(vector)
-    point = opened.base
-    if point is None or base is not None:
-        excluded = set(opened.manifest["excluded"]).__contains__
-        point = reopen(base, opened.manifest["base"]["ref"], "base", excluded)
+    point = opened.base_or(base)
     plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
     announced = refuse_announced(opened, allow_nonfinite, {job.name for job in plan.jobs})
     plan.warnings.extend(announced)
@@ -233,7 +230,7 @@ def _of_tied(
     moved = {job.name: _name_in(vector, job.deltas[0]) for job in jobs if job.name in others}
     files = set(moved.values())
     apart = files & set(vector.untied) or any(
-        not file or not files <= {file, *same_delta(vector, file)}
+        not file or not files <= {file, *vector.same_delta(file)}
         for file in files
         if len(files) > 1
     )
@@ -564,11 +561,11 @@ def _config(
     turned = any(kinds[place].turned and kinds[place].kind == "linear" for place in ranks)
     rank = max(ranks.values())
     others = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != rank}
-    revision = vector.manifest["base"]["revision"] if base is vector.base else None
+    revision = vector.manifest["base"]["revision"] if base is vector.open_base() else None
     ref, commit = hub.pinned(base.ref) or (base.ref, revision)
     if ref == base.ref and hub.is_reference(ref) and not ref.startswith(hub.SCHEME):
         ref = f"./{ref}"  # a folder of this disk: PEFT would ask the Hub for that name
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": model.task,
         "base_model_name_or_path": ref,

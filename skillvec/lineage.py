@@ -21,6 +21,7 @@ from skillvec.deltas import DeltaSource, MixDelta, PairDelta
 from skillvec.errors import IncompatibleError
 from skillvec.kernels import FLOATS, STORAGE_DTYPE, widen
 from skillvec.layouts import numbered
+from skillvec.manifest import ModelFacts
 from skillvec.patch import Patch
 from skillvec.quantised import INTEGERS
 from skillvec.sources import (
@@ -46,9 +47,10 @@ MAX_TIED = 16  # tensors on one side only, beyond which nobody looks for copies:
 
 
 SKETCH_TENSORS, SKETCH_NUMEL = 48, 288  # matrices, and values of all of them
+RELATED = 0.5  # cosine of sketches: unrelated ones spread by .06, fine-tuned ones stay above .9
 
 
-def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+def identity(checkpoint: Checkpoint) -> ModelFacts:
     """Return what a manifest records of a checkpoint, short of its tensors."""
     prefetch(
         [(s.path, s.start + begin, n) for s, begin, n in _probed_bytes(checkpoint)
@@ -262,6 +264,11 @@ def is_idle_buffer(name: str, delta: DeltaSource) -> bool:
     if isinstance(delta, PairDelta) and not isinstance(delta.tuned, Patch):
         return same_bytes(delta.tuned, delta.base)
     return isinstance(delta, StoredDelta) and delta.codec == "zero"
+
+
+def may_change(delta: DeltaSource) -> bool:
+    """Return whether a delta may change anything, as far as is known without reading it."""
+    return not (isinstance(delta, StoredDelta) and delta.codec == "zero")
 
 
 def under_name(source: Source, name: str) -> Source:

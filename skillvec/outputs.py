@@ -14,6 +14,7 @@ from skillvec.checkpoint import ADAPTER_CONFIG, VECTOR_INDEX, Checkpoint
 from skillvec.codecs import DENSE_SHARE, encode_block
 from skillvec.deltas import PairDelta
 from skillvec.errors import OutputError, UsageError
+from skillvec.manifest import Manifest
 from skillvec.operators import bit_pattern, subtract
 from skillvec.patch import PatchWriter
 from skillvec.plan import Plan
@@ -285,12 +286,12 @@ def writing(
 @contextlib.contextmanager
 def writing_vector(
     plan: Plan, output: Output, force: bool, watcher: Watcher | None, entries: Sequence[Entry],
-    manifest: dict[str, Any], max_shard_nbytes: int, stream: bool,
+    manifest: Manifest, max_shard_nbytes: int, stream: bool,
 ) -> Iterator[tuple[Staging, VectorWriter]]:  # fmt: skip
     """Yield the staging folder and a writer of vector blocks; close what is left open."""
     windowed = _is_windowed(sum(entry.nbytes for entry in entries))
     # what lies in the staging folder depends on it, if not what comes of it
-    request = manifest | {"max_shard_size": max_shard_nbytes, "stream": stream}
+    request = {**manifest, "max_shard_size": max_shard_nbytes, "stream": stream}
     with staged(plan, output, force, watcher, request) as (stage, stack):
         writer = VectorWriter(stage.folder, entries, manifest, max_shard_nbytes, windowed)
         stack.callback(writer.close)
@@ -348,11 +349,10 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
     names = set(vector.deltas)
     pairs = [delta for delta in vector.deltas.values() if isinstance(delta, PairDelta)]
     sides = [side for pair in pairs for side in (pair.tuned, pair.base)]
-    probed = vector.tuned is None or vector.tuned.kind != "patch"  # what lists change is sparse
     prefetch([value_range(s, *_middle(s)) for s in sides if isinstance(s, TensorSpec)])
     for name, delta in vector.deltas.items():
         kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
-        if isinstance(delta, PairDelta) and probed:
+        if isinstance(delta, PairDelta) and vector.is_dense:
             kept, sample = _probed(delta, delta.tuned)
             nonzero = int((sample != 0).sum())
             if codec == "sparse":

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from skillvec.errors import (
     up_to_five_each,
 )
 from skillvec.kernels import FLOATS, Array, narrow, widen
+from skillvec.manifest import check_json
 from skillvec.operators import differ
 from skillvec.sources import Derived, Index, Source, Widened, read_values, values_of
 from skillvec.storage import (
@@ -54,12 +55,12 @@ from skillvec.storage import (
     read_into,
     refuse_duplicates,
 )
-from skillvec.vectorfile import block_count, check_shape
+from skillvec.vectorfile import block_count
 
 FORMS = ("lists", "verl", "vllm")
 INDICES, VALUES = ".indices", ".values"
 SPEC, ALL_INDICES, ALL_VALUES = "__delta_spec__", "__positions__", "__values__"  # of verl
-UPDATE = "update_info"  # header metadata: the fields of vLLM's SparseNCCLWeightTransferUpdateInfo
+UPDATE = "update_info"  # header metadata: what vLLM's weight transfer is told
 POSITIONS: dict[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 STEP = 1 << 20  # positions that are looked at together
@@ -210,7 +211,7 @@ def _starts(listed: Listed, numel: int, most: int) -> tuple[int, ...]:
         return (0,)
     where = f"{spec.path}: {spec.name}: positions do not rise within the tensor's {numel} values"
     starts, last, begin = [0], -1, 0
-    for at in _pieces(spec):
+    for at in pieces(spec):
         if at.min() < 0 or at.max() >= numel:
             wrong = int(np.flatnonzero((at < 0) | (at >= numel))[0])
             raise FormatError(f"{where}: {at[wrong]} stands at {begin + wrong}")
@@ -397,13 +398,21 @@ def _of_lists(opened: Checkpoint) -> dict[str, Listing]:
     return found
 
 
+class Update(TypedDict):
+    """The fields of vLLM's SparseNCCLWeightTransferUpdateInfo, each with an item for a tensor."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    num_updates_list: list[int]
+
+
 def _told(opened: Checkpoint) -> dict[str, Index]:
     """Return the shapes by name that vLLM is told, which have to be of what is listed."""
-    fields = {"names": [str], "dtype_names": [str], "shapes": [[int]], "num_updates_list": [int]}
     try:
         said = json.loads(opened.metadata[UPDATE], object_pairs_hook=refuse_duplicates)
-        check_shape(said, fields, UPDATE)
-        told = list(zip(*(said[field] for field in fields), strict=True))
+        check_json(said, Update, UPDATE)
+        told = list(zip(*(said[field] for field in Update.__annotations__), strict=True))
     except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"patch {opened.ref}: {UPDATE} in its header: {error!s:.200}") from None
     shapes = {name: tuple(shape) for name, _, shape, _ in told}
@@ -434,10 +443,26 @@ def _listed(opened: Checkpoint, name: str) -> str:
 
 # ------------------------------------------------------------------------------ a flush of verl
 
-FLUSH = {"encoding": str, "checksum": int, "params": [{
-    "name": str, "dtype": str, "shape": [int], "pos_start": int, "pos_end": int, "pos_width": int,
-    "val_start": int, "val_end": int,
-}]}  # fmt: skip
+
+class FlushEntry(TypedDict):
+    """Where in a flush the values of a tensor stand, or those of a part of it."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    pos_start: int
+    pos_end: int
+    pos_width: int
+    val_start: int
+    val_end: int
+
+
+class Flush(TypedDict):
+    """The JSON text beside the lists of a flush."""
+
+    encoding: str
+    checksum: int
+    params: list[FlushEntry]
 
 
 def _of_verl(opened: Checkpoint) -> dict[str, Listing]:
@@ -453,7 +478,7 @@ def _of_verl(opened: Checkpoint) -> dict[str, Listing]:
     for entry in said["params"]:
         name, shape, end = entry["name"], tuple(entry["shape"]), entry["val_end"]
         width = 0 if indices is None else 4
-        places = [entry[key] for key in ("val_start", "pos_start", "pos_end")]
+        places = [entry["val_start"], entry["pos_start"], entry["pos_end"]]
         if places != [at, width * at, width * end] or not at <= end <= values.numel:
             raise FormatError(
                 f"{what}: {name}: its entry in {SPEC} does not go on where the one before it ends,"
@@ -478,7 +503,7 @@ def _of_verl(opened: Checkpoint) -> dict[str, Listing]:
     return found
 
 
-def _flush(opened: Checkpoint, what: str) -> tuple[dict[str, Any], TensorSpec | None, TensorSpec]:
+def _flush(opened: Checkpoint, what: str) -> tuple[Flush, TensorSpec | None, TensorSpec]:
     """Return what a flush says, its positions (None where it sends all values) and its values."""
     if others := sorted(set(opened) - {SPEC, ALL_INDICES, ALL_VALUES}):
         raise IncompatibleError(
@@ -499,8 +524,8 @@ def _flush(opened: Checkpoint, what: str) -> tuple[dict[str, Any], TensorSpec | 
         if spec.nbytes > MAX_HEADER_NBYTES:
             raise ValueError(f"{spec.nbytes} bytes, over the cap of {MAX_HEADER_NBYTES}")
         text = values_of(spec, 0, spec.numel).tobytes()
-        said = json.loads(text, object_pairs_hook=refuse_duplicates)
-        check_shape(said, FLUSH, SPEC)
+        said: Flush = json.loads(text, object_pairs_hook=refuse_duplicates)
+        check_json(said, Flush, SPEC)
     except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{what}: {SPEC}: {error!s:.200}") from None
     nbytes = None if indices is None else indices.nbytes
@@ -516,7 +541,7 @@ def _flush(opened: Checkpoint, what: str) -> tuple[dict[str, Any], TensorSpec | 
             f"{what}: encoding {said['encoding']:.80} with {nbytes} bytes of positions, expected"
             " indices with 4 a value"
         )
-    if said["checksum"] != _checksum([] if indices is None else [indices], [values]):
+    if said["checksum"] != checksum([] if indices is None else [indices], [values]):
         raise FormatError(f"{what}: the checksum in {SPEC} is not that of what was sent")
     if indices is not None:
         assert isinstance(indices, TensorSpec)
@@ -524,7 +549,7 @@ def _flush(opened: Checkpoint, what: str) -> tuple[dict[str, Any], TensorSpec | 
     return said, indices, values
 
 
-def _checksum(indices: Iterable[Source], values: Iterable[Source]) -> int:
+def checksum(indices: Iterable[Source], values: Iterable[Source]) -> int:
     """Return verl's checksum: torch.hash_tensor of the positions' bytes, and of the values.
 
     That is the exclusive or of all, each as the bits of an unsigned integer or a float of 64 bits.
@@ -532,7 +557,7 @@ def _checksum(indices: Iterable[Source], values: Iterable[Source]) -> int:
     found = [0, 0]
     for number, sources in enumerate((indices, values)):
         for source in sources:
-            for piece in _pieces(source):
+            for piece in pieces(source):
                 if source.dtype in FLOATS:
                     with np.errstate(invalid="ignore"):  # signalling NaNs
                         bits = widen(piece, source.dtype).astype(np.float64).view(np.uint64)
@@ -576,19 +601,19 @@ class PatchWriter(RowWriter):
         if form != "lists":
             _refuse_nan(lists, form)
         if form == "vllm":
-            metadata[UPDATE] = json.dumps({
-                "names": [spec.name for spec, _ in lists],
-                "dtype_names": [TORCH[spec.dtype] for spec, _ in lists],
-                "shapes": [list(spec.shape) for spec, _ in lists],
-                "num_updates_list": [listed.values.numel for _, listed in lists],
-            })  # fmt: skip
+            metadata[UPDATE] = json.dumps(Update(
+                names=[spec.name for spec, _ in lists],
+                dtype_names=[TORCH[spec.dtype] for spec, _ in lists],
+                shapes=[list(spec.shape) for spec, _ in lists],
+                num_updates_list=[listed.values.numel for _, listed in lists],
+            ))  # fmt: skip
         parts = self._flush(lists) if form == "verl" else _as_they_are(lists)
         file = OutputFile(os.fspath(self._folder / "patch"), 0)
         try:
             file.append(encode_header([part[:3] for part in parts], metadata))
             for *_, sources in parts:
                 for source in sources:
-                    for piece in _pieces(source):
+                    for piece in pieces(source):
                         file.append(piece.view(np.uint8).data)
             file.sync()
         finally:
@@ -616,7 +641,8 @@ class PatchWriter(RowWriter):
         indices = [listed.indices for _, listed in lists if listed.indices is not None]
         values = [one.values if one.values.dtype == dtype else Widened("", dtype, one.values)
                   for _, one in lists]  # fmt: skip
-        params, at = [], 0
+        params: list[FlushEntry] = []
+        at = 0
         for spec, listed in lists:
             for begin in range(at, end := at + listed.values.numel, ENTRY):
                 to = min(begin + ENTRY, end)
@@ -626,7 +652,7 @@ class PatchWriter(RowWriter):
                     "val_start": begin, "val_end": to,
                 })  # fmt: skip
             at = end
-        said = {"encoding": "indices", "params": params, "checksum": _checksum(indices, values)}
+        said = {"encoding": "indices", "params": params, "checksum": checksum(indices, values)}
         text = OutputFile(os.fspath(self._folder / "spec"), 0)
         with contextlib.closing(text):
             text.append(json.dumps(said).encode())
@@ -656,7 +682,7 @@ def _common_dtype(dtypes: Sequence[str]) -> str:
     return "F32" if ITEMSIZE[widest] == 2 and len(halves) > 1 else widest
 
 
-def _pieces(source: Source) -> Iterator[Array]:
+def pieces(source: Source) -> Iterator[Array]:
     """Yield all values of a source, a few MB at a time."""
     for begin in range(0, source.numel, STEP):
         yield values_of(source, begin, min(STEP, source.numel - begin))
@@ -665,7 +691,7 @@ def _pieces(source: Source) -> Iterator[Array]:
 def _refuse_nan(lists: Sequence[tuple[Source, Listed]], form: str) -> None:
     wrong = []
     for spec, listed in lists:
-        wide = (widen(piece, spec.dtype) for piece in _pieces(listed.values))
+        wide = (widen(piece, spec.dtype) for piece in pieces(listed.values))
         if count := sum(int(np.isnan(piece).sum()) for piece in wide):
             wrong.append(f"{spec.name}: {count} of {listed.values.numel} listed values are NaN")
     if wrong:

@@ -28,6 +28,7 @@ from skillvec.deltas import (
     ViewDelta,
     names_of,
 )
+from skillvec.displacement import ledger_line
 from skillvec.errors import (
     FormatError,
     IncompatibleError,
@@ -37,14 +38,11 @@ from skillvec.errors import (
     up_to_five_each,
 )
 from skillvec.fitting import (
-    fitting,
     head_note,
-    laid_out,
-    ledger_line,
+    match,
     parted,
-    same_delta,
+    to_layout,
     verdict_on,
-    warnings_of,
 )
 from skillvec.kernels import FLOATS
 from skillvec.layouts import numbered
@@ -212,23 +210,14 @@ def plan_store(
             )
         )
         row += block_count(entry.numel)
-    manifest, ledger = vector.manifest, []
-    tuned, base = vector.tuned, vector.base
-    if tuned is not None and base is not None:
-        for name in manifest["equal"]:
-            point, expected = as_integers(base[name]), as_integers(tuned[name])
-            jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
-        for status in ("excluded", "tied"):
-            for name in manifest[status]:
-                note = vector.notes.get(name, "")
-                note = f"copy of {manifest['tied'][name]}" if status == "tied" else note
-                ledger.append(ledger_line(base.get(name) or tuned[name], status, note))
-        ledger += [line for side in (tuned, base) for line in _dropped(side)]
-    else:
-        ledger += [{"name": name, "status": "excluded"} for name in manifest["excluded"]]
+    for name, (tuned, base) in vector.integers().items():
+        point, expected = as_integers(base), as_integers(tuned)
+        jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
+    ledger = vector.left_out()
+    ledger += [line for side in vector.sides().values() for line in _dropped(side)]
     plan = Plan(
         verb, jobs, ledger=ledger, vectors=vector.files(), mixes=vector.mixes(),
-        warnings=warnings_of(vector),
+        warnings=vector.told(),
     )  # fmt: skip
     return plan, entries
 
@@ -251,7 +240,7 @@ def plan_patch(vector: SkillVector, base: Checkpoint, form: str = "lists") -> Pl
     """
     if form not in FORMS:
         raise UsageError(f"form {form!r}: expected one of {', '.join(FORMS)}")
-    entries, fitted = vector.manifest["tensors"], laid_out(vector, base)
+    entries, fitted = vector.manifest["tensors"], to_layout(vector, base)
     jobs, problems, row = [], defaultdict(list), 0
     changed: dict[str, int] = {}
     seen: dict[str, None] = {}  # tensors of the vector that are listed in another layout
@@ -303,8 +292,8 @@ def plan_patch(vector: SkillVector, base: Checkpoint, form: str = "lists") -> Pl
 
 def _unknown_to(vector: SkillVector, model: Checkpoint) -> dict[str, list[str]]:
     """Return the tensors of a model that its vector does not speak of."""
-    keys = ("equal", "differing", "tied", "excluded")
-    known = {*vector.deltas, *(name for key in keys for name in vector.manifest[key])}
+    said = vector.manifest
+    known = {*vector.deltas, *said["equal"], *said["differing"], *said["tied"], *said["excluded"]}
     return only_here(model, known, model.ref)
 
 
@@ -351,11 +340,10 @@ def plan_apply(
     """
     mixes = vector.mixes()  # those that go nowhere are measured too
     untransferred = [name for name in vector.untransferred() if name in target]
-    fitted = laid_out(vector, target, rename, rows)
-    routes, passed, ledger, untied = fitting(target, fitted, include, exclude)
+    fitted = to_layout(vector, target, rename, rows)
+    routes, passed, ledger, untied = match(target, fitted, include, exclude)
     moves = {name: fitted.vector.deltas[source] for name, source in routes.items()}
-    named = fitted.vector if fitted.vector.adapter else vector  # by the names of its own manifest
-    is_untied = bool(untied) or parted(target, named, moves)
+    is_untied = bool(untied) or parted(target, fitted.own, moves)
     vector = fitted.vector
     verdict, warnings = verdict_on(fitted.seen, vector)
     if lost := _not_carried(vector, moves):
@@ -556,7 +544,7 @@ def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint)
         else:
             job = _add_job(base[name], vector, name, tuned[name].dtype, "")
             entry = vector.manifest["tensors"][name]
-            digest = entry["tuned"][1] if entry.get("unrestored") else None
+            digest = entry["tuned"][1] if entry["tuned"] and entry.get("unrestored") else None
             jobs.append(replace(job, expected=tuned[name], expected_digest=digest))
     for name in vector.manifest["equal"]:
         if name not in tuned or name not in base:
@@ -587,7 +575,7 @@ def plan_verify_combination(vector: SkillVector, again: SkillVector) -> Plan:
         if pair[0].spec.shape != pair[1].spec.shape:
             raise IncompatibleError(f"{name}: another shape than its parts have")
         jobs.append(Job(name, "same", delta.spec.numel, deltas=pair))
-    sides = again.base if again.base is not None else {}
+    sides: Mapping[str, Source] = again.open_base() or {}
     for name in vector.manifest["equal"]:
         if (spec := sides.get(name)) is not None:  # its digest is compared with the manifest's
             jobs.append(Job(name, "copy", spec.numel, point=spec, expected=spec))
@@ -632,7 +620,7 @@ def _compared_as(name: str, vectors: Sequence[SkillVector], names: Sequence[str]
     to say that they are.
     """
     holders = [vector for vector in vectors if name in vector.deltas]
-    twins = set.intersection(*(same_delta(vector, name) for vector in holders))
+    twins = set.intersection(*(vector.same_delta(name) for vector in holders))
     if not twins:
         return None
     said = {vector.manifest["tied"].get(name) for vector in vectors}

@@ -6,34 +6,18 @@ save, checked and followed by verify.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from skillvec import hub
 from skillvec.checkpoint import METADATA_KEY, Checkpoint, relocate
 from skillvec.errors import FormatError, UsageError, VerificationError
+from skillvec.kinds import TAKEN
+from skillvec.manifest import Manifest, Selection, check_json
 from skillvec.merging import OPERATORS
 from skillvec.quantised import LeftOut, nothing_left_out
 from skillvec.rules import Recipe, parse_recipe
 from skillvec.storage import refuse_duplicates
 from skillvec.vector import SkillVector
-from skillvec.vectorfile import CHOSEN as SELECTION
-from skillvec.vectorfile import check_shape
-
-
-def described(vector: SkillVector) -> dict[str, Any]:
-    """Return what a recipe says of a vector: refs and digests, and how it is combined."""
-    if vector.stored is not None:
-        return {"ref": vector.ref, "digest": vector.stored.digest}
-    if vector.recipe is not None:
-        parts = [described(part) for part in vector.parts]
-        return {"recipe": vector.recipe.to_dict(), "parts": parts}
-    if vector.tuned is None:
-        said = {"ref": vector.ref, "digest": vector.manifest["identity"]}
-        return said | {key: vector.manifest[key] for key in ("rename",) if key in vector.manifest}
-    assert vector.base is not None
-    sides = {"tuned": vector.tuned.ref, "base": vector.base.ref}
-    chosen = {key: vector.manifest[key] for key in CHOSEN if key in vector.manifest}
-    return sides | {key: value for key, value in chosen.items() if value not in ("auto", [])}
 
 
 def reopened(
@@ -82,24 +66,84 @@ def digests_of(said: dict[str, Any]) -> Any:
     return said.get("digest")
 
 
-NUMBER = int | float
-RECIPE = {
-    "kind": str, "schema": int, "target": {"ref": str}, "vector": {...: ...}, "lam": NUMBER,
-    "request": {"lam": NUMBER, "dtype": str | None, "rounding": str, "seed": int,
-                "include": [str], "exclude": [str]},
-}  # fmt: skip
-SOURCES: list[dict[Any, Any]] = [
-    {"ref": str, "digest": str}, {"tuned": str, "base": str},
-    {"recipe": {"vectors": [{"vector": str}]}, "parts": [{...: ...}]},
-]  # fmt: skip
-CHOSEN: dict[Any, Any] = {"dtype": str} | SELECTION  # by who subtracts
+class Target(TypedDict):
+    """The target of an apply."""
+
+    ref: str
+
+
+class ApplyRequest(Selection):
+    """What was asked of apply."""
+
+    lam: int | float
+    dtype: str | None
+    rounding: str
+    seed: int
+    allow_nonfinite: NotRequired[bool]
+
+
+class Merged(TypedDict):
+    """The recipe in a merged model's header."""
+
+    kind: str
+    schema: int
+    target: Target
+    vector: dict[str, Any]  # one of SOURCES
+    lam: int | float
+    request: ApplyRequest
+
+
+class Taken(TypedDict, total=False):
+    """What who subtracts has chosen."""
+
+    dtype: str
+    include: list[str]
+    exclude: list[str]
+    rename: list[str]
+    rows: str
+
+
+class ByDigest(Taken):
+    """A vector in a file, or an adapter."""
+
+    ref: str
+    digest: str
+
+
+class ByPair(Taken):
+    """Two checkpoints."""
+
+    tuned: str
+    base: str
+
+
+class Named(TypedDict):
+    """A share of a recipe."""
+
+    vector: str
+
+
+class Shares(TypedDict):
+    """The recipe of a combination, of which `rules` checks the rest."""
+
+    vectors: list[Named]
+
+
+class ByParts(Taken):
+    """A combination."""
+
+    recipe: Shares
+    parts: list[dict[str, Any]]
+
+
+SOURCES: tuple[Any, ...] = (ByDigest, ByPair, ByParts)
 
 
 def _check_source(said: dict[str, Any], depth: int = 0) -> None:
-    shape = next((shape for shape in SOURCES if set(shape) <= set(said)), None)
-    if shape is None or depth > 1 or set(said) - set(shape) - set(CHOSEN):
+    kind = next((kind for kind in SOURCES if kind.__required_keys__ <= set(said)), None)
+    if kind is None or depth > 1 or set(said) - kind.__required_keys__ - kind.__optional_keys__:
         raise ValueError("no vector")
-    check_shape(said, shape | {key: CHOSEN[key] for key in CHOSEN if key in said}, "vector")
+    check_json(said, kind, "vector")
     parts = said.get("parts", ())
     if "parts" in said and len(parts) != len(said["recipe"]["vectors"]):
         raise ValueError("another number of vectors")
@@ -110,10 +154,7 @@ def _check_source(said: dict[str, Any], depth: int = 0) -> None:
 def read_merged(opened: Checkpoint) -> dict[str, Any]:
     try:
         recipe = json.loads(opened.metadata[METADATA_KEY], object_pairs_hook=refuse_duplicates)
-        check_shape(recipe, RECIPE, "recipe")
-        known = SELECTION | {"allow_nonfinite": bool}
-        said = {key: known[key] for key in known if key in recipe["request"]}
-        check_shape(recipe["request"], said, "request")
+        check_json(recipe, Merged, "recipe")
         if recipe["kind"] != "merged" or recipe["schema"] != 1:
             raise ValueError("another kind or schema")
         _check_source(recipe["vector"])
@@ -125,37 +166,7 @@ def read_merged(opened: Checkpoint) -> dict[str, Any]:
     return dict(recipe)
 
 
-def command_words(vector: SkillVector) -> tuple[str, list[str]]:
-    """Return the command that gives this vector, short of how it is stored."""
-    manifest, recipe = vector.manifest, vector.recipe
-    if recipe is not None:
-        if any(share.rules or share.parameters or not isinstance(share.weight, float)
-               for share in recipe.shares):  # fmt: skip
-            return "combine", ["--recipe", "RECIPE"]  # the manifest holds it
-        words = [f"{share.vector}={share.weight!r}" for share in recipe.shares]
-        params = [f"{name}={value}" for name, value in recipe.parameters.items()]
-        return "combine", [*words, *flags(op=recipe.op, param=params, seed=recipe.seed)]
-    if vector.stored is not None:
-        return "combine", [vector.ref]
-    if vector.tuned is None:
-        return "diff", [manifest["parents"][0]["ref"], manifest["base"]["ref"]]
-    sides = [manifest["tuned"]["ref"], manifest["base"]["ref"]]
-    if vector.tuned.kind == "patch":
-        return "import-patch", sides
-    return "diff", [*sides, *flags(**{key: manifest[key] for key in CHOSEN if key in manifest})]
-
-
-def flags(**options: Any) -> list[str]:
-    """Return options as words of a command line."""
-    return [
-        word
-        for key, value in options.items()
-        for item in (value if isinstance(value, list | tuple) else [value])
-        for word in (f"--{key.replace('_', '-')}", *([] if item is True else [str(item)]))
-    ]
-
-
-def opened_parents(manifest: dict[str, Any], recipe: Recipe) -> list[SkillVector]:
+def opened_parents(manifest: Manifest, recipe: Recipe) -> list[SkillVector]:
     """Return the vectors that a stored combination was made of, from where its manifest says.
 
     The recipe has them as they were written, the parents as they were found: on the Hub, at which
@@ -166,8 +177,8 @@ def opened_parents(manifest: dict[str, Any], recipe: Recipe) -> list[SkillVector
         raise FormatError(f"{manifest['formula']:.200}: recipe and parents are not of one number")
     for share, parent in zip(recipe.shares, parents, strict=True):
         if parent["manifest"] is None and parent["tuned"]:  # a difference that was not stored
-            chosen = {key: parent[key] for key in CHOSEN if key in parent}
-            tuned, base = (relocate(parent[side], side) for side in ("tuned", "base"))
+            chosen: dict[str, Any] = {key: parent.get(key) for key in TAKEN if key in parent}
+            tuned, base = relocate(parent["tuned"], "tuned"), relocate(parent["base"], "base")
             parts.append(SkillVector.between(tuned, base, **chosen))
             continue
         sides = share.vector.split("::"), parent["ref"].split("::")

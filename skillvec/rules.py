@@ -27,6 +27,7 @@ from typing import Any
 from skillvec.analysis import layer_of
 from skillvec.checkpoint import NOT_TEXT
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.manifest import Selection
 
 MAX_NBYTES = 1_000_000  # a recipe is written by hand
 FLOAT_1_2 = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")  # YAML 1.1 takes 1e-3 for text
@@ -360,11 +361,24 @@ def leaving_out(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
 
 def selection(
     include: Sequence[str], exclude: Sequence[str], rename: Sequence[str], rows: str
-) -> dict[str, Any]:
+) -> Selection:
     """Return what is recorded of the choice of tensors, names and rows."""
-    chosen: dict[str, Any] = {"include": list(include), "exclude": list(exclude)}
-    chosen |= {"rename": list(rename)} if rename else {}
-    return chosen | ({"rows": rows} if rows != "strict" else {})
+    chosen = Selection(include=list(include), exclude=list(exclude))
+    if rename:
+        chosen["rename"] = list(rename)
+    if rows != "strict":
+        chosen["rows"] = rows
+    return chosen
+
+
+def flags(**options: Any) -> list[str]:
+    """Return options as words of a command line."""
+    return [
+        word
+        for key, value in options.items()
+        for item in (value if isinstance(value, list | tuple) else [value])
+        for word in (f"--{key.replace('_', '-')}", *([] if item is True else [str(item)]))
+    ]
 
 
 def refuse_idle_globs(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> None:

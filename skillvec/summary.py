@@ -1,7 +1,7 @@
 """From what the engine measured to what is said: manifest entries, ledger lines, warnings."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from math import hypot
 from typing import Any
@@ -11,16 +11,17 @@ import numpy as np
 from skillvec import analysis, operators
 from skillvec.checkpoint import INDEX
 from skillvec.deltas import PairDelta
+from skillvec.displacement import ledger_line
 from skillvec.engine import JobResult
 from skillvec.errors import NonfiniteError, up_to_five
-from skillvec.fitting import ledger_line
 from skillvec.kernels import HALVES
+from skillvec.manifest import Claim, Manifest, TensorEntry
 from skillvec.plan import Job, Plan
 from skillvec.report import Line, Report
 from skillvec.sidefiles import ADAPTER, OLD, is_weight_file
 from skillvec.storage import file_nbytes, shown
-from skillvec.vector import SkillVector
-from skillvec.vectorfile import NO_DIGEST, Entry, VectorFile, exactness_entry, tensor_entry
+from skillvec.vector import SkillVector, StoredVector
+from skillvec.vectorfile import NO_DIGEST, Entry, Settled, VectorFile, tensor_entry
 
 
 def job_line(job: Job, status: str) -> Line:
@@ -31,64 +32,44 @@ def job_line(job: Job, status: str) -> Line:
 
 
 def complete_manifest(
-    manifest: dict[str, Any],
-    results: Sequence[JobResult],
-    settled: dict[str, Any],
-    vector: SkillVector,
+    manifest: Manifest, results: Sequence[JobResult], settled: Settled, vector: SkillVector
 ) -> None:
     """Add what is known when all blocks are written: digests, counts, codecs, exactness."""
-    manifest["tensors"], manifest["differing"], equal = {}, [], {}
-    unrestored, announced = 0, vector.nonfinite()
+    manifest["tensors"], manifest["differing"] = {}, []
+    equal, announced = {}, vector.nonfinite()
     for result in results:
         job = result.job
         if job.operator == "store":
-            unrestored += result.unrestored
-            placed = settled["tensors"][job.name]
-            manifest["tensors"][job.name] = _entry(
-                result, placed, vector, announced.get(job.name, 0)
-            )
+            placed, stated = settled.placed[job.name], vector.stated(job.name)
+            nonfinite = min(result.lost + announced.get(job.name, 0), job.numel)
+            manifest["tensors"][job.name] = _entry(result, placed, stated, nonfinite)
         elif result.mismatches:
             manifest["differing"].append(job.name)
         else:
             assert job.point is not None
             equal[job.name] = [job.point.dtype, result.digests["point"]]
-    manifest["side"] = settled["side"]
-    if vector.stored is not None:  # written again with another codec
-        manifest["equal"], manifest["differing"] = (
-            vector.manifest[key] for key in ("equal", "differing")
-        )
-        said = vector.manifest["exactness"]
-        unrestored = sum(e.get("unrestored", 0) for e in manifest["tensors"].values())
-        manifest["exactness"] = exactness_entry(
-            said["claim"], settled["exceptions"], settled["replacements"], unrestored
-        )
-        return
-    manifest["equal"] = equal
-    claim = "partial" if unrestored or manifest["differing"] else "bitwise"
-    if manifest["dtype"] != "auto":
-        claim = "rounded" if unrestored else claim
-    claim = "combined" if vector.parts or vector.tuned is None else claim
-    manifest["exactness"] = exactness_entry(
-        claim, settled["exceptions"], settled["replacements"], unrestored
-    )
+    manifest["side"] = settled.side
+    manifest["equal"], manifest["differing"] = vector.compared(equal, manifest["differing"])
+    unrestored = sum(entry.get("unrestored", 0) for entry in manifest["tensors"].values())
+    manifest["exactness"] = Claim(
+        claim=vector.claim(unrestored, manifest["differing"]), exceptions=settled.exceptions,
+        replacements=settled.replacements, unrestored=unrestored,
+    )  # fmt: skip
 
 
 def _entry(
-    result: JobResult, placed: tuple[str, int], vector: SkillVector, announced: int
-) -> dict[str, Any]:
-    """Return the manifest's line on a delta that was written; `announced` as of `nonfinite`."""
+    result: JobResult, placed: tuple[str, int], stated: TensorEntry | None, nonfinite: int
+) -> TensorEntry:
+    """Return the manifest's line on a delta that was written; `stated` is its line where it was."""
     job, (codec, block) = result.job, placed
-    nonfinite = min(result.lost + announced, job.numel)
     delta = job.deltas[0]
     entry = Entry(job.name, job.out_dtype, delta.spec.shape, codec)
     digest = NO_DIGEST if codec == "zero" else result.digests["output"]
-    if vector.stored is not None:
-        old = vector.manifest["tensors"][job.name]
-        changed, norm, base, tuned = (old[key] for key in ("changed", "norm", "base", "tuned"))
-        unrestored = old.get("unrestored", 0)
+    if stated is not None:
         return tensor_entry(
-            entry, codec, block, digest, changed, norm, base, tuned, unrestored, nonfinite
-        )
+            entry, codec, block, digest, stated["changed"], stated["norm"], stated["base"],
+            stated["tuned"], stated.get("unrestored", 0), nonfinite,
+        )  # fmt: skip
     base = tuned = None
     if isinstance(delta, PairDelta):
         base = [delta.base.dtype, result.digests["base"]]
@@ -107,7 +88,7 @@ def report_stored(
     report: Report,
     plan: Plan,
     results: Sequence[JobResult],
-    manifest: dict[str, Any],
+    manifest: Manifest,
     stored: VectorFile,
 ) -> None:
     report.ledger = []
@@ -150,8 +131,11 @@ def report_stored(
             "integer or bool tensors differ and are not transferred:\n"
             + up_to_five(manifest["differing"])
         )
-    sides = [entry for entry in entries.values() if entry["tuned"]]
-    mixed = sorted({e["tuned"][0] for e in sides if e["tuned"][0] != e["base"][0]})
+    sides = [
+        (entry["base"][0], entry["tuned"][0])
+        for entry in entries.values() if entry["base"] and entry["tuned"]
+    ]  # fmt: skip
+    mixed = sorted({tuned for base, tuned in sides if tuned != base})
     if mixed:
         report.warnings.append(
             f"tuned is {'+'.join(mixed)} where base is not: tuned comes back when the vector is"
@@ -310,7 +294,7 @@ def refuse_announced(
     found = {name: count for name, count in vector.nonfinite().items() if name in names}
     if not found:
         return []
-    merged = bool(vector.parts) or vector.manifest["tuned"] is None
+    merged = vector.manifest["tuned"] is None
     holders = Counter(name for part in vector.parts for name in part.nonfinite())
     entries = [part.manifest.get("tensors", {}) for part in (vector, *vector.parts)]
     views = {name for part in entries for name, entry in part.items() if entry["codec"] == "view"}
@@ -427,10 +411,9 @@ def mismatch_line(result: JobResult, side: str) -> str:
     )
 
 
-def describe_vector(vector: SkillVector) -> Report:
+def describe_vector(vector: StoredVector) -> Report:
     """Return what inspect says of a stored vector."""
     stored, manifest = vector.stored, vector.manifest
-    assert stored is not None
     report = Report("inspect", {"path": shown(stored.ref, stored.path), "nbytes": stored.nbytes})
     facts, entries = report.facts, manifest["tensors"]
     facts["kind"] = "vector"
@@ -443,7 +426,7 @@ def describe_vector(vector: SkillVector) -> Report:
     numel = sum(delta.spec.numel for delta in stored.deltas.values())
     changed = sum(entry["changed"] for entry in entries.values())
     codecs: dict[str, dict[str, int]] = {}
-    layers: Counter[str] = Counter()
+    layers: dict[str, float] = defaultdict(float)
     for name, delta in stored.deltas.items():
         entry = entries[name]
         held = codecs.setdefault(delta.codec, {"tensors": 0, "nbytes": 0})
@@ -454,6 +437,7 @@ def describe_vector(vector: SkillVector) -> Report:
         line |= {"numel": delta.spec.numel, "changed": entry["changed"], "norm": entry["norm"]}
         report.ledger.append(line)
     report.ledger += [{"name": name, "status": "equal"} for name in manifest["equal"]]
+    largest = sorted(layers.items(), key=lambda item: -item[1])
     facts |= {
         "files": [os.path.basename(file) for file in stored.files],
         "lineage": vector.dtypes,
@@ -463,6 +447,6 @@ def describe_vector(vector: SkillVector) -> Report:
         "density": changed / numel if numel else 0.0,
         "norm": hypot(*(entry["norm"] for entry in entries.values())),
         "codecs": codecs,
-        "layers": [{"name": name, "norm": sq**0.5} for name, sq in layers.most_common()],
+        "layers": [{"name": name, "norm": sq**0.5} for name, sq in largest],
     }
     return report

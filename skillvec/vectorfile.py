@@ -7,7 +7,6 @@ until checked. docs/format.md is the normative text.
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from math import prod
@@ -32,6 +31,17 @@ from skillvec.checkpoint import (
 from skillvec.codecs import CODECS, NO_BYTES, Encoded, decode_block
 from skillvec.errors import FormatError, up_to_five, up_to_five_each
 from skillvec.kernels import FLOATS, Array
+from skillvec.manifest import (
+    MAX_NORM,
+    SCHEMA,
+    Claim,
+    Manifest,
+    TensorEntry,
+    TensorSide,
+    check_manifest,
+    encode_manifest,
+    manifest_digest,
+)
 from skillvec.storage import (
     ITEMSIZE,
     LEAF_NBYTES,
@@ -56,7 +66,6 @@ from skillvec.storage import (
     remote_of,
 )
 
-SCHEMA = 1
 BLOCK_NUMEL = 1 << 20  # elements a block: the unit of work, of codecs and of random numbers
 BLOCKS, EXCEPTIONS, REPLACEMENTS = (
     "skillvec.blocks",
@@ -66,8 +75,9 @@ BLOCKS, EXCEPTIONS, REPLACEMENTS = (
 SIDE = (BLOCKS, EXCEPTIONS, REPLACEMENTS)
 EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])
 REPLACEMENT = np.dtype([("position", "<u4"), ("bits", "<u8")])
-# codec -> the tensors that hold a delta: the payload first
 BLOCK_ROW_NBYTES = 12  # of the block table
+MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
+# codec -> the tensors that hold a delta: the payload first
 PARTS = {
     "zero": (), "dense": ("",), "sparse": (".values", ".bitmap"), "packed": (".packed",),
 }  # fmt: skip
@@ -99,104 +109,9 @@ class StoredDelta(NamedTuple):
         return self.spec.nbytes + (self.bitmap.nbytes if self.bitmap else 0)
 
 
-# ---------------------------------------------------------------------------------- the manifest
-
-
-OPTIONAL = str | None
-DIGEST = re.compile("[0-9a-f]{32}")
-DIGEST_OR_NONE = (None, DIGEST)
-TENSOR_SIDE = {0: str, 1: DIGEST}
-CLAIMS = ("bitwise", "partial", "rounded", "combined")
-MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
-MAX_NORM = 1e150  # its square is still a number
-IDENTITY = {
-    "ref": str, "revision": OPTIONAL, "model_type": OPTIONAL, "config": DIGEST_OR_NONE,
-    "tokenizer": DIGEST_OR_NONE, "family": DIGEST, "probe": DIGEST_OR_NONE,
-    "sketch": {...: [range(-127, 128)]}, "dtypes": {...: int},
-}  # fmt: skip
-PARENT = {
-    "ref": str, "identity": DIGEST, "manifest": DIGEST_OR_NONE, "base": str, "tuned": OPTIONAL,
-    "dtype": str, "include": [str], "exclude": [str],
-}  # fmt: skip
-# what who subtracts may choose besides the dtype; the last two stand where they were given
-CHOSEN: dict[Any, Any] = {"include": [str], "exclude": [str], "rename": [str], "rows": str}
-# what stands only where there is something to tell
-TOLD: dict[Any, Any] = {
-    "untied": {...: str}, "warnings": [str], "allow_nonfinite": bool,
-}  # fmt: skip
-MANIFEST = {
-    "kind": str, "schema": int, "tool": str, "command": str, "formula": str, "dtype": str,
-    "codec": str, "identity": DIGEST, "block_numel": int,
-    "exactness": {"claim": str, "exceptions": int, "replacements": int, "unrestored": int},
-    "base": IDENTITY, "tuned": (None, IDENTITY), "parents": [PARENT], "recipe": (None, {...: ...}),
-    "training": {"method": OPTIONAL, "notes": OPTIONAL}, "license": OPTIONAL,
-    "tensors": {
-        ...: {"dtype": str, "shape": [int], "codec": str, "block": int, "digest": DIGEST,
-              "changed": int, "norm": int | float, "base": (None, TENSOR_SIDE),
-              "tuned": (None, TENSOR_SIDE)},
-    },
-    "equal": {...: TENSOR_SIDE}, "differing": [str], "tied": {...: str}, "excluded": [str],
-    "include": [str], "exclude": [str], "side": [{...: DIGEST}], "digest": DIGEST,
-}  # fmt: skip
-
-
-def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise TypeError where `value` is not of `shape`.
-
-    A shape is a type, a pattern or a range; [shape] for a list; {key: shape} for an object that
-    has these keys, with ... for any key; {0: a, 1: b} for a list of two; (None, shape) for null or
-    a shape; ... for anything.
-    """
-    if shape is ...:
-        return
-    if shape is bool:
-        _expect(type(value) is bool, "true or false", value, where)
-    elif isinstance(shape, re.Pattern):
-        fits = isinstance(value, str) and shape.fullmatch(value) is not None
-        _expect(fits, "a digest of 32 hex digits", value, where)
-    elif isinstance(shape, range):
-        _expect(type(value) is int and value in shape, f"a number in {shape}", value, where)
-    elif isinstance(shape, tuple):
-        if value is not None:
-            check_shape(value, shape[1], where)
-    elif isinstance(shape, list):
-        _expect(isinstance(value, list), "a list", value, where)
-        for i, item in enumerate(value):
-            check_shape(item, shape[0], f"{where}[{i}]")
-    elif not isinstance(shape, dict):
-        fits = isinstance(value, shape) and not isinstance(value, bool)
-        _expect(fits, getattr(shape, "__name__", str(shape)), value, where)
-    elif 0 in shape:
-        _expect(isinstance(value, list) and len(value) == len(shape), "a pair", value, where)
-        for i, item in enumerate(value):
-            check_shape(item, shape[i], f"{where}[{i}]")
-    else:
-        _expect(isinstance(value, dict), "an object", value, where)
-        for key in value if ... in shape else shape:
-            if key not in value:
-                raise TypeError(f"{where}: {key} is missing")
-            check_shape(value[key], shape[... if ... in shape else key], f"{where}.{key}")
-
-
-def _expect(fits: bool, expected: str, value: Any, where: str) -> None:
-    if not fits:
-        raise TypeError(f"{where}: expected {expected}, found {str(value)[:40]!r}")
-
-
-def encode_manifest(manifest: dict[str, Any]) -> dict[str, str]:
-    """Return the metadata that holds a manifest, with its own digest in it."""
-    text = _as_text(manifest | {"digest": manifest_digest(manifest)})
-    return {"format": "pt", METADATA_KEY: text}
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """Return the digest of a manifest without the key `digest`."""
-    said = {key: value for key, value in manifest.items() if key != "digest"}
-    return digest_bytes(_as_text(said).encode())
-
-
-def _as_text(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
+def zero_delta(name: str, shape: tuple[int, ...]) -> StoredDelta:
+    """Return the delta that changes nothing."""
+    return StoredDelta(TensorSpec(name, "F32", shape, "", 0, 0), "zero")
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -213,7 +128,7 @@ class VectorFile:
     ) -> None:
         self.ref, self.path, self.headers = ref, path, headers
         try:
-            self.manifest: dict[str, Any] = json.loads(
+            self.manifest: Manifest = json.loads(
                 metadata[METADATA_KEY], object_pairs_hook=refuse_duplicates
             )
             self.digest = manifest_digest(self.manifest)
@@ -254,17 +169,9 @@ class VectorFile:
                 f" {BLOCK_NUMEL}: a newer skillvec is needed"
             )
         try:
-            check_shape(manifest, MANIFEST, "manifest")
-            told = {key: TOLD[key] for key in TOLD if key in manifest}
-            check_shape(manifest, told, "manifest")
-            for said in (manifest, *manifest["parents"]):
-                check_shape(said, {key: CHOSEN[key] for key in CHOSEN if key in said}, "manifest")
+            check_manifest(manifest)
         except TypeError as error:
             raise self._broken(f"broken {error}") from None
-        if manifest["exactness"]["claim"] not in CLAIMS:
-            raise self._broken(
-                f"broken manifest: exactness.claim {manifest['exactness']['claim']!r:.40}"
-            )
         entries = manifest["tensors"]
         homes = {
             name: (path, spec)
@@ -284,10 +191,10 @@ class VectorFile:
         return deltas
 
     def _stored(
-        self, name: str, entry: dict[str, Any], homes: dict[str, tuple[str, TensorSpec]]
+        self, name: str, entry: TensorEntry, homes: dict[str, tuple[str, TensorSpec]]
     ) -> StoredDelta:
         codec, dtype, shape = entry["codec"], entry["dtype"], tuple(entry["shape"])
-        sides = [entry[side][0] for side in ("base", "tuned") if entry[side]]
+        sides = [side[0] for side in (entry["base"], entry["tuned"]) if side]
         if codec not in CODECS:
             raise self._broken(f"{name}: codec {codec!r}: a newer skillvec is needed")
         fits = min(shape, default=0) >= 0 and len(shape) <= MAX_DIMENSIONS
@@ -561,31 +468,21 @@ def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
 
 def tensor_entry(
     entry: Entry, codec: str, block: int, digest: str, changed: int, norm: float,
-    base: list[str] | None, tuned: list[str] | None, unrestored: int = 0, nonfinite: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    base: TensorSide | None, tuned: TensorSide | None, unrestored: int = 0, nonfinite: int = 0,
+) -> TensorEntry:  # fmt: skip
     """Return the manifest's line on one tensor; the norm in the 5 digits it is good for."""
-    line = {
-        "dtype": entry.dtype, "shape": list(entry.shape), "codec": codec, "block": block,
-        "digest": digest, "changed": changed, "norm": float(f"{min(norm, MAX_NORM):.4e}"),
-        "base": base, "tuned": tuned,
-    }  # fmt: skip
-    counts = {"unrestored": unrestored, "nonfinite": nonfinite}
-    return line | {key: count for key, count in counts.items() if count}
+    line = TensorEntry(
+        dtype=entry.dtype, shape=list(entry.shape), codec=codec, block=block, digest=digest,
+        changed=changed, norm=float(f"{min(norm, MAX_NORM):.4e}"), base=base, tuned=tuned,
+    )  # fmt: skip
+    if unrestored:
+        line["unrestored"] = unrestored
+    if nonfinite:
+        line["nonfinite"] = nonfinite
+    return line
 
 
-def exactness_entry(
-    claim: str, exceptions: int, replacements: int, unrestored: int
-) -> dict[str, Any]:
-    """Return the manifest's statement of what base + 1 * v restores."""
-    return {
-        "claim": claim,
-        "exceptions": exceptions,
-        "replacements": replacements,
-        "unrestored": unrestored,
-    }
-
-
-def _widest(manifest: dict[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+def _widest(manifest: Manifest, entries: Sequence[Entry]) -> Manifest:
     """Return the manifest at its longest: what is known last, with the most digits."""
     hexes = "0" * 32
     total = sum(entry.numel for entry in entries)
@@ -597,13 +494,28 @@ def _widest(manifest: dict[str, Any], entries: Sequence[Entry]) -> dict[str, Any
                              e.numel if allowed else 0)
         for e in entries
     }  # fmt: skip
-    return manifest | {
+    return {
+        **manifest,
         "tensors": lines,
         "equal": {name: [entry[0], hexes] for name, entry in manifest["equal"].items()},
         "differing": list(manifest["equal"]),
         "side": [dict.fromkeys(SIDE, hexes)],
-        "exactness": exactness_entry("combined", total, total, total),
+        "exactness": Claim(
+            claim="combined", exceptions=total, replacements=total, unrestored=total
+        ),
     }
+
+
+class Settled(NamedTuple):
+    """What a manifest is completed with when all rows are in.
+
+    `placed` maps a tensor to its codec and first row; `side` has digests a shard.
+    """
+
+    placed: dict[str, tuple[str, int]]
+    side: list[dict[str, str]]
+    exceptions: int
+    replacements: int
 
 
 class _Shard:
@@ -632,7 +544,7 @@ class VectorWriter(RowWriter):
         self,
         folder: Path,
         entries: Sequence[Entry],
-        manifest: dict[str, Any],
+        manifest: Manifest,
         max_shard_nbytes: int,
         windowed: bool,
     ) -> None:
@@ -730,12 +642,8 @@ class VectorWriter(RowWriter):
         side = [(n, "U8", (count, width)) for n, count, width in sides if count or n == BLOCKS]
         return [*payloads, *bitmaps, *side]
 
-    def settle(self) -> dict[str, Any]:
-        """Append bitmaps and side tables; return what the manifest is completed with.
-
-        `tensors` maps a name to its codec and first row; `side` holds digests a shard;
-        `exceptions` and `replacements` are counts.
-        """
+    def settle(self) -> Settled:
+        """Append bitmaps and side tables; return what the manifest is completed with."""
         if not self._shards[-1].used and len(self._shards) > 1:  # zeros alone
             unused = self._shards.pop().file
             unused.close()
@@ -768,10 +676,7 @@ class VectorWriter(RowWriter):
         exceptions, replacements = np.sum(
             [shard.records for shard in self._shards], axis=0
         ).tolist()
-        return {
-            "tensors": placed, "side": sides, "exceptions": exceptions,
-            "replacements": replacements,
-        }  # fmt: skip
+        return Settled(placed, sides, exceptions, replacements)
 
     def _append(self, file: OutputFile, spill: int, start: int, nbytes: int) -> str:
         """Copy a range of a spill to the end of a file; return its digest."""
@@ -783,7 +688,7 @@ class VectorWriter(RowWriter):
             leaves += leaf_digests(piece)
         return fold_digest(leaves)
 
-    def finish(self, manifest: dict[str, Any]) -> Path:
+    def finish(self, manifest: Manifest) -> Path:
         """Write headers, and an index for shards; return the file or folder, all on the disk."""
         if len(self._shards) == 1:
             self._write_header(self._shards[0], encode_manifest(manifest))

@@ -27,7 +27,9 @@ from skillvec.checkpoint import (
     reopen,
 )
 from skillvec.codecs import CODECS
+from skillvec.combining import seen_like
 from skillvec.deltas import ViewDelta, dtype_of, names_of
+from skillvec.displacement import ledger_line
 from skillvec.engine import Engine, JobResult
 from skillvec.errors import (
     FormatError,
@@ -36,7 +38,8 @@ from skillvec.errors import (
     VerificationError,
     up_to_five,
 )
-from skillvec.fitting import fitting, laid_out, ledger_line, verdict_on
+from skillvec.fitting import match, to_layout, verdict_on
+from skillvec.manifest import Manifest
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.outputs import (
     PathLike,
@@ -60,10 +63,7 @@ from skillvec.plan import (
     plan_verify_vector,
 )
 from skillvec.provenance import (
-    command_words,
-    described,
     digests_of,
-    flags,
     opened_parents,
     parents_of,
     read_merged,
@@ -74,6 +74,7 @@ from skillvec.report import Report, Watcher
 from skillvec.rules import (
     Recipe,
     Share,
+    flags,
     leaving_out,
     parse_recipe,
     read_recipe,
@@ -96,7 +97,7 @@ from skillvec.summary import (
     side_warnings,
     tell_nonfinite,
 )
-from skillvec.vector import FP32_MAX, SkillVector, seen_like
+from skillvec.vector import FP32_MAX, SkillVector, StoredVector
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     find_vector,
@@ -245,24 +246,19 @@ def save(
         raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
     limit = parse_size(max_shard_size)
     vector = SkillVector.open(vector).unscaled()
-    if vector.adapter is not None:
-        raise UsageError(f"{vector.ref}: an adapter alone cannot be stored: diff ADAPTER BASE")
-    if not vector.parts and dtype not in ("auto", vector.manifest["dtype"]):
-        raise UsageError(
-            f"dtype {dtype}: {vector.ref} has its own; diff --dtype chooses that of a difference"
-        )
-    dtype = dtype if vector.parts else vector.manifest["dtype"]
+    dtype = vector.storing_dtype(dtype)
     announced = refuse_announced(vector, allow_nonfinite, vector.deltas)
     place = output_vector(output, force, vector)
     storage = choose_storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
     labels = {"method": method, "notes": notes, "license": license}
     shown = {key: value for key, value in labels.items() if value is not None}
-    verb, words = command_words(vector)
+    verb, words = vector.command()
     if vector.parts:
         shown["dtype"] = dtype
     allowed = {"allow_nonfinite": True} if allow_nonfinite else {}
     training = vector.manifest["training"]
-    manifest = vector.manifest | {
+    manifest: Manifest = {
+        **vector.manifest,
         "tool": f"skillvec {__version__}",
         "command": shlex.join(["skillvec", verb, *words, *flags(codec=codec, **shown, **allowed)]),
         "dtype": dtype,
@@ -270,13 +266,13 @@ def save(
         "block_numel": BLOCK_NUMEL,
         "training": {"method": method or training["method"], "notes": notes or training["notes"]},
         "license": license or vector.manifest["license"],
-        **allowed,
     }
+    if allow_nonfinite:
+        manifest["allow_nonfinite"] = True
     plan, entries = plan_store(verb, vector, storage)
     facts: dict[str, Any] = {"formula": manifest["formula"], "output": place.ref,
                              "dtype": dtype, "codec": codec}  # fmt: skip
-    for side in ("tuned", "base") if vector.tuned else ():
-        facts[side] = getattr(vector, side).facts
+    facts |= {side: model.facts for side, model in vector.sides().items()}
     if vector.notes:
         facts["layout"] = dict(vector.notes)
     least, most = vector_nbytes(entries, manifest)
@@ -296,7 +292,7 @@ def save(
         stage.publish(writer.finish(manifest))
     _tell_resumed(report, stage)
     saved = SkillVector.open(place.ref)
-    assert saved.stored is not None
+    assert isinstance(saved, StoredVector)
     report_stored(report, plan, results, saved.manifest, saved.stored)
     return replace(saved, report=report)
 
@@ -344,7 +340,7 @@ def export_patch(
     """
     runner = engine_of(engine, workers)
     opened = SkillVector.open(vector)
-    if opened.stored is None or opened.scale != 1 or opened.manifest["tuned"] is None:
+    if not opened.lists_tuned:
         raise UsageError(f"{opened.ref}: a patch is made of a stored tuned - base")
     point = reopen(base, opened.manifest["base"]["ref"], "base")
     if names not in ("files", "memory"):
@@ -438,7 +434,7 @@ def apply(
     if (vector is None) == (tuned is None or base is None) or (tuned is None) != (base is None):
         raise UsageError("apply takes either a vector or both tuned and base")
     runner = engine_of(engine, workers)
-    request = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed}
+    request: dict[str, Any] = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed}
     request |= selection(include, exclude, rename, rows)
     request |= {"allow_nonfinite": True} if allow_nonfinite else {}
     left_out = leaving_out(include, exclude)
@@ -536,8 +532,8 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
         report = describe_vector(vector)
         if target is not None:
             point = open_checkpoint(target, "target")
-            fitted = laid_out(vector, point)
-            fitting(point, fitted)
+            fitted = to_layout(vector, point)
+            match(point, fitted)
             verdict, warnings = verdict_on(fitted.seen, fitted.vector)
             report.facts |= {"target": point.ref, "verdict": verdict}
             report.warnings += warnings
@@ -659,7 +655,7 @@ def _plan_apply(
         "schema": 1,
         "tool": f"skillvec {__version__}",
         "target": {"ref": point.ref},
-        "vector": described(displacement),
+        "vector": displacement.described(),
         "lam": lam * displacement.scale,
         "request": request,
     }
@@ -690,7 +686,7 @@ def _refuse_idle(given: Mapping[str, Any], used: Sequence[str]) -> None:
 
 
 def _verify_vector(
-    vector: SkillVector,
+    vector: StoredVector,
     tuned: PathLike | Checkpoint | None,
     base: PathLike | Checkpoint | None,
     runner: Engine,
@@ -698,7 +694,6 @@ def _verify_vector(
     watcher: Watcher | None,
 ) -> Report:
     manifest = vector.manifest
-    assert vector.stored is not None
     place = shown(vector.ref, vector.stored.path)
     facts = {"path": place, "exactness": manifest["exactness"]}
     if manifest["tuned"] is None:
@@ -706,13 +701,12 @@ def _verify_vector(
         facts |= {"claim": f"VECTOR = {manifest['formula']}"}
     else:
         excluded = set(manifest["excluded"]).__contains__
-        theirs, ours = (manifest[side]["ref"] for side in ("tuned", "base"))
+        theirs, ours = manifest["tuned"]["ref"], manifest["base"]["ref"]
         given = relocate(theirs, "tuned", "--tuned") if tuned is None else tuned
         if not isinstance(given, Checkpoint) and find_patch(given, "tuned"):
             claim = "VECTOR = PATCH - BASE"
             under = relocate(ours, "base", "--base") if base is None else base
             again = SkillVector.patched(given, under)
-            assert again.tuned is not None and again.base is not None
             left, right = again.tuned, again.base
             plan = plan_verify_combination(vector, again)
         else:

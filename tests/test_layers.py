@@ -16,11 +16,12 @@ PACKAGE = Path(skillvec.__file__).parent
 ORDER = [
     "__main__", "cli", "display", "training", "publishing", "extraction", "holding", "verbs",
     "cards", "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
-    "outputs", "engine", "blocks", "plan", "fitting", "vector", "adapting", "patching", "bridging",
+    "outputs", "engine", "blocks", "plan", "fitting", "vector", "combining", "kinds",
+    "displacement", "adapting", "pairs", "patching", "bridging",
     "lineage", "deltas", "rules", "patch", "page", "analysis",
-    "subspace", "measures", "vectorfile", "checkpoint", "gguffile", "layouts", "conversions",
-    "configs", "trainingshards", "pickles", "adapters", "experts", "lowrank", "quantised",
-    "unread", "objects", "hub",
+    "subspace", "measures", "vectorfile", "manifest", "checkpoint", "gguffile", "layouts",
+    "conversions", "configs", "trainingshards", "pickles", "adapters", "experts", "lowrank",
+    "quantised", "unread", "objects", "hub",
     "sources", "merging", "operators", "codecs", "kernels", "staging", "sidefiles", "storage",
     "report", "errors", "__init__",
 ]  # fmt: skip

@@ -303,7 +303,7 @@ def test_an_adapter_without_its_base_fits_any_model_of_its_names(tmp_path: Path)
     assert report.facts["verdict"] == "same shapes, unknown lineage"
     assert report.counts == {"applied": 2, "passed through": len(merged) - 2}
     base.mkdir()  # one that cannot be opened is as good as none
-    assert sv.SkillVector.open(adapter).adapter is not None
+    assert sv.SkillVector.open(adapter).base is None
     for name, tensor in load(tmp_path / "out").items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=2e-7)
 

@@ -559,7 +559,7 @@ def test_an_adapter_without_its_base_on_a_target_that_stores_both(tmp_path: Path
     weights, config = load(base), config_of(base)
     save(target, weights | {HEAD: weights[EMBED].clone()}, config=config)
     shutil.rmtree(base)
-    assert sv.SkillVector.open(adapter).adapter is not None
+    assert sv.SkillVector.open(adapter).base is None
     report = sv.apply(target, adapter, tmp_path / "out")
     assert_close(load(tmp_path / "out"), expected | {HEAD: expected[EMBED]})
     assert config_of(tmp_path / "out") == config

@@ -1,0 +1,202 @@
+"""What every vector is, whatever it is made of, and what others may ask of it.
+
+The kinds (skillvec.kinds) answer where the answer is not this one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from skillvec.checkpoint import Checkpoint, reopen
+from skillvec.deltas import DeltaSource, MixDelta, PairDelta
+from skillvec.errors import UsageError
+from skillvec.manifest import Manifest, TensorEntry, TensorSide
+from skillvec.report import Line
+from skillvec.sources import Source
+from skillvec.vectorfile import VectorFile
+
+
+def ledger_line(spec: Source, status: str, note: str = "") -> Line:
+    """Return a line of the ledger for a tensor that needs no job."""
+    line = {"name": spec.name, "status": status, "dtype": spec.dtype, "shape": list(spec.shape)}
+    return line | ({"note": note} if note else {})
+
+
+@dataclass(frozen=True)
+class Displacement(ABC):
+    """A displacement tuned - base, or several of them merged, times `scale`.
+
+    `deltas` maps tensor names to where the delta comes from. `manifest` is what the file says or
+    will say, `notes` how tensors were found. `parts` are those of a combination.
+    """
+
+    ref: str
+    deltas: Mapping[str, DeltaSource]
+    manifest: Manifest
+    scale: float = 1.0
+    parts: "tuple[Displacement, ...]" = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    report: Any = field(default=None, compare=False)  # of the verb that wrote it
+
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """Return what a recipe says of it: refs and digests, and how it is combined."""
+
+    @abstractmethod
+    def command(self) -> tuple[str, list[str]]:
+        """Return the verb and the words that give this vector, short of how it is stored."""
+
+    @abstractmethod
+    def alike(self, name: str) -> set[str]:
+        """Return the other tensors that get what `name` gets, going by where deltas come from."""
+
+    def inputs(self) -> list[Checkpoint | VectorFile]:
+        """Return everything it is read from."""
+        return [side for part in self.parts for side in part.inputs()]
+
+    def files(self) -> list[VectorFile]:
+        """Return the vector files it is read from."""
+        return [side for side in self.inputs() if isinstance(side, VectorFile)]
+
+    def sides(self) -> dict[str, Checkpoint]:
+        """Return the checkpoints that are subtracted as they are read: tuned and base, or none."""
+        return {}
+
+    def open_base(self) -> Checkpoint | None:
+        """Return the base, where it is open."""
+        return self.sides().get("base")
+
+    def base_or(self, given: Any) -> Checkpoint:
+        """Return the base that is given, or else the vector's own, opened where it was."""
+        base = self.open_base() if given is None else None
+        excluded = set(self.manifest["excluded"]).__contains__
+        ref = self.manifest["base"]["ref"]
+        return reopen(given, ref, "base", excluded) if base is None else base
+
+    @property
+    def digest(self) -> str | None:
+        """The digest of the manifest in its file, None of what is in none."""
+        return None
+
+    @property
+    def dtypes(self) -> str:
+        """Dtype lineage in a word or two: of tuned and base, as BF16 - F32."""
+        tuned, base = self.manifest["tuned"], self.manifest["base"]
+        return " - ".join("+".join(side["dtypes"]) for side in (tuned, base) if side)
+
+    @property
+    def untied(self) -> dict[str, str]:
+        """Heads that its base ties, and it does not -> the embedding whose values they had."""
+        return dict(self.manifest.get("untied", {}))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a tensor of a target that it lacks is a problem: what an adapter lacks stays."""
+        return True
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a probe of a few values tells how many change; of lists it does not."""
+        return True
+
+    @property
+    def lists_tuned(self) -> bool:
+        """Whether a patch can be made of it: a stored tuned - base, of which digests are known."""
+        return False
+
+    def mixes(self) -> list[MixDelta]:
+        """Return the deltas of a combination."""
+        return [delta for delta in self.deltas.values() if isinstance(delta, MixDelta)]
+
+    def told(self) -> list[str]:
+        """Return the warnings of a vector and its parts."""
+        return list(dict.fromkeys(self.warnings))
+
+    def nonfinite(self) -> dict[str, int]:
+        """Return how many values of tensors have no finite delta, at most: as manifests say."""
+        return {}
+
+    def untransferred(self) -> list[str]:
+        """Return the integer tensors in which tuned differs from base, which no delta carries.
+
+        Of a pair they are read: they are few, and small.
+        """
+        return list(dict.fromkeys(name for part in self.parts for name in part.untransferred()))
+
+    def integers(self) -> dict[str, tuple[Source, Source]]:
+        """Return tuned and base of the tensors that a delta cannot carry, where they are open."""
+        return {}
+
+    def left_out(self) -> list[Line]:
+        """Return lines of the ledger for tensors of its models that give no delta."""
+        return [{"name": name, "status": "excluded"} for name in self.manifest["excluded"]]
+
+    def stated(self, name: str) -> TensorEntry | None:
+        """Return what a file says of a tensor's delta, None of what is in no file."""
+        return None
+
+    def base_digest(self, name: str) -> str | None:
+        """Return the digest of the base's tensor that the delta was taken from, if recorded."""
+        entry = self.stated(name)
+        return entry["base"][1] if entry and entry["base"] else None
+
+    def tuned_dtype(self, name: str, own: str | None = None) -> str:
+        """Return the dtype of the tuned model's tensor, "" where there is none.
+
+        `own` is its name in the manifest, where its delta goes by another one.
+        """
+        delta = self.deltas[name]
+        if isinstance(delta, PairDelta):
+            return delta.tuned.dtype
+        entry = self.stated(own or name)
+        return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
+
+    def same_delta(self, name: str) -> set[str]:
+        """Return the other tensors with the very same delta, by names of the manifest.
+
+        Where only the deltas tell, they are none of the numbered layers if the tensor is not: those
+        may have the shape of a head and not change either.
+        """
+        delta = self.deltas[name]
+        source = delta.spec.name
+        if source != name and self.deltas.get(source) is delta:  # lent to a head
+            return {source, *self.same_delta(source)} - {name}
+        lent = {other for other, of in self.deltas.items() if of is delta and other != name}
+        return lent | self.alike(name)
+
+    def compared(
+        self, equal: dict[str, TensorSide], differing: list[str]
+    ) -> tuple[dict[str, TensorSide], list[str]]:
+        """Return what is said of integers once it is written, of what was found of them now."""
+        return equal, differing
+
+    def claim(self, unrestored: int, differing: Sequence[str]) -> str:
+        """Return what base + 1 * v restores once it is written, in a word (docs/format.md)."""
+        return "combined"
+
+    def storing_dtype(self, dtype: str) -> str:
+        """Return the dtype to store it in if `dtype` is asked for; UsageError if it has its own."""
+        own = self.manifest["dtype"]
+        if dtype not in ("auto", own):
+            raise UsageError(
+                f"dtype {dtype}: {self.ref} has its own; diff --dtype chooses that of a difference"
+            )
+        return own
+
+    def part_problem(self) -> Exception | None:
+        """Return what to raise where it cannot be a part of a combination."""
+        return None
+
+    def rules_left(self, rename: Sequence[str]) -> Sequence[str]:
+        """Return the rules that its names have not changed by yet."""
+        return rename
+
+    def made_for(self, target: Checkpoint, rename: Sequence[str]) -> Self | None:
+        """Return the vector computed for a target itself, None where its deltas are moved there."""
+        return None
+
+    def terms(self) -> "list[tuple[Displacement, float]]":
+        """Return what a sum of vectors is made of: vectors with weights."""
+        return [(replace(self, scale=1.0), self.scale)]
