@@ -265,7 +265,7 @@ def _base_of(adapter: Adapter, place: Place) -> str:
     )
 
 
-def deltas_on(
+def make_deltas(
     effect: Effect, base: Checkpoint, place: Place
 ) -> tuple[dict[str, DeltaSource], dict[str, str]]:
     """Return what an adapter does to every floating-point tensor of its base, and notes on it."""
@@ -311,11 +311,11 @@ def announce_adapter(
     return manifest
 
 
-def unknown_base(ref: str, tensors: Mapping[str, Source]) -> ModelFacts:
+def describe_unknown(adapter: Adapter, tensors: Mapping[str, Source]) -> ModelFacts:
     """Return what a manifest records of a base of which only the name is known."""
     shapes = sorted((name, list(spec.shape)) for name, spec in tensors.items())
     return {
-        "ref": ref, "revision": None, "model_type": None, "config": None, "tokenizer": None,
-        "family": digest_bytes(json.dumps(shapes).encode()), "probe": None, "sketch": {},
-        "dtypes": {},
+        "ref": adapter.base_ref or "", "revision": None, "model_type": None, "config": None,
+        "tokenizer": None, "family": digest_bytes(json.dumps(shapes).encode()), "probe": None,
+        "sketch": {}, "dtypes": {},
     }  # fmt: skip

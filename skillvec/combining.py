@@ -57,7 +57,7 @@ def mix(
     return deltas
 
 
-def with_heads(parts: Sequence[AnyVector]) -> list[AnyVector]:
+def lend_heads(parts: Sequence[AnyVector]) -> list[AnyVector]:
     """Return vectors with deltas of the heads that any of them unties.
 
     On a base that ties a head, one that says nothing of it changes it with the embedding.
@@ -73,7 +73,7 @@ def with_heads(parts: Sequence[AnyVector]) -> list[AnyVector]:
     return made
 
 
-def aligned(vectors: Sequence[AnyVector]) -> list[AnyVector]:
+def align_vectors(vectors: Sequence[AnyVector]) -> list[AnyVector]:
     """Return vectors in the layout of the first: seen through views where theirs is another.
 
     Tensors that no rule brings over stay under their names, for the caller to refuse.

@@ -20,7 +20,7 @@ import numpy as np
 from skillvec import analysis, page, subspace
 from skillvec.blocks import add_values
 from skillvec.checkpoint import Checkpoint, open_checkpoint
-from skillvec.combining import aligned, seen_like
+from skillvec.combining import align_vectors, seen_like
 from skillvec.engine import Engine, JobResult, Threads
 from skillvec.errors import UsageError
 from skillvec.kernels import HALVES
@@ -149,7 +149,7 @@ def _compare(
     other = None
     if control is not None and control != "random":
         other = SkillVector.open(control, "control")
-    compared = aligned([*opened, *([other] if other else [])])
+    compared = align_vectors([*opened, *([other] if other else [])])
     opened = compared[: len(opened)]
     if weights is not None:
         weights = seen_like(weights, compared[0])
@@ -388,7 +388,7 @@ def _relate(
             for j in wanted
             if (i, j) in request.pairs or (j, i) in request.pairs
         }
-        aligned = {
+        align = {
             m: subspace.alignment_ratio(values, merged[m], device)
             for m, pair in enumerate(request.pairs)
             if i in pair
@@ -408,7 +408,7 @@ def _relate(
                 side, across = ("a", "b") if i == pair[0] else ("b", "a")
                 row = spectra.pairs[m][n]
                 share = inside[pair[1] if side == "a" else pair[0]]
-                row |= {f"energy_{side}": own.norm_sq, f"sar_{side}": aligned[m],
+                row |= {f"energy_{side}": own.norm_sq, f"sar_{side}": align[m],
                         f"{side}_in_{across}": share[2] if share else None}  # fmt: skip
     for m, (i, j) in enumerate(request.pairs):
         spectra.pairs[m][n] |= _angles(alone[i], alone[j], k, shape)

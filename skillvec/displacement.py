@@ -6,7 +6,7 @@ The kinds (skillvec.kinds) answer where the answer is not this one.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from skillvec.checkpoint import Checkpoint, reopen
 from skillvec.deltas import DeltaSource, MixDelta, PairDelta
@@ -31,6 +31,9 @@ class Displacement(ABC):
     will say, `notes` how tensors were found. `parts` are those of a combination.
     """
 
+    is_partial: ClassVar[bool] = False  # what it lacks of a target stays, as with an adapter
+    is_sparse: ClassVar[bool] = False  # so much that a probe of a few values tells nothing
+
     ref: str
     deltas: Mapping[str, DeltaSource]
     manifest: Manifest
@@ -41,15 +44,15 @@ class Displacement(ABC):
     report: Any = field(default=None, compare=False)  # of the verb that wrote it
 
     @abstractmethod
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return what a recipe says of it: refs and digests, and how it is combined."""
 
     @abstractmethod
-    def command(self) -> tuple[str, list[str]]:
+    def to_command(self) -> tuple[str, list[str]]:
         """Return the verb and the words that give this vector, short of how it is stored."""
 
     @abstractmethod
-    def alike(self, name: str) -> set[str]:
+    def find_alike(self, name: str) -> set[str]:
         """Return the other tensors that get what `name` gets, going by where deltas come from."""
 
     def inputs(self) -> list[Checkpoint | VectorFile]:
@@ -68,7 +71,7 @@ class Displacement(ABC):
         """Return the base, where it is open."""
         return self.sides().get("base")
 
-    def base_or(self, given: Any) -> Checkpoint:
+    def reopen_base(self, given: Any) -> Checkpoint:
         """Return the base that is given, or else the vector's own, opened where it was."""
         base = self.open_base() if given is None else None
         excluded = set(self.manifest["excluded"]).__contains__
@@ -92,16 +95,6 @@ class Displacement(ABC):
         return dict(self.manifest.get("untied", {}))
 
     @property
-    def is_whole(self) -> bool:
-        """Whether a tensor of a target that it lacks is a problem: what an adapter lacks stays."""
-        return True
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether a probe of a few values tells how many change; of lists it does not."""
-        return True
-
-    @property
     def lists_tuned(self) -> bool:
         """Whether a patch can be made of it: a stored tuned - base, of which digests are known."""
         return False
@@ -110,7 +103,7 @@ class Displacement(ABC):
         """Return the deltas of a combination."""
         return [delta for delta in self.deltas.values() if isinstance(delta, MixDelta)]
 
-    def told(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         """Return the warnings of a vector and its parts."""
         return list(dict.fromkeys(self.warnings))
 
@@ -125,21 +118,21 @@ class Displacement(ABC):
         """
         return list(dict.fromkeys(name for part in self.parts for name in part.untransferred()))
 
-    def integers(self) -> dict[str, tuple[Source, Source]]:
+    def pair_integers(self) -> dict[str, tuple[Source, Source]]:
         """Return tuned and base of the tensors that a delta cannot carry, where they are open."""
         return {}
 
-    def left_out(self) -> list[Line]:
+    def list_left_out(self) -> list[Line]:
         """Return lines of the ledger for tensors of its models that give no delta."""
         return [{"name": name, "status": "excluded"} for name in self.manifest["excluded"]]
 
-    def stated(self, name: str) -> TensorEntry | None:
+    def find_entry(self, name: str) -> TensorEntry | None:
         """Return what a file says of a tensor's delta, None of what is in no file."""
         return None
 
     def base_digest(self, name: str) -> str | None:
         """Return the digest of the base's tensor that the delta was taken from, if recorded."""
-        entry = self.stated(name)
+        entry = self.find_entry(name)
         return entry["base"][1] if entry and entry["base"] else None
 
     def tuned_dtype(self, name: str, own: str | None = None) -> str:
@@ -150,10 +143,10 @@ class Displacement(ABC):
         delta = self.deltas[name]
         if isinstance(delta, PairDelta):
             return delta.tuned.dtype
-        entry = self.stated(own or name)
+        entry = self.find_entry(own or name)
         return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
 
-    def same_delta(self, name: str) -> set[str]:
+    def find_same(self, name: str) -> set[str]:
         """Return the other tensors with the very same delta, by names of the manifest.
 
         Where only the deltas tell, they are none of the numbered layers if the tensor is not: those
@@ -162,21 +155,20 @@ class Displacement(ABC):
         delta = self.deltas[name]
         source = delta.spec.name
         if source != name and self.deltas.get(source) is delta:  # lent to a head
-            return {source, *self.same_delta(source)} - {name}
+            return {source, *self.find_same(source)} - {name}
         lent = {other for other, of in self.deltas.items() if of is delta and other != name}
-        return lent | self.alike(name)
+        return lent | self.find_alike(name)
 
-    def compared(
-        self, equal: dict[str, TensorSide], differing: list[str]
-    ) -> tuple[dict[str, TensorSide], list[str]]:
-        """Return what is said of integers once it is written, of what was found of them now."""
-        return equal, differing
+    def conclude(
+        self, equal: dict[str, TensorSide], differing: list[str], unrestored: int
+    ) -> tuple[dict[str, TensorSide], list[str], str]:
+        """Return what its manifest says in the end of integers, and what base + 1 * v restores.
 
-    def claim(self, unrestored: int, differing: Sequence[str]) -> str:
-        """Return what base + 1 * v restores once it is written, in a word (docs/format.md)."""
-        return "combined"
+        `equal` and `differing` are what was found of them now.
+        """
+        return equal, differing, "combined"
 
-    def storing_dtype(self, dtype: str) -> str:
+    def choose_dtype(self, dtype: str) -> str:
         """Return the dtype to store it in if `dtype` is asked for; UsageError if it has its own."""
         own = self.manifest["dtype"]
         if dtype not in ("auto", own):
@@ -189,11 +181,11 @@ class Displacement(ABC):
         """Return what to raise where it cannot be a part of a combination."""
         return None
 
-    def rules_left(self, rename: Sequence[str]) -> Sequence[str]:
+    def drop_applied(self, rename: Sequence[str]) -> Sequence[str]:
         """Return the rules that its names have not changed by yet."""
         return rename
 
-    def made_for(self, target: Checkpoint, rename: Sequence[str]) -> Self | None:
+    def make_for(self, target: Checkpoint, rename: Sequence[str]) -> Self | None:
         """Return the vector computed for a target itself, None where its deltas are moved there."""
         return None
 

@@ -104,7 +104,7 @@ def extract_lora(
     if dtype_of(dtype) == "F64":
         raise UsageError("dtype fp64: factors are stored in fp32, bf16 or fp16")
     opened = SkillVector.open(vector)
-    point = opened.base_or(base)
+    point = opened.reopen_base(base)
     plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
     announced = refuse_announced(opened, allow_nonfinite, {job.name for job in plan.jobs})
     plan.warnings.extend(announced)
@@ -230,9 +230,7 @@ def _of_tied(
     moved = {job.name: _name_in(vector, job.deltas[0]) for job in jobs if job.name in others}
     files = set(moved.values())
     apart = files & set(vector.untied) or any(
-        not file or not files <= {file, *vector.same_delta(file)}
-        for file in files
-        if len(files) > 1
+        not file or not files <= {file, *vector.find_same(file)} for file in files if len(files) > 1
     )
     if apart and not all(held[other].kind == "whole" for other in others):
         both = " and ".join(f"--save-module {n.rpartition('.')[0]}" for n in model.tied[name])

@@ -64,8 +64,8 @@ def to_layout(
     `rename` rules are applied to the vector's names; of `rows` that only the target has, the delta
     is 0.
     """
-    rename = vector.rules_left(rename)
-    made = vector.made_for(target, rename)
+    rename = vector.drop_applied(rename)
+    made = vector.make_for(target, rename)
     if made is not None:
         stay = {name: "not in the adapter" for name in target if name not in made.deltas}
         return InLayout(made, target, stay, [], made, {})
@@ -194,7 +194,7 @@ class _Matching:
             passed[name] = ("passed through", f"{kind}, which the model computes")
         elif (twin := _moving(self._target, name, self._moved, self._may_copy)) is not None:
             routes[name] = twin
-        elif not vector.is_whole:
+        elif vector.is_partial:
             passed[name] = ("passed through", "not in the adapter")
         else:
             said = f"{name} {list(spec.shape)}: only in the target"
@@ -222,7 +222,7 @@ class _Matching:
         elif is_idle_buffer(name, delta):
             lines.append(ledger_line(delta.spec, "left out", "the model computes it"))
         else:
-            twins = self._moved.own.same_delta(name) if self._may_tie else set()
+            twins = self._moved.own.find_same(name) if self._may_tie else set()
             twin = _stored_as(target, name, self._moved, twins)
             if twin is not None:
                 lines.append(ledger_line(delta.spec, "tied", f"same delta as {twin}"))
@@ -349,7 +349,7 @@ def _moves_apart(vector: SkillVector, taken: Sequence[DeltaSource]) -> bool:
     if len(taken) < 2:
         return any(map(may_change, taken))
     one, other = (delta.spec.name for delta in taken)
-    return one != other and not (one in vector.deltas and other in vector.same_delta(one))
+    return one != other and not (one in vector.deltas and other in vector.find_same(one))
 
 
 def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]:
@@ -359,7 +359,7 @@ def verdict_on(target: Checkpoint, vector: SkillVector) -> tuple[str, list[str]]
     unknown lineage": nothing says so.
     """
     base = vector.manifest["base"]
-    warnings = vector.told()
+    warnings = vector.list_warnings()
     if base["tokenizer"] and target.tokenizer_digest not in (None, base["tokenizer"]):
         warnings.append(
             "the target's tokenizer differs from the base's: a token may mean something else"

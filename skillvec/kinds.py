@@ -6,7 +6,7 @@ is a class here, beside its name in skillvec.vector.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from skillvec.adapters import Adapter
 from skillvec.adapting import effect_on
@@ -31,10 +31,10 @@ class Stored(Displacement):
 
     stored: VectorFile
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"ref": self.ref, "digest": self.digest}
 
-    def command(self) -> tuple[str, list[str]]:
+    def to_command(self) -> tuple[str, list[str]]:
         return "combine", [self.ref]
 
     def inputs(self) -> list[Checkpoint | VectorFile]:
@@ -55,18 +55,16 @@ class Stored(Displacement):
     def untransferred(self) -> list[str]:
         return list(self.manifest["differing"])
 
-    def stated(self, name: str) -> TensorEntry | None:
+    def find_entry(self, name: str) -> TensorEntry | None:
         return self.manifest["tensors"].get(name)
 
-    def compared(
-        self, equal: dict[str, TensorSide], differing: list[str]
-    ) -> tuple[dict[str, TensorSide], list[str]]:
-        return self.manifest["equal"], self.manifest["differing"]
+    def conclude(
+        self, equal: dict[str, TensorSide], differing: list[str], unrestored: int
+    ) -> tuple[dict[str, TensorSide], list[str], str]:
+        said = self.manifest
+        return said["equal"], said["differing"], said["exactness"]["claim"]
 
-    def claim(self, unrestored: int, differing: Sequence[str]) -> str:
-        return self.manifest["exactness"]["claim"]
-
-    def alike(self, name: str) -> set[str]:
+    def find_alike(self, name: str) -> set[str]:
         if isinstance(self.deltas[name], ViewDelta):
             return set()
         entries = self.manifest["tensors"]
@@ -91,12 +89,12 @@ class Pair(Displacement):
     tuned: Checkpoint
     base: Checkpoint
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         chosen = {key: self.manifest.get(key) for key in TAKEN if key in self.manifest}
         sides = {"tuned": self.tuned.ref, "base": self.base.ref}
         return sides | {key: value for key, value in chosen.items() if value not in ("auto", [])}
 
-    def command(self) -> tuple[str, list[str]]:
+    def to_command(self) -> tuple[str, list[str]]:
         chosen = {key: self.manifest.get(key) for key in TAKEN if key in self.manifest}
         return "diff", [*self._refs(), *flags(**chosen)]
 
@@ -111,13 +109,13 @@ class Pair(Displacement):
         return {"tuned": self.tuned, "base": self.base}
 
     def untransferred(self) -> list[str]:
-        sides = self.integers().items()
+        sides = self.pair_integers().items()
         return [name for name, pair in sides if digest_values(pair[0]) != digest_values(pair[1])]
 
-    def integers(self) -> dict[str, tuple[Source, Source]]:
+    def pair_integers(self) -> dict[str, tuple[Source, Source]]:
         return {name: (self.tuned[name], self.base[name]) for name in self.manifest["equal"]}
 
-    def left_out(self) -> list[Line]:
+    def list_left_out(self) -> list[Line]:
         told = [(name, "excluded", self.notes.get(name, "")) for name in self.manifest["excluded"]]
         told += [(name, "tied", f"copy of {of}") for name, of in self.manifest["tied"].items()]
         return [
@@ -125,12 +123,15 @@ class Pair(Displacement):
             for name, status, note in told
         ]
 
-    def claim(self, unrestored: int, differing: Sequence[str]) -> str:
+    def conclude(
+        self, equal: dict[str, TensorSide], differing: list[str], unrestored: int
+    ) -> tuple[dict[str, TensorSide], list[str], str]:
+        claim = "partial" if unrestored or differing else "bitwise"
         if self.manifest["dtype"] != "auto" and unrestored:
-            return "rounded"
-        return "partial" if unrestored or differing else "bitwise"
+            claim = "rounded"
+        return equal, differing, claim
 
-    def alike(self, name: str) -> set[str]:
+    def find_alike(self, name: str) -> set[str]:
         mine = self.deltas[name]
         if not isinstance(mine, PairDelta):  # of another layout
             return set()
@@ -145,27 +146,27 @@ class Pair(Displacement):
 class Patched(Pair):
     """A patch (changed values of the exact base) and that base: `tuned` is the base, patched."""
 
-    def command(self) -> tuple[str, list[str]]:
-        return "import-patch", self._refs()
+    is_sparse: ClassVar[bool] = True
 
-    @property
-    def is_dense(self) -> bool:
-        return False
+    def to_command(self) -> tuple[str, list[str]]:
+        return "import-patch", self._refs()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Displacement):
     """What an adapter adds to its base; without one (None) it is fitted to the target it meets."""
 
+    is_partial: ClassVar[bool] = True
+
     adapter: Adapter
     origin: Checkpoint  # its own files
     base: Checkpoint | None = None
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         renamed_by = {"rename": self.manifest["rename"]} if "rename" in self.manifest else {}
         return {"ref": self.ref, "digest": self.manifest["identity"], **renamed_by}
 
-    def command(self) -> tuple[str, list[str]]:
+    def to_command(self) -> tuple[str, list[str]]:
         return "diff", [self.manifest["parents"][0]["ref"], self.manifest["base"]["ref"]]
 
     def inputs(self) -> list[Checkpoint | VectorFile]:
@@ -174,14 +175,10 @@ class Adapted(Displacement):
     def open_base(self) -> Checkpoint | None:
         return self.base
 
-    @property
-    def is_whole(self) -> bool:
-        return False
-
-    def storing_dtype(self, dtype: str) -> str:
+    def choose_dtype(self, dtype: str) -> str:
         if self.base is None:
             raise UsageError(f"{self.ref}: an adapter alone cannot be stored: diff ADAPTER BASE")
-        return super().storing_dtype(dtype)
+        return super().choose_dtype(dtype)
 
     def part_problem(self) -> Exception | None:
         if self.base is not None:
@@ -191,10 +188,10 @@ class Adapted(Displacement):
             " BASE -o makes a vector of it"
         )
 
-    def rules_left(self, rename: Sequence[str]) -> Sequence[str]:
+    def drop_applied(self, rename: Sequence[str]) -> Sequence[str]:
         return () if list(rename) == self.manifest.get("rename") else rename
 
-    def made_for(self, target: Checkpoint, rename: Sequence[str]) -> Self | None:
+    def make_for(self, target: Checkpoint, rename: Sequence[str]) -> Self | None:
         if self.base is not None:
             if not rename or self.adapter.needs_base:
                 return None
@@ -208,7 +205,7 @@ class Adapted(Displacement):
         deltas = {name: ComputedDelta(d, self.ref) for name, d in effect.deltas.items()}
         return replace(self, deltas=deltas, warnings=tuple(effect.warnings))
 
-    def alike(self, name: str) -> set[str]:
+    def find_alike(self, name: str) -> set[str]:
         mine = self.deltas[name]
         return {
             other for other, delta in self.deltas.items()
@@ -235,11 +232,11 @@ class Combined(Displacement):
             for part, share in zip(self.parts, shares, strict=True)
         ]
 
-    def described(self) -> dict[str, Any]:
-        parts = [part.described() for part in self.parts]
+    def describe(self) -> dict[str, Any]:
+        parts = [part.describe() for part in self.parts]
         return {"recipe": self.recipe.to_dict(), "parts": parts}
 
-    def command(self) -> tuple[str, list[str]]:
+    def to_command(self) -> tuple[str, list[str]]:
         recipe = self.recipe
         if any(share.rules or share.parameters or not isinstance(share.weight, float)
                for share in recipe.shares):  # fmt: skip
@@ -252,7 +249,7 @@ class Combined(Displacement):
     def dtypes(self) -> str:
         return ", ".join(dict.fromkeys(part.dtypes for part in self.parts))
 
-    def told(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         own = [warning for part in (self, *self.parts) for warning in part.warnings]
         return [*dict.fromkeys(own), *_kinship_warnings(self.parts)]
 
@@ -267,13 +264,13 @@ class Combined(Displacement):
         found = {part.base_digest(name) for part in self.parts if name in part.deltas}
         return found.pop() if len(found) == 1 else None
 
-    def storing_dtype(self, dtype: str) -> str:
+    def choose_dtype(self, dtype: str) -> str:
         return dtype
 
     def part_problem(self) -> Exception | None:
         return TypeError("a combination cannot be combined again as it is: save it first")
 
-    def alike(self, name: str) -> set[str]:
+    def find_alike(self, name: str) -> set[str]:
         """Return the tensors to which every part does the same, or nothing."""
         mine = self.deltas[name]
         if not isinstance(mine, MixDelta) or not mine.by_value:
@@ -286,7 +283,7 @@ class Combined(Displacement):
         }  # fmt: skip
         for part in self.parts:
             if name in part.deltas:
-                found &= part.same_delta(name)
+                found &= part.find_same(name)
             else:
                 found -= set(part.deltas)
         return found

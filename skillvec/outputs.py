@@ -352,7 +352,7 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
     prefetch([value_range(s, *_middle(s)) for s in sides if isinstance(s, TensorSpec)])
     for name, delta in vector.deltas.items():
         kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
-        if isinstance(delta, PairDelta) and vector.is_dense:
+        if isinstance(delta, PairDelta) and not vector.is_sparse:
             kept, sample = _probed(delta, delta.tuned)
             nonzero = int((sample != 0).sum())
             if codec == "sparse":

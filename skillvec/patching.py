@@ -21,7 +21,7 @@ from skillvec.storage import TensorSpec
 TURNED = 3  # dimensions from which on a tensor in memory may be a transposed one of the files
 
 
-class _Fit(NamedTuple):
+class _Naming(NamedTuple):
     """A layout (None: the files) that has all tensors of a patch, and what it calls them."""
 
     layout: Layout | None
@@ -38,18 +38,18 @@ def touched_by(patch: Patch, base: Checkpoint) -> tuple[dict[str, Source], dict[
     """
     problems = patch.problems(base)
     if patch.family not in (None, base.family_digest):
-        for fit in _fits(patch, base, _layouts(base), False):
-            if fit.layout and fit.layout.model.family_digest == patch.family:
-                return _with_twins(patch, base, *_seen_back(patch, base, fit))
+        for naming in _find_namings(patch, base, _layouts(base), False):
+            if naming.layout and naming.layout.model.family_digest == patch.family:
+                return _with_twins(patch, base, *_seen_back(patch, base, naming))
         raise _refusal(patch, base, problems, "was made for a model of another shape than")
     if not problems and not _may_be_turned(patch, base):
         return _with_twins(patch, base, patch.laid_over(base), {})
     layouts = _layouts(base)
     for moved in (False, True):
-        fits = list(_fits(patch, base, layouts, moved))
-        if fits:
-            _refuse_two_meanings(patch, fits)
-            return _with_twins(patch, base, *_seen_back(patch, base, fits[0]))
+        namings = list(_find_namings(patch, base, layouts, moved))
+        if namings:
+            _refuse_two_meanings(patch, namings)
+            return _with_twins(patch, base, *_seen_back(patch, base, namings[0]))
     raise _refusal(patch, base, problems, "does not fit")
 
 
@@ -75,7 +75,9 @@ def _layouts(base: Checkpoint) -> list[Layout]:
         return []
 
 
-def _fits(patch: Patch, base: Checkpoint, layouts: Iterable[Layout], moved: bool) -> Iterator[_Fit]:
+def _find_namings(
+    patch: Patch, base: Checkpoint, layouts: Iterable[Layout], moved: bool
+) -> Iterator[_Naming]:
     """Yield the layouts that have all tensors of a patch, `moved` to another prefix or as they are.
 
     Weights that are one may stand under either name, or under both.
@@ -90,7 +92,7 @@ def _fits(patch: Patch, base: Checkpoint, layouts: Iterable[Layout], moved: bool
         found = [_untied(patch, model, tied, own | way) for way in ways]
         found = [names for names in found if not patch.problems(model, names)]
         if len(found) == 1:
-            yield _Fit(layout, model, found[0])
+            yield _Naming(layout, model, found[0])
 
 
 def _untied(
@@ -115,15 +117,15 @@ def _digests(listing: Listing) -> Iterator[str | None]:
             yield None if spec is None else digest_values(spec)
 
 
-def _refuse_two_meanings(patch: Patch, fits: list[_Fit]) -> None:
+def _refuse_two_meanings(patch: Patch, namings: list[_Naming]) -> None:
     """Raise IncompatibleError where a list means other values in one layout than in another."""
     wrong = []
     for name, listing in patch.listings.items():
-        meant = [fit.model[fit.names[name]] for fit in fits]
-        for fit, spec in zip(fits[1:], meant[1:], strict=True):
+        meant = [naming.model[naming.names[name]] for naming in namings]
+        for naming, spec in zip(namings[1:], meant[1:], strict=True):
             if listing.numel and _what(spec) != _what(meant[0]):
                 where = [f"{list(s.shape)} in {f.layout.label if f.layout else 'the files'}"
-                         for f, s in ((fits[0], meant[0]), (fit, spec))]  # fmt: skip
+                         for f, s in ((namings[0], meant[0]), (naming, spec))]  # fmt: skip
                 wrong.append(f"{name}: {' and '.join(where)}")
                 break
     if wrong:
@@ -167,15 +169,15 @@ def _with_twins(
 
 
 def _seen_back(
-    patch: Patch, base: Checkpoint, fit: _Fit
+    patch: Patch, base: Checkpoint, naming: _Naming
 ) -> tuple[dict[str, Source], dict[str, str]]:
     """Return what a patch under the names of another layout changes in the files' own."""
-    laid = patch.laid_over(fit.model, fit.names)
-    if fit.layout is None:
-        notes = {new: f"patched as {name}" for name, new in fit.names.items() if name != new}
+    laid, layout = patch.laid_over(naming.model, naming.names), naming.layout
+    if layout is None:
+        notes = {new: f"patched as {name}" for name, new in naming.names.items() if name != new}
         return laid, {name: note for name, note in notes.items() if name in laid}
     views = {
-        name: view for name, view in fit.layout.back.items()
+        name: view for name, view in layout.back.items()
         if any(source in laid for source in view.sources)
     }  # fmt: skip
     used: Counter[str] = Counter()
@@ -185,12 +187,12 @@ def _seen_back(
     lost = [f"{n}: {used[n]} of {s.numel} values" for n, s in laid.items() if used[n] != s.numel]
     if lost:
         raise IncompatibleError(
-            f"patch {patch.ref}: its names are those of {fit.layout.label}, of which"
+            f"patch {patch.ref}: its names are those of {layout.label}, of which"
             f" {base.ref} does not hold all values:\n{up_to_five(lost)}"
         )
-    found = viewed_specs(Bridge(views, {}, {}, [], {}, []), {**fit.layout.model, **laid})
+    found = viewed_specs(Bridge(views, {}, {}, [], {}, []), {**layout.model, **laid})
     notes = {
-        name: f"patched as {', '.join(s for s in view.sources if s in laid)} of {fit.layout.label}"
+        name: f"patched as {', '.join(s for s in view.sources if s in laid)} of {layout.label}"
         for name, view in views.items() if isinstance(found[name], Viewed)
     }  # fmt: skip
     return found, notes

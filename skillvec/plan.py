@@ -210,14 +210,14 @@ def plan_store(
             )
         )
         row += block_count(entry.numel)
-    for name, (tuned, base) in vector.integers().items():
+    for name, (tuned, base) in vector.pair_integers().items():
         point, expected = as_integers(base), as_integers(tuned)
         jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
-    ledger = vector.left_out()
+    ledger = vector.list_left_out()
     ledger += [line for side in vector.sides().values() for line in _dropped(side)]
     plan = Plan(
         verb, jobs, ledger=ledger, vectors=vector.files(), mixes=vector.mixes(),
-        warnings=vector.told(),
+        warnings=vector.list_warnings(),
     )  # fmt: skip
     return plan, entries
 
@@ -620,7 +620,7 @@ def _compared_as(name: str, vectors: Sequence[SkillVector], names: Sequence[str]
     to say that they are.
     """
     holders = [vector for vector in vectors if name in vector.deltas]
-    twins = set.intersection(*(vector.same_delta(name) for vector in holders))
+    twins = set.intersection(*(vector.find_same(name) for vector in holders))
     if not twins:
         return None
     said = {vector.manifest["tied"].get(name) for vector in vectors}

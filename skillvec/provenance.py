@@ -67,9 +67,15 @@ def digests_of(said: dict[str, Any]) -> Any:
 
 
 class Target(TypedDict):
-    """The target of an apply."""
-
     ref: str
+
+
+class Named(TypedDict):
+    vector: str
+
+
+class Shares(TypedDict):
+    vectors: list[Named]  # a recipe, of which `rules` checks the rest
 
 
 class ApplyRequest(Selection):
@@ -115,18 +121,6 @@ class ByPair(Taken):
 
     tuned: str
     base: str
-
-
-class Named(TypedDict):
-    """A share of a recipe."""
-
-    vector: str
-
-
-class Shares(TypedDict):
-    """The recipe of a combination, of which `rules` checks the rest."""
-
-    vectors: list[Named]
 
 
 class ByParts(Taken):

@@ -36,23 +36,24 @@ def complete_manifest(
 ) -> None:
     """Add what is known when all blocks are written: digests, counts, codecs, exactness."""
     manifest["tensors"], manifest["differing"] = {}, []
-    equal, announced = {}, vector.nonfinite()
+    equal, differing, announced = {}, [], vector.nonfinite()
     for result in results:
         job = result.job
         if job.operator == "store":
-            placed, stated = settled.placed[job.name], vector.stated(job.name)
+            placed, stated = settled.placed[job.name], vector.find_entry(job.name)
             nonfinite = min(result.lost + announced.get(job.name, 0), job.numel)
             manifest["tensors"][job.name] = _entry(result, placed, stated, nonfinite)
         elif result.mismatches:
-            manifest["differing"].append(job.name)
+            differing.append(job.name)
         else:
             assert job.point is not None
             equal[job.name] = [job.point.dtype, result.digests["point"]]
     manifest["side"] = settled.side
-    manifest["equal"], manifest["differing"] = vector.compared(equal, manifest["differing"])
     unrestored = sum(entry.get("unrestored", 0) for entry in manifest["tensors"].values())
+    manifest["equal"], manifest["differing"], claim = vector.conclude(equal, differing, unrestored)
     manifest["exactness"] = Claim(
-        claim=vector.claim(unrestored, manifest["differing"]), exceptions=settled.exceptions,
+        claim=claim,
+        exceptions=settled.exceptions,
         replacements=settled.replacements, unrestored=unrestored,
     )  # fmt: skip
 

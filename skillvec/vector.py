@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from skillvec import kinds
 from skillvec.adapters import open_adapter
-from skillvec.adapting import announce_adapter, deltas_on, meet_base, unknown_base
+from skillvec.adapting import announce_adapter, describe_unknown, make_deltas, meet_base
 from skillvec.bridging import seen_as
 from skillvec.checkpoint import (
     ADAPTER_CONFIG,
@@ -27,7 +27,7 @@ from skillvec.checkpoint import (
     placeholders,
     read_json,
 )
-from skillvec.combining import aligned, announce_combination, mix, with_heads
+from skillvec.combining import align_vectors, announce_combination, lend_heads, mix
 from skillvec.deltas import DeltaSource, PairDelta, dtype_of, value_dtype
 from skillvec.displacement import Displacement
 from skillvec.errors import IncompatibleError, UsageError, printable
@@ -182,9 +182,9 @@ class SkillVector(Displacement):
         deltas: dict[str, DeltaSource] = {}
         notes: dict[str, str] = {}
         if base is not None and effect is not None:
-            deltas, notes = deltas_on(effect, base, place)
+            deltas, notes = make_deltas(effect, base, place)
         said = [config, [[name, digest_values(spec)] for name, spec in sorted(opened.items())]]
-        ours = identity(base) if base is not None else unknown_base(adapter.base_ref or "", opened)
+        ours = describe_unknown(adapter, opened) if base is None else identity(base)
         integers = {n: [s.dtype, None] for n, s in (base or {}).items() if n not in deltas}
         manifest = announce_adapter(place, said, ours, integers, effect, rename)
         return AdapterVector(
@@ -229,7 +229,7 @@ class SkillVector(Displacement):
         some of the vectors have, unless they were left out there on purpose.
         """
         recipe = replace(recipe, shares=tuple(map(_scaled, recipe.shares, parts)))
-        parts = with_heads(aligned([replace(part, scale=1.0) for part in parts]))
+        parts = lend_heads(align_vectors([replace(part, scale=1.0) for part in parts]))
         deltas = mix(parts, recipe, operator or OPERATORS[recipe.op])
         manifest = announce_combination(parts, recipe)
         ref = manifest["formula"]

@@ -246,13 +246,13 @@ def save(
         raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
     limit = parse_size(max_shard_size)
     vector = SkillVector.open(vector).unscaled()
-    dtype = vector.storing_dtype(dtype)
+    dtype = vector.choose_dtype(dtype)
     announced = refuse_announced(vector, allow_nonfinite, vector.deltas)
     place = output_vector(output, force, vector)
     storage = choose_storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
     labels = {"method": method, "notes": notes, "license": license}
     shown = {key: value for key, value in labels.items() if value is not None}
-    verb, words = vector.command()
+    verb, words = vector.to_command()
     if vector.parts:
         shown["dtype"] = dtype
     allowed = {"allow_nonfinite": True} if allow_nonfinite else {}
@@ -655,7 +655,7 @@ def _plan_apply(
         "schema": 1,
         "tool": f"skillvec {__version__}",
         "target": {"ref": point.ref},
-        "vector": displacement.described(),
+        "vector": displacement.describe(),
         "lam": lam * displacement.scale,
         "request": request,
     }
