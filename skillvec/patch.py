@@ -224,7 +224,7 @@ def _starts(listed: Listed, numel: int, most: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def _part(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
+def cut_part(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
     """Return values begin to end of a 1-D tensor."""
     width = ITEMSIZE[spec.dtype]
     at = spec.start + begin * width
@@ -492,8 +492,8 @@ def _of_verl(opened: Checkpoint) -> dict[str, Listing]:
         if indices is None and end - at != prod(shape):
             raise FormatError(f"{what}: {name}: {end - at} values, expected {list(shape)}")
         listed = Listed(
-            indices and _part(indices, at, end)._replace(name=f"{name} in {ALL_INDICES}"),
-            _part(values, at, end)._replace(name=f"{name} in {ALL_VALUES}"),
+            indices and cut_part(indices, at, end)._replace(name=f"{name} in {ALL_INDICES}"),
+            cut_part(values, at, end)._replace(name=f"{name} in {ALL_VALUES}"),
         )
         listing = Listing(dtypes[entry["dtype"]], shape, (listed,), RUNS)
         found[name] = _joined(opened.ref, name, found.get(name), listing)
