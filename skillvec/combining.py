@@ -108,28 +108,38 @@ def _aligned(vector: AnyVector, first: Displacement) -> AnyVector:
     found = bridged(mine, wanted, [_config_of(first), _config_of(vector)], (), "strict")
     if found is None:
         return vector
-    deltas: dict[str, DeltaSource] = {}
+    deltas, places = move_deltas(vector, found.views)
+    deltas |= {name: vector.deltas[name] for name in left_over(found, vector.ref, mine, wanted)}
     entries: dict[str, TensorEntry] = {}
-    places: dict[str, str] = {}
     stated = vector.manifest.get("tensors", {})
-    for name, view in found.views.items():
-        (source, *more) = view.sources
-        if not more and view == whole(source, mine[source].shape):
-            deltas[name], places[source] = vector.deltas[source], name
-            entries |= {name: stated[source]} if source in stated else {}
-            continue
-        deltas[name] = viewed_delta(name, view, vector)
-        lost = sum(stated[part].get("nonfinite", 0) for part in view.sources if part in stated)
-        entries[name] = _viewed_entry(name, deltas[name].spec, lost)
-    left = left_over(found, vector.ref, mine, wanted)
-    deltas |= {name: vector.deltas[name] for name in left}
-    entries |= {name: stated[name] for name in left if name in stated}
+    for name, delta in deltas.items():
+        own = found.views[name].sources if name in found.views else [name]
+        if not own or delta is not vector.deltas[own[0]]:
+            lost = sum(stated[part].get("nonfinite", 0) for part in own if part in stated)
+            entries[name] = _viewed_entry(name, delta.spec, lost)
+        elif own[0] in stated:
+            entries[name] = stated[own[0]]
     manifest = vector.manifest.copy()
     if stated:
         manifest["tensors"] = entries
     if moved := {head: places.get(of, of) for head, of in vector.untied.items()}:
         manifest["untied"] = moved
     return replace(vector, deltas=deltas, manifest=manifest, notes={**vector.notes, **found.notes})
+
+
+def move_deltas(
+    vector: Displacement, views: Mapping[str, View]
+) -> tuple[dict[str, DeltaSource], dict[str, str]]:
+    """Return deltas seen through views, by the views' names, and where whole ones have gone."""
+    deltas: dict[str, DeltaSource] = {}
+    places: dict[str, str] = {}
+    for name, view in views.items():
+        (source, *others) = view.sources or (None,)
+        if source and not others and view == whole(source, vector.deltas[source].spec.shape):
+            deltas[name], places[source] = vector.deltas[source], name
+        else:
+            deltas[name] = viewed_delta(name, view, vector)
+    return deltas, places
 
 
 def _viewed_entry(name: str, spec: Source, nonfinite: int) -> TensorEntry:

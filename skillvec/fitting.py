@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from skillvec.bridging import bridged, hints_of, left_over, tied_names
 from skillvec.checkpoint import Checkpoint, empty_weights, lone_factors, placeholders
-from skillvec.combining import viewed_delta
+from skillvec.combining import move_deltas
 from skillvec.configs import untied_config
 from skillvec.conversions import tied_weights
 from skillvec.deltas import DeltaSource
@@ -36,7 +36,7 @@ from skillvec.lineage import (
 )
 from skillvec.quantised import unexplained
 from skillvec.rules import is_selected, refuse_idle_globs
-from skillvec.sources import Source, View, whole
+from skillvec.sources import Source, whole
 from skillvec.vector import SkillVector
 
 
@@ -78,7 +78,7 @@ def to_layout(
     found = bridged(mine, wanted, configs, rename, rows)
     if found is None:
         return InLayout(vector, target, {}, [], vector, {})
-    deltas, places = _moved(vector, found.views)
+    deltas, places = move_deltas(vector, found.views)
     left = left_over(found, vector.ref, mine, wanted)
     unused = {name: vector.deltas[name] for name in left}
     reverse = bridged(wanted, mine, configs, (), "strict")
@@ -94,22 +94,6 @@ def to_layout(
         manifest = {**manifest, "untied": moved}
     laid = replace(vector, deltas=deltas | unused, notes=found.notes, manifest=manifest)
     return InLayout(laid, seen, found.skipped, hints_of(found), vector, places)
-
-
-def _moved(
-    vector: SkillVector, views: Mapping[str, View]
-) -> tuple[dict[str, DeltaSource], dict[str, str]]:
-    """Return deltas seen through views, by the views' names, and where whole ones have gone."""
-    deltas: dict[str, DeltaSource] = {}
-    places: dict[str, str] = {}
-    for name, view in views.items():
-        (source, *others) = view.sources or (None,)
-        if source and not others and view == whole(source, vector.deltas[source].spec.shape):
-            deltas[name] = vector.deltas[source]
-            places[source] = name
-        else:
-            deltas[name] = viewed_delta(name, view, vector)
-    return deltas, places
 
 
 class Match(NamedTuple):
