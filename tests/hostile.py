@@ -43,6 +43,7 @@ from skillvec import cards, codecs, layouts, patch, provenance, rules
 from skillvec.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from skillvec.errors import SkillvecError
 from skillvec.kernels import STORAGE_DTYPE
+from skillvec.manifest import manifest_digest
 from skillvec.patching import touched_by
 from skillvec.pickles import load_pickle
 from skillvec.sources import read_values, values_of
@@ -55,7 +56,6 @@ from skillvec.vectorfile import (
     BlockReader,
     block_count,
     find_vector,
-    manifest_digest,
 )
 
 

@@ -234,7 +234,7 @@ def test_the_licence_of_the_base_is_carried_over(server, slept, made, tmp_path):
     header = json.loads(raw[8 : 8 + nbytes])
     manifest = json.loads(header["__metadata__"]["skillvec"])
     manifest["base"] |= {"ref": "org/base", "revision": sha}
-    from skillvec.vectorfile import encode_manifest
+    from skillvec.manifest import encode_manifest
 
     header["__metadata__"] = encode_manifest(manifest)
     text = json.dumps(header).encode()
