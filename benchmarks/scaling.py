@@ -43,7 +43,8 @@ from run import PACKAGES, about, save, show
 import skillvec as sv
 from skillvec import engine_ray
 from skillvec.engine import Threads
-from skillvec.plan import Job, Plan
+from skillvec.job import Plan
+from skillvec.jobs import CopyJob
 from skillvec.running import engine_of
 from skillvec.storage import read_header
 
@@ -110,7 +111,7 @@ def tiny(folder: Path) -> Plan:
     file = folder / "tiny.safetensors"
     save_file({f"{number:04}": np.zeros(2, np.float32) for number in range(TINY)}, file)
     specs = read_header(file).tensors.values()
-    return Plan("measure", [Job(spec.name, "copy", spec.numel, point=spec) for spec in specs])
+    return Plan("measure", [CopyJob(spec.name, spec.numel, point=spec) for spec in specs])
 
 
 def timed(engine: Any, plan: Plan) -> float:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from skillvec.bridging import bridged, left_over
 from skillvec.checkpoint import Checkpoint
-from skillvec.deltas import DeltaSource, MixDelta, ViewDelta, delta_dtype
+from skillvec.deltas import DeltaSource, MixDelta, ViewDelta
 from skillvec.displacement import Displacement
 from skillvec.errors import IncompatibleError, up_to_five_each
 from skillvec.layouts import viewed_specs
@@ -43,10 +43,10 @@ def mix(
         weights, parameters = zip(*shares[name], strict=True)
         if known:
             parameters = tuple(check_parameters(recipe.op, given) for given in parameters)
-        wide = any(delta_dtype(source) == "F64" for source in sources)
+        wide = any(source.dtype == "F64" for source in sources)
         deltas[name] = MixDelta(
             TensorSpec(name, "F64" if wide else "F32", shape, "", 0, 0),
-            sources,  # type: ignore[arg-type]
+            sources,
             weights,
             parameters,
             operator,
@@ -155,13 +155,12 @@ def viewed_delta(name: str, view: View, vector: Displacement) -> ViewDelta:
     Raises IncompatibleError where that vector has to be measured first.
     """
     boxes = tuple(box._replace(source=vector.deltas[box.source]) for box in view.boxes)
-    if any(isinstance(b.source, MixDelta) and b.source.operator.passes(b.source.parameters)
-           for b in boxes):  # fmt: skip
+    if any(box.source.passes for box in boxes):
         raise IncompatibleError(
             f"{name}: the target has another layout, and {vector.ref} must be measured in its own:"
             " store the combination first (skillvec combine -o)"
         )
-    wide = any(delta_dtype(box.source) == "F64" for box in boxes)
+    wide = any(box.source.dtype == "F64" for box in boxes)
     spec = TensorSpec(name, "F64" if wide else "F32", view.shape, "", 0, 0)
     return ViewDelta(spec, View(view.shape, boxes))
 

@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skillvec import analysis, page, subspace
-from skillvec.blocks import add_values
 from skillvec.checkpoint import Checkpoint, open_checkpoint
 from skillvec.combining import align_vectors, seen_like
-from skillvec.engine import Engine, JobResult, Threads
+from skillvec.deltas import add_values
+from skillvec.engine import Engine, Threads
 from skillvec.errors import UsageError
+from skillvec.job import Job, JobResult, Plan
 from skillvec.kernels import HALVES
 from skillvec.measures import ESTIMATED, STEP_EDGES, Request, is_estimated, layout
 from skillvec.outputs import Output, PathLike, output_report
-from skillvec.plan import Job, Plan, plan_compare
+from skillvec.plan import plan_compare
 from skillvec.report import Report, Watcher
 from skillvec.rules import leaving_out
 from skillvec.running import engine_of, measured, planned, run_plan

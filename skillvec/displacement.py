@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from skillvec.checkpoint import Checkpoint, reopen
-from skillvec.deltas import DeltaSource, MixDelta, PairDelta
+from skillvec.deltas import DeltaSource, MeasuredDelta, measured_in
 from skillvec.errors import UsageError
 from skillvec.manifest import Manifest, TensorEntry, TensorSide
 from skillvec.report import Line
@@ -99,9 +99,9 @@ class Displacement(ABC):
         """Whether a patch can be made of it: a stored tuned - base, of which digests are known."""
         return False
 
-    def mixes(self) -> list[MixDelta]:
+    def mixes(self) -> list[MeasuredDelta]:
         """Return the deltas of a combination."""
-        return [delta for delta in self.deltas.values() if isinstance(delta, MixDelta)]
+        return measured_in(self.deltas.values())
 
     def list_warnings(self) -> list[str]:
         """Return the warnings of a vector and its parts."""
@@ -140,9 +140,8 @@ class Displacement(ABC):
 
         `own` is its name in the manifest, where its delta goes by another one.
         """
-        delta = self.deltas[name]
-        if isinstance(delta, PairDelta):
-            return delta.tuned.dtype
+        if (pair := self.deltas[name].pair) is not None:
+            return pair.tuned.dtype
         entry = self.find_entry(own or name)
         return str(entry["tuned"][0]) if entry and entry["tuned"] else ""
 

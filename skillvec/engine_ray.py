@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillvec import __version__, kernels
-from skillvec.deltas import key_of, views_in
-from skillvec.engine import Found, JobResult, Threads
+from skillvec.deltas import views_in
+from skillvec.engine import Found, Threads
 from skillvec.errors import SkillvecError, UsageError
-from skillvec.plan import Job, Plan
+from skillvec.job import Job, JobResult, Plan
 from skillvec.staging import STAGING_SUFFIX
 from skillvec.storage import (
     MiB,
@@ -228,7 +228,9 @@ class Cluster:
                 stack.callback(shutil.rmtree, scratch, ignore_errors=True)
             for file in files:
                 file.hand_over()
-            run = _Run(self._ray, self.workers, plan, outputs, writer, scratch, progress, finished)
+            run = _ClusterRun(
+                self._ray, self.workers, plan, outputs, writer, scratch, progress, finished
+            )
             stack.callback(run.stop)
             found = run.run()
             for file in [*outputs, *(writer.files if writer is not None else ())]:
@@ -288,7 +290,7 @@ def batches(jobs: Sequence[Job], workers: int) -> list[range]:
     limit = min(BATCH_NBYTES, total // (BATCHES * workers))
     found, begin, held, viewed = [], 0, 0, set[str]()
     for number, job in enumerate(jobs):
-        parts = {key_of(part) for view in views_in(job.deltas) for part in view.view.sources}
+        parts = {part.key for view in views_in(job.deltas) for part in view.parts}
         if held and held + job.nbytes_read > limit and not parts & viewed:
             found.append(range(begin, number))
             begin, held, viewed = number, 0, set()
@@ -301,7 +303,7 @@ class _LostError(SkillvecError):
     """A task went with its worker or node, each time it was run."""
 
 
-class _Run:
+class _ClusterRun:
     """One run: batches and copies in flight, and the order in which rows get their places."""
 
     def __init__(

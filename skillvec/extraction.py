@@ -27,16 +27,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skillvec import hub, subspace
-from skillvec.blocks import pieces_of
 from skillvec.checkpoint import ADAPTER_CONFIG, Checkpoint
 from skillvec.combining import viewed_delta
-from skillvec.deltas import DeltaSource, ViewDelta, delta_dtype, dtype_of
+from skillvec.deltas import DeltaSource, ViewDelta, dtype_of, pieces_of
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.holding import LEFT_OUT, NOT_FOUND, Held, Hold
+from skillvec.job import Job, Plan
+from skillvec.jobs import AddJob, CompareJob, CopyJob, PointJob
 from skillvec.kernels import Array, narrow, widen
 from skillvec.measures import Request
 from skillvec.outputs import PathLike, output_adapter
-from skillvec.plan import Job, Plan, plan_compare
+from skillvec.plan import plan_compare
 from skillvec.report import Report, Watcher
 from skillvec.running import engine_of, measured, planned, run_plan
 from skillvec.sources import as_integers, whole
@@ -216,7 +217,7 @@ def _in_memory(jobs: Sequence[Job], vector: SkillVector, model: Held) -> list[Jo
         job = jobs[order[source]]
         if others or view != whole(source, files[source]):
             delta = viewed_delta(name, view, vector)
-            job = Job(name, job.operator, delta.spec.numel, deltas=(delta,))
+            job = CompareJob(name, delta.spec.numel, deltas=(delta,))
         made.append((min(order[part] for part in view.sources), replace(job, name=name)))
     made += [(order[job.name], job) for job in jobs if job.name not in used]
     return [job for _, job in sorted(made, key=lambda pair: pair[0])]
@@ -242,7 +243,7 @@ def _of_tied(
 
 def _name_in(vector: SkillVector, delta: DeltaSource) -> str:
     """Return the name by which a vector has a delta, "" of one that is made of several."""
-    name = "" if isinstance(delta, ViewDelta) else delta.spec.name
+    name = "" if delta.is_relaid else delta.spec.name
     return name if name in vector.deltas else ""
 
 
@@ -255,7 +256,7 @@ def _whole_jobs(
     """
     names, deltas = model.within(saved), {job.name: job.deltas[0] for job in jobs}
     sources = model.sources(other for name in names for other in (name, *model.tied.get(name, ())))
-    made = []
+    made: list[PointJob] = []
     for name in names:
         group = (name, *model.tied.get(name, ()))
         source = next((sources[other] for other in group if other in sources), None)
@@ -264,14 +265,20 @@ def _whole_jobs(
             raise IncompatibleError(f"{model.base.ref}: {name}: not stored, and to be saved whole")
         if delta is None:
             source = as_integers(source)
-            made.append(Job(name, "copy", source.numel, out_dtype=source.dtype, point=source))
+            made.append(CopyJob(name, source.numel, out_dtype=source.dtype, point=source))
             continue
         file = _name_in(vector, delta)
         made.append(
-            Job(name, "add", source.numel, out_dtype=source.dtype, point=source, deltas=(delta,),
-                base_digest=vector.base_digest(file), tuned_dtype=vector.tuned_dtype(file) if file
-                else "")
-        )  # fmt: skip
+            AddJob(
+                name,
+                source.numel,
+                out_dtype=source.dtype,
+                point=source,
+                deltas=(delta,),
+                base_digest=vector.base_digest(file),
+                tuned_dtype=vector.tuned_dtype(file) if file else "",
+            )
+        )
     return sorted(made, key=lambda job: -ITEMSIZE[job.out_dtype])
 
 
@@ -301,7 +308,7 @@ class _Part(NamedTuple):
 
 
 def _matrix_nbytes(part: _Part) -> int:
-    width = 8 if delta_dtype(part.delta) == "F64" else 4
+    width = 8 if part.delta.dtype == "F64" else 4
     return prod(part.shape) * width if part.shape else 0
 
 
@@ -313,9 +320,9 @@ def _parts(jobs: Sequence[Job], held: Mapping[str, Hold]) -> Iterator[_Part]:
         elif len(shape) == 2:
             yield _Part(job, delta, shape)
         else:
-            view = delta.view if isinstance(delta, ViewDelta) else whole(delta, shape)
+            view = delta.as_view()
             for i in range(shape[0]):
-                dtype = "F64" if delta_dtype(delta) == "F64" else "F32"
+                dtype = "F64" if delta.dtype == "F64" else "F32"
                 spec = TensorSpec(f"{job.name}[{i}]", dtype, (1, *shape[1:]), "", 0, 0)
                 yield _Part(job, ViewDelta(spec, view.slice(0, i, i + 1)), shape[1:])
 
@@ -461,7 +468,7 @@ class _Writer:
             refuse_nonfinite(results, allow)
         for job in jobs:
             if job.name not in self._lines:
-                note = "as it is in the base" if job.operator == "copy" else "tied in the base"
+                note = "as it is in the base" if isinstance(job, CopyJob) else "tied in the base"
                 self._report.ledger.append({"name": job.name, "status": "whole", "note": note})
 
 

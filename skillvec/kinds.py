@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from skillvec.adapters import Adapter
 from skillvec.adapting import effect_on
 from skillvec.checkpoint import Checkpoint
-from skillvec.deltas import ComputedDelta, DeltaSource, MixDelta, PairDelta, ViewDelta
+from skillvec.deltas import ComputedDelta, DeltaSource
 from skillvec.displacement import Displacement, ledger_line
 from skillvec.errors import UsageError
 from skillvec.layouts import numbered, renamed
@@ -65,7 +65,7 @@ class Stored(Displacement):
         return said["equal"], said["differing"], said["exactness"]["claim"]
 
     def find_alike(self, name: str) -> set[str]:
-        if isinstance(self.deltas[name], ViewDelta):
+        if self.deltas[name].is_relaid:
             return set()
         entries = self.manifest["tensors"]
         known = entries[name]["base"] is not None
@@ -132,13 +132,12 @@ class Pair(Displacement):
         return equal, differing, claim
 
     def find_alike(self, name: str) -> set[str]:
-        mine = self.deltas[name]
-        if not isinstance(mine, PairDelta):  # of another layout
+        if (mine := self.deltas[name].pair) is None:  # of another layout
             return set()
         return {
             other for other, delta in self.deltas.items()
-            if other != name and isinstance(delta, PairDelta)
-            and same_bytes(mine.base, delta.base) and same_bytes(mine.tuned, delta.tuned)
+            if other != name and (pair := delta.pair) is not None
+            and same_bytes(mine.base, pair.base) and same_bytes(mine.tuned, pair.tuned)
         }  # fmt: skip
 
 
@@ -273,14 +272,9 @@ class Combined(Displacement):
     def find_alike(self, name: str) -> set[str]:
         """Return the tensors to which every part does the same, or nothing."""
         mine = self.deltas[name]
-        if not isinstance(mine, MixDelta) or not mine.by_value:
+        if mine.way is None:
             return set()
-        way = (mine.weights, mine.parameters, mine.spec.shape)
-        found = {
-            n for n, delta in self.deltas.items()
-            if n != name and isinstance(delta, MixDelta)
-            and (delta.weights, delta.parameters, delta.spec.shape) == way
-        }  # fmt: skip
+        found = {n for n, delta in self.deltas.items() if n != name and delta.way == mine.way}
         for part in self.parts:
             if name in part.deltas:
                 found &= part.find_same(name)
@@ -303,9 +297,8 @@ def _is_same(one: DeltaSource, other: DeltaSource) -> bool:
     """Return whether an adapter does the same to two tensors: nothing, or the very same thing."""
     if one.spec.shape != other.spec.shape:
         return False
-    if isinstance(one, ComputedDelta) and isinstance(other, ComputedDelta):
-        unnamed = [vars(delta.source) | {"name": ""} for delta in (one, other)]
-        return unnamed[0] == unnamed[1]
-    if isinstance(one, PairDelta) and isinstance(other, PairDelta):
-        return one.tuned == other.tuned and same_bytes(one.base, other.base)
+    if one.way is not None and other.way is not None:
+        return bool(one.way == other.way)
+    if (mine := one.pair) is not None and (pair := other.pair) is not None:
+        return mine.tuned == pair.tuned and same_bytes(mine.base, pair.base)
     return not (may_change(one) or may_change(other))

@@ -17,7 +17,7 @@ import numpy as np
 from skillvec import hub
 from skillvec.checkpoint import Checkpoint
 from skillvec.conversions import ModelClass, classes_of
-from skillvec.deltas import DeltaSource, MixDelta, PairDelta
+from skillvec.deltas import DeltaSource
 from skillvec.errors import IncompatibleError
 from skillvec.kernels import FLOATS, STORAGE_DTYPE, widen
 from skillvec.layouts import numbered
@@ -35,7 +35,6 @@ from skillvec.sources import (
     whole,
 )
 from skillvec.storage import ITEMSIZE, TensorSpec, allocate, digest_bytes, leaf_digests, prefetch
-from skillvec.vectorfile import StoredDelta
 
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
 
@@ -257,18 +256,18 @@ def recomputed(source: Source) -> str | None:
 
 def is_idle_buffer(name: str, delta: DeltaSource) -> bool:
     """Return whether a delta does nothing to a tensor that models compute, going by its name."""
-    if isinstance(delta, MixDelta):
-        return all(is_idle_buffer(name, part) for part in delta.sources)
     if not BUFFER.search(name):
         return False
-    if isinstance(delta, PairDelta) and not isinstance(delta.tuned, Patch):
-        return same_bytes(delta.tuned, delta.base)
-    return isinstance(delta, StoredDelta) and delta.codec == "zero"
+    if delta.merged:
+        return all(is_idle_buffer(name, part) for part in delta.parts)
+    if (pair := delta.pair) is not None and not isinstance(pair.tuned, Patch):
+        return same_bytes(pair.tuned, pair.base)
+    return delta.is_zero
 
 
 def may_change(delta: DeltaSource) -> bool:
     """Return whether a delta may change anything, as far as is known without reading it."""
-    return not (isinstance(delta, StoredDelta) and delta.codec == "zero")
+    return not delta.is_zero
 
 
 def under_name(source: Source, name: str) -> Source:

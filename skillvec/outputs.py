@@ -14,10 +14,11 @@ from skillvec.checkpoint import ADAPTER_CONFIG, VECTOR_INDEX, Checkpoint
 from skillvec.codecs import DENSE_SHARE, encode_block
 from skillvec.deltas import PairDelta
 from skillvec.errors import OutputError, UsageError
+from skillvec.job import Plan
+from skillvec.jobs import ListJob
 from skillvec.manifest import Manifest
 from skillvec.operators import bit_pattern, subtract
 from skillvec.patch import PatchWriter
-from skillvec.plan import Plan
 from skillvec.report import Watcher
 from skillvec.sources import Source, value_range, values_of
 from skillvec.staging import KEPT, Staging, staging, staging_of
@@ -34,7 +35,6 @@ from skillvec.vector import SkillVector
 from skillvec.vectorfile import (
     PARTS,
     Entry,
-    StoredDelta,
     VectorFile,
     VectorWriter,
     block_count,
@@ -304,7 +304,7 @@ def writing_patch(
 ) -> Iterator[tuple[Staging, PatchWriter]]:
     """Yield the staging folder and a writer of lists; close what is left open."""
     with staged(plan, output, force, watcher, request) as (stage, stack):
-        specs = [job.point for job in plan.jobs if job.operator == "list" and job.point is not None]
+        specs = [job.point for job in plan.jobs if isinstance(job, ListJob)]
         writer = PatchWriter(stage.folder, specs)
         stack.callback(writer.close)
         yield stage, writer
@@ -347,21 +347,21 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
     """
     chosen = {}
     names = set(vector.deltas)
-    pairs = [delta for delta in vector.deltas.values() if isinstance(delta, PairDelta)]
-    sides = [side for pair in pairs for side in (pair.tuned, pair.base)]
+    pairs = [delta.pair for delta in vector.deltas.values()]
+    sides = [side for pair in pairs if pair is not None for side in (pair.tuned, pair.base)]
     prefetch([value_range(s, *_middle(s)) for s in sides if isinstance(s, TensorSpec)])
     for name, delta in vector.deltas.items():
         kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
-        if isinstance(delta, PairDelta) and not vector.is_sparse:
-            kept, sample = _probed(delta, delta.tuned)
+        if (pair := delta.pair) is not None and not vector.is_sparse:
+            kept, sample = _probed(pair, pair.tuned)
             nonzero = int((sample != 0).sum())
             if codec == "sparse":
                 dense = nonzero > DENSE_SHARE * sample.size
             elif codec == "auto" and nonzero:
                 dense = encode_block(sample, "packed").payload.size >= 0.98 * sample.nbytes
-        elif isinstance(delta, StoredDelta):
+        elif delta.is_stored:
             kept = delta.spec.dtype
-            if codec == "sparse" and delta.codec != "zero":
+            if codec == "sparse" and not delta.is_zero:
                 changed = vector.manifest["tensors"][name]["changed"]
                 dense |= changed > DENSE_SHARE * delta.spec.numel
         taken = any(name + part in names for parts in PARTS.values() for part in parts if part)

@@ -1,15 +1,11 @@
-"""From headers to jobs: what will be read, computed and written, before anything is.
-
-A plan is plain picklable data: addresses, names and numbers, no tensors and no closures. It can be
-printed (`--dry-run`), handed to any engine, and holds the ledger of every tensor that needs no job.
-"""
+"""From headers to plans: which jobs a verb needs, checked before anything is read or written."""
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from skillvec.checkpoint import INDEX, METADATA_KEY, PICKLES, SINGLE, Checkpoint
 from skillvec.configs import (
@@ -20,14 +16,7 @@ from skillvec.configs import (
     retyped_config,
     untied_config,
 )
-from skillvec.deltas import (
-    ComputedDelta,
-    DeltaSource,
-    MixDelta,
-    PairDelta,
-    ViewDelta,
-    names_of,
-)
+from skillvec.deltas import DeltaSource
 from skillvec.displacement import ledger_line
 from skillvec.errors import (
     FormatError,
@@ -44,13 +33,15 @@ from skillvec.fitting import (
     to_layout,
     verdict_on,
 )
+from skillvec.job import Job, OutputPlan, Plan
+from skillvec.jobs import AddJob, CompareJob, CopyJob, ListJob, PointJob, SameJob, StoreJob
 from skillvec.kernels import FLOATS
 from skillvec.layouts import numbered
 from skillvec.lineage import is_idle_buffer, under_name
 from skillvec.measures import Request
 from skillvec.patch import FORMS, NARROW
 from skillvec.rules import is_selected, refuse_idle_globs
-from skillvec.sources import Source, as_integers, files_of
+from skillvec.sources import Source, as_integers
 from skillvec.storage import (
     ITEMSIZE,
     TensorSpec,
@@ -60,123 +51,7 @@ from skillvec.storage import (
     tensor_nbytes,
 )
 from skillvec.vector import SkillVector
-from skillvec.vectorfile import Entry, StoredDelta, VectorFile, block_count, in_file_order
-
-
-@dataclass(frozen=True)
-class Job:
-    """All the work on one tensor.
-
-    `operator` is store (deltas[0] into a vector file), add (point + lam * deltas[0]), copy (point),
-    compare (deltas with each other and with the weights `point`, as the plan's request says), same
-    (deltas[0] is deltas[1]), list (what point + deltas[0] changes, into a patch) or measure (what
-    the operator of deltas[0] needs to know). The result goes to `output`, a file number and an
-    absolute offset, or is compared with `expected`, or is only measured.
-    """
-
-    name: str
-    operator: str
-    numel: int
-    out_dtype: str = ""
-    point: Source | None = None
-    deltas: tuple[DeltaSource, ...] = ()
-    output: tuple[int, int] | None = None
-    expected: Source | None = None
-    expected_digest: str | None = None  # of `expected`, where differing values are announced
-    base_digest: str | None = None  # of the tensor the stored delta was taken from
-    tuned_dtype: str = ""  # the dtype in which replacements hold
-    codec: str = ""  # of the vector being written
-    first_block: int = 0  # its row there
-    note: str = ""
-
-    @property
-    def nbytes_read(self) -> int:
-        sides = (self.point, self.expected, *self.deltas)
-        return sum(side.nbytes for side in sides if side is not None)
-
-    def files(self) -> Iterator[str]:
-        """Yield the files that its tensors lie in, perhaps one more than once; no vector files."""
-        for side in (self.point, self.expected):
-            if side is not None:
-                yield from files_of(side)
-        yield from _delta_files(self.deltas)
-
-
-def _delta_files(deltas: Iterable[Any]) -> Iterator[str]:
-    for delta in deltas:
-        if isinstance(delta, PairDelta):
-            yield from files_of(delta.tuned)
-            yield from files_of(delta.base)
-        elif isinstance(delta, ComputedDelta):
-            yield from files_of(delta.source)
-        elif isinstance(delta, MixDelta):
-            yield from _delta_files(delta.sources)
-        elif isinstance(delta, ViewDelta):
-            yield from _delta_files(delta.view.sources)
-
-
-@dataclass(frozen=True)
-class OutputPlan:
-    """A file to write: its name inside the output, size in bytes and (for models) header."""
-
-    name: str
-    nbytes: int
-    header: bytes = b""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Jobs in the order of their output, files, and lines of the ledger that need no work."""
-
-    verb: str
-    jobs: list[Job]
-    outputs: list[OutputPlan] = field(default_factory=list)
-    copies: list[tuple[str, str]] = field(default_factory=list)  # side files: source, name
-    ledger: list[dict[str, Any]] = field(default_factory=list)
-    vectors: list[VectorFile] = field(default_factory=list)  # read from
-    mixes: list[MixDelta] = field(default_factory=list)  # of whole combinations
-    lam: float = 1.0
-    rounding: str = "nearest"
-    seed: int = 0
-    verdict: str = ""
-    warnings: list[str] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)  # files to write: index, changed config
-    left_behind: list[tuple[str, str]] = field(default_factory=list)  # name, reason
-    layout: Mapping[str, str] = field(default_factory=dict)  # how tensors of another layout fit
-    bound_nbytes: int = 0  # the most that a vector takes
-    sure_nbytes: int = 0  # of them, what it takes whatever its values are
-    request: Request | None = None  # what compare measures
-
-    @property
-    def expects_base(self) -> bool:
-        """Whether the target is likely to be the vector's exact base; its digests decide."""
-        return self.verdict in ("", "exact base")  # verify proves a vector on its base
-
-    @property
-    def nbytes_read(self) -> int:
-        return sum(job.nbytes_read for job in self.jobs) + sum(
-            file_nbytes(source) for source, _ in self.copies
-        )
-
-    @property
-    def nbytes_written(self) -> int:
-        """The most that is written."""
-        outputs = self.bound_nbytes + sum(output.nbytes for output in self.outputs)
-        outputs += sum(len(text.encode()) for text in self.texts.values())
-        return outputs + sum(file_nbytes(source) for source, _ in self.copies)
-
-    @property
-    def least_nbytes(self) -> int:
-        """The least that is written."""
-        return self.nbytes_written - self.bound_nbytes + self.sure_nbytes
-
-    def files(self) -> list[str]:
-        """Return every file that is read, each once: vectors, tensors, side files."""
-        held = [file for vector in self.vectors for file in vector.files]
-        held += [file for job in self.jobs for file in job.files()]
-        held += [file for mix in self.mixes for file in _delta_files([mix])]
-        return list(dict.fromkeys(held + [source for source, _ in self.copies]))
-
+from skillvec.vectorfile import Entry, block_count, in_file_order
 
 # -------------------------------------------------------------------------------------- vectors
 
@@ -192,27 +67,18 @@ def plan_store(
         Entry(name, storage[name][0], delta.spec.shape, storage[name][1])
         for name, delta in vector.deltas.items()
     )
-    jobs, row = [], 0
+    jobs: list[Job] = []
+    row = 0
     for entry in entries:
-        delta = vector.deltas[entry.name]
-        if isinstance(delta, PairDelta):
-            delta = delta._replace(dtype=entry.dtype)
-        jobs.append(
-            Job(
-                entry.name,
-                "store",
-                entry.numel,
-                out_dtype=entry.dtype,
-                deltas=(delta,),
-                codec=entry.codec,
-                first_block=row,
-                note=vector.notes.get(entry.name, ""),
-            )
-        )
+        delta = vector.deltas[entry.name].stored_as(entry.dtype)
+        note = vector.notes.get(entry.name, "")
+        jobs.append(StoreJob(
+            entry.name, entry.numel, out_dtype=entry.dtype, deltas=(delta,), codec=entry.codec,
+            first_block=row, note=note,
+        ))  # fmt: skip
         row += block_count(entry.numel)
     for name, (tuned, base) in vector.pair_integers().items():
-        point, expected = as_integers(base), as_integers(tuned)
-        jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
+        jobs.append(_proof_of_equal(name, base, tuned))
     ledger = vector.list_left_out()
     ledger += [line for side in vector.sides().values() for line in _dropped(side)]
     plan = Plan(
@@ -220,6 +86,12 @@ def plan_store(
         warnings=vector.list_warnings(),
     )  # fmt: skip
     return plan, entries
+
+
+def _proof_of_equal(name: str, base: Source, tuned: Source) -> CopyJob:
+    """Return the job that compares a tensor that no delta carries with the base's, bit for bit."""
+    point, expected = as_integers(base), as_integers(tuned)
+    return CopyJob(name, point.numel, point=point, expected=expected)
 
 
 def _dropped(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -241,31 +113,25 @@ def plan_patch(vector: SkillVector, base: Checkpoint, form: str = "lists") -> Pl
     if form not in FORMS:
         raise UsageError(f"form {form!r}: expected one of {', '.join(FORMS)}")
     entries, fitted = vector.manifest["tensors"], to_layout(vector, base)
-    jobs, problems, row = [], defaultdict(list), 0
+    jobs: list[PointJob] = []
+    problems, row = defaultdict(list), 0
     changed: dict[str, int] = {}
     seen: dict[str, None] = {}  # tensors of the vector that are listed in another layout
     for name, delta in fitted.vector.deltas.items():
-        spec, own = base.get(name), list(dict.fromkeys(names_of(delta)))
-        dtypes = dict.fromkeys(map(vector.tuned_dtype, own))
+        own = list(dict.fromkeys(delta.names))
         changed[name] = sum(entries[part]["changed"] for part in own)
-        if spec is None or spec.shape != delta.spec.shape:
-            kind = f"not so in {base.ref}"
-            problems[kind].append(f"{name} {list(delta.spec.shape)}: {kind}")
-        elif [*dtypes] != [spec.dtype]:
-            said = f"{name}: tuned is {', '.join(dtypes)}, base {spec.dtype}"
-            problems["of different dtypes"].append(said)
-        elif form != "lists" and spec.numel >= NARROW and changed[name]:
-            said = f"{name}: {spec.numel} values, and {form} sends positions in 32 bits"
-            problems["too large for the form"].append(f"{said}: --form lists")
-        else:
-            is_view = isinstance(delta, ViewDelta)
-            seen |= dict.fromkeys(own) if is_view else {}
-            note = fitted.vector.notes.get(name, "")
-            jobs.append(Job(
-                name, "list", spec.numel, spec.dtype, spec, (delta,), first_block=row, note=note,
-                base_digest=None if is_view else vector.base_digest(own[0]), tuned_dtype=spec.dtype,
-            ))  # fmt: skip
-            row += block_count(spec.numel)
+        problem = _no_list_of(name, delta, vector, base, form if changed[name] else "lists")
+        if problem is not None:
+            problems[problem.kind].append(problem.said)
+            continue
+        spec = base[name]
+        seen |= dict.fromkeys(own) if delta.is_relaid else {}
+        jobs.append(ListJob(
+            name, spec.numel, out_dtype=spec.dtype, point=spec, deltas=(delta,), first_block=row,
+            note=fitted.vector.notes.get(name, ""),
+            base_digest=None if delta.is_relaid else vector.base_digest(own[0]),
+        ))  # fmt: skip
+        row += block_count(spec.numel)
     if seen and (count := vector.manifest["exactness"]["replacements"]):
         problems["that no difference restores"] = [
             f"{count} values that no difference restores, which stand in the vector's own layout"
@@ -277,17 +143,42 @@ def plan_patch(vector: SkillVector, base: Checkpoint, form: str = "lists") -> Pl
             f"no patch can be made of {vector.ref}:\n"
             + "\n".join([up_to_five_each(problems), *fitted.hints])
         )
-    proofs = [
-        Job(name, "copy", point.numel, point.dtype, point, base_digest=vector.base_digest(name))
-        for name in seen if (point := fitted.seen[name])
-    ]  # fmt: skip
     wide = max((ITEMSIZE[job.out_dtype] for job in jobs), default=0) if form == "verl" else 0
     bound = 4096 + sum(  # a position takes 4 or 8 bytes, and the header has each name twice
         changed[job.name] * (8 + max(wide, ITEMSIZE[job.out_dtype]))
         + 6 * len(job.name) + 300
         for job in jobs
     )  # fmt: skip
-    return Plan("export-patch", jobs + proofs, vectors=vector.files(), bound_nbytes=bound)
+    jobs += [
+        CopyJob(name, point.numel, out_dtype=point.dtype, point=point,
+                base_digest=vector.base_digest(name))
+        for name in seen if (point := fitted.seen[name])
+    ]  # fmt: skip
+    return Plan("export-patch", jobs, vectors=vector.files(), bound_nbytes=bound)
+
+
+class _Problem(NamedTuple):
+    """Why a tensor cannot have a job: a kind that several may share, and what is said of this."""
+
+    kind: str
+    said: str
+
+
+def _no_list_of(
+    name: str, delta: DeltaSource, vector: SkillVector, base: Checkpoint, form: str
+) -> _Problem | None:
+    """Return why what a delta changes cannot be listed in a form, None where it can."""
+    spec, dtypes = base.get(name), dict.fromkeys(map(vector.tuned_dtype, delta.names))
+    if spec is None or spec.shape != delta.spec.shape:
+        kind = f"not so in {base.ref}"
+        return _Problem(kind, f"{name} {list(delta.spec.shape)}: {kind}")
+    if [*dtypes] != [spec.dtype]:
+        said = f"{name}: tuned is {', '.join(dtypes)}, base {spec.dtype}"
+        return _Problem("of different dtypes", said)
+    if form != "lists" and spec.numel >= NARROW:
+        said = f"{name}: {spec.numel} values, and {form} sends positions in 32 bits"
+        return _Problem("too large for the form", f"{said}: --form lists")
+    return None
 
 
 def _unknown_to(vector: SkillVector, model: Checkpoint) -> dict[str, list[str]]:
@@ -302,19 +193,17 @@ def _unknown_to(vector: SkillVector, model: Checkpoint) -> dict[str, list[str]]:
 SHARD_NBYTES = 5 * 10**9  # of new shards; transformers' own default is of this size
 
 
-def _add_job(target: Source, vector: SkillVector, source: str, out_dtype: str, note: str) -> Job:
+def _add_job(target: Source, vector: SkillVector, source: str, out_dtype: str, note: str) -> AddJob:
     delta = vector.deltas[source]
-    # in another layout a stored delta keeps the name under which the manifest speaks of it
-    own = delta.spec.name if isinstance(delta, StoredDelta) else source
-    return Job(
+    own = delta.name_in_manifest(source)
+    return AddJob(
         target.name,
-        "add",
         target.numel,
         out_dtype=out_dtype,
         point=target,
         deltas=(delta,),
-        base_digest=None if isinstance(delta, ViewDelta) else vector.base_digest(own),
-        tuned_dtype="" if isinstance(delta, ViewDelta) else vector.tuned_dtype(source, own),
+        base_digest=vector.base_digest(own) if own else None,
+        tuned_dtype=vector.tuned_dtype(source, own) if own else "",
         note=note or vector.notes.get(source, ""),
     )
 
@@ -357,67 +246,89 @@ def plan_apply(
     heads = {head: under_name(target[source], head) for head, source in untied.items()}
     target = target.with_tensors({**target, **heads}) if heads else target
     notes = {head: head_note(moves.get(head)) for head in untied}
-    jobs, outputs = [], []
-    weight_map: dict[str, str] = {}
     dtypes = {
         name: (dtype if dtype and spec.dtype in FLOATS and name in routes else spec.dtype)
         for name, spec in target.items()
     }
-    for number, (file, specs) in enumerate(_shards(target, dtypes, untied)):
-        metadata = _metadata(target, specs)
-        if recipe is not None:
-            metadata[METADATA_KEY] = json.dumps(recipe, separators=(",", ":"), ensure_ascii=False)
-        header = encode_header([(s.name, dtypes[s.name], s.shape) for s in specs], metadata)
+    jobs: list[Job] = []
+    outputs: list[OutputPlan] = []
+    weight_map: dict[str, str] = {}
+    for file, specs in _shards(target, dtypes, untied):
+        made = [_point_job(spec, vector, routes, dtypes, notes) for spec in specs]
+        header = encode_header(
+            [(spec.name, dtypes[spec.name], spec.shape) for spec in specs],
+            _metadata(target, specs, recipe),
+        )
         position = len(header)
-        for spec in specs:
-            out_dtype = dtypes[spec.name]
-            if spec.name in routes:
-                source = routes[spec.name]
-                note = "" if source == spec.name else f"tied: takes the delta of {source}"
-                job = _add_job(spec, vector, source, out_dtype, notes.get(spec.name, note))
-            else:
-                point = as_integers(spec)  # the header says what they are
-                job = Job(spec.name, "copy", point.numel, out_dtype=point.dtype, point=point)
-            jobs.append(replace(job, output=(number, position)))
-            position += tensor_nbytes(out_dtype, spec.shape)
+        for job, spec in zip(made, specs, strict=True):
+            jobs.append(replace(job, output=(len(outputs), position)))
+            position += tensor_nbytes(dtypes[spec.name], spec.shape)
         outputs.append(OutputPlan(file, position, header))
         weight_map |= {spec.name: file for spec in specs}
     ledger += [ledger_line(target[name], *why) for name, why in passed.items()]
     ledger += _dropped(target)
-    copies: list[tuple[str, str]] = []
-    left: list[tuple[str, str]] = []
-    texts: dict[str, str] = {}
+    beside = _Beside()
     if target.is_folder:
         written = _written(target, dtypes, routes if dtype else ())
         texts = _texts(target, outputs, weight_map, written, is_untied, untied)
-        if "config.json" not in texts and not is_of(target.config, written):
-            warnings.append(
-                "config.json names a dtype that no tensor has, as the target's does, and"
-                " from_pretrained goes by it: --dtype makes the two agree"
-            )
-        own = target.kind == "safetensors" and INDEX in target.place.files
-        kept = own and target.is_plain and INDEX not in texts
-        made = [output.name for output in outputs]
-        copies, left = target.side_files(made, own and (kept or INDEX in texts))
-        copies = [(source, name) for source, name in copies if name not in texts]
-        if kept:
-            copies.append((target.place.files[INDEX], INDEX))
+        beside = _beside(target, outputs, texts, written)
     return Plan(
-        "apply", jobs, outputs, copies, ledger, vector.files(), mixes,
-        lam * vector.scale, rounding, seed, verdict, warnings, texts, left,
-        {**vector.notes, **notes},
+        "apply", jobs, outputs, beside.copies, ledger, vector.files(), mixes,
+        lam * vector.scale, rounding, seed, verdict, warnings + beside.warnings, beside.texts,
+        beside.left_behind, {**vector.notes, **notes},
     )  # fmt: skip
+
+
+def _point_job(
+    spec: Source, vector: SkillVector, routes: Mapping[str, str], dtypes: Mapping[str, str],
+    notes: Mapping[str, str],
+) -> PointJob:  # fmt: skip
+    """Return the job of a tensor of the target: add the delta that `routes` gives it, or copy."""
+    if spec.name not in routes:
+        point = as_integers(spec)  # the header says what they are
+        return CopyJob(spec.name, point.numel, out_dtype=point.dtype, point=point)
+    source = routes[spec.name]
+    note = "" if source == spec.name else f"tied: takes the delta of {source}"
+    return _add_job(spec, vector, source, dtypes[spec.name], notes.get(spec.name, note))
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What comes along with the weights of an output: as in `Plan`."""
+
+    copies: list[tuple[str, str]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    left_behind: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def _beside(
+    target: Checkpoint, outputs: Sequence[OutputPlan], texts: dict[str, str], written: Written
+) -> _Beside:
+    """Return which files of a target's folder come along, beside `texts`, and which do not."""
+    warnings = []
+    if "config.json" not in texts and not is_of(target.config, written):
+        warnings.append(
+            "config.json names a dtype that no tensor has, as the target's does, and"
+            " from_pretrained goes by it: --dtype makes the two agree"
+        )
+    own = target.kind == "safetensors" and INDEX in target.place.files
+    kept = own and target.is_plain and INDEX not in texts
+    made = [output.name for output in outputs]
+    copies, left = target.side_files(made, own and (kept or INDEX in texts))
+    copies = [(source, name) for source, name in copies if name not in texts]
+    if kept:
+        copies.append((target.place.files[INDEX], INDEX))
+    return _Beside(copies, texts, left, warnings)
 
 
 def _not_carried(vector: SkillVector, moves: Mapping[str, DeltaSource]) -> str:
     """Return what to say where values that no difference restores do not come along, "" else."""
-    parts = [part for delta in moves.values() if isinstance(delta, ViewDelta)
-             for part in delta.view.sources]  # fmt: skip
+    parts = [part for delta in moves.values() if delta.is_relaid for part in delta.parts]
     kept = vector.manifest.get("exactness", {}).get("replacements", 0)
-    stored = kept and any(isinstance(part, StoredDelta) for part in parts)
-    if not stored and not any(
-        isinstance(p, PairDelta) and p.dtype in ("F32", "F64") for p in parts
-    ):
+    stored = kept and any(part.is_stored for part in parts)
+    pairs = [part.pair for part in parts if part.pair is not None]
+    if not stored and not any(pair.dtype in ("F32", "F64") for pair in pairs):
         return ""
     count = f"{kept} values" if stored else "values"
     return (
@@ -427,14 +338,19 @@ def _not_carried(vector: SkillVector, moves: Mapping[str, DeltaSource]) -> str:
     )
 
 
-def _metadata(target: Checkpoint, specs: Sequence[Source]) -> dict[str, str]:
+def _metadata(
+    target: Checkpoint, specs: Sequence[Source], recipe: Mapping[str, Any] | None
+) -> dict[str, str]:
     """Return the header metadata of a file of the output: that of its own shard of the target.
 
     An old recipe goes, and offsets of the writer whose parts are put together here.
     """
     own = target.opened.labels.get(specs[0].path, {}) if specs and target.is_plain else {}
     kept = {k: v for k, v in own.items() if k != METADATA_KEY and not k.startswith("DCP_")}
-    return kept if "format" in kept else {"format": "pt"} | kept
+    kept = kept if "format" in kept else {"format": "pt"} | kept
+    if recipe is not None:
+        kept[METADATA_KEY] = json.dumps(recipe, separators=(",", ":"), ensure_ascii=False)
+    return kept
 
 
 def _shards(
@@ -531,7 +447,8 @@ def _as_text(content: Mapping[str, Any]) -> str:
 
 def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint) -> Plan:
     """Plan the proof that vector + base = tuned, bit for bit."""
-    problems, jobs = defaultdict(list), []
+    jobs: list[Job] = []
+    problems = defaultdict(list)
     for name, delta in vector.deltas.items():
         if name not in tuned or name not in base:
             kind = f"not in {tuned.ref if name not in tuned else base.ref}"
@@ -551,8 +468,7 @@ def plan_verify_vector(vector: SkillVector, tuned: Checkpoint, base: Checkpoint)
             kind = f"not in {tuned.ref if name not in tuned else base.ref}"
             problems[kind].append(f"{name}: {kind}")
         else:
-            point, expected = as_integers(base[name]), as_integers(tuned[name])
-            jobs.append(Job(name, "copy", point.numel, point=point, expected=expected))
+            jobs.append(_proof_of_equal(name, base[name], tuned[name]))
     problems |= _unknown_to(vector, tuned) | _unknown_to(vector, base)
     if any(problems.values()):
         raise IncompatibleError(
@@ -569,30 +485,31 @@ def plan_verify_combination(vector: SkillVector, again: SkillVector) -> Plan:
         raise IncompatibleError(
             f"{vector.ref} has other tensors than its parts give:\n{up_to_five_each(alone)}"
         )
-    jobs = []
+    jobs: list[Job] = []
     for name, delta in vector.deltas.items():
         pair = (again.deltas[name], delta)  # the first of two gives digests of its sides
         if pair[0].spec.shape != pair[1].spec.shape:
             raise IncompatibleError(f"{name}: another shape than its parts have")
-        jobs.append(Job(name, "same", delta.spec.numel, deltas=pair))
+        jobs.append(SameJob(name, delta.spec.numel, deltas=pair))
     sides: Mapping[str, Source] = again.open_base() or {}
     for name in vector.manifest["equal"]:
         if (spec := sides.get(name)) is not None:  # its digest is compared with the manifest's
-            jobs.append(Job(name, "copy", spec.numel, point=spec, expected=spec))
+            jobs.append(CopyJob(name, spec.numel, point=spec, expected=spec))
     files = [*vector.files(), *again.files()]
     return Plan("verify", jobs, vectors=files, mixes=again.mixes())
 
 
 def plan_verify_apply(applied: Plan, merged: Checkpoint) -> Plan:
     """Turn the plan of an apply into the proof that its output lies on the disk."""
-    problems, jobs = defaultdict(list), []
+    jobs: list[Job] = []
+    problems = defaultdict(list)
     names = {job.name for job in applied.jobs}
     passed = {line["name"]: line for line in applied.ledger}
     for job in applied.jobs:
         spec = merged.get(job.name)
         assert job.point is not None
         expected = job.out_dtype, list(job.point.shape)
-        if job.operator == "copy":  # as the target has it, whatever it is read as
+        if isinstance(job, CopyJob):  # as the target has it, whatever it is read as
             expected = passed[job.name]["dtype"], passed[job.name]["shape"]
         if spec is None:
             kind = f"missing in {merged.ref}"
@@ -631,6 +548,17 @@ def _compared_as(name: str, vectors: Sequence[SkillVector], names: Sequence[str]
     return None
 
 
+def _without_job(
+    name: str, vectors: Sequence[SkillVector], names: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the ledger line of what only some vectors have and may be left out, None if not."""
+    held = [vector.deltas[name] for vector in vectors if name in vector.deltas]
+    if all(is_idle_buffer(name, delta) for delta in held):
+        return ledger_line(held[0].spec, "left out", "the model computes it")
+    twin = _compared_as(name, vectors, names)
+    return None if twin is None else ledger_line(held[0].spec, "tied", f"same delta as {twin}")
+
+
 def plan_compare(
     vectors: Sequence[SkillVector],
     request: Request,
@@ -643,21 +571,16 @@ def plan_compare(
     refuse_idle_globs(names, include, exclude)
     jobs, problems, ledger = [], defaultdict(list), []
     for name in names:
-        holders = [vector for vector in vectors if name in vector.deltas]
-        spec = holders[0].deltas[name].spec
+        spec = next(vector.deltas[name] for vector in vectors if name in vector.deltas).spec
         if not is_selected(name, include, exclude):
             ledger.append(ledger_line(spec, "excluded"))
             continue
-        missing = [vector for vector in vectors if name not in vector.deltas]
-        if missing:
-            if all(is_idle_buffer(name, vector.deltas[name]) for vector in holders):
-                ledger.append(ledger_line(spec, "left out", "the model computes it"))
-                continue
-            twin = _compared_as(name, vectors, names)
-            if twin is not None:
-                ledger.append(ledger_line(spec, "tied", f"same delta as {twin}"))
+        missing = next((vector for vector in vectors if name not in vector.deltas), None)
+        if missing is not None:
+            if line := _without_job(name, vectors, names):
+                ledger.append(line)
             else:
-                kind = f"not in {missing[0].ref}"
+                kind = f"not in {missing.ref}"
                 problems[kind].append(f"{name} {list(spec.shape)}: {kind}")
             continue
         shapes = [vector.deltas[name].spec.shape for vector in vectors]
@@ -670,7 +593,7 @@ def plan_compare(
             kind = f"not so in {against.ref}"
             problems[kind].append(f"{name} {list(spec.shape)}: {kind}")
         deltas = tuple(vector.deltas[name] for vector in vectors)
-        jobs.append(Job(name, "compare", spec.numel, point=weights, deltas=deltas))
+        jobs.append(CompareJob(name, spec.numel, point=weights, deltas=deltas))
     if problems:
         if against is not None and f"not so in {against.ref}" in problems:
             problems |= only_here(against, names, against.ref)

@@ -8,19 +8,15 @@ from typing import Any
 
 from skillvec import kernels, streaming
 from skillvec.checkpoint import is_away
-from skillvec.deltas import MixDelta
 from skillvec.engine import (
     Engine,
-    JobResult,
     Threads,
     check_views,
-    from_line,
     measure,
-    to_line,
 )
 from skillvec.errors import UsageError
+from skillvec.job import Job, JobResult, Plan, from_line, to_line
 from skillvec.outputs import Output, free_nbytes
-from skillvec.plan import Job, Plan
 from skillvec.report import Report, Watcher
 from skillvec.staging import Journal, Staging
 from skillvec.storage import (
@@ -35,11 +31,10 @@ from skillvec.storage import (
     refuse_changed,
 )
 from skillvec.summary import job_line
-from skillvec.vectorfile import block_count, readers_of
+from skillvec.vectorfile import readers_of
 
 ENGINES = ("threads", "serial", "ray")
 CLAIM_SECONDS = 10.0  # between the lines of a journal: what a killed run has to do again
-ROWS = ("store", "list")  # operators whose results are placed in order
 
 
 def engine_of(name: str, workers: int | None) -> Engine:
@@ -82,7 +77,7 @@ def planned(
     Raises OutputError where what is sure to be written does not fit on the disk of `place`. What is
     free there, only the report of a `dry_run` keeps.
     """
-    mixed = [len(d.sources) for job in plan.jobs for d in job.deltas if isinstance(d, MixDelta)]
+    mixed = [delta.merged for job in plan.jobs for delta in job.deltas]
     each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
     planned = {
         "nbytes_read": plan.nbytes_read,
@@ -100,12 +95,10 @@ def planned(
         planned["fetched"] = len(away)
     if stream:
         planned["stream"] = streaming.schedule(plan.jobs)
-    status = {"add": "applied", "store": "delta", "copy": "passed through", "compare": "compared",
-              "same": "compared", "list": "listed"}  # fmt: skip
     report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
     named = {line["name"] for line in plan.ledger}
     report.ledger = [
-        job_line(job, status[job.operator]) for job in plan.jobs if job.name not in named
+        job_line(job, job.status) for job in plan.jobs if job.name not in named
     ] + plan.ledger
     if place is not None:
         report.now["nbytes_free"] = free_nbytes(place.disk)
@@ -125,10 +118,10 @@ def planned(
 
 def measured(plan: Plan, engine: Engine, watcher: Watcher | None, stream: bool = False) -> Plan:
     """Run the measuring passes of the plan's operators, if they have any."""
-    passes = max((mix.operator.passes(mix.parameters) for mix in plan.mixes), default=0)
+    passes = max((mix.passes for mix in plan.mixes), default=0)
     if passes and stream:
         raise UsageError(
-            f"stream reads every shard once, but {plan.mixes[0].operator.name} has to measure"
+            f"stream reads every shard once, but {plan.mixes[0].operator_name} has to measure"
             " before: store its vectors first"
         )
     if passes:
@@ -167,12 +160,12 @@ class _Claims:
         gap = False
         for number, job in enumerate(self._plan.jobs):
             line = lines.get(number)
-            if job.operator in ROWS and not isinstance(self._writer, Segment):
+            if job.has_rows and not isinstance(self._writer, Segment):
                 gap |= line is None
-            if line is None or (gap and job.operator in ROWS):
+            if line is None or (gap and job.has_rows):
                 continue
             result = from_line(job, line)
-            for row, kept in zip(_rows_of(job), line["rows"], strict=True):
+            for row, kept in zip(job.rows, line["rows"], strict=True):
                 assert self._writer is not None
                 self._writer.restore(row, kept)
             if job.output is None or self._is_there(job, result.digests["output"]):
@@ -196,17 +189,12 @@ class _Claims:
         lines = []
         while self._noted:
             number, result = self._noted.pop(0)
-            rows = _rows_of(result.job)
+            rows = result.job.rows
             kept = [self._writer.line(row) for row in rows] if self._writer is not None else []
             lines.append({"job": number, "rows": kept, **to_line(result)})
         files = self._files if self._writer is None else self._writer.files
         self._journal.claim(lines, files)
         self._due = time.monotonic() + CLAIM_SECONDS
-
-
-def _rows_of(job: Job) -> range:
-    count = block_count(job.numel) if job.operator in ROWS else 0
-    return range(job.first_block, job.first_block + count)
 
 
 def run_plan(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from skillvec.errors import OutputError
 from skillvec.hub import HubFile, not_here
-from skillvec.plan import Job
+from skillvec.job import Job
 from skillvec.report import Watcher
 from skillvec.storage import RowWriter, Segment, file_nbytes, forget_open_files
 

@@ -10,13 +10,12 @@ import numpy as np
 
 from skillvec import analysis, operators
 from skillvec.checkpoint import INDEX
-from skillvec.deltas import PairDelta
 from skillvec.displacement import ledger_line
-from skillvec.engine import JobResult
 from skillvec.errors import NonfiniteError, up_to_five
+from skillvec.job import Job, JobResult, Plan
+from skillvec.jobs import AddJob, CompareJob, CopyJob, StoreJob
 from skillvec.kernels import HALVES
 from skillvec.manifest import Claim, Manifest, TensorEntry
-from skillvec.plan import Job, Plan
 from skillvec.report import Line, Report
 from skillvec.sidefiles import ADAPTER, OLD, is_weight_file
 from skillvec.storage import file_nbytes, shown
@@ -39,7 +38,7 @@ def complete_manifest(
     equal, differing, announced = {}, [], vector.nonfinite()
     for result in results:
         job = result.job
-        if job.operator == "store":
+        if isinstance(job, StoreJob):
             placed, stated = settled.placed[job.name], vector.find_entry(job.name)
             nonfinite = min(result.lost + announced.get(job.name, 0), job.numel)
             manifest["tensors"][job.name] = _entry(result, placed, stated, nonfinite)
@@ -72,9 +71,9 @@ def _entry(
             stated["tuned"], stated.get("unrestored", 0), nonfinite,
         )  # fmt: skip
     base = tuned = None
-    if isinstance(delta, PairDelta):
-        base = [delta.base.dtype, result.digests["base"]]
-        tuned = [delta.tuned.dtype, result.digests["tuned"]]
+    if (pair := delta.pair) is not None:
+        base = [pair.base.dtype, result.digests["base"]]
+        tuned = [pair.tuned.dtype, result.digests["tuned"]]
     norm = float(result.sums[0]) ** 0.5
     return tensor_entry(
         entry, codec, block, digest, result.changed, norm, base, tuned, result.unrestored, nonfinite
@@ -96,7 +95,7 @@ def report_stored(
     entries = manifest["tensors"]
     for result in results:
         name = result.job.name
-        if result.job.operator == "store":
+        if isinstance(result.job, StoreJob):
             entry = entries[name]
             line = job_line(result.job, "delta" if entry["changed"] else "unchanged")
             line |= {"numel": result.job.numel, "changed": entry["changed"], "norm": entry["norm"]}
@@ -142,15 +141,15 @@ def report_stored(
             f"tuned is {'+'.join(mixed)} where base is not: tuned comes back when the vector is"
             " applied to base with --dtype of the tuned model"
         )
-    stored_results = [result for result in results if result.job.operator == "store"]
+    stored_results = [result for result in results if isinstance(result.job, StoreJob)]
     report.warnings += rounding_warning(stored_results, 0)
     tell_nonfinite(report, results)
 
 
 def correct_verdict(report: Report, results: Sequence[JobResult]) -> None:
     """Take back the verdict "exact base", which a sample gave, where digests say otherwise."""
-    added = [result for result in results if result.job.operator == "add"]
-    known = [r for r in added if r.job.base_digest or isinstance(r.job.deltas[0], PairDelta)]
+    added = [result for result in results if isinstance(result.job, AddJob)]
+    known = [result for result in added if result.job.knows_base]
     other = [result.job.name for result in known if not result.exact_base]
     if report.facts.get("verdict") != "exact base":
         return
@@ -166,10 +165,10 @@ def correct_verdict(report: Report, results: Sequence[JobResult]) -> None:
 def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> None:
     report.ledger = []
     passed = {line["name"]: line for line in plan.ledger}
-    added = [result for result in results if result.job.operator == "add"]
+    added = [result for result in results if isinstance(result.job, AddJob)]
     for result in results:
         job = result.job
-        if job.operator == "copy":
+        if isinstance(job, CopyJob):
             report.ledger.append(job_line(job, "passed through") | passed.pop(job.name, {}))
             continue
         gain, cosine = analysis.realised(result.sums, plan.lam)
@@ -258,9 +257,9 @@ def nonfinite_line(result: JobResult) -> str:
     """Return which values of a tensor NaN, infinities or the range of a dtype decide."""
     sides = ", ".join(f"{count} in {side}" for side, count in _sides_of(result).items())
     why = f"not finite: {sides}" if sides else "not finite"
-    if result.job.operator == "compare":  # of several pairs, whose counts add up
+    if isinstance(result.job, CompareJob):  # of several pairs, whose counts add up
         why = "not finite"
-    if not sides and isinstance(result.job.deltas[0], PairDelta):
+    if not sides and result.job.deltas[0].pair is not None:
         why = "differences beyond the range of their dtype"
     return f"{result.job.name}: {result.lost} of {result.job.numel} values ({why})"
 

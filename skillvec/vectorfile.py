@@ -17,6 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128
 
+from skillvec.blocks import BLOCK_NUMEL as BLOCK_NUMEL
+from skillvec.blocks import EXCEPTION, REPLACEMENT, StoredBlock
+from skillvec.blocks import block_count as block_count
 from skillvec.checkpoint import (
     FOREIGN,
     GGUF,
@@ -29,6 +32,8 @@ from skillvec.checkpoint import (
     read_index,
 )
 from skillvec.codecs import CODECS, NO_BYTES, Encoded, decode_block
+from skillvec.deltas import NO_DIGEST as NO_DIGEST
+from skillvec.deltas import StoredDelta as StoredDelta
 from skillvec.errors import FormatError, up_to_five, up_to_five_each
 from skillvec.kernels import FLOATS, Array
 from skillvec.manifest import (
@@ -66,47 +71,18 @@ from skillvec.storage import (
     remote_of,
 )
 
-BLOCK_NUMEL = 1 << 20  # elements a block: the unit of work, of codecs and of random numbers
 BLOCKS, EXCEPTIONS, REPLACEMENTS = (
     "skillvec.blocks",
     "skillvec.exceptions",
     "skillvec.replacements",
 )
 SIDE = (BLOCKS, EXCEPTIONS, REPLACEMENTS)
-EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])
-REPLACEMENT = np.dtype([("position", "<u4"), ("bits", "<u8")])
 BLOCK_ROW_NBYTES = 12  # of the block table
 MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
 # codec -> the tensors that hold a delta: the payload first
 PARTS = {
     "zero": (), "dense": ("",), "sparse": (".values", ".bitmap"), "packed": (".packed",),
 }  # fmt: skip
-
-
-NO_DIGEST = fold_digest(b"")
-
-
-def block_count(numel: int) -> int:
-    """Return how many blocks of 2^20 elements a tensor has."""
-    return -(-numel // BLOCK_NUMEL)
-
-
-class StoredDelta(NamedTuple):
-    """A delta in a vector file.
-
-    `spec` has the delta's name, dtype and shape, and the place of its payload; `first_block` is
-    its first row in the block table of its file, `digest` that of its stored bytes.
-    """
-
-    spec: TensorSpec
-    codec: str
-    bitmap: TensorSpec | None = None
-    first_block: int = 0
-    digest: str = NO_DIGEST
-
-    @property
-    def nbytes(self) -> int:
-        return self.spec.nbytes + (self.bitmap.nbytes if self.bitmap else 0)
 
 
 def zero_delta(name: str, shape: tuple[int, ...]) -> StoredDelta:
@@ -309,15 +285,6 @@ def _one_file(place: Place) -> str | None:
     if suffix in FOREIGN or suffix in (GGUF, *PICKLE_SUFFIXES):
         return None
     return address if is_there(address) and file_nbytes(address) >= 8 else None
-
-
-class StoredBlock(NamedTuple):
-    """What a file holds of one block besides its values; `digest` is of the stored bytes."""
-
-    exceptions: npt.NDArray[Any]
-    replacements: npt.NDArray[Any]
-    digest: bytes
-    is_zero: bool
 
 
 def readers_of(vectors: Iterable[VectorFile]) -> "dict[str, BlockReader]":

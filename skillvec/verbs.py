@@ -28,9 +28,9 @@ from skillvec.checkpoint import (
 )
 from skillvec.codecs import CODECS
 from skillvec.combining import seen_like
-from skillvec.deltas import ViewDelta, dtype_of, names_of
+from skillvec.deltas import dtype_of
 from skillvec.displacement import ledger_line
-from skillvec.engine import Engine, JobResult
+from skillvec.engine import Engine
 from skillvec.errors import (
     FormatError,
     IncompatibleError,
@@ -39,6 +39,8 @@ from skillvec.errors import (
     up_to_five,
 )
 from skillvec.fitting import match, to_layout, verdict_on
+from skillvec.job import JobResult, Plan
+from skillvec.jobs import CopyJob, ListJob
 from skillvec.manifest import Manifest
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.outputs import (
@@ -54,7 +56,6 @@ from skillvec.outputs import (
 )
 from skillvec.patch import find_patch, form_of
 from skillvec.plan import (
-    Plan,
     plan_apply,
     plan_patch,
     plan_store,
@@ -366,7 +367,7 @@ def export_patch(
             raise IncompatibleError(
                 f"{point.ref} is not the exact base of {opened.ref}:\n{up_to_five(other)}"
             )
-        results = [result for result in results if result.job.operator == "list"]
+        results = [result for result in results if isinstance(result.job, ListJob)]
         refuse_nonfinite(results, allow_nonfinite)
         made = writer.finish({"schema": 1, **request}, form)
         nbytes = os.path.getsize(made)
@@ -390,9 +391,9 @@ def _is_of_base(result: JobResult) -> bool:
     Of a list in another layout that is for the tensors it is made of to say.
     """
     job = result.job
-    if job.operator == "copy":
+    if isinstance(job, CopyJob):
         return result.digests["point"] == job.base_digest
-    return result.exact_base or isinstance(job.deltas[0], ViewDelta)
+    return result.exact_base or job.deltas[0].is_relaid
 
 
 def apply(
@@ -672,7 +673,7 @@ def _plan_apply(
         rows=request.get("rows", "strict"),
         recipe=recipe,
     )
-    used = {name for job in plan.jobs for delta in job.deltas for name in names_of(delta)}
+    used = {name for job in plan.jobs for delta in job.deltas for name in delta.names}
     allowed = request.get("allow_nonfinite", False)
     plan.warnings.extend(refuse_announced(displacement, allowed, used))
     return plan, recipe

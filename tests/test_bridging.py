@@ -274,18 +274,14 @@ def test_an_altered_vector_that_an_interrupted_run_has_read_is_refused(
     with open(altered, "r+b") as file:
         file.seek(spec.start + 1)
         file.write(b"!")
-    run_block = engine._Run.run_block
 
-    def stopping(run, number, *arguments) -> None:
-        if run._plan.jobs[number].name == f"{MLP}.gate.weight":
+    def stopping(plan, number, *rest) -> None:
+        if plan.jobs[number].name == f"{MLP}.gate.weight":
             raise OutputError("full")
-        run_block(run, number, *arguments)
 
     monkeypatch.setattr(running, "CLAIM_SECONDS", 0.0)
-    monkeypatch.setattr(engine._Run, "run_block", stopping)
-    with pytest.raises(OutputError, match="what is done is kept"):
+    with pytest.raises(OutputError, match="what is done is kept"), engine.on_block(stopping):
         sv.apply(target, altered, tmp_path / "out", engine="serial")
-    monkeypatch.setattr(engine._Run, "run_block", run_block)
     with pytest.raises(sv.FormatError, match=r"experts.1.down_proj.weight differs from its digest"):
         sv.apply(target, altered, tmp_path / "out", engine="serial")
     assert not (tmp_path / "out").exists()

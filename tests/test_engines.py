@@ -24,7 +24,8 @@ from skillvec import engine_ray, running
 from skillvec.deltas import ViewDelta
 from skillvec.engine import Found
 from skillvec.errors import FormatError, IncompatibleError, OutputError, UsageError
-from skillvec.plan import Job, Plan
+from skillvec.job import Job, Plan
+from skillvec.jobs import CompareJob, CopyJob
 from skillvec.storage import OutputFile, TensorSpec
 from skillvec.vectorfile import BLOCK_NUMEL, StoredDelta
 
@@ -286,7 +287,7 @@ def job(name: str, nbytes: int, *views: str) -> Job:
     specs = [TensorSpec(part, "U8", (nbytes,), "file", 0, nbytes) for part in views or (name,)]
     stored = [StoredDelta(spec, "dense") for spec in specs]
     deltas = [ViewDelta(part.spec, View((part,))) for part in stored] if views else stored
-    return Job(name, "add", nbytes, deltas=tuple(deltas))
+    return CompareJob(name, nbytes, deltas=tuple(deltas))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -321,8 +322,8 @@ def test_batches_of_rows_end_in_order_whichever_is_copied_first(tmp_path, monkey
         run._ended += 1
         ended.append(number)
 
-    monkeypatch.setattr(engine_ray._Run, "_end", noted)
-    run = engine_ray._Run.__new__(engine_ray._Run)
+    monkeypatch.setattr(engine_ray._ClusterRun, "_end", noted)
+    run = engine_ray._ClusterRun.__new__(engine_ray._ClusterRun)
     run._ended, run._whole = 0, {}
     for number in (2, 0, 1, 3):
         segment = tmp_path / str(number)
@@ -382,7 +383,7 @@ def test_a_task_returns_when_its_bytes_are_on_the_disk(
     out.write_bytes(bytes(spec.nbytes + 8))
     shared = engine_ray.Shared(Plan("apply", []), [str(out)], {}, {}, {}, None, "", None)
     if work == "batch":
-        copied = Job("long", "copy", spec.numel, out_dtype="BF16", point=spec, output=(0, 8))
+        copied = CopyJob("long", spec.numel, out_dtype="BF16", point=spec, output=(0, 8))
         batch = engine_ray._run_batch(shared, [copied])
         assert [result.job.name for result in batch.found.results] == ["long"]
     else:

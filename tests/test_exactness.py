@@ -25,7 +25,7 @@ import skillvec as sv
 from skillvec import engine, running
 from skillvec.cli import main
 from skillvec.errors import IncompatibleError, VerificationError
-from skillvec.plan import Plan
+from skillvec.job import Plan
 from skillvec.vectorfile import BLOCK_NUMEL
 
 CODECS = ("dense", "sparse", "packed", "auto")
@@ -308,23 +308,21 @@ def test_neither_bytes_nor_reports_know_of_the_guess(
     options: dict[str, Any] = {"engine": engine_name}
     options |= {"workers": 3} if engine_name == "threads" else {}
     again: list[tuple[bool, str]] = []
-    run_block = engine._Run.run_block
 
-    def noted(run: Any, number: int, index: int, workspace: Any, known: Any = None) -> None:
-        if known is not None:
-            again.append((guess, run._plan.jobs[number].name))
-        run_block(run, number, index, workspace, known)
+    def noted(plan: Plan, number: int, index: int, is_again: bool) -> None:
+        if is_again:
+            again.append((guess, plan.jobs[number].name))
 
-    monkeypatch.setattr(engine._Run, "run_block", noted)
     found = []
     for guess in (True, False):
         monkeypatch.setattr(Plan, "expects_base", property(lambda plan, guess=guess: guess))
         out = tmp_path / str(guess)
-        report = sv.apply(world / target, world / "v.safetensors", out, **options).to_dict()
+        with engine.on_block(noted):
+            report = sv.apply(world / target, world / "v.safetensors", out, **options).to_dict()
+            checked = sv.verify(out, **options).to_dict()
+            proved = sv.verify(world / "v.safetensors", **options).to_dict()
         del report["output"]
         files = {file.name: file.read_bytes() for file in sorted(out.iterdir())}
-        checked = sv.verify(out, **options).to_dict()
-        proved = sv.verify(world / "v.safetensors", **options).to_dict()
         found.append((files, report, checked["tensors"], proved))
     assert found[0] == found[1]
     exact = {f"layers.{number}.weight" for number in TARGETS[target][2]}
@@ -373,20 +371,16 @@ def test_a_wrong_guess_is_no_first_difference(guess: bool, tmp_path: Path, monke
 
 def test_a_run_that_goes_on_restores_as_well(world: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(running, "CLAIM_SECONDS", 0.0)
-    run_block = engine._Run.run_block
 
-    def failing(run: Any, number: int, *rest: Any) -> None:
+    def failing(plan: Plan, number: int, *rest: Any) -> None:
         if number == 2:
             raise KeyboardInterrupt
-        run_block(run, number, *rest)
 
     call: Callable[[], sv.Report] = lambda: sv.apply(  # noqa: E731
         world / "half", world / "v.safetensors", tmp_path / "out", engine="serial"
     )
-    monkeypatch.setattr(engine._Run, "run_block", failing)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), engine.on_block(failing):
         call()
-    monkeypatch.setattr(engine._Run, "run_block", run_block)
     assert call().facts["resumed"] > 0
     assert_same_bits(tmp_path / "out", expected_of(world, "half"))
 
@@ -522,17 +516,13 @@ def test_rounding_is_told_by_a_run_that_goes_on(tmp_path: Path, monkeypatch) -> 
     sides = pair(tmp_path, in_dtype(WIDE, "BF16"), WIDE)
     whole = sv.diff(*sides, tmp_path / "whole.safetensors").report
     monkeypatch.setattr(running, "CLAIM_SECONDS", 0.0)
-    run_block = engine._Run.run_block
 
-    def failing(run: Any, number: int, *rest: Any) -> None:
-        if number == len(run._plan.jobs) - 1:
+    def failing(plan: Plan, number: int, *rest: Any) -> None:
+        if number == len(plan.jobs) - 1:
             raise KeyboardInterrupt
-        run_block(run, number, *rest)
 
-    monkeypatch.setattr(engine._Run, "run_block", failing)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), engine.on_block(failing):
         sv.diff(*sides, tmp_path / "v.safetensors", engine="serial")
-    monkeypatch.setattr(engine._Run, "run_block", run_block)
     report = sv.diff(*sides, tmp_path / "v.safetensors", engine="serial").report
     assert report.facts["resumed"] > 0
     assert warned("is rounding", report) == warned("is rounding", whole)

@@ -20,6 +20,7 @@ from families import from_bits, perturbed, save, toy
 
 import skillvec
 from skillvec import outputs, storage
+from skillvec.engine import on_block
 from skillvec.errors import FormatError, OutputError, SkillvecError
 
 UNFINISHED = ".skillvec-unfinished"
@@ -766,22 +767,15 @@ def test_an_error_while_others_wait_for_their_turn_frees_them(
     assert set(threading.enumerate()) <= before  # nobody is left behind
 
 
-def test_blocks_done_in_any_order_give_the_same_bytes(tmp_path: Path, long_pair, monkeypatch):
+def test_blocks_done_in_any_order_give_the_same_bytes(tmp_path: Path, long_pair):
     """Workers are late here and there: the turns, not the clock, decide where a block lies."""
-    from skillvec import engine
-
     tuned, base = long_pair[1] / "model.safetensors", long_pair[0] / "model.safetensors"
-    encode, delays = engine.encode_block, iter(np.random.default_rng(1).random(1000).tolist())
-
-    def late(*arguments):
-        time.sleep(next(delays) * 0.05)
-        return encode(*arguments)
+    delays = iter(np.random.default_rng(1).random(1000).tolist())
 
     for codec, size in (("packed", "5GB"), ("sparse", "1MB")):
         options = {"codec": codec, "max_shard_size": size}
         skillvec.diff(tuned, base, tmp_path / f"{codec}0.safetensors", workers=1, **options)
-        with pytest.MonkeyPatch.context() as patch, seconds(60):
-            patch.setattr(engine, "encode_block", late)
+        with seconds(60), on_block(lambda *block: time.sleep(next(delays) * 0.05)):
             skillvec.diff(tuned, base, tmp_path / f"{codec}1.safetensors", workers=5, **options)
         found = [contents(tmp_path / f"{codec}{number}.safetensors") for number in (0, 1)]
         assert found[0] == found[1]

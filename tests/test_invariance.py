@@ -10,7 +10,7 @@ import torch
 from families import TORCH_DTYPE, assert_same_bits, bits, from_bits, load, save
 
 import skillvec as sv
-from skillvec.engine import random_bits
+from skillvec.jobs import random_bits
 from skillvec.operators import SAMPLE
 from skillvec.vectorfile import BLOCK_NUMEL
 

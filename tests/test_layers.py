@@ -16,10 +16,10 @@ PACKAGE = Path(skillvec.__file__).parent
 ORDER = [
     "__main__", "cli", "display", "training", "publishing", "extraction", "holding", "verbs",
     "cards", "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
-    "outputs", "engine", "blocks", "plan", "fitting", "vector", "combining", "kinds",
-    "displacement", "adapting", "pairs", "patching", "bridging",
-    "lineage", "deltas", "rules", "patch", "page", "analysis",
-    "subspace", "measures", "vectorfile", "manifest", "checkpoint", "gguffile", "layouts",
+    "outputs", "engine", "plan", "jobs", "job", "fitting", "vector", "combining", "kinds",
+    "displacement", "adapting", "pairs", "patching", "bridging", "lineage", "rules", "patch",
+    "page", "analysis", "subspace", "measures", "vectorfile", "deltas", "manifest", "blocks",
+    "checkpoint", "gguffile", "layouts",
     "conversions", "configs", "trainingshards", "pickles", "adapters", "experts", "lowrank",
     "quantised", "unread", "objects", "hub",
     "sources", "merging", "operators", "codecs", "kernels", "staging", "sidefiles", "storage",
@@ -33,11 +33,11 @@ HOMES = {
     "click": {"cli"},
     "rich": {"display"},
     "numkong": {"kernels"},
-    "xxhash": {"kernels", "storage", "staging", "engine", "vectorfile", "merging"},
+    "xxhash": {"kernels", "storage", "staging", "jobs", "vectorfile", "merging"},
     "zstandard": {"codecs"}, "yaml": {"rules"}, "vl_convert": {"page"},
     "fsspec": {"objects"}, "ray": {"engine_ray"},
     "numpy": {
-        "blocks", "lineage",
+        "blocks", "deltas", "job", "jobs", "lineage",
         "kernels", "operators", "codecs", "merging", "engine", "vector", "vectorfile", "analysis",
         "summary", "patch", "measures", "comparison", "subspace", "sources", "quantised",
         "lowrank", "pickles", "trainingshards", "layouts", "conversions", "extraction",
@@ -176,7 +176,9 @@ def test_names_of_the_package_are_those_that_it_lists():
         _ = skillvec.nonsense
 
 
-@pytest.mark.parametrize("module", ["engine", "blocks", "plan", "storage", "staging"])
+@pytest.mark.parametrize(
+    "module", ["engine", "blocks", "plan", "job", "jobs", "storage", "staging"]
+)
 def test_the_core_does_not_know_which_engine_runs_it(module: str):
     words = re.findall(r"\w+", (PACKAGE / f"{module}.py").read_text().lower())
     assert not {"ray", "engine_ray", "cluster"} & set(words)

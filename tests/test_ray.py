@@ -258,13 +258,13 @@ def test_nodes_that_see_something_else_are_refused_before_any_work(
         save(elsewhere / "base", toy(8, layers=6, width=768, vocabulary=2000), shards=3)
         save(elsewhere / "tuned", toy(9, layers=6, width=768, vocabulary=2000), shards=2)
     worked: list[Any] = []
-    submit = engine_ray._Run._submit
+    submit = engine_ray._ClusterRun._submit
 
     def noted(self: Any, what: str, then: Any, options: Any, work: Any, *arguments: Any) -> None:
         worked.append(work)
         submit(self, what, then, options, work, *arguments)
 
-    monkeypatch.setattr(engine_ray._Run, "_submit", noted)
+    monkeypatch.setattr(engine_ray._ClusterRun, "_submit", noted)
     if late:
         every = engine_ray._nodes
 
@@ -298,7 +298,7 @@ def test_tasks_in_flight_and_waiting_are_bounded_and_no_tensor_goes_through_ray(
     from ray import cloudpickle
 
     flights, open_batches, sizes, order = [], [], [], []
-    real = engine_ray._Run
+    real = engine_ray._ClusterRun
 
     class Observed(real):  # type: ignore[misc, valid-type]
         def _collect(self) -> None:
@@ -316,7 +316,7 @@ def test_tasks_in_flight_and_waiting_are_bounded_and_no_tensor_goes_through_ray(
             sizes.append(len(cloudpickle.dumps(value)))
             return value
 
-    monkeypatch.setattr(engine_ray, "_Run", Observed)
+    monkeypatch.setattr(engine_ray, "_ClusterRun", Observed)
     monkeypatch.setattr(engine_ray, "BATCHES", 10)
     monkeypatch.setattr(engine_ray, "AHEAD", 1)
     hand_over = OutputFile.hand_over

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from hubserver import HubServer
 import skillvec as sv
 from skillvec import engine, running, storage
 from skillvec.errors import FormatError, OutputError, SkillvecError, TransferError, UsageError
+from skillvec.job import Plan
+from skillvec.jobs import MeasureJob
 
 UNFINISHED = ".skillvec-unfinished"
 
@@ -100,32 +102,26 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def jobs_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that takes the names of the jobs that run."""
+def jobs_run() -> Iterator[list[str]]:
+    """Yield a list that takes the names of the jobs that run."""
     seen: list[str] = []
-    finish = engine._Run._finish
 
-    def noted(run: Any, number: int, workspace: Any) -> None:
-        if run._plan.jobs[number].operator != "measure":  # done again
-            seen.append(run._plan.jobs[number].name)
-        finish(run, number, workspace)
+    def noted(plan: Plan, number: int, index: int, is_again: bool) -> None:
+        if index == 0 and not is_again and not isinstance(plan.jobs[number], MeasureJob):
+            seen.append(plan.jobs[number].name)
 
-    monkeypatch.setattr(engine._Run, "_finish", noted)
-    return seen
+    with engine.on_block(noted):
+        yield seen
 
 
-def stop_at(name: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Make a run fail when it comes to a tensor; return what undoes it."""
-    run_block = engine._Run.run_block
+def stop_at(name: str, error: BaseException) -> AbstractContextManager[None]:
+    """Make runs fail when they come to a tensor."""
 
-    def failing(run: Any, number: int, *arguments: Any) -> None:
-        if run._plan.jobs[number].name == name and run._plan.jobs[number].operator != "measure":
+    def failing(plan: Plan, number: int, *rest: Any) -> None:
+        if plan.jobs[number].name == name and not isinstance(plan.jobs[number], MeasureJob):
             raise error
-        run_block(run, number, *arguments)
 
-    with pytest.MonkeyPatch.context():
-        monkeypatch.setattr(engine._Run, "run_block", failing)
-    return lambda: monkeypatch.setattr(engine._Run, "run_block", run_block)
+    return engine.on_block(failing)
 
 
 def unfinished(output: Path) -> Path:
@@ -133,24 +129,22 @@ def unfinished(output: Path) -> Path:
 
 
 def interrupted(
-    family: Family, verb: str, output: Path, monkeypatch: pytest.MonkeyPatch,
-    error: BaseException | None = None, **options: Any,
-) -> BaseException:  # fmt: skip
+    family: Family, verb: str, output: Path, error: BaseException | None = None, **options: Any
+) -> BaseException:
     """Run a verb to somewhere behind its middle; return the error."""
     made = error or OutputError(f"{output}: the disk is full; nothing was published")
-    undo = stop_at("model.layers.1.self_attn.q_proj.weight", made, monkeypatch)
-    with pytest.raises(type(made)) as caught:
+    where = "model.layers.1.self_attn.q_proj.weight"
+    with pytest.raises(type(made)) as caught, stop_at(where, made):
         family.run(verb, output, **options)
-    undo()
     return caught.value
 
 
 @pytest.mark.parametrize("verb", list(OUTPUT))
 def test_the_same_command_goes_on_and_gives_the_same_bytes(
-    verb: str, family: Family, undisturbed, tmp_path: Path, at_once, jobs_run, monkeypatch
+    verb: str, family: Family, undisturbed, tmp_path: Path, at_once, jobs_run
 ):
     output = tmp_path / OUTPUT[verb]
-    error = interrupted(family, verb, output, monkeypatch)
+    error = interrupted(family, verb, output)
     assert not output.exists()
     assert f"kept in {unfinished(output)}: the same command goes on from it" in str(error)
     first = list(jobs_run)
@@ -162,14 +156,9 @@ def test_the_same_command_goes_on_and_gives_the_same_bytes(
     assert len(first) > 3 and len(again) <= 1, again  # the last was perhaps not yet claimed
 
 
-def test_a_report_is_the_same_after_an_interruption(
-    family: Family, tmp_path: Path, at_once, monkeypatch
-):
+def test_a_report_is_the_same_after_an_interruption(family: Family, tmp_path: Path, at_once):
     whole = sv.apply(family.target, family.vector, tmp_path / "whole", lam=0.7).to_dict()
-    undo = stop_at("model.layers.1.self_attn.q_proj.weight", Interrupted(), monkeypatch)
-    with pytest.raises(Interrupted):
-        family.run("apply", tmp_path / "out")
-    undo()
+    interrupted(family, "apply", tmp_path / "out", Interrupted())
     report = sv.apply(family.target, family.vector, tmp_path / "out", lam=0.7).to_dict()
     assert report.pop("output") != whole.pop("output")
     assert report.pop("resumed") > 10 and report == whole
@@ -177,19 +166,19 @@ def test_a_report_is_the_same_after_an_interruption(
     assert said[0] == said[1]
 
 
-def test_with_threads_as_well(family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch):
+def test_with_threads_as_well(family: Family, undisturbed, tmp_path: Path, at_once):
     for verb in ("shards", "apply"):
         output = tmp_path / verb / OUTPUT[verb]
         output.parent.mkdir()
         for _ in range(2):
-            interrupted(family, verb, output, monkeypatch, engine="threads", workers=3)
+            interrupted(family, verb, output, engine="threads", workers=3)
         family.run(verb, output, engine="threads", workers=2)
         assert contents(output) == undisturbed[verb]
 
 
 def test_a_tensor_whose_turn_never_came_is_not_claimed(family: Family, tmp_path: Path, monkeypatch):
     """When a run has failed, those that wait go on without having written: that is not done."""
-    waiting, noted, encode = threading.Event(), [], engine.encode_block
+    waiting, noted = threading.Event(), []
     turn = storage.Turns.turn
 
     @contextmanager
@@ -199,57 +188,46 @@ def test_a_tensor_whose_turn_never_came_is_not_claimed(family: Family, tmp_path:
         with turn(turns, number) as mine:
             yield mine
 
-    def failing(*arguments: Any) -> Any:
-        if threading.current_thread() is first:
+    def failing(plan: Plan, number: int, *rest: Any) -> None:
+        if number == 0:
             assert waiting.wait(10)
             raise OutputError("full")
-        return encode(*arguments)
-
-    first = None
-    run_block = engine._Run.run_block
-
-    def begun(run: Any, number: int, *arguments: Any) -> None:
-        nonlocal first
-        first = threading.current_thread() if number == 0 else first
-        run_block(run, number, *arguments)
 
     monkeypatch.setattr(storage.Turns, "turn", counted)
-    monkeypatch.setattr(engine, "encode_block", failing)
-    monkeypatch.setattr(engine._Run, "run_block", begun)
     monkeypatch.setattr(running._Claims, "note", lambda claims, *result: noted.append(result))
-    with pytest.raises(OutputError, match="full"):
+    with pytest.raises(OutputError, match="full"), engine.on_block(failing):
         family.run("diff", tmp_path / "v.safetensors", engine="threads", workers=2)
     assert noted == []
 
 
-def test_a_run_of_moments_leaves_nothing_behind(family: Family, tmp_path: Path, monkeypatch):
+def test_a_run_of_moments_leaves_nothing_behind(family: Family, tmp_path: Path):
     """Nothing was claimed, so there is nothing to keep."""
-    error = interrupted(family, "diff", tmp_path / "v.safetensors", monkeypatch)
+    error = interrupted(family, "diff", tmp_path / "v.safetensors")
     assert os.listdir(tmp_path) == [] and "kept" not in str(error)
 
 
 @pytest.mark.parametrize("error", [FormatError("broken"), sv.errors.IncompatibleError("unlike")])
 def test_what_fails_again_anyway_leaves_nothing(
-    error: SkillvecError, family: Family, tmp_path: Path, at_once, monkeypatch
+    error: SkillvecError, family: Family, tmp_path: Path, at_once
 ):
-    caught = interrupted(family, "diff", tmp_path / "v.safetensors", monkeypatch, error)
+    caught = interrupted(family, "diff", tmp_path / "v.safetensors", error)
     assert os.listdir(tmp_path) == [] and "kept" not in str(caught)
 
 
 @pytest.mark.parametrize("error", [UsageError("credentials"), TransferError("try again")])
 def test_what_may_pass_keeps_what_is_done(
-    error: SkillvecError, family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+    error: SkillvecError, family: Family, undisturbed, tmp_path: Path, at_once
 ):
     output = tmp_path / "v.safetensors"
-    assert "goes on from it" in str(interrupted(family, "diff", output, monkeypatch, error))
+    assert "goes on from it" in str(interrupted(family, "diff", output, error))
     family.run("diff", output)
     assert contents(output) == undisturbed["diff"]
 
 
 def test_a_command_without_a_journal_leaves_the_work_of_another(
-    family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+    family: Family, undisturbed, tmp_path: Path, at_once
 ):
-    interrupted(family, "apply", tmp_path / "out", monkeypatch)
+    interrupted(family, "apply", tmp_path / "out")
     with pytest.raises(UsageError, match="of another command") as caught:
         sv.norms(family.vector, output=tmp_path / "out")
     assert "goes on from it" not in str(caught.value)
@@ -257,11 +235,9 @@ def test_a_command_without_a_journal_leaves_the_work_of_another(
     assert contents(tmp_path / "out") == undisturbed["apply"]
 
 
-def test_ctrl_c_keeps_what_is_done(
-    family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
-):
+def test_ctrl_c_keeps_what_is_done(family: Family, undisturbed, tmp_path: Path, at_once):
     output = tmp_path / "out"
-    error = interrupted(family, "apply", output, monkeypatch, KeyboardInterrupt())
+    error = interrupted(family, "apply", output, KeyboardInterrupt())
     assert str(error).startswith("nothing was published; what is done is kept in")
     family.run("apply", output)
     assert contents(output) == undisturbed["apply"]
@@ -284,10 +260,9 @@ def test_ctrl_c_keeps_what_is_done(
 )
 def test_another_command_is_refused_and_says_what_differs(
     verb: str, options: dict, said: str, family: Family, undisturbed, tmp_path: Path, at_once,
-    monkeypatch,
 ):  # fmt: skip
     output = tmp_path / OUTPUT[verb]
-    interrupted(family, verb, output, monkeypatch)
+    interrupted(family, verb, output)
     before = contents(unfinished(output))
     with pytest.raises(UsageError, match="of another command") as caught:
         family.run(verb, output, **options)
@@ -298,11 +273,9 @@ def test_another_command_is_refused_and_says_what_differs(
     assert contents(output) == undisturbed[verb]
 
 
-def test_another_verb_with_the_same_output_is_refused(
-    family: Family, tmp_path: Path, at_once, monkeypatch
-):
+def test_another_verb_with_the_same_output_is_refused(family: Family, tmp_path: Path, at_once):
     output = tmp_path / "v.safetensors"
-    interrupted(family, "diff", output, monkeypatch)
+    interrupted(family, "diff", output)
     with pytest.raises(UsageError, match=r'verb: "diff" then, "combine" now'):
         family.run("combine", output)
     shutil.rmtree(unfinished(output))
@@ -330,10 +303,10 @@ def rewritten(file: Path) -> None:
 
 @pytest.mark.parametrize("change", [touched, rewritten])
 def test_inputs_that_have_changed_since_are_refused(
-    change: Callable[[Path], None], tmp_path: Path, at_once, monkeypatch
+    change: Callable[[Path], None], tmp_path: Path, at_once
 ):
     family, output = Family(tmp_path / "mine"), tmp_path / "v.safetensors"
-    interrupted(family, "diff", output, monkeypatch)
+    interrupted(family, "diff", output)
     file = family.tuned / "model.safetensors"
     change(file)
     with pytest.raises(UsageError, match="inputs that have changed since") as caught:
@@ -352,23 +325,21 @@ def test_inputs_that_have_changed_since_are_refused(
 @pytest.mark.parametrize("verb", ["diff", "apply", "verify", "orthogonality"])
 @pytest.mark.parametrize("change", [touched, lengthened, rewritten])
 def test_an_input_that_changes_while_it_is_read_is_noticed(
-    change: Callable[[Path], None], verb: str, tmp_path: Path, monkeypatch
+    change: Callable[[Path], None], verb: str, tmp_path: Path
 ):
     family = Family(tmp_path / "mine")
     file = family.base / "model.safetensors"
-    finish = engine._Run._finish
     names: list[str] = []
 
-    def changing(run: Any, number: int, workspace: Any) -> None:
+    def changing(plan: Plan, number: int, *rest: Any) -> None:
         if not names:
             change(file)
-        names.append(run._plan.jobs[number].name)
-        finish(run, number, workspace)
+        names.append(plan.jobs[number].name)
 
-    monkeypatch.setattr(engine._Run, "_finish", changing)
     (tmp_path / "place").mkdir()
     output = tmp_path / "place" / "v.safetensors"
-    with pytest.raises(FormatError, match="changed while they were read") as caught:
+    error = pytest.raises(FormatError, match="changed while they were read")
+    with error as caught, engine.on_block(changing):
         if verb == "verify":
             sv.verify(family.vector, tuned=family.tuned, base=family.base)
         elif verb == "orthogonality":
@@ -433,11 +404,11 @@ def test_a_file_replaced_between_two_runs_is_read_anew(tmp_path: Path):
 
 
 def test_a_journal_cut_anywhere_is_believed_as_far_as_it_is_whole(
-    family: Family, undisturbed, tmp_path: Path, at_once, jobs_run, monkeypatch
+    family: Family, undisturbed, tmp_path: Path, at_once, jobs_run
 ):
     family.run("apply", tmp_path / "whole")
     whole = len(jobs_run)
-    interrupted(family, "apply", tmp_path / "out", monkeypatch)
+    interrupted(family, "apply", tmp_path / "out")
     kept = tmp_path / "kept"
     unfinished(tmp_path / "out").rename(kept)
     journal = (kept / "journal").read_bytes()
@@ -466,10 +437,10 @@ def test_a_journal_cut_anywhere_is_believed_as_far_as_it_is_whole(
 
 @pytest.mark.parametrize("verb", ["apply", "diff", "shards", "export"])
 def test_staged_bytes_are_not_believed_unread(
-    verb: str, family: Family, undisturbed, tmp_path: Path, at_once, monkeypatch
+    verb: str, family: Family, undisturbed, tmp_path: Path, at_once
 ):
     output = tmp_path / OUTPUT[verb]
-    interrupted(family, verb, output, monkeypatch)
+    interrupted(family, verb, output)
     made = unfinished(output) / "made"
     files = [f for f in (unfinished(output)).rglob("*") if f.name not in ("journal", "owner")]
     for file in files:
@@ -672,10 +643,8 @@ def test_a_streamed_run_fetches_only_the_shards_that_it_still_needs(
         shutil.rmtree(output) if output.is_dir() else output.unlink()
         jobs_run.clear()
         last = sorted(base)[-1] if verb == "diff" else "model.layers.3.mlp.up_proj.weight"
-        undo = stop_at(last, OutputError("full"), monkeypatch)
-        with pytest.raises(OutputError):
+        with pytest.raises(OutputError), stop_at(last, OutputError("full")):
             run()
-        undo()
         assert not (unfinished(output) / "shards").exists()
         (unfinished(output) / "shards").mkdir()  # as a killed run leaves it
         first, fetched = len(jobs_run), len(server.requests)
@@ -698,10 +667,9 @@ def test_a_run_that_has_fetched_its_inputs_goes_on_from_the_cache(
         for name in ("base", "tuned"):
             server.add_repo(f"org/{name}", tmp_path / name)
         server.adopt(monkeypatch, tmp_path / "home")
-        undo = stop_at("model.layers.1.mlp.up_proj.weight", OutputError("full"), monkeypatch)
-        with pytest.raises(OutputError, match="what is done is kept"):
+        stopped = stop_at("model.layers.1.mlp.up_proj.weight", OutputError("full"))
+        with pytest.raises(OutputError, match="what is done is kept"), stopped:
             sv.diff("org/tuned", "org/base", output, engine="serial")
-        undo()
         first = len(jobs_run)
         report = sv.diff("org/tuned", "org/base", output, engine="serial").report
         assert report is not None and report.facts["resumed"] >= first - 1 > 3

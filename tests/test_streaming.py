@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from skillvec import engine, hub, storage, streaming
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, OutputError, SkillvecError
-from skillvec.plan import Job, Plan
+from skillvec.job import JobResult, Plan
+from skillvec.jobs import CopyJob
 from skillvec.vectorfile import (
     BLOCK_NUMEL,
     EXCEPTION,
@@ -119,11 +120,11 @@ class Loopback:
             specs.append({n: s for header in headers for n, s in header.tensors.items()})
         base, tuned = specs
         jobs = [
-            Job(name, "copy", spec.numel, "BF16", point=spec, expected=tuned[name])
+            CopyJob(name, spec.numel, out_dtype="BF16", point=spec, expected=tuned[name])
             for name, spec in base.items()
         ]
         self.plan = Plan("verify", jobs[::-1])
-        self.results: dict[int, engine.JobResult] = {}
+        self.results: dict[int, JobResult] = {}
         self.sent()
         server.requests.clear()
 
@@ -227,7 +228,7 @@ def test_what_has_to_come_again_makes_room_first(
     specs = {job.expected.path: job.expected for job in loopback.plan.jobs}
     others = sorted(specs.values(), key=lambda spec: spec.path)[:2]
     crossed = [  # each with each: no order fetches all four once
-        Job(f"{i}{j}", "copy", 1, "BF16", point=base, expected=other)
+        CopyJob(f"{i}{j}", 1, out_dtype="BF16", point=base, expected=other)
         for i, base in enumerate(bases)
         for j, other in enumerate(others)
     ]

@@ -41,6 +41,7 @@ import numpy as np
 
 from skillvec import engine, extraction, running, staging, verbs
 from skillvec.errors import SkillvecError
+from skillvec.jobs import MeasureJob
 
 UNFINISHED, NEIGHBOUR = ".skillvec-unfinished", "neighbour.txt"
 # What puts bytes or names on the disk, and what only looks; a mount that is lost refuses both.
@@ -757,7 +758,7 @@ class Bench:
         tap = Tap(self.place, fault, disk or Disk(os.fspath(self.place)), say)
 
         def counted(self: engine.Threads, plan: Any, *rest: Any, **named: Any) -> Any:
-            facts["ran"] += sum(job.operator != "measure" for job in plan.jobs)
+            facts["ran"] += sum(not isinstance(job, MeasureJob) for job in plan.jobs)
             return run(self, plan, *rest, **named)
 
         engine.Threads.run = counted
