@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,8 @@ class DeltaSource(ABC):
     """
 
     __slots__ = ()
+    is_stored: ClassVar[bool] = False  # in a vector file, whose manifest has its digest and counts
+    is_relaid: ClassVar[bool] = False  # its values lie in another layout than its vector's own
 
     @property
     @abstractmethod
@@ -96,18 +98,8 @@ class DeltaSource(ABC):
         return None
 
     @property
-    def is_stored(self) -> bool:
-        """Whether a vector file holds it, whose manifest knows its digests and counts."""
-        return False
-
-    @property
     def is_zero(self) -> bool:
         """Whether it is known to be zero without being read."""
-        return False
-
-    @property
-    def is_relaid(self) -> bool:
-        """Whether its values lie in another layout than its vector's own."""
         return False
 
     def stored_parts(self, role: str) -> "Iterator[tuple[str, StoredDelta]]":
@@ -135,7 +127,7 @@ class DeltaSource(ABC):
 
     @property
     def passes(self) -> int:
-        """How many measuring passes come before it can be read (`MeasuredDelta`)."""
+        """How many measuring passes come before it can be read."""
         return 0
 
     def informed(self, known: Mapping[str, Any]) -> Self:
@@ -151,37 +143,6 @@ class DeltaSource(ABC):
         return whole(self, self.spec.shape)
 
 
-class MeasuredDelta(DeltaSource):
-    """A delta of which something is measured before it is read, over one tensor or several.
-
-    What `measure` gives is added up over the deltas of one `scope`, and settled at the end of the
-    pass; the next pass and `read` know what came of it.
-    """
-
-    __slots__ = ()
-
-    @property
-    @abstractmethod
-    def operator_name(self) -> str: ...
-
-    @property
-    @abstractmethod
-    def scope(self) -> str:
-        """What its measurements are summed over: the tensor, or all with the same parameters."""
-
-    @property
-    @abstractmethod
-    def per_tensor(self) -> bool: ...
-
-    @abstractmethod
-    def measure(self, block: Block, role: str, number: int) -> Array:
-        """Return what pass `number` finds in a block: counts (int64), or float64 to be summed."""
-
-    @abstractmethod
-    def settle(self, number: int, total: Array) -> Any:
-        """Return what is known when pass `number` is over."""
-
-
 @dataclass(frozen=True, slots=True)
 class StoredDelta(DeltaSource):
     """A delta in a vector file.
@@ -189,6 +150,8 @@ class StoredDelta(DeltaSource):
     `spec` has the delta's name, dtype and shape, and the place of its payload; `first_block` is
     its first row in the block table of its file, `digest` that of its stored bytes.
     """
+
+    is_stored: ClassVar[bool] = True
 
     spec: TensorSpec = field()
     codec: str
@@ -199,10 +162,6 @@ class StoredDelta(DeltaSource):
     @property
     def nbytes(self) -> int:
         return self.spec.nbytes + (self.bitmap.nbytes if self.bitmap else 0)
-
-    @property
-    def is_stored(self) -> bool:
-        return True
 
     @property
     def is_zero(self) -> bool:
@@ -331,6 +290,8 @@ class ComputedDelta(DeltaSource):
 class ViewDelta(DeltaSource):
     """A tensor's delta as boxes of those of another layout; what no box covers is 0."""
 
+    is_relaid: ClassVar[bool] = True
+
     spec: TensorSpec = field()  # F32, or F64 where a source is
     view: View
 
@@ -341,10 +302,6 @@ class ViewDelta(DeltaSource):
     @property
     def parts(self) -> tuple[DeltaSource, ...]:
         return self.view.sources
-
-    @property
-    def is_relaid(self) -> bool:
-        return True
 
     @property
     def names(self) -> list[str]:
@@ -392,7 +349,7 @@ class ViewDelta(DeltaSource):
 
 
 @dataclass(frozen=True, slots=True)
-class MixDelta(MeasuredDelta):
+class MixDelta(DeltaSource):
     """A tensor's delta as several to merge by an operator; `known` is what its passes measured."""
 
     spec: TensorSpec = field()
@@ -432,15 +389,12 @@ class MixDelta(MeasuredDelta):
         return self.weights, self.parameters, self.spec.shape
 
     @property
-    def operator_name(self) -> str:
-        return self.operator.name
-
-    @property
     def passes(self) -> int:
         return self.operator.passes(self.parameters)
 
     @property
     def scope(self) -> str:
+        """What its measurements are summed over: the tensor, or all with the same parameters."""
         key = [self.operator.name, self.origins, self.seed, self.parameters]
         return json.dumps([*key, self.spec.name, self.weights] if self.per_tensor else key)
 
@@ -449,6 +403,7 @@ class MixDelta(MeasuredDelta):
         return self.operator.scope(self.parameters) == "tensor"
 
     def measure(self, block: Block, role: str, number: int) -> Array:
+        """Return what pass `number` finds in a block: counts (int64), or float64 to be summed."""
         total: Array | None = None
         for place, wide in self._pieces(block, role):
             found = self.operator.measure(
@@ -459,6 +414,7 @@ class MixDelta(MeasuredDelta):
         return total
 
     def settle(self, number: int, total: Array) -> Any:
+        """Return what is known when pass `number` over its scope has given `total`."""
         return self.operator.settle(number, total, self.weights, self.parameters, self.known)
 
     def informed(self, known: Mapping[str, Any]) -> Self:
@@ -512,9 +468,9 @@ def views_in(deltas: Iterable[DeltaSource]) -> Iterator[DeltaSource]:
         yield from views_in(delta.parts)
 
 
-def measured_in(deltas: Iterable[DeltaSource]) -> list[MeasuredDelta]:
-    """Return the deltas that may have to be measured before they are read."""
-    return [delta for delta in deltas if isinstance(delta, MeasuredDelta)]
+def mixes_in(deltas: Iterable[DeltaSource]) -> list[MixDelta]:
+    """Return the combinations among deltas, which may have to be measured before they are read."""
+    return [delta for delta in deltas if isinstance(delta, MixDelta)]
 
 
 def pieces_of(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from skillvec.checkpoint import Checkpoint, reopen
-from skillvec.deltas import DeltaSource, MeasuredDelta, measured_in
+from skillvec.deltas import DeltaSource, MixDelta, mixes_in
 from skillvec.errors import UsageError
 from skillvec.manifest import Manifest, TensorEntry, TensorSide
 from skillvec.report import Line
@@ -99,9 +99,9 @@ class Displacement(ABC):
         """Whether a patch can be made of it: a stored tuned - base, of which digests are known."""
         return False
 
-    def mixes(self) -> list[MeasuredDelta]:
+    def mixes(self) -> list[MixDelta]:
         """Return the deltas of a combination."""
-        return measured_in(self.deltas.values())
+        return mixes_in(self.deltas.values())
 
     def list_warnings(self) -> list[str]:
         """Return the warnings of a vector and its parts."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from skillvec import operators
 from skillvec.blocks import Block, Workspace, block_count
-from skillvec.deltas import NO_DIGEST, VIEW, DeltaSource, StoredDelta, measured_in, views_in
+from skillvec.deltas import NO_DIGEST, VIEW, DeltaSource, StoredDelta, mixes_in, views_in
 from skillvec.errors import FormatError
 from skillvec.job import (
     COUNTS,
@@ -115,7 +115,7 @@ def measure(
 
     Counts are added up as they come, sums of floats in the order of blocks and jobs.
     """
-    used = [mix for job in plan.jobs for mix in measured_in(job.deltas)]
+    used = [mix for job in plan.jobs for mix in mixes_in(job.deltas)]
     # a scope of all tensors counts those that have no job as well, each once, in its own order
     wide = [mix for mix in plan.mixes if not mix.per_tensor]
     each = {(mix.scope, mix.spec.name): mix for mix in (*wide, *used)}

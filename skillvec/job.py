@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from skillvec import operators
 from skillvec.blocks import Block, block_count
-from skillvec.deltas import DeltaSource, MeasuredDelta
+from skillvec.deltas import DeltaSource, MixDelta
 from skillvec.kernels import Array
 from skillvec.measures import Request
 from skillvec.operators import Delta
@@ -135,7 +135,7 @@ class Plan:
     copies: list[tuple[str, str]] = field(default_factory=list)  # side files: source, name
     ledger: list[dict[str, Any]] = field(default_factory=list)
     vectors: list[VectorFile] = field(default_factory=list)  # read from
-    mixes: list[MeasuredDelta] = field(default_factory=list)  # of whole combinations
+    mixes: list[MixDelta] = field(default_factory=list)  # of whole combinations
     lam: float = 1.0
     rounding: str = "nearest"
     seed: int = 0
@@ -236,8 +236,9 @@ class Task:
     ) -> None:
         """Count NaN and infinities of target and output; note those that the delta brought."""
         assert job.point is not None
+        dtype = job.point.dtype
         found = operators.nonfinite_of(
-            point, job.point.dtype, delta, self.common.plan.lam, out, job.out_dtype, restored
+            point, dtype, delta, self.common.plan.lam, out, job.out_dtype or dtype, restored
         )
         self.tally[OF_TARGET:LOST_COUNT] = found.target, found.output
         if found.lost.size:

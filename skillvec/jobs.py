@@ -14,7 +14,7 @@ from xxhash import xxh3_128_digest
 from skillvec import operators
 from skillvec.blocks import BLOCK_NUMEL, EXCEPTION
 from skillvec.codecs import encode_block
-from skillvec.deltas import MeasuredDelta
+from skillvec.deltas import MixDelta
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.job import CHANGED, Common, Job, RowJob, State, Task
 from skillvec.kernels import FLOATS, Array, narrow, widen
@@ -58,7 +58,6 @@ class PointJob(Job):
             block.digest("output", out)
 
 
-@dataclass(frozen=True, kw_only=True)
 class CopyJob(PointJob):
     """Leave a tensor as it is; with a `base_digest`, for the proof that it is the base's."""
 
@@ -183,7 +182,6 @@ class ListJob(RowJob):
         task.common.writer.add(self.first_block + block.index, pieces)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SameJob(Job):
     """Whether deltas[0] is deltas[1], rounded to its dtype."""
 
@@ -195,7 +193,6 @@ class SameJob(Job):
         task.compare(one, other)
 
 
-@dataclass(frozen=True, kw_only=True)
 class CompareJob(Job):
     """Deltas with each other, and with the weights `point`, as the plan's request says."""
 
@@ -231,7 +228,7 @@ class CompareJob(Job):
 class MeasureJob(Job):
     """What the operator of deltas[0] needs to know: pass `number` over it."""
 
-    deltas: tuple[MeasuredDelta]
+    deltas: tuple[MixDelta]
     number: int
 
     def run(self, task: Task) -> None:

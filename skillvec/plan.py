@@ -113,7 +113,7 @@ def plan_patch(vector: SkillVector, base: Checkpoint, form: str = "lists") -> Pl
     if form not in FORMS:
         raise UsageError(f"form {form!r}: expected one of {', '.join(FORMS)}")
     entries, fitted = vector.manifest["tensors"], to_layout(vector, base)
-    jobs: list[PointJob] = []
+    jobs: list[Job] = []
     problems, row = defaultdict(list), 0
     changed: dict[str, int] = {}
     seen: dict[str, None] = {}  # tensors of the vector that are listed in another layout
@@ -252,24 +252,22 @@ def plan_apply(
     }
     jobs: list[Job] = []
     outputs: list[OutputPlan] = []
-    weight_map: dict[str, str] = {}
-    for file, specs in _shards(target, dtypes, untied):
-        made = [_point_job(spec, vector, routes, dtypes, notes) for spec in specs]
-        header = encode_header(
-            [(spec.name, dtypes[spec.name], spec.shape) for spec in specs],
-            _metadata(target, specs, recipe),
-        )
+    files = _shards(target, dtypes, untied)
+    for file, specs in files:
+        layout = [(spec.name, dtypes[spec.name], spec.shape) for spec in specs]
+        header = encode_header(layout, _metadata(target, specs, recipe))
         position = len(header)
-        for job, spec in zip(made, specs, strict=True):
-            jobs.append(replace(job, output=(len(outputs), position)))
+        for spec in specs:
+            at = len(outputs), position
+            jobs.append(_point_job(spec, vector, routes, dtypes, notes, at))
             position += tensor_nbytes(dtypes[spec.name], spec.shape)
         outputs.append(OutputPlan(file, position, header))
-        weight_map |= {spec.name: file for spec in specs}
     ledger += [ledger_line(target[name], *why) for name, why in passed.items()]
     ledger += _dropped(target)
     beside = _Beside()
     if target.is_folder:
         written = _written(target, dtypes, routes if dtype else ())
+        weight_map = {spec.name: file for file, specs in files for spec in specs}
         texts = _texts(target, outputs, weight_map, written, is_untied, untied)
         beside = _beside(target, outputs, texts, written)
     return Plan(
@@ -281,15 +279,16 @@ def plan_apply(
 
 def _point_job(
     spec: Source, vector: SkillVector, routes: Mapping[str, str], dtypes: Mapping[str, str],
-    notes: Mapping[str, str],
+    notes: Mapping[str, str], output: tuple[int, int],
 ) -> PointJob:  # fmt: skip
     """Return the job of a tensor of the target: add the delta that `routes` gives it, or copy."""
     if spec.name not in routes:
         point = as_integers(spec)  # the header says what they are
-        return CopyJob(spec.name, point.numel, out_dtype=point.dtype, point=point)
+        return CopyJob(spec.name, point.numel, out_dtype=point.dtype, point=point, output=output)
     source = routes[spec.name]
     note = "" if source == spec.name else f"tied: takes the delta of {source}"
-    return _add_job(spec, vector, source, dtypes[spec.name], notes.get(spec.name, note))
+    note = notes.get(spec.name, note)
+    return replace(_add_job(spec, vector, source, dtypes[spec.name], note), output=output)
 
 
 @dataclass(frozen=True)

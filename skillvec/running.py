@@ -121,7 +121,7 @@ def measured(plan: Plan, engine: Engine, watcher: Watcher | None, stream: bool =
     passes = max((mix.passes for mix in plan.mixes), default=0)
     if passes and stream:
         raise UsageError(
-            f"stream reads every shard once, but {plan.mixes[0].operator_name} has to measure"
+            f"stream reads every shard once, but {plan.mixes[0].operator.name} has to measure"
             " before: store its vectors first"
         )
     if passes:
