@@ -56,6 +56,7 @@ class Job(ABC):
     output: tuple[int, int] | None = None
     expected: Source | None = None
     expected_digest: str | None = None  # where differing values are announced
+    base_digest: str | None = None  # of the tensor the stored delta was taken from
     note: str = ""
 
     @abstractmethod
@@ -182,7 +183,7 @@ class Plan:
 # ------------------------------------------------------------------------------ while a plan runs
 
 
-@dataclass
+@dataclass(eq=False)
 class Common:
     """What the jobs of one run have in common; `totals` are counts of measuring passes by scope."""
 
@@ -193,7 +194,7 @@ class Common:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """What is known so far of one tensor."""
 
@@ -207,7 +208,7 @@ class State:
     measured: dict[int, Array] = field(default_factory=dict)  # by block
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Task:
     """One block of a job, and what it counts: `tally` is in the order of COUNTS.
 

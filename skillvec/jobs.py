@@ -36,12 +36,10 @@ def random_bits(seed: int, name: str, block: int, numel: int) -> npt.NDArray[np.
     return generator.random_raw(-(-numel // 4)).astype("<u8").view("<u2")[:numel]
 
 
-@dataclass(frozen=True, kw_only=True)
 class PointJob(Job):
     """A job that writes a tensor of a target, or compares what it would write with `expected`."""
 
     point: Source
-    base_digest: str | None = None  # of the tensor the stored delta was taken from
 
     def put(self, task: Task, out: Array) -> None:
         """Write a block, or compare it with what is there."""
@@ -77,6 +75,7 @@ class AddJob(PointJob):
 
     status: ClassVar[str] = "applied"
 
+    point: Source
     tuned_dtype: str = ""
 
     def width(self, request: Request | None) -> int:
@@ -154,14 +153,12 @@ class StoreJob(RowJob):
         block.stamp("output", block_digest(encoded))
 
 
-@dataclass(frozen=True, kw_only=True)
 class ListJob(RowJob):
     """What point + deltas[0] changes, into a patch; that it is the exact base shows at the end."""
 
     status: ClassVar[str] = "listed"
 
     point: Source
-    base_digest: str | None = None  # of the tensor the stored delta was taken from
 
     def is_exact_base(self, point: str, base: str) -> bool:
         return point == (self.base_digest if self.deltas[0].pair is None else base)

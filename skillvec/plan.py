@@ -4,7 +4,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from skillvec.checkpoint import INDEX, METADATA_KEY, PICKLES, SINGLE, Checkpoint
@@ -264,7 +264,7 @@ def plan_apply(
         outputs.append(OutputPlan(file, position, header))
     ledger += [ledger_line(target[name], *why) for name, why in passed.items()]
     ledger += _dropped(target)
-    beside = _Beside()
+    beside = _Beside([], {}, [], [])
     if target.is_folder:
         written = _written(target, dtypes, routes if dtype else ())
         weight_map = {spec.name: file for file, specs in files for spec in specs}
@@ -291,14 +291,13 @@ def _point_job(
     return replace(_add_job(spec, vector, source, dtypes[spec.name], note), output=output)
 
 
-@dataclass(frozen=True)
-class _Beside:
+class _Beside(NamedTuple):
     """What comes along with the weights of an output: as in `Plan`."""
 
-    copies: list[tuple[str, str]] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)
-    left_behind: list[tuple[str, str]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    copies: list[tuple[str, str]]
+    texts: dict[str, str]
+    left_behind: list[tuple[str, str]]
+    warnings: list[str]
 
 
 def _beside(
