@@ -13,6 +13,7 @@ from families import assert_same_bits, load, perturbed, save, toy
 
 import skillvec as sv
 from skillvec.blocks import NO_RECORDS, Block
+from skillvec.combining import viewed_delta
 from skillvec.deltas import Decoded, DeltaSource, StoredDelta
 from skillvec.engine import Threads, on_block
 from skillvec.job import CHANGED, Job, Plan, Task, from_line, to_line
@@ -20,7 +21,6 @@ from skillvec.jobs import CopyJob
 from skillvec.kernels import widen
 from skillvec.operators import Delta
 from skillvec.storage import TensorSpec
-from skillvec.vector import viewed_delta
 
 
 @dataclass(frozen=True, slots=True)
