@@ -1,24 +1,24 @@
 """Pickled PyTorch files as addresses: object trees in which every tensor is a place in the file.
 
 Hides the pickle language, torch's zip archive and its storages. Nothing that a pickle names is
-imported or called: globals of a short list become inert records (`Record`) or addresses (`Stored`),
-every other one is refused before torch's weights_only unpickler reads the rest. Data is never
-read here; every address is checked to lie in its record of the archive. Refused: files of torch
-before 1.6 (no archive), TorchScript, compressed or encrypted records, big-endian data, sparse,
-quantised and conjugated tensors, tensors that repeat values.
+imported or called. Its words are gone through first (`refuse_harm`): only those that pickles of
+weights have, and only as many as a bounded tree takes. Then Python's own unpickler makes the tree,
+and finds a stand-in for every global: of a short list inert records (`Record`) and addresses
+(`Stored`), of any other name a record too, for which the pickle is refused. torch is not needed.
+Data is never read here; every address is checked to lie in its record of the archive. Refused:
+files of torch before 1.6 (no archive), TorchScript, compressed or encrypted records, big-endian
+data, sparse, quantised and conjugated tensors, tensors that repeat values.
 """
 
 import io
+import pickle
 import pickletools
 import re
+import reprlib
 import struct
-import threading
+import sys
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, dropwhile, islice, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ from skillvec.storage import (
 )
 
 MAX_PICKLE_NBYTES = 1 << 29  # the tree alone, without data: real ones take a few hundred KB
+MAX_TREE_NBYTES = 1 << 33  # of what is made of one in memory, at most; what is shared counts again
+MAX_NESTED = 200  # tuples and objects in each other: Python's hash of deeper ones has no bound
+MAX_ARGUMENTS = 16  # of a function that another one is said to call
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # around a model's tensors
 ADVICE = "load it with the library that wrote it and save the weights as safetensors"
 
@@ -93,9 +96,11 @@ class Record:
         raise FormatError(f"a pickled {self.name} has no {field}")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a pickle: value (i, j, ..) lies at byte start + itemsize * (strides . (i, j))."""
+class Stored(NamedTuple):
+    """A tensor of a pickle: value (i, j, ..) lies at byte start + itemsize * (strides . (i, j)).
+
+    A named tuple, because no word of a pickle can change one.
+    """
 
     dtype: str
     shape: Index
@@ -252,10 +257,10 @@ class _Archive:
 
     def storage(self, pid: Any) -> _Storage:
         """Return where the storage of a persistent id lies."""
-        _, kind, key, _, numel = pid
+        word, kind, key, _, numel = pid
         dtype = STORAGES.get(getattr(kind, "name", ""))
-        if dtype is None or type(numel) is not int:
-            raise FormatError(f"{self.path}: a storage of an unknown kind: {str(pid)[:200]}")
+        if word != "storage" or dtype is None or type(key) is not str or type(numel) is not int:
+            raise FormatError(f"{self.path}: a storage of an unknown kind: {brief(pid)}")
         start, nbytes = self.place(f"data/{key}")
         if not 0 <= numel * ITEMSIZE[dtype] <= nbytes:
             raise FormatError(f"{self.path}: storage {key}: {numel} x {dtype} in {nbytes} bytes")
@@ -299,18 +304,39 @@ def load_archive(path: str, begin: int = 0, nbytes: int | None = None) -> Any:
 # ------------------------------------------------------------------------------------- pickles
 
 
+def brief(value: Any) -> str:
+    """Return what to say of a value of a tree in little room, however much it holds."""
+    return reprlib.repr(value)[:80]
+
+
+class _Ordered(dict[Any, Any]):
+    """Stands for an OrderedDict; its attributes, such as the `_metadata` of a module, are left."""
+
+    __slots__ = ()
+    __repr__ = object.__repr__  # of its items it could be any size
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Refused(NamedTuple):
+    """Stands in a tree for what was refused, so that the error can say where that is."""
+
+    error: SkillvecError
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Stored:
     """Return a checked address; `rest` is requires_grad, hooks and perhaps flags.
 
     The stride of a dimension of size 1 says nothing and becomes 0.
     """
     if not isinstance(storage, _Storage) or any(rest[2:3]):
-        raise IncompatibleError(f"a tensor without plain values: {str(rest)[:80]}; {ADVICE}")
+        raise IncompatibleError(f"a tensor without plain values: {brief(rest)}; {ADVICE}")
     if not isinstance(shape, tuple) or not isinstance(strides, tuple) or (
         len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS
         or any(type(n) is not int or not 0 <= n <= MAX_SIZE for n in (offset, *shape, *strides))
     ):  # fmt: skip
-        raise FormatError(f"a tensor of shape {shape!s:.80}, strides {strides!s:.80}")
+        raise FormatError(f"a tensor of shape {brief(shape)}, strides {brief(strides)}")
     strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
     before = offset * ITEMSIZE[storage.dtype]
     made = Stored(storage.dtype, shape, strides, storage.path, storage.start + before)
@@ -328,45 +354,45 @@ def _tensor_of_dtype(storage: Any, *rest: Any) -> Stored:
     """Return the address of a tensor that says its dtype itself, behind the hooks."""
     dtype = DTYPES.get(getattr(rest[5], "name", ""))
     if dtype is None or not isinstance(storage, _Storage):
-        raise IncompatibleError(f"a tensor of {getattr(rest[5], 'name', rest[5])}: {ADVICE}")
+        raise IncompatibleError(f"a tensor of {getattr(rest[5], 'name', 'no dtype')}: {ADVICE}")
     return _tensor(storage._replace(dtype=dtype), *rest[:5], *rest[6:])
 
 
 def _subclass(make: Any, kind: Any, args: Any, state: Any) -> Any:
     """Return a tensor of a subclass or with attributes: a record of it, or the tensor itself."""
-    if not getattr(make, "name", "").startswith("torch._utils."):
-        raise FormatError(f"a tensor made by {make!r}")
+    if not getattr(make, "name", "").startswith("torch._utils.") or len(args) > MAX_ARGUMENTS:
+        raise FormatError(f"a tensor made by {brief(make)} of {brief(args)}")
     made = make(*args)
     if isinstance(made, Record):
         made.__setstate__(state)
     return made
 
 
-def _size(sizes: Any = ()) -> tuple[Any, ...]:
+def _size(sizes: Any = ()) -> tuple[int, ...]:
     """Return a shape; of anything longer a few bytes could make any number of copies."""
-    if len(sizes) > MAX_DIMENSIONS:
-        raise FormatError(f"a torch.Size of {len(sizes)} dimensions")
+    if len(sizes) > MAX_DIMENSIONS or any(type(n) is not int for n in sizes):
+        raise FormatError(f"a torch.Size of {len(sizes)} dimensions: {brief(sizes)}")
     return tuple(sizes)
 
 
-def _ordered(*args: Any) -> OrderedDict[Any, Any]:
+def _ordered(*args: Any) -> _Ordered:
     """Return an empty one, as pickles of Python 3 begin it; a copy of another could be any size."""
     if args:
         raise FormatError("an OrderedDict made of another object")
-    return OrderedDict()
+    return _Ordered()
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """Return bytes that protocol 2 writes as text; any other codec could blow them up."""
     if encoding != "latin1":
-        raise FormatError(f"bytes encoded as {encoding!r}")
+        raise FormatError(f"bytes encoded as {brief(encoding)}")
     return text.encode("latin1")
 
 
 def _nested(kind: Any, name: str) -> Any:
     """Return the class that a nested class stands in: its objects are recorded as of that one."""
     if not isinstance(kind, type) or not issubclass(kind, Record):
-        raise FormatError(f"{name!r} of {kind!r}")
+        raise FormatError(f"{brief(name)} of {brief(kind)}")
     return kind
 
 
@@ -383,16 +409,46 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "_codecs.encode": _encode,
 }
-_lock = threading.Lock()  # the list of safe globals is torch's, one for the process
 
 
-@lru_cache(maxsize=1024)
-def _stand_in(name: str) -> type[Record]:
-    """Return the class that stands for a global: a record of it, or what makes an address."""
-    body: dict[str, Any] = {"__module__": "skillvec", "__qualname__": name, "name": name}
-    if name in MAKERS:
-        body["__new__"] = lambda cls, *args: MAKERS[name](*args)
-    return type(name, (Record,), body)
+class _Unpickler(pickle.Unpickler):
+    """Python's unpickler, which finds stand-ins alone: nothing is imported, no foreign code run.
+
+    `unknown` are the names that are not taken, `refused` what none could be made of, in order.
+    """
+
+    def __init__(self, raw: bytes, storage: Callable[[Any], Any] | None) -> None:
+        super().__init__(io.BytesIO(raw), encoding="utf-8")
+        self.storage = storage
+        self.stand_ins: dict[str, type[Record]] = {}
+        self.unknown: set[str] = set()
+        self.refused: list[_Refused] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        name = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name):
+            raise FormatError(f"a global called {name[:80]!r}")
+        if name not in INERT and name not in MAKERS and not name.startswith(INERT_PACKAGES):
+            self.unknown.add(name)
+        if name not in self.stand_ins:
+            body: dict[str, Any] = {"__module__": "skillvec", "name": name}
+            if name in MAKERS:
+                body["__new__"] = lambda cls, *args: self.made(MAKERS[name], *args)
+            self.stand_ins[name] = type(name, (Record,), body)
+        return self.stand_ins[name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.storage is None:
+            raise FormatError("a pickle that refers to storages outside of it")
+        return self.made(self.storage, pid)
+
+    def made(self, make: Callable[..., Any], *args: Any) -> Any:
+        """Return what a function makes, or what stands for what it refuses."""
+        try:
+            return make(*args)
+        except SkillvecError as error:
+            self.refused.append(_Refused(error))
+            return self.refused[-1]
 
 
 def load_pickle(raw: bytes, where: str, storage: Callable[[Any], Any] | None = None) -> Any:
@@ -400,94 +456,117 @@ def load_pickle(raw: bytes, where: str, storage: Callable[[Any], Any] | None = N
 
     `where` names the file in errors; `storage` turns torch's persistent ids into storages.
     """
-    from torch import serialization
-    from torch._weights_only_unpickler import Unpickler
-
-    unpickler: Any = None
+    tree: Any = None
+    broken: Exception | None = None
+    unpickler = _Unpickler(raw, storage)
     try:
-        if len(raw) > MAX_PICKLE_NBYTES:
-            raise FormatError(f"a pickle over the cap of {MAX_PICKLE_NBYTES} bytes")
-        plain, names = _to_protocol_2(raw)
-        known = INERT | MAKERS.keys()
-        unknown = [n for n in sorted(names) if n not in known and not n.startswith(INERT_PACKAGES)]
-        if unknown:
-            raise IncompatibleError(
-                "the pickle names objects that are not taken (nothing was run):\n"
-                f"{up_to_five(unknown)}\n{ADVICE}"
-            )
-        unpickler = Unpickler(io.BytesIO(plain), encoding="utf-8")
-        if storage is not None:
-            unpickler.persistent_load = storage
-        with _lock, serialization.safe_globals([_stand_in(name) for name in names]):
-            return unpickler.load()
-    except SkillvecError as error:
-        text = str(error)
-        if not text.startswith(where):
-            text = ": ".join([where, *_key_at(unpickler), text])
-        raise type(error)(text) from None
+        refuse_harm(raw)
+        tree = unpickler.load()
     except Exception as error:  # hostile input makes the unpickler fail in any way
-        raise FormatError(f"{where}: not a readable pickle: {str(error)[:200]!r}") from None
+        broken = error
+    if unpickler.unknown:
+        raise IncompatibleError(
+            f"{where}: the pickle names objects that are not taken (nothing was run):\n"
+            f"{up_to_five(sorted(unpickler.unknown))}\n{ADVICE}"
+        )
+    if unpickler.refused:
+        broken = unpickler.refused[0].error
+    if isinstance(broken, SkillvecError):
+        text = str(broken)
+        if not text.startswith(where):
+            text = ": ".join([where, *_key_of(tree, unpickler.refused[:1]), text])
+        raise type(broken)(text)
+    if broken is not None:
+        raise FormatError(f"{where}: not a readable pickle: {str(broken)[:200]!r}")
+    return tree
 
 
-def _key_at(unpickler: Any) -> list[str]:
-    """Return the key of a dict whose value an unpickler was making, if it was in one.
-
-    On each stack that lies below what makes the value, or below the list that it will be in.
-    """
-    stacks = [getattr(unpickler, "stack", []), *reversed(getattr(unpickler, "metastack", []))]
-    below = (dropwhile(lambda item: isinstance(item, type), stack[-2::-1]) for stack in stacks)
-    keys = (key for key in (next(items, None) for items in below) if isinstance(key, str))
-    return [f"{key[:200]!r}" for key in islice(keys, 1)]
-
-
-def _to_protocol_2(raw: bytes) -> tuple[bytes, set[str]]:
-    """Rewrite a pickle in the words torch's unpickler knows; return it and its globals' names.
-
-    Globals get the prefix "skillvec.", which only stand-ins have. Newer protocols
-    push a global's module and name as strings, which are cut out of the output again: so strings
-    are not memoised there but written out wherever they are fetched.
-    """
-    out, names = bytearray(), set[str]()
-    memo: dict[int, str | None] = {}
-    strings: list[tuple[str, int]] = []  # on top of the stack, with their places in the output
-    last = made = ""  # the last word, and the last that is no note in the memo
-    end: tuple[Any, Any, Any] = (None, None, len(raw))
-    for (opcode, argument, at), (_, _, after) in pairwise(chain(pickletools.genops(raw), (end,))):
-        word = opcode.name
-        if word in ("FRAME", "PROTO"):
+def _key_of(tree: Any, wanted: list[_Refused]) -> list[str]:
+    """Return the key nearest above the first of `wanted` in a tree, if there is one."""
+    left: list[tuple[list[str], Any]] = [([], tree)]
+    seen: set[int] = set()
+    while left and wanted:
+        above, value = left.pop()
+        if value is wanted[0]:
+            return above
+        if id(value) in seen:
             continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            left += [([f"{k[:200]!r}"] if type(k) is str else above, v) for k, v in value.items()]
+        elif isinstance(value, list | tuple):
+            left += [(above, item) for item in value]
+        elif isinstance(value, Record):
+            left += [(above, value.args), (above, value.state)]
+    return []
+
+
+ATOM = (32, 0)  # bytes and depth of what is neither text nor made of others
+TEXTS = ("SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+NOTES = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
+# the words that are taken, and how many bytes of memory one may take beside its argument
+WORDS = dict.fromkeys(
+    ("PROTO", "FRAME", "STOP", "MARK", "BINGET", "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE",
+     "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "EMPTY_TUPLE", "APPENDS"), 16,
+) | dict.fromkeys(TEXTS, 120) | dict.fromkeys(NOTES, 120) | {
+    "EMPTY_LIST": 88, "EMPTY_DICT": 96, "EMPTY_SET": 248, "TUPLE": 170, "TUPLE1": 170,
+    "TUPLE2": 170, "TUPLE3": 170, "APPEND": 64, "SETITEM": 184, "SETITEMS": 184, "BUILD": 120,
+    "REDUCE": 600, "NEWOBJ": 400, "BINPERSID": 400, "GLOBAL": 2600, "STACK_GLOBAL": 2600,
+}  # fmt: skip
+
+
+def refuse_harm(raw: bytes) -> None:
+    """Raise FormatError for a pickle that could take more than it may; ValueError for a broken one.
+
+    Goes through its words with a stack of what they make: the bytes that values which never change
+    take, written out, and how deep they are nested. What is fetched again counts again, because
+    hashes, names and texts are made of all of it.
+    """
+    if len(raw) > MAX_PICKLE_NBYTES:
+        raise FormatError(f"a pickle over the cap of {MAX_PICKLE_NBYTES} bytes")
+    stack, marks, memo = [ATOM][:0], list[int](), dict[int, tuple[int, int]]()
+    total, highest, made = 0, 0, ""  # bytes, place in the memo, last word that is no note in it
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(raw):
+        word = opcode.name
+        if word not in WORDS:
+            raise FormatError(f"the word {word}, which pickles of weights do not have: {ADVICE}")
         if (word in ("REDUCE", "NEWOBJ") and "TUPLE" not in made) or (
             word == "BUILD" and made.endswith(("GET", "REDUCE", "NEWOBJ", "PERSID"))
         ):  # a pickler's arguments and states are new; copies of old ones would take any room
             raise FormatError("arguments or a state that were made elsewhere in the pickle")
-        if word.endswith("GET") and memo.get(argument) is not None:
-            word, argument = "UNICODE", memo[argument]
-        if word.endswith(("PUT", "MEMOIZE")):
-            key = len(memo) if word == "MEMOIZE" else argument
-            memo[key] = strings[-1][0] if last == "UNICODE" else None
-            if last != "UNICODE":
-                out += b"r" + struct.pack("<I", key)
-        elif word.endswith(("UNICODE", "UNICODE8")):
-            word = "UNICODE"
-            strings.append((argument, len(out)))
-            text = argument.encode("utf-8", "surrogatepass")
-            out += b"X" + struct.pack("<I", len(text)) + text
+        nbytes = 0 if argument is None else sys.getsizeof(argument)
+        if word in NOTES:
+            place = len(memo) if argument is None else argument
+            memo[place], nbytes = stack[-1], 16 * max(0, place - highest)  # a table of all places
+            highest = max(highest, place)
+        elif word == "MARK":
+            marks.append(len(stack))
+        elif word in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+            nbytes = stack[-1][0]
+        elif word in TEXTS:
+            stack.append((nbytes, 0))
         else:
-            if word.endswith("GLOBAL"):
-                module, _, name = argument.partition(" ") if argument else ("", "", "")
-                if word == "STACK_GLOBAL":
-                    (module, begin), (name, _) = strings[-2:]
-                    del out[begin:]
-                name = f"{'builtins' if module == '__builtin__' else module}.{name}"
-                if not re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name):
-                    raise FormatError(f"a global called {name[:80]!r}")
-                names.add(name)
-                out += f"cskillvec\n{name}\n".encode()
-            else:
-                out += raw[at:after]
-            strings.clear()
-        if len(out) > 2 * MAX_PICKLE_NBYTES:  # strings fetched over and over
-            raise FormatError(f"a pickle that unfolds to more than {2 * MAX_PICKLE_NBYTES} bytes")
-        last = word
-        made = made if word.endswith(("PUT", "MEMOIZE")) else word
-    return b"\x80\x02" + out, names
+            marked = pickletools.markobject in opcode.stack_before
+            begin = marks.pop() if marked else len(stack)
+            begin -= len(opcode.stack_before) - 2 * marked
+            if begin < (marks[-1] if marks else 0):
+                raise ValueError(f"{word} of what is not there")
+            parts = stack[begin:]
+            del stack[begin:]
+            if word.startswith(("APPEND", "SETITEM")):
+                nbytes = (16 if "APPEND" in word else 64) * len(parts)
+                stack.append(parts[0])
+            elif parts and opcode.stack_after:
+                nbytes += 16 * len(parts)
+                depth = 1 + max(depth for _, depth in parts)
+                stack.append((nbytes + sum(size for size, _ in parts), depth))
+                if depth > MAX_NESTED:
+                    raise FormatError(f"objects in each other, more than {MAX_NESTED} deep")
+            elif opcode.stack_after:
+                stack.append(ATOM)
+        made = made if word in NOTES or word == "FRAME" else word
+        total += WORDS[word] + nbytes
+        if total > MAX_TREE_NBYTES:
+            raise FormatError(f"a pickle that unfolds to more than {MAX_TREE_NBYTES} bytes")

@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -20,7 +21,7 @@ from families import toy
 from skillvec import pickles
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import STORAGE_DTYPE
-from skillvec.pickles import load_archive, load_pickle, open_pickles
+from skillvec.pickles import Record, load_archive, load_pickle, open_pickles
 from skillvec.sources import Viewed, read_values
 from skillvec.storage import ITEMSIZE, TensorSpec
 
@@ -172,7 +173,7 @@ def test_peak_memory_of_opening_does_not_grow_with_the_model(tmp_path: Path):
     path = tmp_path / "big.bin"
     torch.save({"w": torch.ones(200 << 20, dtype=torch.uint8), "v": torch.ones(3)}, path)
     script = (
-        "import resource, sys, torch, torch._weights_only_unpickler\n"
+        "import resource, sys\n"
         "from skillvec.pickles import open_pickles\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); found = open_pickles([sys.argv[1]], 'm')\n"
@@ -296,13 +297,113 @@ def test_broken_pickles_are_errors_with_their_place(raw: bytes):
         load_pickle(raw, "here")
 
 
-def test_strings_fetched_again_stay_bounded(monkeypatch):
-    text = b"X" + struct.pack("<I", 40) + b"x" * 40
-    raw = b"\x80\x02]q\0(" + text + b"q\x01" + b"h\x01" * 4 + b"e."
-    assert load_pickle(raw, "here") == ["x" * 40] * 5
-    monkeypatch.setattr(pickles, "MAX_PICKLE_NBYTES", 100)
-    with pytest.raises(FormatError, match="unfolds to more than 200 bytes"):
+@pytest.mark.parametrize("words", [
+    b"X\x28\0\0\0" + b"x" * 40,  # a string
+    b"(" + b"K\1" * 20 + b"t",  # a tuple, of whose items a hash or a text is made wherever it is
+])  # fmt: skip
+def test_what_is_fetched_again_counts_again(words: bytes, monkeypatch):
+    def fetched(count: int) -> list:
+        raw = b"\x80\x02]q\0(" + words + b"q\x01" + b"h\x01" * count + b"e."
+        return load_pickle(raw, "here")
+
+    assert len(fetched(50)) == 51
+    monkeypatch.setattr(pickles, "MAX_TREE_NBYTES", 4000)
+    assert len(fetched(1)) == 2
+    with pytest.raises(FormatError, match=r"^here: .*unfolds to more than 4000 bytes"):
+        fetched(50)
+
+
+WORDS = {
+    "numbers": b"J\1\2\3\4", "long": b"\x8a\x08" + b"\x7f" * 8, "float": b"G" + b"\1" * 8,
+    "dicts": b"}", "lists": b"]", "sets": b"\x8f", "tuples": b"N\x85", "filled": b"}NNs",
+    "appended": b"]Na", "noted": b"]\x94", "text": b"X\6\0\0\0ab\xf0\x9f\x98\x80",
+    "records": b"h\0)\x81", "made": b"h\0)R", "built": b"h\0)\x81}b", "ordered": b"h\1)R",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_the_tree_takes_no_more_memory_than_is_counted(words: str, monkeypatch):
+    count, head = 500, b"\x80\4cbuiltins\nlist\n\x94ccollections\nOrderedDict\n\x94\x85]("
+    raw = head + WORDS[words] * count + b"e\x86."
+    load_pickle(raw, "here")
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    tree = load_pickle(raw, "here")
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert len(tree[1]) == count
+    monkeypatch.setattr(pickles, "MAX_TREE_NBYTES", peak)
+    with pytest.raises(FormatError, match="unfolds to more than"):
         load_pickle(raw, "here")
+
+
+def test_places_in_the_memo_count_as_the_table_that_they_need(monkeypatch):
+    raw = b"\x80\x02Kaq\xf0."
+    assert load_pickle(raw, "here") == 97
+    monkeypatch.setattr(pickles, "MAX_TREE_NBYTES", 16 * 0xF0)
+    assert load_pickle(b"\x80\x02Kaq\0.", "here") == 97
+    with pytest.raises(FormatError, match="unfolds to more than 3840 bytes"):
+        load_pickle(raw, "here")
+
+
+def test_objects_in_each_other_are_no_deeper_than_the_limit(monkeypatch):
+    tree: tuple = ()
+    for _ in range(9):
+        tree = (tree,)
+    raw = pickle.dumps([{tree: 1}, *([i] for i in range(30))], 2)
+    monkeypatch.setattr(pickles, "MAX_NESTED", 9)
+    assert load_pickle(raw, "here")[0] == {tree: 1}
+    monkeypatch.setattr(pickles, "MAX_NESTED", 8)
+    with pytest.raises(FormatError, match="here: objects in each other, more than 8 deep"):
+        load_pickle(raw, "here")
+
+
+@pytest.mark.parametrize("word", [
+    b"(cmath\nsqrt\nK\4o", b"(K\4imath\nsqrt\n", b"\x82\1", b"P1\n", b"K\4\x320", b"(K\4l", b"(NNd",
+    b"cbuiltins\nlist\n)}\x92", b"(K\4\x91", b"\x8f(K\4\x90", b"C\1a", b"\x97", b"I4\n", b"S'a'\n",
+])  # fmt: skip
+def test_words_that_pickles_of_weights_do_not_have_are_refused(word: bytes):
+    with pytest.raises(FormatError, match=r"^here: the word [A-Z0-9_]*, which pickles of weights"):
+        load_pickle(b"\x80\4" + word + b".", "here")
+
+
+def test_no_word_changes_an_address_or_a_stand_in(archive: Path):
+    """What is written over an address would be read as weights, from any file."""
+    storage = ("storage", torch.FloatStorage, "0", "cpu", 12)
+    made = Runs(torch._utils._rebuild_tensor_v2, storage, 0, (12,), (1,), False, {})
+    file = io.BytesIO()
+    Hostile(file, protocol=2).dump(made)
+    tensor, state = file.getvalue()[2:-1], b"}U\5startK\1s"
+    for words in (tensor + b"q\x20\x30", b"cbuiltins\nlist\n", b"ccollections\nOrderedDict\n"):
+        for word in (state + b"b", b"N" + state + b"\x86b", b"U\5startK\1s", b"K\1a"):
+            raw = b"\x80\2" + words.removesuffix(b"\x30") + word + b"."
+            path = rewritten(archive, lambda name, c, raw=raw: raw if name == "data.pkl" else c)
+            with pytest.raises(FormatError):
+                load_archive(path)
+    assert Record.state is None and not Record.args
+
+
+def test_attributes_of_a_dict_hide_none_of_its_methods():
+    raw = b"\x80\2ccollections\nOrderedDict\n)R(U\1aK\1u}U\6valuesK\1sb."
+    tree = load_pickle(raw, "here")
+    assert tree == {"a": 1} and list(tree.values()) == [1]
+
+
+def test_arguments_that_one_function_hands_to_another_are_few():
+    head = b"\x80\2ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_wrapper_subclass"
+    raw = head + b"\ncbuiltins\nlist\n(cbuiltins\nlist\n%stNtR."
+    assert load_pickle(raw % (b"K\1" * 15), "here").args == (1,) * 15
+    with pytest.raises(FormatError, match="a tensor made by"):
+        load_pickle(raw % (b"K\1" * 16), "here")
+
+
+def test_pickles_are_read_without_torch(archive: Path):
+    code = "import sys; from skillvec.pickles import open_pickles; print(len(open_pickles("
+    code += "[sys.argv[1]], 'm')), [n for n in ('torch', 'transformers') if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, archive], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["2", "[]"]
 
 
 def test_pickles_over_the_cap_are_not_read(tmp_path: Path, monkeypatch):
