@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skillvec.conversions import model_of
-from skillvec.errors import FormatError, IncompatibleError, printable, up_to_five
+from skillvec.errors import FormatError, IncompatibleError, UsageError, printable, up_to_five
+from skillvec.folder import GGUF, SINGLE
 from skillvec.kernels import Array, widen
+from skillvec.opened import Found, Opened
 from skillvec.sources import (
     Box,
     Derived,
@@ -82,13 +84,6 @@ INSTEAD = (
     "diff and apply the safetensors that it was made from, then convert the result (llama.cpp:"
     " convert_hf_to_gguf.py)"
 )
-
-
-class Opened(NamedTuple):
-    """The tensors of a GGUF file under transformers' names, and how each was stored."""
-
-    tensors: dict[str, Source]
-    formats: dict[str, str]
 
 
 class _Header(NamedTuple):
@@ -156,12 +151,19 @@ class LessOne(Derived):
         out[:] = widen(values_of(self.source, begin, out.size), self.source.dtype) - np.float32(1)
 
 
-def open_gguf(address: str, what: str) -> Opened:
-    """Return the model in a GGUF file; `what` names it in errors. Reads the header only.
+def open_gguf(found: Found) -> Opened:
+    """Return the model in a GGUF file, or in the one of a folder. Reads the header only.
 
     Imports gguf, torch and transformers. Raises IncompatibleError for what is not taken, and where
-    the gguf package is not installed; FormatError for a file that is broken.
+    the gguf package is not installed; FormatError for a file that is broken; UsageError where there
+    are several.
     """
+    names = found.names if found.is_file else found.ending(GGUF)
+    if len(names) > 1:
+        several = f"no {SINGLE}; name the GGUF that is meant:\n{up_to_five(names)}"
+        raise UsageError(f"{found.what}: {several}")
+    address = found.files[names[0]]
+    what = found.what if found.is_file else f"{found.what}: {names[0]}"
     remote = remote_of(address)
     if remote is not None and remote.local is None:
         raise IncompatibleError(f"{what}: a GGUF file that is not on this disk: download it first")
@@ -376,7 +378,7 @@ def _named(stored: dict[str, Source], header: _Header, what: str) -> Opened:
         )
     formats = {name: form for name, source in made.items() if (form := _stored_as(source))}
     formats |= {name: "not a weight: how positions turn" for name in stored if name not in used}
-    return Opened(made, formats)
+    return Opened(made, format="GGUF", formats=formats)
 
 
 def _refuse_types(stored: Mapping[str, Source], what: str) -> None:

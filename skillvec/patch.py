@@ -38,6 +38,7 @@ from skillvec.errors import (
 )
 from skillvec.kernels import FLOATS, Array, narrow, widen
 from skillvec.manifest import check_json
+from skillvec.opened import PATCHED
 from skillvec.operators import differ
 from skillvec.sources import Derived, Index, Source, Widened, read_values, values_of
 from skillvec.storage import (
@@ -293,7 +294,7 @@ class Patch:
 
     def tuned(self, tensors: Mapping[str, Source]) -> Checkpoint:
         """Return these tensors as the model that it leads to."""
-        return Checkpoint(self.place, replace(self.opened, tensors=tensors, kind="patch"))
+        return Checkpoint(self.place, replace(self.opened, tensors=tensors, format=PATCHED))
 
 
 def find_patch(ref: str | os.PathLike[str] | Place, role: str = "patch") -> list[Checkpoint] | None:

@@ -22,7 +22,17 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from skillvec.errors import FormatError, IncompatibleError, SkillvecError, printable, up_to_five
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    SkillvecError,
+    only_here,
+    printable,
+    up_to_five,
+    up_to_five_each,
+)
+from skillvec.folder import PICKLES, list_shards, read_index
+from skillvec.opened import PICKLED, Found, Opened
 from skillvec.sources import Box, Index, Source, View, Viewed, row_major
 from skillvec.storage import (
     ITEMSIZE,
@@ -31,6 +41,7 @@ from skillvec.storage import (
     TensorSpec,
     file_nbytes,
     read_bytes,
+    remote_of,
     seems,
 )
 
@@ -38,6 +49,8 @@ MAX_PICKLE_NBYTES = 1 << 29  # the tree alone, without data: real ones take a fe
 MAX_TREE_NBYTES = 1 << 33  # of what is made of one in memory, at most; what is shared counts again
 MAX_NESTED = 200  # tuples and objects in each other: Python's hash of deeper ones has no bound
 MAX_ARGUMENTS = 16  # of a function that another one is said to call
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+IN_FOLDERS = (PICKLED, "adapter_model.bin")  # whose names say that they are what is meant
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # around a model's tensors
 ADVICE = "load it with the library that wrote it and save the weights as safetensors"
 
@@ -132,6 +145,39 @@ class _Storage(NamedTuple):
     path: str
     start: int
     nbytes: int
+
+
+def has_pickles(found: Found) -> bool:
+    return PICKLES[1] in found.files or any(name in found.names for name in IN_FOLDERS)
+
+
+def open_pickled(found: Found) -> Opened:
+    """Open a pickled model: one file, or the shards that an index lists.
+
+    Raises FormatError for broken files, IncompatibleError for what is not taken.
+    """
+    if found.is_file or PICKLES[1] not in found.files:
+        name = next((name for name in IN_FOLDERS if name in found.names), found.names[0])
+        return _open_files(found, [name], found.notes)
+    weight_map, _ = read_index(found.files[PICKLES[1]])
+    opened = _open_files(found, list_shards(found.files, weight_map, found.what), ())
+    alone = only_here(opened.tensors, weight_map, "the shards")
+    alone |= only_here(weight_map, opened.tensors, "the index")
+    if any(alone.values()):
+        raise FormatError(f"{found.what}: index and shards disagree:\n{up_to_five_each(alone)}")
+    return opened
+
+
+def _open_files(found: Found, names: Sequence[str], notes: tuple[str, ...]) -> Opened:
+    addresses = [found.files[name] for name in names]
+    remotes = [remote_of(address) for address in addresses]
+    if any(remote is not None and remote.local is None for remote in remotes):
+        raise IncompatibleError(
+            f"{found.what}: pickled weights that are not on this disk: a pickle has no header to"
+            " read ahead; download it first (`hf download`, `aws s3 cp`), then name the folder"
+        )
+    tensors = open_pickles(addresses, found.what)
+    return Opened(tensors, format=PICKLED, notes=notes, index=PICKLES[1])
 
 
 def open_pickles(paths: Sequence[str], what: str) -> dict[str, Source]:

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from skillvec.checkpoint import INDEX, METADATA_KEY, PICKLES, SINGLE, Checkpoint
+from skillvec.checkpoint import INDEX, METADATA_KEY, SINGLE, Checkpoint
 from skillvec.configs import (
     Written,
     is_of,
@@ -310,7 +310,7 @@ def _beside(
             "config.json names a dtype that no tensor has, as the target's does, and"
             " from_pretrained goes by it: --dtype makes the two agree"
         )
-    own = target.kind == "safetensors" and INDEX in target.place.files
+    own = target.opened.is_safetensors and INDEX in target.place.files
     kept = own and target.is_plain and INDEX not in texts
     made = [output.name for output in outputs]
     copies, left = target.side_files(made, own and (kept or INDEX in texts))
@@ -387,7 +387,7 @@ def _written(target: Checkpoint, dtypes: Mapping[str, str], asked: Container[str
         ("" if name in asked else spec.dtype, dtypes[name])
         for name, spec in target.items() if spec.dtype in FLOATS
     )  # fmt: skip
-    return Written(frozenset(floats), target.kind not in ("safetensors", PICKLES[0]))
+    return Written(frozenset(floats), not target.opened.is_loadable)
 
 
 def _texts(

@@ -16,11 +16,11 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from skillvec.errors import (
     up_to_five_each,
 )
 from skillvec.kernels import Array
+from skillvec.opened import Found, Opened
 from skillvec.pickles import (
     ADVICE,
     MAX_PICKLE_NBYTES,
@@ -76,15 +77,6 @@ OPTIMIZERS = ("optimizer", "optim", "optimizers", "lr_scheduler", "scheduler", "
 SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-class Opened(NamedTuple):
-    """A checkpoint of a training run: `side` is the folder of its config and tokenizer."""
-
-    tensors: dict[str, Source]
-    side: Path | None
-    kind: str
-    notes: list[str]
-
-
 @dataclass(frozen=True)
 class Joined(Derived):
     """A tensor whose values, in row-major order, are those of flat pieces end to end."""
@@ -109,27 +101,27 @@ class Joined(Derived):
             done += count
 
 
-def open_training(folder: Path, what: str) -> Opened | None:
-    """Open a folder that a training run saved; None where it holds none of the kinds taken.
+def of_training(open_folder: Callable[[Path, str], Opened]) -> Callable[[Found], Opened]:
+    """Return an opener of folders that a training run saved, whose errors name the model.
 
-    Reads metadata and pickles alone, and compares the values of what ranks hold in common. `what`
-    names the model in errors. Raises FormatError for what is broken, IncompatibleError for what is
-    not taken.
+    It reads metadata and pickles alone, and compares the values of what ranks hold in common.
     """
-    names = set(os.listdir(folder))
-    for matches, opener in OPENERS:
-        if matches(folder, names):
-            try:
-                return opener(folder, what)
-            except SkillvecError as error:
-                text = str(error)
-                raise type(error)(text if text.startswith(what) else f"{what}: {text}") from None
-            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-                    RecursionError) as error:  # fmt: skip
-                raise FormatError(
-                    f"{what}: {folder} is not laid out as its kind of checkpoint: {error!r:.200}"
-                ) from None
-    return None
+
+    @wraps(open_folder)
+    def open_found(found: Found) -> Opened:
+        folder, what = found.folder or Path(), found.what
+        try:
+            return open_folder(folder, what)
+        except SkillvecError as error:
+            text = str(error)
+            raise type(error)(text if text.startswith(what) else f"{what}: {text}") from None
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+                RecursionError) as error:  # fmt: skip
+            raise FormatError(
+                f"{what}: {folder} is not laid out as its kind of checkpoint: {error!r:.200}"
+            ) from None
+
+    return open_found
 
 
 def _side(*folders: Path) -> Path | None:
@@ -186,11 +178,14 @@ def _dcp_folders(folder: Path) -> list[Path]:
     return [file.parent for file in (folder / ".metadata", *inner) if file.is_file()]
 
 
-def _has_dcp(folder: Path, names: set[str]) -> bool:
-    return bool(_dcp_folders(folder)) or any(name.endswith(".distcp") for name in names)
+def has_dcp(found: Found) -> bool:
+    if found.folder is None:
+        return False
+    return bool(_dcp_folders(found.folder)) or any(n.endswith(".distcp") for n in found.files)
 
 
-def _open_dcp(folder: Path, what: str) -> Opened:
+@of_training
+def open_dcp(folder: Path, what: str) -> Opened:
     """Open a folder of .metadata and .distcp files, or accelerate's folder around one."""
     inner = _dcp_folders(folder)
     if len(inner) != 1:
@@ -223,7 +218,7 @@ def _open_dcp(folder: Path, what: str) -> Opened:
             raise FormatError(f"{file}: two tensors called {name!r}")
         tensors[name] = _assemble(name, shape, parts)
     side = _side(folder, folder / "huggingface", inner[0])
-    return Opened(tensors, side, "torch.distributed.checkpoint", notes)
+    return Opened(tensors, format="torch.distributed.checkpoint", side=side, notes=tuple(notes))
 
 
 def _model_of(paths: dict[str, tuple[str, ...]], notes: list[str]) -> dict[str, str]:
@@ -314,7 +309,7 @@ def of_ranks(headers: Mapping[str, Header], what: str) -> Opened:
         except SkillvecError as error:
             raise type(error)(f"{what}: {error}; {said} are here: is one missing?") from None
     notes = [f"put together from {said}; how many there were is not recorded"]
-    return Opened(tensors, None, "DCP safetensors", notes)
+    return Opened(tensors, format="DCP safetensors", notes=tuple(notes))
 
 
 def _offsets(file: str, header: Header) -> dict[str, Index]:
@@ -333,8 +328,8 @@ def _offsets(file: str, header: Header) -> dict[str, Index]:
 # ----------------------------------------------------------------------------- files of ranks
 
 
-def _has_ranks(folder: Path, names: set[str]) -> bool:
-    return any(map(RANK_FILE.fullmatch, names))
+def has_rank_files(found: Found) -> bool:
+    return found.folder is not None and any(map(RANK_FILE.fullmatch, found.files))
 
 
 def _ranks(found: Sequence[tuple[int, Path]], world: int) -> list[Path]:
@@ -349,7 +344,8 @@ def _ranks(found: Sequence[tuple[int, Path]], world: int) -> list[Path]:
     return [files[rank] for rank in range(world)]
 
 
-def _open_ranks(folder: Path, what: str) -> Opened:
+@of_training
+def open_rank_files(folder: Path, what: str) -> Opened:
     """Open model_world_size_W_rank_R.pt files: FSDP's sharded state dicts as verl saves them."""
     names = sorted(os.listdir(folder))
     found = [match for match in map(RANK_FILE.fullmatch, names) if match]
@@ -370,7 +366,8 @@ def _open_ranks(folder: Path, what: str) -> Opened:
     tensors = {name: _of_ranks(name, [rank[name] for rank in ranks]) for name in ranks[0]}
     left = [name for name in names if re.match(r"(optim|extra_state)_world_size_", name)]
     notes = [f"{len(left)} files of optimizer and other state left out"] if left else []
-    return Opened(tensors, _side(folder / "huggingface", folder), "FSDP rank files", notes)
+    side = _side(folder / "huggingface", folder)
+    return Opened(tensors, format="FSDP rank files", side=side, notes=tuple(notes))
 
 
 def _of_ranks(name: str, values: Sequence[Any]) -> Source:
@@ -450,12 +447,15 @@ def _local(
 # ------------------------------------------------------------------------------ DeepSpeed ZeRO
 
 
-def _has_zero(folder: Path, names: set[str]) -> bool:
+def has_zero(found: Found) -> bool:
+    if found.folder is None:
+        return False
     suffixes = ("_optim_states.pt", "_model_states.pt")
-    return (folder / "latest").is_file() or any(name.endswith(suffixes) for name in names)
+    return (found.folder / "latest").is_file() or any(n.endswith(suffixes) for n in found.files)
 
 
-def _open_zero(folder: Path, what: str) -> Opened:
+@of_training
+def open_zero(folder: Path, what: str) -> Opened:
     """Open the fp32 master weights of a ZeRO checkpoint, the arithmetic that of zero_to_fp32."""
     step = folder
     if (folder / "latest").is_file():
@@ -512,7 +512,7 @@ def _open_zero(folder: Path, what: str) -> Opened:
     tensors |= {name: module[name].source(name) for name in left}
     notes = [f"{len(left)} tensors that no optimizer holds, in the model's dtype"] if left else []
     side = _side(folder, folder / "huggingface", folder.parent if step == folder else folder)
-    return Opened(tensors, side, f"DeepSpeed ZeRO-{stage}", notes)
+    return Opened(tensors, format=f"DeepSpeed ZeRO-{stage}", side=side, notes=tuple(notes))
 
 
 def _cut(flats: Sequence[Stored], begin: int, numel: int) -> list[TensorSpec]:
@@ -580,11 +580,13 @@ def _zero3(
 # ------------------------------------------------------------------------------- FSDP in one
 
 
-def _has_fsdp_file(folder: Path, names: set[str]) -> bool:
-    return "pytorch_model_fsdp.bin" in names or any(map(FLAT_FILE.fullmatch, names))
+def has_fsdp(found: Found) -> bool:
+    named = "pytorch_model_fsdp.bin" in found.files or any(map(FLAT_FILE.fullmatch, found.files))
+    return found.folder is not None and named
 
 
-def _open_fsdp_file(folder: Path, what: str) -> Opened:
+@of_training
+def open_fsdp(folder: Path, what: str) -> Opened:
     """Open accelerate's full FSDP state dict; its local ones are flat parameters."""
     file = folder / "pytorch_model_fsdp.bin"
     if not file.is_file():
@@ -592,10 +594,5 @@ def _open_fsdp_file(folder: Path, what: str) -> Opened:
             f"{folder}: flat FSDP parameters of each rank (LOCAL_STATE_DICT), whose layout the"
             " files do not hold: save with SHARDED_STATE_DICT or FULL_STATE_DICT"
         )
-    return Opened(open_pickles([os.fspath(file)], what), _side(folder), "FSDP full state dict", [])
-
-
-OPENERS: tuple[tuple[Callable[[Path, set[str]], bool], Callable[[Path, str], Opened]], ...] = (
-    (_has_ranks, _open_ranks), (_has_dcp, _open_dcp), (_has_zero, _open_zero),
-    (_has_fsdp_file, _open_fsdp_file),
-)  # fmt: skip
+    tensors = open_pickles([os.fspath(file)], what)
+    return Opened(tensors, format="FSDP full state dict", side=_side(folder))

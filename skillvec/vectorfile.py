@@ -21,10 +21,7 @@ from skillvec.blocks import BLOCK_NUMEL as BLOCK_NUMEL
 from skillvec.blocks import EXCEPTION, REPLACEMENT, StoredBlock
 from skillvec.blocks import block_count as block_count
 from skillvec.checkpoint import (
-    FOREIGN,
-    GGUF,
     METADATA_KEY,
-    PICKLE_SUFFIXES,
     VECTOR_INDEX,
     is_there,
     kind_of_file,
@@ -47,6 +44,7 @@ from skillvec.manifest import (
     encode_manifest,
     manifest_digest,
 )
+from skillvec.opened_by import SUFFIXES
 from skillvec.storage import (
     ITEMSIZE,
     LEAF_NBYTES,
@@ -281,8 +279,7 @@ def _one_file(place: Place) -> str | None:
         address = place.files[names[0]]
     else:
         address = os.fspath(place.path)
-    suffix = Path(address).suffix
-    if suffix in FOREIGN or suffix in (GGUF, *PICKLE_SUFFIXES):
+    if Path(address).suffix in SUFFIXES - {".safetensors"}:
         return None
     return address if is_there(address) and file_nbytes(address) >= 8 else None
 

@@ -546,7 +546,7 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
     facts = report.facts
     facts |= {
         "kind": "adapter" if is_adapter(place) else "model",
-        "format": opened.kind,
+        "format": opened.format,
         "notes": list(opened.opened.notes),
         "files": [os.path.basename(file) for file in opened.files],
         "numel": sum(spec.numel for spec in opened.values()),

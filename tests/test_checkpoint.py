@@ -1,4 +1,4 @@
-"""Points: which folders and files are taken as a model, and which are refused by name."""
+"""Checkpoints: which folders and files are taken as a model, and which are refused by name."""
 
 import hashlib
 import json
@@ -16,9 +16,12 @@ from harm import NESTED, lowered
 from safetensors.torch import load_file, save_file
 
 import skillvec
+from skillvec import opened_by
 from skillvec.checkpoint import INDEX, open_checkpoint, open_tensors
 from skillvec.cli import main
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
+from skillvec.opened import Found, Opened, Opener
+from skillvec.storage import TensorSpec
 
 
 @pytest.fixture
@@ -736,3 +739,41 @@ def test_several_files_beside_an_adapter_are_named_with_it(tmp_path: Path):
     said = "which tensors are the model? adapter_config.json lies there too: an adapter is used"
     with pytest.raises(FormatError, match=re.escape(said) + r".*\n  one.safetensors\n  two.safe"):
         open_checkpoint(folder)
+
+
+# --------------------------------------------------------------------------- the table of openers
+
+
+def test_a_format_is_one_row_of_the_table(tmp_path: Path, monkeypatch):
+    """What a newcomer adds: a test by names, a function from Found to Opened, and a row."""
+    (tmp_path / "folder").mkdir()
+    for file in (tmp_path / "a.toy", tmp_path / "folder" / "b.toy", tmp_path / "folder" / "c.bin"):
+        file.write_bytes(bytes(8))
+
+    def open_toy(found: Found) -> Opened:
+        (name,) = found.names if found.is_file else found.ending(".toy")
+        spec = TensorSpec("w", "F32", (2,), found.files[name], 0, 8)
+        return Opened({"w": spec}, format="toy", notes=(f"of {found.what}",))
+
+    toy_row = Opener("toy", (".toy",), lambda found: bool(found.ending(".toy")), open_toy)
+    for place in (tmp_path / "a.toy", tmp_path / "folder"):
+        with pytest.raises((FormatError, IncompatibleError)):
+            open_tensors(place, "input")
+        with monkeypatch.context() as patch:
+            patch.setattr(opened_by, "OPENERS", (toy_row, *opened_by.OPENERS))
+            opened = open_tensors(place, "input")
+            assert (opened.format, list(opened), opened.is_plain) == ("toy", ["w"], False)
+            assert opened.opened.notes == (f"of input {place}",)
+            assert opened.facts["format"] == "toy"
+
+
+def test_endings_of_files_that_openers_take_are_never_names_of_the_hub(monkeypatch):
+    def asked(ref: str, role: str) -> None:
+        raise AssertionError(f"the Hub is asked for {ref}")
+
+    monkeypatch.setattr("skillvec.hub.locate", asked)
+    names = {row.name for row in opened_by.OPENERS}
+    assert len(names) == len(opened_by.OPENERS) and len(opened_by.SUFFIXES) > 8
+    for suffix in opened_by.SUFFIXES:
+        with pytest.raises(UsageError, match=r"no such file$"):
+            open_checkpoint(f"org/model{suffix}")

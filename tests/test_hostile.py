@@ -160,7 +160,7 @@ def test_json_of_any_length_is_not_read(name: str, model: Path, monkeypatch) -> 
         shutil.rmtree(model)
         save(model / "adapter_model.safetensors", toy())
     (model / name).write_text(" " * 1001)
-    monkeypatch.setattr("skillvec.checkpoint.MAX_HEADER_NBYTES", 1000)
+    monkeypatch.setattr("skillvec.folder.MAX_HEADER_NBYTES", 1000)
     read = SkillVector.open if name == "adapter_config.json" else skillvec.inspect
     said = refused(lambda: read(model), model, FormatError)
     assert name in said and "1001 bytes, over the cap of 1000" in said

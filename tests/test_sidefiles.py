@@ -276,7 +276,7 @@ def test_rounded_weights_beside_the_shards_that_were_read_stay_behind(tmp_path: 
     save(folder / "huggingface" / "mtp.safetensors", {"mtp": torch.ones(2)})
     put(folder, "optimizer.pt", "fsdp_config.json")
     target = skillvec.open_checkpoint(folder)
-    assert target.kind == "torch.distributed.checkpoint" and target.folder.name == "huggingface"
+    assert target.format == "torch.distributed.checkpoint" and target.folder.name == "huggingface"
     report = merged(folder, tmp_path / "out", family)
     assert set(files_of(tmp_path / "out")) == {
         "model.safetensors", "config.json", "README.md", "mtp.safetensors"

@@ -19,10 +19,20 @@ import skillvec
 from skillvec import trainingshards
 from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError
+from skillvec.locate import locate
+from skillvec.opened import Opened
+from skillvec.opened_by import OPENERS, look_at
 from skillvec.pickles import Stored
-from skillvec.trainingshards import Joined, open_training
+from skillvec.trainingshards import Joined
 
 DIST = pytest.mark.filterwarnings("ignore")  # torch warns of its own internals
+
+
+def open_training(folder: Path, what: str) -> Opened | None:
+    """Open a folder by the rows of training runs alone."""
+    found = look_at(locate(folder, what), what)
+    rows = [opener for opener in OPENERS if opener.open.__module__ == "skillvec.trainingshards"]
+    return next((opener.open(found) for opener in rows if opener.takes(found)), None)
 
 
 def tensors(rows: int = 7) -> dict[str, torch.Tensor]:
@@ -113,10 +123,10 @@ def test_a_checkpoint_of_one_process_loses_its_optimizer_with_a_note(tmp_path: P
     dcp.save(state, checkpoint_id=tmp_path)
     (tmp_path / "config.json").write_text("{}")
     opened = open_training(tmp_path, "tuned")
-    assert opened is not None and opened.kind == "torch.distributed.checkpoint"
+    assert opened is not None and opened.format == "torch.distributed.checkpoint"
     assert opened.side == tmp_path
     assert_same(opened.tensors, model)
-    assert opened.notes[1:] == ["optimizer: 6 tensors left out", "step: 1 tensors left out"]
+    assert opened.notes[1:] == ("optimizer: 6 tensors left out", "step: 1 tensors left out")
     assert "no tensors left out" in opened.notes[0]
     loaded = {"model": {name: torch.empty_like(tensor) for name, tensor in model.items()}}
     dcp.load(loaded, checkpoint_id=tmp_path)
@@ -283,7 +293,7 @@ def test_safetensors_of_ranks_are_put_together(tmp_path: Path, rank_of, world: i
     assert shards[0] == f"shard-00001-model-00001-of-0000{files}.safetensors"
     opened = open_checkpoint(tmp_path, "tuned")
     assert_same(opened, tensors())
-    assert opened.kind == "DCP safetensors" and not opened.is_plain
+    assert opened.format == "DCP safetensors" and not opened.is_plain
     assert opened.metadata == {"format": "pt"}  # what is written of it is no part
     (note,) = opened.facts["notes"]
     assert f"shards of {world} ranks" in note
@@ -360,7 +370,7 @@ def test_shards_beside_a_model_are_not_guessed_between(tmp_path: Path, rank_of):
     other.rename(tmp_path / "model.safetensors")  # the one that every library takes
     opened = open_checkpoint(tmp_path)
     assert_same(opened, tensors())
-    assert opened.kind == "safetensors"
+    assert opened.format == "safetensors"
 
 
 @DIST
@@ -375,7 +385,7 @@ def test_what_torch_consolidated_is_a_model_like_any(tmp_path: Path, rank_of):
     )
     opened = open_checkpoint(tmp_path)
     assert_same(opened, tensors())
-    assert opened.kind == "safetensors"
+    assert opened.format == "safetensors"
 
 
 @DIST
@@ -429,8 +439,8 @@ def test_files_of_ranks_are_one_model(tmp_path: Path, rank_of, world: int):
     folder = save_ranks(tmp_path / "actor", states)
     opened = open_training(folder, "tuned")
     assert_same(opened.tensors, tensors() | buffer)
-    assert opened.kind == "FSDP rank files" and opened.side == folder / "huggingface"
-    assert opened.notes == [f"{world} files of optimizer and other state left out"]
+    assert opened.format == "FSDP rank files" and opened.side == folder / "huggingface"
+    assert list(opened.notes) == [f"{world} files of optimizer and other state left out"]
 
 
 @DIST
@@ -500,7 +510,7 @@ def test_other_folders_are_none_of_these(tmp_path: Path):
     assert open_training(tmp_path, "tuned") is None
     torch.save(toy(layers=1), tmp_path / "pytorch_model_fsdp.bin")
     opened = open_training(tmp_path, "tuned")
-    assert opened.kind == "FSDP full state dict"
+    assert opened.format == "FSDP full state dict"
     assert_same(opened.tensors, toy(layers=1))
     os.rename(tmp_path / "pytorch_model_fsdp.bin", tmp_path / "pytorch_model_fsdp_rank0.bin")
     with pytest.raises(IncompatibleError, match="LOCAL_STATE_DICT"):
@@ -585,7 +595,7 @@ def test_master_weights_come_back_in_fp32(tmp_path: Path, stage: int, world: int
     (tmp_path / "config.json").write_text("{}")
     opened = open_training(tmp_path, "tuned")
     assert_same(opened.tensors, expected)
-    assert opened.kind == f"DeepSpeed ZeRO-{stage}" and opened.side == tmp_path
+    assert opened.format == f"DeepSpeed ZeRO-{stage}" and opened.side == tmp_path
     assert {s.dtype for n, s in opened.tensors.items() if n != "f.weight"} == {"F32"}
     assert opened.tensors["head.weight"].name == "head.weight"
     inner = open_training(tmp_path / "global_step7", "tuned")
@@ -700,7 +710,7 @@ def test_what_no_optimizer_holds_comes_from_the_model_file(tmp_path: Path):
     edited(file, lambda content: content["module"].update(more=more))
     opened = open_training(tmp_path, "tuned")
     assert_same(opened.tensors, expected | {"more": more})
-    assert opened.notes == ["1 tensors that no optimizer holds, in the model's dtype"]
+    assert list(opened.notes) == ["1 tensors that no optimizer holds, in the model's dtype"]
 
 
 # ----------------------------------------------------- real runs of several processes (slow)
