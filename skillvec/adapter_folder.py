@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from skillvec.errors import FormatError, SkillvecError
 from skillvec.folder import INDEX, PICKLES, SINGLE, is_away
-from skillvec.pickles import open_pickles
 from skillvec.sidefiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from skillvec.storage import Place, file_nbytes, read_header
+from skillvec.torch_files import open_pickles
 
 FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # of LoRA, in a tensor's name
 VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head)\.")

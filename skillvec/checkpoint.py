@@ -1,7 +1,7 @@
-"""Points: a checkpoint as a read-only mapping from tensor name to where its values come from.
+"""A checkpoint as a read-only mapping from tensor name to where its values come from.
 
 Hides folders, shards, indexes, side files, the Hub, and in which format the weights lie. Reads
-headers only. What skillvec cannot take is refused here by name, before any work.
+headers only. What skillvec cannot take is refused by name, before any work.
 """
 
 import json
@@ -107,7 +107,7 @@ class Checkpoint(Mapping[str, Source]):
 
     def __add__(self, other: object) -> Any:
         raise TypeError(
-            f"checkpoint + {type(other).__name__}: two points have no sum; to add a vector use"
+            f"checkpoint + {type(other).__name__}: two checkpoints have no sum; to add a vector use"
             " skillvec.apply(checkpoint, vector, output)"
         )
 
@@ -340,10 +340,10 @@ def as_model(opened: Checkpoint, role: str, left_out: LeftOut = nothing_left_out
             f"{ADAPTER_CONFIG} beside the weights: these are read as they are, and the adapter is"
             " not added, which from_pretrained does where PEFT is installed",
         )
-    empty = placeholders(opened)
+    empty = find_placeholders(opened)
     weights = [opened[name].shape for name in opened if name.endswith(".weight")]
     if (0,) in weights and (2 * weights.count((0,)) > len(weights) or max(map(len, weights)) < 2):
-        raise IncompatibleError(f"{role} {empty_weights(opened, empty)}")
+        raise IncompatibleError(f"{role} {explain_placeholders(opened, empty)}")
     if empty:
         note = f"{len(empty)} tensors are empty ([0]), such as {empty[0]}: are they meant to be?"
         opened = _noting(opened, note)
@@ -376,7 +376,7 @@ def _noting(model: Checkpoint, note: str) -> Checkpoint:
     return Checkpoint(model.place, opened, model.formats)
 
 
-def placeholders(model: Mapping[str, Source]) -> list[str]:
+def find_placeholders(model: Mapping[str, Source]) -> list[str]:
     """Return the names of floating-point tensors of shape [0], which stand for weights elsewhere.
 
     ZeRO-3 leaves them in a state dict that was not gathered.
@@ -384,7 +384,7 @@ def placeholders(model: Mapping[str, Source]) -> list[str]:
     return [name for name, spec in model.items() if spec.shape == (0,) and spec.dtype in FLOATS]
 
 
-def empty_weights(opened: Checkpoint, names: Sequence[str]) -> str:
+def explain_placeholders(opened: Checkpoint, names: Sequence[str]) -> str:
     """Return what to say of a checkpoint whose weights are placeholders, and where they may be."""
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     steps = find_steps([*os.listdir(folder), *opened.place.files])
@@ -404,7 +404,7 @@ def empty_weights(opened: Checkpoint, names: Sequence[str]) -> str:
     )
 
 
-def lone_factors(model: Checkpoint, names: Iterable[str]) -> str | None:
+def explain_factors(model: Checkpoint, names: Iterable[str]) -> str | None:
     """Return what to say where some of the `names` of a model are factors of LoRA, else None."""
     factors = [name for name in names if FACTOR.search(name)]
     if not factors:

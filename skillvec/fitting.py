@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from skillvec.bridging import bridged, hints_of, left_over, tied_names
-from skillvec.checkpoint import Checkpoint, empty_weights, lone_factors, placeholders
+from skillvec.checkpoint import Checkpoint, explain_factors, explain_placeholders, find_placeholders
 from skillvec.combining import move_deltas
 from skillvec.configs import untied_config
 from skillvec.conversions import tied_weights
@@ -240,9 +240,9 @@ class _Matching:
         """Return the error that names what is left."""
         target, found = self._target, self.found
         left = [name for name in target if name not in found.routes and name not in found.passed]
-        told = lone_factors(target, left)
-        if empty := [name for name in placeholders(target) if name in left]:
-            told = empty_weights(target, empty)
+        told = explain_factors(target, left)
+        if empty := [name for name in find_placeholders(target) if name in left]:
+            told = explain_placeholders(target, empty)
         if told:
             return IncompatibleError(f"target {told}")
         return IncompatibleError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from skillvec import pickles, trainingshards
+from skillvec import dcp, fsdp, torch_files, zero
 from skillvec.adapter_folder import find_value_heads, is_adapter
 from skillvec.errors import (
     FormatError,
@@ -140,8 +140,8 @@ def open_safetensors(found: Found) -> Opened:
 def put_together(headers: Mapping[str, Header], what: str, notes: tuple[str, ...] = ()) -> Opened:
     """Return what safetensors files hold, by name: tensors, or the parts of ranks put together."""
     metadata = next(iter(headers.values())).metadata
-    if trainingshards.is_of_ranks(headers):
-        made = trainingshards.of_ranks(headers, what)
+    if dcp.is_of_ranks(headers):
+        made = dcp.join_files(headers, what)
         metadata = {key: said for key, said in metadata.items() if not key.startswith("DCP_")}
         return replace(made, metadata=metadata, notes=(*notes, *made.notes))
     tensors: dict[str, Source] = {}
@@ -207,7 +207,7 @@ def refuse_folder(found: Found, place: Place) -> SkillvecError:
         )
     if ADAPTER_CONFIG in found.files:
         return UsageError(f"{what}: {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS[0]} beside it")
-    if held := found.ending(*pickles.SUFFIXES):
+    if held := found.ending(*torch_files.SUFFIXES):
         return IncompatibleError(f"{what}: no {SINGLE}, but {held[0]}: name the file that is meant")
     return UsageError(f"{what}: no {SINGLE} and no {INDEX} in this folder")
 
@@ -228,11 +228,11 @@ def open_gguf(found: Found) -> Opened:
 OPENERS = (
     Opener("skill vector", (), has_vector, refuse_vector),
     Opener(SAFETENSORS, (".safetensors",), has_safetensors, open_safetensors),
-    Opener("FSDP rank files", (), trainingshards.has_rank_files, trainingshards.open_rank_files),
-    Opener("torch.distributed.checkpoint", (), trainingshards.has_dcp, trainingshards.open_dcp),
-    Opener("DeepSpeed ZeRO", (), trainingshards.has_zero, trainingshards.open_zero),
-    Opener("FSDP full state dict", (), trainingshards.has_fsdp, trainingshards.open_fsdp),
-    Opener(PICKLED, pickles.SUFFIXES, pickles.has_pickles, pickles.open_pickled),
+    Opener("FSDP rank files", (), fsdp.has_rank_files, fsdp.open_rank_files),
+    Opener("torch.distributed.checkpoint", (), dcp.has_dcp, dcp.open_dcp),
+    Opener("DeepSpeed ZeRO", (), zero.has_zero, zero.open_zero),
+    Opener("FSDP full state dict", (), fsdp.has_fsdp, fsdp.open_fsdp),
+    Opener(PICKLED, torch_files.SUFFIXES, torch_files.has_pickles, torch_files.open_pickled),
     Opener("GGUF", (GGUF,), has_gguf, open_gguf),
     Opener("other frameworks", tuple(FOREIGN), has_foreign, refuse_foreign),
 )

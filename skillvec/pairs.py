@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from skillvec.checkpoint import Checkpoint, empty_weights, lone_factors, placeholders
+from skillvec.checkpoint import Checkpoint, explain_factors, explain_placeholders, find_placeholders
 from skillvec.errors import IncompatibleError, up_to_five_each
 from skillvec.kernels import FLOATS, STORAGE_DTYPE
 from skillvec.lineage import MAX_TIED, find_tied, recomputed
@@ -135,11 +135,11 @@ def _mismatch(
 ) -> IncompatibleError:  # fmt: skip
     for side, other in ((tuned, base), (base, tuned)):
         wanted = set(side) - set(other) - set(excluded)
-        if told := lone_factors(side, sorted(wanted)):
+        if told := explain_factors(side, sorted(wanted)):
             return IncompatibleError(told)
-        sizes = {n: other[n].shape for n in placeholders(side) if n in other}
-        if empty := [n for n in placeholders(side) if sizes.get(n) != (0,)]:
-            return IncompatibleError(empty_weights(side, empty))
+        sizes = {n: other[n].shape for n in find_placeholders(side) if n in other}
+        if empty := [n for n in find_placeholders(side) if sizes.get(n) != (0,)]:
+            return IncompatibleError(explain_placeholders(side, empty))
     return IncompatibleError(
         f"{tuned.ref} and {base.ref} do not match (--exclude GLOB leaves tensors out):\n"
         + "\n".join([up_to_five_each(problems), *hints])

@@ -18,13 +18,13 @@ from skillvec.bridging import seen_as
 from skillvec.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
-    empty_weights,
+    explain_factors,
+    explain_placeholders,
+    find_placeholders,
     is_adapter,
     locate,
-    lone_factors,
     open_checkpoint,
     open_tensors,
-    placeholders,
     read_json,
 )
 from skillvec.combining import align_vectors, announce_combination, lend_heads, mix
@@ -92,7 +92,7 @@ class SkillVector(Displacement):
         if is_adapter(place):
             return SkillVector.adapted(place, None, (), rename)
         opened = open_tensors(place, role)
-        if told := lone_factors(opened, opened):
+        if told := explain_factors(opened, opened):
             raise IncompatibleError(told)
         raise IncompatibleError(
             f"{role} {opened.ref}: this is not a skill vector (no manifest in its header);"
@@ -174,8 +174,8 @@ class SkillVector(Displacement):
         they do not fit the base without: if not with them either, the target alone counts.
         """
         opened = open_tensors(place, "adapter")
-        if empty := placeholders(opened):
-            raise IncompatibleError(f"adapter {empty_weights(opened, empty)}")
+        if empty := find_placeholders(opened):
+            raise IncompatibleError(f"adapter {explain_placeholders(opened, empty)}")
         config = read_json(place.files[ADAPTER_CONFIG])
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
         base, effect, rename = meet_base(adapter, place, base, rename, spare)

@@ -38,9 +38,9 @@ from skillvec.errors import (
     SkillvecError,
     UsageError,
 )
+from skillvec.parts import assemble
 from skillvec.pickles import Stored, load_pickle
 from skillvec.storage import TensorSpec, digest_bytes, read_bytes, read_header
-from skillvec.trainingshards import _assemble
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import find_vector
 
@@ -180,7 +180,7 @@ def test_vocabularies_are_digested_piece_by_piece(single: Path, monkeypatch) -> 
 
 @pytest.mark.parametrize("name", [".metadata", "latest"])
 def test_training_files_of_any_length_are_not_read(name: str, tmp_path: Path, monkeypatch) -> None:
-    for module in ("pickles", "trainingshards"):
+    for module in ("pickles", "dcp"):
         monkeypatch.setattr(f"skillvec.{module}.MAX_PICKLE_NBYTES", 1000)
     asked = []
 
@@ -188,7 +188,8 @@ def test_training_files_of_any_length_are_not_read(name: str, tmp_path: Path, mo
         asked.append(nbytes)
         return read_bytes(path, offset, nbytes)
 
-    monkeypatch.setattr("skillvec.trainingshards.read_bytes", counted)
+    for module in ("dcp", "zero"):
+        monkeypatch.setattr(f"skillvec.{module}.read_bytes", counted)
     (tmp_path / name).write_bytes(bytes(5000))
     refused(lambda: skillvec.inspect(tmp_path), tmp_path, FormatError)
     assert asked == [1001 if name == ".metadata" else 256]
@@ -495,7 +496,7 @@ def test_names_that_no_header_holds_are_refused_in_shards(
 def test_many_parts_of_a_tensor_take_time_in_proportion(tmp_path: Path) -> None:
     parts = [((i,), Stored("F32", (1,), (1,), "", 4 * i)) for i in range(100_000)]
     with harm.guarded(tmp_path):
-        assert _assemble("w", (100_000,), parts).shape == (100_000,)
+        assert assemble("w", (100_000,), parts).shape == (100_000,)
 
 
 # ----------------------------------------------------------------------------------------- cards

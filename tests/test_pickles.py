@@ -18,12 +18,13 @@ import pytest
 import torch
 from families import toy
 
-from skillvec import pickles
+from skillvec import pickles, torch_files
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.kernels import STORAGE_DTYPE
-from skillvec.pickles import Record, load_archive, load_pickle, open_pickles
+from skillvec.pickles import Record, load_pickle
 from skillvec.sources import Viewed, read_values
 from skillvec.storage import ITEMSIZE, TensorSpec
+from skillvec.torch_files import load_archive, open_pickles
 
 
 def raw_of(source, block: int = 7) -> bytes:
@@ -158,11 +159,11 @@ def test_opening_reads_neither_data_nor_whole_files(tmp_path: Path, monkeypatch)
     torch.save({f"w{i}": torch.full((1 << 19,), float(i)) for i in range(4)}, path)
     read = []
 
-    def counted(file, offset, nbytes, real=pickles.read_bytes):
+    def counted(file, offset, nbytes, real=torch_files.read_bytes):
         read.append(nbytes)
         return real(file, offset, nbytes)
 
-    monkeypatch.setattr(pickles, "read_bytes", counted)
+    monkeypatch.setattr(torch_files, "read_bytes", counted)
     found = open_pickles([str(path)], "model")
     assert path.stat().st_size > 8 << 20 and 0 < sum(read) < 64 << 10
     assert raw_of(found["w3"]._replace(shape=(2,), nbytes=8)) == struct.pack("<2f", 3, 3)
@@ -174,7 +175,7 @@ def test_peak_memory_of_opening_does_not_grow_with_the_model(tmp_path: Path):
     torch.save({"w": torch.ones(200 << 20, dtype=torch.uint8), "v": torch.ones(3)}, path)
     script = (
         "import resource, sys\n"
-        "from skillvec.pickles import open_pickles\n"
+        "from skillvec.torch_files import open_pickles\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); found = open_pickles([sys.argv[1]], 'm')\n"
         "print(peak() - before, len(found))"
@@ -398,7 +399,7 @@ def test_arguments_that_one_function_hands_to_another_are_few():
 
 
 def test_pickles_are_read_without_torch(archive: Path):
-    code = "import sys; from skillvec.pickles import open_pickles; print(len(open_pickles("
+    code = "import sys; from skillvec.torch_files import open_pickles; print(len(open_pickles("
     code += "[sys.argv[1]], 'm')), [n for n in ('torch', 'transformers') if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code, archive], capture_output=True, text=True, check=True
@@ -411,7 +412,8 @@ def test_pickles_over_the_cap_are_not_read(tmp_path: Path, monkeypatch):
     torch.save("x" * 10_000, path)
     assert load_pickle(raw, "here") == load_archive(str(path)) == "x" * 10_000
     assert pickles.MAX_PICKLE_NBYTES == 1 << 29
-    monkeypatch.setattr(pickles, "MAX_PICKLE_NBYTES", 9999)
+    for module in (pickles, torch_files):
+        monkeypatch.setattr(module, "MAX_PICKLE_NBYTES", 9999)
     with pytest.raises(FormatError, match="here: a pickle over the cap of 9999 bytes"):
         load_pickle(raw, "here")
     with pytest.raises(FormatError, match=r"data\.pkl of 10\d\d\d bytes, over 9999"):
@@ -422,7 +424,7 @@ def test_a_directory_over_the_cap_is_not_read(tmp_path: Path, monkeypatch):
     path = tmp_path / "m.bin"
     torch.save({f"tensor {i}": torch.ones(1) for i in range(300)}, path)
     assert len(load_archive(str(path))) == 300
-    monkeypatch.setattr(pickles, "MAX_PICKLE_NBYTES", 9999)
+    monkeypatch.setattr(torch_files, "MAX_PICKLE_NBYTES", 9999)
     with pytest.raises(FormatError, match=r"m\.bin: not a readable archive: a directory of 16384"):
         load_archive(str(path))
 

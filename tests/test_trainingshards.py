@@ -16,22 +16,23 @@ from safetensors.torch import load_file, save_file
 from test_pickles import CALLED, Runs, assert_same, called, raw_of
 
 import skillvec
-from skillvec import trainingshards
+from skillvec import parts
 from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.locate import locate
 from skillvec.opened import Opened
 from skillvec.opened_by import OPENERS, look_at
 from skillvec.pickles import Stored
-from skillvec.trainingshards import Joined
+from skillvec.zero import Joined
 
+TRAINING = ("skillvec.dcp", "skillvec.fsdp", "skillvec.zero")
 DIST = pytest.mark.filterwarnings("ignore")  # torch warns of its own internals
 
 
 def open_training(folder: Path, what: str) -> Opened | None:
     """Open a folder by the rows of training runs alone."""
     found = look_at(locate(folder, what), what)
-    rows = [opener for opener in OPENERS if opener.open.__module__ == "skillvec.trainingshards"]
+    rows = [opener for opener in OPENERS if opener.open.__module__ in TRAINING]
     return next((opener.open(found) for opener in rows if opener.takes(found)), None)
 
 
@@ -679,28 +680,28 @@ def test_broken_optimizer_files_are_refused(
     save_zero(tmp_path, stage, 1)
     file = tmp_path / "global_step7" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
     edited(file, lambda content: change(content["optimizer_state_dict"]))
-    assert trainingshards.MAX_RANKS == 1 << 17
-    monkeypatch.setattr(trainingshards, "MAX_RANKS", 4)  # ranks that are looked for
+    assert parts.MAX_RANKS == 1 << 17
+    monkeypatch.setattr(parts, "MAX_RANKS", 4)  # ranks that are looked for
     with pytest.raises((FormatError, IncompatibleError), match=text):
         open_training(tmp_path, "tuned")
     assert not CALLED
 
 
 def test_parts_that_form_too_fine_a_grid_are_refused(monkeypatch):
-    parts = [((i,), Stored("F32", (1,), (1,), "", 4 * i)) for i in range(4)]
-    assert trainingshards._assemble("w", (4,), parts).shape == (4,)
-    assert trainingshards.MAX_CELLS == 1 << 24
-    monkeypatch.setattr(trainingshards, "MAX_CELLS", 4)
+    given = [((i,), Stored("F32", (1,), (1,), "", 4 * i)) for i in range(4)]
+    assert parts.assemble("w", (4,), given).shape == (4,)
+    assert parts.MAX_CELLS == 1 << 24
+    monkeypatch.setattr(parts, "MAX_CELLS", 4)
     with pytest.raises(IncompatibleError, match="'w': 4 parts that form no grid"):
-        trainingshards._assemble("w", (4,), parts)
+        parts.assemble("w", (4,), given)
 
 
 def test_shapes_of_other_files_have_limits(monkeypatch):
-    assert trainingshards._shape([2, 3]) == (2, 3)
+    assert parts.as_shape([2, 3]) == (2, 3)
     for limit, most in (("MAX_DIMENSIONS", 1), ("MAX_SIZE", 2)):
         with monkeypatch.context() as patch, pytest.raises(FormatError, match="not a shape"):
-            patch.setattr(trainingshards, limit, most)
-            trainingshards._shape([2, 3])
+            patch.setattr(parts, limit, most)
+            parts.as_shape([2, 3])
 
 
 def test_what_no_optimizer_holds_comes_from_the_model_file(tmp_path: Path):
