@@ -1,9 +1,8 @@
 """GGUF files: a model of llama.cpp, read under the names of transformers.
 
-Hides the header, whose numbers are checked before anything is done with them; the `gguf` package,
-which dequantises blocks and knows what llama.cpp calls a tensor; and what its converter did to the
-values: rows of q and k in another order (llama), 1 added to norms (gemma, nemotron), experts
-stacked. The values are those of transformers' from_pretrained(gguf_file=...), bit for bit: floats
+Hides the `gguf` package, which dequantises blocks and knows what llama.cpp calls a tensor; and what
+its converter did to the values: rows of q and k in another order (llama), 1 added to norms (gemma,
+nemotron), experts stacked. The values are those of transformers' from_pretrained(gguf_file=...), bit for bit: floats
 stay as they are stored, blocks become F32. The names are those of transformers' model class, made
 of what the header says of sizes; each of its weights has to be there, in its shape, and every
 tensor has to be used. Architectures that are not in ARCHITECTURES are refused by name, because
@@ -15,18 +14,18 @@ a time.
 
 import math
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from skillvec.conversions import model_of
 from skillvec.errors import FormatError, IncompatibleError, UsageError, printable, up_to_five
 from skillvec.folder import GGUF, SINGLE
+from skillvec.gguf_header import MAGIC, BrokenError, GgufHeader, read_gguf_header
 from skillvec.kernels import Array, widen
 from skillvec.opened import Found, Opened
 from skillvec.sources import (
@@ -42,7 +41,6 @@ from skillvec.sources import (
     whole,
 )
 from skillvec.storage import (
-    MAX_HEADER_NBYTES,
     TensorSpec,
     file_nbytes,
     read_bytes,
@@ -51,13 +49,7 @@ from skillvec.storage import (
     witness,
 )
 
-MAGIC = b"GGUF"
 TILE = 1 << 20  # values dequantised at a time
-AHEAD = 1 << 20  # bytes of a header read at a time
-KEPT = 1 << 12  # values of an array that are kept: layers have fewer, vocabularies more
-MOST_DIMENSIONS = 4  # of llama.cpp
-NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-TEXT, ARRAY = 8, 9
 PLAIN = ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64")  # called so here as well
 # what llama.cpp calls an architecture, and transformers a model type
 ARCHITECTURES = {
@@ -84,14 +76,6 @@ INSTEAD = (
     "diff and apply the safetensors that it was made from, then convert the result (llama.cpp:"
     " convert_hf_to_gguf.py)"
 )
-
-
-class _Header(NamedTuple):
-    """What a header says: its keys, and name -> (type, shape, offset after the header)."""
-
-    said: dict[str, Any]
-    tensors: dict[str, tuple[int, Index, int]]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -181,9 +165,9 @@ def open_gguf(found: Found) -> Opened:
             f" 'skillvec[gguf]'; or {INSTEAD}"
         ) from None
     try:
-        header = _read_header(address)
+        header = read_gguf_header(address)
         stored = _sources(address, header)
-    except _BrokenError as error:
+    except BrokenError as error:
         raise FormatError(f"{what}: {error}: copy or download it again, whole") from None
     return _named(stored, header, what)
 
@@ -192,91 +176,15 @@ def _gguf() -> Any:
     return import_module("gguf")
 
 
-# ----------------------------------------------------------------------------------------- header
+# ---------------------------------------------------------------------------------------- tensors
 
 
-class _BrokenError(Exception):
-    """What is wrong with a file."""
-
-
-class _Cursor:
-    """A place in a header, which is read ahead a little."""
-
-    def __init__(self, address: str) -> None:
-        self.address, self.position, self.begin, self.held = address, 0, 0, b""
-        self.nbytes = file_nbytes(address)
-
-    def take(self, count: int) -> bytes:
-        end = self.position + count
-        if end > min(self.nbytes, MAX_HEADER_NBYTES):
-            limit = "the file ends" if end > self.nbytes else f"over {MAX_HEADER_NBYTES} bytes"
-            raise _BrokenError(f"header of more than {self.position} bytes: {limit}")
-        if end > self.begin + len(self.held):
-            self.begin = self.position
-            self.held = read_bytes(self.address, self.begin, max(count, AHEAD))
-        piece = self.held[self.position - self.begin : end - self.begin]
-        self.position = end
-        return piece
-
-    def number(self, kind: str) -> Any:
-        return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
-
-    def text(self) -> str:
-        try:
-            return self.take(self.number("Q")).decode()
-        except UnicodeDecodeError:
-            raise _BrokenError("a text of the header is no UTF-8") from None
-
-    def value(self, kind: int) -> Any:
-        """Return a value; of an array its numbers, None where it is of texts or of very many."""
-        if kind in NUMBERS:
-            return self.number(NUMBERS[kind])
-        if kind == TEXT:
-            return self.text()
-        if kind != ARRAY:
-            raise _BrokenError(f"a value of the unknown type {kind} in the header")
-        of, count = self.number("I"), self.number("Q")
-        if of in NUMBERS:
-            raw = self.take(count * struct.calcsize(f"<{NUMBERS[of]}"))
-            return None if count > KEPT else list(struct.unpack(f"<{count}{NUMBERS[of]}", raw))
-        if of != TEXT:
-            raise _BrokenError(f"an array of the unknown type {of} in the header")
-        for _ in range(count):  # each takes 8 bytes at least, so that this ends with the file
-            self.take(self.number("Q"))
-        return None
-
-
-def _read_header(address: str) -> _Header:
-    cursor = _Cursor(address)
-    cursor.take(len(MAGIC))
-    version = cursor.number("I")
-    if version not in (2, 3):
-        order = ", or of the other byte order" if version & 0xFFFF == 0 else ""
-        raise _BrokenError(f"GGUF of version {version}{order}: 2 and 3 are read")
-    count, keys = cursor.number("Q"), cursor.number("Q")
-    said: dict[str, Any] = {}
-    for _ in range(keys):
-        key = cursor.text()
-        if key in said:
-            raise _BrokenError(f"the key {printable(key):.200} twice")
-        said[key] = cursor.value(cursor.number("I"))
-    tensors: dict[str, tuple[int, Index, int]] = {}
-    for _ in range(count):
-        name, dimensions = cursor.text(), cursor.number("I")
-        if name in tensors or not 0 < dimensions <= MOST_DIMENSIONS:
-            wrong = "twice" if name in tensors else f"of {dimensions} dimensions"
-            raise _BrokenError(f"the tensor {printable(name):.200} {wrong}")
-        shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
-        tensors[name] = cursor.number("I"), shape, cursor.number("Q")
-    return _Header(said, tensors, cursor.position)
-
-
-def _sources(address: str, header: _Header) -> dict[str, Source]:
+def _sources(address: str, header: GgufHeader) -> dict[str, Source]:
     """Return the tensors under their own names; those of unknown types are refused."""
     gguf, nbytes = _gguf(), file_nbytes(address)
     alignment = header.said.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1:
-        raise _BrokenError(f"general.alignment {alignment!r:.40}")
+        raise BrokenError(f"general.alignment {alignment!r:.40}")
     start = -(-header.nbytes // alignment) * alignment
     found: dict[str, Source] = {}
     ends: list[tuple[int, int, str]] = []
@@ -284,14 +192,14 @@ def _sources(address: str, header: _Header) -> dict[str, Source]:
         source = _source(gguf, name, kind, shape, address, start + offset)
         raw = source if isinstance(source, TensorSpec) else source.raw
         if raw.start + raw.nbytes > nbytes:
-            raise _BrokenError(f"the tensor {printable(name):.200} ends behind the end of the file")
+            raise BrokenError(f"the tensor {printable(name):.200} ends behind the end of the file")
         ends.append((raw.start, raw.start + raw.nbytes, name))
         found[name] = source
     ends.sort()
     for (_, end, one), (begin, _, other) in pairwise(ends):
         if begin < end:
             both = f"{printable(one):.200} and {printable(other):.200}"
-            raise _BrokenError(f"the tensors {both} overlap")
+            raise BrokenError(f"the tensors {both} overlap")
     return found
 
 
@@ -301,12 +209,12 @@ def _source(
     try:
         form = gguf.GGMLQuantizationType(kind)
     except ValueError:
-        raise _BrokenError(f"the tensor {printable(name):.200} is of unknown type {kind}") from None
+        raise BrokenError(f"the tensor {printable(name):.200} is of unknown type {kind}") from None
     if form.name in PLAIN:
         return TensorSpec(name, form.name, shape, address, start, tensor_nbytes(form.name, shape))
     block, width = gguf.GGML_QUANT_SIZES[form]
     if shape[-1] % block:
-        raise _BrokenError(f"{printable(name):.200} {list(shape)}: no rows of blocks of {block}")
+        raise BrokenError(f"{printable(name):.200} {list(shape)}: no rows of blocks of {block}")
     nbytes = math.prod(shape) // block * width
     raw = TensorSpec(name, "U8", (nbytes,), address, start, nbytes)
     return Blocks(name, shape, raw, kind, block, width)
@@ -315,7 +223,7 @@ def _source(
 # ------------------------------------------------------------------------------------------ names
 
 
-def _config(header: _Header, stored: Mapping[str, Source], arch: str) -> dict[str, Any]:
+def _config(header: GgufHeader, stored: Mapping[str, Source], arch: str) -> dict[str, Any]:
     """Return what decides about names and shapes in transformers, of what the header says."""
     config: dict[str, Any] = {
         key: header.said[f"{arch}.{said}"]
@@ -332,7 +240,7 @@ def _config(header: _Header, stored: Mapping[str, Source], arch: str) -> dict[st
     return config
 
 
-def _named(stored: dict[str, Source], header: _Header, what: str) -> Opened:
+def _named(stored: dict[str, Source], header: GgufHeader, what: str) -> Opened:
     """Return the tensors as transformers' model has them; errors as of `open_gguf`."""
     arch = header.said.get("general.architecture")
     if header.said.get("split.count") not in (None, 0, 1):

@@ -77,6 +77,9 @@ class Record:
     def __init__(self, *args: Any) -> None:
         pass
 
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
     def __setstate__(self, state: Any) -> None:
         slots = isinstance(state, tuple) and len(state) == 2 and state[0] is None
         self.state = state[1] if slots else state
@@ -138,7 +141,9 @@ class _Ordered(dict[Any, Any]):
     """Stands for an OrderedDict; its attributes, such as the `_metadata` of a module, are left."""
 
     __slots__ = ()
-    __repr__ = object.__repr__  # of its items it could be any size
+
+    def __repr__(self) -> str:  # of its items it could be any size
+        return f"OrderedDict of {len(self)}"
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -195,8 +200,10 @@ def _subclass(make: Any, kind: Any, args: Any, state: Any) -> Any:
 
 def _size(sizes: Any = ()) -> tuple[int, ...]:
     """Return a shape; of anything longer a few bytes could make any number of copies."""
-    if len(sizes) > MAX_DIMENSIONS or any(type(n) is not int for n in sizes):
-        raise FormatError(f"a torch.Size of {len(sizes)} dimensions: {brief(sizes)}")
+    if len(sizes) > MAX_DIMENSIONS:
+        raise FormatError(f"a torch.Size of {len(sizes)} dimensions")
+    if any(type(n) is not int for n in sizes):
+        raise FormatError(f"a torch.Size of {brief(sizes)}")
     return tuple(sizes)
 
 

@@ -14,7 +14,7 @@ from families import from_bits
 from safetensors.torch import save_file
 
 import skillvec
-from skillvec import gguffile
+from skillvec import gguf_header, gguffile
 from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.sources import Source, values_of
@@ -373,9 +373,9 @@ def test_what_is_not_taken_is_refused_by_name(tmp_path: Path, content: bytes, me
 def test_a_cap_on_headers(tmp_path: Path, toy, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(toy[2])
     assert open_checkpoint(tmp_path / "m.gguf")
-    monkeypatch.setattr(gguffile, "AHEAD", 7)  # read in short pieces
+    monkeypatch.setattr(gguf_header, "AHEAD", 7)  # read in short pieces
     assert open_checkpoint(tmp_path / "m.gguf")
-    monkeypatch.setattr(gguffile, "MAX_HEADER_NBYTES", 1000)
+    monkeypatch.setattr(gguf_header, "MAX_HEADER_NBYTES", 1000)
     refused(tmp_path / "m.gguf", FormatError, "over 1000 bytes")
 
 

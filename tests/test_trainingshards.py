@@ -235,6 +235,7 @@ def first_entry(metadata):
         (lambda m: m.storage_data.pop(next(iter(m.storage_data))), "not laid out"),
         (lambda m: setattr(m, "state_dict_metadata", []), "not laid out"),
         (lambda m: setattr(m, "planner_data", Runs(called, "x")), "nothing was run"),
+        (lambda m: m.planner_data.update({"embed.weight": (["embed"],)}), "not a path"),
     ],
 )
 def test_hostile_metadata_is_refused(tmp_path: Path, monkeypatch, change, text: str):
