@@ -2,11 +2,11 @@
 
 Hides the `gguf` package, which dequantises blocks and knows what llama.cpp calls a tensor; and what
 its converter did to the values: rows of q and k in another order (llama), 1 added to norms (gemma,
-nemotron), experts stacked. The values are those of transformers' from_pretrained(gguf_file=...), bit for bit: floats
-stay as they are stored, blocks become F32. The names are those of transformers' model class, made
-of what the header says of sizes; each of its weights has to be there, in its shape, and every
-tensor has to be used. Architectures that are not in ARCHITECTURES are refused by name, because
-nobody can tell from a file what its converter reordered.
+nemotron), experts stacked. The values are those of transformers' from_pretrained(gguf_file=...),
+bit for bit: floats stay as they are stored, blocks become F32. The names are those of transformers'
+model class, made of what the header says of sizes; each of its weights has to be there, in its
+shape, and every tensor has to be used. Architectures that are not in ARCHITECTURES are refused by
+name, because nobody can tell from a file what its converter reordered.
 
 Never written. Nothing is held whole: blocks are dequantised as they are read, up to 2^20 values at
 a time.
