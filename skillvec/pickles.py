@@ -1,7 +1,7 @@
 """Pickles of PyTorch as addresses: object trees in which every tensor is a place in a file.
 
 Hides the pickle language, and what torch calls by which names. Nothing that a pickle names is
-imported or called. Its words are gone through first (`refuse_harm`): only those that pickles of
+imported or called. Its words are gone through first (`check_words`): only those that pickles of
 weights have, and only as many as a bounded tree takes. Then Python's own unpickler makes the tree,
 and finds a stand-in for every global: of a short list inert records (`Record`) and addresses
 (`Stored`), of any other name a record too, for which the pickle is refused. torch is not needed.
@@ -290,23 +290,24 @@ def load_pickle(raw: bytes, where: str, storage: Callable[[Any], Any] | None = N
     """
     tree: Any = None
     broken: Exception | None = None
-    unpickler = _Unpickler(raw, storage)
+    unpickler: _Unpickler | None = None
     try:
-        refuse_harm(raw)
+        unpickler = _Unpickler(check_words(raw), storage)
         tree = unpickler.load()
     except Exception as error:  # hostile input makes the unpickler fail in any way
         broken = error
-    if unpickler.unknown:
+    refused = unpickler.refused[:1] if unpickler else []
+    if unpickler and unpickler.unknown:
         raise IncompatibleError(
             f"{where}: the pickle names objects that are not taken (nothing was run):\n"
             f"{up_to_five(sorted(unpickler.unknown))}\n{ADVICE}"
         )
-    if unpickler.refused:
-        broken = unpickler.refused[0].error
+    if refused:
+        broken = refused[0].error
     if isinstance(broken, SkillvecError):
         text = str(broken)
         if not text.startswith(where):
-            text = ": ".join([where, *_key_of(tree, unpickler.refused[:1]), text])
+            text = ": ".join([where, *_key_of(tree, refused), text])
         raise type(broken)(text)
     if broken is not None:
         raise FormatError(f"{where}: not a readable pickle: {str(broken)[:200]!r}")
@@ -338,28 +339,31 @@ TEXTS = ("SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 NOTES = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
 # the words that are taken, and how many bytes of memory one may take beside its argument
 WORDS = dict.fromkeys(
-    ("PROTO", "FRAME", "STOP", "MARK", "BINGET", "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE",
+    ("PROTO", "STOP", "MARK", "BINGET", "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE",
      "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "EMPTY_TUPLE", "APPENDS"), 16,
 ) | dict.fromkeys(TEXTS, 120) | dict.fromkeys(NOTES, 120) | {
-    "EMPTY_LIST": 88, "EMPTY_DICT": 96, "EMPTY_SET": 248, "TUPLE": 170, "TUPLE1": 170,
+    "FRAME": 64, "EMPTY_LIST": 88, "EMPTY_DICT": 96, "EMPTY_SET": 248, "TUPLE": 170, "TUPLE1": 170,
     "TUPLE2": 170, "TUPLE3": 170, "APPEND": 64, "SETITEM": 184, "SETITEMS": 184, "BUILD": 120,
     "REDUCE": 600, "NEWOBJ": 400, "BINPERSID": 400, "GLOBAL": 2600, "STACK_GLOBAL": 2600,
 }  # fmt: skip
 
 
-def refuse_harm(raw: bytes) -> None:
-    """Raise FormatError for a pickle that could take more than it may; ValueError for a broken one.
+def check_words(raw: bytes) -> bytes:
+    """Return a pickle without its frames, which could hide words from one who reads by them.
 
     Goes through its words with a stack of what they make: the bytes that values which never change
     take, written out, and how deep they are nested. What is fetched again counts again, because
-    hashes, names and texts are made of all of it.
+    hashes, names and texts are made of all of it. Raises FormatError for a pickle that could take
+    more than it may, ValueError for a broken one.
     """
     if len(raw) > MAX_PICKLE_NBYTES:
         raise FormatError(f"a pickle over the cap of {MAX_PICKLE_NBYTES} bytes")
     stack, marks, memo = [ATOM][:0], list[int](), dict[int, tuple[int, int]]()
     total, highest, made = 0, 0, ""  # bytes, place in the memo, last word that is no note in it
+    frames = list[int]()
     argument: Any
-    for opcode, argument, _ in pickletools.genops(raw):
+    at: Any
+    for opcode, argument, at in pickletools.genops(raw):
         word = opcode.name
         if word not in WORDS:
             raise FormatError(f"the word {word}, which pickles of weights do not have: {ADVICE}")
@@ -379,6 +383,8 @@ def refuse_harm(raw: bytes) -> None:
             nbytes = stack[-1][0]
         elif word in TEXTS:
             stack.append((nbytes, 0))
+        elif word == "FRAME":
+            frames.append(at)
         else:
             marked = pickletools.markobject in opcode.stack_before
             begin = marks.pop() if marked else len(stack)
@@ -402,3 +408,5 @@ def refuse_harm(raw: bytes) -> None:
         total += WORDS[word] + nbytes
         if total > MAX_TREE_NBYTES:
             raise FormatError(f"a pickle that unfolds to more than {MAX_TREE_NBYTES} bytes")
+    begins, ends = [0, *(at + 9 for at in frames)], [*frames, len(raw)]
+    return b"".join(map(raw.__getitem__, map(slice, begins, ends))) if frames else raw

@@ -368,6 +368,14 @@ def test_words_that_pickles_of_weights_do_not_have_are_refused(word: bytes):
         load_pickle(b"\x80\4" + word + b".", "here")
 
 
+@pytest.mark.parametrize("stated", [0, 1, 3, 6, 10, 1000])
+def test_frames_hide_no_words(stated: int):
+    """What a frame states of its length changes nothing of what is read, wherever it stands."""
+    frame = b"\x95" + struct.pack("<Q", stated)
+    raw = b"\x80\4" + frame + b"](K\1" + frame + b"\x8c\4K\2K\3" + frame + b"e." + bytes(9)
+    assert load_pickle(raw, "here") == [1, "K\2K\3"]
+
+
 def test_no_word_changes_an_address_or_a_stand_in(archive: Path):
     """What is written over an address would be read as weights, from any file."""
     storage = ("storage", torch.FloatStorage, "0", "cpu", 12)
