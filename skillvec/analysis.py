@@ -7,7 +7,7 @@ docs/orthogonality.md has every formula.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from math import copysign, erfc, isfinite, log1p, sqrt
+from math import copysign, erfc, exp, isfinite, lgamma, log, log1p, sqrt
 from typing import Any
 
 import numpy as np
@@ -279,9 +279,32 @@ def chance_of(cosine: float, numel: int) -> float:
     if degrees >= 1000:  # without scipy, whose import takes longer than a small model
         spread = sqrt(-degrees * log1p(-cosine * cosine))
         return erfc((8 * degrees + 1) / (8 * degrees + 3) * spread / sqrt(2))
-    from scipy.special import betainc
+    square = cosine * cosine
+    if 1 - square > (degrees + 2) / (degrees + 5):  # the fraction converges from the other end
+        return 1 - beta_fraction(0.5, degrees / 2, square) if square else 1.0
+    return beta_fraction(degrees / 2, 0.5, 1 - square)
 
-    return float(betainc(degrees / 2, 0.5, 1 - cosine * cosine))
+
+def beta_fraction(a: float, b: float, x: float) -> float:
+    """Return the regularised incomplete beta function I_x(a, b), 0 < x < (a + 1) / (a + b + 2).
+
+    By its continued fraction (Abramowitz and Stegun 26.5.8, evaluated as Lentz does), to 11 digits
+    for a and b up to 1,000. scipy has one too; its import takes longer than a small model.
+    """
+    front = exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / a
+    above, below = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    found, m, step = below, 0, 0.0
+    while abs(step - 1) > 1e-16 and m < 500:
+        m += 1
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            below = 1 / (1 + numerator * below)
+            above = 1 + numerator / above
+            step = above * below
+            found *= step
+    return front * found
 
 
 def hidden_product(records: Sequence[Record], i: int) -> float:

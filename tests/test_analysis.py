@@ -261,3 +261,12 @@ def test_numbers_of_matrices_are_weighted_by_energy() -> None:
              {"energy_a": 1.0, "energy_b": 4.0, "a_in_b": 0.0, "b_in_a": 0.0,
               "sti": 0.0}]  # fmt: skip
     assert analysis.weighted(pairs) == {"a_in_b": 0.8, "b_in_a": 0.2, "sti": 0.5}
+
+
+@pytest.mark.parametrize("numel", [2, 3, 4, 11, 101, 500, 1000])
+def test_chance_is_the_law_of_beta(numel: int) -> None:
+    from scipy.special import betainc
+
+    for cosine in (0.0, 1e-4, 0.01, 0.03, 0.05, 0.1, -0.3, 0.7, -0.99, 0.999999, 1.0):
+        expected = float(betainc((numel - 1) / 2, 0.5, 1 - cosine * cosine))
+        assert analysis.chance_of(cosine, numel) == pytest.approx(expected, rel=1e-11, abs=1e-300)
