@@ -45,7 +45,7 @@ from skillvec import engine_ray
 from skillvec.engine import Threads
 from skillvec.job import Plan
 from skillvec.jobs import CopyJob
-from skillvec.running import engine_of
+from skillvec.run import choose_engine
 from skillvec.storage import read_header
 
 WORKERS = (1, 2, 4, 8)
@@ -123,7 +123,7 @@ def timed(engine: Any, plan: Plan) -> float:
 def overhead(plan: Plan, number: int) -> Iterator[Row]:
     """Yield the costs of a run and of a batch, on a cluster of one worker at a time."""
     began = time.perf_counter()
-    engine = engine_of("ray", 1)
+    engine = choose_engine("ray", 1)
     connected = time.perf_counter() - began
     first = timed(engine, plan)
     yield Row("overhead", "connection", [connected])

@@ -30,7 +30,8 @@ from skillvec.outputs import Output, PathLike, output_report
 from skillvec.plan import plan_compare
 from skillvec.report import Report, Watcher
 from skillvec.rules import leaving_out
-from skillvec.running import engine_of, measured, planned, run_plan
+from skillvec.run import Run, choose_engine
+from skillvec.running import measure_plan, run_plan, show_plan
 from skillvec.staging import staging
 from skillvec.storage import fingerprints, forget_open_files, fsync_path, refuse_changed
 from skillvec.summary import job_line, refuse_announced, refuse_nonfinite, tell_nonfinite
@@ -134,7 +135,7 @@ def _compare(
     force: bool,
     watcher: Watcher | None,
 ) -> Report:
-    runner = engine_of(engine, workers)
+    run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     if not 0 <= sign_flips <= MOST_FLIPS:
         raise UsageError(f"sign_flips {sign_flips}: expected 0 to {MOST_FLIPS}")
     if subspace_k < 0:
@@ -181,17 +182,14 @@ def _compare(
         facts["subspace"] = {"k": subspace_k, "device": subspace.resolve_device(device)}
     page_nbytes = page.LEAST_NBYTES if place is not None else 0
     plan = replace(plan, verb=verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
-    at_once = _at_once(runner, facts["subspace"])
+    at_once = _at_once(run.engine, facts["subspace"])
     sizes = [4 * job.numel for job in plan.jobs if subspace_k and _is_matrix(job)]
-    report = planned(
-        plan, facts, runner, watcher, place=place, dry_run=dry_run,
-        matrices_nbytes=subspace.at_once_nbytes(sizes, at_once),
-    )  # fmt: skip
+    report = show_plan(plan, facts, run, place, subspace.at_once_nbytes(sizes, at_once))
     if dry_run:
         return report
     before = fingerprints(plan.files() if subspace_k else ())  # for what is read after the run
-    plan = measured(plan, runner, watcher)
-    results = run_plan(plan, runner, watcher)
+    plan = measure_plan(plan, run)
+    results = run_plan(plan, run)
     refuse_nonfinite(results, allow_nonfinite)
     results.sort(key=lambda result: analysis.natural_order(result.job.name))
     spectra = _Spectra.empty(request, len(results))
@@ -347,7 +345,7 @@ def _at_once(runner: Engine, asked: dict[str, Any] | None) -> int:
     """Return how many matrices are at work: one for each worker here, one on a device."""
     if asked is None or asked["device"] != "cpu":
         return 1
-    return (runner if isinstance(runner, Threads) else engine_of("threads", None)).in_process
+    return (runner if isinstance(runner, Threads) else choose_engine("threads", None)).in_process
 
 
 def _relate(

@@ -36,10 +36,11 @@ from skillvec.job import Job, Plan
 from skillvec.jobs import AddJob, CompareJob, CopyJob, PointJob
 from skillvec.kernels import Array, narrow, widen
 from skillvec.measures import Request
-from skillvec.outputs import PathLike, output_adapter
+from skillvec.outputs import Output, PathLike, output_adapter
 from skillvec.plan import plan_compare
 from skillvec.report import Report, Watcher
-from skillvec.running import engine_of, measured, planned, run_plan
+from skillvec.run import Run
+from skillvec.running import measure_plan, run_plan, show_plan
 from skillvec.sources import as_integers, whole
 from skillvec.staging import staging
 from skillvec.storage import (
@@ -94,16 +95,7 @@ def extract_lora(
     Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. Raises
     UsageError, IncompatibleError, NonfiniteError, FormatError, OutputError.
     """
-    if (rank is None) == (energy is None):
-        raise UsageError("extract-lora takes either rank or energy")
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank {rank}: expected at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"energy {energy}: expected a share above 0, up to 1")
-    if seed < 0:
-        raise UsageError(f"seed {seed}: expected at least 0")
-    if dtype_of(dtype) == "F64":
-        raise UsageError("dtype fp64: factors are stored in fp32, bf16 or fp16")
+    _check_request(rank, energy, seed, dtype)
     opened = SkillVector.open(vector)
     point = opened.reopen_base(base)
     plan = plan_compare([opened], Request((opened.scale,)), None, include, exclude)
@@ -121,29 +113,64 @@ def extract_lora(
         "save_module": list(save_module), "dtype": dtype, "seed": seed,
         "device": subspace.resolve_device(device),
     }  # fmt: skip
-    one = engine_of("serial" if facts["device"] != "cpu" else "threads", None)
+    one = "serial" if facts["device"] != "cpu" else "threads"
+    run = Run.by(one, dry_run=dry_run, force=force, watcher=watcher)
     sizes = [_matrix_nbytes(part) for part in _parts(plan.jobs, held)]
-    report = planned(
-        plan, facts, one, watcher, place=place, dry_run=dry_run,
-        matrices_nbytes=subspace.at_once_nbytes(sizes, one.in_process),
-    )  # fmt: skip
+    matrices_nbytes = subspace.at_once_nbytes(sizes, run.engine.in_process)
+    report = show_plan(plan, facts, run, place, matrices_nbytes)
     lines = {line["name"]: line for line in report.ledger}
     for name, hold in held.items():
         lines[name] |= {"status": hold.status} | ({"note": hold.why} if hold.why else {})
     tied, excluded = opened.manifest["tied"], opened.manifest["excluded"]
     report.ledger += [{"name": n, "status": "tied", "note": f"copy of {tied[n]}"} for n in tied]
     report.ledger += [{"name": name, "status": "excluded"} for name in excluded]
-    if dry_run:
+    if run.dry_run:
         return report
+    parts = model, held, saved, copies
+    lost = _write_adapter(opened, plan, parts, place, report, run, allow_nonfinite)
+    if lost:
+        told = [f"{job.name}: {lost[job.name]} of {job.numel} values"
+                for job in plan.jobs if job.name in lost]  # fmt: skip
+        report.warnings.append(
+            f"differences that are not finite count as unchanged:\n{up_to_five(told)}"
+        )
+    return report
+
+
+def _check_request(rank: int | None, energy: float | None, seed: int, dtype: str) -> None:
+    if (rank is None) == (energy is None):
+        raise UsageError("extract-lora takes either rank or energy")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank}: expected at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"energy {energy}: expected a share above 0, up to 1")
+    if seed < 0:
+        raise UsageError(f"seed {seed}: expected at least 0")
+    if dtype_of(dtype) == "F64":
+        raise UsageError("dtype fp64: factors are stored in fp32, bf16 or fp16")
+
+
+def _write_adapter(
+    vector: SkillVector, plan: Plan,
+    parts: tuple[Held, dict[str, Hold], list[str], Sequence[Job]],
+    place: Output, report: Report, run: Run, allow_nonfinite: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Write factors, what is saved whole, and their config; complete the report.
+
+    Returns how many values have no finite delta, by tensor.
+    """
+    model, held, saved, copies = parts
     sources = (*plan.files(), *(file for job in copies for file in job.files()))
     before, lost = fingerprints(dict.fromkeys(sources)), dict[str, int]()
-    plan = measured(plan, engine_of("threads", None), watcher)
+    plan = measure_plan(plan, Run.by(watcher=run.watcher))
     try:
-        with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
+        deliver = place.delivery(run.force, run.watcher)
+        with staging(place.path, run.force, deliver=deliver) as stage:
             made = stage.made
             writer = _Writer(made / WEIGHTS, plan, model, held, copies, report)
-            ranks = writer.write(opened.scale, one.in_process, watcher, lost, allow_nonfinite)
-            config = _config(ranks, model, held, saved, opened)
+            workers = run.engine.in_process
+            ranks = writer.write(vector.scale, workers, run.watcher, lost, allow_nonfinite)
+            config = _config(ranks, model, held, saved, vector)
             (made / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             fsync_path(os.fspath(made / ADAPTER_CONFIG))
             report.facts["nbytes"] = os.path.getsize(made / WEIGHTS)
@@ -152,13 +179,7 @@ def extract_lora(
     finally:
         forget_open_files()
     _conclude(report, list(ranks.values()))
-    if lost:
-        told = [f"{job.name}: {lost[job.name]} of {job.numel} values"
-                for job in plan.jobs if job.name in lost]  # fmt: skip
-        report.warnings.append(
-            f"differences that are not finite count as unchanged:\n{up_to_five(told)}"
-        )
-    return report
+    return lost
 
 
 # --------------------------------------------------------------------------------- what it holds
@@ -464,7 +485,7 @@ class _Writer:
                 for job, at in zip(self._copied, addresses, strict=True)]  # fmt: skip
         if jobs:
             plan = Plan("extract-lora", jobs, vectors=self._plan.vectors, lam=scale)
-            results = run_plan(plan, engine_of("threads", None), watcher, files=[self._file])
+            results = run_plan(plan, Run.by(watcher=watcher), files=[self._file])
             refuse_nonfinite(results, allow)
         for job in jobs:
             if job.name not in self._lines:

@@ -20,6 +20,7 @@ from skillvec.manifest import Manifest
 from skillvec.operators import bit_pattern, subtract
 from skillvec.patch import PatchWriter
 from skillvec.report import Watcher
+from skillvec.run import Run
 from skillvec.sources import Source, value_range, values_of
 from skillvec.staging import KEPT, Staging, staging, staging_of
 from skillvec.storage import (
@@ -250,7 +251,7 @@ def _is_windowed(nbytes: int) -> bool:
 
 @contextlib.contextmanager
 def staged(
-    plan: Plan, output: Output, force: bool, watcher: Watcher | None, request: Mapping[str, Any]
+    plan: Plan, output: Output, run: Run, request: Mapping[str, Any]
 ) -> Iterator[tuple[Staging, contextlib.ExitStack]]:
     """Yield a staging folder in which a plan can be taken up again, and what is closed at its end.
 
@@ -260,19 +261,19 @@ def staged(
     with contextlib.ExitStack() as stack:
         stack.callback(forget_open_files)
         inputs = fingerprints(plan.files())
-        deliver = output.delivery(force, watcher)
-        stage = stack.enter_context(staging(output.path, force, said, inputs, deliver))
+        deliver = output.delivery(run.force, run.watcher)
+        stage = stack.enter_context(staging(output.path, run.force, said, inputs, deliver))
         stage.made  # noqa: B018 - is there from here on
         yield stage, stack
 
 
 @contextlib.contextmanager
 def writing(
-    plan: Plan, output: Output, force: bool, watcher: Watcher | None, request: Mapping[str, Any]
+    plan: Plan, output: Output, run: Run, request: Mapping[str, Any]
 ) -> Iterator[tuple[Staging, list[OutputFile]]]:
     """Yield the staging folder and the plan's files, allocated in full; close what is left open."""
     windowed = _is_windowed(plan.nbytes_written)
-    with staged(plan, output, force, watcher, request) as (stage, stack):
+    with staged(plan, output, run, request) as (stage, stack):
         files = []
         for entry in os.scandir(stage.made):  # of a run that was killed late
             if entry.name not in {planned.name for planned in plan.outputs}:
@@ -285,14 +286,14 @@ def writing(
 
 @contextlib.contextmanager
 def writing_vector(
-    plan: Plan, output: Output, force: bool, watcher: Watcher | None, entries: Sequence[Entry],
-    manifest: Manifest, max_shard_nbytes: int, stream: bool,
+    plan: Plan, output: Output, run: Run, entries: Sequence[Entry], manifest: Manifest,
+    max_shard_nbytes: int,
 ) -> Iterator[tuple[Staging, VectorWriter]]:  # fmt: skip
     """Yield the staging folder and a writer of vector blocks; close what is left open."""
     windowed = _is_windowed(sum(entry.nbytes for entry in entries))
     # what lies in the staging folder depends on it, if not what comes of it
-    request = {**manifest, "max_shard_size": max_shard_nbytes, "stream": stream}
-    with staged(plan, output, force, watcher, request) as (stage, stack):
+    request = {**manifest, "max_shard_size": max_shard_nbytes, "stream": run.stream}
+    with staged(plan, output, run, request) as (stage, stack):
         writer = VectorWriter(stage.folder, entries, manifest, max_shard_nbytes, windowed)
         stack.callback(writer.close)
         yield stage, writer
@@ -300,10 +301,10 @@ def writing_vector(
 
 @contextlib.contextmanager
 def writing_patch(
-    plan: Plan, output: Output, force: bool, watcher: Watcher | None, request: Mapping[str, Any]
+    plan: Plan, output: Output, run: Run, request: Mapping[str, Any]
 ) -> Iterator[tuple[Staging, PatchWriter]]:
     """Yield the staging folder and a writer of lists; close what is left open."""
-    with staged(plan, output, force, watcher, request) as (stage, stack):
+    with staged(plan, output, run, request) as (stage, stack):
         specs = [job.point for job in plan.jobs if isinstance(job, ListJob)]
         writer = PatchWriter(stage.folder, specs)
         stack.callback(writer.close)

@@ -9,8 +9,6 @@ from typing import Any
 from skillvec import kernels, streaming
 from skillvec.checkpoint import is_away
 from skillvec.engine import (
-    Engine,
-    Threads,
     check_views,
     measure,
 )
@@ -18,6 +16,7 @@ from skillvec.errors import UsageError
 from skillvec.job import Job, JobResult, Plan, from_line, to_line
 from skillvec.outputs import Output, free_nbytes
 from skillvec.report import Report, Watcher
+from skillvec.run import Run
 from skillvec.staging import Journal, Staging
 from skillvec.storage import (
     ITEMSIZE,
@@ -33,23 +32,7 @@ from skillvec.storage import (
 from skillvec.summary import job_line
 from skillvec.vectorfile import readers_of
 
-ENGINES = ("threads", "serial", "ray")
 CLAIM_SECONDS = 10.0  # between the lines of a journal: what a killed run has to do again
-
-
-def engine_of(name: str, workers: int | None) -> Engine:
-    """Return the engine of a name: threads, serial (the calling thread alone), ray."""
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers {workers}: expected at least 1")
-    if name == "ray":
-        from skillvec.engine_ray import Cluster
-
-        return Cluster(workers)
-    if name not in ENGINES:
-        raise UsageError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
-    if name == "serial" and (workers or 1) > 1:
-        raise UsageError(f"workers {workers}: engine serial is the calling thread alone")
-    return Threads(0 if name == "serial" else workers or min(16, len(os.sched_getaffinity(0))))
 
 
 def fetch(files: Iterable[str], watcher: Watcher | None) -> None:
@@ -61,21 +44,18 @@ def fetch(files: Iterable[str], watcher: Watcher | None) -> None:
         hub.fetch_all(away, watcher)
 
 
-def planned(
+def show_plan(
     plan: Plan,
     facts: dict[str, Any],
-    engine: Engine,
-    watcher: Watcher | None,
-    stream: bool = False,
+    run: Run,
     place: Output | None = None,
-    dry_run: bool = False,
     matrices_nbytes: int = 0,
 ) -> Report:
     """Return the report as far as headers can tell, and show it to the watcher.
 
     `matrices_nbytes` is memory that whole matrices take beside the blocks of the workers.
     Raises OutputError where what is sure to be written does not fit on the disk of `place`. What is
-    free there, only the report of a `dry_run` keeps.
+    free there, only the report of a dry run keeps.
     """
     mixed = [delta.merged for job in plan.jobs for delta in job.deltas]
     each = 24 + 4 * max(mixed, default=0)  # MB of buffers a worker, and of each vector it merges
@@ -84,16 +64,16 @@ def planned(
         "nbytes_written": plan.nbytes_written,
         "files": [output.name for output in plan.outputs if output.name],
         "side_files": [name for _, name in plan.copies],
-        "engine": engine.name,
-        "workers": max(engine.workers, 1),
-        "memory_nbytes": ((64 + engine.in_process * each) << 20) + matrices_nbytes,
+        "engine": run.engine.name,
+        "workers": max(run.engine.workers, 1),
+        "memory_nbytes": ((64 + run.engine.in_process * each) << 20) + matrices_nbytes,
         "kernels": kernels.kernels_in_use(),
     }
     away = [file for file in plan.files() if is_away(file)]
     if away:
         planned["nbytes_fetched"] = sum(file_nbytes(file) for file in away)
         planned["fetched"] = len(away)
-    if stream:
+    if run.stream:
         planned["stream"] = streaming.schedule(plan.jobs)
     report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
     named = {line["name"] for line in plan.ledger}
@@ -102,13 +82,13 @@ def planned(
     ] + plan.ledger
     if place is not None:
         report.now["nbytes_free"] = free_nbytes(place.disk)
-    if watcher:
-        watcher.planned(report)
+    if run.watcher:
+        run.watcher.planned(report)
     if place is not None:
-        shards = report.facts["stream"]["most_nbytes"] if stream else 0
+        shards = report.facts["stream"]["most_nbytes"] if run.stream else 0
         place.refuse_full(plan.least_nbytes + shards)
-        free = report.now["nbytes_free"] if dry_run else report.now.pop("nbytes_free")
-        if dry_run and free is not None and free < plan.nbytes_written:
+        free = report.now["nbytes_free"] if run.dry_run else report.now.pop("nbytes_free")
+        if run.dry_run and free is not None and free < plan.nbytes_written:
             report.warnings.append(
                 f"the output may not fit: it takes at most {plan.nbytes_written:,} bytes, often"
                 f" less, and {free:,} are free on the disk of {place.disk}"
@@ -116,25 +96,25 @@ def planned(
     return report
 
 
-def measured(plan: Plan, engine: Engine, watcher: Watcher | None, stream: bool = False) -> Plan:
+def measure_plan(plan: Plan, run: Run) -> Plan:
     """Run the measuring passes of the plan's operators, if they have any."""
     passes = max((mix.passes for mix in plan.mixes), default=0)
-    if passes and stream:
+    if passes and run.stream:
         raise UsageError(
             f"stream reads every shard once, but {plan.mixes[0].operator.name} has to measure"
             " before: store its vectors first"
         )
     if passes:
-        fetch(plan.files(), watcher)
+        fetch(plan.files(), run.watcher)
     total = sum(mix.nbytes for mix in plan.mixes)
 
     def progress(done_nbytes: int) -> None:
-        if watcher:
-            watcher.advanced(done_nbytes, total)
+        if run.watcher:
+            run.watcher.advanced(done_nbytes, total)
 
     try:
         for number in range(passes):
-            plan = measure(plan, number, engine, progress)
+            plan = measure(plan, number, run.engine, progress)
     finally:
         forget_open_files()
     return plan
@@ -199,23 +179,21 @@ class _Claims:
 
 def run_plan(
     plan: Plan,
-    engine: Engine,
-    watcher: Watcher | None,
+    how: Run,
     stage: Staging | None = None,
     files: Sequence[OutputFile] = (),
     writer: RowWriter | None = None,
-    stream: bool = False,
 ) -> list[JobResult]:
     """Run a plan, from where an interrupted run of it has left `stage`; return results in order.
 
-    With `stream`, shards on the Hub are fetched into the stage as they are needed. Raises
+    With `how.stream`, shards on the Hub are fetched into the stage as they are needed. Raises
     FormatError where an input changed meanwhile.
     """
     journal = stage.journal if stage is not None else None
     before = fingerprints(plan.files()) if journal is None else journal.inputs
     total = sum(job.nbytes_read for job in plan.jobs)
     kept: Segment | None = None
-    if stream and writer is not None:
+    if how.stream and writer is not None:
         assert stage is not None
         kept = Segment(os.fspath(stage.folder / "out-of-order"), *writer.sizes.shape)
     held = writer if kept is None else kept
@@ -229,8 +207,8 @@ def run_plan(
     done = sum(result.job.nbytes_read for result in results.values())
 
     def progress(done_nbytes: int) -> None:
-        if watcher:
-            watcher.advanced(done + done_nbytes, total)
+        if how.watcher:
+            how.watcher.advanced(done + done_nbytes, total)
         if claims is not None:
             claims.settle()
 
@@ -242,20 +220,20 @@ def run_plan(
                 claims.note(numbers[number], result)
 
         part = replace(plan, jobs=[plan.jobs[number] for number in numbers])
-        found = engine.run(part, files, held, progress, finished)
+        found = how.engine.run(part, files, held, progress, finished)
         results.update(zip(numbers, found.results, strict=True))
         done += sum(job.nbytes_read for job in part.jobs)
 
     left = [number for number in range(len(plan.jobs)) if number not in results]
     try:
-        if not stream:
-            fetch(plan.files(), watcher)
+        if not how.stream:
+            fetch(plan.files(), how.watcher)
             run(left)
         else:
             assert stage is not None
             shards = {file for job in plan.jobs for file in job.files()}
-            fetch((file for file in plan.files() if file not in shards), watcher)
-            streaming.run_streamed(plan.jobs, left, run, stage.folder, watcher)
+            fetch((file for file in plan.files() if file not in shards), how.watcher)
+            streaming.run_streamed(plan.jobs, left, run, stage.folder, how.watcher)
         if kept is not None and writer is not None:
             streaming.replay(kept, writer)
     finally:

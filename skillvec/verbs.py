@@ -8,7 +8,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from skillvec.codecs import CODECS
 from skillvec.combining import seen_like
 from skillvec.deltas import dtype_of
 from skillvec.displacement import ledger_line
-from skillvec.engine import Engine
 from skillvec.errors import (
     FormatError,
     IncompatibleError,
@@ -44,6 +43,7 @@ from skillvec.jobs import CopyJob, ListJob
 from skillvec.manifest import Manifest
 from skillvec.merging import OPERATORS, Operator, check_parameters
 from skillvec.outputs import (
+    Output,
     PathLike,
     choose_storage,
     output_model,
@@ -81,7 +81,8 @@ from skillvec.rules import (
     read_recipe,
     selection,
 )
-from skillvec.running import engine_of, measured, planned, run_plan
+from skillvec.run import Run
+from skillvec.running import measure_plan, run_plan, show_plan
 from skillvec.staging import Staging
 from skillvec.storage import copy_file, fsync_path, shown
 from skillvec.summary import (
@@ -148,11 +149,9 @@ def diff(
         if dry_run:
             raise UsageError("a dry run of diff needs an output")
         return vector
-    return save(
-        vector, output, codec=codec, max_shard_size=max_shard_size, method=method, notes=notes,
-        license=license, allow_nonfinite=allow_nonfinite, stream=stream, engine=engine,
-        workers=workers, dry_run=dry_run, force=force, watcher=watcher,
-    )  # fmt: skip
+    run = Run.by(engine, workers, stream=stream, dry_run=dry_run, force=force, watcher=watcher)
+    form = StoredForm("auto", codec, max_shard_size, method, notes, license, allow_nonfinite)
+    return store_vector(vector, output, form, run)
 
 
 def combine(
@@ -175,35 +174,12 @@ def combine(
     if recipe is not None:
         if vectors or weights or parameters or seed or op != "linear":
             raise UsageError("a recipe names vectors, weights, operator and seed: give it alone")
-        if not isinstance(recipe, Mapping) and os.fspath(recipe).endswith(".safetensors"):
-            manifest = SkillVector.open(recipe).manifest
-            if manifest["recipe"] is None:
-                raise UsageError("recipe: this vector is no combination")
-            made = parse_recipe(manifest["recipe"])
-            parts = opened_parents(manifest, made)
-        else:
-            made = parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
-            parts = [SkillVector.open(share.vector) for share in made.shares]
+        made, parts = _of_recipe(recipe)
     else:
-        if not vectors:
-            raise UsageError("expected at least one vector, found none")
         parts = [SkillVector.open(vector) for vector in vectors]
-        weights = [1.0] * len(parts) if weights is None else weights
-        if not all(map(isfinite, weights)):
-            raise UsageError(f"weights {', '.join(map(str, weights))}: expected finite numbers")
-        if len(weights) != len(parts):
-            raise UsageError(f"{len(parts)} vectors, but {len(weights)} weights")
-        shares = tuple(Share(p.ref, float(w)) for p, w in zip(parts, weights, strict=True))
         name = op if isinstance(op, str) else op.name
-        made = Recipe(name, shares, dict(parameters or {}), seed)
-    if not isinstance(op, str):
-        if op.name in OPERATORS and op is not OPERATORS[op.name]:
-            raise UsageError(f"op: {op.name} is the name of an operator of skillvec: take another")
-        operator: Operator | None = op
-    elif made.op in OPERATORS:
-        operator = None
-    else:
-        raise UsageError(f"op {made.op!r}: expected one of {', '.join(OPERATORS)}")
+        made = Recipe(name, _weighted(parts, weights), dict(parameters or {}), seed)
+    operator = _operator_of(op, made)
     first = made.shares[0]
     plain = made.op == "linear" and isinstance(first.weight, float) and not first.rules
     if output is None and options:
@@ -214,6 +190,54 @@ def combine(
     else:
         vector = SkillVector.combined(parts, made, operator)
     return vector if output is None else save(vector, output, **options)
+
+
+def _of_recipe(recipe: PathLike | Mapping[str, Any]) -> tuple[Recipe, list[SkillVector]]:
+    """Return what a recipe says, and the vectors that it names, opened."""
+    if not isinstance(recipe, Mapping) and os.fspath(recipe).endswith(".safetensors"):
+        manifest = SkillVector.open(recipe).manifest
+        if manifest["recipe"] is None:
+            raise UsageError("recipe: this vector is no combination")
+        made = parse_recipe(manifest["recipe"])
+        return made, opened_parents(manifest, made)
+    made = parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
+    return made, [SkillVector.open(share.vector) for share in made.shares]
+
+
+def _weighted(parts: Sequence[SkillVector], weights: Sequence[float] | None) -> tuple[Share, ...]:
+    """Return the shares of vectors, 1 each where nothing else is given."""
+    if not parts:
+        raise UsageError("expected at least one vector, found none")
+    weights = [1.0] * len(parts) if weights is None else weights
+    if not all(map(isfinite, weights)):
+        raise UsageError(f"weights {', '.join(map(str, weights))}: expected finite numbers")
+    if len(weights) != len(parts):
+        raise UsageError(f"{len(parts)} vectors, but {len(weights)} weights")
+    return tuple(Share(p.ref, float(w)) for p, w in zip(parts, weights, strict=True))
+
+
+def _operator_of(op: str | Operator, recipe: Recipe) -> Operator | None:
+    """Return the operator that a user brings, None where the recipe names one of skillvec's."""
+    if not isinstance(op, str):
+        if op.name in OPERATORS and op is not OPERATORS[op.name]:
+            raise UsageError(f"op: {op.name} is the name of an operator of skillvec: take another")
+        return op
+    if recipe.op not in OPERATORS:
+        raise UsageError(f"op {recipe.op!r}: expected one of {', '.join(OPERATORS)}")
+    return None
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """How a vector is written, and what its manifest says of it: the options of `save`."""
+
+    dtype: str = "auto"
+    codec: str = "auto"
+    max_shard_size: int | str = "5GB"
+    method: str | None = None
+    notes: str | None = None
+    license: str | None = None
+    allow_nonfinite: bool = False
 
 
 def save(
@@ -242,52 +266,37 @@ def save(
     whatever the codec. `method`, `notes` and `license` go into the manifest. Raises NonfiniteError
     where values have no finite delta, unless `allow_nonfinite`.
     """
-    runner = engine_of(engine, workers)
-    if codec not in ("auto", *CODECS[1:]):
-        raise UsageError(f"codec {codec!r}: expected auto, {', '.join(CODECS[1:])}")
-    limit = parse_size(max_shard_size)
+    run = Run.by(engine, workers, stream=stream, dry_run=dry_run, force=force, watcher=watcher)
+    form = StoredForm(dtype, codec, max_shard_size, method, notes, license, allow_nonfinite)
+    return store_vector(vector, output, form, run)
+
+
+def store_vector(vector: SkillVector, output: PathLike, form: StoredForm, run: Run) -> SkillVector:
+    """Write a vector in a form, as `save` does, and return it opened."""
+    if form.codec not in ("auto", *CODECS[1:]):
+        raise UsageError(f"codec {form.codec!r}: expected auto, {', '.join(CODECS[1:])}")
+    limit = parse_size(form.max_shard_size)
     vector = SkillVector.open(vector).unscaled()
-    dtype = vector.choose_dtype(dtype)
-    announced = refuse_announced(vector, allow_nonfinite, vector.deltas)
-    place = output_vector(output, force, vector)
-    storage = choose_storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), codec)
-    labels = {"method": method, "notes": notes, "license": license}
-    shown = {key: value for key, value in labels.items() if value is not None}
-    verb, words = vector.to_command()
-    if vector.parts:
-        shown["dtype"] = dtype
-    allowed = {"allow_nonfinite": True} if allow_nonfinite else {}
-    training = vector.manifest["training"]
-    manifest: Manifest = {
-        **vector.manifest,
-        "tool": f"skillvec {__version__}",
-        "command": shlex.join(["skillvec", verb, *words, *flags(codec=codec, **shown, **allowed)]),
-        "dtype": dtype,
-        "codec": codec,
-        "block_numel": BLOCK_NUMEL,
-        "training": {"method": method or training["method"], "notes": notes or training["notes"]},
-        "license": license or vector.manifest["license"],
-    }
-    if allow_nonfinite:
-        manifest["allow_nonfinite"] = True
-    plan, entries = plan_store(verb, vector, storage)
+    dtype = vector.choose_dtype(form.dtype)
+    announced = refuse_announced(vector, form.allow_nonfinite, vector.deltas)
+    place = output_vector(output, run.force, vector)
+    storage = choose_storage(vector, "auto" if dtype == "auto" else dtype_of(dtype), form.codec)
+    manifest = _announce(vector, dtype, form)
+    plan, entries = plan_store(vector.to_command()[0], vector, storage)
     facts: dict[str, Any] = {"formula": manifest["formula"], "output": place.ref,
-                             "dtype": dtype, "codec": codec}  # fmt: skip
+                             "dtype": dtype, "codec": form.codec}  # fmt: skip
     facts |= {side: model.facts for side, model in vector.sides().items()}
     if vector.notes:
         facts["layout"] = dict(vector.notes)
     least, most = vector_nbytes(entries, manifest)
     plan = replace(plan, warnings=plan.warnings + announced, bound_nbytes=most, sure_nbytes=least)
-    report = planned(plan, facts, runner, watcher, stream, place, dry_run)
-    if dry_run:
+    report = show_plan(plan, facts, run, place)
+    if run.dry_run:
         return replace(vector, report=report)
-    plan = measured(plan, runner, watcher, stream)
-    with writing_vector(plan, place, force, watcher, entries, manifest, limit, stream) as (
-        stage,
-        writer,
-    ):
-        results = run_plan(plan, runner, watcher, stage, writer=writer, stream=stream)
-        refuse_nonfinite(results, allow_nonfinite)
+    plan = measure_plan(plan, run)
+    with writing_vector(plan, place, run, entries, manifest, limit) as (stage, writer):
+        results = run_plan(plan, run, stage, writer=writer)
+        refuse_nonfinite(results, form.allow_nonfinite)
         settled = writer.settle()
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
@@ -296,6 +305,34 @@ def save(
     assert isinstance(saved, StoredVector)
     report_stored(report, plan, results, saved.manifest, saved.stored)
     return replace(saved, report=report)
+
+
+def _announce(vector: SkillVector, dtype: str, form: StoredForm) -> Manifest:
+    """Return the manifest of a vector that is about to be written."""
+    labels = {"method": form.method, "notes": form.notes, "license": form.license}
+    shown = {key: value for key, value in labels.items() if value is not None}
+    verb, words = vector.to_command()
+    if vector.parts:
+        shown["dtype"] = dtype
+    allowed = {"allow_nonfinite": True} if form.allow_nonfinite else {}
+    chosen = flags(codec=form.codec, **shown, **allowed)
+    training = vector.manifest["training"]
+    manifest: Manifest = {
+        **vector.manifest,
+        "tool": f"skillvec {__version__}",
+        "command": shlex.join(["skillvec", verb, *words, *chosen]),
+        "dtype": dtype,
+        "codec": form.codec,
+        "block_numel": BLOCK_NUMEL,
+        "training": {
+            "method": form.method or training["method"],
+            "notes": form.notes or training["notes"],
+        },
+        "license": form.license or vector.manifest["license"],
+    }
+    if form.allow_nonfinite:
+        manifest["allow_nonfinite"] = True
+    return manifest
 
 
 def import_patch(
@@ -339,7 +376,7 @@ def export_patch(
     NaN or infinities would be listed, unless `allow_nonfinite`, and for NaN in a form that cannot
     carry it.
     """
-    runner = engine_of(engine, workers)
+    run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     opened = SkillVector.open(vector)
     if not opened.lists_tuned:
         raise UsageError(f"{opened.ref}: a patch is made of a stored tuned - base")
@@ -356,12 +393,12 @@ def export_patch(
     place = output_vector(output, force, opened, [point])
     facts = {"output": place.ref, "vector": opened.ref, "base": point.ref, "form": form,
              "names": names}  # fmt: skip
-    report = planned(plan, facts, runner, watcher, place=place, dry_run=dry_run)
-    if dry_run:
+    report = show_plan(plan, facts, run, place)
+    if run.dry_run:
         return report
     request = {"vector": opened.manifest["identity"], "family": target.family_digest}
-    with writing_patch(plan, place, force, watcher, request | {"form": form}) as (stage, writer):
-        results = run_plan(plan, runner, watcher, stage, writer=writer)
+    with writing_patch(plan, place, run, request | {"form": form}) as (stage, writer):
+        results = run_plan(plan, run, stage, writer=writer)
         other = [result.job.name for result in results if not _is_of_base(result)]
         if other:
             raise IncompatibleError(
@@ -434,7 +471,7 @@ def apply(
         raise UsageError("apply needs an output")
     if (vector is None) == (tuned is None or base is None) or (tuned is None) != (base is None):
         raise UsageError("apply takes either a vector or both tuned and base")
-    runner = engine_of(engine, workers)
+    run = Run.by(engine, workers, stream=stream, dry_run=dry_run, force=force, watcher=watcher)
     request: dict[str, Any] = {"lam": lam, "dtype": dtype, "rounding": rounding, "seed": seed}
     request |= selection(include, exclude, rename, rows)
     request |= {"allow_nonfinite": True} if allow_nonfinite else {}
@@ -463,16 +500,22 @@ def apply(
     }
     if plan.layout:
         facts["layout"] = plan.layout
-    report = planned(plan, facts, runner, watcher, stream, place, dry_run)
+    report = show_plan(plan, facts, run, place)
     report.warnings += side_warnings(report)
-    if dry_run:
-        return report
-    plan = measured(plan, runner, watcher, stream)
-    with writing(plan, place, force, watcher, recipe) as (stage, files):
+    if not run.dry_run:
+        _write_model(point, measure_plan(plan, run), place, recipe, report, run)
+    return report
+
+
+def _write_model(
+    point: Checkpoint, plan: Plan, place: Output, recipe: dict[str, Any], report: Report, run: Run
+) -> None:
+    """Write the weights of a plan, and what comes along with them; complete the report."""
+    with writing(plan, place, run, recipe) as (stage, files):
         for file, output_plan in zip(files, plan.outputs, strict=True):
             file.write(0, output_plan.header)
-        results = run_plan(plan, runner, watcher, stage, files, stream=stream)
-        refuse_nonfinite(results, allow_nonfinite)
+        results = run_plan(plan, run, stage, files)
+        refuse_nonfinite(results, recipe["request"].get("allow_nonfinite", False))
         for file in files:
             file.sync()
         made = stage.made
@@ -487,7 +530,6 @@ def apply(
             _write_card(made / CARD, recipe, report)
         stage.publish(made if point.is_folder else Path(files[0].path))
     _tell_resumed(report, stage)
-    return report
 
 
 def _unused(vector: SkillVector, left_out: LeftOut) -> LeftOut:
@@ -595,14 +637,14 @@ def verify(
     were when it was made, unless given here. Raises VerificationError naming the tensors where it
     does not hold.
     """
-    runner = engine_of(engine, workers)
+    run = Run.by(engine, workers, dry_run=dry_run, watcher=watcher)
     given = {"tuned": tuned, "base": base, "target": target, "vector": vector}
     place = locate(path, "input")
     stored = find_vector(place)
     if stored is not None:
         made_of = stored.manifest["tuned"] or not stored.manifest["recipe"]  # a pair, an adapter
         _refuse_idle(given, ("tuned", "base") if made_of else ())
-        return _verify_vector(SkillVector.of_file(stored), tuned, base, runner, dry_run, watcher)
+        return _verify_vector(SkillVector.of_file(stored), tuned, base, run)
     opened = open_tensors(place, "input")
     recipe = read_merged(opened)
     said, request = recipe["vector"], recipe["request"]
@@ -634,11 +676,9 @@ def verify(
         "lam": plan.lam,
         "verdict": plan.verdict,
     }
-    report = planned(plan, facts, runner, watcher)
-    if dry_run:
-        return report
-    results = run_plan(measured(plan, runner, watcher), runner, watcher)
-    _conclude(report, results, "merged model's")
+    report = show_plan(plan, facts, run)
+    if not run.dry_run:
+        _conclude(report, run_plan(measure_plan(plan, run), run), "merged model's")
     return report
 
 
@@ -690,9 +730,7 @@ def _verify_vector(
     vector: StoredVector,
     tuned: PathLike | Checkpoint | None,
     base: PathLike | Checkpoint | None,
-    runner: Engine,
-    dry_run: bool,
-    watcher: Watcher | None,
+    run: Run,
 ) -> Report:
     manifest = vector.manifest
     place = shown(vector.ref, vector.stored.path)
@@ -718,10 +756,10 @@ def _verify_vector(
             plan = plan_verify_vector(vector, seen[0], right)
         facts |= {"claim": claim, "tuned": left.ref, "base": right.ref,
                   "verdict": verdict_on(right, vector)[0]}  # fmt: skip
-    report = planned(plan, facts, runner, watcher)
-    if dry_run:
+    report = show_plan(plan, facts, run)
+    if run.dry_run:
         return report
-    results = run_plan(measured(plan, runner, watcher), runner, watcher)
+    results = run_plan(measure_plan(plan, run), run)
     side = "tuned model's" if manifest["tuned"] else "parents'"
     _conclude(report, results, side, manifest)
     return report

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from raycluster import cluster
 
 import skillvec as sv
-from skillvec import engine_ray, running
+from skillvec import engine_ray, run
 from skillvec.deltas import ViewDelta
 from skillvec.engine import Found
 from skillvec.errors import FormatError, IncompatibleError, OutputError, UsageError
@@ -335,7 +335,7 @@ def test_batches_of_rows_end_in_order_whichever_is_copied_first(tmp_path, monkey
 def test_ray_that_is_not_installed_is_a_usage_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"not installed: pip install 'skillvec\[ray\]'"):
-        running.engine_of("ray", 2)
+        run.choose_engine("ray", 2)
 
 
 # ------------------------------------------------------------- files that several machines write

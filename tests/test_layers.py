@@ -16,13 +16,12 @@ PACKAGE = Path(skillvec.__file__).parent
 ORDER = [
     "__main__", "cli", "display", "training", "publishing", "extraction", "holding", "verbs",
     "cards", "comparison", "provenance", "running", "engine_ray", "streaming", "summary",
-    "outputs", "engine", "plan", "jobs", "job", "fitting", "vector", "combining", "kinds",
+    "outputs", "run", "engine", "plan", "jobs", "job", "fitting", "vector", "combining", "kinds",
     "displacement", "adapting", "pairs", "patching", "bridging", "lineage", "rules", "patch",
     "page", "analysis", "subspace", "measures", "vectorfile", "deltas", "manifest", "blocks",
     "checkpoint", "locate", "opened_by", "adapter_folder", "gguffile", "gguf_header", "layouts",
-    "conversions", "configs", "dcp", "fsdp", "zero", "parts", "torch_files", "pickles", "folder", "opened",
-    "adapters", "experts", "lowrank",
-    "quantised", "unread", "objects", "hub",
+    "conversions", "configs", "dcp", "fsdp", "zero", "parts", "torch_files", "pickles",
+    "folder", "opened", "adapters", "experts", "lowrank", "quantised", "unread", "objects", "hub",
     "sources", "merging", "operators", "codecs", "kernels", "staging", "sidefiles", "storage",
     "report", "errors", "__init__",
 ]  # fmt: skip
