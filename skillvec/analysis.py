@@ -5,7 +5,6 @@ or the whole model come from sums over its tensors, never from averaged cosines.
 docs/orthogonality.md has every formula.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from math import copysign, erfc, exp, isfinite, lgamma, log, log1p, sqrt
 from typing import Any
@@ -15,12 +14,11 @@ import numpy.typing as npt
 
 from skillvec import measures
 from skillvec.measures import Request
+from skillvec.names import NO_LAYER, kind_of, layer_of, module_of
 
 Row = dict[str, Any]
 Sums = Mapping[str, Any]
 Record = tuple[str, int, Any]  # tensor, its number of values, sums of measures.layout
-NO_LAYER = "(no layer)"
-MOST_DIGITS = 18  # of a number in a name; what is longer is text, which Python may not count
 WEIGHTS = ("energy", "energy_a", "energy_b")
 OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
 
@@ -41,33 +39,6 @@ def realised(
     if written_sq == 0:
         return gain, None
     return gain, copysign(1.0, lam) * written_dot_delta / sqrt(written_sq * delta_sq)
-
-
-def layer_of(name: str) -> str:
-    """Return the prefix of a tensor name up to its first number: its layer, or "" for none."""
-    found = re.match(rf"(?:.*?\.)??\d{{1,{MOST_DIGITS}}}(?=\.|$)", name)
-    return found.group() if found else ""
-
-
-def kind_of(name: str) -> str:
-    """Return the module kind: the name without its layer, other numbers as *."""
-    layer = layer_of(name)
-    rest = name[len(layer) :].lstrip(".") if layer else name
-    return re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "*", rest)
-
-
-def module_of(name: str) -> str:
-    """Return the part of a layer that a tensor is in, or the name of one outside of all layers."""
-    parts = kind_of(name).split(".")
-    return parts[0] if layer_of(name) else ".".join(parts[:-1]) or parts[0]
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts layer 10 behind layer 9."""
-    return [
-        (int(part), "") if part.isdecimal() and len(part) <= MOST_DIGITS else (-1, part)
-        for part in re.split(r"(\d+)", name)
-    ]
 
 
 # ------------------------------------------------------------------------------------- levels

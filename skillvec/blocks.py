@@ -11,21 +11,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.kernels import STORAGE_DTYPE, Array
+from skillvec.block import BLOCK_NUMEL, block_count
+from skillvec.kernels import STORAGE_DTYPE, Array, Bytes
 from skillvec.operators import Subtraction
 from skillvec.sources import Source, read_values
-from skillvec.storage import ITEMSIZE, LEAF_NBYTES, Bytes, allocate, leaf_digests
+from skillvec.storage import ITEMSIZE, LEAF_NBYTES, allocate, leaf_digests
 
-BLOCK_NUMEL = 1 << 20  # elements a block: the unit of work, of codecs and of random numbers
 EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])
 REPLACEMENT = np.dtype([("position", "<u4"), ("bits", "<u8")])
 NO_RECORDS: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)
 TUNED, BASE, LOST = 1, 2, 4  # of a value without a finite delta: which sides are not finite
-
-
-def block_count(numel: int) -> int:
-    """Return how many blocks of 2^20 elements a tensor has."""
-    return -(-numel // BLOCK_NUMEL)
 
 
 class StoredBlock(NamedTuple):

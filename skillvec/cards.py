@@ -15,9 +15,9 @@ from hashlib import sha256
 from math import hypot, prod
 from typing import Any, NamedTuple
 
-from skillvec.analysis import kind_of, layer_of, natural_order
 from skillvec.errors import UsageError, printable
 from skillvec.kinds import TAKEN
+from skillvec.names import kind_of, layer_of, natural_order
 
 BEGIN, END = "<!-- skillvec:begin", "<!-- skillvec:end -->"
 OPENED = re.compile(BEGIN + "((?: [a-z_]+=[0-9a-f]{12})*) -->")

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.kernels import Array
-from skillvec.storage import Bytes
+from skillvec.kernels import Array, Bytes
 
 CODECS = ("zero", "dense", "sparse", "packed")
 NO_BYTES: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)

@@ -25,7 +25,9 @@ from skillvec.engine import Engine, Threads
 from skillvec.errors import UsageError
 from skillvec.job import Job, JobResult, Plan
 from skillvec.kernels import HALVES
+from skillvec.matrix_workers import at_once_nbytes, in_turn
 from skillvec.measures import ESTIMATED, STEP_EDGES, Request, is_estimated, layout
+from skillvec.names import natural_order
 from skillvec.outputs import Output, PathLike, output_report
 from skillvec.plan import plan_compare
 from skillvec.report import Report, Watcher
@@ -184,14 +186,14 @@ def _compare(
     plan = replace(plan, verb=verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
     at_once = _at_once(run.engine, facts["subspace"])
     sizes = [4 * job.numel for job in plan.jobs if subspace_k and _is_matrix(job)]
-    report = show_plan(plan, facts, run, place, subspace.at_once_nbytes(sizes, at_once))
+    report = show_plan(plan, facts, run, place, at_once_nbytes(sizes, at_once))
     if dry_run:
         return report
     before = fingerprints(plan.files() if subspace_k else ())  # for what is read after the run
     plan = measure_plan(plan, run)
     results = run_plan(plan, run)
     refuse_nonfinite(results, allow_nonfinite)
-    results.sort(key=lambda result: analysis.natural_order(result.job.name))
+    results.sort(key=lambda result: natural_order(result.job.name))
     spectra = _Spectra.empty(request, len(results))
     if subspace_k:
         _find_subspaces(results, plan, report, watcher, spectra, at_once)
@@ -325,7 +327,7 @@ def _find_subspaces(
         return 4 * results[n].job.numel
 
     try:
-        with closing(subspace.in_turn(related, matrices, nbytes_of, at_once)) as found:
+        with closing(in_turn(related, matrices, nbytes_of, at_once)) as found:
             for n, (exact, error) in zip(matrices, found, strict=True):
                 said["exact" if exact else "randomised"] += 1
                 said["error"] = max(said["error"], error)

@@ -15,17 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec import operators
-from skillvec.blocks import (
-    BASE,
-    BLOCK_NUMEL,
-    NO_RECORDS,
-    REPLACEMENT,
-    TUNED,
-    Block,
-    StoredReader,
-    Workspace,
-    block_count,
-)
+from skillvec.block import BLOCK_NUMEL, block_count
+from skillvec.blocks import BASE, NO_RECORDS, REPLACEMENT, TUNED, Block, StoredReader, Workspace
 from skillvec.errors import FormatError, NonfiniteError, UsageError
 from skillvec.kernels import DTYPE_NAMES, HALVES, Array
 from skillvec.merging import Operator, Place

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from skillvec import operators
-from skillvec.blocks import Block, Workspace, block_count
+from skillvec.block import block_count
+from skillvec.blocks import Block, Workspace
 from skillvec.deltas import NO_DIGEST, VIEW, DeltaSource, StoredDelta, mixes_in, views_in
 from skillvec.errors import FormatError
 from skillvec.job import (

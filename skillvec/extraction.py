@@ -35,6 +35,7 @@ from skillvec.holding import LEFT_OUT, NOT_FOUND, Held, Hold
 from skillvec.job import Job, Plan
 from skillvec.jobs import AddJob, CompareJob, CopyJob, PointJob
 from skillvec.kernels import Array, narrow, widen
+from skillvec.matrix_workers import at_once_nbytes, in_turn
 from skillvec.measures import Request
 from skillvec.outputs import Output, PathLike, output_adapter
 from skillvec.plan import plan_compare
@@ -116,7 +117,7 @@ def extract_lora(
     one = "serial" if facts["device"] != "cpu" else "threads"
     run = Run.by(one, dry_run=dry_run, force=force, watcher=watcher)
     sizes = [_matrix_nbytes(part) for part in _parts(plan.jobs, held)]
-    matrices_nbytes = subspace.at_once_nbytes(sizes, run.engine.in_process)
+    matrices_nbytes = at_once_nbytes(sizes, run.engine.in_process)
     report = show_plan(plan, facts, run, place, matrices_nbytes)
     lines = {line["name"]: line for line in report.ledger}
     for name, hold in held.items():
@@ -454,7 +455,7 @@ class _Writer:
 
         parts = _parts(self._plan.jobs, self._held)
         done, total = 0, sum(job.nbytes_read for job in self._plan.jobs)
-        with closing(subspace.in_turn(work, parts, _matrix_nbytes, workers)) as results:
+        with closing(in_turn(work, parts, _matrix_nbytes, workers)) as results:
             for job in self._plan.jobs:
                 count = sum(1 for _ in _parts([job], self._held))
                 yield job.name, list(islice(results, count))

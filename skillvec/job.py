@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec import operators
-from skillvec.blocks import Block, block_count
+from skillvec.block import block_count
+from skillvec.blocks import Block
 from skillvec.deltas import DeltaSource, MixDelta
 from skillvec.kernels import Array
 from skillvec.measures import Request

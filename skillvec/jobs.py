@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_128_digest
 
 from skillvec import operators
-from skillvec.blocks import BLOCK_NUMEL, EXCEPTION
+from skillvec.blocks import EXCEPTION
 from skillvec.codecs import encode_block
 from skillvec.deltas import MixDelta
 from skillvec.errors import FormatError, IncompatibleError
@@ -21,19 +20,9 @@ from skillvec.kernels import FLOATS, Array, narrow, widen
 from skillvec.measures import Request, block_sums, is_sampled, layout, masks_nbytes, sample
 from skillvec.operators import Delta
 from skillvec.patch import POSITIONS, positions_dtype
+from skillvec.philox import draw_uint16
 from skillvec.sources import Source
 from skillvec.vectorfile import block_digest
-
-
-def random_bits(seed: int, name: str, block: int, numel: int) -> npt.NDArray[np.uint16]:
-    """Return the uint16 that decide stochastic rounding, addressed by seed, tensor and block.
-
-    Philox 4x64 (Salmon et al. 2011) keyed by seed and name, its counter set to the block's
-    place, so that neither the worker count nor the order of blocks can change a bit.
-    """
-    key = np.frombuffer(xxh3_128_digest(f"{seed}:{name}".encode()), "<u8")
-    generator = np.random.Philox(key=key, counter=block * (BLOCK_NUMEL // 16))
-    return generator.random_raw(-(-numel // 4)).astype("<u8").view("<u2")[:numel]
 
 
 class PointJob(Job):
@@ -101,7 +90,7 @@ class AddJob(PointJob):
             out = block.array("out", self.out_dtype)
             random16 = None
             if plan.rounding == "stochastic":
-                random16 = random_bits(plan.seed, self.name, block.index, point.size)
+                random16 = draw_uint16(f"{plan.seed}:{self.name}", block.begin, point.size)
             operators.add(point, self.point.dtype, delta, plan.lam, self.out_dtype, out, random16)
             if restores:
                 restore(self, out, replaced)

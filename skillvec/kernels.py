@@ -18,6 +18,7 @@ from xxhash import xxh3_64_hexdigest
 
 Array = npt.NDArray[Any]
 F32Array = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 STORAGE_DTYPE: dict[str, Any] = {
     "BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"),

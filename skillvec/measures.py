@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from skillvec.block import BLOCK_NUMEL
 from skillvec.kernels import HALVES, Array, F32Array, narrow, widen
-from skillvec.merging import random_bits
 from skillvec.operators import Delta, group_products, squared
-from skillvec.vectorfile import BLOCK_NUMEL
+from skillvec.philox import draw_uint32
 
 Sums = npt.NDArray[np.float64]
 GROUP = 1024  # neighbours whose products have one sign in the sign-flip null
@@ -144,7 +144,7 @@ def flipped_sums(groups: Sums, draws: int, key: str) -> Sums:
     rows = -(-groups.size // 32)  # words of 32 signs a draw
     for first in range(0, draws, 256):  # bounds the matrix of signs
         count = min(256, draws - first)
-        words = random_bits(key, first * rows, count * rows).view(np.uint8)
+        words = draw_uint32(key, first * rows, count * rows).view(np.uint8)
         signs = np.unpackbits(words).reshape(count, 32 * rows)[:, : groups.size]
         sums[first : first + count] = 2.0 * np.vecdot(signs, groups) - groups.sum()
     return sums
@@ -153,7 +153,7 @@ def flipped_sums(groups: Sums, draws: int, key: str) -> Sums:
 def redraw_signs(delta: Delta, key: str, begin: int) -> Delta:
     """Return a delta with the same magnitudes, hence support and norm, and random signs."""
     size = delta.values.size
-    words = random_bits(key, begin // 32, -(-size // 32)).view(np.uint8)
+    words = draw_uint32(key, begin // 32, -(-size // 32)).view(np.uint8)
     negative = np.unpackbits(words, count=size)
     if delta.dtype == "BF16":
         values = delta.values ^ (negative.astype(np.uint16) << 15)

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_128_digest
 
 from skillvec.errors import UsageError
 from skillvec.kernels import Array
+from skillvec.philox import draw_uint32
 
 Parameters = Mapping[str, Any]
 Blocks = Sequence[Array]
@@ -168,7 +168,7 @@ def exact_total(sums: Counts) -> int:
 def sum_squares(values: Array, given: Parameters, known: list[int]) -> Counts:
     """Add up the squares of all values, and of those that the thresholds keep."""
     squares = np.square(values, dtype=np.float64)
-    return np.stack([exact_sums(squares), exact_sums(squares * between(values, known))])
+    return np.stack([exact_sums(squares), exact_sums(squares * mark_between(values, known))])
 
 
 def find_scale(sums: Counts, given: Parameters, known: list[int]) -> list[Any]:
@@ -209,18 +209,7 @@ def find_coefficients(sums: Counts) -> list[float]:
 # ----------------------------------------------------------------------- sparsify: one vector, fp64
 
 
-def random_bits(key: str, begin: int, numel: int) -> Bits:
-    """Return the 32 random bits of each position from `begin` on.
-
-    Philox 4x64 (Salmon et al. 2011) keyed by `key`; one step of its counter serves 8 positions.
-    """
-    words = np.frombuffer(xxh3_128_digest(key.encode()), "<u8")
-    raw = np.random.Philox(key=words, counter=begin // 8).random_raw((begin % 8 + numel + 1) // 2)
-    bits: Bits = raw.astype("<u8").view("<u4")
-    return bits[begin % 8 :][:numel]
-
-
-def between(values: Array, thresholds: list[int]) -> npt.NDArray[np.bool_]:
+def mark_between(values: Array, thresholds: list[int]) -> npt.NDArray[np.bool_]:
     """Return where the magnitude is at least the first threshold and at most the second, if any."""
     bits = magnitude_bits(values)
     smallest, *largest = thresholds
@@ -234,7 +223,7 @@ def keep(values: Array, given: Parameters, known: Any, key: str, begin: int) -> 
 
 def trim(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
     """Keep what lies between the thresholds (TIES, Breadcrumbs)."""
-    return np.where(between(values, known), values, np.float64(0))
+    return np.where(mark_between(values, known), values, np.float64(0))
 
 
 def trim_to_norm(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
@@ -246,7 +235,7 @@ def trim_to_norm(values: Array, given: Parameters, known: Any, key: str, begin: 
 
 def drop(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
     """Keep with probability `density` and divide by it (DARE)."""
-    kept = random_bits(key, begin, values.size) < given["density"] * 2.0**32
+    kept = draw_uint32(key, begin, values.size) < given["density"] * 2.0**32
     return np.where(kept, values / np.float64(given["density"]), 0)
 
 
@@ -256,7 +245,7 @@ def magprune(values: Array, given: Parameters, known: Any, key: str, begin: int)
     table = np.ones(UPPER)  # 1 is for zeros
     table[bins] = probabilities
     probability = table[magnitude_bits(values) >> 16]
-    kept = random_bits(key, begin, values.size) < probability * 2.0**32
+    kept = draw_uint32(key, begin, values.size) < probability * 2.0**32
     return np.where(kept, values / probability, 0)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillvec import __version__, kernels
+from skillvec.block import block_count
 from skillvec.checkpoint import ADAPTER_CONFIG, VECTOR_INDEX, Checkpoint
 from skillvec.codecs import DENSE_SHARE, encode_block
 from skillvec.deltas import PairDelta
@@ -38,7 +39,6 @@ from skillvec.vectorfile import (
     Entry,
     VectorFile,
     VectorWriter,
-    block_count,
 )
 
 PathLike = str | os.PathLike[str]

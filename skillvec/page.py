@@ -18,8 +18,8 @@ from math import ceil, exp, isfinite, pi, sqrt
 from statistics import median
 from typing import Any, NamedTuple
 
-from skillvec.analysis import NO_LAYER, natural_order
 from skillvec.errors import UsageError, printable
+from skillvec.names import NO_LAYER, natural_order
 
 Row = dict[str, Any]
 Spec = dict[str, Any]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
+from skillvec.block import block_count
 from skillvec.checkpoint import (
     INDEX,
     METADATA_KEY,
@@ -56,7 +57,6 @@ from skillvec.storage import (
     read_into,
     refuse_duplicates,
 )
-from skillvec.vectorfile import block_count
 
 FORMS = ("lists", "verl", "vllm")
 INDICES, VALUES = ".indices", ".values"

@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from skillvec.block import block_count
 from skillvec.checkpoint import INDEX, METADATA_KEY, SINGLE, Checkpoint
 from skillvec.configs import (
     Written,
@@ -51,7 +52,7 @@ from skillvec.storage import (
     tensor_nbytes,
 )
 from skillvec.vector import SkillVector
-from skillvec.vectorfile import Entry, block_count, in_file_order
+from skillvec.vectorfile import Entry, in_file_order
 
 # -------------------------------------------------------------------------------------- vectors
 

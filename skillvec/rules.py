@@ -24,10 +24,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from skillvec.analysis import layer_of
 from skillvec.checkpoint import NOT_TEXT
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.manifest import Selection
+from skillvec.names import layer_of
 
 MAX_NBYTES = 1_000_000  # a recipe is written by hand
 FLOAT_1_2 = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")  # YAML 1.1 takes 1e-3 for text

@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 from xxhash import xxh3_64, xxh3_128
 
 from skillvec.errors import FormatError, OutputError, SkillvecError, up_to_five
+from skillvec.kernels import Bytes
 
 MAX_HEADER_NBYTES = 100_000_000  # the cap of the official reader
 MAX_DIMENSIONS = 64  # where numpy and torch end
 MAX_SIZE = (1 << 63) - 1  # of a dimension and of an offset
 LEAF_NBYTES = 1 << 20  # a digest is a tree of leaves, so that blocks can be hashed in any order
 MiB = 1 << 20
-Bytes = npt.NDArray[np.uint8]
 REQUESTS = 16  # for small ranges of remote files, at once
 
 # dtype name -> bytes per element; the packed and 8-bit float kinds are known so they can be named

@@ -5,35 +5,28 @@ its whole spectrum while min(m, n) <= EXACT, by a block Krylov method beyond, wh
 n x n array is built and at most about 24 (m + n) (k + 8) values stand beside the matrix.
 
 The same matrix, seed and device give the same numbers. On the processor each matrix has one thread,
-since LAPACK adds in another order with more of them, and several are at work at a time (`in_turn`).
-A seed means the same random numbers on every device. Sums of squares are added in fp64, and fp32
-products are never rounded to TF32 or bf16. Refused: devices that are not here, values that are not
-finite, shapes that do not fit. A zero matrix is no error: it has no triplets, and shares of it are
-None. Where an SVD fails or gives values that are not finite, other drivers take its place.
+since LAPACK adds in another order with more of them (`matrix_workers` has several at work at a
+time). A seed means the same random numbers on every device. Sums of squares are added in fp64, and
+fp32 products are never rounded to TF32 or bf16. Refused: devices that are not here, values that are
+not finite, shapes that do not fit. A zero matrix is no error: it has no triplets, and shares of it
+are None. Where an SVD fails or gives values that are not finite, other drivers take its place.
 """
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from skillvec.errors import IncompatibleError, UsageError
 from skillvec.kernels import Array, F32Array
-from skillvec.storage import available_memory_nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 F64Array = npt.NDArray[np.float64]
-COPIES = 3  # of a matrix, that stand in memory while it is decomposed
-SHARE = 4  # of the memory that is free, one part in so many may be taken by matrices
 EXACT = 1024  # .3 s on two cores, and as the cube: 1.8 s at 2048
 OVERSAMPLING = 8
 PASSES = (12, 16, 20, 24)  # when to look whether to stop; effective ranks want 12
@@ -94,53 +87,6 @@ def resolve_device(device: str) -> str:
     return f"cuda:{int(number or 0)}"
 
 
-def at_once_nbytes(sizes: Iterable[int], workers: int) -> int:
-    """Return the most memory that `in_turn` takes for matrices of these sizes, in bytes."""
-    largest = sorted(sizes, reverse=True)[:workers]
-    alone = COPIES * max(largest, default=0)
-    return max(alone, min(COPIES * sum(largest), available_memory_nbytes() // SHARE))
-
-
-def in_turn(
-    work: Callable[[Item], Result], items: Iterable[Item], nbytes_of: Callable[[Item], int],
-    workers: int,
-) -> Generator[Result, None, None]:  # fmt: skip
-    """Yield work(item) in the order of the items: up to `workers` at a time, one thread each.
-
-    `nbytes_of` is the size of an item's matrix: several are at work while their copies fit into a
-    quarter of the memory that is free. What is done waits for its turn, two for each worker at
-    most. The first error ends it.
-    """
-    room = available_memory_nbytes() // SHARE
-    waiting: deque[tuple[Future[Result], int]] = deque()
-
-    def is_full(more: int) -> bool:
-        taken = [nbytes for future, nbytes in waiting if not future.done()]
-        busy = len(taken) >= workers or (taken and COPIES * (sum(taken) + more) > room)
-        return bool(busy) or len(waiting) >= 2 * workers
-
-    with _settled(), ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                nbytes = nbytes_of(item)
-                while is_full(nbytes):
-                    if waiting[0][0].done():
-                        yield waiting.popleft()[0].result()
-                    else:
-                        wait([f for f, _ in waiting if not f.done()], return_when=FIRST_COMPLETED)
-                waiting.append((pool.submit(_alone, work, item), nbytes))
-            while waiting:
-                yield waiting.popleft()[0].result()
-        finally:
-            for future, _ in waiting:
-                future.cancel()
-
-
-def _alone(work: Callable[[Item], Result], item: Item) -> Result:
-    with _settled():
-        return work(item)
-
-
 def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
     """Return the k leading singular triplets and the ranks of an m x n matrix.
 
@@ -150,7 +96,7 @@ def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
     if k < 1:
         raise UsageError(f"k = {k}, expected at least 1")
     m, n = matrix.shape
-    with _settled():
+    with settled():
         tall = _load(matrix, device)
         norm_sq = _squared(tall)
         if not np.isfinite(norm_sq):
@@ -332,7 +278,7 @@ def shares_inside(
     Chance gives k/m, k/n and k^2/(mn). None for a zero matrix. Raises IncompatibleError if the
     shapes differ.
     """
-    with _settled():
+    with settled():
         values = _load(matrix, device, spectrum.shape)
         norm_sq = _squared(values)
         if norm_sq == 0:
@@ -348,7 +294,7 @@ def residual_sq(matrix: Array, left: Array, right: Array) -> float:
     """Return |A - L R'|^2 of an m x n matrix and its m x r and n x r factors, all of one dtype."""
     import torch
 
-    with _settled():
+    with settled():
         whole, one, other = (_load(side, "cpu") for side in (matrix, left, right))
         rows, total = max(1, PIECE // max(1, len(other))), 0.0
         for at in range(0, len(one), rows):
@@ -388,7 +334,7 @@ def _angles(one: F32Array, other: F32Array) -> list[float]:
 
     if one.shape[1] < other.shape[1]:
         one, other = other, one
-    with _settled():
+    with settled():
         a, b = (torch.from_numpy(side).double() for side in (one, other))
         inner = a.T @ b
         cosines = torch.linalg.svdvals(inner)
@@ -410,7 +356,7 @@ def interference(spectra: Sequence[Spectrum]) -> Interference:
     import torch
 
     values = torch.from_numpy(np.concatenate([spectrum.values for spectrum in spectra]))
-    with _settled():
+    with settled():
         left, right = (
             torch.from_numpy(np.hstack(sides)).double()
             for sides in ([s.left for s in spectra], [s.right for s in spectra])
@@ -422,7 +368,7 @@ def interference(spectra: Sequence[Spectrum]) -> Interference:
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
+def settled() -> Iterator[None]:
     """Give this thread's torch one thread of its own, and unrounded factors of fp32 products.
 
     A process may have allowed others. What holds for the process is put back by the outermost.

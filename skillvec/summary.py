@@ -16,6 +16,7 @@ from skillvec.job import Job, JobResult, Plan
 from skillvec.jobs import AddJob, CompareJob, CopyJob, StoreJob
 from skillvec.kernels import HALVES
 from skillvec.manifest import Claim, Manifest, TensorEntry
+from skillvec.names import NO_LAYER, layer_of
 from skillvec.report import Line, Report
 from skillvec.sidefiles import ADAPTER, OLD, is_weight_file
 from skillvec.storage import file_nbytes, shown
@@ -432,7 +433,7 @@ def describe_vector(vector: StoredVector) -> Report:
         held = codecs.setdefault(delta.codec, {"tensors": 0, "nbytes": 0})
         held["tensors"] += 1
         held["nbytes"] += delta.nbytes
-        layers[analysis.layer_of(name) or "(no layer)"] += entry["norm"] ** 2
+        layers[layer_of(name) or NO_LAYER] += entry["norm"] ** 2
         line = ledger_line(delta.spec, "delta") | {"codec": delta.codec, "nbytes": delta.nbytes}
         line |= {"numel": delta.spec.numel, "changed": entry["changed"], "norm": entry["norm"]}
         report.ledger.append(line)

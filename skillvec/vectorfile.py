@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128
 
-from skillvec.blocks import BLOCK_NUMEL as BLOCK_NUMEL
+from skillvec.block import BLOCK_NUMEL, block_count
 from skillvec.blocks import EXCEPTION, REPLACEMENT, StoredBlock
-from skillvec.blocks import block_count as block_count
 from skillvec.checkpoint import (
     METADATA_KEY,
     VECTOR_INDEX,
@@ -32,7 +31,7 @@ from skillvec.codecs import CODECS, NO_BYTES, Encoded, decode_block
 from skillvec.deltas import NO_DIGEST as NO_DIGEST
 from skillvec.deltas import StoredDelta as StoredDelta
 from skillvec.errors import FormatError, up_to_five, up_to_five_each
-from skillvec.kernels import FLOATS, Array
+from skillvec.kernels import FLOATS, Array, Bytes
 from skillvec.manifest import (
     MAX_NORM,
     SCHEMA,
@@ -49,7 +48,6 @@ from skillvec.storage import (
     ITEMSIZE,
     LEAF_NBYTES,
     MAX_DIMENSIONS,
-    Bytes,
     Header,
     OutputFile,
     Place,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skillvec import __version__
+from skillvec.block import BLOCK_NUMEL
 from skillvec.bridging import in_memory, seen_as
 from skillvec.checkpoint import (
     METADATA_KEY,
@@ -100,10 +101,7 @@ from skillvec.summary import (
     tell_nonfinite,
 )
 from skillvec.vector import FP32_MAX, SkillVector, StoredVector
-from skillvec.vectorfile import (
-    BLOCK_NUMEL,
-    find_vector,
-)
+from skillvec.vectorfile import find_vector
 
 CARD = "README.md"
 

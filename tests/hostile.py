@@ -40,6 +40,7 @@ from xxhash import xxh3_128
 
 import skillvec
 from skillvec import cards, codecs, layouts, patch, provenance, rules
+from skillvec.block import BLOCK_NUMEL, block_count
 from skillvec.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from skillvec.errors import SkillvecError
 from skillvec.kernels import STORAGE_DTYPE
@@ -50,11 +51,9 @@ from skillvec.sources import read_values, values_of
 from skillvec.storage import digest_bytes, forget_open_files, read_header, tensor_nbytes
 from skillvec.vector import SkillVector
 from skillvec.vectorfile import (
-    BLOCK_NUMEL,
     BLOCKS,
     PARTS,
     BlockReader,
-    block_count,
     find_vector,
 )
 

@@ -7,8 +7,9 @@ import pytest
 from harm import DIGITS, lowered
 
 from skillvec import analysis
-from skillvec.analysis import MOST_DIGITS, kind_of, layer_of, module_of, natural_order, realised
+from skillvec.analysis import realised
 from skillvec.measures import Request, layout
+from skillvec.names import MOST_DIGITS, kind_of, layer_of, module_of, natural_order
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ from raycluster import cluster
 
 import skillvec as sv
 from skillvec import engine_ray, run
+from skillvec.block import BLOCK_NUMEL
 from skillvec.deltas import ViewDelta
 from skillvec.engine import Found
 from skillvec.errors import FormatError, IncompatibleError, OutputError, UsageError
 from skillvec.job import Job, Plan
 from skillvec.jobs import CompareJob, CopyJob
 from skillvec.storage import OutputFile, TensorSpec
-from skillvec.vectorfile import BLOCK_NUMEL, StoredDelta
+from skillvec.vectorfile import StoredDelta
 
 ENGINES = [
     {"engine": "serial"},

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 import skillvec as sv
 from skillvec import engine, running
+from skillvec.block import BLOCK_NUMEL
 from skillvec.cli import main
 from skillvec.errors import IncompatibleError, VerificationError
 from skillvec.job import Plan
-from skillvec.vectorfile import BLOCK_NUMEL
 
 CODECS = ("dense", "sparse", "packed", "auto")
 CLI = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}

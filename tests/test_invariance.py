@@ -10,9 +10,9 @@ import torch
 from families import TORCH_DTYPE, assert_same_bits, bits, from_bits, load, save
 
 import skillvec as sv
-from skillvec.jobs import random_bits
+from skillvec.block import BLOCK_NUMEL
 from skillvec.operators import SAMPLE
-from skillvec.vectorfile import BLOCK_NUMEL
+from skillvec.philox import draw_uint16
 
 WORKERS = (1, 2, 5)
 WILD = {"allow_nonfinite": True}  # of what is planted below
@@ -232,20 +232,20 @@ def test_random_bits_continue_from_block_to_block() -> None:
 
     key = np.frombuffer(xxh3_128_digest(b"7:w"), "<u8")
     stream = np.random.Philox(key=key).random_raw(2 * BLOCK_NUMEL // 4).astype("<u8").view("<u2")
-    assert np.array_equal(random_bits(7, "w", 0, BLOCK_NUMEL), stream[:BLOCK_NUMEL])
-    assert np.array_equal(random_bits(7, "w", 1, BLOCK_NUMEL), stream[BLOCK_NUMEL:])
+    assert np.array_equal(draw_uint16("7:w", 0, BLOCK_NUMEL), stream[:BLOCK_NUMEL])
+    assert np.array_equal(draw_uint16("7:w", BLOCK_NUMEL, BLOCK_NUMEL), stream[BLOCK_NUMEL:])
     for numel in (1, 3, 5, 77):
-        assert np.array_equal(random_bits(7, "w", 0, numel), stream[:numel])
+        assert np.array_equal(draw_uint16("7:w", 0, numel), stream[:numel])
 
 
 def test_random_bits_depend_on_seed_and_tensor() -> None:
-    draws = [random_bits(seed, name, 0, 64) for seed in (0, 1) for name in ("a", "b")]
+    draws = [draw_uint16(f"{seed}:{name}", 0, 64) for seed in (0, 1) for name in ("a", "b")]
     assert len({draw.tobytes() for draw in draws}) == 4
 
 
 def test_random_bits_are_uniform() -> None:
     """Mean within five sigmas of 32767.5 (std 18918 / sqrt n); every bit is set half the time."""
-    draw = random_bits(0, "model.embed_tokens.weight", 0, BLOCK_NUMEL)
+    draw = draw_uint16("0:model.embed_tokens.weight", 0, BLOCK_NUMEL)
     assert abs(draw.mean() - 32767.5) < 5 * 18918.6 / BLOCK_NUMEL**0.5
     for bit in range(16):
         share = float(((draw >> bit) & 1).mean())

@@ -37,11 +37,11 @@ from test_bridging import CONFIG, MLP, experts, fused
 
 import skillvec as sv
 from skillvec import cards, engine, operators, provenance, running
+from skillvec.block import BLOCK_NUMEL
 from skillvec.cli import main
 from skillvec.errors import NonfiniteError
 from skillvec.job import Plan
 from skillvec.operators import STEP
-from skillvec.vectorfile import BLOCK_NUMEL
 
 ALLOW = {"allow_nonfinite": True}
 NAN, INF = float("nan"), float("inf")

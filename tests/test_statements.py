@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from families import bits, from_bits, load, save
 
 import skillvec as sv
+from skillvec.block import BLOCK_NUMEL
 from skillvec.cli import main
 from skillvec.display import done_sentence
 from skillvec.errors import NonfiniteError, VerificationError
 from skillvec.operators import SAMPLE
-from skillvec.vectorfile import BLOCK_NUMEL
 
 BEHIND = 40_000  # values of a tensor, of which the first 30 Ki are the sample
 ONES = {"BF16": 0x3F80, "F16": 0x3C00}

@@ -20,17 +20,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skillvec import engine, hub, storage, streaming
+from skillvec.block import BLOCK_NUMEL, block_count
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, OutputError, SkillvecError
 from skillvec.job import JobResult, Plan
 from skillvec.jobs import CopyJob
 from skillvec.vectorfile import (
-    BLOCK_NUMEL,
     EXCEPTION,
     REPLACEMENT,
     Entry,
     VectorWriter,
-    block_count,
     in_file_order,
 )
 

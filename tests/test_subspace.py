@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skillvec import subspace
+from skillvec import matrix_workers, subspace
 from skillvec.errors import IncompatibleError, UsageError
 from skillvec.kernels import Array
+from skillvec.matrix_workers import at_once_nbytes, in_turn
 from skillvec.subspace import (
     Spectrum,
     alignment_ratio,
@@ -521,12 +522,12 @@ def test_results_come_in_turn_from_as_many_as_fit(workers: int) -> None:
             at_work -= 1
         return item, torch.get_num_threads()
 
-    found = list(subspace.in_turn(work, range(12), lambda item: 8, workers))
+    found = list(in_turn(work, range(12), lambda item: 8, workers))
     assert found == [(item, 1) for item in range(12)] and most == workers
 
 
 def test_matrices_wait_for_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subspace, "available_memory_nbytes", lambda: 4 * 3 * 100)
+    monkeypatch.setattr(matrix_workers, "available_memory_nbytes", lambda: 4 * 3 * 100)
     at_work: list[int] = []
     most = []
 
@@ -537,10 +538,10 @@ def test_matrices_wait_for_the_memory_that_is_free(monkeypatch: pytest.MonkeyPat
         at_work.remove(nbytes)
 
     sizes = [40, 60, 50, 50, 300, 10, 90, 100]
-    list(subspace.in_turn(work, sizes, lambda nbytes: nbytes, 4))
+    list(in_turn(work, sizes, lambda nbytes: nbytes, 4))
     assert max(most) == 300 and sorted(most)[-2] <= 100
-    assert subspace.at_once_nbytes(sizes, 4) == 3 * 300
-    assert subspace.at_once_nbytes([10, 20, 30], 2) == 3 * 50 and not subspace.at_once_nbytes([], 2)
+    assert at_once_nbytes(sizes, 4) == 3 * 300
+    assert at_once_nbytes([10, 20, 30], 2) == 3 * 50 and not at_once_nbytes([], 2)
 
 
 def test_an_error_ends_what_is_done_in_turn() -> None:
@@ -552,7 +553,7 @@ def test_an_error_ends_what_is_done_in_turn() -> None:
             raise IncompatibleError("broken")
         return item
 
-    results = subspace.in_turn(work, range(100), lambda item: 0, 2)
+    results = in_turn(work, range(100), lambda item: 0, 2)
     assert next(results) == 0
     with pytest.raises(IncompatibleError, match="broken"):
         list(results)
