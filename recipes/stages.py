@@ -326,7 +326,7 @@ def show_stages(line: Pipeline) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from skillvec.display import human_bytes
+    from skillvec.wording import human_bytes
 
     nbytes = model_nbytes(line)
     table = Table(title=f"{line.out}: {len(line.stages)} stages", title_justify="left", box=None)

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec import measures
+from skillvec.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
 from skillvec.measures import Request
 from skillvec.names import NO_LAYER, kind_of, layer_of, module_of
 
-Row = dict[str, Any]
 Sums = Mapping[str, Any]
 Record = tuple[str, int, Any]  # tensor, its number of values, sums of measures.layout
 WEIGHTS = ("energy", "energy_a", "energy_b")
@@ -44,23 +44,29 @@ def realised(
 # ------------------------------------------------------------------------------------- levels
 
 
-def by_level(names: Sequence[str], row: Callable[[list[int]], Row]) -> dict[str, Any]:
+def by_level(names: Sequence[str], row: Callable[[list[int]], Row]) -> Levels:
     """Return `row` of all tensors, of each module, kind and layer, and of each tensor.
 
     `names` are in natural order; `row` takes positions in them.
     """
-    found: dict[str, Any] = {"overall": row(list(range(len(names))))}
-    for level, key in (("modules", module_of), ("kinds", kind_of), ("layers", layer_of)):
+
+    def grouped(key: Callable[[str], str]) -> list[Row]:
         groups: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             groups.setdefault(key(name) or NO_LAYER, []).append(i)
-        found[level] = [{"name": name, **row(members)} for name, members in groups.items()]
-    found["tensors"] = [
-        {"name": name, "layer": layer_of(name), "kind": kind_of(name), "module": module_of(name),
-         **row([i])}
-        for i, name in enumerate(names)
-    ]  # fmt: skip
-    return found
+        return [{"name": name, **row(members)} for name, members in groups.items()]
+
+    return {
+        "overall": row(list(range(len(names)))),
+        "modules": grouped(module_of),
+        "kinds": grouped(kind_of),
+        "layers": grouped(layer_of),
+        "tensors": [
+            {"name": name, "layer": layer_of(name), "kind": kind_of(name),
+             "module": module_of(name), **row([i])}
+            for i, name in enumerate(names)
+        ],
+    }  # fmt: skip
 
 
 def _summed(terms: Sequence[Sums], members: list[int]) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def _ratio(part: float, whole: float) -> float | None:
 # -------------------------------------------------------------------------------------- vectors
 
 
-def vector_levels(records: Sequence[Record], i: int, subspaces: Sequence[Row]) -> dict[str, Any]:
+def vector_levels(records: Sequence[Record], i: int, subspaces: Sequence[Row]) -> Levels:
     """Return the numbers of vector `i` at every level.
 
     `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
@@ -146,7 +152,7 @@ def _weight(row: Row, key: str) -> float:
 
 def pair_levels(
     records: Sequence[Record], request: Request, n: int, subspaces: Sequence[Row]
-) -> dict[str, Any]:
+) -> PairLevels:
     """Return the numbers of the request's pair `n` at every level, and the forecast."""
     terms = [pair_terms(numel, record, request, n) for _, numel, record in records]
 
@@ -154,7 +160,7 @@ def pair_levels(
         return pair_row(_summed(terms, members)) | weighted([subspaces[m] for m in members])
 
     found = by_level([name for name, _, _ in records], row)
-    return found | {"forecast": forecast(found)}
+    return {**found, "forecast": forecast(found)}
 
 
 def pair_terms(numel: int, record: Any, request: Request, n: int) -> dict[str, Any]:
@@ -300,7 +306,7 @@ def hidden_product(records: Sequence[Record], i: int) -> float:
 CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
 
 
-def forecast(pair: dict[str, Any]) -> Row:
+def forecast(pair: Levels) -> Forecast:
     """Return what adding a to a model that holds b meets there, and the layers to look at.
 
     The layers, and tensors outside of layers, are those in which most of a's energy lies along b,
@@ -308,43 +314,44 @@ def forecast(pair: dict[str, Any]) -> Row:
     """
     overall = pair["overall"]
     whole = overall["norm_a"] ** 2
-    layers = []
     alone = [row for row in pair["tensors"] if not row["layer"]]
-    for row in [*pair["layers"], *alone]:
-        if row["name"] == NO_LAYER:
-            continue
-        if row["along"] is not None and abs(row["z_groups"] or 0) >= CLEAR:
-            share = row["along"] * row["norm_a"] ** 2 / whole
-            layers.append(
-                {"name": row["name"], "share": share, "cosine": row["cosine"],
-                 "z_groups": row["z_groups"], "conflict": row["conflict_a"]}
-            )  # fmt: skip
+    layers: list[ForecastLayer] = [
+        {"name": row["name"], "share": row["along"] * row["norm_a"] ** 2 / whole,
+         "cosine": row["cosine"], "z_groups": row["z_groups"], "conflict": row["conflict_a"]}
+        for row in [*pair["layers"], *alone]
+        if row["name"] != NO_LAYER and row["along"] is not None
+        and abs(row["z_groups"] or 0) >= CLEAR
+    ]  # fmt: skip
     layers.sort(key=lambda row: -row["share"])
-    found: Row = {
+    sampled = any(measures.is_estimated(row["numel"]) for row in pair["tensors"])
+    return {
         "along": overall["along"],
         "on_support": overall["on_support_a"],
         "conflict": overall["conflict_a"],
         "in_subspace": overall.get("a_in_b"),
         "layers": layers[:5],
+        "sentence": say_forecast(overall, [row["name"] for row in layers[:3]], sampled),
     }
+
+
+def say_forecast(overall: Row, names: Sequence[str], sampled: bool) -> str:
+    """Return in words what adding a to a model that holds b meets; `names` are layers to look at.
+
+    `sampled` says that some numbers are estimates.
+    """
     if overall["along"] is None:
-        return found | {"sentence": "A is zero: nothing would be added"}
+        return "A is zero: nothing would be added"
     words = [f"{_percent(overall['along'])} of A's energy lies along B"]
-    chance = overall.get("in_chance")
-    if found["in_subspace"] is not None and chance is not None:
+    inside, chance, conflict = (overall.get(k) for k in ("a_in_b", "in_chance", "conflict_a"))
+    if inside is not None and chance is not None:
         words.append(
-            f"{_percent(found['in_subspace'])} in B's top singular directions"
-            f" (chance {_percent(chance)})"
+            f"{_percent(inside)} in B's top singular directions (chance {_percent(chance)})"
         )
-    if found["conflict"] is not None:
-        sampled = any(measures.is_estimated(row["numel"]) for row in pair["tensors"])
+    if conflict is not None:
         about = "about " if sampled else ""
-        words.append(
-            f"{about}{_percent(found['conflict'])} meets weights that B moved the other way"
-        )
-    where = ", ".join(row["name"] for row in found["layers"][:3])
-    look = f"; look at {where}" if where else "; no layer stands out"
-    return found | {"sentence": f"adding A to a model that holds B: {', '.join(words)}{look}"}
+        words.append(f"{about}{_percent(conflict)} meets weights that B moved the other way")
+    look = f"; look at {', '.join(names)}" if names else "; no layer stands out"
+    return f"adding A to a model that holds B: {', '.join(words)}{look}"
 
 
 def sentence(overall: Row, rounding: float | None = None) -> str:

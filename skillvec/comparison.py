@@ -5,40 +5,47 @@ one for each worker at a time. What is said of them is made in `analysis`; what 
 `page`.
 """
 
-import csv
-import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import replace
-from itertools import combinations, count
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from skillvec import analysis, page, subspace
+from skillvec import analysis, page
+from skillvec.angle_report import (
+    AngleFacts,
+    AngleReport,
+    PairEntry,
+    Row,
+    SharedRounding,
+    SubspaceFacts,
+    VectorEntry,
+)
 from skillvec.checkpoint import Checkpoint, open_checkpoint
 from skillvec.combining import align_vectors, seen_like
-from skillvec.deltas import add_values
 from skillvec.engine import Engine, Threads
 from skillvec.errors import UsageError
-from skillvec.job import Job, JobResult, Plan
+from skillvec.job import JobResult
 from skillvec.kernels import HALVES
-from skillvec.matrix_workers import at_once_nbytes, in_turn
+from skillvec.matrix_workers import at_once_nbytes
 from skillvec.measures import ESTIMATED, STEP_EDGES, Request, is_estimated, layout
 from skillvec.names import natural_order
 from skillvec.outputs import Output, PathLike, output_report
 from skillvec.plan import plan_compare
 from skillvec.report import Report, Watcher
+from skillvec.report_csv import csv_text, tell_apart
 from skillvec.rules import leaving_out
 from skillvec.run import Run, choose_engine
 from skillvec.running import measure_plan, run_plan, show_plan
+from skillvec.spectra import Spectra, find_spectra, is_matrix
 from skillvec.staging import staging
-from skillvec.storage import fingerprints, forget_open_files, fsync_path, refuse_changed
+from skillvec.storage import fingerprints, fsync_path, refuse_changed
+from skillvec.subspace import resolve_device
 from skillvec.summary import job_line, refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.vector import SkillVector
-from skillvec.vectorfile import BlockReader, readers_of
 
 SCHEMA = 1
 MOST_FLIPS = 100_000
@@ -78,12 +85,12 @@ def orthogonality(
     """
     if len(vectors) < 2:
         raise UsageError(f"expected at least two vectors, found {len(vectors)}")
-    return _compare(
-        "orthogonality", vectors, against=against, control=control, sign_flips=sign_flips,
-        subspace_k=subspace, device=device, seed=seed, output=output, figures=figures,
-        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite, engine=engine,
-        workers=workers, dry_run=dry_run, force=force, watcher=watcher,
+    asked = _Asked(
+        "orthogonality", vectors, against, control, sign_flips, subspace, device, seed, output,
+        figures, include, exclude, allow_nonfinite,
     )  # fmt: skip
+    run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
+    return _compare(asked, run)
 
 
 def norms(
@@ -108,112 +115,151 @@ def norms(
 
     It reads the values, so the norms have more digits than those of the manifest.
     """
-    return _compare(
-        "norms", [vector], against=against, subspace_k=subspace, device=device, seed=seed,
-        output=output, figures=figures, include=include, exclude=exclude,
-        allow_nonfinite=allow_nonfinite, engine=engine, workers=workers, dry_run=dry_run,
-        force=force, watcher=watcher,
+    asked = _Asked(
+        "norms", [vector], against, None, 0, subspace, device, seed, output, figures, include,
+        exclude, allow_nonfinite,
     )  # fmt: skip
-
-
-def _compare(
-    verb: str,
-    vectors: Sequence[PathLike | SkillVector],
-    *,
-    against: PathLike | Checkpoint | None,
-    control: PathLike | SkillVector | None = None,
-    sign_flips: int = 0,
-    subspace_k: int,
-    device: str,
-    seed: int,
-    output: PathLike | None,
-    figures: bool,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    allow_nonfinite: bool,
-    engine: str,
-    workers: int | None,
-    dry_run: bool,
-    force: bool,
-    watcher: Watcher | None,
-) -> Report:
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
-    if not 0 <= sign_flips <= MOST_FLIPS:
-        raise UsageError(f"sign_flips {sign_flips}: expected 0 to {MOST_FLIPS}")
-    if subspace_k < 0:
-        raise UsageError(f"subspace {subspace_k}: expected at least 1")
-    if seed < 0:
-        raise UsageError(f"seed {seed}: expected at least 0")
-    if figures and output is None:
-        raise UsageError("figures need an output folder")
-    opened = [SkillVector.open(ref) for ref in vectors]
-    names = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
-    left_out = leaving_out(include, exclude)
-    weights = open_checkpoint(against, "against", left_out) if against is not None else None
-    other = None
-    if control is not None and control != "random":
-        other = SkillVector.open(control, "control")
-    compared = align_vectors([*opened, *([other] if other else [])])
-    opened = compared[: len(opened)]
+    return _compare(asked, run)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured, as the verbs are asked for it."""
+
+    verb: str
+    vectors: Sequence[PathLike | SkillVector]
+    against: PathLike | Checkpoint | None
+    control: PathLike | SkillVector | None
+    sign_flips: int
+    subspace: int
+    device: str
+    seed: int
+    output: PathLike | None
+    figures: bool
+    include: Sequence[str]
+    exclude: Sequence[str]
+    allow_nonfinite: bool
+
+    def check(self) -> None:
+        """Raise UsageError for what nothing can be measured by."""
+        if not 0 <= self.sign_flips <= MOST_FLIPS:
+            raise UsageError(f"sign_flips {self.sign_flips}: expected 0 to {MOST_FLIPS}")
+        if self.subspace < 0:
+            raise UsageError(f"subspace {self.subspace}: expected at least 1")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed}: expected at least 0")
+        if self.figures and self.output is None:
+            raise UsageError("figures need an output folder")
+
+
+class _Inputs(NamedTuple):
+    """What is opened: labels, all that is compared (the control last), weights, the control."""
+
+    labels: list[str]
+    compared: list[SkillVector]
+    weights: Checkpoint | None
+    control: SkillVector | None
+
+    @property
+    def vectors(self) -> list[SkillVector]:
+        return self.compared[: len(self.labels)]
+
+
+def _open(asked: _Asked) -> _Inputs:
+    """Open the inputs, all in the layout of the first."""
+    opened = [SkillVector.open(ref) for ref in asked.vectors]
+    labels = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
+    left_out = leaving_out(asked.include, asked.exclude)
+    weights = None
+    if asked.against is not None:
+        weights = open_checkpoint(asked.against, "against", left_out)
+    control = None
+    if asked.control is not None and asked.control != "random":
+        control = SkillVector.open(asked.control, "control")
+    compared = align_vectors([*opened, *([control] if control else [])])
     if weights is not None:
         weights = seen_like(weights, compared[0])
-    request = _request(compared, len(opened), control is not None, seed, sign_flips)
-    plan = plan_compare(compared, request, weights, include, exclude)
+    return _Inputs(labels, compared, weights, control)
+
+
+def _compare(asked: _Asked, run: Run) -> Report:
+    """Measure: open, plan, run, look at subspaces, conclude, write."""
+    asked.check()
+    inputs = _open(asked)
+    request = _request(asked, inputs)
+    plan = plan_compare(inputs.compared, request, inputs.weights, asked.include, asked.exclude)
     measured_names = {job.name for job in plan.jobs}
-    for vector in compared:
-        plan.warnings.extend(refuse_announced(vector, allow_nonfinite, measured_names))
-    inputs = [side for vector in compared for side in vector.inputs()]
-    place = None
-    if output is not None:
-        page.check_available()
-        place = output_report(output, force, [*inputs, *([weights] if weights else [])])
-    facts: dict[str, Any] = {
+    for vector in inputs.compared:
+        plan.warnings.extend(refuse_announced(vector, asked.allow_nonfinite, measured_names))
+    place = _place(asked, inputs, run.force)
+    facts = _facts(asked, inputs, place)
+    page_nbytes = page.LEAST_NBYTES if place is not None else 0
+    plan = replace(plan, verb=asked.verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
+    at_once = _at_once(run.engine, facts["subspace"])
+    sizes = [4 * job.numel for job in plan.jobs if asked.subspace and is_matrix(job)]
+    report = show_plan(plan, dict(facts), run, place, at_once_nbytes(sizes, at_once))
+    if run.dry_run:
+        return report
+    before = fingerprints(plan.files() if asked.subspace else ())  # for what is read after the run
+    plan = measure_plan(plan, run)
+    results = run_plan(plan, run)
+    refuse_nonfinite(results, asked.allow_nonfinite)
+    results.sort(key=lambda result: natural_order(result.job.name))
+    spectra = Spectra.empty(request, len(results))
+    if facts["subspace"]:
+        spectra = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
+        refuse_changed(before)
+    _conclude(report, results, request, inputs, spectra)
+    report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
+    tell_nonfinite(report, results)
+    if place is not None:
+        _write(report, place, run.force, asked.figures, run.watcher)
+    return report
+
+
+def _place(asked: _Asked, inputs: _Inputs, force: bool) -> Output | None:
+    """Return where the report goes, if it is written."""
+    if asked.output is None:
+        return None
+    page.check_available()
+    sides = [side for vector in inputs.compared for side in vector.inputs()]
+    sides += [inputs.weights] if inputs.weights else []
+    return output_report(asked.output, force, sides)
+
+
+def _facts(asked: _Asked, inputs: _Inputs, place: Output | None) -> AngleFacts:
+    """Return what the report says before anything is measured."""
+    control = None
+    if asked.control is not None:
+        control = inputs.control.ref if inputs.control else "random"
+    facts: AngleFacts = {
         "schema": SCHEMA,
-        "vectors": names,
-        "lineage": [v.dtypes for v in opened],
-        "against": weights.ref if weights else None,
-        "control": (other.ref if other else "random") if control is not None else None,
-        "seed": seed,
-        "sign_flips": sign_flips,
+        "vectors": inputs.labels,
+        "lineage": [v.dtypes for v in inputs.vectors],
+        "against": inputs.weights.ref if inputs.weights else None,
+        "control": control,
+        "seed": asked.seed,
+        "sign_flips": asked.sign_flips,
         "subspace": None,
         "step_edges": list(STEP_EDGES),
     }
     if place is not None:
         facts["output"] = place.ref
-    if subspace_k:
-        facts["subspace"] = {"k": subspace_k, "device": subspace.resolve_device(device)}
-    page_nbytes = page.LEAST_NBYTES if place is not None else 0
-    plan = replace(plan, verb=verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
-    at_once = _at_once(run.engine, facts["subspace"])
-    sizes = [4 * job.numel for job in plan.jobs if subspace_k and _is_matrix(job)]
-    report = show_plan(plan, facts, run, place, at_once_nbytes(sizes, at_once))
-    if dry_run:
-        return report
-    before = fingerprints(plan.files() if subspace_k else ())  # for what is read after the run
-    plan = measure_plan(plan, run)
-    results = run_plan(plan, run)
-    refuse_nonfinite(results, allow_nonfinite)
-    results.sort(key=lambda result: natural_order(result.job.name))
-    spectra = _Spectra.empty(request, len(results))
-    if subspace_k:
-        _find_subspaces(results, plan, report, watcher, spectra, at_once)
-        refuse_changed(before)
-    _conclude(report, results, request, opened, spectra)
-    report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
-    tell_nonfinite(report, results)
-    if place is not None:
-        _write(report, place, force, figures, watcher)
-    return report
+    if asked.subspace:
+        facts["subspace"] = {"k": asked.subspace, "device": resolve_device(asked.device)}
+    return facts
 
 
-def _request(
-    compared: Sequence[SkillVector], count: int, controlled: bool, seed: int, flips: int
-) -> Request:
-    """Return what is measured: all pairs of the first `count`, and the control of each."""
-    pairs = tuple(combinations(range(count), 2))
-    other = len(compared) > count
-    controls = tuple((count if other else i, j, not other) for i, j in pairs) if controlled else ()
-    return Request(tuple(vector.scale for vector in compared), pairs, controls, seed, flips)
+def _request(asked: _Asked, inputs: _Inputs) -> Request:
+    """Return what is measured: all pairs of the vectors, and the control of each."""
+    count = len(inputs.labels)
+    pairs, other = tuple(combinations(range(count), 2)), inputs.control is not None
+    controls = tuple((count if other else i, j, not other) for i, j in pairs)
+    scales = tuple(vector.scale for vector in inputs.compared)
+    return Request(
+        scales, pairs, controls if asked.control is not None else (), asked.seed, asked.sign_flips
+    )
 
 
 @np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
@@ -221,37 +267,38 @@ def _conclude(
     report: Report,
     results: Sequence[JobResult],
     request: Request,
-    opened: Sequence[SkillVector],
-    spectra: "_Spectra",
+    inputs: _Inputs,
+    spectra: Spectra,
 ) -> None:
     """Turn sums into the facts of the report."""
-    form = layout(request)
+    form, opened, labels = layout(request), inputs.vectors, inputs.labels
     records = [(r.job.name, r.job.numel, r.sums.view(form)[0]) for r in results]
     if any(is_estimated(numel) for _, numel, _ in records):
         report.facts["estimated"] = list(ESTIMATED)
-    labels, lineage = report.facts["vectors"], report.facts["lineage"]
-    report.facts["norms"] = [
-        {"label": labels[i], "lineage": lineage[i]}
-        | analysis.vector_levels(records, i, spectra.vectors[i])
-        for i in range(len(opened))
-    ]
-    report.facts["pairs"] = []
+    vectors: list[VectorEntry] = [
+        {"label": labels[i], "lineage": vector.dtypes,
+         **analysis.vector_levels(records, i, spectra.vectors[i])}
+        for i, vector in enumerate(opened)
+    ]  # fmt: skip
+    pairs: list[PairEntry] = []
     for n, (i, j) in enumerate(request.pairs):
-        found = analysis.pair_levels(records, request, n, spectra.pairs[n])
-        said = {"a": labels[i], "b": labels[j], "lineage_a": lineage[i], "lineage_b": lineage[j],
-                "control": report.facts["control"]}  # fmt: skip
-        shared = _shared_rounding(opened, (i, j), records, found["overall"])
+        levels = analysis.pair_levels(records, request, n, spectra.pairs[n])
+        shared = _shared_rounding(opened, (i, j), records, levels["overall"])
         rounding = shared["cosine"] if shared else None
-        said |= {"shared_rounding": shared,
-                 "sentence": analysis.sentence(found["overall"], rounding)}  # fmt: skip
-        report.facts["pairs"].append(said | found)
-    report.warnings += _warnings(report.facts["pairs"], lineage)
+        pairs.append({
+            "a": labels[i], "b": labels[j], "lineage_a": opened[i].dtypes,
+            "lineage_b": opened[j].dtypes, "control": report.facts["control"],
+            "shared_rounding": shared, "sentence": analysis.sentence(levels["overall"], rounding),
+            **levels,
+        })  # fmt: skip
+    report.facts |= {"norms": vectors, "pairs": pairs}
+    report.warnings += _warnings(pairs, [vector.dtypes for vector in opened])
 
 
 def _shared_rounding(
     opened: Sequence[SkillVector], pair: tuple[int, int], records: Sequence[analysis.Record],
-    overall: dict[str, Any],
-) -> dict[str, Any] | None:  # fmt: skip
+    overall: Row,
+) -> SharedRounding | None:  # fmt: skip
     """Return the 16-bit checkpoint in which one delta ends and the other begins, if there is one.
 
     With the cosine that its rounding alone gives if training went on from an unrounded master.
@@ -271,7 +318,7 @@ def _shared_rounding(
     return None
 
 
-def _warnings(pairs: Sequence[dict[str, Any]], lineage: Sequence[str]) -> list[str]:
+def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
     found = []
     for pair in pairs:
         shared = pair["shared_rounding"]
@@ -290,151 +337,11 @@ def _warnings(pairs: Sequence[dict[str, Any]], lineage: Sequence[str]) -> list[s
     return found
 
 
-# ------------------------------------------------------------------------------------ subspaces
-
-
-class _Spectra(NamedTuple):
-    """What is known of each matrix, by vector or pair and tensor: nothing unless it is asked."""
-
-    vectors: list[list[dict[str, Any]]]
-    pairs: list[list[dict[str, Any]]]
-
-    @staticmethod
-    def empty(request: Request, tensors: int) -> "_Spectra":
-        return _Spectra(
-            [[{} for _ in range(tensors)] for _ in request.scales],
-            [[{} for _ in range(tensors)] for _ in request.pairs],
-        )
-
-
-def _find_subspaces(
-    results: Sequence[JobResult], plan: Plan, report: Report, watcher: Watcher | None,
-    spectra: _Spectra, at_once: int,
-) -> None:  # fmt: skip
-    """Decompose every matrix of every vector, one for each worker at a time, and relate them."""
-    assert plan.request is not None
-    request, said = plan.request, report.facts["subspace"]
-    matrices = [n for n, result in enumerate(results) if _is_matrix(result.job)]
-    said |= {"exact": 0, "randomised": 0, "left_out": len(results) - len(matrices), "error": 0.0}
-    readers = readers_of(plan.vectors)
-    total = sum(results[n].job.nbytes_read for n in matrices)
-    done = 0
-
-    def related(n: int) -> tuple[bool, float]:
-        return _relate(results[n].job, n, request, said["k"], said["device"], readers, spectra)
-
-    def nbytes_of(n: int) -> int:
-        return 4 * results[n].job.numel
-
-    try:
-        with closing(in_turn(related, matrices, nbytes_of, at_once)) as found:
-            for n, (exact, error) in zip(matrices, found, strict=True):
-                said["exact" if exact else "randomised"] += 1
-                said["error"] = max(said["error"], error)
-                done += results[n].job.nbytes_read
-                if watcher:
-                    watcher.advanced(done, total)
-    finally:
-        forget_open_files()
-
-
-def _is_matrix(job: Job) -> bool:
-    shape = job.deltas[0].spec.shape
-    return len(shape) == 2 and min(shape) > 1
-
-
-def _at_once(runner: Engine, asked: dict[str, Any] | None) -> int:
+def _at_once(runner: Engine, asked: SubspaceFacts | None) -> int:
     """Return how many matrices are at work: one for each worker here, one on a device."""
     if asked is None or asked["device"] != "cpu":
         return 1
     return (runner if isinstance(runner, Threads) else choose_engine("threads", None)).in_process
-
-
-def _relate(
-    job: Job, n: int, request: Request, k: int, device: str,
-    readers: dict[str, BlockReader], spectra: _Spectra,
-) -> tuple[bool, float]:  # fmt: skip
-    """Fill in what the singular subspaces of one tensor's deltas say.
-
-    Returns whether they are exact, and the largest error of an SVD.
-    """
-    shape, error = job.deltas[0].spec.shape, 0.0
-
-    def matrix(*numbers: int) -> Any:
-        values = np.zeros(job.numel, np.float32)
-        for number in numbers:
-            add_values(job.deltas[number], readers, values, request.scales[number])
-        return values.reshape(shape)
-
-    def spectrum(values: Any) -> subspace.Spectrum:
-        nonlocal error
-        found = subspace.decompose(values, k, device, request.seed)
-        error = max(error, found.error)
-        return found
-
-    wanted = range(1 + max((j for _, j in request.pairs), default=0))  # not the control
-    alone = [spectrum(matrix(i)) for i in wanted]
-    merged = [spectrum(matrix(i, j)) for i, j in request.pairs]
-    point = None
-    if job.point is not None:
-        values = np.zeros(job.numel, np.float32)
-        add_values(job.point, readers, values)
-        if np.isfinite(values).all():
-            point = spectrum(values.reshape(shape))
-        del values
-    for i in wanted:
-        values, own = matrix(i), alone[i]
-        inside = {
-            j: subspace.shares_inside(values, alone[j], device)
-            for j in wanted
-            if (i, j) in request.pairs or (j, i) in request.pairs
-        }
-        align = {
-            m: subspace.alignment_ratio(values, merged[m], device)
-            for m, pair in enumerate(request.pairs)
-            if i in pair
-        }
-        within = subspace.shares_inside(values, point, device) if point is not None else None
-        spectra.vectors[i][n] = {
-            "energy": own.norm_sq,
-            "stable_rank": own.stable_rank,
-            "effective_rank": own.effective_rank,
-            "effective_rank_error": own.effective_rank_error,
-            "top_energy": float((own.values**2).sum()) / own.norm_sq if own.norm_sq else None,
-            "energy_in_w": within[2] if within else None,
-            "svd_error": own.error,
-        }
-        for m, pair in enumerate(request.pairs):
-            if i in pair:
-                side, across = ("a", "b") if i == pair[0] else ("b", "a")
-                row = spectra.pairs[m][n]
-                share = inside[pair[1] if side == "a" else pair[0]]
-                row |= {f"energy_{side}": own.norm_sq, f"sar_{side}": align[m],
-                        f"{side}_in_{across}": share[2] if share else None}  # fmt: skip
-    for m, (i, j) in enumerate(request.pairs):
-        spectra.pairs[m][n] |= _angles(alone[i], alone[j], k, shape)
-    return alone[0].exact, error
-
-
-def _angles(
-    one: subspace.Spectrum, other: subspace.Spectrum, k: int, shape: tuple[int, ...]
-) -> dict[str, Any]:
-    left, right = subspace.principal_angles(one, other)
-    rows, columns = shape
-    k = max(one.values.size, other.values.size) or min(k, rows, columns)  # fewer of low rank
-    met = subspace.interference([one, other])
-    overlaps = [float(np.mean(np.cos(np.radians(angles)) ** 2)) if angles else None
-                for angles in (left, right)]  # fmt: skip
-    return {
-        "overlap_left": overlaps[0],
-        "overlap_right": overlaps[1],
-        "overlap_chance": (k / rows + k / columns) / 2,
-        "in_chance": k * k / (rows * columns),
-        "interference": met.raw,
-        "interference_share": met.relative,
-        "angles_left": left,
-        "angles_right": right,
-    }
 
 
 # -------------------------------------------------------------------------------------- written
@@ -445,12 +352,12 @@ def _write(
 ) -> None:
     """Write the report's folder beside its place and move it there."""
     content = report.to_dict()
-    shown = _told_apart(content)
+    shown = tell_apart(cast(AngleReport, content))
     with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
         made = stage.made
         files = {
             "report.json": (json.dumps(content, indent=1) + "\n").encode(),
-            "report.csv": csv_text(content).encode(),
+            "report.csv": csv_text(shown).encode(),
             "report.html": page.html(shown).encode(),
         }
         if figures:
@@ -460,46 +367,3 @@ def _write(
             (made / name).write_bytes(data)
             fsync_path(os.fspath(made / name))
         stage.publish(made)
-
-
-def _told_apart(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a report in which labels that stand twice have a number, as of one vector twice.
-
-    In a report pairs stand in the order of their vectors, which a table of rows has not.
-    """
-    labels: list[str] = []
-    for label in content["vectors"]:
-        tries = (f"{label} ({n})" if n > 1 else label for n in count(1))
-        labels.append(next(name for name in tries if name not in labels))
-    sides = list(combinations(labels, 2))  # none of norms
-    pairs = [pair | {"a": a, "b": b} for pair, (a, b) in zip(content["pairs"], sides, strict=False)]
-    norms = [
-        entry | {"label": label} for entry, label in zip(content["norms"], labels, strict=True)
-    ]
-    return content | {"vectors": labels, "pairs": pairs, "norms": norms}
-
-
-def csv_text(content: dict[str, Any]) -> str:
-    """Return every row of every level as CSV: pairs first, then vectors, with `b` empty."""
-    rows = list(_flat_rows(_told_apart(content)))
-    text = io.StringIO()
-    columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _flat_rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    said = ("a", "b", "lineage_a", "lineage_b")
-    sets = [({key: pair[key] for key in said}, pair) for pair in content["pairs"]]
-    sets += [
-        (dict(zip(said, (norms["label"], "", norms["lineage"], ""), strict=True)), norms)
-        for norms in content["norms"]
-    ]
-    for sides, levels in sets:
-        overall = [{"name": "overall"} | levels["overall"]]
-        for level in ("overall", "modules", "kinds", "layers", "tensors"):
-            for row in overall if level == "overall" else levels[level]:
-                plain = {k: v for k, v in row.items() if not isinstance(v, list)}
-                yield sides | {"level": level.removesuffix("s")} | plain

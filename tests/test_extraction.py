@@ -19,10 +19,10 @@ from zoo import ZOO, build, save_memory
 import skillvec
 from skillvec import extraction, subspace
 from skillvec.conversions import tied_weights
-from skillvec.display import done_sentence
 from skillvec.errors import IncompatibleError, OutputError, UsageError
 from skillvec.extraction import extract_lora
 from skillvec.holding import Held
+from skillvec.sentences import done_sentence
 from skillvec.vector import SkillVector
 
 # the last one goes before: a mark of a test would go behind those of its module

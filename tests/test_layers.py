@@ -35,6 +35,7 @@ HOMES = {
     "numkong": {"kernels"},
     "xxhash": {"kernels", "storage", "staging", "jobs", "vectorfile", "merging"},
     "zstandard": {"codecs"}, "yaml": {"rules"}, "vl_convert": {"page"},
+    "jinja2": {"page"}, "markupsafe": {"page"},
     "fsspec": {"objects"}, "ray": {"engine_ray"},
     "numpy": {
         "blocks", "deltas", "job", "jobs", "lineage",
@@ -51,6 +52,8 @@ HOMES = {
 # rich is not wanted by a quiet run.
 LAZY = {
     "vl_convert",
+    "jinja2",
+    "markupsafe",
     "torch",
     "transformers",
     "huggingface_hub",

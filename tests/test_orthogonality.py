@@ -16,8 +16,8 @@ from families import load, perturbed, save, toy
 
 import skillvec as sv
 from skillvec.cli import main
-from skillvec.comparison import csv_text
 from skillvec.display import Screen
+from skillvec.report_csv import csv_text
 
 NUMBERS = ("cosine", "z", "norm_a", "norm_b", "norm_ratio")
 
@@ -251,8 +251,8 @@ def test_one_screen_says_what_it_means(family) -> None:
     plain = CliRunner(env=env).invoke(main, ["orthogonality", *refs]).stdout
     shown = CliRunner(env=env).invoke(main, ["orthogonality", *refs, "--control", "random"]).stdout
     first = next(line for line in shown.splitlines() if line.startswith("A, B "))
-    for number in (f"{overall['cosine']:+.4f}", f"{1.96 * overall['cosine_se']:.4f}",
-                   f"{overall['z_groups']:+.1f}", f"{overall['control_cosine']:+.4f}"):  # fmt: skip
+    for number in (f"{overall['cosine']:+.3g}", f"{1.96 * overall['cosine_se']:.2g}",
+                   f"{overall['z_groups']:+.1f}", f"{overall['control_cosine']:+.3g}"):  # fmt: skip
         assert number in first
     assert " control " in shown and " control " not in plain
     for text in (plain, shown):

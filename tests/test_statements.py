@@ -13,9 +13,9 @@ from families import bits, from_bits, load, save
 import skillvec as sv
 from skillvec.block import BLOCK_NUMEL
 from skillvec.cli import main
-from skillvec.display import done_sentence
 from skillvec.errors import NonfiniteError, VerificationError
 from skillvec.operators import SAMPLE
+from skillvec.sentences import done_sentence
 
 BEHIND = 40_000  # values of a tensor, of which the first 30 Ki are the sample
 ONES = {"BF16": 0x3F80, "F16": 0x3C00}
@@ -275,8 +275,11 @@ def test_a_control_leaves_room_for_all_columns(tmp_path: Path) -> None:
     save(tmp_path / "b", base)
     call = ["orthogonality", *refs, "--control", "random"]
     shown = CliRunner().invoke(main, call, env={"COLUMNS": "80"}).stdout
-    head = next(line for line in shown.splitlines() if "cosine" in line and "lift" in line)
-    assert "control" in head and head.rstrip().endswith("signs") and len(head.rstrip()) <= 80
+    head = shown.splitlines()[
+        : next(n for n, line in enumerate(shown.splitlines()) if "───" in line)
+    ]
+    above, below = (line.rstrip() for line in head[-2:])
+    assert "control" in above and "lift" in below and below.endswith("signs") and len(below) <= 80
 
 
 @pytest.mark.parametrize(("count", "said"), [(12, "12 values, where"), (0, "integer tensors")])

@@ -1,0 +1,227 @@
+"""Every number that a report says of a vector or a pair: one row each, and nowhere else.
+
+The terminal, the page with its tooltips and explanations, its figures along the layers, the columns
+of report.csv and the tables of docs/orthogonality.md read it. A new number is computed beside the
+others (`vector_row`, `pair_row`) and gets a row here. Rows stand in the order in which they are
+read; report.json and report.csv keep the order in which they are computed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+SPREAD = 1.96  # standard errors on either side: 95 %
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number: `key` in report.json and report.csv, `title` for people, `form`, `meaning`.
+
+    `form` is a format specification, "%" for a share at three digits or "list" for what is no
+    single number. `meaning` is a formula or words, with a and b the values of two vectors, v those
+    of one and n their number; `chance` is what unrelated directions give. `shown` names where it
+    stands beside report.json and report.csv: "page" (with the numbers of a vector or a pair),
+    "pairs" (in the table of all pairs), "rows" (a column that is shown at first), "lines" (a figure
+    along the layers), "screen" (the terminal).
+    """
+
+    key: str
+    title: str
+    form: str
+    meaning: str
+    chance: str = ""
+    shown: str = "page"
+
+
+ANGLE = (
+    Statistic("numel", "values", ",d", "number of values n", "", "page rows"),
+    Statistic("cosine", "cosine", "+.3g", "⟨a, b⟩ / (|a| |b|): 1 same direction, −1 opposite",
+              "0, spread as below", "page pairs rows screen"),
+    Statistic("cosine_se", "se", ".2g",
+              "√(sum over tensors of G/(G−1) (ΣT² − S²/G)) / (|a| |b|), T the inner product over a"
+              " group of neighbouring values, S their sum, G their number: the spread of this"
+              " cosine, not of a new training run", "the spread that the data show", "screen"),
+    Statistic("z", "z", "+.1f",
+              "cosine · √n: the cosine over its spread for unrelated isotropic directions",
+              "N(0, 1), if directions are isotropic", "page pairs rows screen"),
+    Statistic("z_groups", "z groups", "+.1f",
+              "S / √ΣT²: holds for sparse deltas and unequal magnitudes, where z overstates",
+              "N(0, 1), if each T has an even chance of either sign", "page pairs rows screen"),
+    Statistic("p", "p", ".2g",
+              "P(|cosine| as large), two-sided: cosine² follows Beta(1/2, (n−1)/2). With n in the"
+              " billions almost any shared structure makes it vanish: then the size of the cosine"
+              " matters", "uniform, if isotropic", "page pairs rows"),
+    Statistic("p_flips", "p, sign flips", ".2g",
+              "(1 + number of draws with |S*| ≥ |S|) / (draws + 1), S* with the sign of whole"
+              " groups drawn anew", "uniform on multiples of 1/(draws + 1)"),
+    Statistic("norm_a", "norm A", ".3g", "|a|", "", "rows"),
+    Statistic("norm_b", "norm B", ".3g", "|b|", "", "rows"),
+    Statistic("norm_ratio", "|A|/|B|", ".3g", "|a| / |b|, which a cosine hides",
+              "SFT updates are some 30 times longer than RL's (arXiv 2605.00610)",
+              "page pairs rows screen"),
+)  # fmt: skip
+CONTROL = (
+    Statistic("control_cosine", "control cosine", "+.3g",
+              "cosine with another vector, or a random one, in place of a: a pair is worth talking"
+              " about where it stands clear of its control", "", "page pairs rows screen"),
+    Statistic("control_z_groups", "control z groups", "+.1f", "the same for z groups", "",
+              "page pairs rows"),
+    Statistic("control_z", "control z", "+.1f", "the same for z"),
+)  # fmt: skip
+SUPPORT = (
+    Statistic("density_a", "density A", "%", "N_a / n: share of values of a that are not 0",
+              "RL: 5-30 % changed in bf16 (arXiv 2505.11711), an artefact of bf16"
+              " (arXiv 2509.04259)", "page rows"),
+    Statistic("density_b", "density B", "%", "N_b / n", "", "page rows"),
+    Statistic("jaccard", "Jaccard", ".3g",
+              "N_ab / (N_a + N_b − N_ab): values changed by both over values changed by either",
+              "depends on the densities: see lift", "page pairs rows"),
+    Statistic("lift", "lift", ".3g",
+              "N_ab / sum over tensors of N_a N_b / n: shared values over what chance gives. Large"
+              " weights absorb small changes of both alike, so bf16 alone lifts it over 1",
+              "1; at most 1 / the larger density", "page pairs rows screen"),
+    Statistic("overlap_z", "overlap z", "+.1f",
+              "(N_ab − chance) / √(sum of N_a N_b (n − N_a)(n − N_b) / (n² (n − 1)))",
+              "N(0, 1): hypergeometric; null for dense ones", ""),
+    Statistic("sign_agreement", "equal signs", "%", "share of N_ab with equal signs", "1/2",
+              "page pairs rows screen"),
+    Statistic("sign_z", "sign z", "+.1f", "(2 equal − N_ab) / √N_ab",
+              "N(0, 1), if values are independent", ""),
+    Statistic("along", "along", "%",
+              "sum over tensors t of ⟨a, b⟩_t² / |b_t|², over |a|²: share of a's energy along b's"
+              " own direction", "mean of 1/n_t, weighted by a's energy", ""),
+    Statistic("on_support_a", "A on support of B", "%", "share of |a|² where b is not 0 (sampled)",
+              "about density_b", ""),
+    Statistic("conflict_a", "conflict A", "%",
+              "share of |a|² where b has the opposite sign (sampled)", "half of on_support_a", ""),
+    Statistic("on_support_b", "B on support of A", "%", "share of |b|² where a is not 0 (sampled)",
+              "about density_a", ""),
+    Statistic("conflict_b", "conflict B", "%",
+              "share of |b|² where a has the opposite sign (sampled)", "half of on_support_b", ""),
+)  # fmt: skip
+PAIR_SUBSPACE = (
+    Statistic("overlap_left", "overlap left", ".3g",
+              "mean squared cosine of the principal angles of U_a and U_b, K leading left singular"
+              " vectors each: 1 the same", "K/m in an m x n matrix", "page screen"),
+    Statistic("overlap_right", "overlap right", ".3g", "the same of V_a and V_b", "K/n"),
+    Statistic("overlap_chance", "overlap by chance", ".3g", "(K/m + K/n) / 2", "", "page screen"),
+    Statistic("a_in_b", "A in B", "%", "|U_bᵀ A V_b|² / |A|²: share of A's energy inside",
+              "in_chance", "page screen"),
+    Statistic("b_in_a", "B in A", "%", "|U_aᵀ B V_a|² / |B|²", "in_chance", "page screen"),
+    Statistic("in_chance", "inside by chance", "%", "K² / (mn)", "", "page screen"),
+    Statistic("interference", "interference", ".3g",
+              "sum of |entries| of (UᵀU − I) S (VᵀV − I), U = [U_a U_b] and so on"
+              " (TSV, arXiv 2412.00081)", "in units of the weights"),
+    Statistic("interference_share", "interference share", ".3g",
+              "the same over the sum of the singular values",
+              "about .8 K^1.5 / √(mn); 1 for the same singular vectors", ""),
+    Statistic("sar_a", "SAR A", ".3g",
+              "|U_c U_cᵀ A| / |A|, U_c of a + b (subspace alignment ratio, arXiv 2502.04959, at"
+              " this K)", "above √(K/m), as a is part of a + b", "page screen"),
+    Statistic("sar_b", "SAR B", ".3g", "|U_c U_cᵀ B| / |B|", "", "page screen"),
+    Statistic("angles_left", "angles left", "list",
+              "principal angles of U_a and U_b in degrees (Bjorck and Golub 1973)", "towards 90",
+              ""),
+    Statistic("angles_right", "angles right", "list", "principal angles of V_a and V_b",
+              "towards 90", ""),
+)  # fmt: skip
+VECTOR = (
+    Statistic("numel", "values", ",d", "number of values n", "", "page rows"),
+    Statistic("norm", "norm", ".4g", "|v| = √Σv²", "", "page rows screen"),
+    Statistic("rms", "rms", ".3g", "|v| / √n: root mean square of the values", "",
+              "page rows lines screen"),
+    Statistic("energy_share", "energy share", "%", "share of the energy of the whole vector", "",
+              "rows screen"),
+    Statistic("density", "density", "%", "share of values that are not 0", "",
+              "page rows lines screen"),
+    Statistic("steps", "steps", "list",
+              "counts of changed values by |v| / step, at the edges `step_edges`; below the first,"
+              " ..., from the last on (sampled). A step is the distance of neighbouring 16-bit"
+              " numbers at the weight", "", ""),
+    Statistic("below_half_step", "below ½ step", "%",
+              "share of changed values with |v| below half a step, which vanish where a sum is"
+              " rounded (sampled)", "", "page rows"),
+    Statistic("absorbed", "absorbed", "%",
+              "share of changed values that rounding takes back: r(w + v) = r(w) (sampled)", "",
+              "page rows"),
+    Statistic("kept_gain", "kept gain", ".3f", "with a = r(w + v) − r(w): ⟨a, v⟩ / |v|² (sampled)"),
+    Statistic("kept_cosine", "kept cosine", ".3f", "the cosine of that a and v (sampled)", "",
+              "page rows"),
+)  # fmt: skip
+VECTOR_SUBSPACE = (
+    Statistic("stable_rank", "stable rank", ".3g", "|V|² / s_1²"),
+    Statistic("effective_rank", "effective rank", ".3g",
+              "exp(entropy of s / Σs) (Roy and Vetterli 2007), estimated where the SVD is"
+              " randomised; a high rank means that a low-rank copy loses much"),
+    Statistic("effective_rank_error", "effective rank error", ".2g",
+              "0 where exact, else the standard error of that estimate; the largest in a group",
+              "", ""),
+    Statistic("top_energy", "top energy", "%", "share of |v|² in the K leading directions", "",
+              "page lines"),
+    Statistic("energy_in_w", "energy in W", "%",
+              "share of |v|² inside W's leading subspaces, W from `--against`",
+              "K² / (mn); RL avoids them (arXiv 2511.08567)", "page lines"),
+    Statistic("svd_error", "SVD error", ".2g", "the residual of this matrix; the largest in a"
+              " group", "", ""),
+)  # fmt: skip
+FORECAST = (
+    Statistic("along", "along B", "%", "`along` of the pair as a whole"),
+    Statistic("on_support", "on B's support", "%", "`on_support_a` of it"),
+    Statistic("conflict", "conflict", "%", "`conflict_a` of it; in a layer, of that layer"),
+    Statistic("in_subspace", "in B's subspace", "%", "`a_in_b` of it"),
+    Statistic("share", "share", "%", "of a layer: the part of all of a's energy that lies along b"
+              " in it", "", "rows"),
+)  # fmt: skip
+
+PAIRS = ANGLE + CONTROL + SUPPORT + PAIR_SUBSPACE
+VECTORS = VECTOR + VECTOR_SUBSPACE
+SECTIONS = {  # as docs/orthogonality.md and the page part them
+    "Angle and its chance level": ANGLE + CONTROL,
+    "Supports, signs and energy": SUPPORT,
+    "One vector": VECTOR,
+    "Subspaces": PAIR_SUBSPACE + VECTOR_SUBSPACE,
+    "The forecast": FORECAST,
+}
+
+Table = Sequence[Statistic]
+
+
+def select_shown(table: Table, place: str) -> list[Statistic]:
+    """Return the numbers that stand in a place, in their order."""
+    return [number for number in table if place in number.shown.split()]
+
+
+def select_known(table: Table, rows: Sequence[Mapping[str, Any]]) -> list[Statistic]:
+    """Return the numbers that at least one of the rows has."""
+    return [number for number in table if any(row.get(number.key) is not None for row in rows)]
+
+
+def pick(table: Table, *keys: str) -> list[Statistic]:
+    """Return the numbers of these keys, in the order of the keys."""
+    by_key = {number.key: number for number in table}
+    return [by_key[key] for key in keys]
+
+
+def write_number(value: float | None, form: str) -> str:
+    """Return a number as a person reads it, "-" for none."""
+    if value is None or not isfinite(value):
+        return "-"
+    if form == "%":
+        return f"{100 * value:.3g} %"
+    return format(int(value) if form.endswith("d") else value, form)
+
+
+def write_numbers(row: Mapping[str, Any], table: Table) -> list[str]:
+    """Return the numbers of a row as a person reads them; of a p that fp64 cannot hold its end."""
+    return [
+        "< 1e-300" if number.key == "p" and row.get("p") == 0
+        else write_number(row.get(number.key), number.form)
+        for number in table
+    ]  # fmt: skip
+
+
+def write_spread(row: Mapping[str, Any]) -> str:
+    """Return the half-width of the interval that holds 95 % around the cosine of a row."""
+    error = row.get("cosine_se")
+    return write_number(None if error is None else SPREAD * error, ".2g")

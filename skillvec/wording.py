@@ -1,0 +1,56 @@
+"""How sizes, counts and names are put into words, and tables of words: plain text, no terminal."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Grid(NamedTuple):
+    """A table of words: the columns are set to the right, but for the first and the one `bars`.
+
+    A terminal breaks long heads between words and cuts names that are too long at their beginning.
+    """
+
+    heads: list[str]
+    rows: list[list[str]]
+    bars: str = ""
+
+
+def human_bytes(nbytes: float) -> str:
+    """Return a byte count in decimal units: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def human_count(count: float) -> str:
+    """Return a number of values: 1.24 B."""
+    for unit in ("", " K", " M", " B"):
+        if count < 1000:
+            return f"{count:.3g}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    return f"{count:.3g} T"
+
+
+def write_optional(value: float | None, form: str = ".4f") -> str:
+    """Return a number, "-" for none."""
+    return "-" if value is None else format(value, form)
+
+
+def count_files(files: Sequence[str], kind: str = "") -> str:
+    """Return how many files there are."""
+    return f"{len(files)} {kind}file{'' if len(files) == 1 else 's'}"
+
+
+def name_some(names: list[str]) -> str:
+    """Return up to three names of tensors, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def wrap(text: str) -> str:
+    """Return text in lines of 80, those after the first indented."""
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False,
+                         break_long_words=False)  # fmt: skip
