@@ -12,17 +12,12 @@ import glob
 import hashlib
 import os
 import re
-import ssl
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from importlib import import_module
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from skillvec.errors import (
     FormatError,
@@ -33,63 +28,27 @@ from skillvec.errors import (
     printable,
     up_to_five,
 )
+from skillvec.hub_client import README, SERVER_BUSY, TIMEOUT, client, judge_of, patiently, written
+from skillvec.remote_files import (
+    HEAD_NBYTES,
+    Patience,
+    ReadByRange,
+    Told,
+    check_listed,
+    describes,
+    is_plain,
+    is_replaced,
+    side_by_side,
+)
 from skillvec.report import Watcher
-from skillvec.sidefiles import is_weight_file
 from skillvec.storage import Place, register_remote, remote_of
 
 SCHEME = "hf://"
-README = "README.md"
 SHORT = re.compile(r"([^/@]+/[^/@]+)(?:@([^@]+))?")
 LONG = re.compile(r"([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.+?))?/?")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 OTHER_KINDS = ("datasets/", "spaces/", "buckets/", "kernels/")
 COMMIT, SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
-# files at the root that say what a model is: configs, indexes, tokenizers, templates, card, licence
-DESCRIBING, DESCRIBING_NBYTES = (".json", ".jinja", ".txt", ".model", ".md", ""), 64 << 20
-HEAD_NBYTES = 1 << 20  # fetched at the first read: length prefix and header are one request
-TRIES = 5  # in a row without a MiB of progress
-SERVER_BUSY = (500, 502, 503, 504)
-BUSY = (408, 429, *SERVER_BUSY)
-LONGEST_WAIT = 300  # seconds: the Hub counts requests in windows of five minutes
-TIMEOUT = 30  # seconds without a byte
-AT_ONCE = 4  # files that are fetched or sent
-CONFUSED = (ValueError, KeyError, TypeError, AttributeError)  # by an answer of another shape
-LOGIN = "give a token with read access (HF_TOKEN or `hf auth login`)"
-OFFLINE = "offline mode is on (HF_HUB_OFFLINE), the cache does not hold it: fetch it once online"
-MISSING = (
-    "no repository of a model on the Hub that may be read: check the name; if it is private,"
-    f" {LOGIN}"
-)
-DEFAULT_ENDPOINT = "https://huggingface.co"
-PAGES = ("text/html", "text/plain")  # what proxies, login pages and other servers answer with
-PROXIES = "check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY"
-OFFLINE_KINDS = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
-SENTENCES: dict[str | int, str] = {  # what the client's errors mean, by class or status
-    **dict.fromkeys(OFFLINE_KINDS, OFFLINE),
-    "GatedRepoError": f"gated: ask for access on its page on the Hub, then {LOGIN}",
-    "RevisionNotFoundError": "the repository has no such branch, tag or commit",
-    "EntryNotFoundError": "the repository has no such file at this commit",
-    "RepositoryNotFoundError": MISSING,
-    "HFValidationError": "not a name that a repository can have",
-    401: MISSING,
-    403: f"the Hub forbids it: {LOGIN} and the right to this repository",
-}
-Told = Callable[[int], None]  # takes the bytes received so far
-Result = TypeVar("Result")
-
-
-def _client(part: str = "") -> Any:
-    said = os.environ.get("HF_ENDPOINT", "")
-    if not _is_address(said):  # the client takes it apart where it is imported, and fails there
-        raise UsageError(f"HF_ENDPOINT {printable(said):.200}: not the URL of a Hub")
-    return import_module(f"huggingface_hub{part}")
-
-
-def _is_address(url: str) -> bool:
-    try:
-        return urlsplit(url).port != 0
-    except ValueError:
-        return False
 
 
 class Reference(NamedTuple):
@@ -106,26 +65,6 @@ class Reference(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------ references
-
-
-def is_plain(name: str) -> bool:
-    """Return whether a name, relative and with slashes, stays in its folder on every system."""
-    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
-
-
-def describes(name: str, nbytes: int) -> bool:
-    """Return whether a file is a small one at the root that says what the model is."""
-    suffix = PurePosixPath(name).suffix
-    return "/" not in name and suffix in DESCRIBING and nbytes <= DESCRIBING_NBYTES
-
-
-def is_replaced(name: str) -> bool:
-    """Return whether a new model at the same place leaves no room for an old file of this name.
-
-    So it is for weights and describing files at the root; hidden files and folders stay.
-    """
-    plain = "/" not in name and not name.startswith(".")
-    return plain and (PurePosixPath(name).suffix in DESCRIBING or is_weight_file(name))
 
 
 def _parsed(ref: str) -> Reference | None:
@@ -169,7 +108,7 @@ def may_be(recorded: str, said: str) -> bool:
 def is_cached(repo: str) -> bool:
     """Return whether some of a repository's files are in the client's cache on this disk."""
     name = f"models--{repo.replace('/', '--')}"
-    return os.path.isdir(os.path.join(_client(".constants").HF_HUB_CACHE, name, "snapshots"))
+    return os.path.isdir(os.path.join(client(".constants").HF_HUB_CACHE, name, "snapshots"))
 
 
 def locate(ref: str, role: str, token: str | None = None) -> Place:
@@ -188,8 +127,8 @@ def locate(ref: str, role: str, token: str | None = None) -> Place:
         )
     if asked.repo.startswith(OTHER_KINDS):
         raise UsageError(f"{what}: only repositories of models are read")
-    repo, revision, hub = asked.repo, asked.revision, _client()
-    if _client(".constants").HF_HUB_OFFLINE:
+    repo, revision, hub = asked.repo, asked.revision, client()
+    if client(".constants").HF_HUB_OFFLINE:
         folder = _snapshot(what, repo, revision=revision, local_files_only=True, allow_patterns=[])
         found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         files = {path.relative_to(folder).as_posix(): os.fspath(path) for path in found}
@@ -201,7 +140,7 @@ def locate(ref: str, role: str, token: str | None = None) -> Place:
         lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT),
         2,
     )
-    listed = _listed(info, repo, token, what)
+    listed = _check_listing(info, repo, token, what)
     _check_member(asked, listed, what)
     small = [name for name, remote in listed.items() if remote.is_describing]
     # by the revision as it was written: the cache then knows it in offline mode
@@ -229,14 +168,14 @@ def locate(ref: str, role: str, token: str | None = None) -> Place:
 def _snapshot(what: str, repo: str, **options: Any) -> Path:
     """Return the folder of a commit in the cache, with the files wanted in it."""
     counter = _counter(lambda received: None)
-    download = _client().snapshot_download
+    download = client().snapshot_download
     folder = Path(patiently(what, lambda: download(repo, tqdm_class=counter, **options)))
     if not COMMIT.fullmatch(folder.name):
         raise FormatError(f"{what}: {folder} is not named by a commit: is the cache broken?")
     return folder
 
 
-def _listed(info: Any, repo: str, token: str | None, what: str) -> "dict[str, HubFile]":
+def _check_listing(info: Any, repo: str, token: str | None, what: str) -> "dict[str, HubFile]":
     """Return the files of a listing by name; FormatError for one that cannot be."""
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise FormatError(f"{what}: the Hub names no commit: {str(info.sha)[:80]!r}")
@@ -244,10 +183,11 @@ def _listed(info: Any, repo: str, token: str | None, what: str) -> "dict[str, Hu
     for entry in info.siblings or ():
         name, nbytes, lfs = entry.rfilename, entry.size, entry.lfs
         sha256 = lfs.sha256 if lfs else None
-        if type(name) is not str or not is_plain(name):
-            raise FormatError(f"{what}: a file named {str(name)[:200]!r}: no relative path")
-        if type(nbytes) is not int or nbytes < 0 or (lfs and lfs.size != nbytes):
-            raise FormatError(f"{what}: {name}: the Hub says no size that can be: {nbytes!r}")
+        check_listed(what, "a file", "the Hub", name, nbytes)
+        if lfs and lfs.size != nbytes:
+            raise FormatError(
+                f"{what}: {name}: the Hub says no size that can be: {nbytes}, in LFS {lfs.size!r}"
+            )
         for digest, form in ((sha256, SHA256), (entry.blob_id, COMMIT)):
             if digest is not None and not (isinstance(digest, str) and form.fullmatch(digest)):
                 raise FormatError(f"{what}: {name}: no digest: {str(digest)[:80]!r}")
@@ -263,205 +203,11 @@ def _check_member(asked: Reference, files: Iterable[str], what: str) -> None:
     raise UsageError(f"{what}: {problem}:\n{up_to_five(below or sorted(files))}")
 
 
-# ---------------------------------------------------------------------------------------- errors
-
-
-def _client_errors() -> tuple[type[BaseException], ...]:
-    """Return the roots of what the client raises: of its HTTP library, built in, of Xet."""
-    return (*_client(".errors").HfHubHTTPError.__bases__, OSError, RuntimeError, *CONFUSED)
-
-
-class _Patience:
-    """Waits between tries, and turns the last error into one of ours."""
-
-    def __init__(self, what: str, lost: int = TRIES) -> None:
-        self.what, self.lost, self.failures = what, lost, 0
-
-    def bear(self, error: BaseException, busy: tuple[int, ...] = BUSY) -> None:
-        """Wait before another try; raise where another is of no use or was the last."""
-        if isinstance(error, SkillvecError):
-            raise error
-        if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-            error = error.__cause__  # "not in the cache", for want of an answer
-        if obstacle := _obstacle(error):
-            raise SkillvecError(f"{self.what}: {obstacle}") from None
-        self.failures += 1
-        seconds = _pause(error, self.failures, busy)
-        most = self.lost if type(error).__name__ == "ConnectError" else TRIES
-        if seconds is None or self.failures >= most:
-            raise _explained(error, self.what) from None
-        time.sleep(seconds)
-
-
-def patiently(
-    what: str, call: Callable[[], Result], lost: int = TRIES, busy: tuple[int, ...] = BUSY
-) -> Result:
-    """Return what `call` does, tried again where that can help; errors of the client become ours.
-
-    `lost` is how often a connection may be refused: at the start of a run it may be no network.
-    `busy` are the answers that another try may change.
-    """
-    patience = _Patience(what, lost)
-    while True:
-        try:
-            return call()
-        except _client_errors() as error:
-            patience.bear(error, busy)
-
-
-def written(what: str, call: Callable[[], Result], lost: int = TRIES) -> Result:
-    """Return what a writing call gives, with sentences for what only a writer meets."""
-    errors = _client(".errors")
-
-    def tried() -> Result:
-        try:
-            return call()
-        except RuntimeError as error:  # of an upload in a thread: the cause tells
-            if isinstance(error.__cause__, Exception):
-                raise error.__cause__ from None
-            raise SkillvecError(f"{what}: the upload broke off: try again") from None
-        except errors.OfflineModeIsEnabled:
-            raise UsageError(f"{what}: offline mode is on (HF_HUB_OFFLINE): unset it") from None
-        except errors.HfHubHTTPError as error:
-            if obstacle := _obstacle(error):
-                raise SkillvecError(f"{what}: {obstacle}") from None
-            status = error.response.status_code
-            if status in (401, 403):
-                raise UsageError(
-                    f"{what}: may not be written with this token: give one with write access to"
-                    " it (--token, HF_TOKEN or `hf auth login`)"
-                ) from None
-            if status in (409, 412):
-                raise SkillvecError(
-                    f"{what}: was changed by someone else meanwhile; nothing was committed: push"
-                    " again"
-                ) from None
-            if status == 400:
-                reason = printable(error.server_message or "no reason given")
-                raise UsageError(f"{what}: the Hub refuses it: {reason}") from None
-            raise
-        except ValueError as error:
-            if README not in str(error):
-                raise
-            reason = " ".join(printable(str(error)).split())
-            raise UsageError(f"{what}: the Hub refuses the card: {reason}") from None
-
-    return patiently(what, tried, lost)
-
-
-def _endpoint() -> str:
-    """Return what answers in errors: the Hub, or what HF_ENDPOINT names in its place."""
-    said = re.sub("//[^/@]*@", "//", str(_client(".constants").ENDPOINT))  # no password of it
-    return "the Hub" if said == DEFAULT_ENDPOINT else f"{printable(said):.200} (HF_ENDPOINT)"
-
-
-def _obstacle(error: BaseException) -> str | None:
-    """Return what stands before the Hub, or in its place, where another try is of no use."""
-    who, response = _endpoint(), getattr(error, "response", None)
-    on_the_way = "is a proxy, a firewall or a login page on the way" + (
-        "?" if who == "the Hub" else ", or does HF_ENDPOINT name no Hub?"
-    )
-    if response is not None:
-        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        told = {"x-error-code", "x-error-message"} & {key.lower() for key in response.headers}
-        if kind in PAGES and not told and response.status_code not in BUSY:
-            return f"{who} answered {response.status_code} with a page ({kind}): {on_the_way}"
-        return None
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "FileMetadataError" in kinds:  # an answer for a file, and not one of the Hub's
-        if target := _redirect():
-            return (
-                f"{who} redirects to {target}, where the client does not follow it: set HF_ENDPOINT"
-                " to that, or to a mirror that answers itself"
-            )
-        return f"{who} answers for a file without saying of which commit: {on_the_way}"
-    if "TooManyRedirects" in kinds:
-        return f"{who} redirects in a circle: {on_the_way}"
-    if kinds & {"UnsupportedProtocol", "InvalidURL"}:
-        return f"{who} is, or leads to, no URL that begins with https:// or http://"
-    if "ProxyError" in kinds and not str(error).startswith("5"):  # 502 and the like may pass
-        return f"the proxy lets nothing through ({printable(str(error)):.80}): {PROXIES}"
-    if isinstance(error, ValueError) and "proxy" in str(error).lower():
-        return f"the proxy has no URL that is understood: {PROXIES}"
-    return _tls_fault(error, who) if "ConnectError" in kinds else None
-
-
-def _tls_fault(error: BaseException | None, who: str) -> str | None:
-    """Return what is wrong with the certificate or the protocol that a connection met."""
-    while error is not None and not isinstance(error, ssl.SSLError):
-        error = error.__cause__ or error.__context__
-    if isinstance(error, ssl.SSLCertVerificationError):
-        target = _redirect()
-        where = f"{target}, to which {who} redirects," if target else who
-        return (
-            f"the certificate that {where} shows is not trusted ({error.verify_message}): if a"
-            " proxy or a mirror has one of its own, name its authority's file in SSL_CERT_FILE"
-        )
-    if error is None or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return None
-    return f"{who} does not speak TLS as https:// wants it ({error.reason}): is it http:// there?"
-
-
-def _redirect() -> str | None:
-    """Return the other origin to which the endpoint sends whoever asks it, if it does."""
-    constants, session = _client(".constants"), _client(".utils").get_session()
-    try:
-        answer = session.head(f"{constants.ENDPOINT}/api/models", follow_redirects=False, timeout=5)
-    except Exception:  # of any kind: it is asked only to say more of an error
-        return None
-    target = urlsplit(answer.headers.get("location", ""))
-    origin = f"{target.scheme}://{target.netloc.rpartition('@')[2]}"
-    return f"{printable(origin):.200}" if target.netloc else None
-
-
-def _pause(error: BaseException, failures: int, busy: tuple[int, ...]) -> float | None:
-    """Return the seconds to wait before another try, None where none can help."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        if response.status_code not in busy:
-            return None
-        said = response.headers.get("retry-after", "")
-        limit = _client(".utils").parse_ratelimit_headers(response.headers)
-        if said.isdecimal() or (limit and limit.remaining == 0):
-            seconds = int(said) if said.isdecimal() else limit.reset_in_seconds
-            return float(seconds) if seconds <= LONGEST_WAIT else None
-    elif type(error).__name__ in OFFLINE_KINDS or isinstance(error, CONFUSED):
-        return None
-    elif getattr(error, "errno", 0) and not isinstance(error, (ConnectionError, TimeoutError)):
-        return None  # of this disk
-    return float(2 ** (failures - 1))
-
-
-def _explained(error: BaseException, what: str) -> SkillvecError:
-    """Return an error of ours; the client's own text may quote signed addresses."""
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    kinds = [kind.__name__ for kind in type(error).__mro__]  # the most special first
-    said = next((SENTENCES[kind] for kind in (*kinds, status) if kind in SENTENCES), None)
-    if said is not None:
-        return UsageError(f"{what}: {said}")
-    if status:
-        advice = f" after {TRIES} tries: try again later" if status in BUSY else ": is it a Hub?"
-        return SkillvecError(f"{what}: {_endpoint()} answered {status}{advice}")
-    if isinstance(error, CONFUSED):
-        target = _redirect()
-        where = f"{_endpoint()}, which redirects to {target}," if target else _endpoint()
-        return FormatError(
-            f"{what}: the answer of {where} is not understood ({kinds[0]}): is a proxy or a login"
-            " page on the way, or is it no Hub?"
-        )
-    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-        return OutputError(f"{what}: cannot be kept: {error.strerror}")
-    return SkillvecError(
-        f"{what}: {_endpoint()} cannot be reached, or the connection kept breaking ({kinds[0]}):"
-        " check the network, or set HF_HUB_OFFLINE=1 to read what the cache holds"
-    )
-
-
 # ----------------------------------------------------------------------------------------- files
 
 
 @dataclass(eq=False)
-class HubFile:
+class HubFile(ReadByRange):
     """A file of a repository at a commit (storage.RemoteFile); safe to use from several threads.
 
     `oid` is git's, of the content unless LFS keeps it.
@@ -490,22 +236,16 @@ class HubFile:
         """Whether it is a small file at the root that says what the model is."""
         return describes(self.name, self.nbytes)
 
-    def read_range(self, offset: int, nbytes: int) -> bytes:
-        """Return some bytes by range requests; the first MiB is asked for once."""
-        end, head = offset + nbytes, b""
-        if not 0 <= offset <= end <= self.nbytes:
-            raise FormatError(f"{self.address}: bytes {offset} to {end} of {self.nbytes}")
-        if offset < HEAD_NBYTES:
-            head = _head_of(self)[offset:end]
-        return head + b"".join(self.stream(offset + len(head), end))
+    def request(self, begin: int, end: int) -> bytes:
+        return b"".join(self.stream(begin, end))
 
     def stream(self, begin: int, end: int) -> Iterator[bytes]:
         """Yield bytes begin..end as they come; a broken connection is taken up where it broke."""
-        utils = _client(".utils")
-        url = _client().hf_hub_url(self.repo, self.name, revision=self.revision)
+        utils = client(".utils")
+        url = client().hf_hub_url(self.repo, self.name, revision=self.revision)
         headers = utils.build_hf_headers(token=self.token, library_name="skillvec")
         headers["Accept-Encoding"] = "identity"
-        patience, at, mark = _Patience(self.address), begin, begin
+        patience, at, mark = Patience(judge_of(self.address)), begin, begin
         while at < end:
             headers["Range"] = f"bytes={at}-{end - 1}"
             try:
@@ -522,7 +262,7 @@ class HubFile:
                         if at == end:
                             return
                 raise ConnectionError("an answer that ends too early")
-            except _client_errors() as error:
+            except Exception as error:
                 if at - mark >= HEAD_NBYTES:
                     patience.failures, mark = 0, at
                 patience.bear(error)
@@ -550,7 +290,7 @@ class HubFile:
             return self.local
         path: str = patiently(
             self.address,
-            lambda: _client().hf_hub_download(
+            lambda: client().hf_hub_download(
                 self.repo, self.name, revision=self.revision, token=self.token,
                 tqdm_class=_counter(told),
             ),
@@ -608,14 +348,9 @@ class HubFile:
             )
 
 
-@lru_cache(maxsize=16)  # not all shards of a large model at a time
-def _head_of(file: HubFile) -> bytes:
-    return b"".join(file.stream(0, min(HEAD_NBYTES, file.nbytes)))
-
-
 def _counter(told: Told) -> Any:
     """Return a progress bar class that shows nothing and tells the bytes received."""
-    bar: Any = _client(".utils").tqdm
+    bar: Any = client(".utils").tqdm
 
     class Counter(bar):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -647,34 +382,6 @@ def fetch_all(addresses: Iterable[str], watcher: Watcher | None = None) -> None:
     side_by_side([partial(file.fetch, None) for file in files], told)
 
 
-def side_by_side(calls: Sequence[Callable[[Told], object]], told: Told) -> None:
-    """Run calls, a few at once; `told`, in this thread, gets the sum of the bytes they tell of.
-
-    After an error, or an interrupt, the others end by an exception when they next tell.
-    """
-    stopped, moved = threading.Event(), [0] * len(calls)
-
-    def run(number: int) -> None:
-        def telling(nbytes: int) -> None:
-            moved[number] = nbytes
-            if stopped.is_set():
-                raise SkillvecError("given up, because another file failed")
-
-        calls[number](telling)
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        running = {pool.submit(run, number) for number in range(len(calls))}
-        try:
-            while running:
-                done, running = wait(running, 0.1, "FIRST_EXCEPTION")
-                for future in done:
-                    future.result()
-                told(sum(moved))
-        finally:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 # --------------------------------------------------------------------------------------- outputs
 
 
@@ -683,12 +390,12 @@ def _target(ref: str) -> tuple[Reference, Any]:
     asked = _parsed(ref)
     if asked is None or asked.repo.startswith(OTHER_KINDS):
         raise UsageError(f"output {printable(ref)}: expected hf://org/name[@branch][/file]")
-    api = _client().HfApi()
+    api = client().HfApi()
     look = partial(api.model_info, asked.repo, revision=asked.revision, timeout=TIMEOUT)
     return asked, written(f"output {ref}", look, 2)
 
 
-def names(ref: str) -> frozenset[str] | None:
+def list_replaced(ref: str) -> frozenset[str] | None:
     """Return the names that an output to `ref` would replace, "" for a file; None for none."""
     asked, info = _target(ref)
     found = [entry.rfilename for entry in info.siblings or ()]
@@ -697,24 +404,24 @@ def names(ref: str) -> frozenset[str] | None:
     return frozenset(filter(is_replaced, found)) - {README} or None
 
 
-def upload(files: Mapping[str, Path], ref: str) -> None:
+def commit_files(files: Mapping[str, Path], ref: str) -> None:
     """Commit files, by their names below `ref`, to a repository in one commit on what it is now.
 
     A single file has the name "", and its own name stands in `ref`. A folder takes the place of
-    what `names` says. Readers see all of it or nothing; raises as `written` does.
+    what `list_replaced` says. Readers see all of it or nothing; raises as `written` does.
     """
     asked, info = _target(ref)
     if (asked.member is None) == ("" in files):
         raise UsageError(
             f"output {ref}: a folder goes to hf://org/name, a single file to hf://org/name/file"
         )
-    hub = _client()
+    hub = client()
     operations: list[Any] = [
         hub.CommitOperationAdd(path_in_repo=name or asked.member, path_or_fileobj=path)
         for name, path in files.items()
     ]
     if asked.member is None:
-        old = sorted((names(ref) or set()) - set(files))
+        old = sorted((list_replaced(ref) or set()) - set(files))
         operations += [hub.CommitOperationDelete(path_in_repo=name) for name in old]
     commit = partial(
         hub.HfApi().create_commit, asked.repo, operations,

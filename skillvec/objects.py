@@ -15,18 +15,28 @@ import inspect
 import os
 import re
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from skillvec import hub
 from skillvec.errors import FormatError, OutputError, SkillvecError, UsageError, printable
-from skillvec.hub import HEAD_NBYTES, Told
+from skillvec.remote_files import (
+    AT_ONCE,
+    ReadByRange,
+    Result,
+    Told,
+    check_listed,
+    describes,
+    is_replaced,
+    retry,
+    seconds_after,
+    side_by_side,
+)
 from skillvec.storage import REQUESTS, MiB, Place, register_remote
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.+", re.DOTALL)
@@ -53,7 +63,6 @@ SENTENCES = {  # what errors of the stores' packages mean, by class; another try
     "DefaultCredentialsError": DENIED,
     "ParamValidationError": "not a name that a bucket or an object can have",
 }
-Result = TypeVar("Result")
 
 
 # ------------------------------------------------------------------------------------ references
@@ -95,33 +104,32 @@ def _store(url: str) -> Any:
 
 
 def _patiently(what: str, url: str, call: Callable[[Any], Result]) -> Result:
-    """Return what `call` does with the store, tried again where that can help.
+    """Return what `call` does with the store, tried again where that can help."""
+    return retry(partial(call, _store(url)), partial(_seconds_to_wait, what))
+
+
+def _seconds_to_wait(what: str, error: Exception, failures: int) -> float:
+    """Judge an error of a store (remote_files.Patience); every store has its own kinds.
 
     The text of the packages' errors is not repeated: it may quote signed addresses.
     """
-    store = _store(url)
-    for failures in range(1, TRIES + 1):
-        try:
-            return call(store)
-        except (SkillvecError, TypeError, AttributeError, KeyError):
-            raise
-        except Exception as error:  # every store has its own kinds
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            said = next((SENTENCES[kind] for kind in kinds if kind in SENTENCES), None)
-            # gcsfs has no type of its own for these
-            if str(getattr(error, "code", "")) in ("401", "403") or "Forbidden" in str(error)[:9]:
-                said = DENIED
-            if said is not None:
-                raise UsageError(f"{what}: {said}") from None
-            if "FileExpired" in kinds:
-                raise _changed(what) from None
-            kind = kinds[0]
-        if failures < TRIES:
-            time.sleep(2 ** (failures - 1))
-    raise SkillvecError(
-        f"{what}: the store cannot be reached or keeps failing ({kind} after {TRIES} tries): check"
-        " the network and the endpoint, then run the same command again"
-    )
+    if isinstance(error, SkillvecError | TypeError | AttributeError | KeyError):
+        raise error
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    said = next((SENTENCES[kind] for kind in kinds if kind in SENTENCES), None)
+    # gcsfs has no type of its own for these
+    if str(getattr(error, "code", "")) in ("401", "403") or "Forbidden" in str(error)[:9]:
+        said = DENIED
+    if said is not None:
+        raise UsageError(f"{what}: {said}") from None
+    if "FileExpired" in kinds:
+        raise _changed(what) from None
+    if failures >= TRIES:
+        raise SkillvecError(
+            f"{what}: the store cannot be reached or keeps failing ({kinds[0]} after {TRIES}"
+            " tries): check the network and the endpoint, then run the same command again"
+        ) from None
+    return seconds_after(failures)
 
 
 def _changed(what: str) -> FormatError:
@@ -132,7 +140,7 @@ def _changed(what: str) -> FormatError:
 
 
 @dataclass(eq=False)
-class ObjectFile:
+class ObjectFile(ReadByRange):
     """An object (storage.RemoteFile); safe to use from several threads, and to pickle.
 
     `version` is key and value of what the listing says of its state.
@@ -144,25 +152,17 @@ class ObjectFile:
     local: str | None = None
     ranged = True
 
-    def read_range(self, offset: int, nbytes: int) -> bytes:
-        """Return some bytes by range requests; the first MiB is asked for once.
+    @property
+    def address(self) -> str:
+        return self.url
 
-        Raises SkillvecError where the object has changed or the store keeps failing.
-        """
-        end, head = offset + nbytes, b""
-        if not 0 <= offset <= end <= self.nbytes:
-            raise FormatError(f"{self.url}: bytes {offset} to {end} of {self.nbytes}")
-        if offset < HEAD_NBYTES:
-            head = _head_of(self)[offset:end]
-        return head + self._read(offset + len(head), end)
-
-    def _read(self, begin: int, end: int) -> bytes:
+    def request(self, begin: int, end: int) -> bytes:
         key, value = self.version
 
         def read(store: Any) -> bytes:
             # of S3 only files ask for one version (If-Match), cat_file does not
             if "s3" in store.protocol and key == "ETag":
-                found: bytes = _pinned(self, os.getpid())._fetch_range(begin, end)
+                found: bytes = _open_version(self, os.getpid())._fetch_range(begin, end)
             else:
                 pin = {"generation": value} if key == "generation" else {}
                 found = store.cat_file(self.url, begin, end, **pin)
@@ -170,7 +170,7 @@ class ObjectFile:
                 raise ConnectionError("an answer that ends too early")
             return found
 
-        return _patiently(self.url, self.url, read) if begin < end else b""
+        return _patiently(self.url, self.url, read)
 
     def identity(self) -> tuple[int, str]:
         """Return size and version as they were when the place was opened."""
@@ -184,13 +184,8 @@ class ObjectFile:
         return self.identity()
 
 
-@lru_cache(maxsize=16)  # not of all shards of a large model at a time
-def _head_of(file: ObjectFile) -> bytes:
-    return file._read(0, min(HEAD_NBYTES, file.nbytes))
-
-
 @lru_cache(maxsize=1024)
-def _pinned(file: ObjectFile, process: int) -> Any:
+def _open_version(file: ObjectFile, process: int) -> Any:
     """Return s3fs's file, which asks by If-Match for the version that it finds when it is made."""
     pinned = _store(file.url).open(file.url, "rb", cache_type="none")
     if (pinned.details["size"], _version(pinned.details)[1]) != file.identity():
@@ -204,7 +199,7 @@ def _version(entry: Mapping[str, Any]) -> tuple[str, str]:
     return key, str(value.timestamp() if isinstance(value, datetime) else value)
 
 
-def _listed(what: str, url: str) -> dict[str, ObjectFile]:
+def _list_objects(what: str, url: str) -> dict[str, ObjectFile]:
     """Return the objects at and below a URL by their names below it, "" for the one at it.
 
     Raises FormatError for names that are no relative paths, UsageError and SkillvecError.
@@ -217,14 +212,12 @@ def _listed(what: str, url: str) -> dict[str, ObjectFile]:
     root = _store(url)._strip_protocol(url).rstrip("/")
     files = {}
     for path, entry in _patiently(what, url, look).items():
-        name = path.removeprefix(root).removeprefix("/")
+        inside = path == root or path.startswith(f"{root}/")
+        name = path[len(root) + 1 :] if inside else f"/{path}"
         if path.endswith("/") or entry["type"] == "directory":
             continue  # an empty object that stands for a folder
-        if path not in (root, f"{root}/{name}") or (name and not hub.is_plain(name)):
-            raise FormatError(f"{what}: an object named {path[:200]!r}: no relative path")
         nbytes = entry["size"]
-        if type(nbytes) is not int or nbytes < 0:
-            raise FormatError(f"{what}: {name}: the store says no size that can be: {nbytes!r}")
+        check_listed(what, "an object", "the store", name or "it", nbytes)
         at = f"{url.rstrip('/')}/{name}" if name else url
         files[name] = ObjectFile(at, nbytes, _version(entry))
     return files
@@ -239,7 +232,7 @@ def locate(ref: str, role: str) -> Place:
     FormatError for a listing that cannot be, SkillvecError where the store cannot be reached.
     """
     what = f"{role} {printable(ref)}"
-    listed = _listed(what, ref)
+    listed = _list_objects(what, ref)
     if not listed:
         raise UsageError(f"{what}: no such bucket or object, and none below it")
     if UNFINISHED in listed:
@@ -248,7 +241,7 @@ def locate(ref: str, role: str) -> Place:
     if "" in listed:
         member = PurePosixPath(ref).name
         listed = {member: listed[""]}
-    small = {n: f for n, f in listed.items() if member is None and hub.describes(n, f.nbytes)}
+    small = {n: f for n, f in listed.items() if member is None and describes(n, f.nbytes)}
     states = [(name, *file.identity()) for name, file in sorted(small.items())]
     folder = cache_folder("objects", ref, *states)
     if member is None:
@@ -301,8 +294,8 @@ def names(url: str) -> frozenset[str] | None:
     left that broke off counts as nothing.
     """
     if url.startswith(hub.SCHEME):
-        return hub.names(url)
-    found = _listed(f"output {url}", url)
+        return hub.list_replaced(url)
+    found = _list_objects(f"output {url}", url)
     if UNFINISHED in found:
         return None
     return frozenset(name.partition("/")[0] for name in found) or None
@@ -312,7 +305,7 @@ def upload(source: Path, url: str, told: Told = lambda nbytes: None) -> None:
     """Put a file to a URL, or all files of a folder below it; what lay there before goes.
 
     Of an old folder these objects go: first, before anything is sent, those of `MANIFESTS`; at the
-    end weights and describing files right below the URL (hub.is_replaced). Hidden ones and what
+    end weights and describing files right below the URL (`is_replaced`). Hidden ones and what
     lies deeper stay. Large files are sent in parts, which the store puts together at the end;
     every size is checked. The file of `MANIFESTS` that the new folder is read by comes last; until
     all is done an object `UNFINISHED` lies beside. `told` gets the bytes sent so far. To hf://
@@ -324,9 +317,9 @@ def upload(source: Path, url: str, told: Told = lambda nbytes: None) -> None:
         found = sorted(path for path in source.rglob("*") if path.is_file())
         files = {path.relative_to(source).as_posix(): path for path in found}
     if url.startswith(hub.SCHEME):
-        return hub.upload(files, url)
+        return hub.commit_files(files, url)
     url = url.rstrip("/")
-    old = _listed(f"output {url}", url)
+    old = _list_objects(f"output {url}", url)
     mark, last = "", ""
     if "" not in files:
         mark = f"{url}/{UNFINISHED}"
@@ -337,14 +330,14 @@ def upload(source: Path, url: str, told: Told = lambda nbytes: None) -> None:
             _delete(file.url)
     first = [name for name in files if name != last]
     done = sum(files[name].stat().st_size for name in first)
-    each = IN_FLIGHT_NBYTES // max(1, min(len(first), hub.AT_ONCE))
-    hub.side_by_side([partial(_put, files[n], f"{url}/{n}", each) for n in first], told)
+    each = IN_FLIGHT_NBYTES // max(1, min(len(first), AT_ONCE))
+    side_by_side([partial(_put, files[n], f"{url}/{n}", each) for n in first], told)
     if last in files:
         send = partial(_put, files[last], f"{url}/{last}" if last else url, IN_FLIGHT_NBYTES)
-        hub.side_by_side([send], lambda nbytes: told(done + nbytes))
+        side_by_side([send], lambda nbytes: told(done + nbytes))
     for name, file in old.items():
         stale = name == UNFINISHED and not mark  # of a folder whose upload broke off
-        if stale or (name not in {*files, *MANIFESTS, ""} and hub.is_replaced(name)):
+        if stale or (name not in {*files, *MANIFESTS, ""} and is_replaced(name)):
             _delete(file.url)
     if mark:
         _delete(mark)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from skillvec import hub
+from skillvec import hub, hub_client
 from skillvec.cards import BEGIN, LICENSE, hub_model, merged_card, renewed, vector_card
 from skillvec.checkpoint import VECTOR_INDEX, Checkpoint, open_tensors
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError, printable, up_to_five
-from skillvec.hub import README
+from skillvec.hub_client import README
 from skillvec.outputs import PathLike, free_nbytes, output_model, output_vector
 from skillvec.provenance import read_merged
 from skillvec.report import Report, Watcher
@@ -113,9 +113,9 @@ def push(
     if dry_run:
         return report
     if state is None:
-        hub.written(what, lambda: api.create_repo(repo, private=private, exist_ok=True))
+        hub_client.written(what, lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision and not (state and state["revision"]):
-        hub.written(what, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+        hub_client.written(what, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     operations: list[Any] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=address)
         for name, address in made.files.items()
@@ -124,7 +124,7 @@ def push(
     operations.append(CommitOperationAdd(path_in_repo=README, path_or_fileobj=card.encode()))
     operations += [CommitOperationDelete(path_in_repo=name) for name in other]
     with _bars(shown=watcher is not None and sys.stderr.isatty()):
-        done = hub.written(
+        done = hub_client.written(
             what,
             lambda: api.create_commit(
                 repo,
@@ -256,16 +256,17 @@ def _state(api: Any, repo: str, revision: str | None) -> dict[str, Any] | None:
 
     def look(at: str | None) -> Any:
         try:
-            return api.model_info(repo, revision=at, timeout=hub.TIMEOUT)
+            return api.model_info(repo, revision=at, timeout=hub_client.TIMEOUT)
         except RevisionNotFoundError:
             return None
         except RepositoryNotFoundError:
             return repo
 
-    info = hub.written(f"repo {repo}", lambda: look(revision), lost=2)  # is there a network at all
+    # is there a network at all?
+    info = hub_client.written(f"repo {repo}", lambda: look(revision), lost=2)
     found = info is not None
     if not found:
-        info = hub.written(f"repo {repo}", lambda: look(None))
+        info = hub_client.written(f"repo {repo}", lambda: look(None))
     if info == repo or info is None:
         return None
     files = [entry.rfilename for entry in info.siblings or ()]
@@ -289,7 +290,7 @@ def _bars(shown: bool) -> Iterator[None]:
 def _remote_card(api: Any, repo: str, state: dict[str, Any] | None) -> str | None:
     if state is None or README not in state["files"]:
         return None
-    path = hub.patiently(
+    path = hub_client.patiently(
         f"{README} of {repo}",
         lambda: api.hf_hub_download(repo, README, revision=state["commit"]),
     )
@@ -342,7 +343,7 @@ def _license(api: Any, base: Mapping[str, Any], report: Report) -> dict[str, str
     if model is None:
         return {}
     try:
-        info = hub.patiently(
+        info = hub_client.patiently(
             f"the card of {model}", lambda: api.model_info(model.repo, revision=model.revision)
         )
     except SkillvecError as error:

@@ -26,7 +26,7 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
 import skillvec as sv
-from skillvec import hub
+from skillvec import hub, hub_client, remote_files
 from skillvec.errors import SkillvecError, UsageError
 
 Reply = tuple[int, bytes, dict[str, str]]
@@ -101,7 +101,7 @@ def point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         slept: list[float] = []
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        for module in (hub, _http, file_download):
+        for module in (remote_files, _http, file_download):
             clock = types.SimpleNamespace(**vars(module.time))
             clock.sleep = slept.append
             monkeypatch.setattr(module, "time", clock)
@@ -268,7 +268,7 @@ def test_a_server_that_is_busy_is_asked_again(serve, point) -> None:
     """Also where a gateway says so by a page."""
     server = serve(lambda path: (502, PAGE, HTML))
     slept = point(server.url)
-    assert f"answered 502 after {hub.TRIES} tries: try again later" in refusal()
+    assert f"answered 502 after {hub_client.TRIES} tries: try again later" in refusal()
     assert slept == [1, 2, 4, 8]
 
 
@@ -344,7 +344,7 @@ def test_a_network_that_is_away_is_still_said_so(point) -> None:
     said = refusal()
     assert "http://127.0.0.1:9 (HF_ENDPOINT) cannot be reached" in said and "network" in said
     assert slept == [1]
-    point(hub.DEFAULT_ENDPOINT, HTTPS_PROXY="http://127.0.0.1:9")
+    point(hub_client.DEFAULT_ENDPOINT, HTTPS_PROXY="http://127.0.0.1:9")
     assert ": the Hub cannot be reached" in refusal()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hubserver import HubServer
 
-from skillvec import hub, storage
+from skillvec import hub, hub_client, remote_files, storage
 from skillvec.errors import FormatError, OutputError, SkillvecError, UsageError
 
 MiB = 1 << 20
@@ -71,7 +71,7 @@ def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with HubServer() as server:
         slept = server.adopt(monkeypatch, tmp_path / "home")
         clock = types.SimpleNamespace(sleep=slept.append)
-        monkeypatch.setattr(hub, "time", clock)
+        monkeypatch.setattr(remote_files, "time", clock)
         yield Hub(server, slept, tmp_path / "home")
 
 
@@ -302,7 +302,7 @@ def test_tries_are_bounded(whole: bool, loopback: Hub, tmp_path: Path):
     loopback.server.cut_after("model.safetensors", 1000, times=float("inf"), reset=True)
     with pytest.raises(SkillvecError, match="kept breaking"):
         file.fetch(None if whole else tmp_path)
-    assert len(loopback.sent()) == hub.TRIES
+    assert len(loopback.sent()) == hub_client.TRIES
     assert not [path for path in tmp_path.glob("*") if path != loopback.home]
     assert file.local is None
 
@@ -502,11 +502,11 @@ def test_too_many_requests_end_in_an_error(loopback: Hub, tmp_path: Path):
     loopback.server.fail("/cdn/", 429, times=float("inf"))
     with pytest.raises(SkillvecError, match="answered 429 after 5 tries"):
         file.fetch(tmp_path)
-    assert len(loopback.sent()) == hub.TRIES
+    assert len(loopback.sent()) == hub_client.TRIES
     assert loopback.slept == [1, 2, 4, 8]
     with pytest.raises(SkillvecError, match="answered 429"):
         file.fetch()
-    assert len(loopback.sent()) < 3 * hub.TRIES
+    assert len(loopback.sent()) < 3 * hub_client.TRIES
     loopback.server.heal()
     loopback.slept.clear()
     loopback.server.fail("/cdn/", 429, headers={"Retry-After": "86400"})

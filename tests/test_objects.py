@@ -23,7 +23,7 @@ from hubserver import HubServer
 from objectserver import ObjectServer
 
 import skillvec
-from skillvec import checkpoint, hub, objects, storage, vectorfile
+from skillvec import checkpoint, objects, remote_files, storage, vectorfile
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 
 MiB = 1 << 20
@@ -66,7 +66,7 @@ def s3(
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(objects, "time", types.SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(remote_files, "time", types.SimpleNamespace(sleep=waits.append))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own waits are real
     waits.clear()
     server.faults.clear()
@@ -654,7 +654,7 @@ def test_any_store_of_fsspec_is_written(tmp_path: Path):
 def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer() as running:
         slept = running.adopt(monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(hub, "time", types.SimpleNamespace(sleep=slept.append))
+        monkeypatch.setattr(remote_files, "time", types.SimpleNamespace(sleep=slept.append))
         yield running
 
 

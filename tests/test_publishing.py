@@ -12,7 +12,7 @@ from hubserver import HubServer
 from huggingface_hub import HfApi, ModelCard
 
 import skillvec
-from skillvec import hub
+from skillvec import remote_files
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.publishing import pull, push
 
@@ -28,9 +28,9 @@ def server() -> Iterator[HubServer]:
 @pytest.fixture
 def slept(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
     slept = server.adopt(monkeypatch, tmp_path / "home")
-    clock = types.SimpleNamespace(**vars(hub.time))
+    clock = types.SimpleNamespace(**vars(remote_files.time))
     clock.sleep = slept.append
-    monkeypatch.setattr(hub, "time", clock)
+    monkeypatch.setattr(remote_files, "time", clock)
     return slept
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from skillvec import engine, hub, storage, streaming
 from skillvec.block import BLOCK_NUMEL, block_count
+from skillvec import engine, hub, remote_files, storage, streaming
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, OutputError, SkillvecError
 from skillvec.job import JobResult, Plan
@@ -165,7 +166,7 @@ class Loopback:
 def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
     with HubServer() as server:
         server.adopt(monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(hub, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setattr(remote_files, "time", types.SimpleNamespace(sleep=lambda seconds: None))
         made = Loopback(server, tmp_path)
         (tmp_path / "out").mkdir()
         yield made
