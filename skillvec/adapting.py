@@ -18,7 +18,7 @@ from math import prod
 from typing import Any
 
 from skillvec import hub
-from skillvec.adapters import MERGE, Adapter, Effect
+from skillvec.adapters import Adapter
 from skillvec.bridging import Layout, layouts_of, tied_names
 from skillvec.checkpoint import Checkpoint, open_checkpoint
 from skillvec.conversions import all_of
@@ -27,6 +27,9 @@ from skillvec.errors import IncompatibleError, SkillvecError, UsageError, up_to_
 from skillvec.kernels import FLOATS
 from skillvec.layouts import moves, numbered, renamed
 from skillvec.lineage import tied_heads, under_name
+from skillvec.lora_fit import fit_adapter
+from skillvec.lora_settings import MERGE
+from skillvec.lora_ties import AdapterEffect
 from skillvec.lowrank import Delta
 from skillvec.manifest import Manifest, ModelFacts, Parent, TensorSide
 from skillvec.pairs import Sorted, announce_pair
@@ -36,7 +39,7 @@ from skillvec.storage import Place, digest_bytes
 from skillvec.vectorfile import zero_delta
 
 
-def effect_on(adapter: Adapter, base: Checkpoint, rename: Sequence[str] = ()) -> Effect:
+def effect_on(adapter: Adapter, base: Checkpoint, rename: Sequence[str] = ()) -> AdapterEffect:
     """Return what an adapter does to a model, as PEFT does it, under the names of the model.
 
     `rename` rules (REGEX=REPLACEMENT) go first, over the adapter's names of weights. Raises
@@ -57,13 +60,13 @@ def effect_on(adapter: Adapter, base: Checkpoint, rename: Sequence[str] = ()) ->
     return effect
 
 
-def _met(adapter: Adapter, base: Checkpoint) -> Effect:
+def _met(adapter: Adapter, base: Checkpoint) -> AdapterEffect:
     """Return the effect by the layout in which they meet: that of the files, if they do there."""
     refusal, kind = None, base.config.get("model_type")
     try:
         tied = tied_heads(base, adapter.shapes, adapter.copies, partial(tied_names, base))
         if not adapter.misfits({**base, **{head: base[of] for head, of in tied.items()}}):
-            return adapter.fitted(base, tied, kind, guess=not base.config)
+            return fit_adapter(adapter, base, tied, kind, guess=not base.config)
     except IncompatibleError as error:  # what nothing tells of files, a model in memory may
         refusal = error
     layouts = []
@@ -83,7 +86,7 @@ def _met(adapter: Adapter, base: Checkpoint) -> Effect:
             return _through(layout, moved, base)
     adapter = _moved(adapter, {name: s.shape for name, s in base.items()}, base.ref) or adapter
     tied = tied_heads(base, adapter.shapes, adapter.copies, partial(tied_names, base))
-    return adapter.fitted(base, tied, kind)
+    return fit_adapter(adapter, base, tied, kind)
 
 
 def _moved(adapter: Adapter, there: Mapping[str, Index], where: str) -> Adapter | None:
@@ -103,7 +106,7 @@ def _moved(adapter: Adapter, there: Mapping[str, Index], where: str) -> Adapter 
     return adapter.renamed(ways[0]) if ways else None
 
 
-def _through(layout: Layout, adapter: Adapter, base: Checkpoint) -> Effect:
+def _through(layout: Layout, adapter: Adapter, base: Checkpoint) -> AdapterEffect:
     """Fit an adapter in a layout of the base; return what it does, seen in that of the base."""
     model = layout.model
     tied = tied_heads(model, adapter.shapes, adapter.copies, lambda: layout.tied)
@@ -115,9 +118,9 @@ def _through(layout: Layout, adapter: Adapter, base: Checkpoint) -> Effect:
             + "\n".join([up_to_five(missing), *layout.hints[:5]])
         )
     turned = layout.kind.turned if not layout.is_saved else None
-    effect = adapter.fitted(model, tied, model.config.get("model_type"), turned)
+    effect = fit_adapter(adapter, model, tied, model.config.get("model_type"), turned)
     deltas: dict[str, Any] = {}  # also what views put together
-    made = Effect(deltas, {}, effect.notes, {}, effect.warnings, layout.label)
+    made = AdapterEffect(deltas, {}, effect.notes, {}, effect.warnings, layout.label)
     used: Counter[str] = Counter()
     problems = []
     for name, view in layout.back.items():
@@ -202,7 +205,7 @@ def _whole(
 def meet_base(
     adapter: Adapter, place: Place, base: Checkpoint | None, rename: Sequence[str],
     spare: Sequence[str],
-) -> tuple[Checkpoint | None, Effect | None, Sequence[str]]:  # fmt: skip
+) -> tuple[Checkpoint | None, AdapterEffect | None, Sequence[str]]:  # fmt: skip
     """Return the base of an adapter, what it does to it, and the rules under which it fits.
 
     The base is the one given, or the one that the adapter names; none if only the target that it
@@ -266,7 +269,7 @@ def _base_of(adapter: Adapter, place: Place) -> str:
 
 
 def make_deltas(
-    effect: Effect, base: Checkpoint, place: Place
+    effect: AdapterEffect, base: Checkpoint, place: Place
 ) -> tuple[dict[str, DeltaSource], dict[str, str]]:
     """Return what an adapter does to every floating-point tensor of its base, and notes on it."""
     found = {name: ComputedDelta(d, place.ref) for name, d in effect.deltas.items()}
@@ -290,7 +293,7 @@ def make_deltas(
 
 def announce_adapter(
     place: Place, said: list[Any], base: ModelFacts, integers: dict[str, TensorSide],
-    effect: Effect | None, rename: Sequence[str],
+    effect: AdapterEffect | None, rename: Sequence[str],
 ) -> Manifest:  # fmt: skip
     """Return what the manifest of an adapter's vector says before its data is read.
 

@@ -24,8 +24,8 @@ ROWS = {  # projections that Tinker trains apart and transformers has as rows of
 NAME = re.compile(rf"(.+\.experts)(?:\.(\d+))?\.({'|'.join((*ROLES, *ROLES.values()))})")
 
 
-class Place(NamedTuple):
-    """Where factors of experts belong: the module of the experts, which of them (None: all)."""
+class ExpertModule(NamedTuple):
+    """A module of experts: of those below `experts` which one (None: all), and which projection."""
 
     experts: str
     number: int | None
@@ -36,12 +36,12 @@ class Place(NamedTuple):
         return ROLES.get(self.leaf, self.leaf)
 
 
-def place_of(module: str) -> Place | None:
-    """Return the place of a module of experts, None for any other module."""
+def parse_expert(module: str) -> ExpertModule | None:
+    """Return what the name of a module of experts says, None for any other module."""
     found = NAME.fullmatch(module)
     if not found or len(found[2] or "") > 6:
         return None
-    return Place(found[1], None if found[2] is None else int(found[2]), found[3])
+    return ExpertModule(found[1], None if found[2] is None else int(found[2]), found[3])
 
 
 def fused_of(module: str, base: Mapping[str, Source]) -> str | None:
@@ -91,7 +91,7 @@ def are_turned(experts: str, base: Mapping[str, Source]) -> bool | None:
 
 def on_experts(
     experts: str,
-    given: Mapping[Place, LowRank],
+    given: Mapping[ExpertModule, LowRank],
     base: Mapping[str, Source],
     model_type: str | None,
 ) -> dict[str, Delta]:
@@ -121,7 +121,7 @@ def on_experts(
     return deltas
 
 
-def _leaf_of(place: Place, base: Mapping[str, Source]) -> str:
+def _leaf_of(place: ExpertModule, base: Mapping[str, Source]) -> str:
     """Return what a base calls a projection of experts that it holds one by one.
 
     Experts without a gate have w1 for up (Nemotron).
@@ -136,12 +136,14 @@ def _leaf_of(place: Place, base: Mapping[str, Source]) -> str:
 
 def _on_fused(
     experts: str,
-    given: Mapping[Place, LowRank],
+    given: Mapping[ExpertModule, LowRank],
     base: Mapping[str, Source],
     model_type: str | None,
 ) -> dict[str, Delta]:
     known = are_turned(experts, base)
-    pieces: dict[str, dict[int, list[tuple[Place, LowRank]]]] = {}  # by parameter and half of it
+    pieces: dict[
+        str, dict[int, list[tuple[ExpertModule, LowRank]]]
+    ] = {}  # by parameter and half of it
     for place, factors in given.items():
         role = place.role
         if place.leaf == "w1" and not any(
@@ -169,7 +171,9 @@ def _on_fused(
     return deltas
 
 
-def _lies(shape: tuple[int, ...], place: Place, factors: LowRank, count: int) -> frozenset[bool]:
+def _lies(
+    shape: tuple[int, ...], place: ExpertModule, factors: LowRank, count: int
+) -> frozenset[bool]:
     """Return in which ways, turned or not, factors fit a half or all of a fused parameter."""
     out, inner = factors.shape[-2:]
     experts, low, high = shape
@@ -181,7 +185,7 @@ def _lies(shape: tuple[int, ...], place: Place, factors: LowRank, count: int) ->
 def _fused(
     name: str,
     shape: tuple[int, ...],
-    halves: Mapping[int, list[tuple[Place, LowRank]]],
+    halves: Mapping[int, list[tuple[ExpertModule, LowRank]]],
     turned: bool,
     model_type: str | None,
 ) -> Delta:

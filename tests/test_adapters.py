@@ -19,9 +19,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import skillvec as sv
-from skillvec import adapters
-from skillvec.adapters import Adapter, Effect, open_adapter
+from skillvec import lora_fit, lora_settings
+from skillvec.adapters import Adapter, open_adapter
 from skillvec.errors import FormatError, IncompatibleError, NonfiniteError
+from skillvec.lora_fit import fit_adapter
+from skillvec.lora_ties import AdapterEffect
 from skillvec.lowrank import (
     TILE,
     Dora,
@@ -107,7 +109,7 @@ def values(source: Source) -> np.ndarray:
     return values_of(source, 0, source.numel).reshape(source.shape)
 
 
-def check(effect: Effect, before: Weights, after: Weights) -> None:
+def check(effect: AdapterEffect, before: Weights, after: Weights) -> None:
     """Compare base + effect with PEFT's merged weights, which it adds up in fp32."""
     for name, weight in after.items():
         expected, found = weight.numpy(), before[name].numpy()
@@ -199,7 +201,7 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any], int, int]] = {
 def test_effects_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     model, lora, deltas, wholes = KINDS[kind]
     folder, before, after = trained(tmp_path / "lora", model, **lora)
-    effect = opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
+    effect = fit_adapter(opened(folder), stored(before, tmp_path / "base.safetensors"))
     check(effect, before, after)
     assert (len(effect.deltas), len(effect.whole)) == (deltas, wholes)
     assert len(effect.notes) == {
@@ -221,12 +223,14 @@ def test_patterns_that_were_sorted_are_doubted(tmp_path: Path) -> None:
     scalings = [
         model.base_model.model.get_submodule(name).scaling["default"] for model in (tuned, again)
     ]
-    effect = opened(tmp_path / "ad").fitted(base)
+    effect = fit_adapter(opened(tmp_path / "ad"), base)
     delta = effect.deltas[f"{name}.weight"]
     assert isinstance(delta, LowRank) and scalings == [3.0, 12.0] and delta.scaling == 12.0
     (said,) = effect.warnings
     assert f"match {name}: PEFT takes the first" in said
-    other = opened(tmp_path / "ad", alpha_pattern={"q_proj": 6, r"layers\.0.*": 6}).fitted(base)
+    other = fit_adapter(
+        opened(tmp_path / "ad", alpha_pattern={"q_proj": 6, r"layers\.0.*": 6}), base
+    )
     assert not other.warnings
 
 
@@ -236,7 +240,7 @@ def test_experts_that_lie_turned(tmp_path: Path) -> None:
     folder, before, after = trained(tmp_path / "lora", gpt_oss, **lora)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert before[name].shape == (3, 16, 48)
-    effect = opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
+    effect = fit_adapter(opened(folder), stored(before, tmp_path / "base.safetensors"))
     check(effect, before, after)
     assert effect.deltas[name].shape == (3, 16, 48)
 
@@ -253,7 +257,7 @@ def test_deltas_of_peft_itself_and_names_with_the_adapter(tmp_path: Path) -> Non
     }  # fmt: skip
     save_file(dump, folder / "adapter_model.safetensors")
     base = stored(before, tmp_path / "base.safetensors")
-    effect = opened(folder).fitted(base)
+    effect = fit_adapter(opened(folder), base)
     save_file(content, folder / "adapter_model.safetensors")
     torch.manual_seed(0)
     model = PeftModel.from_pretrained(llama(), folder).base_model.model.model
@@ -345,7 +349,7 @@ def test_raw_adapters_of_tinker_fit_experts_however_they_lie(
     others = {"lm_head.weight": (6, IN), "model.layers.0.self_attn.q_proj.weight": (IN, IN)}
     weights = {name: torch.zeros(shape) for name, shape in (shapes | others).items()}
     adapter = opened(folder)
-    deltas = adapter.fitted(stored(weights, tmp_path / "base"), {}, model_type).deltas
+    deltas = fit_adapter(adapter, stored(weights, tmp_path / "base"), {}, model_type).deltas
     w1, w2, w3 = (expert_deltas(folder, leaf) for leaf in ("w1", "w2", "w3"))
     expected = as_laid(layout, w1, w3, w2)
     assert set(deltas) == set(expected) | set(others)
@@ -383,7 +387,7 @@ def test_experts_without_gates_have_w1_for_up(tmp_path: Path) -> None:
     ):  # fmt: skip
         weights = {name: torch.zeros(shape) for name, shape in (shapes | others).items()}
         adapter = opened(folder)
-        effect = adapter.fitted(stored(weights, tmp_path / "base"))
+        effect = fit_adapter(adapter, stored(weights, tmp_path / "base"))
         assert effect.notes == [f"{PREFIX}.w3: empty factors, left out"]
         assert set(effect.deltas) == set(weights)
         up = [delta for name, delta in effect.deltas.items() if "up_proj" in name]
@@ -411,7 +415,7 @@ def test_experts_that_do_not_fit_are_named(
     weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
     adapter = opened(raw(tmp_path / "raw", False))
     with pytest.raises(IncompatibleError, match=said):
-        adapter.fitted(stored(weights, tmp_path / "base"))
+        fit_adapter(adapter, stored(weights, tmp_path / "base"))
 
 
 @pytest.mark.parametrize("only", [None, "up_proj", "down_proj"])
@@ -439,7 +443,7 @@ def test_adapters_of_experts_one_by_one_are_what_peft_makes_of_them(
     save_file(content, tmp_path / "adapter_model.safetensors")
     lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj", *leaves]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(lora))
-    effect = opened(tmp_path).fitted(stored(before, tmp_path / "base"))
+    effect = fit_adapter(opened(tmp_path), stored(before, tmp_path / "base"))
     if only == "up_proj":
         with pytest.raises(ValueError, match="Cannot convert"):
             PeftModel.from_pretrained(model, tmp_path)
@@ -452,7 +456,7 @@ def test_adapters_of_experts_one_by_one_are_what_peft_makes_of_them(
         np.testing.assert_allclose(before[key].numpy() + delta, weight, rtol=1e-6, atol=2e-6)
     assert len(effect.deltas) == (3 if only is None else 2)
     # as it was trained: PEFT's conversion makes gate and up sqrt(2) too large with rsLoRA
-    scaled = opened(tmp_path, use_rslora=True).fitted(stored(before, tmp_path / "base"))
+    scaled = fit_adapter(opened(tmp_path, use_rslora=True), stored(before, tmp_path / "base"))
     for key, delta in effect.deltas.items():
         np.testing.assert_allclose(
             values(scaled.deltas[key]), values(delta) * np.sqrt(2), rtol=1e-6, atol=1e-6
@@ -486,14 +490,14 @@ def test_projections_that_are_rows_of_one(
     base = stored({f"l.{fused}.weight": torch.zeros(rows, 8)}, tmp_path / "base")
     if said:
         with pytest.raises(IncompatibleError, match=said):
-            opened(tmp_path).fitted(base)
+            fit_adapter(opened(tmp_path), base)
         return
-    effect = opened(tmp_path).fitted(base)
+    effect = fit_adapter(opened(tmp_path), base)
     found = values(effect.deltas[f"l.{fused}.weight"])
     expected = torch.cat([*at, torch.zeros(rows - sum(map(len, at)), 8)])
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(IncompatibleError, match="factors of rank 2, config 3"):
-        opened(tmp_path, r=3).fitted(base)
+        fit_adapter(opened(tmp_path, r=3), base)
 
 
 def test_which_way_square_experts_lie_is_asked_of_their_class(tmp_path: Path) -> None:
@@ -516,7 +520,7 @@ def test_which_way_square_experts_lie_is_asked_of_their_class(tmp_path: Path) ->
         for name, tensor in after.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-7, msg=name)
         with pytest.raises(IncompatibleError, match="2 ways to fit its factors"):
-            opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
+            fit_adapter(opened(folder), stored(before, tmp_path / "base.safetensors"))
 
 
 def mixtral_square() -> transformers.PreTrainedModel:
@@ -569,7 +573,7 @@ def low_rank(folder: Path, m: int, n: int, rank: int, dtype: torch.dtype) -> Low
               folder / "adapter_model.safetensors")  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
     base = stored({"x.weight": torch.zeros(m, n)}, folder / "base")
-    return opened(folder).fitted(base).deltas["x.weight"]
+    return fit_adapter(opened(folder), base).deltas["x.weight"]
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -605,7 +609,7 @@ def test_blocks_begin_and_end_within_experts(tmp_path: Path, monkeypatch) -> Non
     config = {"peft_type": "LORA", "r": 2, "target_parameters": ["x.p"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     base = stored({"x.p": torch.zeros(3, 7, 5)}, tmp_path / "base")
-    delta = opened(tmp_path).fitted(base).deltas["x.p"]
+    delta = fit_adapter(opened(tmp_path), base).deltas["x.p"]
     expected = torch.einsum("ore,eri->eoi", b.reshape(7, 2, 3), a.reshape(3, 2, 5)) * 4
     whole = values(delta)
     np.testing.assert_allclose(whole, expected.numpy(), rtol=1e-6, atol=1e-6)
@@ -657,7 +661,7 @@ def test_boxes_of_a_product_are_products(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 2, "target_parameters": ["x.p"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     base = stored({"x.p": torch.zeros(3, 6, 10)}, tmp_path / "base")
-    delta = opened(tmp_path).fitted(base).deltas["x.p"]
+    delta = fit_adapter(opened(tmp_path), base).deltas["x.p"]
     (tmp_path / "one").mkdir()
     one = low_rank(tmp_path / "one", 6, 10, 3, torch.bfloat16)
     for kind, (cut, product_of_its_own) in BOXES.items():
@@ -776,7 +780,9 @@ def test_dora_that_fp32_holds_exactly_is_that_of_peft_to_the_bit(tmp_path: Path)
     tuned.save_pretrained(tmp_path / "ad")
     expected = tuned.merge_and_unload()[0].weight.detach()
     assert torch.equal(expected, aim * torch.tensor([[2.0], [0.5], [0.25], [-1]]))
-    delta = opened(tmp_path / "ad").fitted(stored(before, tmp_path / "base")).deltas["0.weight"]
+    delta = fit_adapter(opened(tmp_path / "ad"), stored(before, tmp_path / "base")).deltas[
+        "0.weight"
+    ]
     assert torch.equal(before["0.weight"] + torch.from_numpy(values(delta)), expected)
 
 
@@ -794,7 +800,7 @@ def test_dora_on_a_base_of_16_bits_is_one_rounding_from_peft(kind: str, tmp_path
     base = model().bfloat16()
     base.load_state_dict(before)
     after = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
-    effect = opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
+    effect = fit_adapter(opened(folder), stored(before, tmp_path / "base.safetensors"))
     assert len(effect.deltas) == (3 if kind == "linear" else 2)
     for name, delta in effect.deltas.items():
         assert after[name].dtype == torch.bfloat16
@@ -975,7 +981,7 @@ def test_limits_of_a_config(
     limit: str, most: float, config: dict[str, Any], said: str, tmp_path: Path, monkeypatch
 ) -> None:
     made(tmp_path, FACTORS, **config)
-    monkeypatch.setattr(adapters, limit, most)
+    monkeypatch.setattr(lora_settings, limit, most)
     with pytest.raises(FormatError, match=said):
         made(tmp_path, FACTORS, **config)
 
@@ -988,25 +994,33 @@ def test_a_pattern_of_groups_in_each_other_too_deep_is_refused(tmp_path: Path) -
 
 
 def test_limits_are_above_what_adapters_have() -> None:
-    assert (adapters.MOST_RANK, adapters.MOST_ALPHA, adapters.MOST_NESTED) == (1 << 20, 1e30, 4)
-    assert (adapters.MOST_SIGNS, adapters.MOST_REPEATS, adapters.MOST_STEPS) == (400, 4, 10**10)
+    assert (lora_settings.MOST_RANK, lora_settings.MOST_ALPHA, lora_fit.MOST_NESTED) == (
+        1 << 20,
+        1e30,
+        4,
+    )
+    assert (lora_settings.MOST_SIGNS, lora_settings.MOST_REPEATS, lora_settings.MOST_STEPS) == (
+        400,
+        4,
+        10**10,
+    )
 
 
 def test_the_ways_to_try_a_pattern_are_bounded_from_above() -> None:
     """A bound that grows with the name, the repeats and the forks."""
-    assert adapters._steps("ab", 10) == 11
-    assert adapters._steps("a*b", 10) == 55 and adapters._steps("a*b+", 10) == 165
-    assert adapters._steps("a?b|c", 10) == 44
+    assert lora_settings._steps("ab", 10) == 11
+    assert lora_settings._steps("a*b", 10) == 55 and lora_settings._steps("a*b+", 10) == 165
+    assert lora_settings._steps("a?b|c", 10) == 44
 
 
 def test_more_wrappers_in_each_other_than_are_tried(tmp_path: Path, monkeypatch) -> None:
     model, lora, deltas, _ = KINDS["experts"]
     folder, before, _ = trained(tmp_path / "lora", model, **lora)
     base = stored(before, tmp_path / "base.safetensors")
-    assert len(opened(folder).fitted(base).deltas) == deltas
-    monkeypatch.setattr(adapters, "MOST_NESTED", 1)
+    assert len(fit_adapter(opened(folder), base).deltas) == deltas
+    monkeypatch.setattr(lora_fit, "MOST_NESTED", 1)
     with pytest.raises(IncompatibleError, match="experts: 0 ways to fit"):
-        opened(folder).fitted(base)
+        fit_adapter(opened(folder), base)
 
 
 @pytest.mark.parametrize(
@@ -1058,7 +1072,7 @@ def test_what_does_not_fit_the_base(
     weights = {name: torch.zeros(shape) for name, shape in base.items()}
     adapter = made(tmp_path, FACTORS, **config)
     with pytest.raises(IncompatibleError, match=said):
-        adapter.fitted(stored(weights, tmp_path / "base"))
+        fit_adapter(adapter, stored(weights, tmp_path / "base"))
 
 
 def test_an_alpha_of_0_is_one_that_nobody_wrote_down(tmp_path: Path) -> None:
@@ -1125,11 +1139,11 @@ def test_rows_that_do_not_fit_the_base(
     weights = {name: torch.zeros(shape) for name, shape in (base | {"x.weight": (8, 6)}).items()}
     adapter = made(tmp_path, FACTORS | rows, trainable_token_indices=numbers)
     if said is None:
-        whole = adapter.fitted(stored(weights, tmp_path / "base")).whole["y.weight"]
+        whole = fit_adapter(adapter, stored(weights, tmp_path / "base")).whole["y.weight"]
         assert values(whole).tolist() == [[0.0] * 5] * 3 + [[1.0] * 5]
         return
     with pytest.raises(IncompatibleError, match=said):
-        adapter.fitted(stored(weights, tmp_path / "base"))
+        fit_adapter(adapter, stored(weights, tmp_path / "base"))
 
 
 def test_rows_and_another_change_of_one_weight_are_refused(tmp_path: Path) -> None:
@@ -1139,7 +1153,7 @@ def test_rows_and_another_change_of_one_weight_are_refused(tmp_path: Path) -> No
     with pytest.raises(
         IncompatibleError, match=r"x\.weight: rows of it are trained, and all of it"
     ):
-        adapter.fitted(base)
+        fit_adapter(adapter, base)
 
 
 def test_a_list_of_rows_is_of_one_weight(tmp_path: Path) -> None:
@@ -1155,8 +1169,10 @@ def test_a_list_of_rows_is_of_one_weight(tmp_path: Path) -> None:
     adapter = made(tmp_path, FACTORS | rows, trainable_token_indices=[2])
     base = stored(weights, tmp_path / "base")
     with pytest.raises(IncompatibleError, match=r"z\.weight: of which trained rows belong to one"):
-        adapter.fitted(base)
-    effect = adapter.fitted(base, {"z.weight": "y.weight"})  # equal rows of what is one weight
+        fit_adapter(adapter, base)
+    effect = fit_adapter(
+        adapter, base, {"z.weight": "y.weight"}
+    )  # equal rows of what is one weight
     assert sorted(effect.whole) == ["y.weight", "z.weight"] and not effect.warnings
 
 
@@ -1164,7 +1180,7 @@ def test_a_bias_of_a_layer_without_one_is_refused_as_by_peft(tmp_path: Path) -> 
     adapter = made(tmp_path, FACTORS | {"lora_B.bias": (8,)}, lora_bias=True)
     base = stored({"x.weight": torch.zeros(8, 6)}, tmp_path / "base")
     with pytest.raises(IncompatibleError, match=r"PEFT cannot merge it either.*\n.*x\.bias"):
-        adapter.fitted(base)
+        fit_adapter(adapter, base)
 
 
 def test_what_only_shapes_can_tell_is_not_guessed(tmp_path: Path) -> None:
@@ -1176,16 +1192,19 @@ def test_what_only_shapes_can_tell_is_not_guessed(tmp_path: Path) -> None:
     base = stored(weights, tmp_path / "base")
     adapter = made(tmp_path, FACTORS | square)
     with pytest.raises(IncompatibleError, match=r"y\.weight: square, and nothing tells whether"):
-        adapter.fitted(base, guess=False)
-    assert set(adapter.fitted(base).deltas) == {"x.weight", "y.weight"}  # as x, which lies turned
+        fit_adapter(adapter, base, guess=False)
+    assert set(fit_adapter(adapter, base).deltas) == {
+        "x.weight",
+        "y.weight",
+    }  # as x, which lies turned
     mixed = stored(
         weights | {"z.weight": torch.zeros(3, 5), "z.bias": torch.zeros(3)}, tmp_path / "mixed"
     )
     with pytest.raises(IncompatibleError, match=r"y\.weight: square, and nothing tells whether"):
-        adapter.fitted(mixed)
+        fit_adapter(adapter, mixed)
     experts = stored({"y.p": torch.zeros(2, 6, 6)}, tmp_path / "experts")
     with pytest.raises(IncompatibleError, match="y: 2 ways to fit"):
-        made(tmp_path, square, r=1, target_parameters=["y.p"]).fitted(experts)
+        fit_adapter(made(tmp_path, square, r=1, target_parameters=["y.p"]), experts)
 
 
 def test_layers_below_a_module_of_which_a_parameter_is_wrapped(tmp_path: Path) -> None:
@@ -1197,7 +1216,7 @@ def test_layers_below_a_module_of_which_a_parameter_is_wrapped(tmp_path: Path) -
 
     lora = {"r": 2, "target_modules": ["x_proj"], "target_parameters": ["mixer.A_log"]}
     folder, before, after = trained(tmp_path / "lora", mamba, **lora)
-    effect = opened(folder).fitted(stored(before, tmp_path / "base.safetensors"))
+    effect = fit_adapter(opened(folder), stored(before, tmp_path / "base.safetensors"))
     layer = "backbone.layers.0.mixer"
     assert set(effect.deltas) == {f"{layer}.x_proj.weight", f"{layer}.A_log"}
     whole = f"{layer}.A_log"
@@ -1216,7 +1235,7 @@ def test_without_a_base_the_config_tells(tmp_path: Path) -> None:
         model, lora, _, _ = KINDS[kind]
         folder, before, _ = trained(tmp_path / kind, model, **lora)
         adapter = opened(folder)
-        expected = adapter.fitted(stored(before, tmp_path / f"{kind}.safetensors")).deltas
+        expected = fit_adapter(adapter, stored(before, tmp_path / f"{kind}.safetensors")).deltas
         assert adapter.deltas == expected
     for kind in ("embedding", "experts"):
         model, lora, _, _ = KINDS[kind]
@@ -1230,7 +1249,7 @@ def test_a_weight_saved_with_its_delta_must_be_the_base(tmp_path: Path) -> None:
     base = stored({"x.weight": torch.zeros(8, 6)}, tmp_path / "base")
     adapter = made(tmp_path, FACTORS | {"base_layer.weight": (8, 6)})
     with pytest.raises(IncompatibleError, match=r"x\.weight: a delta and a weight that is not"):
-        adapter.fitted(base)
+        fit_adapter(adapter, base)
 
 
 def test_what_an_adapter_says_of_itself(tmp_path: Path) -> None:
@@ -1241,6 +1260,6 @@ def test_what_an_adapter_says_of_itself(tmp_path: Path) -> None:
     assert list(adapter.whole) == ["head.weight"]
     base = {"x.weight": torch.zeros(8, 6), "head.weight": torch.zeros(3, 4)}
     assert made(tmp_path / "other", FACTORS, base_model_name_or_path="").base_ref is None
-    effect = adapter.fitted(stored(base, tmp_path / "base"))
+    effect = fit_adapter(adapter, stored(base, tmp_path / "base"))
     assert effect.deltas["x.weight"].path.endswith("adapter_model.safetensors")
     np.testing.assert_array_equal(values(effect.deltas["x.weight"]), np.full((8, 6), 4.0))

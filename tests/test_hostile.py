@@ -38,6 +38,7 @@ from skillvec.errors import (
     SkillvecError,
     UsageError,
 )
+from skillvec.lora_fit import fit_adapter
 from skillvec.parts import assemble
 from skillvec.pickles import Stored, load_pickle
 from skillvec.storage import TensorSpec, digest_bytes, read_bytes, read_header
@@ -386,7 +387,7 @@ def test_patterns_of_an_adapter_cannot_be_tried_for_ever(
     tensors = factors([f"layers.{i}.q_proj" for i in range(3)])
     assert len(open_adapter("x", config, tensors, "adapter x").deltas) == 3
     plain = 3 * (len("layers.0.q_proj") + 1)  # ways to try a pattern that has no wildcard
-    monkeypatch.setattr("skillvec.adapters.MOST_STEPS", plain)
+    monkeypatch.setattr("skillvec.lora_settings.MOST_STEPS", plain)
     said = refused(lambda: open_adapter("x", config, tensors, "adapter x"), tmp_path)
     assert "too many wildcards for 3 names of up to 15 characters" in said
     open_adapter("x", config | {key: {"q_proj": 2}}, tensors, "adapter x")
@@ -404,7 +405,7 @@ def test_an_adapter_of_many_modules_is_fitted_in_time_that_grows_as_they_do(tmp_
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {r"layers\.\d+\.x": 3}}
     with harm.guarded(tmp_path):
         opened = open_adapter("x", config, factors(modules), "adapter x")
-        assert len(opened.fitted(base).deltas) == len(modules)
+        assert len(fit_adapter(opened, base).deltas) == len(modules)
 
 
 @pytest.mark.parametrize("key", ["base_model_name_or_path", "revision"])

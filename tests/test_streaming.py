@@ -19,9 +19,8 @@ from hubserver import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skillvec import engine, hub, storage, streaming
-from skillvec.block import BLOCK_NUMEL, block_count
 from skillvec import engine, hub, remote_files, storage, streaming
+from skillvec.block import BLOCK_NUMEL, block_count
 from skillvec.codecs import encode_block
 from skillvec.errors import FormatError, OutputError, SkillvecError
 from skillvec.job import JobResult, Plan

@@ -23,10 +23,10 @@ from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import skillvec as sv
-from skillvec.adapters import UNMERGED, UNMERGED_KINDS
 from skillvec.checkpoint import open_checkpoint
 from skillvec.cli import main
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError
+from skillvec.lora_settings import UNMERGED, UNMERGED_KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
