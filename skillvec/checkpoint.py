@@ -30,7 +30,7 @@ from skillvec.locate import locate as locate
 from skillvec.locate import relocate as relocate
 from skillvec.opened import Opened as Opened
 from skillvec.opened_by import open_place
-from skillvec.quantised import LeftOut, dequantised, nothing_left_out, unexplained
+from skillvec.quantised import dequantised
 from skillvec.sidefiles import ADAPTER_CONFIG as ADAPTER_CONFIG
 from skillvec.sidefiles import STATE, Made, left_behind
 from skillvec.sources import Source, files_of
@@ -46,6 +46,7 @@ from skillvec.storage import (
     shown,
     witnessed,
 )
+from skillvec.unread import LeftOut, nothing_left_out, unexplained
 
 LORA_META = "lora_train_meta.json"  # of verl: the rank and alpha of a run
 NOT_TEXT = re.compile("[\ud800-\udfff]")  # lone surrogates, which no file can hold

@@ -34,9 +34,9 @@ from skillvec.lineage import (
     same_bytes,
     sketch,
 )
-from skillvec.quantised import unexplained
 from skillvec.rules import is_selected, refuse_idle_globs
 from skillvec.sources import Source, whole
+from skillvec.unread import unexplained
 from skillvec.vector import SkillVector
 
 

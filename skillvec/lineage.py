@@ -23,7 +23,6 @@ from skillvec.kernels import FLOATS, STORAGE_DTYPE, widen
 from skillvec.layouts import numbered
 from skillvec.manifest import ModelFacts
 from skillvec.patch import Patch
-from skillvec.quantised import INTEGERS
 from skillvec.sources import (
     Index,
     Source,
@@ -35,6 +34,7 @@ from skillvec.sources import (
     whole,
 )
 from skillvec.storage import ITEMSIZE, TensorSpec, allocate, digest_bytes, leaf_digests, prefetch
+from skillvec.unread import INTEGERS
 
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
 

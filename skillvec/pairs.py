@@ -14,10 +14,10 @@ from skillvec.errors import IncompatibleError, up_to_five_each
 from skillvec.kernels import FLOATS, STORAGE_DTYPE
 from skillvec.lineage import MAX_TIED, find_tied, recomputed
 from skillvec.manifest import SCHEMA, Manifest, ModelFacts, Selection, TensorSide, Training
-from skillvec.quantised import INTEGERS, may_be_weight, unexplained
 from skillvec.rules import is_selected, refuse_idle_globs
 from skillvec.sources import Source, digest_values
 from skillvec.storage import digest_bytes
+from skillvec.unread import INTEGERS, may_be_weight, unexplained
 from skillvec.vectorfile import SIDE
 
 

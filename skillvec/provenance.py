@@ -14,9 +14,9 @@ from skillvec.errors import FormatError, UsageError, VerificationError
 from skillvec.kinds import TAKEN
 from skillvec.manifest import Manifest, Selection, check_json
 from skillvec.merging import OPERATORS
-from skillvec.quantised import LeftOut, nothing_left_out
 from skillvec.rules import Recipe, parse_recipe
 from skillvec.storage import refuse_duplicates
+from skillvec.unread import LeftOut, nothing_left_out
 from skillvec.vector import SkillVector
 
 

@@ -37,10 +37,10 @@ from skillvec.merging import OPERATORS, Operator
 from skillvec.pairs import Sorted, announce_pair, sort_names
 from skillvec.patch import find_patch, open_patch
 from skillvec.patching import touched_by
-from skillvec.quantised import LeftOut, nothing_left_out, unexplained
 from skillvec.rules import Recipe, Share, leaving_out, selection
 from skillvec.sources import digest_values
 from skillvec.storage import Place, refuse_stale
+from skillvec.unread import LeftOut, nothing_left_out, unexplained
 from skillvec.vectorfile import VectorFile, find_vector
 
 FP32_MAX = 3.4028234e38

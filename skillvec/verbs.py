@@ -71,7 +71,6 @@ from skillvec.provenance import (
     read_merged,
     reopened,
 )
-from skillvec.quantised import LeftOut
 from skillvec.report import Report, Watcher
 from skillvec.rules import (
     Recipe,
@@ -100,6 +99,7 @@ from skillvec.summary import (
     side_warnings,
     tell_nonfinite,
 )
+from skillvec.unread import LeftOut
 from skillvec.vector import FP32_MAX, SkillVector, StoredVector
 from skillvec.vectorfile import find_vector
 

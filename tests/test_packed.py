@@ -15,7 +15,7 @@ from families import from_bits
 from safetensors.torch import load_file, save_file
 
 import skillvec
-from skillvec import quantised
+from skillvec import dequantized
 from skillvec.checkpoint import open_checkpoint
 from skillvec.errors import FormatError, IncompatibleError
 from skillvec.quantised import dequantised
@@ -67,8 +67,8 @@ def test_a_file_of_a_library_is_what_it_reads_of_it(name: str, count: int, monke
     found, notes = saved.opened()
     assert set(found) == set(saved.expected) and len(found) == count
     assert {key for key in notes if not notes[key].startswith("not a weight")} == set(found)
-    for step, tile in ((1 << 20, quantised.TILE), (37, quantised.TILE), (1 << 20, 60)):
-        monkeypatch.setattr(quantised, "TILE", tile)
+    for step, tile in ((1 << 20, dequantized.TILE), (37, dequantized.TILE), (1 << 20, 60)):
+        monkeypatch.setattr(dequantized, "TILE", tile)
         for key, expected in saved.expected.items():
             assert_read(found[key], expected, step)
 
@@ -78,8 +78,8 @@ def test_no_more_than_a_tile_is_read_at_a_time(monkeypatch):
         assert out.size <= 100, source.name
         read_values(source, begin, out)
 
-    monkeypatch.setattr(quantised, "TILE", 100)
-    monkeypatch.setattr(quantised, "read_values", read)
+    monkeypatch.setattr(dequantized, "TILE", 100)
+    monkeypatch.setattr(dequantized, "read_values", read)
     for name in ("mlx", "torchao", "quanto"):
         saved = Saved(name)
         for key, source in saved.opened()[0].items():

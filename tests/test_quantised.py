@@ -14,11 +14,12 @@ from families import from_bits, save_int4
 from safetensors.torch import load_file, save_file
 
 import skillvec
-from skillvec import quantised
+from skillvec import dequantized, quantized_format
 from skillvec.errors import FormatError, IncompatibleError
-from skillvec.quantised import dequantised, may_be_weight, unexplained
+from skillvec.quantised import dequantised
 from skillvec.sources import Source, Viewed, read_values, values_of, whole
 from skillvec.storage import TensorSpec, encode_header, read_header, tensor_nbytes
+from skillvec.unread import may_be_weight, unexplained
 
 E4M3 = torch.float8_e4m3fn
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -95,8 +96,8 @@ def limit_reads(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
         assert out.size <= tile, f"{out.size} values of {source.name}, tiles of {tile}"
         read_values(source, begin, out)
 
-    monkeypatch.setattr(quantised, "TILE", tile)
-    monkeypatch.setattr(quantised, "read_values", read)
+    monkeypatch.setattr(dequantized, "TILE", tile)
+    monkeypatch.setattr(dequantized, "read_values", read)
 
 
 # ------------------------------------------------------------------------------------------ fp8
@@ -186,7 +187,7 @@ def test_other_floats_of_8_bits_and_pairs_of_4_as_transformers_reads_them(tmp_pa
 
 def test_tables_of_small_floats_are_those_of_torch():
     raw = torch.arange(256, dtype=torch.uint8)
-    for name, table in quantised.FP8.items():
+    for name, table in dequantized.FP8.items():
         kind = getattr(torch, f"float8_{name[3:].lower()}{'fn' if name == 'F8_E4M3' else ''}")
         assert_same(torch.from_numpy(table), raw.view(kind).float(), name)
 
@@ -199,7 +200,7 @@ def test_any_range_of_values_is_the_same_from_any_thread_and_process(tmp_path: P
     every = values_of(source, 0, source.numel)
     edge = np.random.default_rng(0).integers(0, source.numel + 1, (20, 2))
     ranges = [(min(a, b), max(a, b)) for a, b in edge.tolist()]
-    for tile in (quantised.TILE, 100, 40):
+    for tile in (dequantized.TILE, 100, 40):
         limit_reads(monkeypatch, tile)
         with ThreadPoolExecutor(4) as pool:
             parts = list(pool.map(lambda r: values_of(source, r[0], r[1] - r[0]), ranges))
@@ -733,8 +734,8 @@ def test_schemes_that_make_no_sense_fit_nothing(tmp_path: Path, changes):
 def test_sizes_larger_than_any_are_none(tmp_path: Path, monkeypatch, tensors, config, message):
     write(tmp_path, tensors, config)
     assert opened(tmp_path)
-    assert quantised.MAX_SIDE == 1 << 40
-    monkeypatch.setattr(quantised, "MAX_SIDE", 7)
+    assert quantized_format.MAX_SIDE == 1 << 40
+    monkeypatch.setattr(quantized_format, "MAX_SIDE", 7)
     with pytest.raises((IncompatibleError, FormatError), match=message):
         opened(tmp_path)
 
