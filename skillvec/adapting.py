@@ -30,7 +30,7 @@ from skillvec.lineage import tied_heads, under_name
 from skillvec.lora_fit import fit_adapter
 from skillvec.lora_settings import MERGE
 from skillvec.lora_ties import AdapterEffect
-from skillvec.lowrank import Delta
+from skillvec.lowrank import LoraDelta
 from skillvec.manifest import Manifest, ModelFacts, Parent, TensorSide
 from skillvec.pairs import Sorted, announce_pair
 from skillvec.rules import selection
@@ -158,13 +158,13 @@ def _through(layout: Layout, adapter: Adapter, base: Checkpoint) -> AdapterEffec
     return made
 
 
-def _delta(name: str, view: View, deltas: Mapping[str, Delta]) -> Derived:
+def _delta(name: str, view: View, deltas: Mapping[str, LoraDelta]) -> Derived:
     """Return a delta seen through a view: parts of it that are deltas of their own, if they are."""
     boxes = []
     for box in view.boxes:
         delta = deltas[box.source]
         if box == all_of(box.source, delta.shape).boxes[0]:
-            part: Delta | None = replace(delta, name=name)
+            part: LoraDelta | None = replace(delta, name=name)
         else:
             part = delta.part(name, box.sizes, box)
         if part is not None:

@@ -12,12 +12,11 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from skillvec.kernels import Array, Bytes
 
 CODECS = ("zero", "dense", "sparse", "packed")
-NO_BYTES: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+NO_BYTES: Bytes = np.zeros(0, np.uint8)
 DENSE_SHARE = 15 / 16  # of non-zero values from which a bitmap costs more than it saves
 
 # Huffman coding is what shrinks these planes; matches are rare, and short ones cost more time and

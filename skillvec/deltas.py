@@ -19,7 +19,7 @@ from skillvec.block import BLOCK_NUMEL, block_count
 from skillvec.blocks import BASE, NO_RECORDS, REPLACEMENT, TUNED, Block, StoredReader, Workspace
 from skillvec.errors import FormatError, NonfiniteError, UsageError
 from skillvec.kernels import DTYPE_NAMES, HALVES, Array
-from skillvec.merging import Operator, Place
+from skillvec.merging import Operator, Position
 from skillvec.operators import NO_POSITIONS, STEP, Delta, Exactness
 from skillvec.sources import (
     Derived,
@@ -422,12 +422,12 @@ class MixDelta(DeltaSource):
             raise FormatError(f"{self.spec.name}: {self.operator.name} left the range of fp32")
         return Delta(values, self.spec.dtype), NO_RECORDS
 
-    def _pieces(self, block: Block, role: str) -> Iterator[tuple[Place, list[Array]]]:
+    def _pieces(self, block: Block, role: str) -> Iterator[tuple[Position, list[Array]]]:
         """Yield the parts piece by piece, widened, with their place."""
         parts = [part.read(block, f"{role}.{i}")[0] for i, part in enumerate(self.sources)]
         for begin in range(0, block.size, STEP):
             wide = [part.wide(begin, begin + STEP) for part in parts]
-            yield Place(self.spec.name, block.begin + begin, self.seed, self.streams), wide
+            yield Position(self.spec.name, block.begin + begin, self.seed, self.streams), wide
 
 
 def value_dtype(tuned: str, base: str, dtype: str = "auto") -> tuple[str, Exactness]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from skillvec.lowrank import Delta, Joined, LowRank, Woven
+from skillvec.lowrank import Joined, LoraDelta, LowRank, Woven
 from skillvec.sources import Box, Source, View, row_major
 
 ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # as Tinker and Mixtral call them
@@ -94,14 +94,14 @@ def on_experts(
     given: Mapping[ExpertModule, LowRank],
     base: Mapping[str, Source],
     model_type: str | None,
-) -> dict[str, Delta]:
+) -> dict[str, LoraDelta]:
     """Return what factors add to the experts of a base: `given` are of all, or out x in of one.
 
     Raises ValueError that says what does not fit.
     """
     if any(f"{experts}.{name}" in base for name in ("gate_up_proj", *ROLES.values())):
         return _on_fused(experts, given, base, model_type)
-    deltas: dict[str, Delta] = {}
+    deltas: dict[str, LoraDelta] = {}
     for place, factors in given.items():
         if place.number is not None:
             raise ValueError(f"{experts}.{place.number}.{place.leaf}: not in the base")
@@ -139,7 +139,7 @@ def _on_fused(
     given: Mapping[ExpertModule, LowRank],
     base: Mapping[str, Source],
     model_type: str | None,
-) -> dict[str, Delta]:
+) -> dict[str, LoraDelta]:
     known = are_turned(experts, base)
     pieces: dict[
         str, dict[int, list[tuple[ExpertModule, LowRank]]]
@@ -154,7 +154,7 @@ def _on_fused(
         name = f"{experts}.{'gate_up_proj' if both else role}"
         halves = pieces.setdefault(name, {})
         halves.setdefault(int(both and role == "up_proj"), []).append((place, factors))
-    deltas: dict[str, Delta] = {}
+    deltas: dict[str, LoraDelta] = {}
     for name, halves in pieces.items():
         if name not in base or len(base[name].shape) != 3:
             raise ValueError(f"{name}: not in the base")
@@ -188,7 +188,7 @@ def _fused(
     halves: Mapping[int, list[tuple[ExpertModule, LowRank]]],
     turned: bool,
     model_type: str | None,
-) -> Delta:
+) -> LoraDelta:
     """Return the delta of a fused parameter: halves lie under each other, or take turns."""
     joined = name.endswith(".gate_up_proj")
     alone = all(place.number is None for pieces in halves.values() for place, _ in pieces)

@@ -114,7 +114,7 @@ def moves(names: Iterable[str], there: Iterable[str]) -> Iterator[dict[str, str]
     held = list(there)
     apart = sorted(set(names).difference(held))
     common = [
-        prefix for prefix in (_prefixes(apart[0]) if apart else ())
+        prefix for prefix in (prefixes_of(apart[0]) if apart else ())
         if all(name.startswith(prefix) and "." in name[len(prefix) :] for name in apart)
     ]  # fmt: skip
     done = set()
@@ -291,7 +291,7 @@ def renamed(mine: Shapes, rename: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _prefixes(name: str) -> Iterator[str]:
+def prefixes_of(name: str) -> Iterator[str]:
     """Yield "", "a.", "a.b." of a.b.c: what may stand for another prefix has no number in it."""
     yield ""
     at = -1
@@ -302,7 +302,7 @@ def _prefixes(name: str) -> Iterator[str]:
         yield name[: at + 1]
 
 
-class _Subtrees:
+class Subtrees:
     """Names by prefix, and the prefixes under which the same names and shapes lie."""
 
     def __init__(self, shapes: Shapes) -> None:
@@ -311,7 +311,7 @@ class _Subtrees:
         self.keys: dict[str, tuple[int, int]] = {}
         self.taken: set[str] = set()
         for name in shapes:
-            for prefix in _prefixes(name):
+            for prefix in prefixes_of(name):
                 self.names[prefix].append(name)
         for prefix, names in self.names.items():
             # sums do not depend on the order; whoever pairs two prefixes compares each name
@@ -321,7 +321,7 @@ class _Subtrees:
 
     def inside(self, prefix: str) -> bool:
         """Return whether a prefix lies within one that is taken."""
-        return any(above in self.taken and above != prefix for above in _prefixes(prefix))
+        return any(above in self.taken and above != prefix for above in prefixes_of(prefix))
 
     def like(self, key: tuple[int, int]) -> list[str]:
         return [prefix for prefix in self.alike.get(key, ()) if not self.inside(prefix)]
@@ -333,18 +333,18 @@ def _match_prefixes(search: _Search) -> None:
     A subtree goes to the one with the same last part, else, if it holds modules, to the only one
     that has the same names and shapes. The prefixes found hold for the other names too.
     """
-    mine, wanted = _Subtrees(search.have), _Subtrees(search.want)
+    mine, wanted = Subtrees(search.have), Subtrees(search.want)
     rules: dict[str, set[str]] = defaultdict(set)
     undecided: set[str] = set()  # what lies inside is not tried: it would fit by elimination
     for prefix in sorted(mine.names, key=lambda prefix: (prefix.count("."), prefix)):
         key, names = mine.keys[prefix], mine.names[prefix]
-        if key not in wanted.alike or mine.inside(prefix) or undecided & {*_prefixes(prefix)}:
+        if key not in wanted.alike or mine.inside(prefix) or undecided & {*prefixes_of(prefix)}:
             continue
         if max(len(mine.alike[key]), len(wanted.alike[key])) > ALIKE:
             undecided.add(prefix)
             continue
         sides = mine.like(key), wanted.like(key)
-        ours, theirs = ([p for p in side if _last(p) == _last(prefix)] for side in sides)
+        ours, theirs = ([p for p in side if last_part(p) == last_part(prefix)] for side in sides)
         if not theirs and any("." in name[len(prefix) :] for name in names):
             ours, theirs = sides
         if len(theirs) == 1 == len(ours):
@@ -359,8 +359,8 @@ def _match_prefixes(search: _Search) -> None:
                 search.take_whole(to, name)
             mine.taken.add(prefix)
             wanted.taken.add(other)
-            while prefix and _last(prefix) == _last(other):
-                prefix, other = (p[: -len(_last(p)) - 1] for p in (prefix, other))
+            while prefix and last_part(prefix) == last_part(other):
+                prefix, other = (p[: -len(last_part(p)) - 1] for p in (prefix, other))
             rules[prefix].add(other)
         elif theirs:
             undecided.add(prefix)
@@ -368,7 +368,7 @@ def _match_prefixes(search: _Search) -> None:
             search.hints[f"{what}: say which with --rename REGEX=REPLACEMENT"] = None
     moved = {}
     for name in search.have:
-        fitting = [prefix for prefix in _prefixes(name) if prefix in rules]
+        fitting = [prefix for prefix in prefixes_of(name) if prefix in rules]
         if fitting and len(rules[fitting[-1]]) == 1 and name not in search.want:
             moved[name] = min(rules[fitting[-1]]) + name[len(fitting[-1]) :]
     times = Counter([*moved.values(), *search.have])
@@ -378,7 +378,7 @@ def _match_prefixes(search: _Search) -> None:
             search.take_whole(to, name)
 
 
-def _last(prefix: str) -> str:
+def last_part(prefix: str) -> str:
     return prefix[:-1].rpartition(".")[2]
 
 

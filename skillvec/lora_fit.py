@@ -15,7 +15,7 @@ from skillvec.errors import IncompatibleError, only_here, up_to_five_each
 from skillvec.experts import ExpertModule, fused_of, on_experts, parse_expert, under_each_other
 from skillvec.lora_settings import MERGE
 from skillvec.lora_ties import AdapterEffect, merge_tied, put_rows
-from skillvec.lowrank import Delta, LowRank, Pair, Times
+from skillvec.lowrank import LoraDelta, LowRank, Pair, Times
 from skillvec.sources import Source
 
 MOST_NESTED = 4
@@ -86,7 +86,7 @@ class _Fit:
         self.problems: dict[str, list[str]] = defaultdict(
             list, only_here(adapter.whole, base, "the adapter")
         )
-        self.deltas: dict[str, Delta] = {}
+        self.deltas: dict[str, LoraDelta] = {}
         self.held: dict[str, list[str]] = defaultdict(list)
         for name in base:
             self.held[name.rpartition(".")[0]].append(name)

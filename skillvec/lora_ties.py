@@ -12,7 +12,7 @@ from typing import NamedTuple
 from skillvec.adapters import Adapter, hold_same
 from skillvec.errors import IncompatibleError
 from skillvec.lora_settings import MERGE
-from skillvec.lowrank import FIRST, Delta, Dora, Row, RowsPut, Summed, digest_of_row
+from skillvec.lowrank import FIRST, Dora, LoraDelta, Row, RowsPut, Summed, digest_of_row
 from skillvec.sources import Source, digest_values
 
 
@@ -24,7 +24,7 @@ class AdapterEffect(NamedTuple):
     not those of the base's files.
     """
 
-    deltas: dict[str, Delta]
+    deltas: dict[str, LoraDelta]
     whole: dict[str, Source]
     notes: list[str]
     untied: dict[str, str]

@@ -55,13 +55,13 @@ def product(left: Array, right: Array, scaling: float) -> F32Array:
 
 
 @dataclass(frozen=True)
-class Delta(Derived):
+class LoraDelta(Derived):
     """What an adapter adds to the weight `name`, as F32: values that leave fp32 are not finite."""
 
     name: str
     dtype = "F32"
 
-    def part(self, name: str, shape: tuple[int, ...], box: Box) -> "Delta | None":
+    def part(self, name: str, shape: tuple[int, ...], box: Box) -> "LoraDelta | None":
         """Return a box of it, which covers all of a tensor of `shape`, as a delta of its own.
 
         `box` counts this tensor's elements in row-major order. None where only reading it does.
@@ -70,7 +70,7 @@ class Delta(Derived):
 
 
 @dataclass(frozen=True)
-class LowRank(Delta):
+class LowRank(LoraDelta):
     """scaling * left @ right under the name of a weight, as F32; about 12 tiles of memory.
 
     `left` and `right` are views of the factors, experts x m x r and experts x r x n; `shape` is
@@ -207,10 +207,10 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Summed(Delta):
+class Summed(LoraDelta):
     """The sum of several deltas of one weight."""
 
-    summands: tuple[Delta, ...]
+    summands: tuple[LoraDelta, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -237,7 +237,7 @@ class Summed(Delta):
 
 
 @dataclass(frozen=True)
-class Joined(Delta):
+class Joined(LoraDelta):
     """Products side by side in one tensor: boxes of them; what none covers is 0."""
 
     view: View
@@ -250,7 +250,7 @@ class Joined(Delta):
     def parts(self) -> tuple[Source, ...]:
         return self.view.sources
 
-    def part(self, name: str, shape: tuple[int, ...], box: Box) -> "Delta | None":
+    def part(self, name: str, shape: tuple[int, ...], box: Box) -> "LoraDelta | None":
         """Return a box of it as a box of the one product in which it lies, None if in several."""
         units, last = row_major(self.shape), box.start
         last += sum((n - 1) * stride for n, stride in zip(shape, box.strides, strict=True))
@@ -268,7 +268,7 @@ class Joined(Delta):
             found = held.source.part(
                 name, shape, Box(box.offset, shape, held.source, start, tuple(strides))
             )
-            return found if isinstance(found, Delta) else None
+            return found if isinstance(found, LoraDelta) else None
         return None
 
     def read(self, begin: int, out: Array) -> None:
@@ -282,7 +282,7 @@ def _index(at: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Woven(Delta):
+class Woven(LoraDelta):
     """Two products whose columns take turns, the first's before the second's; None is 0."""
 
     shape: tuple[int, ...]
@@ -301,7 +301,7 @@ class Woven(Delta):
 
 
 @dataclass(frozen=True)
-class Dora(Delta):
+class Dora(LoraDelta):
     """m (W + D) / |W + D| - W of a matrix W, magnitudes m and a delta D; a tile or a row of memory.
 
     `dim` is along what the magnitudes lie: 0 has one for each row, of whose length they take the
@@ -375,7 +375,7 @@ def _widened(source: Source, begin: int, numel: int) -> npt.NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Times(Delta):
+class Times(LoraDelta):
     """A tensor times a number, as what the bias of a factor adds to that of the layer."""
 
     source: Source

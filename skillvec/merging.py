@@ -36,7 +36,7 @@ STEP = 1 << 16  # values a step of the arithmetic, which bounds its temporary ar
 UPPER, LOWER = 1 << 15, 1 << 16  # bins: a magnitude's upper 15 bits (fp32 without sign), then 16
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a piece lies, and what addresses its random numbers: seed, stream, name, position."""
 
     name: str  # of the tensor
@@ -61,10 +61,10 @@ class Operator(Protocol):
     def passes(self, parameters: Given) -> int: ...
     def scope(self, parameters: Given) -> str: ...
     def measure(self, number: int, values: Blocks, weights: Weights, parameters: Given,
-                place: Place, known: Any) -> Array: ...  # fmt: skip
+                place: Position, known: Any) -> Array: ...  # fmt: skip
     def settle(self, number: int, total: Array, weights: Weights, parameters: Given,
                known: Any) -> Any: ...  # fmt: skip
-    def combine(self, values: Blocks, weights: Weights, parameters: Given, place: Place,
+    def combine(self, values: Blocks, weights: Weights, parameters: Given, place: Position,
                 known: Any) -> Array: ...  # fmt: skip
 
 
@@ -332,7 +332,7 @@ class Method:
         return str(common(parameters, "scope", "tensor"))
 
     def measure(self, number: int, values: Blocks, weights: Weights, parameters: Given,
-                place: Place, known: Any) -> Counts:  # fmt: skip
+                place: Position, known: Any) -> Counts:  # fmt: skip
         """Return int64 counts."""
         measured = self.measured[number]
         if measured.joint:
@@ -349,7 +349,7 @@ class Method:
         each = zip(total, parameters, known or [None] * len(total), strict=True)
         return [measured.settle(*one) for one in each]
 
-    def combine(self, values: Blocks, weights: Weights, parameters: Given, place: Place,
+    def combine(self, values: Blocks, weights: Weights, parameters: Given, place: Position,
                 known: Any) -> Array:  # fmt: skip
         """Return the combined piece."""
         out = np.empty(values[0].size, np.result_type(np.float32, *values))

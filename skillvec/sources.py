@@ -227,7 +227,7 @@ class View(NamedTuple):
     def fill(self, begin: int, out: Array, read: Reader) -> None:
         """Fill `out` with values begin..; read(source, begin, out) gives those of a source."""
         for part, room in self.parts(begin, out):
-            _copy(part, room, read)
+            copy_box(part, room, read)
 
     def parts(self, begin: int, out: Array) -> "Iterator[tuple[Box, Array]]":
         """Yield what fills `out` with values begin.., each with its place in it; zeros are set."""
@@ -240,14 +240,14 @@ class View(NamedTuple):
                 part = _common(low, sizes, box)
                 if part is not None:
                     begins = [o - c for o, c in zip(part.offset, low, strict=True)]
-                    yield part, _part_of(room, begins, part.sizes)
+                    yield part, part_of(room, begins, part.sizes)
 
 
 def _times(a: int, b: int) -> int:
     return a * b
 
 
-def _part_of(room: Array, begins: Sequence[int], sizes: Index) -> Array:
+def part_of(room: Array, begins: Sequence[int], sizes: Index) -> Array:
     """Return a box of an array, also one without dimensions, as a view of it."""
     inside: list[Any] = [slice(b, b + n) for b, n in zip(begins, sizes, strict=True)]
     return room[(*inside, ...)]
@@ -324,17 +324,17 @@ def _common(low: Index, sizes: Index, box: Box) -> Box | None:
     return box._replace(offset=tuple(offset), sizes=tuple(common), start=start)
 
 
-def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
+def span_of(sizes: Sequence[int], strides: Sequence[int]) -> int:
     """Return how many values lie from the first to the last of a box in its source."""
     return 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
 
 
-def _strided(held: Array, sizes: Sequence[int], strides: Sequence[int]) -> Array:
+def strided(held: Array, sizes: Sequence[int], strides: Sequence[int]) -> Array:
     steps = [stride * held.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(held, sizes, steps)
 
 
-def _copy(box: Box, room: Array, read: Reader) -> None:
+def copy_box(box: Box, room: Array, read: Reader) -> None:
     """Read a box into an array of its sizes.
 
     One read where the values lie together, or nearly so; else one for each run of neighbours.
@@ -342,19 +342,19 @@ def _copy(box: Box, room: Array, read: Reader) -> None:
     order = sorted(range(len(box.sizes)), key=lambda dim: -box.strides[dim])
     order = [dim for dim in order if box.sizes[dim] > 1]
     numel = prod(box.sizes)
-    span = _span(box.sizes, box.strides)
+    span = span_of(box.sizes, box.strides)
     if span == numel and room.flags.c_contiguous and order == sorted(order):
         read(box.source, box.start, room.reshape(-1))
         return
     if span <= SPAN * numel:
         held = np.empty(span, room.dtype)
         read(box.source, box.start, held)
-        room[...] = _strided(held, box.sizes, box.strides)
+        room[...] = strided(held, box.sizes, box.strides)
         return
     far = order[0]  # the dimension whose neighbours lie farthest apart in the source
     for i in range(box.sizes[far]):
         part = box._replace(sizes=_put(box.sizes, far, 1), start=box.start + i * box.strides[far])
-        _copy(part, room[(slice(None),) * far + (slice(i, i + 1),)], read)
+        copy_box(part, room[(slice(None),) * far + (slice(i, i + 1),)], read)
 
 
 # ---------------------------------------------------------------------------------- turned views
@@ -470,7 +470,7 @@ def is_turned(view: View) -> bool:
     turned = False
     for box in view.boxes:
         order = _source_order(box)
-        inner = [_span(*_only(box, order[i + 1 :])) for i in range(len(order))]
+        inner = [span_of(*_only(box, order[i + 1 :])) for i in range(len(order))]
         if any(box.strides[dim] < n for dim, n in zip(order, inner, strict=True)):
             return False  # values that are there twice
         turned |= order != sorted(order)
@@ -509,7 +509,7 @@ def _units(view: View, begin: int, out: Array) -> list[Unit]:
     """Return what fills `out`, by units of the sources."""
     found: dict[tuple[int, int], list[tuple[Box, Array]]] = {}
     for part, room in view.parts(begin, out):
-        last = part.start + _span(part.sizes, part.strides) - 1
+        last = part.start + span_of(part.sizes, part.strides) - 1
         for number in range(part.start // UNIT, last // UNIT + 1):
             found.setdefault((id(part.source), number), []).append((part, room))
     return [(number, parts) for (_, number), parts in found.items()]
@@ -521,22 +521,22 @@ def _read_unit(number: int, parts: Sequence[tuple[Box, Array]], read: Reader) ->
     for box, room in parts:
         order = _source_order(box)
         begin = number * UNIT - box.start
-        for low, sizes in _between(*_only(box, order), begin, begin + UNIT):
+        for low, sizes in _boxes_between(*_only(box, order), begin, begin + UNIT):
             begins, counts, start = [0] * len(box.sizes), [1] * len(box.sizes), box.start
             for dim, a, n in zip(order, low, sizes, strict=True):
                 begins[dim], counts[dim] = a, n
                 start += a * box.strides[dim]
             piece = box._replace(sizes=tuple(counts), start=start)
-            pieces.append((piece, _part_of(room, begins, piece.sizes)))
+            pieces.append((piece, part_of(room, begins, piece.sizes)))
     if not pieces:
         return
     first = min(piece.start for piece, _ in pieces)
-    end = max(piece.start + _span(piece.sizes, piece.strides) for piece, _ in pieces)
+    end = max(piece.start + span_of(piece.sizes, piece.strides) for piece, _ in pieces)
     source, dtype = parts[0][0].source, parts[0][1].dtype
     few = end - first > SPAN * sum(prod(piece.sizes) for piece, _ in pieces)
     if few and isinstance(source, TensorSpec):  # else it costs more to read less
         for piece, room in pieces:
-            _copy(piece, room, read)
+            copy_box(piece, room, read)
         return
     held = np.empty(end - first, dtype)
     read(source, first, held)
@@ -549,14 +549,14 @@ def _turn(held: Array, piece: Box, room: Array) -> None:
     strides = list(piece.strides)
     far, *inner = _source_order(piece) or [0]
     if strides and strides[far] * held.itemsize % PAGE == 0:
-        width = _span(*_only(piece, inner))
+        width = span_of(*_only(piece, inner))
         rows = np.empty((piece.sizes[far], width + PAGE // 64), held.dtype)
-        rows[:, :width] = _strided(held, (piece.sizes[far], width), (strides[far], 1))
+        rows[:, :width] = strided(held, (piece.sizes[far], width), (strides[far], 1))
         held, strides[far] = rows, rows.shape[1]
-    room[...] = _strided(held, piece.sizes, strides)
+    room[...] = strided(held, piece.sizes, strides)
 
 
-def _between(
+def _boxes_between(
     sizes: Sequence[int], strides: Sequence[int], begin: int, end: int
 ) -> Iterator[tuple[Index, Index]]:
     """Cut what of a box lies at begin.. before `end` into boxes: offsets and sizes.
@@ -567,7 +567,7 @@ def _between(
         if begin <= 0 < end:
             yield (), ()
         return
-    inner = _span(sizes[1:], strides[1:])
+    inner = span_of(sizes[1:], strides[1:])
     first = min(max(-(-begin // strides[0]), 0), sizes[0])
     last = max(min((end - inner) // strides[0] + 1, sizes[0]), first)
     if first < last:
@@ -575,7 +575,7 @@ def _between(
     for i in {first - 1, last}:  # of which a part may lie there
         if 0 <= i < sizes[0]:
             at = i * strides[0]
-            for low, counts in _between(sizes[1:], strides[1:], begin - at, end - at):
+            for low, counts in _boxes_between(sizes[1:], strides[1:], begin - at, end - at):
                 yield (i, *low), (1, *counts)
 
 

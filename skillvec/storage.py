@@ -418,10 +418,10 @@ SAMPLES, SAMPLE_NBYTES = 16, 4096
 
 def witness(path: str) -> None:
     """Remember the state of a file whose header is about to be read, for `fingerprints`."""
-    if path not in _remotes:
+    if remote_of(path) is None:
         stat = os.stat(path)
         _witnessed[path] = stat.st_size, stat.st_mtime_ns
-        _identities.pop(path, None)  # an open descriptor may be of the file that was here before
+        forget_open_file(path)  # it may be of the file that was here before
 
 
 def witnessed(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -450,7 +450,7 @@ def fingerprints(paths: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def _fingerprint(path: str) -> list[Any]:
-    remote = _remotes.get(path)
+    remote = remote_of(path)
     if remote is not None:
         return list(remote.current_identity())
     hashed, buffer = xxh3_64(), bytearray(SAMPLE_NBYTES)
@@ -513,6 +513,11 @@ def read_into(path: str, offset: int, buffer: memoryview) -> None:
             done += count
     except OSError as error:
         raise SkillvecError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def forget_open_file(path: str) -> None:
+    """Have the next read of a path open the file that lies there then."""
+    _identities.pop(path, None)
 
 
 def forget_open_files() -> None:
@@ -847,7 +852,7 @@ def fsync_path(path: str) -> None:
 
 def copy_file(source: str, output: str) -> None:
     """Copy a file's bytes, and of a local one the permission bits, durably."""
-    remote = _remotes.get(source)
+    remote = remote_of(source)
     try:
         if remote is not None and remote.ranged:
             with open(output, "wb") as file:

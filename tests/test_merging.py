@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from skillvec import merging
 from skillvec.errors import UsageError
-from skillvec.merging import OPERATORS, PARAMETERS, Operator, Place, check_parameters
+from skillvec.merging import OPERATORS, PARAMETERS, Operator, Position, check_parameters
 from skillvec.philox import draw_uint32
 from skillvec.rules import parse_recipe, resolve
 
@@ -75,7 +75,7 @@ def run(
     for number in range(operator.passes(parameters)):
         totals: dict[str, np.ndarray] = {}
         for name, begin, values in pieces:
-            place = Place(name, begin, seed, streams)
+            place = Position(name, begin, seed, streams)
             group = name if scope == "tensor" else ""
             part = operator.measure(number, values, weights, parameters, place, known.get(group))
             assert part.dtype in (np.int64, np.float64)
@@ -88,7 +88,7 @@ def run(
     out = {name: np.empty(0, np.float32) for name in tensors}
     parts: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in tensors}
     for name, begin, values in pieces:
-        place = Place(name, begin, seed, streams)
+        place = Position(name, begin, seed, streams)
         copies = [value.copy() for value in values]
         group = name if scope == "tensor" else ""
         result = operator.combine(values, weights, parameters, place, known.get(group))
@@ -706,7 +706,7 @@ def test_a_vector_nearly_in_the_span_of_another_is_left_out():
     operator, given = OPERATORS["orthogonal"], [check_parameters("orthogonal", {})] * 3
 
     def coefficients(*vectors: np.ndarray) -> Any:
-        place = Place("w", 0, 0, STREAMS[: len(vectors)])
+        place = Position("w", 0, 0, STREAMS[: len(vectors)])
         weights = [1.0] * len(vectors)
         total = operator.measure(0, vectors, weights, given, place, None)
         return operator.settle(0, total, weights, given, None)
