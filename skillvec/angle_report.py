@@ -86,10 +86,10 @@ class SubspaceFacts(TypedDict):
 
 
 class AngleFacts(TypedDict):
-    """What the verbs themselves say; a plan has no `norms` and `pairs` yet."""
+    """What the verbs say before anything is measured."""
 
     schema: int
-    vectors: list[str]
+    vectors: list[str]  # labels
     lineage: list[str]
     against: str | None
     control: str | None
@@ -98,23 +98,13 @@ class AngleFacts(TypedDict):
     subspace: SubspaceFacts | None
     step_edges: list[float]
     output: NotRequired[str]
-    estimated: NotRequired[list[str]]
-    norms: NotRequired[list[VectorEntry]]
-    pairs: NotRequired[list[PairEntry]]
 
 
-class AngleReport(TypedDict):
+class AngleReport(AngleFacts):
     """The report as `to_dict` gives it; the page and the table of rows are made of it."""
 
     verb: str
-    vectors: list[str]
-    lineage: list[str]
-    against: str | None
-    control: str | None
-    seed: int
-    sign_flips: int
-    subspace: SubspaceFacts | None
-    step_edges: list[float]
+    estimated: NotRequired[list[str]]  # numbers that are of a sample
     norms: list[VectorEntry]
     pairs: list[PairEntry]
     counts: dict[str, int]

@@ -57,9 +57,9 @@ ANGLE = (
               " groups drawn anew", "uniform on multiples of 1/(draws + 1)"),
     Statistic("norm_a", "norm A", ".3g", "|a|", "", "rows"),
     Statistic("norm_b", "norm B", ".3g", "|b|", "", "rows"),
-    Statistic("norm_ratio", "|A|/|B|", ".3g", "|a| / |b|, which a cosine hides",
-              "SFT updates are some 30 times longer than RL's (arXiv 2605.00610)",
-              "page pairs rows screen"),
+    Statistic("norm_ratio", "|A|/|B|", ".3g",
+              "|a| / |b|, which a cosine hides: SFT updates are some 30 times longer than RL's"
+              " (arXiv 2605.00610)", "", "page pairs rows screen"),
 )  # fmt: skip
 CONTROL = (
     Statistic("control_cosine", "control cosine", "+.3g",
@@ -70,9 +70,9 @@ CONTROL = (
     Statistic("control_z", "control z", "+.1f", "the same for z"),
 )  # fmt: skip
 SUPPORT = (
-    Statistic("density_a", "density A", "%", "N_a / n: share of values of a that are not 0",
-              "RL: 5-30 % changed in bf16 (arXiv 2505.11711), an artefact of bf16"
-              " (arXiv 2509.04259)", "page rows"),
+    Statistic("density_a", "density A", "%",
+              "N_a / n: share of values of a that are not 0. RL changes 5-30 % in bf16"
+              " (arXiv 2505.11711), an artefact of bf16 (arXiv 2509.04259)", "", "page rows"),
     Statistic("density_b", "density B", "%", "N_b / n", "", "page rows"),
     Statistic("jaccard", "Jaccard", ".3g",
               "N_ab / (N_a + N_b − N_ab): values changed by both over values changed by either",
@@ -112,7 +112,7 @@ PAIR_SUBSPACE = (
     Statistic("in_chance", "inside by chance", "%", "K² / (mn)", "", "page screen"),
     Statistic("interference", "interference", ".3g",
               "sum of |entries| of (UᵀU − I) S (VᵀV − I), U = [U_a U_b] and so on"
-              " (TSV, arXiv 2412.00081)", "in units of the weights"),
+              " (TSV, arXiv 2412.00081), in units of the weights"),
     Statistic("interference_share", "interference share", ".3g",
               "the same over the sum of the singular values",
               "about .8 K^1.5 / √(mn); 1 for the same singular vectors", ""),
