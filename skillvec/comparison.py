@@ -86,11 +86,12 @@ def orthogonality(
     if len(vectors) < 2:
         raise UsageError(f"expected at least two vectors, found {len(vectors)}")
     asked = _Asked(
-        "orthogonality", vectors, against, control, sign_flips, subspace, device, seed, output,
-        figures, include, exclude, allow_nonfinite,
+        "orthogonality", vectors, against=against, subspace=subspace, device=device, seed=seed,
+        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite, control=control,
+        sign_flips=sign_flips,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
-    return _compare(asked, run)
+    return _compare(asked, output, figures, run)
 
 
 def norms(
@@ -116,11 +117,11 @@ def norms(
     It reads the values, so the norms have more digits than those of the manifest.
     """
     asked = _Asked(
-        "norms", [vector], against, None, 0, subspace, device, seed, output, figures, include,
-        exclude, allow_nonfinite,
+        "norms", [vector], against=against, subspace=subspace, device=device, seed=seed,
+        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
-    return _compare(asked, run)
+    return _compare(asked, output, figures, run)
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,14 @@ class _Asked:
     verb: str
     vectors: Sequence[PathLike | SkillVector]
     against: PathLike | Checkpoint | None
-    control: PathLike | SkillVector | None
-    sign_flips: int
     subspace: int
     device: str
     seed: int
-    output: PathLike | None
-    figures: bool
     include: Sequence[str]
     exclude: Sequence[str]
     allow_nonfinite: bool
+    control: PathLike | SkillVector | None = None
+    sign_flips: int = 0
 
     def check(self) -> None:
         """Raise UsageError for what nothing can be measured by."""
@@ -149,8 +148,6 @@ class _Asked:
             raise UsageError(f"subspace {self.subspace}: expected at least 1")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}: expected at least 0")
-        if self.figures and self.output is None:
-            raise UsageError("figures need an output folder")
 
 
 class _Inputs(NamedTuple):
@@ -183,16 +180,18 @@ def _open(asked: _Asked) -> _Inputs:
     return _Inputs(labels, compared, weights, control)
 
 
-def _compare(asked: _Asked, run: Run) -> Report:
+def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) -> Report:
     """Measure: open, plan, run, look at subspaces, conclude, write."""
     asked.check()
+    if figures and output is None:
+        raise UsageError("figures need an output folder")
     inputs = _open(asked)
     request = _request(asked, inputs)
     plan = plan_compare(inputs.compared, request, inputs.weights, asked.include, asked.exclude)
     measured_names = {job.name for job in plan.jobs}
     for vector in inputs.compared:
         plan.warnings.extend(refuse_announced(vector, asked.allow_nonfinite, measured_names))
-    place = _place(asked, inputs, run.force)
+    place = _place(output, inputs, run.force) if output is not None else None
     facts = _facts(asked, inputs, place)
     page_nbytes = page.LEAST_NBYTES if place is not None else 0
     plan = replace(plan, verb=asked.verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
@@ -214,18 +213,16 @@ def _compare(asked: _Asked, run: Run) -> Report:
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
     tell_nonfinite(report, results)
     if place is not None:
-        _write(report, place, run.force, asked.figures, run.watcher)
+        _write(report, place, run.force, figures, run.watcher)
     return report
 
 
-def _place(asked: _Asked, inputs: _Inputs, force: bool) -> Output | None:
-    """Return where the report goes, if it is written."""
-    if asked.output is None:
-        return None
+def _place(output: PathLike, inputs: _Inputs, force: bool) -> Output:
+    """Return where the report goes."""
     page.check_available()
     sides = [side for vector in inputs.compared for side in vector.inputs()]
     sides += [inputs.weights] if inputs.weights else []
-    return output_report(asked.output, force, sides)
+    return output_report(output, force, sides)
 
 
 def _facts(asked: _Asked, inputs: _Inputs, place: Output | None) -> AngleFacts:

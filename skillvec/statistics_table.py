@@ -45,7 +45,7 @@ ANGLE = (
     Statistic("z", "z", "+.1f",
               "cosine · √n: the cosine over its spread for unrelated isotropic directions",
               "N(0, 1), if directions are isotropic", "page pairs rows screen"),
-    Statistic("z_groups", "z groups", "+.1f",
+    Statistic("z_groups", "z over groups", "+.1f",
               "S / √ΣT²: holds for sparse deltas and unequal magnitudes, where z overstates",
               "N(0, 1), if each T has an even chance of either sign", "page pairs rows screen"),
     Statistic("p", "p", ".2g",
@@ -57,7 +57,7 @@ ANGLE = (
               " groups drawn anew", "uniform on multiples of 1/(draws + 1)"),
     Statistic("norm_a", "norm A", ".3g", "|a|", "", "rows"),
     Statistic("norm_b", "norm B", ".3g", "|b|", "", "rows"),
-    Statistic("norm_ratio", "|A|/|B|", ".3g",
+    Statistic("norm_ratio", "|A| / |B|", ".3g",
               "|a| / |b|, which a cosine hides: SFT updates are some 30 times longer than RL's"
               " (arXiv 2605.00610)", "", "page pairs rows screen"),
 )  # fmt: skip
@@ -65,7 +65,7 @@ CONTROL = (
     Statistic("control_cosine", "control cosine", "+.3g",
               "cosine with another vector, or a random one, in place of a: a pair is worth talking"
               " about where it stands clear of its control", "", "page pairs rows screen"),
-    Statistic("control_z_groups", "control z groups", "+.1f", "the same for z groups", "",
+    Statistic("control_z_groups", "control z over groups", "+.1f", "the same for z over groups", "",
               "page pairs rows"),
     Statistic("control_z", "control z", "+.1f", "the same for z"),
 )  # fmt: skip
@@ -171,7 +171,7 @@ FORECAST = (
     Statistic("conflict", "conflict", "%", "`conflict_a` of it; in a layer, of that layer"),
     Statistic("in_subspace", "in B's subspace", "%", "`a_in_b` of it"),
     Statistic("share", "share", "%", "of a layer: the part of all of a's energy that lies along b"
-              " in it", "", "rows"),
+              " in it", "", ""),
 )  # fmt: skip
 
 PAIRS = ANGLE + CONTROL + SUPPORT + PAIR_SUBSPACE

@@ -401,10 +401,11 @@ def test_labels_too_long_for_a_legend_stay_apart() -> None:
     assert len({value["series"] for value in spec["data"]["values"]}) == 3
 
 
-def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", ["vl_convert", "jinja2"])
+def test_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     page.check_available()
-    monkeypatch.setattr(page, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'skillvec\[report\]'"):
+    monkeypatch.setattr(page, "find_spec", lambda name: None if name == module else "found")
+    with pytest.raises(UsageError, match=rf"{module[:2]}.*: pip install 'skillvec\[report\]'"):
         page.html(fake_report())
 
 
