@@ -154,6 +154,20 @@ def test_heavy_packages_are_imported_inside_functions_only():
     assert not wrong, "at module level:\n" + "\n".join(wrong)
 
 
+def test_mathematics_knows_no_paths_and_no_threads():
+    held = ORDER[ORDER.index("measures") : ORDER.index("report")]
+    foreign = {"os", "pathlib", "io", "shutil", "tempfile", "concurrent", "multiprocessing"}
+    wrong = [
+        found.place
+        for found in EVERY
+        if found.module in held
+        and (found.ours not in (None, *held, "errors") or found.top in foreign
+             or (found.top == "threading" and found.module != "codecs"))  # its zstd contexts
+    ]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+    assert {found.module for found in EVERY} >= set(held) - {"block"}
+
+
 def test_the_command_line_imports_verbs_inside_its_commands():
     wrong = [
         found.place
