@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from skillvec.checkpoint import Checkpoint
-from skillvec.conversions import ModelClass, all_of, classes_of
+from skillvec.conversions import ModelClass, all_of, classes_of, need_model_classes
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.layouts import SKIPPED, Bridge, bridge, loaded_as, viewed_specs
 from skillvec.sources import Index, Source, View, Viewed, Widened, concatenate, whole
@@ -82,10 +82,12 @@ def layouts_of(checkpoint: Checkpoint, named: Sequence[str] = ()) -> Iterator[La
     """Yield a checkpoint as transformers' classes hold it in memory, and as they save it.
 
     The classes `named` come first, then those that its config leads to. Without a config.json, or
-    where transformers makes no model of it, there is none. Imports transformers.
+    where transformers makes no model of it, there is none. Imports transformers; UsageError where
+    it is missing.
     """
     if not checkpoint.config:
         return
+    need_model_classes(f"{checkpoint.ref}: seeing it as the classes of models hold it in memory")
     for kind in classes_of(checkpoint.config, len(checkpoint), named):
         yield Layout(checkpoint, kind, False)
         if kind.saved().keys() not in (kind.shapes.keys(), checkpoint.keys()):

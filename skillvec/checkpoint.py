@@ -192,9 +192,9 @@ class Checkpoint(Mapping[str, Source]):
     def tied_in_transformers(self) -> bool | None:
         """Whether transformers 5 ties the head to the embeddings; None where that is not known.
 
-        From config and headers. Imports transformers, if it is installed, where the default of a
-        class decides, or what it makes of configs within. A head that is stored although the config
-        ties it stays its own if its values differ: that is not known from headers.
+        From config and headers. Imports transformers (UsageError where it is missing) where the
+        default of a class decides, or what it makes of configs within. A head that is stored
+        although the config ties it stays its own if its values differ: headers do not tell.
         """
         said, own = self.ties_embeddings, "lm_head.weight" in self
         names = self.config.get("architectures")

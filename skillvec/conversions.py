@@ -17,6 +17,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from skillvec.errors import needs
 from skillvec.sources import Box, Index, View, concatenate, row_major, stack
 
 Shapes = Mapping[str, Index]
@@ -24,6 +25,16 @@ NESTED = 16  # configs within a config that are looked at
 PAIRS = 1 << 16  # pairs of boxes of one tensor, beyond which it is not taken apart
 COUNTS = re.compile(r"(.*_)?(layers?|depths?|blocks)")  # keys of a config that count layers
 MANY = 1024  # layers of a part of a model, of which the files may hold nothing
+
+
+def need_model_classes(what: str) -> None:
+    """Raise UsageError, which says what they are asked, where there are no classes of models.
+
+    Called before what takes their errors for those of a config.
+    """
+    with needs("hf", what):
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
 
 
 def model_of(config: Mapping[str, Any], most_layers: int, name: str | None = None) -> Any:
@@ -187,8 +198,9 @@ def _decoded(value: Any) -> Any:
 def tied_weights(config: Mapping[str, Any], most_layers: int) -> dict[str, str] | None:
     """Return the weights that the model of a config.json shares with another: head -> embedding.
 
-    None where transformers makes no model of it.
+    None where transformers makes no model of it; UsageError where it is missing.
     """
+    need_model_classes("telling which weights the classes of models tie")
     try:
         return dict(model_of(config, most_layers).all_tied_weights_keys)
     except Exception:  # whatever a model's code raises on a config of others
@@ -198,8 +210,9 @@ def tied_weights(config: Mapping[str, Any], most_layers: int) -> dict[str, str] 
 def shapes_of(config: Mapping[str, Any], most_layers: int) -> dict[str, Index] | None:
     """Return the shapes of the weights of the model of a config.json, by name.
 
-    None where transformers makes no model of it.
+    None where transformers makes no model of it; UsageError where it is missing.
     """
+    need_model_classes("telling the shapes of the weights that a config.json is of")
     try:
         made = model_of(config, most_layers).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in made.items()}
@@ -225,7 +238,7 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
 def ties(config: Mapping[str, Any]) -> tuple[bool, bool] | None:
     """Return whether transformers' config ties embeddings: of the model, and of one within it.
 
-    None where it cannot tell.
+    None where it cannot tell; UsageError where it is missing.
     Its config class is made of the keys about that alone: no other decides, and a class may build
     lists as long as a number that someone wrote.
     """
@@ -239,11 +252,11 @@ def ties(config: Mapping[str, Any]) -> tuple[bool, bool] | None:
             or ("tie" in key and (value is None or isinstance(value, bool)))
         }
 
-    try:
+    with needs("hf", "telling whether a class of configs ties the head to the embeddings"):
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
+    try:
         made = CONFIG_MAPPING[config["model_type"]].from_dict(kept(config))
-    except Exception:  # not installed, another version, other code: whatever a config class raises
+    except Exception:  # another version, other code: whatever a config class raises
         return None
     within = [inner for inner in vars(made).values() if hasattr(inner, "to_diff_dict")]
     own, *inside = [bool(getattr(c, "tie_word_embeddings", False)) for c in (made, *within)]
@@ -252,11 +265,12 @@ def ties(config: Mapping[str, Any]) -> tuple[bool, bool] | None:
 
 def can_tie(name: str) -> bool | None:
     """Return whether a class of transformers has weights to tie; None where there is none so."""
-    try:
-        import transformers
+    need_model_classes("telling whether a class of models has weights to tie")
+    import transformers
 
+    try:
         kind = getattr(transformers, name, None)
-    except Exception:  # not installed, or without what the class needs
+    except Exception:  # without what the class needs
         return None
     return None if kind is None else bool(getattr(kind, "_tied_weights_keys", None))
 
@@ -271,11 +285,11 @@ def likely_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     own = config.get("model_type")
     if not isinstance(own, str) or "architectures" in config or len(model_types(config)) > 1:
         return
-    try:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    try:
         inner = getattr(CONFIG_MAPPING[own], "sub_configs", {})
-    except (ImportError, KeyError):
+    except KeyError:
         return
     within = {key: {"model_type": getattr(kind, "model_type", "")} for key, kind in inner.items()}
     for name in _class_names({**config, **within}, ()):

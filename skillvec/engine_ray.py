@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from skillvec import __version__, kernels
 from skillvec.deltas import views_in
 from skillvec.engine import Found, Threads
-from skillvec.errors import SkillvecError, UsageError
+from skillvec.errors import SkillvecError, UsageError, needs
 from skillvec.job import Job, JobResult, Plan
 from skillvec.staging import STAGING_SUFFIX
 from skillvec.storage import (
@@ -240,12 +240,8 @@ class Cluster:
 
 def _connected() -> Any:
     """Return Ray, connected to the cluster of this process, of RAY_ADDRESS or of this machine."""
-    try:
+    with needs("ray", "engine ray (on every node)"):
         ray = import_module("ray")
-    except ImportError:
-        raise UsageError(
-            "engine ray: Ray is not installed: pip install 'skillvec[ray]', on every node"
-        ) from None
     if ray.is_initialized():
         return ray
     address = os.environ.get("RAY_ADDRESS") or "auto"

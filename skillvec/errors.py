@@ -4,7 +4,8 @@ Messages say what, where (tensor, file), what was expected and found, and what t
 string, so they pickle.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 
 class SkillvecError(Exception):
@@ -43,6 +44,25 @@ class IncompatibleError(SkillvecError, ValueError):
 
 class NonfiniteError(IncompatibleError):
     """Values that are not finite where they are not expected, or that no finite delta carries."""
+
+
+EXTRAS = ("gcs", "gguf", "hf", "ray", "report", "s3", "torch", "train")  # of pyproject.toml
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Import within it what one of EXTRAS, or a package, installs; UsageError where that fails.
+
+    `what` begins the sentence: it needs the package that is missing, and how to install it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or f"the extra {extra}").partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        why = "is not installed" if missing else f"cannot be imported ({error})"
+        install = f'"skillvec[{extra}]"' if extra in EXTRAS else extra
+        raise UsageError(f"{what} needs {package}, which {why}: pip install {install}") from None
 
 
 def printable(text: str) -> str:

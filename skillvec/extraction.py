@@ -53,6 +53,7 @@ from skillvec.storage import (
     forget_open_files,
     fsync_path,
     refuse_changed,
+    refuse_misread,
 )
 from skillvec.summary import refuse_announced, refuse_nonfinite
 from skillvec.vector import SkillVector
@@ -411,11 +412,12 @@ class _Writer:
             entries = [entry for place, (kind, out, inner) in made.items()
                        for entry in self._entries(keys[place], kind, out, inner)]  # fmt: skip
             first, last = (list(map(_entry, jobs)) for jobs in (self._first, self._last))
-            header = encode_header([*first, *entries, *last], {"format": "pt"}, reserve)
-            self._file.write(0, header)
+            layout = [*first, *entries, *last]
+            self._file.write(0, encode_header(layout, {"format": "pt"}, reserve))
             self._file.sync()
         finally:
             self._file.close()
+        refuse_misread(self._path, layout)
         return {place: inner[0] // self._experts(place) for place, (_, _, inner) in made.items()}
 
     def _experts(self, place: str) -> int:

@@ -81,7 +81,7 @@ def to_layout(
     deltas, places = move_deltas(vector, found.views)
     left = left_over(found, vector.ref, mine, wanted)
     unused = {name: vector.deltas[name] for name in left}
-    reverse = bridged(wanted, mine, configs, (), "strict")
+    reverse = None if places.keys() >= mine.keys() else bridged(wanted, mine, configs, (), "strict")
     back = {} if reverse is None else reverse.views
     back = back | {
         name: whole(to, vector.deltas[name].spec.shape) for name, to in places.items()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from skillvec.conversions import model_of
-from skillvec.errors import FormatError, IncompatibleError, UsageError, printable, up_to_five
+from skillvec.errors import FormatError, IncompatibleError, UsageError, needs, printable, up_to_five
 from skillvec.folder import GGUF, SINGLE
 from skillvec.gguf_header import MAGIC, BrokenError, GgufHeader, read_gguf_header
 from skillvec.kernels import Array, widen
@@ -138,9 +138,9 @@ class LessOne(Derived):
 def open_gguf(found: Found) -> Opened:
     """Return the model in a GGUF file, or in the one of a folder. Reads the header only.
 
-    Imports gguf, torch and transformers. Raises IncompatibleError for what is not taken, and where
-    the gguf package is not installed; FormatError for a file that is broken; UsageError where there
-    are several.
+    Imports gguf, torch and transformers. Raises IncompatibleError for what is not taken,
+    FormatError for a file that is broken; UsageError where there are several, and where a package
+    is missing.
     """
     names = found.names if found.is_file else found.ending(GGUF)
     if len(names) > 1:
@@ -157,13 +157,9 @@ def open_gguf(found: Found) -> Opened:
         raise IncompatibleError(
             f"{what}: no GGUF, although its name says so: it begins with {begin!r}; {INSTEAD}"
         )
-    try:
-        _gguf()
-    except ImportError:
-        raise IncompatibleError(
-            f"{what}: GGUF is read with the gguf package, which is not installed: pip install"
-            f" 'skillvec[gguf]'; or {INSTEAD}"
-        ) from None
+    with needs("gguf", f"{what}: reading GGUF"):
+        for package in ("gguf", "torch", "transformers"):
+            import_module(package)
     try:
         header = read_gguf_header(address)
         stored = _sources(address, header)

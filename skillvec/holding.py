@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from skillvec.checkpoint import Checkpoint
-from skillvec.conversions import all_of, converted, model_of
+from skillvec.conversions import all_of, converted, model_of, need_model_classes
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.layouts import Bridge, viewed_specs
 from skillvec.lineage import same_bytes
@@ -389,6 +389,7 @@ def _model_of(base: Checkpoint) -> Any:
     where = f"{base.ref}: config.json (it tells linear weights from others)"
     if base.model_type is None:
         raise IncompatibleError(f"{where}: has no model_type, or is not there")
+    need_model_classes(f"{where}: making the model of it")
     try:
         return model_of(base.config, len(base))
     except Exception as error:  # whatever a model's code raises on a config of others

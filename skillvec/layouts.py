@@ -21,6 +21,7 @@ from skillvec.conversions import (
     likely_configs,
     mapping_of,
     model_types,
+    need_model_classes,
 )
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.kernels import STORAGE_DTYPE
@@ -64,7 +65,8 @@ def bridge(
     In this order: `rename` rules (REGEX=REPLACEMENT, on names of mine), equal names, one prefix
     for another, transformers' mappings for the model types in `configs`, the rule for `rows`:
     "strict", "common" (the first rows, zeros below) or "skip". Raises UsageError for a rule that
-    is broken or matches nothing, IncompatibleError where two names become one.
+    is broken or matches nothing, and where transformers is needed and missing; IncompatibleError
+    where two names become one.
     """
     if rows not in ("strict", "common", "skip"):
         raise UsageError(f"--rows {rows}: expected strict, common or skip")
@@ -430,6 +432,11 @@ def _match_by_registry(search: _Search, configs: Sequence[Mapping[str, Any]]) ->
     """Take what transformers' mappings make of the rest: of mine, of the wanted names, of both."""
     if not configs:
         search.hints["no config.json says which of transformers' mappings to use"] = None
+    elif search.want and search.have:
+        need_model_classes(
+            f"{next(iter(search.want))}: no tensor of the other side has its name and shape, and"
+            " looking up other layouts of the model"
+        )
     for config in chain.from_iterable(map(likely_configs, configs)):
         if not search.want or not search.have:
             return

@@ -16,7 +16,7 @@ import numpy as np
 
 from skillvec import hub
 from skillvec.checkpoint import Checkpoint
-from skillvec.conversions import ModelClass, classes_of
+from skillvec.conversions import ModelClass, classes_of, need_model_classes
 from skillvec.deltas import DeltaSource
 from skillvec.errors import IncompatibleError
 from skillvec.kernels import FLOATS, STORAGE_DTYPE, widen
@@ -162,10 +162,12 @@ def may_be_one(checkpoint: Checkpoint, name: str, twin: str) -> bool:
 def is_said_tied(checkpoint: Checkpoint, name: str, twin: str) -> bool:
     """Return whether transformers' model of the config ties two tensors, by names of its files.
 
-    `twin` is stored, `name` need not be. Imports transformers.
+    `twin` is stored, `name` need not be. Imports transformers; UsageError where it is missing.
     """
-    said = json.dumps(checkpoint.config)
-    kind = _class_of(said, len(checkpoint)) if checkpoint.config else None
+    if not checkpoint.config:
+        return False
+    need_model_classes(f"{checkpoint.ref}: telling whether {name} is one weight with {twin}")
+    kind = _class_of(json.dumps(checkpoint.config), len(checkpoint))
     if kind is None:
         return False
     shape = tuple(checkpoint[twin].shape)
@@ -175,10 +177,7 @@ def is_said_tied(checkpoint: Checkpoint, name: str, twin: str) -> bool:
 
 @lru_cache(maxsize=4)
 def _class_of(config: str, most_layers: int) -> ModelClass | None:
-    try:
-        return next(classes_of(json.loads(config), most_layers), None)
-    except ImportError:  # no transformers here: nobody says anything
-        return None
+    return next(classes_of(json.loads(config), most_layers), None)
 
 
 def are_tied(pairs: Mapping[str, str], one: str, other: str) -> bool:

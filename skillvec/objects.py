@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from skillvec import hub
-from skillvec.errors import FormatError, OutputError, SkillvecError, UsageError, printable
+from skillvec.errors import FormatError, OutputError, SkillvecError, UsageError, needs, printable
 from skillvec.remote_files import (
     AT_ONCE,
     ReadByRange,
@@ -92,13 +92,8 @@ def _store(url: str) -> Any:
             " it to the configuration of the store's client"
         )
     try:
-        return url_to_fs(url, use_listings_cache=False)[0]
-    except ImportError as error:
-        extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme)
-        advice = f"pip install 'skillvec[{extra}]'" if extra else "pip install adlfs"
-        raise UsageError(
-            f"{url}: a package is missing for {scheme}://: {advice} ({error})"
-        ) from None
+        with needs({"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme, "adlfs"), printable(url)):
+            return url_to_fs(url, use_listings_cache=False)[0]
     except ValueError as error:
         raise UsageError(f"{printable(url)}: {error}") from None
 

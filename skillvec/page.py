@@ -8,12 +8,11 @@ wrote: they reach the page as escaped text or as JSON without "<", never as mark
 import json
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from importlib.util import find_spec
 from math import isfinite
 from typing import Any, NamedTuple
 
 from skillvec.angle_report import AngleReport, PairEntry, Row, SubspaceFacts
-from skillvec.errors import UsageError, printable
+from skillvec.errors import needs, printable
 from skillvec.figures import draw_figures, is_map, look_of, name_dtypes, typeset
 from skillvec.statistics_table import (
     FORECAST,
@@ -32,7 +31,6 @@ from skillvec.statistics_table import (
 )  # fmt: skip
 
 LEAST_NBYTES = 800_000  # of a page: the drawing library that it carries
-NEEDS = {"vl_convert": "vl-convert-python", "jinja2": "jinja2"}
 Entry = tuple[str, str, str]  # title, tooltip, value
 
 
@@ -46,9 +44,9 @@ class _Grid(NamedTuple):
 
 def check_available() -> None:
     """Raise UsageError where a package that draws the page is missing."""
-    for module, package in NEEDS.items():
-        if find_spec(module) is None:
-            raise UsageError(f"the page needs {package}: pip install 'skillvec[report]'")
+    with needs("report", "the page"):
+        import jinja2  # noqa: F401
+        import vl_convert  # noqa: F401
 
 
 def html(report: AngleReport) -> str:

@@ -56,6 +56,7 @@ from skillvec.storage import (
     read_header,
     read_into,
     refuse_duplicates,
+    refuse_misread,
 )
 
 FORMS = ("lists", "verl", "vllm")
@@ -611,7 +612,8 @@ class PatchWriter(RowWriter):
         parts = self._flush(lists) if form == "verl" else _as_they_are(lists)
         file = OutputFile(os.fspath(self._folder / "patch"), 0)
         try:
-            file.append(encode_header([part[:3] for part in parts], metadata))
+            layout = [part[:3] for part in parts]
+            file.append(encode_header(layout, metadata))
             for *_, sources in parts:
                 for source in sources:
                     for piece in pieces(source):
@@ -619,6 +621,7 @@ class PatchWriter(RowWriter):
             file.sync()
         finally:
             file.close()
+        refuse_misread(file.path, layout)
         return Path(file.path)
 
     def _lists(self) -> list[tuple[Source, Listed]]:

@@ -38,13 +38,13 @@ def touched_by(patch: Patch, base: Checkpoint) -> tuple[dict[str, Source], dict[
     """
     problems = patch.problems(base)
     if patch.family not in (None, base.family_digest):
-        for naming in _find_namings(patch, base, _layouts(base), False):
+        for naming in _find_namings(patch, base, layouts_of(base), False):
             if naming.layout and naming.layout.model.family_digest == patch.family:
                 return _with_twins(patch, base, *_seen_back(patch, base, naming))
         raise _refusal(patch, base, problems, "was made for a model of another shape than")
     if not problems and not _may_be_turned(patch, base):
         return _with_twins(patch, base, patch.laid_over(base), {})
-    layouts = _layouts(base)
+    layouts = list(layouts_of(base))
     for moved in (False, True):
         namings = list(_find_namings(patch, base, layouts, moved))
         if namings:
@@ -66,13 +66,6 @@ def _may_be_turned(patch: Patch, base: Checkpoint) -> bool:
     """Return whether the files alone do not tell which values of a tensor are listed."""
     named = [name for name, one in patch.listings.items() if one.shape is None and one.numel]
     return patch.family is None and any(len(base[name].shape) >= TURNED for name in named)
-
-
-def _layouts(base: Checkpoint) -> list[Layout]:
-    try:
-        return list(layouts_of(base))
-    except ImportError:  # no transformers here: the names of the files are all there is
-        return []
 
 
 def _find_namings(

@@ -20,7 +20,14 @@ from urllib.parse import quote
 from skillvec import hub, hub_client
 from skillvec.cards import BEGIN, LICENSE, hub_model, merged_card, renewed, vector_card
 from skillvec.checkpoint import VECTOR_INDEX, Checkpoint, open_tensors
-from skillvec.errors import IncompatibleError, SkillvecError, UsageError, printable, up_to_five
+from skillvec.errors import (
+    FormatError,
+    IncompatibleError,
+    SkillvecError,
+    UsageError,
+    printable,
+    up_to_five,
+)
 from skillvec.hub_client import README
 from skillvec.outputs import PathLike, free_nbytes, output_model, output_vector
 from skillvec.provenance import read_merged
@@ -29,10 +36,12 @@ from skillvec.sidefiles import is_weight_file
 from skillvec.staging import staging
 from skillvec.storage import (
     Place,
+    TensorSpec,
     copy_file,
     file_nbytes,
     fsync_path,
     local_path,
+    refuse_misread_files,
     remote_of,
 )
 from skillvec.vector import SkillVector
@@ -382,3 +391,5 @@ def _check(path: Path, made: _Made) -> None:
     here = _made_here(path)
     if (here.kind, here.said) != (made.kind, made.said):
         raise IncompatibleError(f"{made.ref}: what arrived is not what its header said: pull again")
+    held = here.vector.specs if here.vector else (here.model or {}).values()
+    refuse_misread_files((s for s in held if isinstance(s, TensorSpec)), FormatError)

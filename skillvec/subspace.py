@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.errors import IncompatibleError, UsageError
+from skillvec.errors import IncompatibleError, UsageError, needs
 from skillvec.kernels import Array, F32Array
 
 if TYPE_CHECKING:
@@ -72,9 +72,10 @@ class Interference(NamedTuple):
 def resolve_device(device: str) -> str:
     """Return "cpu" or "cuda:N" for auto, cpu, cuda or cuda:N; raise UsageError if it is not here.
 
-    auto is the first CUDA device, if there is one.
+    auto is the first CUDA device, if there is one. UsageError too where torch is missing.
     """
-    import torch
+    with needs("torch", "singular subspaces, and LoRA,"):
+        import torch
 
     word, _, number = device.partition(":")
     if device not in ("auto", "cpu", "cuda") and not (word == "cuda" and number.isdecimal()):
@@ -159,8 +160,8 @@ def _svd(matrix: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
 
 
 def _other_drivers(matrix: F64Array) -> tuple[F64Array, F64Array, F64Array]:
-    from scipy import linalg
-
+    with needs("torch", "a matrix of which torch finds no singular values"):
+        from scipy import linalg
     try:
         u, values, v = linalg.svd(matrix, full_matrices=False, lapack_driver="gesvd")
         if all(np.isfinite(side).all() for side in (u, values, v)):

@@ -9,13 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
-
 from skillvec.checkpoint import Checkpoint, open_checkpoint
-from skillvec.errors import SkillvecError
+from skillvec.errors import SkillvecError, needs
 from skillvec.kernels import HALVES
 from skillvec.verbs import diff
+
+with needs("train", "SkillVectorCallback"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 

@@ -64,6 +64,7 @@ from skillvec.storage import (
     read_header,
     read_into,
     refuse_duplicates,
+    refuse_misread,
     remote_of,
 )
 
@@ -120,13 +121,18 @@ class VectorFile:
         return list(self.headers)
 
     @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors as the files hold them, parts of deltas and side tables too."""
+        return [spec for header in self.headers.values() for spec in header.tensors.values()]
+
+    @property
     def real_files(self) -> list[Path]:
         """The files of this disk that links lead to."""
         return [Path(file).resolve() for file in self.files if remote_of(file) is None]
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for h in self.headers.values() for spec in h.tensors.values())
+        return sum(spec.nbytes for spec in self.specs)
 
     def _broken(self, what: str) -> FormatError:
         return FormatError(f"vector {self.ref}: {what}")
@@ -673,6 +679,7 @@ class VectorWriter(RowWriter):
         layout = self._layout(shard.entries, shard.records)
         shard.file.write(0, encode_header(layout, metadata, shard.reserved_nbytes))
         shard.file.sync()
+        refuse_misread(shard.file.path, layout)
         return [name for name, _, _ in layout if name not in SIDE]
 
     def close(self) -> None:

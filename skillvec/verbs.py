@@ -84,7 +84,15 @@ from skillvec.rules import (
 from skillvec.run import Run
 from skillvec.running import measure_plan, run_plan, show_plan
 from skillvec.staging import Staging
-from skillvec.storage import copy_file, fsync_path, shown
+from skillvec.storage import (
+    TensorSpec,
+    copy_file,
+    fsync_path,
+    header_layout,
+    refuse_misread,
+    refuse_misread_files,
+    shown,
+)
 from skillvec.summary import (
     complete_manifest,
     correct_verdict,
@@ -514,8 +522,9 @@ def _write_model(
             file.write(0, output_plan.header)
         results = run_plan(plan, run, stage, files)
         refuse_nonfinite(results, recipe["request"].get("allow_nonfinite", False))
-        for file in files:
+        for file, output_plan in zip(files, plan.outputs, strict=True):
             file.sync()
+            refuse_misread(file.path, header_layout(output_plan.header))
         made = stage.made
         for source, name in plan.copies:
             (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -605,10 +614,13 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
             facts["recipe"] = read_merged(opened)
     quantised: Mapping[str, str] = {}
     if facts["kind"] == "model":
-        facts["ties_embeddings"] = opened.tied_in_transformers if opened.config else None
+        try:
+            facts["ties_embeddings"] = opened.tied_in_transformers if opened.config else None
+        except UsageError as error:  # without transformers it is unknown
+            report.warnings.append(str(error))
         try:
             quantised = as_model(opened, "input").formats
-        except (IncompatibleError, FormatError) as error:  # described all the same
+        except (IncompatibleError, FormatError, UsageError) as error:  # described all the same
             report.warnings.append(str(error))
     for spec in opened.values():
         line = ledger_line(spec, "stored", quantised.get(spec.name, ""))
@@ -676,7 +688,10 @@ def verify(
     }
     report = show_plan(plan, facts, run)
     if not run.dry_run:
-        _conclude(report, run_plan(measure_plan(plan, run), run), "merged model's")
+        results = run_plan(measure_plan(plan, run), run)
+        specs = (spec for spec in opened.values() if isinstance(spec, TensorSpec))
+        refuse_misread_files(specs, VerificationError)
+        _conclude(report, results, "merged model's")
     return report
 
 
@@ -758,6 +773,7 @@ def _verify_vector(
     if run.dry_run:
         return report
     results = run_plan(measure_plan(plan, run), run)
+    refuse_misread_files(vector.stored.specs, VerificationError)
     side = "tuned model's" if manifest["tuned"] else "parents'"
     _conclude(report, results, side, manifest)
     return report

@@ -335,7 +335,7 @@ def test_batches_of_rows_end_in_order_whichever_is_copied_first(tmp_path, monkey
 
 def test_ray_that_is_not_installed_is_a_usage_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"not installed: pip install 'skillvec\[ray\]'"):
+    with pytest.raises(UsageError, match=r'not installed: pip install "skillvec\[ray\]"'):
         run.choose_engine("ray", 2)
 
 

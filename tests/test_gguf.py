@@ -410,7 +410,7 @@ def test_blocks_without_arithmetic_are_refused(tmp_path: Path, toy, monkeypatch)
 def test_without_the_package_it_is_said_how_to_get_it(tmp_path: Path, toy, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(toy[2])
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    refused(tmp_path / "m.gguf", IncompatibleError, r"pip install 'skillvec\[gguf\]'")
+    refused(tmp_path / "m.gguf", UsageError, r'pip install "skillvec\[gguf\]"')
 
 
 def test_of_several_in_a_folder_one_is_named(tmp_path: Path, toy):

@@ -44,7 +44,7 @@ HOMES = {
         "lowrank", "parts", "layouts", "conversions", "extraction",
         "storage", "engine_ray", "gguffile",
     },
-    "gguf": {"gguffile"},
+    "gguf": {"gguffile"}, "safetensors": {"storage"},
     "torch": set(ORDER), "transformers": set(ORDER), "huggingface_hub": set(ORDER),
     "scipy": set(ORDER),
 }  # fmt: skip
@@ -65,6 +65,7 @@ LAZY = {
     "zstandard",
     "yaml",
     "gguf",
+    "safetensors",
 }
 
 

@@ -114,7 +114,11 @@ def test_urls_are_references_and_paths_and_the_hub_are_not():
         ("nonsense://b/x", "nonsense://b/x: expected hf:// or one of s3, gs"),
         ("file:///b/x", "file:///b/x: expected"),
         ("az://b::s3://c/x", "expected"),
-        ("gs://b/x", "a package is missing for gs://: pip install 'skillvec[gcs]'"),
+        (
+            "gs://b/x",
+            "gs://b/x needs the extra gcs, which cannot be imported (install the-package):"
+            ' pip install "skillvec[gcs]"',
+        ),
         ("s3://me:secret@host/x", "s3://host/x: a password or a query in a URL would be kept"),
         ("s3://b/x?signature=secret", "s3://b/x: a password or a query"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from itertools import combinations
 from math import sqrt
 from pathlib import Path
@@ -307,7 +308,7 @@ def test_a_page_that_cannot_be_drawn_is_refused_before_the_work(
     family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ref = f"{family.tuned}::{family.base}"
-    monkeypatch.setattr("skillvec.page.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
     monkeypatch.setattr("skillvec.comparison.run_plan", lambda *_: pytest.fail("worked"))
     with pytest.raises(sv.UsageError, match=r"skillvec\[report\]"):
         sv.orthogonality(ref, ref, output=tmp_path / "r")
