@@ -52,7 +52,7 @@ class Journal:
         said = {"request": _flat(request), "inputs": inputs}
         self._said: Line = json.loads(json.dumps(said))
         self._path, self._folder = folder / JOURNAL, folder
-        lines, nbytes, seed = _read(self._path)
+        lines, nbytes, seed = read_lines(self._path)
         self.found = lines[1:]
         self._nbytes, self._seed = (nbytes, seed) if self.found else (0, 0)
         if self.found:
@@ -82,7 +82,7 @@ class Journal:
             why, advice = OTHER
             shown = [f"{k}: {_short(there, k)} then, {_short(here, k)} now" for k in differing]
         if shown:
-            raise UsageError(f"{_refusal(self._folder, why, advice)}:\n{up_to_five(shown)}")
+            raise UsageError(f"{explain_refusal(self._folder, why, advice)}:\n{up_to_five(shown)}")
 
     def claim(self, lines: Sequence[Line], files: Iterable[OutputFile]) -> None:
         """Say that jobs are done, when all that was written to `files` is on the disk."""
@@ -129,7 +129,7 @@ class Journal:
         self._nbytes = 0
 
 
-def _refusal(folder: Path, why: str, advice: str) -> str:
+def explain_refusal(folder: Path, why: str, advice: str) -> str:
     return f"{folder}: left by an interrupted run {why} ({advice}, or delete the folder)"
 
 
@@ -153,7 +153,7 @@ def _encoded(line: Line, seed: int) -> tuple[bytes, int]:
     return digest.hexdigest().encode() + b" " + text + b"\n", digest.intdigest()
 
 
-def _read(path: Path) -> tuple[list[Line], int, int]:
+def read_lines(path: Path) -> tuple[list[Line], int, int]:
     """Return the lines up to the first that is broken, their bytes, and the seed for the next."""
     lines, nbytes, seed = [], 0, 0
     try:
@@ -333,8 +333,8 @@ def staging(
         kept = True  # until it is known to be of this request
         if request is not None:
             stage.journal = Journal(folder, request, inputs or {})
-        elif _read(folder / JOURNAL)[0]:
-            raise UsageError(_refusal(folder, *OTHER))
+        elif read_lines(folder / JOURNAL)[0]:
+            raise UsageError(explain_refusal(folder, *OTHER))
         kept = False
         if stage.journal is None or not stage.journal.has_claims:
             stage.clear()
