@@ -698,11 +698,10 @@ def test_what_goes_back_in_part_is_refused(moe: Trained, monkeypatch: pytest.Mon
 def test_without_transformers_names_are_those_of_the_files(
     moe: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    def missing(base: Any) -> Any:
-        raise ImportError
-
-    monkeypatch.setattr(patching, "layouts_of", missing)
-    assert "gate_up_proj: not in the base" in moe.refused(moe.lists)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    save_file(moe.lists, moe.folder / "p.safetensors")
+    with pytest.raises(sv.UsageError, match=r'transformers.*pip install "skillvec\[hf\]"'):
+        sv.SkillVector.patched(moe.folder / "p.safetensors", moe.folder / "base")
     base = save(tmp_path / "base", {"w": torch.zeros(2, 3, 4)})
     save(tmp_path / "p.safetensors", {"w.indices": torch.tensor([5]), "w.values": torch.ones(1)})
     tuned = sv.SkillVector.patched(tmp_path / "p.safetensors", base).tuned
