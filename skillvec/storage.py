@@ -401,7 +401,7 @@ def refuse_misread_files(specs: Iterable[TensorSpec], error: type[SkillvecError]
     """Raise `error` as `refuse_misread` does for the files of this disk that tensors lie in."""
     layouts: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
     for spec in specs:
-        remote = _remotes.get(spec.path)
+        remote = remote_of(spec.path)
         if remote is None or remote.local is not None:
             layouts.setdefault(local_path(spec.path), []).append(spec[:3])
     for path, layout in layouts.items():
