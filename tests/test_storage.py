@@ -12,6 +12,7 @@ import re
 import struct
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from xxhash import xxh3_128
 
 from skillvec import staging as staging_module
 from skillvec import storage
-from skillvec.errors import FormatError, OutputError
+from skillvec.errors import FormatError, OutputError, VerificationError
 from skillvec.staging import Staging, staging
 from skillvec.storage import (
     LEAF_NBYTES,
@@ -742,3 +743,61 @@ def test_the_lock_is_on_the_folder_that_is_there_now(tmp_path: Path, monkeypatch
     finally:
         for descriptor in calls:
             os.close(descriptor)
+
+
+# --------------------------------------------------------------------------- the official reader
+
+LAYOUT = [("a", "BF16", (2, 3)), ("b", "F8_E4M3", (4,)), ("", "I64", ())]
+
+
+def written(path: Path, layout: list[tuple[str, str, tuple[int, ...]]]) -> str:
+    header = encode_header(layout, {"format": "pt"}, 4096)
+    path.write_bytes(header + bytes(sum(storage.tensor_nbytes(*part[1:]) for part in layout)))
+    assert storage.header_layout(header) == layout
+    return str(path)
+
+
+def test_the_official_reader_finds_what_was_planned(tmp_path: Path) -> None:
+    path = written(tmp_path / "x", LAYOUT)
+    storage.refuse_misread(path, LAYOUT[::-1])
+    storage.refuse_misread(written(tmp_path / "empty", []), [])
+    for layout, said in (
+        (LAYOUT[1:], r"a: expected nothing, found BF16 \[2, 3\]"),
+        ([*LAYOUT, ("c", "F32", (1,))], r"c: expected F32 \[1\], found nothing"),
+        ([("a", "BF16", (3, 2)), *LAYOUT[1:]], r"a: expected BF16 \[3, 2\], found BF16 \[2, 3\]"),
+        ([("a", "F16", (2, 3)), *LAYOUT[1:]], r"a: expected F16 \[2, 3\], found BF16"),
+    ):
+        with pytest.raises(OutputError, match=f"(?s){path}: .*reads other tensors:\n *{said}"):
+            storage.refuse_misread(path, layout)
+    specs = [spec._replace(dtype="F16") for spec in read_header(path).tensors.values()]
+    with pytest.raises(VerificationError, match=r"a: expected F16"):
+        storage.refuse_misread_files(specs, VerificationError)
+
+
+def test_a_file_that_the_official_reader_does_not_open_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "x", LAYOUT)
+    os.truncate(path, os.path.getsize(path) - 1)
+    with pytest.raises(OutputError, match=f"{path}: the safetensors package cannot open it: "):
+        storage.refuse_misread(path, LAYOUT)
+
+
+def test_a_dtype_that_the_official_reader_does_not_know_is_no_alarm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(storage.ITEMSIZE, "F8_NEW", 1)
+    layout = [*LAYOUT, ("new", "F8_NEW", (5,))]
+    storage.refuse_misread(written(tmp_path / "x", layout), layout)
+    known = [dtype for dtype in storage.ITEMSIZE if storage._is_known_dtype(dtype)]
+    assert "BF16" in known and "F8_NEW" not in known
+
+
+def test_what_is_not_on_this_disk_is_left_to_our_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = SimpleNamespace(local=None)
+    monkeypatch.setitem(storage._remotes, "hf://org/name@0/x", away)  # type: ignore[misc]
+    spec = storage.TensorSpec("a", "BF16", (2, 3), "hf://org/name@0/x", 0, 12)
+    storage.refuse_misread_files([spec], VerificationError)
+    away.local = written(tmp_path / "x", LAYOUT)
+    with pytest.raises(VerificationError, match=r"b: expected nothing"):
+        storage.refuse_misread_files([spec], VerificationError)
