@@ -695,17 +695,23 @@ def test_what_goes_back_in_part_is_refused(moe: Trained, monkeypatch: pytest.Mon
     assert "model.layers.0.mlp.experts.gate_up_proj: 960 of 1152 values" in said
 
 
-def test_without_transformers_names_are_those_of_the_files(
+def test_without_transformers_other_names_and_fused_tensors_are_refused(
     moe: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
+    """Lists of a fused tensor may be of a turned one in memory; those of matrices are plain."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    save_file(moe.lists, moe.folder / "p.safetensors")
-    with pytest.raises(sv.UsageError, match=r'transformers.*pip install "skillvec\[hf\]"'):
-        sv.SkillVector.patched(moe.folder / "p.safetensors", moe.folder / "base")
-    base = save(tmp_path / "base", {"w": torch.zeros(2, 3, 4)})
-    save(tmp_path / "p.safetensors", {"w.indices": torch.tensor([5]), "w.values": torch.ones(1)})
-    tuned = sv.SkillVector.patched(tmp_path / "p.safetensors", base).tuned
-    assert values_of(tuned["w"], 0, 24).nonzero()[0].tolist() == [5]
+    with pytest.raises(UsageError, match=r'pip install "skillvec\[hf\]"'):
+        sv.SkillVector.patched(save(tmp_path / "moe.safetensors", moe.lists), moe.folder / "base")
+    for shape, place in (((2, 3, 4), "fused"), ((6, 4), "plain")):
+        base = save(tmp_path / place, {"w": torch.zeros(shape)})
+        lists = {"w.indices": torch.tensor([5]), "w.values": torch.ones(1)}
+        patch = save(tmp_path / f"{place}.safetensors", lists)
+        if place == "fused":
+            with pytest.raises(UsageError, match=r'pip install "skillvec\[hf\]"'):
+                sv.SkillVector.patched(patch, base)
+        else:
+            tuned = sv.SkillVector.patched(patch, base).tuned
+            assert values_of(tuned["w"], 0, 24).nonzero()[0].tolist() == [5]
 
 
 # -------------------------------------------------------------------- lists for the model in memory
