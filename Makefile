@@ -21,6 +21,7 @@ test: $(VENV)/.ready
 slow: $(VENV)/.ready .venv-mergekit build/senders
 	$(PIP) "transformers[serving]"
 	DS_BUILD_OPS=0 $(PIP) deepspeed
+	$(PIP) --editable ".[ray]"
 	$(ONE) $(BIN)/python -m pytest -m "not gpu"
 
 torture: $(VENV)/.ready
