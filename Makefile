@@ -25,11 +25,11 @@ slow: $(VENV)/.ready .venv-mergekit build/senders
 	$(ONE) $(BIN)/python -m pytest -m "not gpu"
 
 torture: $(VENV)/.ready
-	$(ONE) $(BIN)/python tests/torture.py --points 10000 --processes 2
+	$(ONE) $(BIN)/python tests/campaigns/torture.py --points 10000 --processes 2
 
 fuzz: $(VENV)/.ready
 	$(PIP) atheris
-	$(ONE) $(BIN)/python tests/fuzz.py --cases 7000
+	$(ONE) $(BIN)/python tests/campaigns/fuzz.py --cases 7000
 
 .venv-mergekit:
 	benchmarks/mergekit_setup.sh
@@ -41,7 +41,8 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --quiet tests/test_layers.py tests/test_docs.py
+	$(BIN)/python -m pytest --quiet tests/test_rooms.py tests/test_docs.py
+	$(BIN)/python docs/rooms.py --lines
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py

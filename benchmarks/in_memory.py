@@ -33,7 +33,7 @@ class Codec(NamedTuple):
 
 def skillvec(name: str) -> Codec:
     """Return skillvec's own functions, block by block as its engine calls them."""
-    from skillvec.codecs import decode_block, encode_block
+    from skillvec.ops.codecs import decode_block, encode_block
 
     def encode(bits: np.ndarray) -> list[Any]:
         blocks = range(0, bits.size, BLOCK_NUMEL)

@@ -41,15 +41,15 @@ from measure import rounds
 from run import PACKAGES, about, save, show
 
 import skillvec as sv
-from skillvec import engine_ray
-from skillvec.engine import Threads
-from skillvec.job import Plan
-from skillvec.jobs import CopyJob
-from skillvec.run import choose_engine
-from skillvec.storage import read_header
+from skillvec.engine import ray_cluster
+from skillvec.engine.jobs.copy import CopyJob
+from skillvec.engine.plan import Plan
+from skillvec.engine.run import choose_engine
+from skillvec.engine.threads import Threads
+from skillvec.files.header import read_header
 
 WORKERS = (1, 2, 4, 8)
-TINY, BATCHES = 200, engine_ray.BATCHES
+TINY, BATCHES = 200, ray_cluster.BATCHES
 # tensors of a million values and a few small ones: what eight workers can share evenly
 EVEN = family.Size(1024, 1024, 16, 8, 8, 1024, 1 << 40)
 # in the workers, and here while threads run
@@ -128,14 +128,14 @@ def overhead(plan: Plan, number: int) -> Iterator[Row]:
     first = timed(engine, plan)
     yield Row("overhead", "connection", [connected])
     yield Row("overhead", "first run, workers start", [first])
-    engine_ray.BATCHES = TINY
+    ray_cluster.BATCHES = TINY
     one = Plan("measure", plan.jobs[:1])
     runs, slopes, peer = [], [], []
     for _ in range(number):
         runs.append(timed(engine, one))
         slopes.append((timed(engine, plan) - runs[-1]) / (TINY - 1))
         peer.append(timed(Threads(1), plan) / TINY)
-    engine_ray.BATCHES = BATCHES
+    ray_cluster.BATCHES = BATCHES
     yield Row("overhead", "ray, a run of one batch", runs)
     yield Row("overhead", "ray, one more batch", slopes)
     yield Row("overhead", "threads, one more tensor", peer)
@@ -161,7 +161,7 @@ class Scaling:
         out = self._work / {"diff": "diff.safetensors", "apply": "applied"}[verb]
         options: dict[str, Any] = {"engine": engine, "workers": workers, "force": True}
         self._store["calls"].clear()
-        kind = engine_ray.Cluster if engine == "ray" else Threads
+        kind = ray_cluster.Cluster if engine == "ray" else Threads
         real, seconds = kind.run, 0.0
 
         def run(*arguments: Any, **given: Any) -> Any:

@@ -326,7 +326,7 @@ def show_stages(line: Pipeline) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from skillvec.wording import human_bytes
+    from skillvec.analysis.wording import human_bytes
 
     nbytes = model_nbytes(line)
     table = Table(title=f"{line.out}: {len(line.stages)} stages", title_justify="left", box=None)
@@ -357,7 +357,7 @@ def show_stages(line: Pipeline) -> None:
 
 def model_nbytes(line: Pipeline) -> float | None:
     """Return the size of the base model in fp32: from its headers, else from `parameters`."""
-    from skillvec.checkpoint import open_checkpoint
+    from skillvec.checkpoints.opening import open_checkpoint
     from skillvec.errors import SkillvecError
 
     with contextlib.suppress(SkillvecError):  # not there yet, or a Hub id

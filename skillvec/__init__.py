@@ -6,6 +6,8 @@ Importing this module imports nothing heavy: names resolve when they are first u
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from skillvec.moved import answer_old_names
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -36,21 +38,18 @@ __all__ = [
 ]
 
 _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all__} | {
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "checkpoints.checkpoint",
     "Report": "report",
-    "extract_lora": "extraction",
-    "pull": "publishing",
-    "push": "publishing",
-    "SkillVector": "vector",
-    "SkillVectorCallback": "training",
-    "norms": "comparison",
-    "open_checkpoint": "checkpoint",
-    "orthogonality": "comparison",
+    "SkillVector": "vectors.vector",
+    "SkillVectorCallback": "verbs.training",
+    "open_checkpoint": "checkpoints.opening",
 }
 
+answer_old_names()
+
 if TYPE_CHECKING:
-    from skillvec.checkpoint import Checkpoint, open_checkpoint
-    from skillvec.comparison import norms, orthogonality
+    from skillvec.checkpoints.checkpoint import Checkpoint
+    from skillvec.checkpoints.opening import open_checkpoint
     from skillvec.errors import (
         FormatError,
         IncompatibleError,
@@ -60,20 +59,23 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from skillvec.extraction import extract_lora
-    from skillvec.publishing import pull, push
     from skillvec.report import Report
-    from skillvec.training import SkillVectorCallback
-    from skillvec.vector import SkillVector
+    from skillvec.vectors.vector import SkillVector
     from skillvec.verbs import (
         apply,
         combine,
         diff,
         export_patch,
+        extract_lora,
         import_patch,
         inspect,
+        norms,
+        orthogonality,
+        pull,
+        push,
         verify,
     )
+    from skillvec.verbs.training import SkillVectorCallback
 
 
 def __getattr__(name: str) -> Any:

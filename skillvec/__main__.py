@@ -1,5 +1,5 @@
 """`python -m skillvec` is the command line."""
 
-from skillvec.cli import main
+from skillvec.cli.commands import main
 
 main()

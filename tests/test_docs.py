@@ -15,8 +15,8 @@ import click
 import pytest
 
 import skillvec
-from skillvec.cli import main
-from skillvec.merging import OPERATORS
+from skillvec.cli.commands import main
+from skillvec.ops.merge_methods import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 CLI_PAGE = ROOT / "docs" / "cli.md"

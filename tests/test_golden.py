@@ -27,8 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import skillvec
-from skillvec import kernels
-from skillvec.cli import main
+from skillvec.cli.commands import main
+from skillvec.ops import kernels
 
 EXPECTED = Path(__file__).parent / "golden" / "verbs.json"
 MAKE = "python tests/test_golden.py"

@@ -1,0 +1,50 @@
+"""Fixtures shared by all tests; what they import is in tests/support."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from families import perturbed, save, toy
+from hypothesis import settings
+
+# derandomized: a run that fails here fails everywhere; no deadline: the machine may be busy
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+class Family(NamedTuple):
+    """Folders of one model family: base, tuned (sparse RL-like), sft (dense) and a target."""
+
+    base: Path
+    tuned: Path
+    sft: Path
+    target: Path
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """BF16 toys, read-only for all tests of the session; the target lies in three shards."""
+    folder = tmp_path_factory.mktemp("family")
+    base = toy(0)
+    return Family(
+        save(folder / "base", base),
+        save(folder / "tuned", perturbed(base, 1, density=0.2)),
+        save(folder / "sft", perturbed(base, 2)),
+        save(
+            folder / "target",
+            perturbed(base, 3),
+            shards=3,
+            side_files={"tokenizer.json": "{}", "notes.txt": "kept byte for byte\n"},
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small matrices are slower on many threads of torch, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""What do the sums say? From sums to statements, tables, figures and the page."""

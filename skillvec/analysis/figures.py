@@ -1,0 +1,388 @@
+"""The figures of a report: Vega-Lite specs, which the page draws and `page.figures` makes files of.
+
+Every figure is one spec, so that both show the same. Hides layout, scales and colours.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from math import ceil, exp, pi, sqrt
+from statistics import median
+from typing import Any, NamedTuple
+
+from skillvec.analysis.angle_report import AngleReport, PairEntry, Row, VectorEntry
+from skillvec.analysis.statistics_table import (
+    PAIRS,
+    VECTORS,
+    Statistic,
+    pick,
+    select_shown,
+    write_number,
+)
+from skillvec.errors import printable
+from skillvec.ops.names import NO_LAYER, natural_order
+
+Spec = dict[str, Any]
+Scale = Callable[[Sequence[float]], Spec]  # values -> colour scale and legend
+
+PAIR_LINES = (  # along the layers: name, title, keys, note
+    ("overlap", "subspace overlap", ("overlap_left", "overlap_right", "overlap_chance"),
+     "Mean squared cosine of the principal angles between the top K subspaces."),
+    ("inside", "energy inside the other", ("a_in_b", "b_in_a", "in_chance"),
+     "Share of one delta's energy inside the top K subspaces of the other."),
+)  # fmt: skip
+
+
+class Figure(NamedTuple):
+    """One chart: a safe file name without suffix, its Vega-Lite spec and a line of explanation."""
+
+    name: str
+    spec: Spec
+    note: str
+
+
+def is_map(figure: Figure) -> bool:
+    """Return whether a figure is a heat map of layers and modules."""
+    return figure.spec.get("name") == "cells"
+
+
+def name_dtypes(pair: PairEntry) -> str:
+    """Return the dtypes of both vectors of a pair."""
+    return f"A: {pair['lineage_a']}, B: {pair['lineage_b']}"
+
+
+def _caption(number: Statistic) -> str:
+    return f"{number.meaning[:1].upper()}{number.meaning[1:]}."
+
+
+def typeset(text: str) -> str:
+    """Return a written number with a true minus, and a dash for none."""
+    return "–" if text == "-" else text.replace("-", "−")
+
+
+def _tip(numbers: Sequence[Statistic], values: Row) -> Row:
+    """Return what a tooltip says of numbers."""
+    return {n.title: typeset(write_number(values[n.key], n.form)) for n in numbers}
+
+
+def draw_figures(report: AngleReport) -> Iterator[Figure]:
+    """Yield every figure: maps of the pairs, maps of the vectors, then distributions and lines."""
+    norms, names = report["norms"], _shortened([entry["label"] for entry in report["norms"]])
+    short = {entry["label"]: name for entry, name in zip(norms, names, strict=True)}
+    pairs = []
+    for i, pair in enumerate(report["pairs"], 1):
+        sides = (("A", pair["a"], pair["lineage_a"]), ("B", pair["b"], pair["lineage_b"]))
+        head = [f"{side} = {short.get(label) or _short(label)}, {lineage}"
+                for side, label, lineage in sides]  # fmt: skip
+        pairs.append((i, pair, head))
+    for i, pair, head in pairs:
+        yield from _pair_maps(i, pair, head)
+    for i, (entry, name) in enumerate(zip(norms, names, strict=True), 1):
+        yield from _vector_maps(i, entry, [f"{name}, {entry['lineage']}"])
+    for i, pair, head in pairs:
+        yield from _z_histogram(f"histogram-{i}", pair, head)
+    yield from _steps(report["step_edges"], norms, names)
+    dtypes = [f"{name}: {entry['lineage']}" for entry, name in zip(norms, names, strict=True)]
+    for number in select_shown(VECTORS, "lines"):
+        series = {name: (entry["layers"], number.key)
+                  for entry, name in zip(norms, names, strict=True)}  # fmt: skip
+        name = f"{number.key.replace('_', '-')}-layers"
+        yield from _lines(name, number.title, number.form, dtypes, series, _caption(number))
+    for i, pair, head in pairs:
+        for name, title, keys, note in PAIR_LINES:
+            numbers = pick(PAIRS, *keys)
+            series = {n.title: (pair["layers"], n.key) for n in numbers}
+            yield from _lines(f"{name}-{i}", title, numbers[0].form, head, series, note)
+
+
+def _short(label: str, limit: int = 36) -> str:
+    label = printable(label).replace("\n", " ")
+    return label if len(label) <= limit else f"…{label[1 - limit :]}"
+
+
+def _shortened(labels: Sequence[str]) -> list[str]:
+    """Return labels that fit a legend, all different."""
+    names = [_short(label) for label in labels]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+
+def _cells(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return tensor rows by (layer, kind): more than one where a layer has experts."""
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: natural_order(row["name"])):
+        kind = printable(row["kind"]).removesuffix(".weight")
+        cells.setdefault((printable(row["layer"]) or NO_LAYER, kind), []).append(row)
+    return cells
+
+
+def _root(rows: Sequence[Row], key: str) -> float:
+    return sqrt(sum((row.get(key) or 0.0) ** 2 for row in rows))
+
+
+def _pair_maps(i: int, pair: PairEntry, head: list[str]) -> Iterator[Figure]:
+    maps: dict[str, list[Row]] = {"cosine": [], "z": []}
+    for place, rows in _cells(pair["tensors"]).items():
+        numel = sum(row["numel"] for row in rows)
+        a, b = _root(rows, "norm_a"), _root(rows, "norm_b")
+        angles = [row for row in rows if row.get("cosine") is not None]
+        dot = sum(row["cosine"] * row["norm_a"] * row["norm_b"] for row in angles)
+        cosine = dot / (a * b) if angles and a * b > 0 else None
+        found = {"cosine": cosine, "z": None if cosine is None else cosine * sqrt(numel)}
+        tip = _tip(pick(PAIRS, *maps, "norm_a", "norm_b"), found | {"norm_a": a, "norm_b": b})
+        tip["dtypes"] = name_dtypes(pair)
+        for key, cells in maps.items():
+            cells.append(_cell(place, rows, found[key], tip))
+    notes = (
+        "Red: same direction, blue: opposite. Small tensors reach larger cosines by chance.",
+        "The cosine over its spread for unrelated directions: comparable between tensors.",
+    )
+    for number, note in zip(pick(PAIRS, *maps), notes, strict=True):
+        cells = maps[number.key]
+        yield from _map(f"{number.key}-{i}", number, head, cells, _diverging, note)
+
+
+def _vector_maps(i: int, entry: VectorEntry, head: list[str]) -> Iterator[Figure]:
+    maps: dict[str, list[Row]] = {"rms": [], "density": []}
+    for place, rows in _cells(entry["tensors"]).items():
+        numel, norm = sum(row["numel"] for row in rows), _root(rows, "norm")
+        dense = [row["density"] * row["numel"] for row in rows if row.get("density") is not None]
+        found = {
+            "rms": norm / sqrt(numel) if numel else None,
+            "density": sum(dense) / numel if numel and len(dense) == len(rows) else None,
+        }
+        tip = _tip(pick(VECTORS, "norm", *maps), found | {"norm": norm})
+        tip["dtypes"] = entry["lineage"]
+        for key, cells in maps.items():
+            cells.append(_cell(place, rows, found[key], tip))
+    for number in pick(VECTORS, *maps):
+        cells = maps[number.key]
+        yield from _map(f"{number.key}-{i}", number, head, cells, _sequential, _caption(number))
+
+
+def _cell(place: tuple[str, str], rows: Sequence[Row], value: float | None, tip: Row) -> Row:
+    """Return a cell of a map: where it stands, its value, and what its tooltip says, in order."""
+    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+    return {"tensor": _short(rows[0]["name"], 72) + more, "layer": place[0], "kind": place[1],
+            "values": f"{sum(row['numel'] for row in rows):,}", **tip, "value": value}  # fmt: skip
+
+
+def _diverging(values: Sequence[float]) -> Spec:
+    """Return scale and legend of colours centred at 0: symlog where a few cells tower."""
+    sizes = sorted(abs(value) for value in values if value)
+    top = sizes[-1] if sizes else 1.0
+    scale: Spec = {"domain": [-top, top], "domainMid": 0, "range": "diverging"}
+    if not sizes or top <= 8 * median(sizes):
+        return {"scale": scale, "legend": {"tickCount": 4}}
+    powers = _powers(median(sizes), top)[-3:]
+    ticks = [-power for power in reversed(powers)] + [0, *powers]
+    scale |= {"type": "symlog", "constant": median(sizes)}
+    return {"scale": scale, "legend": {"values": ticks}}
+
+
+def _sequential(values: Sequence[float]) -> Spec:
+    """Return scale and legend of colours from 0, logarithmic where values span over 30 times."""
+    sizes = [value for value in values if value > 0]
+    if sizes and max(sizes) > 30 * min(sizes):
+        scale: Spec = {"type": "log", "domain": [min(sizes), max(sizes)]}
+    else:
+        scale = {"domain": [0, max(sizes, default=1.0)]}
+    return {"scale": scale | {"range": "heatmap"}, "legend": {"tickCount": 3}}
+
+
+def _labels(number_form: str, values: Sequence[float]) -> Spec:
+    """Return how the numbers of an axis or a legend are written."""
+    form = ".2~g" if max(map(abs, values), default=1.0) >= 1e-3 else ".2~e"
+    if number_form == "%":
+        form = ".2~p"
+    return {"labelExpr": f"datum.value === 0 ? '0' : format(datum.value, '{form}')"}
+
+
+def _powers(low: float, high: float) -> list[float]:
+    return [10.0**power for power in range(-30, 30) if low <= 10.0**power <= high]
+
+
+def _layer_names(layers: Iterable[str]) -> dict[str, str]:
+    """Return layers in their order with short names: numbers where there is one stack."""
+    ordered = sorted(set(layers), key=lambda layer: (layer == NO_LAYER, natural_order(layer)))
+    stacks = {layer.rpartition(".")[0] for layer in ordered if layer != NO_LAYER}
+    return {layer: layer if layer == NO_LAYER or len(stacks) > 1 else layer.rpartition(".")[2]
+            for layer in ordered}  # fmt: skip
+
+
+def _of(field: str, kind: str = "nominal", **more: Any) -> Spec:
+    return {"field": field, "type": kind, **more}
+
+
+def _map(
+    name: str, number: Statistic, head: list[str], cells: list[Row], colours: Scale, note: str
+) -> Iterator[Figure]:
+    """Yield a heat map, layers down and module kinds across: one rectangle for each cell."""
+    if not cells:
+        return
+    known = [cell["value"] for cell in cells if cell["value"] is not None]
+    look = colours(known)
+    names = _layer_names(cell["layer"] for cell in cells)
+    inside = [cell["kind"] for cell in cells if cell["layer"] != NO_LAYER]
+    kinds = list(dict.fromkeys(inside + [cell["kind"] for cell in cells]))
+    empty = "!isValid(datum.value)"
+    if look["scale"].get("type") == "log":
+        empty += " || datum.value <= 0"
+    spec = {
+        "name": "cells",
+        "title": {"text": number.title, "subtitle": head},
+        "width": {"step": 27},
+        "height": {"step": 20 if len(names) <= 12 else 14 if len(names) <= 48 else 10},
+        "data": {"values": [cell | {"layer": names[cell["layer"]]} for cell in cells]},
+        "mark": {"type": "rect", "invalid": "show", "strokeDash": [2, 2]},
+        "encoding": {
+            "x": _of("kind", sort=kinds, title=None),
+            "y": _of("layer", sort=list(names.values()), title=None),
+            "color": {
+                "condition": {"test": empty, "value": "transparent"},
+                **_of("value", "quantitative", scale=look["scale"] | {"interpolate": "rgb"}),
+                "legend": {"title": None, **_labels(number.form, known), **look["legend"]},
+            },
+            "stroke": {"condition": {"test": empty, "value": "#888"}, "value": None},
+            "tooltip": [_of(key) for key in cells[0] if key != "value"],
+        },
+    }
+    yield Figure(name, spec, note)
+
+
+def _z_histogram(name: str, pair: PairEntry, head: list[str]) -> Iterator[Figure]:
+    """Yield the histogram of the tensors' z, with the control's and what chance gives."""
+    zs = [row["z"] for row in pair["tensors"] if row.get("z") is not None]
+    control = [row["control_z"] for row in pair["tensors"] if row.get("control_z") is not None]
+    if not zs:
+        return
+    # Past 8 the normal curve has nothing left to show: what lies beyond is counted at the edge.
+    edge = min(8, max(4, ceil(max(abs(z) for z in zs + control))))
+
+    def counted(values: list[float]) -> list[Row]:
+        counts = Counter(max(0, min(4 * edge - 1, int((z + edge) * 2))) for z in values)
+        return [{"z": i / 2 - edge, "to": (i + 1) / 2 - edge, "tensors": counts[i]}
+                for i in range(4 * edge + 1)]  # fmt: skip
+
+    curve = [{"z": z, "tensors": len(zs) / 2 * exp(-z * z / 2) / sqrt(2 * pi)}
+             for z in (i / 8 - edge for i in range(16 * edge + 1))]  # fmt: skip
+    series = ["this pair", *(["control"] if control else []), "chance"]
+    x, y = _of("z", "quantitative", title="z"), _of("tensors", "quantitative", title="tensors")
+
+    def layer(mark: Spec, values: list[Row], label: str, **more: Spec) -> Spec:
+        colour = {"datum": label, "type": "nominal", "scale": {"domain": series}, "title": None}
+        return {"data": {"values": values}, "mark": mark,
+                "encoding": {"x": x, "y": y, "color": colour, **more}}  # fmt: skip
+
+    layers = [
+        layer({"type": "bar", "binSpacing": 1, "opacity": 0.75, "tooltip": True},
+              counted(zs)[:-1], "this pair", x=x | {"bin": "binned"}, x2={"field": "to"}),
+        layer({"type": "line", "interpolate": "step-after"}, counted(control), "control"),
+        layer({"type": "line"}, curve, "chance"),
+    ]  # fmt: skip
+    note = "z of every tensor; the curve is what unrelated directions give."
+    if beyond := sum(abs(z) > edge for z in zs):
+        note += f" {beyond} of {len(zs)} lie beyond ±{edge} and are counted in the outermost bars."
+    yield Figure(name, {"title": {"text": "z of the tensors", "subtitle": head},
+                        "layer": layers if control else [layers[0], layers[2]]}, note)  # fmt: skip
+
+
+def _steps(
+    edges: Sequence[float], norms: Sequence[VectorEntry], names: Sequence[str]
+) -> Iterator[Figure]:
+    """Yield the histogram of |delta| in steps of the 16-bit grid, of vectors that have it."""
+    bins = [f"{low:g}–{high:g}" for low, high in pairwise(edges)]
+    bins = [f"< {edges[0]:g}", *bins, f"≥ {edges[-1]:g}"] if edges else []
+    values, head = [], []
+    for entry, name in zip(norms, names, strict=True):
+        counts = entry["overall"].get("steps") or []
+        if total := sum(counts):
+            head.append(f"{name}: {entry['lineage']}")
+            values += [{"vector": name, "steps": label, "share": count / total}
+                       for label, count in zip(bins, counts, strict=True)]  # fmt: skip
+    if not values:
+        return
+    spec = {
+        "title": {"text": "size of the changes, in steps of the 16-bit grid", "subtitle": head},
+        "data": {"values": values},
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "x": _of("steps", sort=bins, title="|delta| / step"),
+            "xOffset": _of("vector", sort=list(names)),
+            "y": _of("share", "quantitative", title="share of changed values",
+                     axis={"format": ".2~p"}),
+            "color": _of("vector", sort=list(names), title=None),
+        },
+    }  # fmt: skip
+    yield Figure("steps", spec, "Changes under half a step vanish where a sum is rounded.")
+
+
+def _lines(
+    name: str,
+    title: str,
+    form: str,
+    head: list[str],
+    series: dict[str, tuple[list[Row], str]],
+    note: str,
+) -> Iterator[Figure]:
+    """Yield one number along the layers, a line for each series; nothing for fewer than two."""
+    rows = [
+        {"series": label, "layer": printable(row["name"]), "value": row[key]}
+        for label, (levels, key) in series.items()
+        for row in levels
+        if row["name"] not in ("", NO_LAYER) and row.get(key) is not None
+    ]
+    names = _layer_names(row["layer"] for row in rows)
+    sizes = [row["value"] for row in rows if row["value"] > 0]
+    if len(names) < 2:
+        return
+    tall = bool(sizes) and max(sizes) > 30 * min(sizes)
+    rows = [row | {"layer": names[row["layer"]]} for row in rows if row["value"] > 0 or not tall]
+    shown = [label for label in series if any(row["series"] == label for row in rows)]
+    ticks = {"values": _powers(min(sizes) / 2, 2 * max(sizes))} if tall else {"tickCount": 5}
+    spec = {
+        "title": {"text": title, "subtitle": head},
+        "data": {"values": rows},
+        "mark": {"type": "line", "point": {"size": 16}},
+        "encoding": {
+            "x": _of("layer", "ordinal", sort=list(names.values()), title="layer",
+                     axis={"labelOverlap": True, "labelAngle": 0}),
+            "y": _of("value", "quantitative", title=None, scale={"type": "log"} if tall else {},
+                     axis=_labels(form, sizes) | ticks),
+            "color": _of("series", sort=shown, title=None),
+            "tooltip": [_of("series"), _of("layer"), _of("value", "quantitative", format=".3~g")],
+        },
+    }  # fmt: skip
+    yield Figure(name, spec, note)
+
+
+def look_of(dark: bool, font: str) -> Spec:
+    """Return the look: Okabe-Ito colours, one-hue ramps, and a centre that recedes."""
+    light_or_dark: dict[str, tuple[Any, Any]] = {
+        "ink": ("#1c1d1f", "#e6e6e3"), "soft": ("#55585e", "#a9adb5"),
+        "line": ("#d9dadd", "#3a3f48"), "paper": ("#ffffff", "#15171b"),
+        "category": ("#0072b2 #d55e00 #009e73 #cc79a7 #8a6d00 #56b4e9",
+                     "#56b4e9 #e69f00 #3fc6a0 #d88fb8 #f0e442 #ff8552"),
+        "diverging": ("#0b4a8f #4d93c9 #b3d3e8 #f4f4f2 #f6c3ac #d9694f #9a1026",
+                      "#8cc8ff #3f87c9 #244a6b #24272d #74382f #d0604b #ffb09c"),
+        "heatmap": ("#eef2f6 #b9d2e8 #6ba4d0 #2a6ca8 #08306b",
+                    "#1e242c #27486b #3b7cb8 #7fbdf0 #d6ecff"),
+    }  # fmt: skip
+    look = {key: colours[dark] for key, colours in light_or_dark.items()}
+    soft, line = look["soft"], look["line"]
+    ranges = {key: look[key].split() for key in ("category", "diverging", "heatmap")}
+    return {
+        "background": look["paper"], "font": font, "padding": 4, "aria": False, "range": ranges,
+        "view": {"stroke": None, "continuousWidth": 380, "discreteWidth": 380,
+                 "continuousHeight": 180},
+        "title": {"anchor": "start", "frame": "group", "fontSize": 13, "fontWeight": 600,
+                  "color": look["ink"], "subtitleColor": soft, "subtitleFontSize": 11,
+                  "subtitlePadding": 3, "offset": 8},
+        "axis": {"labelColor": soft, "titleColor": soft, "labelFontSize": 10, "titleFontSize": 11,
+                 "titleFontWeight": "normal", "domainColor": line, "tickColor": line,
+                 "gridColor": line, "labelLimit": 220},
+        "axisDiscrete": {"ticks": False, "domain": False, "labelPadding": 4},
+        "axisX": {"grid": False},
+        "legend": {"orient": "top", "labelColor": soft, "labelFontSize": 11, "labelLimit": 300,
+                   "gradientLength": 200, "gradientThickness": 8, "columns": 1,
+                   "symbolType": "square"},
+    }  # fmt: skip

@@ -1,0 +1,371 @@
+"""Measured sums into statements: realised gain, cosines and how far they are from chance.
+
+Pure arithmetic on the sums that the engine brings back; reads nothing. Numbers of a layer, a module
+or the whole model come from sums over its tensors, never from averaged cosines.
+docs/orthogonality.md has every formula.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import copysign, erfc, exp, isfinite, lgamma, log, log1p, sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
+from skillvec.ops import statistics
+from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
+from skillvec.ops.statistics import Request
+
+Sums = Mapping[str, Any]
+Record = tuple[str, int, Any]  # tensor, its number of values, sums of measures.layout
+WEIGHTS = ("energy", "energy_a", "energy_b")
+OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
+
+
+def realised(
+    sums: Sequence[float] | npt.NDArray[np.float64], lam: float
+) -> tuple[float | None, float | None]:
+    """Return gain and cosine of what was written against what was asked, lam * delta.
+
+    `sums` are |written|^2, <written, delta> and |delta|^2. The gain is the projection
+    <written, lam v> / |lam v|^2: 1 where everything arrived. None where nothing was asked, or
+    squares left fp64, and for the cosine where nothing was written.
+    """
+    written_sq, written_dot_delta, delta_sq = (float(value) for value in sums)
+    if lam == 0 or delta_sq == 0 or not isfinite(written_sq * delta_sq):
+        return None, None
+    gain = written_dot_delta / (lam * delta_sq)
+    if written_sq == 0:
+        return gain, None
+    return gain, copysign(1.0, lam) * written_dot_delta / sqrt(written_sq * delta_sq)
+
+
+# ------------------------------------------------------------------------------------- levels
+
+
+def by_level(names: Sequence[str], row: Callable[[list[int]], Row]) -> Levels:
+    """Return `row` of all tensors, of each module, kind and layer, and of each tensor.
+
+    `names` are in natural order; `row` takes positions in them.
+    """
+
+    def grouped(key: Callable[[str], str]) -> list[Row]:
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            groups.setdefault(key(name) or NO_LAYER, []).append(i)
+        return [{"name": name, **row(members)} for name, members in groups.items()]
+
+    return {
+        "overall": row(list(range(len(names)))),
+        "modules": grouped(module_of),
+        "kinds": grouped(kind_of),
+        "layers": grouped(layer_of),
+        "tensors": [
+            {"name": name, "layer": layer_of(name), "kind": kind_of(name),
+             "module": module_of(name), **row([i])}
+            for i, name in enumerate(names)
+        ],
+    }  # fmt: skip
+
+
+def _summed(terms: Sequence[Sums], members: list[int]) -> dict[str, Any]:
+    return {key: sum(terms[i][key] for i in members) for key in terms[0]}
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole > 0 else None
+
+
+# -------------------------------------------------------------------------------------- vectors
+
+
+def vector_levels(records: Sequence[Record], i: int, subspaces: Sequence[Row]) -> Levels:
+    """Return the numbers of vector `i` at every level.
+
+    `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
+    """
+    terms = []
+    for _, numel, record in records:
+        held = record["vectors"][i]
+        terms.append({"numel": numel} | {key: held[key] for key in held.dtype.names})
+    whole = sum(term["square"] for term in terms)
+
+    def row(members: list[int]) -> Row:
+        found = vector_row(_summed(terms, members), whole)
+        return found | weighted([subspaces[n] for n in members])
+
+    return by_level([name for name, _, _ in records], row)
+
+
+def vector_row(sums: Sums, whole: float) -> Row:
+    """Return norm, density and rounding of one delta; `whole` is the squared norm of all of it."""
+    square, moved = max(float(sums["square"]), 0.0), float(sums["moved"])
+    steps = [float(count) for count in sums["steps"]] if moved else None
+    gain, cosine = realised((sums["kept_sq"], sums["kept_dot"], sums["sampled"]), 1.0)
+    return {
+        "numel": int(sums["numel"]),
+        "norm": sqrt(square),
+        "rms": sqrt(square / sums["numel"]) if sums["numel"] else None,
+        "energy_share": _ratio(square, whole),
+        "density": _ratio(sums["support"], sums["numel"]),
+        "steps": steps,
+        "below_half_step": sum(steps[:2]) / moved if steps else None,
+        "kept_gain": gain if moved else None,
+        "kept_cosine": cosine if moved else None,
+        "absorbed": _ratio(sums["absorbed"], moved),
+    }
+
+
+def weighted(rows: Sequence[Row]) -> Row:
+    """Return the means of what is known of several matrices, weighted by their energy.
+
+    Rows hold `energy`, or `energy_a` and `energy_b`, beside the numbers. Lists belong to one matrix
+    and are left out of means; of errors the largest is taken.
+    """
+    known = [row for row in rows if row]
+    keys = [key for key in (known[0] if known else ()) if key not in WEIGHTS]
+    if len(rows) == 1:
+        return {key: known[0][key] for key in keys}
+    found: Row = {}
+    for key in keys:
+        held = [(_weight(row, key), row[key]) for row in known if row[key] is not None]
+        if any(isinstance(value, list) for _, value in held):
+            continue
+        total = sum(energy for energy, _ in held)
+        found[key] = sum(energy * value for energy, value in held) / total if total else None
+        if key.endswith("_error"):
+            found[key] = max((value for _, value in held), default=None)
+    return found
+
+
+def _weight(row: Row, key: str) -> float:
+    """Return the energy of what a number is of: a vector's, a pair's first or second, or both."""
+    if "energy" in row:
+        return float(row["energy"])
+    a, b = row["energy_a"], row["energy_b"]
+    return float(a if key in OF_A else b if key in OF_B else sqrt(a * b))
+
+
+# ---------------------------------------------------------------------------------------- pairs
+
+
+def pair_levels(
+    records: Sequence[Record], request: Request, n: int, subspaces: Sequence[Row]
+) -> PairLevels:
+    """Return the numbers of the request's pair `n` at every level, and the forecast."""
+    terms = [pair_terms(numel, record, request, n) for _, numel, record in records]
+
+    def row(members: list[int]) -> Row:
+        return pair_row(_summed(terms, members)) | weighted([subspaces[m] for m in members])
+
+    found = by_level([name for name, _, _ in records], row)
+    return {**found, "forecast": forecast(found)}
+
+
+def pair_terms(numel: int, record: Any, request: Request, n: int) -> dict[str, Any]:
+    """Return of one tensor what adds up over tensors."""
+    i, j = request.pairs[n]
+    a, b, pair = record["vectors"][i], record["vectors"][j], record["pairs"][n]
+    terms: dict[str, Any] = {"numel": numel, "flips": record["flips"][n]}
+    terms |= {key: pair[key] for key in statistics.PAIR}
+    for side, vector in (("a", a), ("b", b)):
+        terms |= {f"{key}_{side}": vector[key] for key in ("square", "support", "sampled")}
+    terms["along"] = _ratio(pair["product"] ** 2, b["square"]) or 0.0
+    groups = -(-numel // statistics.group_width(numel)) if numel else 0
+    spread = pair["groups_sq"] - (pair["product"] ** 2 / groups if groups else 0)
+    terms["variance"] = pair["groups_sq"] if groups < 2 else groups / (groups - 1) * spread
+    both = a["support"] * b["support"]
+    terms["chance"] = both / numel if numel else 0.0
+    neither = (numel - a["support"]) * (numel - b["support"])
+    terms["chance_var"] = both * neither / (numel**2 * (numel - 1)) if numel > 1 else 0.0
+    if request.controls:  # one for each pair
+        held = record["controls"][n]
+        one = record["vectors"][request.controls[n][0]]
+        terms |= {f"control_{key}": held[key] for key in statistics.CONTROL}
+        terms["control_square"] = one["square"]
+    return terms
+
+
+def pair_row(sums: Sums) -> Row:
+    """Return angle, support and meeting of two deltas from their summed terms.
+
+    Angle and z are None where a delta is zero.
+    """
+    squares = [max(float(sums[f"square_{side}"]), 0.0) for side in "ab"]
+    norms = [sqrt(square) for square in squares]
+    size = norms[0] * norms[1]
+    numel, shared, chance = int(sums["numel"]), float(sums["shared"]), float(sums["chance"])
+    cosine, z, z_groups = angle(sums["product"], sums["groups_sq"], size, numel)
+    union = sums["support_a"] + sums["support_b"] - shared
+    flips = np.asarray(sums["flips"])
+    reached = np.count_nonzero(np.abs(flips) >= abs(sums["product"]) * (1 - 1e-12))
+    found = {
+        "numel": numel,
+        "cosine": cosine,
+        "cosine_se": sqrt(max(float(sums["variance"]), 0.0)) / size if size > 0 else None,
+        "z": z,
+        "p": None if cosine is None else chance_of(cosine, numel),
+        "z_groups": z_groups,
+        "p_flips": (1 + reached) / (1 + flips.size)
+        if flips.size and z_groups is not None
+        else None,
+        "norm_a": norms[0],
+        "norm_b": norms[1],
+        "norm_ratio": _ratio(norms[0], norms[1]),
+        "density_a": _ratio(sums["support_a"], numel),
+        "density_b": _ratio(sums["support_b"], numel),
+        "jaccard": _ratio(shared, union),
+        "lift": _ratio(shared, chance),
+        "overlap_z": _ratio(shared - chance, sqrt(sums["chance_var"])),
+        "sign_agreement": _ratio(sums["agree"], shared),
+        "sign_z": (2 * float(sums["agree"]) - shared) / sqrt(shared) if shared else None,
+        "along": _ratio(sums["along"], squares[0]),
+    }
+    for side in "ab":
+        found[f"on_support_{side}"] = _ratio(sums[f"met_{side}"], sums[f"sampled_{side}"])
+        found[f"conflict_{side}"] = _ratio(sums[f"clash_{side}"], sums[f"sampled_{side}"])
+    if "control_product" in sums:
+        size = sqrt(max(float(sums["control_square"]), 0.0)) * norms[1]
+        angles = angle(sums["control_product"], sums["control_groups_sq"], size, numel)
+        found |= zip(("control_cosine", "control_z", "control_z_groups"), angles, strict=True)
+    return found
+
+
+def angle(
+    product: float, groups_sq: float, size: float, numel: int
+) -> tuple[float | None, float | None, float | None]:
+    """Return cosine, z against isotropic directions, and z against signs flipped in groups."""
+    if not size > 0:
+        return None, None, None
+    cosine = max(-1.0, min(1.0, float(product) / size))
+    z_groups = float(product) / sqrt(groups_sq) if groups_sq > 0 else None
+    return cosine, cosine * sqrt(numel), z_groups
+
+
+def chance_of(cosine: float, numel: int) -> float:
+    """Return how often unrelated directions have a cosine as far from 0: the two-sided p.
+
+    The square of the cosine of a fixed and an isotropic direction follows
+    Beta(1/2, (numel - 1) / 2): Student's t of numel - 1 degrees. From 1,000 on by Wallace's normal
+    approximation (Annals of Mathematical Statistics 30, 1959): 3e-5 of p off where p > 1e-9.
+    """
+    if numel < 2 or abs(cosine) == 1:
+        return float(numel < 2)
+    degrees = numel - 1
+    if degrees >= 1000:  # without scipy, whose import takes longer than a small model
+        spread = sqrt(-degrees * log1p(-cosine * cosine))
+        return erfc((8 * degrees + 1) / (8 * degrees + 3) * spread / sqrt(2))
+    square = cosine * cosine
+    if 1 - square > (degrees + 2) / (degrees + 5):  # the fraction converges from the other end
+        return 1 - beta_fraction(0.5, degrees / 2, square) if square else 1.0
+    return beta_fraction(degrees / 2, 0.5, 1 - square)
+
+
+def beta_fraction(a: float, b: float, x: float) -> float:
+    """Return the regularised incomplete beta function I_x(a, b), 0 < x < (a + 1) / (a + b + 2).
+
+    By its continued fraction (Abramowitz and Stegun 26.5.8, evaluated as Lentz does), to 11 digits
+    for a and b up to 1,000. scipy has one too; its import takes longer than a small model.
+    """
+    front = exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / a
+    above, below = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    found, m, step = below, 0, 0.0
+    while abs(step - 1) > 1e-16 and m < 500:
+        m += 1
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            below = 1 / (1 + numerator * below)
+            above = 1 + numerator / above
+            step = above * below
+            found *= step
+    return front * found
+
+
+def hidden_product(records: Sequence[Record], i: int) -> float:
+    """Return how far rounding its base moves the inner product of delta `i` with what ends there.
+
+    The base was saved with an error e, uniform over a step s of its grid, and training went on from
+    the unrounded weights. Of an update of (k + f) s, f below 1, rounding keeps k or k + 1 steps and
+    E[v e] = -s^2 f (1 - f) / 2. Sparse deltas have k = 0 and f = p, the share of changed values: a
+    changed value has -s^2 (1 - p) / 2; over all f the mean is -s^2 / 12. The sum of it, positive.
+    """
+    total = 0.0
+    for _, numel, record in records:
+        vector = record["vectors"][i]
+        density = vector["moved"] / numel if numel else 1.0
+        total += max(1 / 12, (1 - density) / 2) * float(vector["step_sq"])
+    return total
+
+
+# ------------------------------------------------------------------------------------ sentences
+
+
+CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
+
+
+def forecast(pair: Levels) -> Forecast:
+    """Return what adding a to a model that holds b meets there, and the layers to look at.
+
+    The layers, and tensors outside of layers, are those in which most of a's energy lies along b,
+    if that is clear of chance.
+    """
+    overall = pair["overall"]
+    whole = overall["norm_a"] ** 2
+    alone = [row for row in pair["tensors"] if not row["layer"]]
+    layers: list[ForecastLayer] = [
+        {"name": row["name"], "share": row["along"] * row["norm_a"] ** 2 / whole,
+         "cosine": row["cosine"], "z_groups": row["z_groups"], "conflict": row["conflict_a"]}
+        for row in [*pair["layers"], *alone]
+        if row["name"] != NO_LAYER and row["along"] is not None
+        and abs(row["z_groups"] or 0) >= CLEAR
+    ]  # fmt: skip
+    layers.sort(key=lambda row: -row["share"])
+    sampled = any(statistics.is_estimated(row["numel"]) for row in pair["tensors"])
+    return {
+        "along": overall["along"],
+        "on_support": overall["on_support_a"],
+        "conflict": overall["conflict_a"],
+        "in_subspace": overall.get("a_in_b"),
+        "layers": layers[:5],
+        "sentence": say_forecast(overall, [row["name"] for row in layers[:3]], sampled),
+    }
+
+
+def say_forecast(overall: Row, names: Sequence[str], sampled: bool) -> str:
+    """Return in words what adding a to a model that holds b meets; `names` are layers to look at.
+
+    `sampled` says that some numbers are estimates.
+    """
+    if overall["along"] is None:
+        return "A is zero: nothing would be added"
+    words = [f"{_percent(overall['along'])} of A's energy lies along B"]
+    inside, chance, conflict = (overall.get(k) for k in ("a_in_b", "in_chance", "conflict_a"))
+    if inside is not None and chance is not None:
+        words.append(
+            f"{_percent(inside)} in B's top singular directions (chance {_percent(chance)})"
+        )
+    if conflict is not None:
+        about = "about " if sampled else ""
+        words.append(f"{about}{_percent(conflict)} meets weights that B moved the other way")
+    look = f"; look at {', '.join(names)}" if names else "; no layer stands out"
+    return f"adding A to a model that holds B: {', '.join(words)}{look}"
+
+
+def sentence(overall: Row, rounding: float | None = None) -> str:
+    """Return what the overall numbers of a pair mean; `rounding` is a cosine that it may give."""
+    cosine, z = overall["cosine"], overall["z_groups"]
+    if cosine is None or z is None:
+        return "one of the deltas is zero, or they share no value: there is no angle to judge"
+    size = f"cosine {cosine:+.4f} \u00b1 {1.96 * overall['cosine_se']:.4f}"
+    if abs(z) < 3:
+        return f"{size}: no more than unrelated directions show (z {z:+.1f})"
+    degree = "nearly orthogonal" if abs(cosine) < 0.1 else "aligned" if cosine > 0 else "opposed"
+    known = f", of which rounding may give {rounding:+.4f}" if rounding is not None else ""
+    return f"{size}{known}: {degree}, but not by chance (z {z:+.0f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"

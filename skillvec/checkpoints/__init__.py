@@ -1,0 +1,1 @@
+"""Which tensors does this folder or file hold, under the names of the model?"""

@@ -1,0 +1,66 @@
+"""Where a reference leads: to this disk, the Hub or an object store; also one of a record."""
+
+import os
+from pathlib import Path
+
+from skillvec.checkpoints.opened_by import SUFFIXES
+from skillvec.errors import SkillvecError, UsageError, printable
+from skillvec.files.file import Place
+
+
+def locate(ref: str | os.PathLike[str], role: str) -> Place:
+    """Return where a reference leads; what exists on this disk comes before the Hub.
+
+    URLs but hf:// are those of object stores.
+    """
+    from skillvec.remote import hub, object_store
+
+    text = os.fspath(ref)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # it could not stand in a manifest
+        raise UsageError(f"{role} {text!r}: a path that is no valid UTF-8: rename it") from None
+    if object_store.is_reference(text):
+        return object_store.locate(text, role)
+    try:
+        path = Path(text).expanduser()
+        there = path.exists()
+    except (RuntimeError, OSError) as error:  # ~ of nobody; a name longer than the system takes
+        raise UsageError(f"{role} {text:.200}: {str(error)[:200]}") from None
+    if there:
+        path = path.resolve()
+        files = {entry.name: entry.path for entry in os.scandir(path)} if path.is_dir() else {}
+        # written as a commit of the Hub, and none: a record must not say that it is
+        return Place(f"./{text}" if hub.is_recorded(text) else text, path, files)
+    if Path(text).suffix in SUFFIXES and not text.startswith(hub.SCHEME):
+        raise UsageError(f"{role} {text}: no such file")
+    if not hub.is_reference(text):
+        raise UsageError(f"{role} {text}: no such file or folder")
+    try:
+        return hub.locate(text, role)
+    except SkillvecError as error:
+        if text.startswith("hf://"):
+            raise
+        raise type(error)(f"{error}\n(nor is {text} a file or folder of this disk)") from None
+
+
+def relocate(ref: str, role: str, option: str = "") -> Place:
+    """Return where a reference leads that stands in a record: a manifest, a recipe.
+
+    What was read of the Hub is recorded with its commit; what names none was of this disk, and the
+    Hub is never asked for it: `runs/sft` may be the name of a stranger's model. `option` is how to
+    say where it is now. Raises UsageError where it is not there, else as `locate`.
+    """
+    from skillvec.remote import hub, object_store
+
+    if hub.is_recorded(ref):
+        return hub.locate(ref, role)
+    path = os.path.expanduser(ref)
+    if object_store.is_reference(ref) or os.path.exists(path):
+        return locate(ref, role)
+    seen = "" if os.path.isabs(path) else ", seen from the folder in which that command ran"
+    advice = f"say with {option} where it is now" if option else "put it there again"
+    raise UsageError(
+        f"{role} {printable(ref):.300}: no such file or folder; it was recorded as one of the disk"
+        f"{seen}: {advice}"
+    )

@@ -1,0 +1,57 @@
+"""target + lam * delta: the job of an apply, and of its proof."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from skillvec.engine.jobs.point import PointJob, restore
+from skillvec.engine.plan import CHANGED, Task
+from skillvec.files.tensors import Source
+from skillvec.ops import arithmetic, moments
+from skillvec.ops.kernels import FLOATS
+from skillvec.ops.philox import draw_uint16
+from skillvec.ops.statistics import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddJob(PointJob):
+    """point + lam * deltas[0]; `tuned_dtype` is the one in which replacements hold."""
+
+    status: ClassVar[str] = "applied"
+
+    point: Source
+    tuned_dtype: str = ""
+
+    def width(self, request: Request | None) -> int:
+        return len(moments.Moments._fields) - 1
+
+    @property
+    def knows_base(self) -> bool:
+        return self.base_digest is not None or self.deltas[0].pair is not None
+
+    def is_exact_base(self, point: str, base: str) -> bool:
+        return point == (self.base_digest if self.deltas[0].pair is None else base)
+
+    def run(self, task: Task) -> None:
+        block, plan = task.block, task.common.plan
+        delta, replaced = self.deltas[0].read(block, "delta0")
+        out = point = block.read("point", self.point)
+        block.digest("point", point)
+        restores = replaced.size > 0 and plan.lam == 1.0 and self.out_dtype == self.tuned_dtype
+        if restores and task.exact_base is None:
+            task.state.assumed[block.index] = task.tally
+        restores &= plan.expects_base if task.exact_base is None else task.exact_base
+        if restores or not delta.is_zero or self.out_dtype != self.point.dtype:
+            out = block.array("out", self.out_dtype)
+            random16 = None
+            if plan.rounding == "stochastic":
+                random16 = draw_uint16(f"{plan.seed}:{self.name}", block.begin, point.size)
+            arithmetic.add(point, self.point.dtype, delta, plan.lam, self.out_dtype, out, random16)
+            if restores:
+                restore(self, out, replaced)
+            if self.expected is None:
+                sums = moments.moments(point, self.point.dtype, delta, out, self.out_dtype)
+                task.tally[CHANGED] = sums.changed
+                task.state.sums[block.index] = sums[1:]
+        if self.point.dtype in FLOATS:
+            task.count_nonfinite(self, point, delta, out, restores)
+        self.put(task, out)

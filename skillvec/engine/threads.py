@@ -1,0 +1,352 @@
+"""Running a plan's jobs: one plain thread a core, each reading, computing and writing its blocks.
+
+Begin with `_ThreadedRun.run_block`: a block of a job, which the job itself does: read -> decode the
+delta -> fp32 operator, one rounding -> write at the planned address (or compare) -> sums and
+digests. When the last block of a tensor is done its numbers become a `JobResult`. Results depend on
+the plan alone: sums are kept by block and added in block order, digests are trees, output addresses
+are planned.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from skillvec.engine.jobs.measure import MeasureJob
+from skillvec.engine.plan import (
+    COUNTS,
+    LOST_COUNT,
+    OF_TARGET,
+    OF_TUNED,
+    Common,
+    Job,
+    JobResult,
+    Plan,
+    State,
+    Task,
+)
+from skillvec.errors import FormatError
+from skillvec.files.file import fold_digest
+from skillvec.files.gather import Gatherer, gathering
+from skillvec.files.output_file import OutputFile
+from skillvec.files.rows import RowWriter
+from skillvec.ops import arithmetic
+from skillvec.ops.block import block_count
+from skillvec.ops.kernels import Array
+from skillvec.vectors.block_reader import Block, Workspace
+from skillvec.vectors.deltas.base import NO_DIGEST, DeltaSource, views_in
+from skillvec.vectors.deltas.mix import mixes_in
+from skillvec.vectors.deltas.stored import StoredDelta
+from skillvec.vectors.deltas.view import VIEW
+from skillvec.vectors.reader import BlockReader, readers_of
+
+
+class Found(NamedTuple):
+    """What a run gives: results in the plan's order, and counts of measuring passes by scope."""
+
+    results: list[JobResult]
+    totals: dict[str, Array]
+
+
+class Engine(Protocol):
+    """Runs the jobs of a plan; the results and the bytes depend on the plan alone."""
+
+    name: str
+    workers: int  # at once; 0 for the calling thread
+    in_process: int  # of these, in one process: they share its memory
+
+    def run(
+        self,
+        plan: Plan,
+        outputs: Sequence[OutputFile] = (),
+        writer: RowWriter | None = None,
+        progress: Callable[[int], None] = lambda done_nbytes: None,
+        finished: Callable[[int, JobResult], None] = lambda number, result: None,
+    ) -> Found:
+        """Run every job, writing to `outputs` at planned places, or rows of blocks to `writer`.
+
+        `progress` is called on the calling thread with the bytes read so far, about ten times a
+        second; `finished`, from any thread, with the number of a job and its result when all its
+        bytes were written. The first error stops the run and is raised here, as is Ctrl-C.
+        """
+
+
+class Threads:
+    """The engine of one machine: plain threads, or with 0 `workers` the calling thread alone."""
+
+    def __init__(self, workers: int) -> None:
+        self.name, self.workers = ("threads" if workers else "serial"), workers
+        self.in_process = max(workers, 1)
+
+    def run(
+        self,
+        plan: Plan,
+        outputs: Sequence[OutputFile] = (),
+        writer: RowWriter | None = None,
+        progress: Callable[[int], None] = lambda done_nbytes: None,
+        finished: Callable[[int, JobResult], None] = lambda number, result: None,
+    ) -> Found:
+        """See Engine."""
+        return _ThreadedRun(plan, outputs, writer, finished).run(self.workers, progress)
+
+
+OnBlock = Callable[[Plan, int, int, bool], None]
+_on_block: ContextVar[tuple[OnBlock, ...]] = ContextVar("on_block", default=())
+
+
+@contextlib.contextmanager
+def on_block(call: OnBlock) -> Iterator[None]:
+    """Call `call(plan, number, index, again)` before each block of the runs that begin in here.
+
+    `number` is that of the job in `plan.jobs`, `index` that of its block; `again` says that the
+    block is done once more, because a guess about it was wrong. It is called from the threads that
+    work, of the engines threads and serial; what it raises stops the run as any error does. Of
+    several the innermost is called first.
+    """
+    token = _on_block.set((call, *_on_block.get()))
+    try:
+        yield
+    finally:
+        _on_block.reset(token)
+
+
+def measure(
+    plan: Plan, number: int, engine: Engine, progress: Callable[[int], None] | None = None
+) -> Plan:
+    """Run pass `number` of the operators that have so many; return the plan with what they found.
+
+    Counts are added up as they come, sums of floats in the order of blocks and jobs.
+    """
+    used = [mix for job in plan.jobs for mix in mixes_in(job.deltas)]
+    # a scope of all tensors counts those that have no job as well, each once, in its own order
+    wide = [mix for mix in plan.mixes if not mix.per_tensor]
+    each = {(mix.scope, mix.spec.name): mix for mix in (*wide, *used)}
+    mixes = [mix for mix in each.values() if mix.passes > number]
+    if not mixes:
+        return plan
+    jobs = [MeasureJob(m.spec.name, m.spec.numel, deltas=(m,), number=number) for m in mixes]
+    found = engine.run(replace(plan, jobs=jobs), progress=progress or (lambda done_nbytes: None))
+    known: dict[str, Any] = {}
+    totals = found.totals
+    for mix, result in zip(mixes, found.results, strict=True):
+        if mix.per_tensor:
+            known[mix.scope] = result.found
+        elif result.found is not None:
+            total = totals.get(mix.scope)
+            totals[mix.scope] = result.found if total is None else total + result.found
+    for mix in mixes:
+        if mix.scope in totals:
+            known[mix.scope] = mix.settle(number, totals.pop(mix.scope))
+    told = [
+        replace(job, deltas=tuple(delta.informed(known) for delta in job.deltas))
+        for job in plan.jobs
+    ]
+    return replace(plan, jobs=told, mixes=[mix.informed(known) for mix in plan.mixes])
+
+
+class _ThreadedRun:
+    """One run of a plan by the threads of a process: what is to be done, and was found."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        outputs: Sequence[OutputFile],
+        writer: RowWriter | None,
+        finished: Callable[[int, JobResult], None],
+    ) -> None:
+        self._plan, self._writer, self._finished = plan, writer, finished
+        self._common = Common(plan, outputs, writer)
+        self._on_block = _on_block.get()
+        self._readers = readers_of(plan.vectors)
+        # of what views read, by role and tensor: digests, and where values are not finite
+        self._seen: dict[str, dict[str, bytearray]] = {}
+        self._holes: set[str] = set()
+        self._gatherer = Gatherer(_most_turned(plan))
+        self._states: dict[int, State] = {}
+        self._results: list[JobResult | None] = [None] * len(plan.jobs)
+        self._lock = self._common.lock
+        self._tasks = self._all_tasks()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._done_nbytes = 0
+
+    def run(self, workers: int, progress: Callable[[int], None]) -> Found:
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        try:
+            for thread in threads:
+                thread.start()
+            if not threads:
+                self._work(progress)
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
+                    progress(self._done_nbytes)
+        finally:
+            self._halt()
+            for thread in threads:
+                if thread.ident is not None:  # Ctrl-C may come while they are started
+                    thread.join()
+        if self._error is not None:
+            raise self._error
+        progress(self._done_nbytes)
+        check_views(self._plan, self._readers, self._seen)
+        results = [result for result in self._results if result is not None]
+        return Found(results, self._common.totals)
+
+    def _halt(self) -> None:
+        self._stop.set()
+        if self._writer is not None:
+            self._writer.stop()
+
+    def _all_tasks(self) -> Iterator[tuple[int, int]]:
+        for number, job in enumerate(self._plan.jobs):
+            blocks = block_count(job.numel)
+            sums = np.zeros((blocks, job.width(self._plan.request)))
+            counts = np.zeros(len(COUNTS), np.int64)
+            self._states[number] = State(blocks, sums, counts, _casts_of(job))
+            if not blocks:
+                self._finish(number, Workspace())
+            for block in range(blocks):
+                yield number, block
+
+    def _work(self, progress: Callable[[int], None] = lambda done_nbytes: None) -> None:
+        try:
+            with gathering(self._gatherer):
+                self._work_off(progress)
+        except BaseException as error:
+            with self._lock:
+                self._error = self._error or error
+            self._halt()
+
+    def _work_off(self, progress: Callable[[int], None]) -> None:
+        """Do one block after the other until there is none left, or the run is stopped."""
+        workspace = Workspace()
+        while not self._stop.is_set():
+            with self._lock:
+                task = next(self._tasks, None)
+            if task is None:
+                return
+            number, block = task
+            self.run_block(number, block, workspace)
+            if self._stop.is_set():  # a stopped writer has taken nothing
+                return
+            progress(self._done_nbytes)
+            state = self._states[number]
+            with self._lock:
+                state.remaining -= 1
+                last = state.remaining == 0
+            if last:
+                self._finish(number, workspace)
+
+    def run_block(
+        self, number: int, index: int, workspace: Workspace, exact_base: bool | None = None
+    ) -> None:
+        """Do one block of one job; `exact_base` is set when it is known and was guessed wrong."""
+        for call in self._on_block:
+            call(self._plan, number, index, exact_base is not None)
+        job, state = self._plan.jobs[number], self._states[number]
+        block = Block(
+            index, job.numel, workspace, self._readers, state.leaves, job.wants_norm,
+            self._seen, self._holes, casts=state.casts,
+        )  # fmt: skip
+        tally = np.zeros(len(COUNTS), np.int64)
+        job.run(Task(self._common, state, block, tally, exact_base))
+        tally[OF_TUNED:OF_TARGET] = block.tuned_nonfinite, block.base_nonfinite
+        tally[LOST_COUNT] = block.lost
+        with self._lock:
+            state.counts += tally
+            if block.subtracted is not None:
+                state.casts &= block.subtracted.casts
+            if exact_base is None:
+                self._done_nbytes += job.nbytes_read * block.size // job.numel
+
+    def _finish(self, number: int, workspace: Workspace) -> None:
+        """Settle a tensor whose blocks are all read: wrong guesses, sums, digests, checks."""
+        job, state = self._plan.jobs[number], self._states[number]
+        point, base = (fold_digest(state.leaves.get(role, b"")) for role in ("point", "base"))
+        exact_base = job.is_exact_base(point, base)
+        if exact_base != self._plan.expects_base:  # not as guessed: these blocks once more
+            for block, counts in sorted(state.assumed.items()):
+                state.counts -= counts
+                state.sums[block] = 0
+                state.first_mismatch.pop(block, None)
+                self.run_block(number, block, workspace, exact_base)
+        digests = {role: fold_digest(leaves) for role, leaves in state.leaves.items()}
+        for role in job.roles:  # an empty tensor has no blocks, but a digest
+            digests.setdefault(role, NO_DIGEST)
+        _check_digests(job.deltas, digests)
+        self._results[number] = result = JobResult(
+            job,
+            digests,
+            state.sums.sum(axis=0),
+            **{key: int(count) for key, count in zip(COUNTS, state.counts, strict=True)},
+            casts=state.casts,
+            first_mismatch=min(state.first_mismatch.values(), default=None),
+            exact_base=exact_base,
+            found=job.settle(self._common, state),
+        )
+        del self._states[number]
+        self._finished(number, result)
+
+
+def _most_turned(plan: Plan) -> int:
+    """Return how many groups of turned views may be kept: a few of each side of the widest job."""
+    sides = (2 + 2 * sum(delta.merged or 1 for delta in job.deltas) for job in plan.jobs)
+    return 2 * max(sides, default=0)
+
+
+def _casts_of(job: Job) -> int:
+    """Return the ways in which a job's pair could differ by rounding alone."""
+    pair = job.deltas[0].pair if job.deltas else None
+    return arithmetic.possible_casts(pair.tuned.dtype, pair.base.dtype) if pair is not None else 0
+
+
+def _stored_in(deltas: Iterable[DeltaSource]) -> Iterator[tuple[str, StoredDelta]]:
+    """Yield the stored deltas of a job with their roles."""
+    for i, delta in enumerate(deltas):
+        yield from delta.stored_parts(f"delta{i}")
+
+
+def _check_digests(deltas: Iterable[DeltaSource], digests: dict[str, str]) -> None:
+    """Refuse stored deltas whose bytes are not those that the manifest speaks of."""
+    for role, source in _stored_in(deltas):
+        if digests.get(role, NO_DIGEST) != source.digest:
+            raise FormatError(
+                f"{source.spec.path}: {source.spec.name} differs from its digest in the"
+                " manifest: the file was altered"
+            )
+
+
+def check_views(
+    plan: Plan, readers: Mapping[str, BlockReader], seen: dict[str, dict[str, bytearray]]
+) -> None:
+    """Refuse altered deltas that views read, of which one job may have read a part only.
+
+    `seen` has the digests of what was read, by key; the rest is read here.
+    """
+    views = views_in(delta for job in plan.jobs for delta in job.deltas)
+    parts = {part.key: part for view in views for part in view.parts}
+    workspace = Workspace()
+    for key, part in parts.items():
+        stored = [role for role, delta in _stored_in([part]) if not delta.is_zero]
+        leaves = _joined(seen.get(key, {}))
+        for index in range(block_count(part.spec.numel)):
+            at = slice(16 * index, 16 * index + 16)
+            if not all(any(leaves.get(role, b"")[at]) for role in stored):  # no view needed it
+                part.read(Block(index, part.spec.numel, workspace, readers, leaves), "delta0")
+        _check_digests([part], {role: fold_digest(leaves.get(role, b"")) for role in stored})
+
+
+def _joined(seen: Mapping[str, bytearray]) -> dict[str, bytearray]:
+    """Return the leaves of a delta's stored parts by role, whoever read them through a view."""
+    leaves: dict[str, bytearray] = {}
+    for role, held in seen.items():
+        mine = leaves.setdefault(f"delta0{role.rpartition(VIEW)[2]}", bytearray(held))
+        for at in range(0, len(held), 16):
+            if not any(mine[at : at + 16]):
+                mine[at : at + 16] = held[at : at + 16]
+    return leaves

@@ -1,0 +1,1 @@
+"""How are bytes read, written, proved and put in place, and viewed as tensors?"""

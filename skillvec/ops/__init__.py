@@ -1,0 +1,1 @@
+"""What is the arithmetic? Numbers in, numbers out: no paths, no threads."""

@@ -1,0 +1,1 @@
+"""How are files of the Hub and of object stores found, read and written?"""

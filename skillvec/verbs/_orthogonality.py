@@ -1,0 +1,369 @@
+"""The verbs that measure vectors: orthogonality and norms.
+
+One pass over the data gives every sum; singular subspaces, where asked, take the matrices after it,
+one for each worker at a time. What is said of them is made in `analysis`; what is written, in
+`page`.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from skillvec.analysis import levels, page
+from skillvec.analysis.angle_report import (
+    AngleFacts,
+    AngleReport,
+    PairEntry,
+    Row,
+    SharedRounding,
+    SubspaceFacts,
+    VectorEntry,
+)
+from skillvec.analysis.levels import pair_levels, sentence, vector_levels
+from skillvec.analysis.report_csv import csv_text, tell_apart
+from skillvec.checkpoints.checkpoint import Checkpoint
+from skillvec.checkpoints.opening import open_checkpoint
+from skillvec.engine.matrix_workers import at_once_nbytes
+from skillvec.engine.outputs import Output, PathLike, output_report
+from skillvec.engine.plan import JobResult, job_line
+from skillvec.engine.plan_checks import plan_compare
+from skillvec.engine.run import Run, choose_engine
+from skillvec.engine.runner import measure_plan, run_plan, show_plan
+from skillvec.engine.threads import Engine, Threads
+from skillvec.errors import UsageError
+from skillvec.files.fingerprints import fingerprints, refuse_changed
+from skillvec.files.output_file import fsync_path
+from skillvec.files.staging import staging
+from skillvec.ops.kernels import HALVES
+from skillvec.ops.names import natural_order
+from skillvec.ops.statistics import ESTIMATED, STEP_EDGES, Request, is_estimated, layout
+from skillvec.ops.svd import resolve_device
+from skillvec.report import Report, Watcher
+from skillvec.vectors.combining import align_vectors, seen_like
+from skillvec.vectors.recipe import leaving_out
+from skillvec.vectors.vector import SkillVector
+from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite
+from skillvec.verbs.spectra import Spectra, find_spectra, is_matrix
+
+SCHEMA = 1
+MOST_FLIPS = 100_000
+
+
+def orthogonality(
+    *vectors: PathLike | SkillVector,
+    against: PathLike | Checkpoint | None = None,
+    control: PathLike | SkillVector | None = None,
+    sign_flips: int = 0,
+    subspace: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+    output: PathLike | None = None,
+    figures: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_nonfinite: bool = False,
+    engine: str = "threads",
+    workers: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Compare two or more deltas: angles against chance, supports, rounding, subspaces.
+
+    Each input is a vector file, a SkillVector or "TUNED::BASE". The facts hold for every pair, and
+    for every vector, the numbers that docs/orthogonality.md explains: overall, per module, kind,
+    layer and tensor. `against` are weights, for rounding and for their own subspaces (a pair has
+    its base). `control` is "random" (the first of a pair with its signs drawn anew by `seed`) or a
+    vector to put in its place. `sign_flips` draws make a randomisation test. `subspace` K compares
+    the K leading singular directions of every matrix on the torch `device`. `output` is a folder
+    for report.json, report.csv and report.html, with `figures` as SVG and PNG beside them.
+    Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. The
+    same digits whatever the worker count. Raises UsageError, IncompatibleError, NonfiniteError,
+    FormatError.
+    """
+    if len(vectors) < 2:
+        raise UsageError(f"expected at least two vectors, found {len(vectors)}")
+    asked = _Asked(
+        "orthogonality", vectors, against=against, subspace=subspace, device=device, seed=seed,
+        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite, control=control,
+        sign_flips=sign_flips,
+    )  # fmt: skip
+    run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
+    return _compare(asked, output, figures, run)
+
+
+def norms(
+    vector: PathLike | SkillVector,
+    *,
+    against: PathLike | Checkpoint | None = None,
+    subspace: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+    output: PathLike | None = None,
+    figures: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_nonfinite: bool = False,
+    engine: str = "threads",
+    workers: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Measure one delta: norm, density, rounding and spectrum at every level, as `orthogonality`.
+
+    It reads the values, so the norms have more digits than those of the manifest.
+    """
+    asked = _Asked(
+        "norms", [vector], against=against, subspace=subspace, device=device, seed=seed,
+        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+    run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
+    return _compare(asked, output, figures, run)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured, as the verbs are asked for it."""
+
+    verb: str
+    vectors: Sequence[PathLike | SkillVector]
+    against: PathLike | Checkpoint | None
+    subspace: int
+    device: str
+    seed: int
+    include: Sequence[str]
+    exclude: Sequence[str]
+    allow_nonfinite: bool
+    control: PathLike | SkillVector | None = None
+    sign_flips: int = 0
+
+    def check(self) -> None:
+        """Raise UsageError for what nothing can be measured by."""
+        if not 0 <= self.sign_flips <= MOST_FLIPS:
+            raise UsageError(f"sign_flips {self.sign_flips}: expected 0 to {MOST_FLIPS}")
+        if self.subspace < 0:
+            raise UsageError(f"subspace {self.subspace}: expected at least 1")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed}: expected at least 0")
+
+
+class _Inputs(NamedTuple):
+    """What is opened: labels, all that is compared (the control last), weights, the control."""
+
+    labels: list[str]
+    compared: list[SkillVector]
+    weights: Checkpoint | None
+    control: SkillVector | None
+
+    @property
+    def vectors(self) -> list[SkillVector]:
+        return self.compared[: len(self.labels)]
+
+
+def _open(asked: _Asked) -> _Inputs:
+    """Open the inputs, all in the layout of the first."""
+    opened = [SkillVector.open(ref) for ref in asked.vectors]
+    labels = [v.ref if v.scale == 1 else f"{v.scale:g}*{v.ref}" for v in opened]
+    left_out = leaving_out(asked.include, asked.exclude)
+    weights = None
+    if asked.against is not None:
+        weights = open_checkpoint(asked.against, "against", left_out)
+    control = None
+    if asked.control is not None and asked.control != "random":
+        control = SkillVector.open(asked.control, "control")
+    compared = align_vectors([*opened, *([control] if control else [])])
+    if weights is not None:
+        weights = seen_like(weights, compared[0])
+    return _Inputs(labels, compared, weights, control)
+
+
+def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) -> Report:
+    """Measure: open, plan, run, look at subspaces, conclude, write."""
+    asked.check()
+    if figures and output is None:
+        raise UsageError("figures need an output folder")
+    inputs = _open(asked)
+    request = _request(asked, inputs)
+    plan = plan_compare(inputs.compared, request, inputs.weights, asked.include, asked.exclude)
+    measured_names = {job.name for job in plan.jobs}
+    for vector in inputs.compared:
+        plan.warnings.extend(refuse_announced(vector, asked.allow_nonfinite, measured_names))
+    place = _place(output, inputs, run.force) if output is not None else None
+    facts = _facts(asked, inputs, place)
+    page_nbytes = page.LEAST_NBYTES if place is not None else 0
+    plan = replace(plan, verb=asked.verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
+    at_once = _at_once(run.engine, facts["subspace"])
+    sizes = [4 * job.numel for job in plan.jobs if asked.subspace and is_matrix(job)]
+    report = show_plan(plan, dict(facts), run, place, at_once_nbytes(sizes, at_once))
+    if run.dry_run:
+        return report
+    before = fingerprints(plan.files() if asked.subspace else ())  # for what is read after the run
+    plan = measure_plan(plan, run)
+    results = run_plan(plan, run)
+    refuse_nonfinite(results, asked.allow_nonfinite)
+    results.sort(key=lambda result: natural_order(result.job.name))
+    spectra = Spectra.empty(request, len(results))
+    if facts["subspace"]:
+        spectra = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
+        refuse_changed(before)
+    _conclude(report, results, request, inputs, spectra)
+    report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
+    tell_nonfinite(report, results)
+    if place is not None:
+        _write(report, place, run.force, figures, run.watcher)
+    return report
+
+
+def _place(output: PathLike, inputs: _Inputs, force: bool) -> Output:
+    """Return where the report goes."""
+    page.check_available()
+    sides = [side for vector in inputs.compared for side in vector.inputs()]
+    sides += [inputs.weights] if inputs.weights else []
+    return output_report(output, force, sides)
+
+
+def _facts(asked: _Asked, inputs: _Inputs, place: Output | None) -> AngleFacts:
+    """Return what the report says before anything is measured."""
+    control = None
+    if asked.control is not None:
+        control = inputs.control.ref if inputs.control else "random"
+    facts: AngleFacts = {
+        "schema": SCHEMA,
+        "vectors": inputs.labels,
+        "lineage": [v.dtypes for v in inputs.vectors],
+        "against": inputs.weights.ref if inputs.weights else None,
+        "control": control,
+        "seed": asked.seed,
+        "sign_flips": asked.sign_flips,
+        "subspace": None,
+        "step_edges": list(STEP_EDGES),
+    }
+    if place is not None:
+        facts["output"] = place.ref
+    if asked.subspace:
+        facts["subspace"] = {"k": asked.subspace, "device": resolve_device(asked.device)}
+    return facts
+
+
+def _request(asked: _Asked, inputs: _Inputs) -> Request:
+    """Return what is measured: all pairs of the vectors, and the control of each."""
+    count = len(inputs.labels)
+    pairs, other = tuple(combinations(range(count), 2)), inputs.control is not None
+    controls = tuple((count if other else i, j, not other) for i, j in pairs)
+    scales = tuple(vector.scale for vector in inputs.compared)
+    return Request(
+        scales, pairs, controls if asked.control is not None else (), asked.seed, asked.sign_flips
+    )
+
+
+@np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
+def _conclude(
+    report: Report,
+    results: Sequence[JobResult],
+    request: Request,
+    inputs: _Inputs,
+    spectra: Spectra,
+) -> None:
+    """Turn sums into the facts of the report."""
+    form, opened, labels = layout(request), inputs.vectors, inputs.labels
+    records = [(r.job.name, r.job.numel, r.sums.view(form)[0]) for r in results]
+    if any(is_estimated(numel) for _, numel, _ in records):
+        report.facts["estimated"] = list(ESTIMATED)
+    vectors: list[VectorEntry] = [
+        {"label": labels[i], "lineage": vector.dtypes,
+         **vector_levels(records, i, spectra.vectors[i])}
+        for i, vector in enumerate(opened)
+    ]  # fmt: skip
+    pairs: list[PairEntry] = []
+    for n, (i, j) in enumerate(request.pairs):
+        levels = pair_levels(records, request, n, spectra.pairs[n])
+        shared = _shared_rounding(opened, (i, j), records, levels["overall"])
+        rounding = shared["cosine"] if shared else None
+        pairs.append({
+            "a": labels[i], "b": labels[j], "lineage_a": opened[i].dtypes,
+            "lineage_b": opened[j].dtypes, "control": report.facts["control"],
+            "shared_rounding": shared, "sentence": sentence(levels["overall"], rounding),
+            **levels,
+        })  # fmt: skip
+    report.facts |= {"norms": vectors, "pairs": pairs}
+    report.warnings += _warnings(pairs, [vector.dtypes for vector in opened])
+
+
+def _shared_rounding(
+    opened: Sequence[SkillVector], pair: tuple[int, int], records: Sequence[levels.Record],
+    overall: Row,
+) -> SharedRounding | None:  # fmt: skip
+    """Return the 16-bit checkpoint in which one delta ends and the other begins, if there is one.
+
+    With the cosine that its rounding alone gives if training went on from an unrounded master.
+    """
+    for first, second in (pair, pair[::-1]):
+        begins, ends = opened[first].manifest["base"], opened[second].manifest["tuned"]
+        if opened[first].parts or not ends or ends["probe"] != begins["probe"]:
+            continue
+        if not set(begins["dtypes"]) & set(HALVES):
+            continue
+        size = overall["norm_a"] * overall["norm_b"]
+        hidden = levels.hidden_product(records, first)
+        hidden *= opened[first].scale * opened[second].scale
+        roles = "base of A and tuned of B" if first == pair[0] else "tuned of A and base of B"
+        cosine = -hidden / size if hidden and size else None
+        return {"checkpoint": begins["ref"], "roles": roles, "cosine": cosine}
+    return None
+
+
+def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
+    found = []
+    for pair in pairs:
+        shared = pair["shared_rounding"]
+        if shared is not None and pair["overall"]["cosine"] is not None:  # no delta is zero
+            size = "" if shared["cosine"] is None else f" of about {shared['cosine']:+.2g}"
+            found.append(
+                f"A = {pair['a']} and B = {pair['b']} share the 16-bit {shared['checkpoint']}"
+                f" ({shared['roles']}): if training went on from fp32 master weights, its"
+                f" rounding alone gives a cosine{size}"
+            )
+    if any(dtype in words for words in lineage for dtype in HALVES):
+        found.append(
+            "inputs are 16-bit: a vector taken from bf16 or fp16 checkpoints is a thresholded copy"
+            " of the true update, so supports and cosines are those of what was kept"
+        )
+    return found
+
+
+def _at_once(runner: Engine, asked: SubspaceFacts | None) -> int:
+    """Return how many matrices are at work: one for each worker here, one on a device."""
+    if asked is None or asked["device"] != "cpu":
+        return 1
+    return (runner if isinstance(runner, Threads) else choose_engine("threads", None)).in_process
+
+
+# -------------------------------------------------------------------------------------- written
+
+
+def _write(
+    report: Report, place: Output, force: bool, figures: bool, watcher: Watcher | None
+) -> None:
+    """Write the report's folder beside its place and move it there."""
+    content = report.to_dict()
+    shown = tell_apart(cast(AngleReport, content))
+    with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:
+        made = stage.made
+        files = {
+            "report.json": (json.dumps(content, indent=1) + "\n").encode(),
+            "report.csv": csv_text(shown).encode(),
+            "report.html": page.html(shown).encode(),
+        }
+        if figures:
+            (made / "figures").mkdir()
+            files |= {f"figures/{name}": drawn for name, drawn in page.figures(shown)}
+        for name, data in files.items():
+            (made / name).write_bytes(data)
+            fsync_path(os.fspath(made / name))
+        stage.publish(made)

@@ -1,0 +1,180 @@
+"""What the singular subspaces of deltas say of each vector and each pair, matrix by matrix.
+
+Reads the matrices again after the run that gave the sums, one for each worker at a time.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+
+from skillvec.analysis.angle_report import Row, SubspaceFacts
+from skillvec.engine.matrix_workers import in_turn
+from skillvec.engine.plan import Job, JobResult, Plan
+from skillvec.files.file import forget_open_files
+from skillvec.ops import svd
+from skillvec.ops.kernels import Array
+from skillvec.ops.statistics import Request
+from skillvec.report import Watcher
+from skillvec.vectors.deltas.base import add_values
+from skillvec.vectors.reader import BlockReader, readers_of
+
+
+class Spectra(NamedTuple):
+    """What is known of each matrix, by vector or pair and tensor: nothing unless it is asked."""
+
+    vectors: list[list[Row]]
+    pairs: list[list[Row]]
+
+    @staticmethod
+    def empty(request: Request, tensors: int) -> "Spectra":
+        return Spectra(
+            [[{} for _ in range(tensors)] for _ in request.scales],
+            [[{} for _ in range(tensors)] for _ in request.pairs],
+        )
+
+
+def is_matrix(job: Job) -> bool:
+    """Return whether a job's tensor has singular subspaces: two dimensions above 1."""
+    shape = job.deltas[0].spec.shape
+    return len(shape) == 2 and min(shape) > 1
+
+
+def find_spectra(
+    results: Sequence[JobResult], plan: Plan, said: SubspaceFacts, at_once: int,
+    watcher: Watcher | None,
+) -> Spectra:  # fmt: skip
+    """Decompose every matrix of every vector, `at_once` at a time, and relate them.
+
+    Fills in `said`. The matrices of the results are read anew, which `watcher` is told of.
+    """
+    assert plan.request is not None
+    request, spectra = plan.request, Spectra.empty(plan.request, len(results))
+    matrices = [n for n, result in enumerate(results) if is_matrix(result.job)]
+    said |= {"exact": 0, "randomised": 0, "left_out": len(results) - len(matrices), "error": 0.0}
+    readers = readers_of(plan.vectors)
+    total = sum(results[n].job.nbytes_read for n in matrices)
+    done = 0
+
+    def relate(n: int) -> _Related:
+        return _relate(_Matrices(results[n].job, request, said, readers))
+
+    def nbytes_of(n: int) -> int:
+        return 4 * results[n].job.numel
+
+    try:
+        with closing(in_turn(relate, matrices, nbytes_of, at_once)) as found:
+            for n, related in zip(matrices, found, strict=True):
+                for rows, row in zip(spectra.vectors, related.vectors, strict=False):
+                    rows[n] = row  # none of the control
+                for rows, row in zip(spectra.pairs, related.pairs, strict=True):
+                    rows[n] = row
+                said["exact" if related.exact else "randomised"] += 1
+                said["error"] = max(said["error"], related.error)
+                done += results[n].job.nbytes_read
+                if watcher:
+                    watcher.advanced(done, total)
+    finally:
+        forget_open_files()
+    return spectra
+
+
+class _Related(NamedTuple):
+    """The rows of one tensor, whether its SVDs are exact, and the largest error of one."""
+
+    vectors: list[Row]
+    pairs: list[Row]
+    exact: bool
+    error: float
+
+
+class _Matrices(NamedTuple):
+    """The deltas of one tensor as matrices."""
+
+    job: Job
+    request: Request
+    asked: SubspaceFacts
+    readers: dict[str, BlockReader]
+
+    def read(self, *numbers: int) -> Array:
+        """Return the sum of deltas, each times its factor."""
+        values = np.zeros(self.job.numel, np.float32)
+        for number in numbers:
+            delta, scale = self.job.deltas[number], self.request.scales[number]
+            add_values(delta, self.readers, values, scale)
+        return values.reshape(self.job.deltas[0].spec.shape)
+
+    def decompose(self, values: Array) -> svd.Spectrum:
+        return svd.decompose(values, self.asked["k"], self.asked["device"], self.request.seed)
+
+    def decompose_weights(self) -> svd.Spectrum | None:
+        """Return the spectrum of the weights, or None where they are unknown or not finite."""
+        if self.job.point is None:
+            return None
+        values = np.zeros(self.job.numel, np.float32)
+        add_values(self.job.point, self.readers, values)
+        if not np.isfinite(values).all():
+            return None
+        return self.decompose(values.reshape(self.job.deltas[0].spec.shape))
+
+
+def _relate(matrices: _Matrices) -> _Related:
+    """Return what the singular subspaces of one tensor's deltas say."""
+    pairs, device = matrices.request.pairs, matrices.asked["device"]
+    wanted = range(1 + max((j for _, j in pairs), default=0))  # not the control
+    alone = [matrices.decompose(matrices.read(i)) for i in wanted]
+    merged = [matrices.decompose(matrices.read(i, j)) for i, j in pairs]
+    weights = matrices.decompose_weights()
+    vector_rows, pair_rows = [], [Row() for _ in pairs]
+    for i, own in enumerate(alone):
+        values = matrices.read(i)
+        within = svd.shares_inside(values, weights, device) if weights is not None else None
+        vector_rows.append(describe_spectrum(own, within[2] if within else None))
+        for m, pair in enumerate(pairs):
+            if i in pair:
+                side, across, other = ("a", "b", pair[1]) if i == pair[0] else ("b", "a", pair[0])
+                share = svd.shares_inside(values, alone[other], device)
+                pair_rows[m] |= {
+                    f"energy_{side}": own.norm_sq,
+                    f"sar_{side}": svd.alignment_ratio(values, merged[m], device),
+                    f"{side}_in_{across}": share[2] if share else None,
+                }
+    for row, (i, j) in zip(pair_rows, pairs, strict=True):
+        row |= relate_spectra(alone[i], alone[j], matrices.asked["k"])
+    spectra = [*alone, *merged, *([weights] if weights is not None else [])]
+    error = max(spectrum.error for spectrum in spectra)
+    return _Related(vector_rows, pair_rows, alone[0].exact, error)
+
+
+def describe_spectrum(own: svd.Spectrum, energy_in_w: float | None) -> Row:
+    """Return the numbers of one vector's matrix."""
+    return {
+        "energy": own.norm_sq,
+        "stable_rank": own.stable_rank,
+        "effective_rank": own.effective_rank,
+        "effective_rank_error": own.effective_rank_error,
+        "top_energy": float((own.values**2).sum()) / own.norm_sq if own.norm_sq else None,
+        "energy_in_w": energy_in_w,
+        "svd_error": own.error,
+    }
+
+
+def relate_spectra(one: svd.Spectrum, other: svd.Spectrum, k: int) -> Row:
+    """Return how the leading subspaces of two matrices of one shape lie to each other."""
+    left, right = svd.principal_angles(one, other)
+    rows, columns = one.shape
+    k = max(one.values.size, other.values.size) or min(k, rows, columns)  # fewer of low rank
+    met = svd.interference([one, other])
+    overlaps = [float(np.mean(np.cos(np.radians(angles)) ** 2)) if angles else None
+                for angles in (left, right)]  # fmt: skip
+    return {
+        "overlap_left": overlaps[0],
+        "overlap_right": overlaps[1],
+        "overlap_chance": (k / rows + k / columns) / 2,
+        "in_chance": k * k / (rows * columns),
+        "interference": met.raw,
+        "interference_share": met.relative,
+        "angles_left": left,
+        "angles_right": right,
+    }

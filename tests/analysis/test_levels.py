@@ -1,0 +1,279 @@
+"""From sums and names to statements."""
+
+from math import sqrt
+
+import numpy as np
+import pytest
+from harm import DIGITS, lowered
+
+from skillvec.analysis.levels import (
+    chance_of,
+    pair_levels,
+    pair_row,
+    pair_terms,
+    realised,
+    sentence,
+    vector_row,
+    weighted,
+)
+from skillvec.ops.names import MOST_DIGITS, kind_of, layer_of, module_of, natural_order
+from skillvec.ops.statistics import Request, layout
+
+
+@pytest.mark.parametrize(
+    "name,layer,kind",
+    [
+        ("model.layers.3.self_attn.q_proj.weight", "model.layers.3", "self_attn.q_proj.weight"),
+        ("model.layers.11.input_layernorm.weight", "model.layers.11", "input_layernorm.weight"),
+        ("transformer.h.11.mlp.c_fc.weight", "transformer.h.11", "mlp.c_fc.weight"),
+        ("h.0.attn.c_attn.bias", "h.0", "attn.c_attn.bias"),
+        ("model.language_model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0",
+         "mlp.up_proj.weight"),
+        ("model.layers.2.mlp.experts.12.down_proj.weight", "model.layers.2",
+         "mlp.experts.*.down_proj.weight"),
+        ("model.layers.2.block_sparse_moe.experts.7.w1.weight", "model.layers.2",
+         "block_sparse_moe.experts.*.w1.weight"),
+        ("visual.blocks.3.attn.qkv.weight", "visual.blocks.3", "attn.qkv.weight"),
+        ("vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias",
+         "vision_tower.vision_model.encoder.layers.1", "mlp.fc1.bias"),
+        ("model.visual.merger.mlp.0.weight", "model.visual.merger.mlp.0", "weight"),
+        ("blocks.3.0.weight", "blocks.3", "*.weight"),
+        ("blocks.3.1.2.weight", "blocks.3", "*.*.weight"),
+        ("layers.4", "layers.4", ""),
+        ("model.embed_tokens.weight", "", "model.embed_tokens.weight"),
+        ("lm_head.weight", "", "lm_head.weight"),
+        ("model.conv1d.weight", "", "model.conv1d.weight"),
+        ("model.layer3x.weight", "", "model.layer3x.weight"),
+        ("transformer.wte.weight", "", "transformer.wte.weight"),
+    ],
+)  # fmt: skip
+def test_names_split_into_layer_and_kind(name: str, layer: str, kind: str) -> None:
+    assert layer_of(name) == layer
+    assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize(
+    "name,module",
+    [
+        ("model.layers.3.self_attn.q_proj.weight", "self_attn"),
+        ("model.layers.11.input_layernorm.weight", "input_layernorm"),
+        ("h.0.attn.c_attn.bias", "attn"),
+        ("model.layers.2.mlp.experts.12.down_proj.weight", "mlp"),
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+        ("lm_head.weight", "lm_head"), ("scale", "scale"), ("layers.4", ""),
+    ],
+)  # fmt: skip
+def test_names_have_a_module(name: str, module: str) -> None:
+    assert module_of(name) == module
+
+
+def test_natural_order_counts() -> None:
+    names = ["a.10.b", "a.9.b", "a.9", "a.b", "b.1", "a.9.c", "10", "9", "", "a.09.b"]
+    ordered = sorted(names, key=natural_order)
+    assert ordered.index("a.9.b") < ordered.index("a.10.b")
+    assert ordered.index("a.9.b") < ordered.index("a.9.c")
+    assert ordered.index("9") < ordered.index("10")
+    assert ordered.index("a.10.b") < ordered.index("b.1")
+
+
+def test_numbers_that_are_too_long_are_text() -> None:
+    short, long = "9" * MOST_DIGITS, "1" * (MOST_DIGITS + 1)
+    assert layer_of(f"layers.{short}.w") == f"layers.{short}"
+    assert layer_of(f"layers.{long}.w") == "" and layer_of(f"layers.{long}.3.w").endswith(".3")
+    names = [f"w.{short}", "w.2", f"w.{long}", f"w.{DIGITS}"]
+    with lowered():
+        assert sorted(names, key=natural_order) == [names[2], names[3], names[1], names[0]]
+
+
+def test_natural_order_takes_any_digit() -> None:
+    """A superscript two is a digit to Unicode, but no number to int()."""
+    assert sorted(["w²", "w1", "w٣", "²"], key=natural_order)
+
+
+def test_realised_by_hand() -> None:
+    """Asked lam * v with v = (3, 4); <w, lam v> / |lam v|^2 and their cosine."""
+    assert realised((25.0, 25.0, 25.0), 1.0) == (1.0, 1.0)
+    assert realised((100.0, 50.0, 25.0), 2.0) == (1.0, 1.0)
+    assert realised((9.0, 9.0, 25.0), 1.0) == (9 / 25, pytest.approx(3 / 5))  # w = (3, 0)
+    assert realised((25.0, -25.0, 25.0), -1.0) == (1.0, 1.0)
+    assert realised((25.0, -25.0, 25.0), 1.0) == (-1.0, -1.0)  # the opposite of what was asked
+    assert realised((4.0, 0.0, 25.0), 0.5) == (0.0, 0.0)
+
+
+def test_realised_has_no_answer_where_nothing_was_asked_or_written() -> None:
+    assert realised((4.0, 2.0, 25.0), 0.0) == (None, None)
+    assert realised((0.0, 0.0, 0.0), 1.0) == (None, None)
+    assert realised((0.0, 0.0, 25.0), 1.0) == (0.0, None)
+
+
+REQUEST = Request((1.0, 1.0), ((0, 1),), ((0, 1, True),), sign_flips=3)
+
+
+def record(numel: int, **given: object) -> tuple[str, int, np.void]:
+    """Return the sums of one tensor; vectors and pairs by the names of measures.layout."""
+    made = np.zeros(1, layout(REQUEST))
+    for key, value in given.items():
+        group, _, name = key.partition("_")
+        made[0][group][name] = value
+    return numel, made[0]
+
+
+def terms(*records: tuple[int, np.void]) -> dict:
+    held = [pair_terms(numel, sums, REQUEST, 0) for numel, sums in records]
+    return {key: sum(term[key] for term in held) for key in held[0]}
+
+
+def test_pair_row_by_hand() -> None:
+    """|a| = 5, |b| = 4, <a, b> = 12 over 100 values in 100 groups; 10 and 20 changed, 8 of both."""
+    one = record(
+        100, vectors_square=[25, 16], vectors_support=[10, 20], vectors_sampled=[25, 16],
+        pairs_product=12, pairs_groups_sq=9, pairs_shared=8, pairs_agree=6, pairs_met_a=20,
+        pairs_met_b=8, pairs_clash_a=5, pairs_clash_b=2, controls_product=-2,
+        controls_groups_sq=4,
+    )  # fmt: skip
+    one[1]["flips"][0] = [12, -13, 5]
+    row = pair_row(terms(one))
+    assert row["cosine"] == pytest.approx(0.6) and row["z"] == pytest.approx(6.0)
+    assert (row["norm_a"], row["norm_b"], row["norm_ratio"]) == (5.0, 4.0, 1.25)
+    assert row["z_groups"] == pytest.approx(12 / 3)
+    assert row["cosine_se"] == pytest.approx(sqrt(100 / 99 * (9 - 144 / 100)) / 20)
+    assert (row["density_a"], row["density_b"]) == (0.1, 0.2)
+    assert row["jaccard"] == pytest.approx(8 / 22) and row["lift"] == pytest.approx(4.0)
+    variance = 10 * 20 * 90 * 80 / (100**2 * 99)
+    assert row["overlap_z"] == pytest.approx(6 / sqrt(variance))
+    assert row["sign_agreement"] == 0.75 and row["sign_z"] == pytest.approx(4 / sqrt(8))
+    assert (row["on_support_a"], row["on_support_b"]) == (0.8, 0.5)
+    assert (row["conflict_a"], row["conflict_b"]) == (0.2, 0.125)
+    assert row["along"] == pytest.approx(144 / 16 / 25)
+    assert row["p_flips"] == 3 / 4  # two of three draws reach 12
+    assert row["control_cosine"] == pytest.approx(-0.1)
+    assert row["control_z"] == pytest.approx(-1.0)
+    assert row["control_z_groups"] == pytest.approx(-1.0)
+
+
+def test_groups_of_tensors_add_sums_not_cosines() -> None:
+    """Large tensors count more; the chance of an overlap is that of each tensor on its own."""
+    one = record(4, vectors_square=[9, 9], pairs_product=-9, pairs_groups_sq=27,
+                 vectors_support=[4, 4], pairs_shared=4, pairs_agree=0)  # fmt: skip
+    two = record(6, vectors_square=[1, 1], pairs_product=1, pairs_groups_sq=1,
+                 vectors_support=[0, 6], pairs_shared=0)  # fmt: skip
+    row = pair_row(terms(one, two))
+    assert row["numel"] == 10 and row["cosine"] == pytest.approx(-8 / 10)
+    assert row["z_groups"] == pytest.approx(-8 / sqrt(28))
+    assert row["lift"] == 1.0 and row["overlap_z"] is None  # all that chance allows
+    assert row["along"] == pytest.approx((81 / 9 + 1) / 10)
+    levels = pair_levels([("l.0.w", *one), ("l.1.w", *two)], REQUEST, 0, [{}, {}])
+    assert [row["name"] for row in levels["layers"]] == ["l.0", "l.1"]
+    assert [row["cosine"] for row in levels["layers"]] == [-1.0, 1.0]
+    assert levels["kinds"][0]["cosine"] == levels["overall"]["cosine"] == pytest.approx(-0.8)
+    assert (
+        levels["tensors"][1] | {"layer": "l.1", "kind": "w", "module": "w"}
+        == (levels["tensors"][1])
+    )
+
+
+def test_a_zero_delta_has_no_angle() -> None:
+    row = pair_row(terms(record(100, vectors_square=[25, 0], vectors_support=[3, 0])))
+    for key in ("cosine", "cosine_se", "z", "p", "z_groups", "p_flips", "norm_ratio", "sign_z",
+                "lift", "overlap_z", "sign_agreement", "control_cosine"):  # fmt: skip
+        assert row[key] is None, key
+    assert row["jaccard"] == 0.0 and row["along"] == 0.0
+    assert "there is no angle" in sentence(row)
+
+
+@pytest.mark.parametrize("numel", [2, 3, 5, 50, 10**5, 10**10])
+def test_p_is_the_share_of_the_sphere(numel: int) -> None:
+    """In 2 dimensions angles are uniform, in 3 cosines (Archimedes); far out z is normal."""
+    from math import acos, erfc, pi
+
+    for cosine in (0.0, 1e-3, -0.3, 0.9, -1.0):
+        p = chance_of(cosine, numel)
+        if numel == 2:
+            assert p == pytest.approx(acos(abs(cosine)) / (pi / 2))
+        elif numel == 3:
+            assert p == pytest.approx(1 - abs(cosine))
+    for z in (0.1, 1.0, 3.0):
+        if numel >= 10**5:
+            p = chance_of(z / sqrt(numel), numel)
+            assert p == pytest.approx(erfc(z / sqrt(2)), rel=1e-3)
+    assert chance_of(1.0, 1) == 1.0 and chance_of(-1.0, numel) == 0.0
+
+
+@pytest.mark.parametrize("numel", [1000, 1001, 4096, 10**6, 10**9])
+def test_p_of_many_values_is_the_beta_law(numel: int) -> None:
+    from scipy.special import betainc
+
+    for z in (0.01, 0.5, 2.0, 4.0, 6.0):
+        cosine = z / sqrt(numel)
+        expected = betainc((numel - 1) / 2, 0.5, 1 - cosine**2)
+        assert chance_of(-cosine, numel) == pytest.approx(expected, rel=3e-5)
+
+
+def test_what_the_sentences_say() -> None:
+    row = {"cosine": 0.02, "cosine_se": 0.001, "z_groups": 20.0}
+    assert sentence(row) == (
+        "cosine +0.0200 \u00b1 0.0020: nearly orthogonal, but not by chance (z +20)"
+    )
+    assert "\u00b1 0.0020, of which rounding may give -0.0100:" in sentence(row, -0.01)
+    assert "aligned" in sentence(row | {"cosine": 0.5})
+    assert "opposed" in sentence(row | {"cosine": -0.5})
+    assert "no more than unrelated directions show (z -2.9)" in sentence(row | {"z_groups": -2.9})
+
+
+def test_the_forecast_names_the_layers_that_stand_out() -> None:
+    """Half of a's energy is in layer 1, half of that along b; layer 0 is within chance."""
+    quiet = record(10**6, vectors_square=[50, 50], pairs_product=0.05, pairs_groups_sq=0.0025,
+                   vectors_sampled=[50, 50], pairs_clash_a=25)  # fmt: skip
+    loud = record(10**6, vectors_square=[50, 50], pairs_product=sqrt(0.5) * 50,
+                  pairs_groups_sq=25, vectors_sampled=[50, 50])  # fmt: skip
+    names = ["l.0.w", "l.1.w"]
+    pair = pair_levels(
+        [(name, *sums) for name, sums in zip(names, (quiet, loud), strict=True)],
+        REQUEST, 0, [{}, {}],
+    )  # fmt: skip
+    outside = pair_levels(
+        [("norm", *loud), ("other", *quiet)], REQUEST, 0, [{}, {}]
+    )  # fmt: skip
+    assert [layer["name"] for layer in outside["forecast"]["layers"]] == ["norm"]
+    (layer,) = pair["forecast"]["layers"]
+    assert layer["name"] == "l.1" and layer["share"] == pytest.approx(0.25)
+    assert pair["forecast"]["along"] == pytest.approx(0.25, rel=1e-4)
+    assert pair["forecast"]["conflict"] == pytest.approx(0.25)
+    words = pair["forecast"]["sentence"]
+    assert "25 % of A's energy lies along B" in words and words.endswith("look at l.1")
+
+
+def test_what_rounding_keeps_by_hand() -> None:
+    """Two of four changed values lie under half a step, one was absorbed."""
+    sums = {"numel": 10, "square": 20.0, "support": 4, "sampled": 20.0, "moved": 4,
+            "kept_dot": 15.0, "kept_sq": 12.0, "absorbed": 1,
+            "steps": np.array([1, 1, 0, 2, 0, 0, 0, 0, 0])}  # fmt: skip
+    row = vector_row(sums, 80.0)
+    assert row["norm"] == sqrt(20) and row["rms"] == sqrt(2) and row["density"] == 0.4
+    assert row["energy_share"] == 0.25 and row["below_half_step"] == 0.5
+    assert row["kept_gain"] == 0.75 and row["kept_cosine"] == pytest.approx(15 / sqrt(240))
+    assert row["absorbed"] == 0.25
+    unknown = vector_row(sums | {"moved": 0, "steps": np.zeros(9)}, 80.0)
+    for key in ("steps", "below_half_step", "kept_gain", "kept_cosine", "absorbed"):
+        assert unknown[key] is None
+
+
+def test_numbers_of_matrices_are_weighted_by_energy() -> None:
+    rows = [{"energy": 3.0, "stable_rank": 2.0, "svd_error": 0.1, "list": [1]}, {},
+            {"energy": 1.0, "stable_rank": 6.0, "svd_error": 0.3, "list": [2]}]  # fmt: skip
+    assert weighted(rows) == {"stable_rank": 3.0, "svd_error": 0.3}
+    assert weighted(rows[:1]) == {"stable_rank": 2.0, "svd_error": 0.1, "list": [1]}
+    assert weighted([{}]) == {} == weighted([{}, {}])
+    pairs = [{"energy_a": 4.0, "energy_b": 1.0, "a_in_b": 1.0, "b_in_a": 1.0, "sti": 1.0},
+             {"energy_a": 1.0, "energy_b": 4.0, "a_in_b": 0.0, "b_in_a": 0.0,
+              "sti": 0.0}]  # fmt: skip
+    assert weighted(pairs) == {"a_in_b": 0.8, "b_in_a": 0.2, "sti": 0.5}
+
+
+@pytest.mark.parametrize("numel", [2, 3, 4, 11, 101, 500, 1000])
+def test_chance_is_the_law_of_beta(numel: int) -> None:
+    from scipy.special import betainc
+
+    for cosine in (0.0, 1e-4, 0.01, 0.03, 0.05, 0.1, -0.3, 0.7, -0.99, 0.999999, 1.0):
+        expected = float(betainc((numel - 1) / 2, 0.5, 1 - cosine * cosine))
+        assert chance_of(cosine, numel) == pytest.approx(expected, rel=1e-11, abs=1e-300)

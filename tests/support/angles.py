@@ -1,0 +1,489 @@
+"""Every number of an orthogonality report, from whole tensors in float64. No skillvec in here.
+
+    python tests/support/angles.py report.json [--against W] [--vector LABEL=TUNED::BASE ...]
+
+computes again what a written report says, from the TUNED::BASE pairs that its labels name (or that
+--vector gives for other labels), prints the largest deviation in every column in units of what
+rounding explains, and exits 1 where one is larger than that.
+"""
+
+import argparse
+import json
+import re
+import sys
+from itertools import pairwise
+from math import ceil, floor, inf, isclose, log2, sqrt
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+EDGES = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
+LEVELS = ("tensors", "layers", "kinds", "modules", "overall")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+GRIDS = {torch.bfloat16: (8, -126), torch.float16: (11, -14)}  # bits, least normal exponent
+FLIPS = 2000  # of the sign-flip test in here
+
+
+class Side(NamedTuple):
+    """A vector: its values by tensor name, the weights that it was added to, if they are known."""
+
+    values: dict[str, np.ndarray]
+    weights: dict[str, torch.Tensor] | None = None
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def load(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return all float tensors of a file or of a folder's safetensors files."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    tensors = {name: t for file in files for name, t in load_file(file).items()}
+    return {name: t for name, t in tensors.items() if t.dtype in FLOATS}
+
+
+def difference(tuned: torch.Tensor, base: torch.Tensor) -> np.ndarray:
+    """Return tuned - base as it is stored: rounded to fp32 unless one is fp64, 0 if not finite."""
+    with np.errstate(invalid="ignore"):
+        exact = tuned.double().numpy() - base.double().numpy()
+    exact = np.where(np.isfinite(exact), exact, 0.0)
+    if torch.float64 in (tuned.dtype, base.dtype):
+        return exact
+    return exact.astype(np.float32).astype(np.float64)
+
+
+def side(tuned: str | Path, base: str | Path) -> Side:
+    """Return tuned - base over the names that both have."""
+    right, left = load(tuned), load(base)
+    names = [name for name in left if name in right]
+    return Side({name: difference(right[name], left[name]) for name in names}, left)
+
+
+# ------------------------------------------------------------------------- names, samples, grids
+
+
+def split(name: str) -> tuple[str, str, str]:
+    """Return layer, kind and module of a tensor's name."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            rest = ["*" if p.isdecimal() else p for p in parts[i + 1 :]]
+            return ".".join(parts[: i + 1]), ".".join(rest), rest[0] if rest else ""
+    return "", name, ".".join(parts[:-1]) or name
+
+
+def groups_of(names: list[str]) -> dict[tuple[str, str], list[str]]:
+    """Return (level, name of the row) -> the tensors in it."""
+    groups: dict[tuple[str, str], list[str]] = {("overall", ""): list(names)}
+    for name in names:
+        layer, kind, module = split(name)
+        for key in (("tensors", name), ("layers", layer or "(no layer)"), ("kinds", kind),
+                    ("modules", module)):  # fmt: skip
+            groups.setdefault(key, []).append(name)
+    return groups
+
+
+def sample(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sampled positions of a tensor of n values, and how many values each stands for."""
+    found, scale, seen = [np.arange(0)], [np.zeros(0)], 0
+    for start in range(0, n, 2**22):
+        size = min(2**20, n - start)
+        seen += size
+        at = np.arange(size)
+        if size > 2**14:
+            at = np.concatenate([run * (size // 32) + np.arange(512) for run in range(32)])
+        found.append(start + at)
+        scale.append(np.full(at.size, size / at.size))
+    return np.concatenate(found), np.concatenate(scale) * (n / seen if n else 1)
+
+
+def step_at(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Return the distance of neighbours in a 16-bit format at the magnitude of x."""
+    bits, least = GRIDS[dtype]
+    exponent = np.frexp(np.where(x == 0, 2.0**-1000, x.astype(np.float64)))[1] - 1
+    return np.ldexp(1.0, np.maximum(exponent, least) - bits + 1)
+
+
+def to_grid(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Round to a 16-bit format, nearest, ties to even."""
+    step = step_at(x, dtype)
+    return np.rint(x / step) * step
+
+
+def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the inner products over groups of neighbouring values."""
+    n = a.size
+    g = 1 if n < 2048 else min(1024, 2 ** floor(log2(n / 1024)))
+    padded = np.zeros(ceil(n / g) * g)
+    padded[:n] = a * b
+    return padded.reshape(-1, g).sum(axis=1)
+
+
+def beta_p(cosine: float, n: int) -> float:
+    """Return P(|cos| >= |cosine|) of a random direction in n dimensions.
+
+    The angle from the equator has a density proportional to cos(angle)^(n - 2).
+    """
+    if n == 1 or abs(cosine) >= 1:
+        return 1.0 if n == 1 else 0.0
+    top = min(np.pi / 2, 40 / sqrt(n))
+    masses = []
+    for begin in (min(np.arcsin(abs(cosine)), top), 0.0):
+        angle = np.linspace(begin, top, 4001)
+        height = np.maximum(np.cos(angle), 0.0) ** (n - 2)
+        masses.append(float(np.trapezoid(height, angle)))
+    return masses[0] / masses[1]
+
+
+# --------------------------------------------------------------------------------- pairs of them
+
+
+def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
+    """Return the row of a pair of vectors over some tensors (all but control and subspaces)."""
+    numel = shared = n_a = n_b = agree = 0
+    dot = sq_a = sq_b = sum_t2 = variance = chance = overlap_var = along = 0.0
+    met = {"conflict_a": 0.0, "on_support_a": 0.0, "conflict_b": 0.0, "on_support_b": 0.0}
+    sampled_a = sampled_b = 0.0
+    all_t = []
+    for name in names:
+        a, b = one.values[name].ravel(), other.values[name].ravel()
+        n = a.size
+        if n == 0:
+            continue
+        t = products(a, b)
+        all_t.append(t)
+        s = float(t.sum())
+        numel, dot = numel + n, dot + s
+        sq_a, sq_b = sq_a + float(a @ a), sq_b + float(b @ b)
+        sum_t2 += float(t @ t)
+        spread = float(((t - t.mean()) ** 2).sum())
+        variance += s * s if t.size == 1 else t.size / (t.size - 1) * spread
+        in_a, in_b = int(np.count_nonzero(a)), int(np.count_nonzero(b))
+        both = (a != 0) & (b != 0)
+        n_a, n_b, shared = n_a + in_a, n_b + in_b, shared + int(both.sum())
+        agree += int((both & ((a > 0) == (b > 0))).sum())
+        chance += in_a * in_b / n
+        if n > 1:
+            overlap_var += in_a * in_b * (n - in_a) * (n - in_b) / (n * n * (n - 1))
+        if float(b @ b) > 0:
+            along += s * s / float(b @ b)
+        at, scale = sample(n)
+        x, y = a[at] * np.sqrt(scale), b[at] * np.sqrt(scale)
+        sampled_a, sampled_b = sampled_a + float(x @ x), sampled_b + float(y @ y)
+        opposite, common = (x > 0) & (y < 0) | (x < 0) & (y > 0), (x != 0) & (y != 0)
+        met["conflict_a"] += float((x[opposite] ** 2).sum())
+        met["conflict_b"] += float((y[opposite] ** 2).sum())
+        met["on_support_a"] += float((x[common] ** 2).sum())
+        met["on_support_b"] += float((y[common] ** 2).sum())
+    norms = sqrt(sq_a), sqrt(sq_b)
+    cosine = dot / (norms[0] * norms[1]) if sq_a and sq_b else None
+    row = {
+        "numel": numel,
+        "cosine": cosine,
+        "cosine_se": None if cosine is None else sqrt(max(variance, 0)) / (norms[0] * norms[1]),
+        "z": None if cosine is None else cosine * sqrt(numel),
+        "p": None if cosine is None else beta_p(cosine, numel),
+        "z_groups": dot / sqrt(sum_t2) if sum_t2 else None,
+        "p_flips": flip_p(np.concatenate(all_t), flips) if flips and sum_t2 else None,
+        "norm_a": norms[0],
+        "norm_b": norms[1],
+        "norm_ratio": norms[0] / norms[1] if sq_b else None,
+        "density_a": n_a / numel if numel else None,
+        "density_b": n_b / numel if numel else None,
+        "jaccard": shared / (n_a + n_b - shared) if n_a + n_b else None,
+        "lift": shared / chance if chance else None,
+        "overlap_z": (shared - chance) / sqrt(overlap_var) if overlap_var else None,
+        "sign_agreement": agree / shared if shared else None,
+        "sign_z": (2 * agree - shared) / sqrt(shared) if shared else None,
+        "along": along / sq_a if sq_a else None,
+    }
+    for key, value in met.items():
+        total = sampled_a if key.endswith("_a") else sampled_b
+        row[key] = value / total if total else None
+    return row
+
+
+def flip_p(t: np.ndarray, flips: int) -> float:
+    """Return the p of the sign-flip test from flips of this script's own."""
+    rng = np.random.default_rng(0)
+    observed, hits = abs(t.sum()), 0
+    for _ in range(flips // 50):
+        signs = rng.integers(0, 2, (50, t.size)) * 2.0 - 1
+        hits += int((np.abs(signs @ t) >= observed * (1 - 1e-12)).sum())
+    return (1 + hits) / (flips + 1)
+
+
+def pair_spectrum(a: np.ndarray, b: np.ndarray, k: int) -> dict:
+    """Return the subspace numbers of two matrices from their full SVDs."""
+    m, n = a.shape
+    k = min(k, m, n)
+    (ua, sa, va), (ub, sb, vb), (uc, _, _) = (svd(x) for x in (a, b, a + b))
+    ua, va, ub, vb, uc = ua[:, :k], va[:, :k], ub[:, :k], vb[:, :k], uc[:, :k]
+    left, right = np.hstack([ua, ub]), np.hstack([va, vb])
+    eye = np.eye(2 * k)
+    middle = np.diag(np.concatenate([sa[:k], sb[:k]]))
+    clash = (left.T @ left - eye) @ middle @ (right.T @ right - eye)
+    energy_a, energy_b = float((a**2).sum()), float((b**2).sum())
+    return {
+        "overlap_left": float(((ua.T @ ub) ** 2).sum()) / k,
+        "overlap_right": float(((va.T @ vb) ** 2).sum()) / k,
+        "overlap_chance": (k / m + k / n) / 2,
+        "angles_left": principal_angles(ua, ub),
+        "angles_right": principal_angles(va, vb),
+        "a_in_b": float(((ub.T @ a @ vb) ** 2).sum()) / energy_a,
+        "b_in_a": float(((ua.T @ b @ va) ** 2).sum()) / energy_b,
+        "in_chance": k * k / (m * n),
+        "interference": float(np.abs(clash).sum()),
+        "interference_share": float(np.abs(clash).sum() / middle.sum()),
+        "sar_a": sqrt(float(((uc.T @ a) ** 2).sum()) / energy_a),
+        "sar_b": sqrt(float(((uc.T @ b) ** 2).sum()) / energy_b),
+    }
+
+
+def is_matrix(values: np.ndarray) -> bool:
+    return values.ndim == 2 and min(values.shape) > 1
+
+
+def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt.T
+
+
+def principal_angles(one: np.ndarray, other: np.ndarray) -> list[float]:
+    """Return the angles between two subspaces in degrees, smallest first."""
+    cosines = np.linalg.svd(one.T @ other, compute_uv=False)
+    return [float(x) for x in np.degrees(np.arccos(np.minimum(cosines, 1.0)))]
+
+
+# -------------------------------------------------------------------------------- vectors alone
+
+
+def vector_row(names: list[str], vector: Side, weights: dict | None, whole: float) -> dict:
+    """Return the row of one vector over some tensors; `whole` is the squared norm of all."""
+    numel = changed = 0
+    sampled = absorbed = below = energy = kept_dot = kept_sq = sampled_sq = 0.0
+    steps = np.zeros(len(EDGES) + 1)
+    for name in names:
+        v = vector.values[name].ravel()
+        numel, changed = numel + v.size, changed + int(np.count_nonzero(v))
+        energy += float(v @ v)
+        if weights is None or name not in weights:
+            continue
+        at, scale = sample(v.size)
+        dtype = weights[name].dtype if weights[name].dtype in GRIDS else torch.bfloat16
+        w, v = weights[name].float().numpy().ravel()[at], v[at].astype(np.float32)
+        w, scale, v = w[v != 0], scale[v != 0], v[v != 0]
+        held, moved = to_grid(w, dtype), to_grid(w + v, dtype)  # the sum in fp32
+        kept, size = moved - held, np.abs(v) / step_at(held, dtype)
+        v = v.astype(np.float64)
+        for i, (low, high) in enumerate(pairwise([0.0, *EDGES, inf])):
+            steps[i] += scale[(size >= low) & (size < high)].sum()
+        sampled, below = sampled + float(scale.sum()), below + float(scale[size < 0.5].sum())
+        absorbed += float(scale[kept == 0].sum())
+        kept_dot += float(kept @ (scale * v))
+        kept_sq += float(kept @ (scale * kept))
+        sampled_sq += float(v @ (scale * v))
+    return {
+        "numel": numel,
+        "norm": sqrt(energy),
+        "rms": sqrt(energy / numel) if numel else None,
+        "energy_share": energy / whole if whole else None,
+        "density": changed / numel if numel else None,
+        "steps": [float(count) for count in steps] if sampled else None,
+        "below_half_step": below / sampled if sampled else None,
+        "absorbed": absorbed / sampled if sampled else None,
+        "kept_gain": kept_dot / sampled_sq if sampled_sq else None,
+        "kept_cosine": kept_dot / sqrt(kept_sq * sampled_sq) if kept_sq * sampled_sq else None,
+    }
+
+
+def vector_spectrum(v: np.ndarray, w: np.ndarray | None, k: int) -> dict:
+    """Return the spectral numbers of one matrix from its full SVD."""
+    k = min(k, *v.shape)
+    _, s, _ = svd(v)
+    share = s[s > 0] / s.sum()
+    row = {
+        "stable_rank": float((s**2).sum() / s[0] ** 2),
+        "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
+        "top_energy": float((s[:k] ** 2).sum() / (s**2).sum()),
+        "energy_in_w": None,
+    }
+    if w is not None:
+        u, _, right = svd(w)
+        inside = u[:, :k].T @ v @ right[:, :k]
+        row["energy_in_w"] = float((inside**2).sum() / (v**2).sum())
+    return row
+
+
+def mean_of(rows: list[tuple[float, dict]]) -> dict:
+    """Return means of rows of numbers (not of lists), weighted by energy."""
+    keys = [key for key in (rows[0][1] if rows else {}) if not key.startswith("angles")]
+    found = {}
+    for key in keys:
+        held = [(weight, row[key]) for weight, row in rows if row[key] is not None]
+        total = sum(weight for weight, _ in held)
+        found[key] = sum(weight * value for weight, value in held) / total if total else None
+    return found
+
+
+# ---------------------------------------------------------------------------------- whole reports
+
+
+def norms_of(vector: Side, names: list[str], against: dict | None, k: int | None = None) -> dict:
+    """Return (level, name) -> the expected row of one vector."""
+    whole = sum(float((vector.values[name] ** 2).sum()) for name in names)
+    spectra = {}
+    for name in names if k else ():
+        v = vector.values[name]
+        if is_matrix(v) and v.any():
+            w = against[name].double().numpy() if against else None
+            spectra[name] = float((v**2).sum()), vector_spectrum(v, w, k)
+    rows = {}
+    for key, members in groups_of(names).items():
+        rows[key] = vector_row(members, vector, against or vector.weights, whole)
+        rows[key] |= mean_of([spectra[name] for name in members if name in spectra])
+    return rows
+
+
+def pair_of(one: Side, other: Side, names: list[str], k: int | None = None, flips: int = 0,
+            control: Side | None = None) -> dict:  # fmt: skip
+    """Return (level, name) -> the expected row of a pair."""
+    spectra = {}
+    for name in names if k else ():
+        a, b = one.values[name], other.values[name]
+        if is_matrix(a) and a.any() and b.any():
+            spectra[name] = float((a**2).sum()), float((b**2).sum()), pair_spectrum(a, b, k)
+    rows = {}
+    for key, members in groups_of(names).items():
+        rows[key] = pair_row(members, one, other, flips)
+        held = [spectra[name] for name in members if name in spectra]
+        by_a, by_b = (mean_of([(h[i], h[2]) for h in held]) for i in (0, 1))
+        rows[key] |= mean_of([(sqrt(h[0] * h[1]), h[2]) for h in held])  # of both alike
+        rows[key] |= {column: by_a[column] for column in ("a_in_b", "sar_a") if held}
+        rows[key] |= {column: by_b[column] for column in ("b_in_a", "sar_b") if held}
+        if key[0] == "tensors" and held:
+            rows[key] |= held[0][2]
+        if control is not None:
+            instead = pair_row(members, control, other)
+            rows[key] |= {f"control_{of}": instead[of] for of in ("cosine", "z", "z_groups")}
+    return rows
+
+
+def rows_in(entry: dict) -> dict:
+    """Return (level, name) -> row of a pair or of a vector in a report."""
+    found = {("overall", ""): entry["overall"]}
+    for level in LEVELS[:-1]:
+        found |= {(level, row["name"]): row for row in entry[level]}
+    return found
+
+
+def expected(report: dict, sides: dict[str, Side], against: dict | None = None) -> list:
+    """Return (what, rows of the report, rows computed here) for its vectors and pairs."""
+    names = [row["name"] for row in report["norms"][0]["tensors"]]
+    k = report["subspace"]["k"] if report.get("subspace") else None
+    found = []
+    for entry in report["norms"]:
+        vector = sides[entry["label"]]
+        found.append((entry["label"], rows_in(entry), norms_of(vector, names, against, k)))
+    for pair in report["pairs"]:
+        control = sides.get(pair["control"] or "")
+        flips = FLIPS if report["sign_flips"] else 0
+        rows = pair_of(sides[pair["a"]], sides[pair["b"]], names, k, flips, control)
+        found.append((f"{pair['a']} | {pair['b']}", rows_in(pair), rows))
+    return found
+
+
+EXACT = {"numel", "steps", "density", "density_a", "density_b", "jaccard", "lift", "overlap_z",
+         "sign_agreement", "sign_z", "below_half_step", "absorbed", "overlap_chance",
+         "in_chance"}  # fmt: skip
+SPECTRAL = {"stable_rank", "effective_rank", "interference", "interference_share", "overlap_left",
+            "overlap_right", "a_in_b", "b_in_a", "sar_a", "sar_b", "top_energy", "energy_in_w",
+            "angles_left", "angles_right"}  # fmt: skip
+
+
+def tolerance(key: str, row: dict, report: dict) -> float:
+    """Return what rounding may do to a number: sums of fp32 products are good to 3e-7 of the norms.
+
+    Vectors of randomised decompositions turn as far as their error and the gaps let them.
+    """
+    value = row[key] if isinstance(row[key], float) else 0.0
+    size, root, flips = abs(value), sqrt(row["numel"]), report["sign_flips"] or 1
+    if key in EXACT:
+        return 1e-9 * (1 + size)
+    if key in SPECTRAL:
+        randomised = report["subspace"] and report["subspace"]["randomised"]
+        degrees = 100 if key.startswith("angles") else 1
+        return (2e-2 if randomised else 1e-5) * degrees * max(1, size)
+    if key in ("z", "control_z"):
+        return 2e-6 * root
+    if key == "p":
+        return 2e-6 * root + 1e-6
+    if key in ("z_groups", "control_z_groups"):
+        return 1e-4 + 2e-6 * max(1 / row["cosine_se"] if row["cosine_se"] else 0, root)
+    if key == "p_flips":
+        return 6 * sqrt((value * (1 - value) + 1 / flips) * (1 / flips + 1 / FLIPS)) + 1 / flips
+    return 2e-6 * size if key.startswith("norm") or key == "rms" else 3e-6
+
+
+def deviations(report: dict, sides: dict[str, Side], against: dict | None = None) -> dict:
+    """Return column -> (largest deviation over its tolerance, where, found, expected).
+
+    A row or column that the report lacks, and a null where there is a number, deviate by infinity.
+    """
+    worst: dict[str, tuple] = {}
+    for what, found, computed in expected(report, sides, against):
+        for key in sorted({*found, *computed}):
+            if key not in found or key not in computed:
+                worst["row"] = (inf, (what, *key), key in found, key in computed)
+                continue
+            for column, value in computed[key].items():
+                there = found[key].get(column, "missing")
+                allowed = tolerance(column, computed[key], report)
+                ratio = apart(there, value, allowed)
+                if ratio >= worst.get(column, (-1.0,))[0]:
+                    worst[column] = (ratio, (what, *key), there, value)
+    return worst
+
+
+def apart(found: object, value: object, allowed: float) -> float:
+    """Return how far two numbers or lists are from each other, in units of `allowed`."""
+    if found is None or value is None or isinstance(found, str):
+        return 0.0 if found is value else inf
+    if isinstance(value, list):
+        if len(found) != len(value):
+            return inf
+        return max((apart(x, y, allowed) for x, y in zip(found, value, strict=True)), default=0.0)
+    if isclose(found, value, rel_tol=1e-12):
+        return 0.0
+    return abs(found - value) / allowed if allowed else inf
+
+
+def main(arguments: list[str]) -> int:
+    """Print the largest deviation of every column of a written report; return 1 if one is large."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report")
+    parser.add_argument("--against", help="where the weights W are, if the report's path moved")
+    parser.add_argument("--vector", action="append", default=[], metavar="LABEL=TUNED::BASE")
+    given = parser.parse_args(arguments)
+    report = json.loads(Path(given.report).read_text())
+    places = dict(item.split("=", 1) for item in given.vector)
+    sides = {}
+    for label in {*report["vectors"], report["control"]} - {None, "random"}:
+        factor, ref = re.fullmatch(r"(?:([-+.\de]+)\*)?(.*)", label).groups()
+        tuned, _, base = places.get(label, ref).partition("::")
+        made = side(tuned, base)
+        scaled = {name: float(factor or 1) * v for name, v in made.values.items()}
+        sides[label] = Side(scaled, made.weights if "::" in label else None)
+    against = given.against or report["against"]
+    worst = deviations(report, sides, load(against) if against else None)
+    for column, (ratio, where, found, value) in sorted(worst.items()):
+        seen = "" if isinstance(value, list) else f": {found}, here {value}"
+        print(f"{column:18} {ratio:9.2g} of what rounding explains, {' / '.join(where)}{seen}")
+    return int(any(ratio > 1 for ratio, *_ in worst.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
