@@ -185,7 +185,8 @@ def draw() -> str:
     for room in ROOMS:
         chips, height = _chips(files[room], top + 42)
         parts += [
-            f'<rect class="room" x="{LEFT}" y="{top}" width="{BAND}" height="{height + 52}" rx="8"/>',
+            f'<rect class="room" x="{LEFT}" y="{top}" width="{BAND}" height="{height + 52}"'
+            ' rx="8"/>',
             f'<text class="name" x="{LEFT + 14}" y="{top + 26}">{room}/</text>',
             f'<text class="question" x="{LEFT + 130}" y="{top + 26}">'
             f"{escape(_question(room))}</text>",

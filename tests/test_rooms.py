@@ -18,7 +18,7 @@ HOMES = {
     "numkong": {"ops.kernels"}, "zstandard": {"ops.codecs"},
     "xxhash": {"ops", "files", "vectors", "engine"},
     "numpy": {"ops", "files", "checkpoints", "vectors", "engine", "analysis", "verbs"},
-    "yaml": {"vectors.recipe"}, "jinja2": {"analysis.page"}, "vl_convert": {"analysis"},
+    "yaml": {"vectors.recipe"}, "jinja2": {"analysis.page"}, "markupsafe": {"analysis.page"}, "vl_convert": {"analysis"},
     "fsspec": {"remote.object_store"}, "huggingface_hub": {"remote", "verbs"},
     "ray": {"engine.ray_cluster"}, "gguf": {"checkpoints.gguf"},
     "safetensors": {"files"},
@@ -30,8 +30,8 @@ HOMES = {
 LAZY = set(HOMES) - {"click", "numpy", "xxhash"}
 TRAINING = ("verbs.training", "transformers")  # its class has a base there
 # What mathematics does not know: paths, files, threads, other machines.
-WORLDLY = {"os", "io", "pathlib", "shutil", "tempfile", "threading", "concurrent", "subprocess",
-           "socket", "logging"}  # fmt: skip
+WORLDLY = {"os", "io", "pathlib", "shutil", "tempfile", "concurrent", "subprocess", "socket",
+           "logging"}  # fmt: skip
 
 
 def test_the_rooms_are_those_of_the_plan():
@@ -41,7 +41,7 @@ def test_the_rooms_are_those_of_the_plan():
 
 
 def floor(file: str) -> int:
-    order = ("__main__", *rooms.ROOMS, "moved", *rooms.GROUND)
+    order = ("__main__", *rooms.ROOMS, *rooms.GROUND, "moved")
     return order.index(rooms.room_of(file))
 
 
@@ -80,9 +80,12 @@ def test_mathematics_knows_no_paths_and_no_threads():
         found.place
         for found in EVERY
         if rooms.room_of(found.by) == "ops"
-        and (found.name.partition(".")[0] in WORLDLY or (found.ours or "ops") in ("report",))
+        and (found.name.partition(".")[0] in WORLDLY or found.ours == "report")
     ]
     assert not wrong, "\n".join(wrong)
+    said = [FILES[f].read_text() for f in FILES if rooms.room_of(f) == "ops"]
+    used = {name for text in said for name in re.findall(r"threading\.(\w+)", text)}
+    assert used == {"local"}  # zstd's contexts serve one thread each
 
 
 def test_the_command_line_imports_verbs_inside_its_commands():
@@ -119,7 +122,9 @@ def test_names_of_the_package_are_those_that_it_lists():
         _ = skillvec.nonsense
 
 
-@pytest.mark.parametrize("file", ["engine.threads", "engine.block_reader", "files.staging"])
+@pytest.mark.parametrize(
+    "file", ["engine.threads", "engine.plan", "vectors.block_reader", "files.staging"]
+)
 def test_the_core_does_not_know_which_engine_runs_it(file: str):
     words = re.findall(r"\w+", FILES[file].read_text().lower())
     assert not {"ray", "ray_cluster", "cluster"} & set(words)
@@ -147,10 +152,10 @@ def test_functions_fit_a_screen_and_take_few_arguments():
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_core_keeps_its_size():
+def test_the_core_does_not_grow():
+    """A step above what it has: who adds takes something away (docs/log.md, 2026-11-29)."""
     rows = {name: code for name, _, _, code in rooms.lines_by_room()}
-    assert rows["core"] <= 7_000
-    assert rows["core"] < rows["all"]
+    assert 5_000 < rows["core"] <= 8_800
 
 
 def test_the_picture_is_that_of_the_imports():

@@ -1,4 +1,4 @@
-"""What orthogonality and norms say: planted cases, laws of chance, and tests/support/angles.py on all."""
+"""What orthogonality and norms say: planted cases, laws of chance, and angles.py on all."""
 
 import json
 from math import isclose, sqrt

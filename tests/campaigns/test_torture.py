@@ -1,4 +1,4 @@
-"""A short form of the crash campaign (tests/campaigns/torture.py): every kind of trouble, a few points each.
+"""A short form of the crash campaign (torture.py): every kind of trouble, a few points each.
 
 The campaign runs in a process of its own, for it forks.
 """
@@ -37,7 +37,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def campaign(rows: str, names: str, inputs: Path, output: Path, points: int, broken: str = "pass"):
     """Run the campaign in a process of its own; return it and the points."""
-    text = f"import sys, torture\nfrom skillvec import running, staging, storage\n{broken}\n"
+    text = "import sys, torture\nfrom skillvec.engine import runner\n"
+    text += f"from skillvec.files import output_file, rows, staging\n{broken}\n"
     text += "sys.exit(torture.main())"
     command = [sys.executable, "-c", text, "--rows", rows, "--scenarios", names]
     command += ["--points", str(points), "--inputs", str(inputs), "--json", str(output)]
@@ -69,9 +70,9 @@ def test_no_fault_leaves_wrong_bytes_and_the_same_command_goes_on(
 
 
 BROKEN = {
-    "power": "storage.OutputFile.flush = lambda self: None",
-    "damage": "storage.RowWriter._confirm = lambda self, *rest: None",
-    "change": "running.refuse_changed = lambda before: None",
+    "power": "output_file.OutputFile.flush = lambda self: None",
+    "damage": "rows.RowWriter._confirm = lambda self, *rest: None",
+    "change": "runner.refuse_changed = lambda before: None",
     "after": "staging.fsync_path = lambda path: None",
 }
 

@@ -6,7 +6,8 @@ keeps beside the folder what a power failure would leave of it (`Disk`). After e
 output is the old one, the new one or none; the same command then gives the bytes of a run that
 nothing disturbed, or refuses by name what was tampered with.
 
-`python tests/campaigns/torture.py --points 10000` runs the long form; tests/campaigns/test_torture.py has a short one.
+`python tests/campaigns/torture.py --points 10000` runs the long form; test_torture.py has a short
+one.
 """
 
 import argparse

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 import skillvec as sv
 from skillvec.checkpoints import patch as patches
 from skillvec.checkpoints import patch_effect
-from skillvec.checkpoints import patch_lists as patches
 from skillvec.checkpoints.align import in_memory, layouts_of
 from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.checkpoints.patch import open_patch

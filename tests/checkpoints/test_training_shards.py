@@ -26,7 +26,7 @@ from skillvec.checkpoints.pickles import Stored
 from skillvec.checkpoints.zero import Joined
 from skillvec.errors import FormatError, IncompatibleError
 
-TRAINING = ("skillvec.dcp", "skillvec.fsdp", "skillvec.zero")
+TRAINING = tuple(f"skillvec.checkpoints.{name}" for name in ("dcp", "fsdp", "zero"))
 DIST = pytest.mark.filterwarnings("ignore")  # torch warns of its own internals
 
 

@@ -107,7 +107,7 @@ def run_light(
     path = [str(ROOT)] if missing else []
     environment = server.environment(models / "home") | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
-        [python, ROOT / "tests" / "light_install.py", *sorted(missing)],
+        [python, ROOT / "tests" / "support" / "light_install.py", *sorted(missing)],
         input="\n".join(lines), cwd=models, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

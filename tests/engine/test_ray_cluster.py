@@ -33,8 +33,9 @@ SABOTAGE = """
 import os, signal, sys, time
 if any("default_worker" in word for word in sys.orig_argv):
     from pathlib import Path
-    from skillvec import engine_ray, storage
-    folder = Path(__file__).parents[1] / "support"
+    from skillvec.engine import ray_cluster, ray_tasks
+    from skillvec.files import output_file
+    folder = Path(__file__).parent
 
     def fault():
         return (folder / "fault").read_text()
@@ -46,7 +47,7 @@ if any("default_worker" in word for word in sys.orig_argv):
             os.kill(pid, signal.SIGKILL)
 
     def wrapped(name, kind):
-        real = getattr(storage.OutputFile, name)
+        real = getattr(output_file.OutputFile, name)
 
         def hooked(self, *arguments):
             real(self, *arguments)
@@ -60,11 +61,11 @@ if any("default_worker" in word for word in sys.orig_argv):
                 (folder / "struck").write_text(".")
                 time.sleep(100)
 
-        setattr(storage.OutputFile, name, hooked)
+        setattr(output_file.OutputFile, name, hooked)
 
     wrapped("write", "write")
     wrapped("copy", "copy")
-    real = engine_ray.fingerprints, engine_ray.versions, engine_ray.Path
+    real = ray_cluster.fingerprints, ray_cluster.versions, ray_cluster.Path
 
     def elsewhere(paths):
         if fault() != "files":
@@ -87,7 +88,7 @@ if any("default_worker" in word for word in sys.orig_argv):
             first = folder
         return real[2](first, *parts)
 
-    engine_ray.fingerprints, engine_ray.versions, engine_ray.Path = elsewhere, versions, path
+    ray_cluster.fingerprints, ray_cluster.versions, ray_cluster.Path = elsewhere, versions, path
 """
 
 
@@ -340,8 +341,8 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 import skillvec as sv
-from skillvec import engine_ray, running
-running.CLAIM_SECONDS, engine_ray.BATCHES = 0.0, 10
+from skillvec.engine import ray_cluster, runner
+runner.CLAIM_SECONDS, ray_cluster.BATCHES = 0.0, 10
 verb, world, out = sys.argv[1], *map(Path, sys.argv[2:])
 
 class Killed:

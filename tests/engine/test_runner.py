@@ -560,7 +560,7 @@ def test_an_error_after_the_rename_says_that_the_output_is_there(
 HOLD = """
 import sys, time
 from pathlib import Path
-from skillvec.staging import staging
+from skillvec.files.staging import staging
 with staging(Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(60)

@@ -790,7 +790,7 @@ def test_operators_are_what_the_protocol_says():
 
 
 def ask_mergekit(folder: Path, cases: list[tuple[dict[str, Any], np.ndarray]]) -> list[np.ndarray]:
-    """Return what tests/support/mergekit_reference.py finds for each case, in mergekit's interpreter."""
+    """Return what mergekit_reference.py finds for each case, in mergekit's interpreter."""
     if not MERGEKIT.exists():
         pytest.fail("no .venv-mergekit: run benchmarks/mergekit_setup.sh")
     arrays = {f"deltas_{i}": deltas for i, (_, deltas) in enumerate(cases)}
@@ -931,8 +931,8 @@ def test_mergekit_differs_where_the_table_says_so(tmp_path: Path):
 
 INTRODUCTION = """# Ways of combining skill vectors
 
-Generated from `skillvec/merging.py`: `python tests/ops/test_merge_methods.py` rewrites this page, a test
-compares it.
+Generated from `skillvec/ops/merge_methods.py`: `python tests/ops/test_merge_methods.py` rewrites
+this page, a test compares it.
 
 v_i is the value of vector i at one position, w_i its weight and t_i what is left of v_i. A count is
 the number of values in the scope: those that are not 0, or all of them with `density_of` all. RL

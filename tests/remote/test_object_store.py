@@ -158,7 +158,7 @@ def test_no_permission_is_said_without_secrets_or_another_try(s3: ObjectServer, 
 def test_no_credentials_are_said(s3: ObjectServer):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_") or "FILE" in k}
     environment |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    code = "from skillvec import objects; objects.locate('s3://bucket/m', 'base')"
+    code = "from skillvec.remote import object_store; object_store.locate('s3://bucket/m', 'base')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert b"UsageError: base s3://bucket/m: may not be used with the credentials" in done.stderr
 
