@@ -14,11 +14,13 @@ EVERY = [found for found in rooms.every_import() if not found.for_types]
 FILES = rooms.paths()
 # third-party package -> the rooms, or the only files, that may import it
 HOMES = {
-    "click": {"cli"}, "rich": {"cli"},
+    "click": {"cli"},
+    "rich": {"cli"},
     "numkong": {"ops.kernels"}, "zstandard": {"ops.codecs"},
     "xxhash": {"ops", "files", "vectors", "engine"},
     "numpy": {"ops", "files", "checkpoints", "vectors", "engine", "analysis", "verbs"},
-    "yaml": {"vectors.recipe"}, "jinja2": {"analysis.page"}, "markupsafe": {"analysis.page"}, "vl_convert": {"analysis"},
+    "yaml": {"vectors.recipe"}, "vl_convert": {"analysis"},
+    "jinja2": {"analysis.page"}, "markupsafe": {"analysis.page"},
     "fsspec": {"remote.object_store"}, "huggingface_hub": {"remote", "verbs"},
     "ray": {"engine.ray_cluster"}, "gguf": {"checkpoints.gguf"},
     "safetensors": {"files"},
