@@ -120,7 +120,8 @@ def list_ledger(report: Report, limit: int | None) -> list[str | Grid]:
         for line in lines
     ]
     more = len(report.ledger) - len(lines)
-    said: list[str | Grid] = [Grid(["tensor", *keys], rows)]
+    listed = "file" if report.verb in ("push", "pull") else "tensor"
+    said: list[str | Grid] = [Grid([listed, *keys], rows)]
     return said + ([f"... and {more} more tensors (-v shows all)"] if more else [])
 
 

@@ -53,7 +53,7 @@ def say_plan(report: Report, verbose: bool) -> list[str]:
     if free is not None and (verb == "pull" or free < facts["nbytes_written"]):
         most = "" if verb == "pull" else f", for {say_written(report)}"
         lines.append(f"  free    {human_bytes(free)} on the disk of the output{most}")
-    if verbose:
+    if verbose and "nbytes_read" in facts:  # push and pull have no tensors to read
         indented = plan_sentence(report).replace("\n", "\n" + " " * 10)
         lines.append(f"  plan    {indented}")
     return lines
