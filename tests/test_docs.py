@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
+from families import perturbed, save, toy
 
 import skillvec
 from skillvec.cli.commands import main
@@ -125,6 +127,43 @@ def test_python_in_a_page_parses_and_names_what_there_is(page: Path):
                 "skillvec",
             ):
                 assert hasattr(skillvec, node.attr), f"{page.name}: sv.{node.attr}"
+
+
+def make_checkpoints(folder: Path) -> None:
+    """Write what pages call by name: tiny models, and two vectors of one base."""
+    base = toy(0)
+    sft = perturbed(base, 1)
+    models = {"base": base, "sft_ckpt": sft, "rl_ckpt": perturbed(sft, 2, density=0.2),
+              "target_sft": perturbed(base, 3)}  # fmt: skip
+    for name, tensors in models.items():
+        save(folder / name, tensors)
+    for name, tuned in (("math", "rl_ckpt"), ("tools", "target_sft")):
+        skillvec.diff(folder / tuned, folder / "base", folder / f"{name}.safetensors")
+
+
+WITH_PYTHON = [page for page in PAGES if fences(page.read_text(), "python")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_in_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Block by block, with the names of those before it, each in a folder of its own."""
+    names: dict[str, object] = {}
+    for number, code in enumerate(fences(page.read_text(), "python"), 1):
+        make_checkpoints(folder := tmp_path / str(number))
+        monkeypatch.chdir(folder)
+        exec(compile(code, f"{page.name}, block {number} of Python", "exec"), names)
+        written = {*re.findall(r'"([^"]+)"\)$', code, re.MULTILINE)} - {"base"}
+        assert written
+        for path in written:
+            assert skillvec.verify(path).facts["verified"], f"{page.name}, block {number}: {path}"
+
+
+def test_the_shell_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_checkpoints(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for line in fences(README.read_text(), "shell")[0].splitlines():
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0 and result.stdout, (line, result.output, result.exception)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -148,6 +148,11 @@ class Seen:
         return first
 
     @property
+    def flips(self) -> list[float | None]:
+        """What the randomisation test gives for each kind of tensor."""
+        return [kind["p_flips"] for kind in self.report["pairs"][0]["kinds"]]
+
+    @property
     def norms(self) -> dict[str, Any]:
         first: dict[str, Any] = self.report["norms"][0]["overall"]
         return first
@@ -178,9 +183,13 @@ class Seen:
         return " ".join(self.weights)
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, str]:
         with safe_open(self.output, "pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()["skillvec"])
+            return dict(file.metadata())
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.metadata["skillvec"])
         return found
 
     @property
@@ -515,10 +524,30 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+ALSO = [  # what else an option decides
+    ("apply", "--seed", Case(f"target {BOTH} -o OUT --op dare_linear", "--seed 1", values_differ)),
+    ("orthogonality", "--seed", Case(f"{BOTH} --sign-flips 20 --json", "--seed 1", lambda a, b: (
+        a.flips != b.flips))),
+    ("orthogonality", "--control", Case(f"{BOTH} --json", "--control moved.safetensors",
+        lambda a, b: "control_cosine" in b.measured.keys() - a.measured.keys())),
+    ("norms", "--against", Case("skill.safetensors --subspace 2 --json", "--against base",
+        lambda a, b: a.norms["energy_in_w"] is None and 0 < (b.norms["energy_in_w"] or 0) < 1)),
+    ("export-patch", "--form", Case("skill.safetensors -o OUT", "--form vllm", lambda a, b: (
+        "update_info" in b.metadata.keys() - a.metadata.keys()))),
+]  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx2")
-@pytest.mark.parametrize(("command", "option"), OPTIONS)
-def test_an_option_does_what_it_promises(command: str, option: str, runner: Runner) -> None:
-    case = CASES.get(command, {}).get(option)
+@pytest.mark.parametrize(
+    ("command", "option", "case"),
+    [
+        *((command, option, CASES.get(command, {}).get(option)) for command, option in OPTIONS),
+        *ALSO,
+    ],
+)
+def test_an_option_does_what_it_promises(
+    command: str, option: str, case: Case | None, runner: Runner
+) -> None:
     assert case is not None, f"{command} {option}: write a case that shows what it changes"
     words = f"{command} {case.words}"
     before = words if case.before == "itself" else case.before
