@@ -385,7 +385,7 @@ def test_the_miniature_runs_end_to_end(
     settings = yaml.safe_load(text)
     settings["training"]["max_steps"] = 2
     settings["rl"] |= {"max_steps": 1, "per_device_train_batch_size": 8, "num_generations": 4,
-                       "rewards": ["test_past:vary"]}  # fmt: skip
+                       "rewards": ["recipes.test_past:vary"]}  # fmt: skip
     settings["prepare"][1]["with"]["max_steps"] = 2
     settings |= {"lam": [1.0], "controls": [], "angles": {"control": "random"}}
     settings["evaluate"]["with"]["limit"] = 8

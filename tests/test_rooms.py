@@ -104,7 +104,8 @@ def test_the_command_line_imports_verbs_inside_its_commands():
 @pytest.mark.parametrize("room", ["cli", "verbs", "vectors", "checkpoints", "files"])
 def test_each_room_can_be_imported_first(room: str):
     # A circle of imports shows only when the right file comes first.
-    names = [f"skillvec.{file}" for file in FILES if rooms.room_of(file) == room]
+    files = [file for file in FILES if rooms.room_of(file) == room and file != TRAINING[0]]
+    names = [f"skillvec.{file}" for file in files]
     code = f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -96,7 +96,7 @@ def test_a_new_row_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     new = Statistic("kurtosis", "tails", ".1f", "fourth moment of the values", "3", "page lines")
     table = (*VECTORS, new)
     for module in ("page", "figures"):
-        monkeypatch.setattr(f"skillvec.{module}.VECTORS", table)
+        monkeypatch.setattr(f"skillvec.analysis.{module}.VECTORS", table)
     report = fake_report(labels=("a", "b"))
     for entry in report["norms"]:
         for row in [entry["overall"], *entry["layers"]]:

@@ -185,7 +185,7 @@ def test_vocabularies_are_digested_piece_by_piece(single: Path, monkeypatch) -> 
 @pytest.mark.parametrize("name", [".metadata", "latest"])
 def test_training_files_of_any_length_are_not_read(name: str, tmp_path: Path, monkeypatch) -> None:
     for module in ("pickles", "dcp"):
-        monkeypatch.setattr(f"skillvec.{module}.MAX_PICKLE_NBYTES", 1000)
+        monkeypatch.setattr(f"skillvec.checkpoints.{module}.MAX_PICKLE_NBYTES", 1000)
     asked = []
 
     def counted(path: str, offset: int, nbytes: int) -> bytes:
@@ -193,7 +193,7 @@ def test_training_files_of_any_length_are_not_read(name: str, tmp_path: Path, mo
         return read_bytes(path, offset, nbytes)
 
     for module in ("dcp", "zero"):
-        monkeypatch.setattr(f"skillvec.{module}.read_bytes", counted)
+        monkeypatch.setattr(f"skillvec.checkpoints.{module}.read_bytes", counted)
     (tmp_path / name).write_bytes(bytes(5000))
     refused(lambda: skillvec.inspect(tmp_path), tmp_path, FormatError)
     assert asked == [1001 if name == ".metadata" else 256]

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 
 import skillvec as sv
 from skillvec.checkpoints import patch as patches
-from skillvec.checkpoints import patch_effect
+from skillvec.checkpoints import patch_effect, patch_lists, patch_writer
 from skillvec.checkpoints.align import in_memory, layouts_of
 from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.checkpoints.patch import open_patch
 from skillvec.checkpoints.patch_lists import Listed, Listing
-from skillvec.engine import plan_models
+from skillvec.engine import plan_vectors
 from skillvec.errors import FormatError, IncompatibleError, NonfiniteError, UsageError
 from skillvec.files.header import read_header
 from skillvec.files.tensors import values_of
@@ -189,7 +189,7 @@ def test_a_flush_has_the_dtype_and_the_places_that_torch_needs(
 
 
 def test_long_lists_are_cut_into_entries(made: Made, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(patches, "ENTRY", 100)
+    monkeypatch.setattr(patch_writer, "ENTRY", 100)
     said = json.loads(bytes(load(made.exported("verl"))[SPEC].numpy()))
     sizes = [entry["val_end"] - entry["val_start"] for entry in said["params"]]
     assert max(sizes) == 100 and len(sizes) > 3
@@ -319,7 +319,7 @@ def test_nan_has_no_place_where_it_means_unchanged(tmp_path: Path):
 def test_forms_with_narrow_positions_refuse_large_tensors(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(plan_models, "NARROW", 1000)
+    monkeypatch.setattr(plan_vectors, "NARROW", 1000)
     for form in ("verl", "vllm"):
         with pytest.raises(IncompatibleError, match=r"conv: 1000 values, and .* 32 bits"):
             made.exported(form)
@@ -485,7 +485,7 @@ def test_runs_are_bounded(small: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_lists_are_searched_and_checked_in_steps(made: Made, monkeypatch: pytest.MonkeyPatch):
     """Checksums, order and copies, a few positions at a time."""
-    monkeypatch.setattr(patches, "STEP", 7)
+    monkeypatch.setattr(patch_lists, "STEP", 7)
     for form in patches.FORMS:
         assert_same_bits(made.imported(made.exported(form)), made.tuned)
     save_file(plain(**{"w.indices": torch.arange(20).roll(-10).int(),

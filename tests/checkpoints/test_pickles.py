@@ -176,7 +176,7 @@ def test_peak_memory_of_opening_does_not_grow_with_the_model(tmp_path: Path):
     torch.save({"w": torch.ones(200 << 20, dtype=torch.uint8), "v": torch.ones(3)}, path)
     script = (
         "import resource, sys\n"
-        "from skillvec.torch_files import open_pickles\n"
+        "from skillvec.checkpoints.torch_files import open_pickles\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); found = open_pickles([sys.argv[1]], 'm')\n"
         "print(peak() - before, len(found))"
@@ -408,7 +408,8 @@ def test_arguments_that_one_function_hands_to_another_are_few():
 
 
 def test_pickles_are_read_without_torch(archive: Path):
-    code = "import sys; from skillvec.torch_files import open_pickles; print(len(open_pickles("
+    code = "import sys; from skillvec.checkpoints.torch_files import open_pickles\n"
+    code += "print(len(open_pickles("
     code += "[sys.argv[1]], 'm')), [n for n in ('torch', 'transformers') if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code, archive], capture_output=True, text=True, check=True

@@ -289,7 +289,7 @@ def test_rounded_weights_beside_the_shards_that_were_read_stay_behind(tmp_path: 
 
 
 def test_a_file_never_takes_the_name_of_a_shard_that_is_made(tmp_path: Path, family, monkeypatch):
-    monkeypatch.setattr(skillvec.plan, "SHARD_NBYTES", 4000)
+    monkeypatch.setattr("skillvec.engine.plan_models.SHARD_NBYTES", 4000)
     target, tensors = tmp_path / "target", toy(3)
     target.mkdir()
     torch.save(tensors, target / "pytorch_model.bin")

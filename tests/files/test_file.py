@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128
 
 from skillvec.errors import FormatError, OutputError, VerificationError
-from skillvec.files import file as file_module
 from skillvec.files import header as header_module
 from skillvec.files import official_reader
 from skillvec.files import staging as staging_module
@@ -277,7 +276,7 @@ def test_what_is_over_a_limit_is_refused(
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     assert set(read_header(path).tensors) == {"w"}
-    monkeypatch.setattr(file_module, limit, most)
+    monkeypatch.setattr(header_module, limit, most)
     with pytest.raises(FormatError, match=re.escape(words)):
         read_header(path)
 

@@ -24,8 +24,9 @@ from safetensors import safe_open
 from zoo import build
 
 import skillvec as sv
-from skillvec import engine, subspace
 from skillvec.cli import main
+from skillvec.engine.threads import on_block
+from skillvec.ops import svd
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16,
@@ -47,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(os, "fsync", lambda descriptor: None)
-        patch.setattr(subspace, "EXACT", 1)  # small matrices are decomposed as large ones are
+        patch.setattr(svd, "EXACT", 1)  # small matrices are decomposed as large ones are
         patch.setenv("COLUMNS", "200")
         make_models()
         make_vectors()
@@ -260,7 +261,7 @@ class Runner:
         if before and signed_in:
             assert self._invoke(before, output, repo).exit_code == 0
         threads: set[int] = set()
-        with engine.on_block(lambda *rest: threads.add(threading.get_ident())):
+        with on_block(lambda *rest: threads.add(threading.get_ident())):
             result = self._invoke(words, output, repo)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
