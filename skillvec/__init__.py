@@ -43,6 +43,7 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "SkillVector": "vectors.vector",
     "SkillVectorCallback": "verbs.training",
     "open_checkpoint": "checkpoints.opening",
+    "save": "verbs",  # of SkillVector.save
 }
 
 answer_old_names()

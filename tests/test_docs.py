@@ -14,7 +14,6 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from families import perturbed, save, toy
 
 import skillvec
 from skillvec.cli.commands import main
@@ -131,6 +130,8 @@ def test_python_in_a_page_parses_and_names_what_there_is(page: Path):
 
 def make_checkpoints(folder: Path) -> None:
     """Write what pages call by name: tiny models, and two vectors of one base."""
+    from families import perturbed, save, toy
+
     base = toy(0)
     sft = perturbed(base, 1)
     models = {"base": base, "sft_ckpt": sft, "rl_ckpt": perturbed(sft, 2, density=0.2),

@@ -6,11 +6,11 @@ headers only. What skillvec cannot take is refused by name, before any work.
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ class Checkpoint(Mapping[str, Source]):
                 f"checkpoint - {type(base).__name__}: only a checkpoint can be subtracted from a"
                 " checkpoint, which gives a skill vector"
             )
-        vectors: Any = import_module("skillvec.vectors.vector")  # above us: this is sugar
-        return vectors.SkillVector.between(self, base)
+        package: Any = sys.modules["skillvec"]  # sugar: its face knows the rooms above
+        return package.SkillVector.between(self, base)
 
     def __add__(self, other: object) -> Any:
         raise TypeError(

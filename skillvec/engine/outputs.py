@@ -31,7 +31,7 @@ from skillvec.ops.block import block_count
 from skillvec.ops.codecs import DENSE_SHARE, encode_block
 from skillvec.ops.special import bit_pattern
 from skillvec.report import Watcher
-from skillvec.vectors.deltas.pair import PairDelta
+from skillvec.vectors.deltas.base import Subtracted
 from skillvec.vectors.manifest import Manifest
 from skillvec.vectors.reader import PARTS, VectorFile
 from skillvec.vectors.vector import SkillVector
@@ -373,7 +373,7 @@ def _middle(side: Source) -> tuple[int, int]:
     return (side.numel - numel) // 2, numel
 
 
-def _probed(delta: PairDelta, tuned: Source) -> tuple[str, Any]:
+def _probed(delta: Subtracted, tuned: Source) -> tuple[str, Any]:
     """Return the dtype to store a pair's difference in, and the 4,096 values in its middle."""
     numel = min(PROBE_NUMEL, delta.base.numel)
     if not numel:

@@ -38,9 +38,8 @@ from skillvec.ops import arithmetic
 from skillvec.ops.block import block_count
 from skillvec.ops.kernels import Array
 from skillvec.vectors.block_reader import Block, Workspace
-from skillvec.vectors.deltas.base import NO_DIGEST, DeltaSource, views_in
+from skillvec.vectors.deltas.base import NO_DIGEST, DeltaSource, InFile, views_in
 from skillvec.vectors.deltas.mix import mixes_in
-from skillvec.vectors.deltas.stored import StoredDelta
 from skillvec.vectors.deltas.view import VIEW
 from skillvec.vectors.reader import BlockReader, readers_of
 
@@ -305,7 +304,7 @@ def _casts_of(job: Job) -> int:
     return arithmetic.possible_casts(pair.tuned.dtype, pair.base.dtype) if pair is not None else 0
 
 
-def _stored_in(deltas: Iterable[DeltaSource]) -> Iterator[tuple[str, StoredDelta]]:
+def _stored_in(deltas: Iterable[DeltaSource]) -> Iterator[tuple[str, InFile]]:
     """Yield the stored deltas of a job with their roles."""
     for i, delta in enumerate(deltas):
         yield from delta.stored_parts(f"delta{i}")

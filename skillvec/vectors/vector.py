@@ -5,9 +5,9 @@ and what that means, skillvec.kinds says.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from math import isfinite
 from numbers import Real
 from typing import Any, Self
@@ -282,8 +282,8 @@ class SkillVector(Displacement):
 
     def save(self, output: str | os.PathLike[str], **options: Any) -> "SkillVector":
         """Write the vector to a file and open it; options as of skillvec.combine."""
-        verbs: Any = import_module("skillvec.verbs")  # above us: this is sugar
-        made: SkillVector = verbs.save(self, output, **options)
+        package: Any = sys.modules["skillvec"]  # sugar: its face knows the rooms above
+        made: SkillVector = package.save(self, output, **options)
         return made
 
 

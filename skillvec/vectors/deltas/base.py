@@ -7,27 +7,50 @@ else asks what kind a delta is: a new kind is a class that says what `DeltaSourc
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy.typing as npt
 
 from skillvec.errors import NonfiniteError, UsageError
 from skillvec.files.file import fold_digest
 from skillvec.files.gather import Gatherer, gathering
+from skillvec.files.header import TensorSpec
 from skillvec.files.tensors import Source
 from skillvec.files.views import View, whole
+from skillvec.ops.arithmetic import Exactness
 from skillvec.ops.block import block_count
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import DTYPE_NAMES, Array
 from skillvec.vectors.block_reader import Block, StoredReader, Workspace
 
-if TYPE_CHECKING:
-    from skillvec.vectors.deltas.pair import PairDelta
-    from skillvec.vectors.deltas.stored import StoredDelta
-
-
 NO_DIGEST = fold_digest(b"")
 Decoded = tuple[Delta, npt.NDArray[Any]]  # a block, and the replacements that go with it
+
+
+class Subtracted(Protocol):
+    """Two tensors that are subtracted, into values of a dtype."""
+
+    @property
+    def tuned(self) -> Source: ...
+    @property
+    def base(self) -> Source: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def exactness(self) -> Exactness: ...
+
+
+class InFile(Protocol):
+    """A delta of a vector file: where it lies, and what its manifest says of its bytes."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+    @property
+    def codec(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def is_zero(self) -> bool: ...
 
 
 class DeltaSource(ABC):
@@ -76,7 +99,7 @@ class DeltaSource(ABC):
         return 0
 
     @property
-    def pair(self) -> "PairDelta | None":
+    def pair(self) -> "Subtracted | None":
         """The two tensors that are subtracted for it, None where it is no difference."""
         return None
 
@@ -85,7 +108,7 @@ class DeltaSource(ABC):
         """Whether it is known to be zero without being read."""
         return False
 
-    def stored_parts(self, role: str) -> "Iterator[tuple[str, StoredDelta]]":
+    def stored_parts(self, role: str) -> "Iterator[tuple[str, InFile]]":
         """Yield the stored deltas that are read whole for it, with their roles."""
         yield from ()
 

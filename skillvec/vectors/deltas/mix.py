@@ -13,8 +13,7 @@ from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import Array
 from skillvec.ops.merge_methods import Operator, Position
 from skillvec.vectors.block_reader import NO_RECORDS, Block
-from skillvec.vectors.deltas.base import Decoded, DeltaSource
-from skillvec.vectors.deltas.stored import StoredDelta
+from skillvec.vectors.deltas.base import Decoded, DeltaSource, InFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class MixDelta(DeltaSource):
     def merged(self) -> int:
         return len(self.sources)
 
-    def stored_parts(self, role: str) -> Iterator[tuple[str, StoredDelta]]:
+    def stored_parts(self, role: str) -> Iterator[tuple[str, InFile]]:
         for n, part in enumerate(self.sources):
             yield from part.stored_parts(f"{role}.{n}")
 

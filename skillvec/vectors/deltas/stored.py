@@ -9,7 +9,7 @@ import numpy as np
 from skillvec.files.header import TensorSpec
 from skillvec.ops.delta import NO_POSITIONS, Delta
 from skillvec.vectors.block_reader import NO_RECORDS, Block
-from skillvec.vectors.deltas.base import NO_DIGEST, Decoded, DeltaSource
+from skillvec.vectors.deltas.base import NO_DIGEST, Decoded, DeltaSource, InFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class StoredDelta(DeltaSource):
     def is_zero(self) -> bool:
         return self.codec == "zero"
 
-    def stored_parts(self, role: str) -> "Iterator[tuple[str, StoredDelta]]":
+    def stored_parts(self, role: str) -> "Iterator[tuple[str, InFile]]":
         yield role, self
 
     def name_in_manifest(self, name: str) -> str:
