@@ -31,12 +31,10 @@ from skillvec.files.typed_json import check_json
 from skillvec.files.views import Index
 from skillvec.ops.kernels import FLOATS, widen
 
-FORMS = ("lists", "verl", "vllm")
 INDICES, VALUES = ".indices", ".values"
 SPEC, ALL_INDICES, ALL_VALUES = "__delta_spec__", "__positions__", "__values__"  # of verl
 UPDATE = "update_info"  # header metadata: what vLLM's weight transfer is told
 TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-NARROW = 1 << 31  # values of a tensor whose positions verl and vLLM can send
 ENTRY = 64 << 20  # values of one entry of a flush, as verl cuts them
 RUNS = 4096  # rising parts of one entry of verl, which lays end to end what ranks have gathered
 ALL_RUNS = 1 << 22  # of a whole patch: they are held in memory

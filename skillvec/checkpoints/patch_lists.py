@@ -15,6 +15,8 @@ from skillvec.files.views import Index
 from skillvec.ops.kernels import Array, narrow, widen
 from skillvec.ops.special import differ
 
+FORMS = ("lists", "verl", "vllm")
+NARROW = 1 << 31  # values of a tensor whose positions verl and vLLM can send
 POSITIONS: dict[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 STEP = 1 << 20  # positions that are looked at together
 

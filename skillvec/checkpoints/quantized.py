@@ -9,19 +9,11 @@ what no config explains: 8-bit floats, and integers that are called weights or l
 that scale them, whatever their names. Integer buffers (masks, positions, indexes, counts) pass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
-from skillvec.checkpoints.quantized_compressed import find_compressed
-from skillvec.checkpoints.quantized_format import PARTNERS, QuantizedFormat, Stated
-from skillvec.checkpoints.quantized_formats import (
-    find_fp8,
-    find_mlx,
-    find_mxfp4,
-    find_quanto,
-    find_torchao,
-    is_mlx,
-)
+from skillvec.checkpoints.quantized_format import PARTNERS, FoundWeight, QuantizedFormat, Stated
 from skillvec.checkpoints.unread import (
     FLOATS,
     LeftOut,
@@ -34,12 +26,31 @@ from skillvec.files.tensors import Source
 from skillvec.files.views import Index
 from skillvec.ops.kernels import DTYPE_NAMES
 
+
+def _is_mlx(settings: object) -> bool:
+    """Return whether settings are those of mlx, which names no method."""
+    return isinstance(settings, dict) and {"group_size", "bits"} <= set(settings)
+
+
+def _later(file: str, name: str) -> Callable[[Tensors, Stated], Iterator[FoundWeight | str]]:
+    """Return a function of a file of formats, which is imported for checkpoints that name one."""
+
+    def find(tensors: Tensors, said: Stated) -> Iterator[FoundWeight | str]:
+        module: Any = import_module(f"skillvec.checkpoints.{file}")
+        yield from getattr(module, name)(tensors, said)
+
+    return find
+
+
 FORMATS = {
     it.name: it for it in (
-        QuantizedFormat("fp8", find_fp8), QuantizedFormat("mxfp8", find_fp8),
-        QuantizedFormat("compressed-tensors", find_compressed),
-        QuantizedFormat("mxfp4", find_mxfp4), QuantizedFormat("mlx", find_mlx, is_mlx),
-        QuantizedFormat("torchao", find_torchao), QuantizedFormat("quanto", find_quanto),
+        QuantizedFormat("fp8", _later("quantized_formats", "find_fp8")),
+        QuantizedFormat("mxfp8", _later("quantized_formats", "find_fp8")),
+        QuantizedFormat("compressed-tensors", _later("quantized_compressed", "find_compressed")),
+        QuantizedFormat("mxfp4", _later("quantized_formats", "find_mxfp4")),
+        QuantizedFormat("mlx", _later("quantized_formats", "find_mlx"), _is_mlx),
+        QuantizedFormat("torchao", _later("quantized_formats", "find_torchao")),
+        QuantizedFormat("quanto", _later("quantized_formats", "find_quanto")),
     )
 }  # fmt: skip
 # what serves only kernels that compute in few bits

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
-from skillvec.checkpoints.dequantized import Dequantised
 from skillvec.checkpoints.unread import Tensors
-from skillvec.files.tensors import Viewed
+from skillvec.files.tensors import Derived
 from skillvec.files.views import Index
 
 MAX_SIDE = 1 << 40  # of a side that a config states
@@ -33,7 +32,7 @@ class FoundWeight(NamedTuple):
     """A quantised weight: the tensors that it takes, the weight's own first, and what they give."""
 
     names: tuple[str, ...]
-    source: Dequantised | Viewed
+    source: Derived
     note: str
 
 

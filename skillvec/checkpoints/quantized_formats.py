@@ -99,11 +99,6 @@ def find_mxfp4(tensors: Tensors, said: Stated) -> Iterator[FoundWeight | str]:
             yield FoundWeight((name, f"{plain}_scales"), source, "mxfp4")
 
 
-def is_mlx(settings: object) -> bool:
-    """Return whether settings are those of mlx, which names no method."""
-    return isinstance(settings, dict) and {"group_size", "bits"} <= set(settings)
-
-
 def find_mlx(tensors: Tensors, said: Stated) -> Iterator[FoundWeight | str]:
     """Find U32 weights with `scales` and `biases`, as mlx has them."""
     for name, weight in tensors.items():

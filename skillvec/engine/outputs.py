@@ -7,12 +7,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skillvec import __version__
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.folder import VECTOR_INDEX
-from skillvec.checkpoints.patch_writer import PatchWriter
 from skillvec.checkpoints.side_files import ADAPTER_CONFIG
 from skillvec.engine.jobs.list import ListJob
 from skillvec.engine.plan import Plan
@@ -36,6 +35,9 @@ from skillvec.vectors.manifest import Manifest
 from skillvec.vectors.reader import PARTS, VectorFile
 from skillvec.vectors.vector import SkillVector
 from skillvec.vectors.writer import Entry, VectorWriter
+
+if TYPE_CHECKING:
+    from skillvec.checkpoints.patch_writer import PatchWriter
 
 PathLike = str | os.PathLike[str]
 PROBE_NUMEL = 4096
@@ -298,8 +300,10 @@ def writing_vector(
 @contextlib.contextmanager
 def writing_patch(
     plan: Plan, output: Output, run: Run, request: Mapping[str, Any]
-) -> Iterator[tuple[Staging, PatchWriter]]:
+) -> Iterator[tuple[Staging, "PatchWriter"]]:
     """Yield the staging folder and a writer of lists; close what is left open."""
+    from skillvec.checkpoints.patch_writer import PatchWriter  # patches are rare
+
     with staged(plan, output, run, request) as (stage, stack):
         specs = [job.point for job in plan.jobs if isinstance(job, ListJob)]
         writer = PatchWriter(stage.folder, specs)

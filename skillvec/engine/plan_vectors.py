@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from skillvec.checkpoints.checkpoint import Checkpoint
-from skillvec.checkpoints.patch import FORMS, NARROW
+from skillvec.checkpoints.patch_lists import FORMS, NARROW
 from skillvec.engine.jobs.copy import CopyJob
 from skillvec.engine.jobs.list import ListJob
 from skillvec.engine.jobs.store import StoreJob

@@ -5,7 +5,6 @@ from math import prod
 
 import numpy as np
 
-from skillvec.checkpoints.patch import Patch
 from skillvec.checkpoints.ties import same_bytes
 from skillvec.checkpoints.unread import INTEGERS
 from skillvec.files.tensors import Source, values_of
@@ -52,7 +51,7 @@ def is_idle_buffer(name: str, delta: DeltaSource) -> bool:
         return False
     if delta.merged:
         return all(is_idle_buffer(name, part) for part in delta.parts)
-    if (pair := delta.pair) is not None and not isinstance(pair.tuned, Patch):
+    if (pair := delta.pair) is not None:
         return same_bytes(pair.tuned, pair.base)
     return delta.is_zero
 

@@ -6,12 +6,10 @@ is a class here, beside its name in skillvec.vector.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from skillvec.checkpoints.adapter_effect import effect_on
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.fingerprint import RELATED, relatedness
-from skillvec.checkpoints.lora import Adapter
 from skillvec.checkpoints.renaming import numbered, renamed
 from skillvec.checkpoints.ties import same_bytes
 from skillvec.errors import UsageError
@@ -24,6 +22,9 @@ from skillvec.vectors.idle import may_change
 from skillvec.vectors.manifest import CHOSEN, TensorEntry, TensorSide
 from skillvec.vectors.reader import VectorFile
 from skillvec.vectors.recipe import Recipe, flags
+
+if TYPE_CHECKING:
+    from skillvec.checkpoints.lora import Adapter
 
 TAKEN = ("dtype", *CHOSEN)  # what who subtracts may choose, in records
 
@@ -160,7 +161,7 @@ class Adapted(Displacement):
 
     is_partial: ClassVar[bool] = True
 
-    adapter: Adapter
+    adapter: "Adapter"
     origin: Checkpoint  # its own files
     base: Checkpoint | None = None
 
@@ -203,6 +204,8 @@ class Adapted(Displacement):
                 pass
             else:
                 return None
+        from skillvec.checkpoints.adapter_effect import effect_on  # adapters are rare
+
         effect = effect_on(self.adapter, target, rename)
         deltas = {name: ComputedDelta(d, self.ref) for name, d in effect.deltas.items()}
         return replace(self, deltas=deltas, warnings=tuple(effect.warnings))

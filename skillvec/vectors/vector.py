@@ -18,7 +18,6 @@ from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.fingerprint import identity
 from skillvec.checkpoints.folder import read_json
 from skillvec.checkpoints.locate import locate
-from skillvec.checkpoints.lora import open_adapter
 from skillvec.checkpoints.opening import (
     explain_factors,
     explain_placeholders,
@@ -26,8 +25,6 @@ from skillvec.checkpoints.opening import (
     open_checkpoint,
     open_tensors,
 )
-from skillvec.checkpoints.patch import find_patch, open_patch
-from skillvec.checkpoints.patch_effect import touched_by
 from skillvec.checkpoints.side_files import ADAPTER_CONFIG
 from skillvec.checkpoints.unread import LeftOut, nothing_left_out, unexplained
 from skillvec.errors import IncompatibleError, UsageError, printable
@@ -37,7 +34,6 @@ from skillvec.files.tensors import digest_values
 from skillvec.ops.kernels import FLOATS
 from skillvec.ops.merge_methods import OPERATORS, Operator
 from skillvec.vectors import kinds
-from skillvec.vectors.adapted import announce_adapter, describe_unknown, make_deltas, meet_base
 from skillvec.vectors.combining import align_vectors, announce_combination, lend_heads, mix
 from skillvec.vectors.deltas.base import DeltaSource, dtype_of
 from skillvec.vectors.deltas.pair import PairDelta, value_dtype
@@ -143,7 +139,7 @@ class SkillVector(Displacement):
                 if not as_it_is:
                     raise UsageError(f"tuned {place.ref}: an adapter is taken whole, in fp32")
                 return SkillVector.adapted(place, open_checkpoint(base, "base"), rename)
-            if place.ref.endswith(".safetensors") and find_patch(place, "tuned"):
+            if place.ref.endswith(".safetensors") and _is_patch(place):
                 if not as_it_is or rename:
                     raise UsageError(f"tuned {place.ref}: a patch is taken whole, as it is")
                 return SkillVector.patched(place, base)
@@ -176,20 +172,23 @@ class SkillVector(Displacement):
         `rename` rules are applied to the adapter's names of weights, those in `spare` only where
         they do not fit the base without: if not with them either, the target alone counts.
         """
+        from skillvec.checkpoints.lora import open_adapter  # adapters are rare, and many files
+        from skillvec.vectors import adapted
+
         opened = open_tensors(place, "adapter")
         if empty := find_placeholders(opened):
             raise IncompatibleError(f"adapter {explain_placeholders(opened, empty)}")
         config = read_json(place.files[ADAPTER_CONFIG])
         adapter = open_adapter(place.ref, config, opened, f"adapter {place.ref}")
-        base, effect, rename = meet_base(adapter, place, base, rename, spare)
+        base, effect, rename = adapted.meet_base(adapter, place, base, rename, spare)
         deltas: dict[str, DeltaSource] = {}
         notes: dict[str, str] = {}
         if base is not None and effect is not None:
-            deltas, notes = make_deltas(effect, base, place)
+            deltas, notes = adapted.make_deltas(effect, base, place)
         said = [config, [[name, digest_values(spec)] for name, spec in sorted(opened.items())]]
-        ours = describe_unknown(adapter, opened) if base is None else identity(base)
+        ours = adapted.describe_unknown(adapter, opened) if base is None else identity(base)
         integers = {n: [s.dtype, None] for n, s in (base or {}).items() if n not in deltas}
-        manifest = announce_adapter(place, said, ours, integers, effect, rename)
+        manifest = adapted.announce_adapter(place, said, ours, integers, effect, rename)
         return AdapterVector(
             place.ref if base is None else f"{place.ref}::{base.ref}", deltas, manifest,
             notes=notes, warnings=tuple(manifest.get("warnings", ())), adapter=adapter,
@@ -205,6 +204,9 @@ class SkillVector(Displacement):
         Its names may be those of the base in memory. Raises IncompatibleError for one that does not
         fit the base, FormatError for a broken one.
         """
+        from skillvec.checkpoints.patch import open_patch  # patches are rare
+        from skillvec.checkpoints.patch_effect import touched_by
+
         base = open_checkpoint(base, "base")
         lists = open_patch(patch)
         touched, notes = touched_by(lists, base)
@@ -310,6 +312,12 @@ class AdapterVector(SkillVector, kinds.Adapted):
 @dataclass(frozen=True)
 class CombinedVector(SkillVector, kinds.Combined):
     """Several vectors merged by an operator as they are read."""
+
+
+def _is_patch(place: Place) -> bool:
+    from skillvec.checkpoints.patch import find_patch
+
+    return find_patch(place, "tuned") is not None
 
 
 def _sum(terms: Sequence[tuple[Displacement, float]]) -> SkillVector:

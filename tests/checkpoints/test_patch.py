@@ -134,7 +134,7 @@ def flushed(lists: Mapping[str, tuple[tuple[int, ...], list[int], torch.Tensor]]
 # ------------------------------------------------------------------------------- forms, both ways
 
 
-@pytest.mark.parametrize("form", patches.FORMS)
+@pytest.mark.parametrize("form", patch_lists.FORMS)
 def test_every_form_comes_back_bit_for_bit(form: str, made: Made):
     path = made.exported(form)
     assert sv.inspect(path).facts["kind"] == "patch"
@@ -486,7 +486,7 @@ def test_runs_are_bounded(small: Path, monkeypatch: pytest.MonkeyPatch):
 def test_lists_are_searched_and_checked_in_steps(made: Made, monkeypatch: pytest.MonkeyPatch):
     """Checksums, order and copies, a few positions at a time."""
     monkeypatch.setattr(patch_lists, "STEP", 7)
-    for form in patches.FORMS:
+    for form in patch_lists.FORMS:
         assert_same_bits(made.imported(made.exported(form)), made.tuned)
     save_file(plain(**{"w.indices": torch.arange(20).roll(-10).int(),
                        "w.values": torch.ones(20).bfloat16()}),
