@@ -28,6 +28,8 @@ from safetensors.torch import save_file
 
 import skillvec
 from skillvec.cli.commands import main
+from skillvec.engine import runner, threads
+from skillvec.engine.plan import Plan
 from skillvec.ops import kernels
 
 EXPECTED = Path(__file__).parent / "golden" / "verbs.json"
@@ -84,6 +86,20 @@ combine fp32_auto.safetensors fp16_auto.safetensors -o of_two_dtypes.safetensors
 apply bf16_target ties.safetensors -o with_ties
 verify with_ties --json
 verify ties.safetensors --json
+combine bf16_auto.safetensors bf16_far.safetensors --op dare_ties -o dare_ties.safetensors
+combine bf16_auto.safetensors bf16_far.safetensors --op della -o della.safetensors
+combine bf16_auto.safetensors bf16_far.safetensors --op breadcrumbs -o breadcrumbs.safetensors
+combine bf16_auto.safetensors bf16_far.safetensors --op ram -o ram.safetensors
+combine bf16_auto.safetensors bf16_far.safetensors --op sparsify -o sparsify.safetensors
+combine bf16_auto.safetensors bf16_far.safetensors --dtype bf16 --codec sparse -o short.safetensors
+combine bf16_auto.safetensors bf16_far.safetensors --max-shard-size 30KB -o parts.safetensors
+combine bf16_auto.safetensors --codec sparse -o again.safetensors
+diff fp8_tuned fp8_base -o fp8.safetensors
+apply bf16_target fp8.safetensors -o with_fp8
+apply bf16_target bf16_auto.safetensors=0.5 bf16_far.safetensors --op ties -o of_two
+apply bf16_target --recipe recipe.yaml -o by_recipe
+export-patch bf16_auto.safetensors -o flush.safetensors --form verl
+export-patch bf16_auto.safetensors -o told.safetensors --form vllm
 export-patch bf16_auto.safetensors -o patch.safetensors
 import-patch patch.safetensors bf16_base -o of_patch.safetensors
 extract-lora bf16_far.safetensors -o lora --rank 4 --exclude *layers.1*
@@ -140,6 +156,25 @@ def made(folder: str, dtype: torch.dtype, seed: int, *, base: Any = None, size: 
     return values
 
 
+def made_fp8(folder: str, seed: int) -> None:
+    """Write a model whose matrices are blocks of 8-bit numbers, with a scale for each."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    tensors = {}
+    for name, shape in SHAPES.items():
+        values = torch.from_numpy(draw.random(shape) - 0.5)
+        if "layers" not in name:
+            tensors[name] = values.bfloat16()
+            continue
+        tensors[name] = (values * 800).to(torch.float8_e4m3fn)
+        blocks = [-(-side // 128) for side in shape]
+        tensors[f"{name}_scale_inv"] = torch.from_numpy(draw.random(blocks) + 1).float() * 1e-4
+    Path(folder).mkdir()
+    save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = CONFIG | {"tie_word_embeddings": False, "quantization_config": quantised}
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2))
+
+
 def make_inputs() -> None:
     for name, dtype in DTYPES.items():
         base = made(f"{name}_base", dtype, 1, shards=2 if name == "bf16" else 1)
@@ -148,6 +183,8 @@ def make_inputs() -> None:
         made(f"{name}_target", dtype, 4, base=base, size=1e-2, shards=2 if name == "bf16" else 1)
     base = made("tied_base", torch.bfloat16, 1, tied=True)
     made("tied_tuned", torch.bfloat16, 2, base=base, tied=True)
+    for name, seed in (("fp8_base", 1), ("fp8_tuned", 2)):
+        made_fp8(name, seed)
     draw = np.random.Generator(np.random.PCG64(7))
     factors = {}
     for module, (rows, columns) in {"mlp.up_proj": (32, 16), "self_attn.q_proj": (16, 16)}.items():
@@ -224,6 +261,41 @@ def seen(path: Path) -> Any:
     return hashlib.sha256(neutral(content)).hexdigest()
 
 
+class Stopped(Exception):  # noqa: N818
+    """As a killed process, but for the process."""
+
+
+def journals() -> Iterator[tuple[str, Any]]:
+    """Stop two runs at their fourth tensor and yield what they leave, a name and what is seen."""
+
+    def stop(plan: Plan, number: int, *rest: Any) -> None:
+        if number == 3:
+            raise Stopped
+
+    for words in (
+        "diff bf16_tuned bf16_base -o cut.safetensors --engine serial --codec sparse",
+        "apply bf16_target bf16_auto.safetensors -o cut --lam 0.7 --engine serial",
+    ):
+        with threads.on_block(stop):
+            result = CliRunner().invoke(main, shlex.split(words))
+        assert isinstance(result.exception, Stopped), (words, result.output)
+    for folder in (".cut.safetensors", ".cut"):
+        left = Path(f"{folder}.skillvec-unfinished")
+        for path in sorted(left.rglob("*")):
+            if path.name == "journal":
+                yield str(path), [journal_line(line) for line in path.read_bytes().splitlines()]
+            elif path.is_file() and path.name != "owner":  # who is at work, since when
+                yield str(path), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def journal_line(line: bytes) -> Any:
+    """Return what a line says, without its checksum and the times of the inputs."""
+    said = json.loads(neutral(line.split(b" ", 1)[1]))
+    for facts in said.get("inputs", {}).values():
+        del facts[1]
+    return said
+
+
 def number(text: str) -> Any:
     try:
         return float(text)
@@ -246,7 +318,7 @@ def run_all() -> dict[str, Any]:
     for path in sorted(Path().rglob("*")):
         if path.is_file() and path not in before:
             found[str(path)] = seen(path)
-    return found
+    return found | dict(journals())
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -269,6 +341,7 @@ def test_what_the_verbs_write_is_what_they_wrote(
         monkeypatch.setattr(kernels, "_numkong", lambda: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(runner, "CLAIM_SECONDS", 0.0)  # a line of the journal for each block
     found = json.loads(json.dumps(run_all()))
     expected = json.loads(EXPECTED.read_text())
     assert [*found] == [*expected]
@@ -295,6 +368,7 @@ if __name__ == "__main__":
     target = EXPECTED.resolve()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        runner.CLAIM_SECONDS = 0.0
         content = run_all()
         os.chdir(target.parent)
     target.write_text(json.dumps(content, indent=0, sort_keys=False) + "\n")
