@@ -14,10 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from skillvec.checkpoints.folder import INDEX as INDEX
-from skillvec.checkpoints.folder import is_listed
-from skillvec.checkpoints.folder import read_json as read_json
-from skillvec.checkpoints.opened import Opened as Opened
+from skillvec.checkpoints.folder import INDEX, is_listed, read_json
+from skillvec.checkpoints.opened import Opened
 from skillvec.checkpoints.side_files import STATE, Made, left_behind
 from skillvec.errors import FormatError, printable
 from skillvec.files.file import (

@@ -1,8 +1,7 @@
-"""The manifest of a vector: which keys its JSON text has, of which types, and its digest.
+"""Whose relative a checkpoint is: what a manifest records of it, and how that is compared.
 
-Its objects stay the dicts that JSON makes, in the order of the file and with the keys that a newer
-version may have added; the classes name their keys for who reads them, and are what a file that
-someone else wrote is checked against. docs/format.md is the normative text.
+A sketch (a few normalised weights) stays close under fine-tuning; a probe (a digest of samples) is
+that of the very bytes. Hides which values are looked at.
 """
 
 import json
@@ -39,8 +38,6 @@ class ModelFacts(TypedDict):
 
 
 PROBE_TENSORS, PROBE_NBYTES = 256, 4096
-
-
 SKETCH_TENSORS, SKETCH_NUMEL = 48, 288  # matrices, and values of all of them
 RELATED = 0.5  # cosine of sketches: unrelated ones spread by .06, fine-tuned ones stay above .9
 

@@ -1,6 +1,6 @@
 """What every checkpoint format gives: the contract between openers and those who use checkpoints.
 
-An opener sees a place as `Found` and returns `Opened`; `skillvec.opened_by` lists all of them.
+An opener sees a place as `Found` and returns `Opened`; `checkpoints.opened_by` lists all of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,11 +36,6 @@ class Opened:
     def is_loadable(self) -> bool:
         """Whether it lies in files that from_pretrained loads, so that a config is of them."""
         return self.format in (SAFETENSORS, PICKLED)
-
-    @property
-    def is_patched(self) -> bool:
-        """Whether it is a base on which a patch is laid."""
-        return self.format == PATCHED
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from skillvec.checkpoints.adapter_folder import FACTOR
-from skillvec.checkpoints.adapter_folder import is_adapter as is_adapter
+from skillvec.checkpoints.adapter_folder import FACTOR, is_adapter
 from skillvec.checkpoints.checkpoint import METADATA_KEY, QUANTO, Checkpoint
-from skillvec.checkpoints.folder import STEP, find_inside, find_steps
-from skillvec.checkpoints.folder import read_json as read_json
-from skillvec.checkpoints.locate import locate as locate
-from skillvec.checkpoints.locate import relocate as relocate
+from skillvec.checkpoints.folder import STEP, find_inside, find_steps, read_json
+from skillvec.checkpoints.locate import locate, relocate
 from skillvec.checkpoints.opened_by import open_place
 from skillvec.checkpoints.quantized import dequantised
-from skillvec.checkpoints.side_files import ADAPTER_CONFIG as ADAPTER_CONFIG
+from skillvec.checkpoints.side_files import ADAPTER_CONFIG
 from skillvec.checkpoints.unread import LeftOut, nothing_left_out, unexplained
 from skillvec.errors import FormatError, IncompatibleError, up_to_five
 from skillvec.files.file import Place

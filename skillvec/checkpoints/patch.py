@@ -374,10 +374,3 @@ def checksum(indices: Iterable[Source], values: Iterable[Source]) -> int:
                     bits = piece.view(np.uint8).astype(np.uint64)
                 found[number] ^= int(np.bitwise_xor.reduce(bits))
     return found[0] ^ (found[1] << 1)
-
-
-# ---------------------------------------------------------------------------------------- writing
-
-ListedTensor = tuple[
-    str, str, Index, Sequence[Source]
-]  # name, dtype and shape, what it is read from

@@ -26,9 +26,6 @@ def positions_dtype(numel: int) -> str:
     return "I64" if numel > 1 << 31 else "I32"
 
 
-# -------------------------------------------------------------------------------- listed tensors
-
-
 class Listed(NamedTuple):
     """Values at positions of a flat tensor that rise from each of `starts` to the next.
 

@@ -20,7 +20,6 @@ from skillvec.checkpoints.patch import (
     UPDATE,
     VALUES,
     FlushEntry,
-    ListedTensor,
     Update,
     checksum,
 )
@@ -31,8 +30,12 @@ from skillvec.files.official_reader import refuse_misread
 from skillvec.files.output_file import OutputFile
 from skillvec.files.rows import RowWriter
 from skillvec.files.tensors import Source, Widened
+from skillvec.files.views import Index
 from skillvec.ops.block import block_count
 from skillvec.ops.kernels import widen
+
+# name, dtype and shape, what it is read from
+ListedTensor = tuple[str, str, Index, Sequence[Source]]
 
 
 class PatchWriter(RowWriter):

@@ -29,7 +29,6 @@ MAX_TREE_NBYTES = 1 << 33  # of what is made of one in memory, at most; what is 
 MAX_NESTED = 200  # tuples and objects in each other: Python's hash of deeper ones has no bound
 MAX_ARGUMENTS = 16  # of a function that another one is said to call
 
-
 ADVICE = "load it with the library that wrote it and save the weights as safetensors"
 
 DTYPES = {

@@ -4,9 +4,7 @@ Hides transformers' conversion objects: which of them a config.json names, how t
 what their operations make, as views. `between` turns two sets of such views, of what is there and
 of what is wanted, into views of the wanted tensors over those that are there. Taken are operations
 that stack, join, cut and transpose whole tensors; those that reorder rows inside a tensor (rotary
-permutations, interleaving) and those for many tensors to many are refused by name. The classes of
-models are asked here, too: `model_of` makes one without its weights, `tied_weights` says which are
-one.
+permutations, interleaving) and those for many tensors to many are refused by name.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The command line: every command parses, calls one verb and prints its report.
 
-Only this module imports click. Verbs are imported inside the commands, so that --help is quick.
+Verbs are imported inside the commands, so that --help is quick.
 """
 
 import errno

@@ -32,8 +32,6 @@ from skillvec.vectors.displacement import ledger_line
 from skillvec.vectors.match import head_note, match, parted, to_layout, verdict_on
 from skillvec.vectors.vector import SkillVector
 
-# -------------------------------------------------------------------------------------- apply
-
 SHARD_NBYTES = 5 * 10**9  # of new shards; transformers' own default is of this size
 
 

@@ -19,8 +19,6 @@ from skillvec.vectors.match import to_layout
 from skillvec.vectors.vector import SkillVector
 from skillvec.vectors.writer import Entry, in_file_order
 
-# -------------------------------------------------------------------------------------- vectors
-
 
 def plan_store(
     verb: str, vector: SkillVector, storage: Mapping[str, tuple[str, str]]

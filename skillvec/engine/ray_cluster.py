@@ -1,7 +1,7 @@
 """The engine of a cluster: the jobs of a plan as tasks of Ray, over files that all nodes share.
 
 Hides Ray. Through it go jobs, results and the sizes of rows, never values of tensors; what all
-tasks have in common goes once. A task is a batch of whole jobs that `engine.Threads` runs in the
+tasks have in common goes once. A task is a batch of whole jobs that `Threads` runs in the
 worker, so there is one arithmetic. It writes at planned addresses itself, and returns when that is
 on the disk. Rows, whose places depend on the rows before, wait in a file of the task until the
 batches before are done; tasks then copy them to where they belong. A task that is lost with its

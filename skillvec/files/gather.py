@@ -1,4 +1,7 @@
-"""Filling a block of a view: which boxes meet it; turned ones are put together in units."""
+"""Filling a block of a view: which boxes meet it.
+
+What lies turned in its sources a `Gatherer` reads for many blocks at once, and for all threads.
+"""
 
 import contextlib
 import threading
@@ -16,9 +19,6 @@ from skillvec.ops.kernels import Array
 GATHERED_NBYTES = 1 << 26  # of a turned view, put together at a time
 UNIT = 1 << 20  # values of a source that are read at a time for it: what deltas are decoded in
 PAGE = 1 << 12  # bytes; columns of rows that are a multiple of it fall into the same cache lines
-
-
-# ---------------------------------------------------------------------------------- turned views
 
 
 class Gatherer:

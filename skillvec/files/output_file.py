@@ -8,8 +8,6 @@ import threading
 from skillvec.errors import OutputError, SkillvecError
 from skillvec.files.file import MiB, local_path, remote_of
 
-# -------------------------------------------------------------------------------------- writes
-
 
 def explain(error: OSError, path: str) -> OutputError:
     """Return what a failed write means."""

@@ -2,10 +2,7 @@
 
 A source has a name, dtype and shape, and gives any range of its values in row-major order. A
 `TensorSpec` reads them from a file; a `Derived` makes them of other sources, block by block, so
-that nothing is ever held whole. A `View` says how a tensor is put together from boxes of others
-(fused and split experts, shards, transposes, common rows) and can be sliced, stacked and turned
-without a byte being read. What lies turned in its sources a `Gatherer` reads for many blocks at
-once, and for all threads.
+that nothing is ever held whole. A `Viewed` is put together as a `View` says.
 """
 
 import contextlib

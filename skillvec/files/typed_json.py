@@ -7,8 +7,6 @@ from types import UnionType
 from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints
 
 PLAIN = (str, int, float)
-
-
 Check = Callable[[Any, str], None]  # of a value that stands somewhere
 
 

@@ -1,5 +1,8 @@
-"""Views: boxes with strides over other tensors. Slices, stacks, joins and transposes are closed
-under it."""
+"""Views: how a tensor is put together from boxes of others, with strides.
+
+Fused and split experts, shards, transposes, common rows: slices, stacks, joins and transposes of
+views are views again, without a byte being read.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -12,9 +15,6 @@ from skillvec.ops.kernels import Array
 Index = tuple[int, ...]
 Reader = Callable[[Any, int, Array], None]  # of a source: fills an array with values from one on
 SPAN = 4  # times the wanted values that one read may take, before many short reads are better
-
-
-# ---------------------------------------------------------------------------------------- views
 
 
 class Box(NamedTuple):

@@ -1,10 +1,10 @@
 """The arithmetic of skill vectors on one block of one tensor: pure functions, no paths, no threads.
 
 A delta is held as values of a storage dtype plus exceptions: positions where that dtype cannot
-hold `tuned - base`, with the fp32 difference itself. `subtract` makes deltas, `add` applies them,
-`moments` and `group_products` measure. Deltas are finite and their zeros positive; a zero delta,
-and any delta on a NaN or an infinity, leaves the target's bits alone. What is not finite, and what
-no finite delta can carry, is counted here and refused, or let through, by who asked.
+hold `tuned - base`, with the fp32 difference itself. `subtract` makes deltas, `add` applies them.
+Deltas are finite and their zeros positive; a zero delta, and any delta on a NaN or an infinity,
+leaves the target's bits alone. What is not finite, and what no finite delta can carry, is counted
+here and refused, or let through, by who asked.
 """
 
 from enum import IntEnum

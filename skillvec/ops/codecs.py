@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skillvec.ops.kernels import Array, Bytes
+from skillvec.ops.special import bit_pattern
 
 CODECS = ("zero", "dense", "sparse", "packed")
 NO_BYTES: Bytes = np.zeros(0, np.uint8)
@@ -33,15 +34,11 @@ class Encoded(NamedTuple):
     bitmap: Bytes = NO_BYTES
 
 
-def _integers(values: Array) -> Array:
-    return values.view(np.dtype(f"<u{values.dtype.itemsize}"))
-
-
 def encode_block(values: Array, codec: str) -> Encoded:
     """Return a block of values (1-D, storage dtype, zeros positive) as bytes in a codec."""
     if codec == "dense":
         return Encoded(values.view(np.uint8))
-    integers = _integers(values)
+    integers = bit_pattern(values)
     changed = integers != 0
     count = int(np.count_nonzero(changed))
     bitmap = np.packbits(changed, bitorder="little")
@@ -71,7 +68,7 @@ def decode_block(encoded: Encoded, codec: str, out: Array) -> None:
             raise ValueError(f"{payload.size} bytes, expected {out.nbytes}")
         out.view(np.uint8)[:] = payload
         return
-    integers = _integers(out)
+    integers = bit_pattern(out)
     if codec == "sparse":
         if payload.size % out.itemsize:
             raise ValueError(f"{payload.size} bytes are no whole number of values")

@@ -136,7 +136,7 @@ def _changed(what: str) -> FormatError:
 
 @dataclass(eq=False)
 class ObjectFile(ReadByRange):
-    """An object (storage.RemoteFile); safe to use from several threads, and to pickle.
+    """An object (`RemoteFile`); safe to use from several threads, and to pickle.
 
     `version` is key and value of what the listing says of its state.
     """

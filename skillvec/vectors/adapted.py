@@ -26,8 +26,6 @@ from skillvec.vectors.manifest import Manifest, Parent, TensorSide
 from skillvec.vectors.pairs import Sorted, announce_pair
 from skillvec.vectors.recipe import selection
 
-# ------------------------------------------------------------------------- an adapter and its base
-
 
 def meet_base(
     adapter: Adapter, place: Place, base: Checkpoint | None, rename: Sequence[str],

@@ -12,8 +12,6 @@ from skillvec.ops.kernels import FLOATS, STORAGE_DTYPE, widen
 from skillvec.vectors.deltas.base import DeltaSource
 
 MOST_COMPUTED = 1 << 24  # values of a buffer that are looked at
-
-
 # what models compute from their config and shapes: (last parts of names, which transformers ignores
 # or no longer saves)
 BUFFER = re.compile(

@@ -36,7 +36,7 @@ from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.codecs import CODECS, NO_BYTES, Encoded, decode_block
 from skillvec.ops.kernels import FLOATS, Array, Bytes
 from skillvec.vectors.block_reader import EXCEPTION, REPLACEMENT, StoredBlock
-from skillvec.vectors.deltas.stored import StoredDelta as StoredDelta
+from skillvec.vectors.deltas.stored import StoredDelta
 from skillvec.vectors.manifest import (
     MAX_NORM,
     SCHEMA,
@@ -58,9 +58,6 @@ MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
 PARTS = {
     "zero": (), "dense": ("",), "sparse": (".values", ".bitmap"), "packed": (".packed",),
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------- reading
 
 
 class VectorFile:

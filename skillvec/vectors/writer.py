@@ -31,8 +31,6 @@ from skillvec.vectors.manifest import (
 )
 from skillvec.vectors.reader import BLOCK_ROW_NBYTES, BLOCKS, EXCEPTIONS, PARTS, REPLACEMENTS, SIDE
 
-# ------------------------------------------------------------------------------------- writing
-
 
 def block_digest(encoded: Encoded) -> bytes:
     """Return the digest of a block's stored bytes: its piece of the bitmap, then its values."""

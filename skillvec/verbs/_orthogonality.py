@@ -1,8 +1,8 @@
 """The verbs that measure vectors: orthogonality and norms.
 
 One pass over the data gives every sum; singular subspaces, where asked, take the matrices after it,
-one for each worker at a time. What is said of them is made in `analysis`; what is written, in
-`page`.
+one for each worker at a time. What is said of them is made in `analysis.levels`; what is
+written, in `analysis.page`.
 """
 
 import json

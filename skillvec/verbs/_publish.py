@@ -4,7 +4,7 @@ Hides what a repository gets: the files that are the vector or the model, and a 
 what its owner wrote. Only what skillvec made and its own checks pass is pushed, and pulled. A
 commit is made on the state of the repository that was planned on; a repository that holds other
 weights is not mixed with these: a branch or a pull request has them replaced. Errors of the client
-are those of hub.py, but for what only a writer meets.
+are those of `remote.hub_client`, but for what only a writer meets.
 """
 
 import contextlib

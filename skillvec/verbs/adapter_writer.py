@@ -33,9 +33,6 @@ FIRST_RANK = 16  # tried for an energy, then doubled
 SLACK = 1e-6  # of an energy: below, it is rounding that is missing
 
 
-# ------------------------------------------------------------------------------------ factorised
-
-
 class _Part(NamedTuple):
     """A matrix to factorise, of a tensor or of one of its experts; without `shape`, to measure."""
 

@@ -42,7 +42,7 @@ def parse_card(text: str) -> Any:
             if len(values) > MOST_VALUES:
                 raise ValueError(f"more than {MOST_VALUES} values")
         return card
-    except Exception as error:  # of the YAML parser, which only rules.py imports, or of the class
+    except Exception as error:  # of the YAML parser, which only recipe.py imports, or of the class
         reason = (str(error).splitlines() or [""])[0]
         raise UsageError(
             f"README.md: its metadata (between the lines of ---) cannot be read: {reason}: mend it"

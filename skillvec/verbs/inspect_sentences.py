@@ -6,8 +6,6 @@ from skillvec.analysis.wording import count_files, human_bytes, human_count
 from skillvec.report import Report
 from skillvec.verbs.phrases import Facts, say_dtypes, say_sampled, say_source
 
-# ----------------------------------------------------------------------------------------- inspect
-
 
 def say_inspect(report: Report) -> list[str]:
     """Return what a file or folder is."""
