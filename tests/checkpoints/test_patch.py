@@ -316,6 +316,12 @@ def test_nan_has_no_place_where_it_means_unchanged(tmp_path: Path):
     sv.export_patch(vector, tmp_path / "p.safetensors", allow_nonfinite=True)
 
 
+def test_a_multiple_of_a_vector_is_no_list_of_tuned(made: Made):
+    half = 0.5 * sv.SkillVector.open(made.folder / "v.safetensors")
+    with pytest.raises(UsageError, match="a patch is made of a stored tuned - base"):
+        sv.export_patch(half, made.folder / "half.safetensors")
+
+
 def test_forms_with_narrow_positions_refuse_large_tensors(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ):

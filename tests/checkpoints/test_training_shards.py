@@ -306,6 +306,10 @@ def test_safetensors_of_ranks_are_put_together(tmp_path: Path, rank_of, world: i
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises((FormatError, IncompatibleError), match="what one rank wrote"):
         open_checkpoint(tmp_path, "tuned")  # of the first rank alone
+    if len(shards) <= len(names):  # each file is named
+        where = {name: shards[i % len(shards)] for i, name in enumerate(names)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        assert_same(open_checkpoint(tmp_path, "tuned"), tensors())
 
 
 @DIST

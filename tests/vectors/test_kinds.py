@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,45 @@ def test_each_kind_is_stored_and_proved(made: dict[str, SkillVector], kind: str,
     assert type(saved) is StoredVector
     assert saved.manifest["identity"] == made[kind].manifest["identity"]
     assert sv.verify(tmp_path / "v.safetensors").facts["verified"]
+
+
+def test_a_dtype_that_misses_nothing_claims_no_less(tmp_path: Path):
+    weights = np.linspace(-1, 1, 24, dtype=np.float16).reshape(4, 6)
+    for side, values in {"tuned": 2 * weights, "base": weights}.items():
+        save_file({NAME: values}, tmp_path / f"{side}.safetensors")
+    sides = tmp_path / "tuned.safetensors", tmp_path / "base.safetensors"
+    exact = sv.diff(*sides, tmp_path / "v.safetensors", dtype="fp32")
+    assert exact.manifest["exactness"]["claim"] == "bitwise"
+    rounded = sv.diff(*sides, tmp_path / "w.safetensors", dtype="bf16")
+    assert rounded.manifest["exactness"]["claim"] == "rounded"
+
+
+def test_the_digest_of_a_base_is_known_where_all_parts_have_it(
+    made: dict[str, SkillVector], tmp_path: Path
+):
+    stored, digest = made["stored"], made["stored"].base_digest(NAME)
+    assert digest and (stored + stored).base_digest(NAME) == digest
+    for side in ("tuned", "base"):
+        save_file({NAME: np.full((4, 6), len(side), np.float32)}, tmp_path / f"{side}.safetensors")
+    sides = tmp_path / "tuned.safetensors", tmp_path / "base.safetensors"
+    other = sv.diff(*sides, tmp_path / "v.safetensors")
+    assert other.base_digest(NAME) not in (None, digest)
+    assert (stored + other).base_digest(NAME) is None
+
+
+def test_tensors_with_the_very_same_delta_are_found(tmp_path: Path):
+    names = ("head.weight", "embed.weight", "layers.0.w", "layers.1.w")
+    for side, step in {"tuned": 1, "base": 0}.items():
+        values = np.arange(6, dtype=np.float32).reshape(2, 3) + step
+        save_file(dict.fromkeys(names, values), tmp_path / f"{side}.safetensors")
+    pair = SkillVector.between(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors")
+    assert pair.find_same("head.weight") == {*names} - {"head.weight"}
+    lent = replace(pair, deltas={"lent": pair.deltas["head.weight"], **pair.deltas})
+    assert lent.find_same("lent") == {*names}
+    # of a stored combination no digest of a base is known: a layer is no twin of a head
+    mixed = (pair + pair).save(tmp_path / "v.safetensors")
+    assert mixed.find_same("head.weight") == {"embed.weight"}
+    assert mixed.find_same("layers.0.w") == {"layers.1.w"}
 
 
 def test_keys_of_a_newer_version_survive_in_their_places(

@@ -1,0 +1,50 @@
+"""Old import paths of public names."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import skillvec
+from skillvec.moved import MODULES
+
+# where version 0.1 had its public names before modules lay in folders
+OLD = {
+    "errors": [name for name in skillvec.__all__ if name.endswith("Error")],
+    "verbs": ["apply", "combine", "diff", "export_patch", "import_patch", "inspect", "verify"],
+    "checkpoint": ["Checkpoint", "open_checkpoint"],
+    "comparison": ["norms", "orthogonality"],
+    "extraction": ["extract_lora"],
+    "publishing": ["pull", "push"],
+    "report": ["Report"],
+    "training": ["SkillVectorCallback"],
+    "vector": ["SkillVector"],
+}
+
+
+@pytest.mark.parametrize("module", OLD)
+def test_public_names_are_found_where_they_were(module: str) -> None:
+    for name in OLD[module]:
+        found = getattr(import_module(f"skillvec.{module}"), name)
+        assert found is getattr(skillvec, name)
+
+
+def test_every_public_name_has_an_old_path() -> None:
+    assert {name for names in OLD.values() for name in names} == set(skillvec.__all__)
+    assert {f"skillvec.{module}" for module in OLD} >= set(MODULES)
+
+
+def test_old_paths_import_nothing_before_a_name_is_asked_for() -> None:
+    code = (
+        f"import sys\nfor name in {[*MODULES]!r}: __import__(name)\n"
+        "print('numpy' in sys.modules)\n"
+        "from skillvec.vector import SkillVector\nprint('numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_modules_that_never_were_are_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError, match="nonsense"):
+        import_module("skillvec.nonsense")
