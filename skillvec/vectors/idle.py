@@ -1,4 +1,4 @@
-"""Deltas that change nothing: known zeros, and buffers that models compute."""
+"""Buffers that models compute themselves, and deltas that do nothing to them."""
 
 import re
 from math import prod
@@ -52,8 +52,3 @@ def is_idle_buffer(name: str, delta: DeltaSource) -> bool:
     if (pair := delta.pair) is not None:
         return same_bytes(pair.tuned, pair.base)
     return delta.is_zero
-
-
-def may_change(delta: DeltaSource) -> bool:
-    """Return whether a delta may change anything, as far as is known without reading it."""
-    return not delta.is_zero

@@ -18,7 +18,6 @@ from skillvec.report import Line
 from skillvec.vectors.deltas.base import DeltaSource
 from skillvec.vectors.deltas.computed import ComputedDelta
 from skillvec.vectors.displacement import Displacement, ledger_line
-from skillvec.vectors.idle import may_change
 from skillvec.vectors.manifest import CHOSEN, TensorEntry, TensorSide
 from skillvec.vectors.reader import VectorFile
 from skillvec.vectors.recipe import Recipe, flags
@@ -307,4 +306,4 @@ def _is_same(one: DeltaSource, other: DeltaSource) -> bool:
         return bool(one.way == other.way)
     if (mine := one.pair) is not None and (pair := other.pair) is not None:
         return mine.tuned == pair.tuned and same_bytes(mine.base, pair.base)
-    return not (may_change(one) or may_change(other))
+    return one.is_zero and other.is_zero

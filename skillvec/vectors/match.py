@@ -26,7 +26,7 @@ from skillvec.ops.kernels import FLOATS
 from skillvec.vectors.combining import move_deltas
 from skillvec.vectors.deltas.base import DeltaSource
 from skillvec.vectors.displacement import ledger_line
-from skillvec.vectors.idle import BUFFER, is_idle_buffer, may_change, recomputed
+from skillvec.vectors.idle import BUFFER, is_idle_buffer, recomputed
 from skillvec.vectors.recipe import is_selected, refuse_idle_globs
 from skillvec.vectors.vector import SkillVector
 
@@ -215,7 +215,7 @@ class _Matching:
         """Give a head a tensor of its own, if it or the embedding `source` may change."""
         routes, passed, lines, untied = self.found
         taken = self._is_taken(name)
-        if source not in routes and not (taken and may_change(delta)):
+        if source not in routes and (delta.is_zero or not taken):
             lines.append(ledger_line(delta.spec, "tied", f"{source} does not change either"))
             return
         why = _untying_problem(self._target, name, source, delta.spec.shape, self._partners)
@@ -272,7 +272,7 @@ def _stored_as(target: Checkpoint, name: str, moved: InLayout, twins: Container[
 
 def head_note(delta: DeltaSource | None) -> str:
     """Return what the ledger says of a head that gets a tensor of its own, and what it takes."""
-    return "untied: a head of its own" if delta is not None and may_change(delta) else KEPT
+    return "untied: a head of its own" if delta is not None and not delta.is_zero else KEPT
 
 
 def _untying_problem(
@@ -322,7 +322,7 @@ def parted(target: Checkpoint, vector: SkillVector, moves: Mapping[str, DeltaSou
 def _moves_apart(vector: SkillVector, taken: Sequence[DeltaSource]) -> bool:
     """Return whether two tensors of the same bytes may differ once they took these deltas."""
     if len(taken) < 2:
-        return any(map(may_change, taken))
+        return not all(delta.is_zero for delta in taken)
     one, other = (delta.spec.name for delta in taken)
     return one != other and not (one in vector.deltas and other in vector.find_same(one))
 

@@ -178,6 +178,7 @@ def test_a_buffer_that_was_changed_is_no_buffer(tmp_path: Path):
         ("embeddings.my_position_ids", torch.arange(20)),
         ("rotary_emb.inv_freq", inv_freq().flip(0)),
         ("rotary_emb.inv_freq", inv_freq() - 0.5),
+        ("rotary_emb.inv_freq", torch.ones(4)),
         ("rotary_emb.inv_freq", inv_freq()[None]),
         ("rotary_emb.freqs", inv_freq()),
         ("h.0.attn.bias", torch.ones(1, 1, 12, 12)),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import assert_same_bits, load
+from families import assert_same_bits, load, save
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -306,6 +306,23 @@ def test_a_prefix_that_could_be_two_is_asked_for(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "again")[name], found[name])
     with pytest.raises(sv.UsageError, match="matches none"):
         sv.diff(lora, tmp_path / "base", tmp_path / "w.safetensors", rename=["^model=x"])
+
+
+def test_rules_that_an_adapter_was_fitted_by_are_not_applied_to_it_again(tmp_path: Path) -> None:
+    name, rules = "model.left.proj.weight", ["left=model.left"]
+    save(tmp_path / "base", {name: torch.zeros(8, 8)})
+    (tmp_path / "lora").mkdir()
+    factors = {side: torch.ones((2, 8) if side == "A" else (8, 2)) for side in "AB"}
+    save_file(
+        {f"base_model.model.left.proj.lora_{side}.weight": t for side, t in factors.items()},
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["proj"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(said))
+    pair = sv.SkillVector.between(tmp_path / "lora", tmp_path / "base", rename=rules)
+    assert pair.manifest["rename"] == rules
+    sv.apply(tmp_path / "base", pair, tmp_path / "out", rename=rules)
+    assert torch.equal(load(tmp_path / "out")[name], factors["B"] @ factors["A"])
 
 
 def test_an_adapter_of_another_model_is_refused_by_the_names_of_both(tmp_path: Path) -> None:

@@ -234,6 +234,14 @@ def save_zero3(folder: Path, tensors: dict[str, torch.Tensor], world: int = 2) -
         )
 
 
+def test_what_is_empty_on_both_sides_stands_for_nothing(tmp_path: Path) -> None:
+    plain = {"w": torch.ones(3), "e": torch.zeros(0)}
+    sides = [save(tmp_path / side, plain | more) for side, more in
+             (("tuned", {"x": torch.ones(2)}), ("base", {}))]  # fmt: skip
+    told = refusal(IncompatibleError, lambda: sv.diff(*sides))
+    assert "x [2]: only in" in told and "are empty" not in told
+
+
 def emptied(file: Path, keep: Any = lambda tensor: False) -> None:
     """Put placeholders in place of a file's tensors, as a state dict that was not gathered has."""
     content = load_file(file)

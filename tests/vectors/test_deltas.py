@@ -16,11 +16,13 @@ from skillvec.engine.jobs.copy import CopyJob
 from skillvec.engine.plan import CHANGED, Job, Plan, Task, from_line, to_line
 from skillvec.engine.threads import Threads, on_block
 from skillvec.files.header import TensorSpec
+from skillvec.files.tensors import Derived, Source
 from skillvec.ops.delta import Delta
-from skillvec.ops.kernels import widen
+from skillvec.ops.kernels import Array, widen
 from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.combining import viewed_delta
-from skillvec.vectors.deltas.base import Decoded, DeltaSource
+from skillvec.vectors.deltas.base import Decoded, DeltaSource, pieces_of
+from skillvec.vectors.deltas.computed import ComputedDelta
 from skillvec.vectors.deltas.stored import StoredDelta
 
 
@@ -69,6 +71,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "tuned", perturbed(base))
     sv.diff(folder / "tuned", folder / "base", folder / "v.safetensors")
     return folder
+
+
+@dataclass(frozen=True)
+class Constant(Derived):
+    """A formula that gives one value."""
+
+    name: str
+    shape: tuple[int, ...]
+    value: float
+    dtype: str = "F32"
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return ()
+
+    def read(self, begin: int, out: Array) -> None:
+        out[...] = self.value
+
+
+@pytest.mark.parametrize("value", [-0.0, np.nan])
+def test_what_formulas_give_is_finite_and_its_zeros_are_positive(value: float):
+    lost: dict[str, int] = {}
+    ((_, values),) = pieces_of(ComputedDelta(Constant("w", (3,), value), "adapter"), {}, lost)
+    assert (values == 0).all() and not np.signbit(values).any()
+    assert lost == ({} if value == 0 else {"w": 3})
 
 
 @pytest.mark.parametrize("is_stored", [True, False])

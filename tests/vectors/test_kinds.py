@@ -179,6 +179,11 @@ def test_what_is_of_another_type_is_named(kind: Any, value: Any, changed: Any, s
         check_json({**value, **changed}, kind, "x")
 
 
+def test_a_manifest_is_text_in_which_letters_stand_as_they_are(made: dict[str, SkillVector]):
+    manifest = made["stored"].manifest | {"license": "mögen"}
+    assert '"license":"mögen"' in encode_manifest(manifest)["skillvec"]  # type: ignore[arg-type]
+
+
 def test_a_manifest_lacks_no_key(made: dict[str, SkillVector]):
     for vector in made.values():
         assert set(vector.manifest) >= Manifest.__required_keys__

@@ -160,6 +160,17 @@ def test_a_config_of_weights_in_another_format(
     assert (texts[0] == texts[1]) == (stored == "BF16")
 
 
+def test_exceptions_in_pickled_weights_leave_their_config_as_it_was(
+    world: Path, target: Path, tmp_path: Path
+) -> None:
+    weights = load(target)
+    (target / "model.safetensors").unlink()
+    weights |= {n: w.float() + 1e-4 for n, w in weights.items() if "layers.1" in n}
+    torch.save(weights, target / "pytorch_model.bin")
+    sv.apply(target, world / "v.safetensors", tmp_path / "out")
+    assert named(tmp_path / "out")["dtype"] == "bfloat16"
+
+
 def test_the_masters_of_a_training_decide_over_what_was_frozen(
     world: Path, target: Path, tmp_path: Path
 ) -> None:
