@@ -341,10 +341,10 @@ def _undone(
     if arch in NORMS_PLUS_ONE and own.endswith("norm.weight"):
         return LessOne(name, parts[0])
     if arch == "llama" and ".attn_q." in own:
-        return Viewed(name, dtype, _unpermuted(parts[0], said.get("llama.attention.head_count")))
+        return Viewed(name, dtype, unpermuted(parts[0], said.get("llama.attention.head_count")))
     if arch == "llama" and ".attn_k." in own:
         heads = said.get("llama.attention.head_count_kv", said.get("llama.attention.head_count"))
-        return Viewed(name, dtype, _unpermuted(parts[0], heads))
+        return Viewed(name, dtype, unpermuted(parts[0], heads))
     if shape == (1, *parts[0].shape):
         return Viewed(name, dtype, whole(parts[0], parts[0].shape).unsqueeze())
     if isinstance(parts[0], TensorSpec):
@@ -353,7 +353,7 @@ def _undone(
     return replace(parts[0], name=name)
 
 
-def _unpermuted(source: Source, heads: Any) -> View:
+def unpermuted(source: Source, heads: Any) -> View:
     """Return q or k with the halves of each head one after the other, which llama.cpp interleaves.
 
     What no heads divide gives a view of another shape, which is refused.

@@ -23,7 +23,7 @@ from families import assert_same_bits, save
 from hubserver import HubServer
 from test_training_shards import save_dcp, save_ranks
 
-from skillvec.checkpoints.gguf import Blocks, _unpermuted
+from skillvec.checkpoints.gguf import Blocks, unpermuted
 from skillvec.checkpoints.lora import open_adapter
 from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.files.header import TensorSpec, encode_header, read_header, tensor_nbytes
@@ -390,7 +390,7 @@ def huge(kind: str, folder: Path) -> Source:
         assert isinstance(held, TensorSpec)
         number = int(gguf.GGMLQuantizationType.Q6_K)
         blocks = Blocks(WEIGHT, (SIDE, SIDE), held, number, block, width)
-        view = _unpermuted(blocks, SIDE // 128)
+        view = unpermuted(blocks, SIDE // 128)
         return blocks if kind == "gguf" else Viewed(WEIGHT, "F32", view)
     if kind == "adapter":
         factors = {"lora_A": ("F32", (64, SIDE)), "lora_B": ("F32", (SIDE, 64))}
