@@ -526,6 +526,14 @@ def test_broken_archives_are_errors(archive: Path, tmp_path: Path):
     cut = rewritten(archive, lambda name, content: content[:8] if name == "data/0" else content)
     with pytest.raises(FormatError, match="12 x F32 in 8 bytes"):
         load_archive(cut)
+    at = content.index(b"PK\1\2", content.index(b"PK\1\2") + 1)  # the directory of "data/0" too
+    long = bytearray(content)
+    while at >= 0:  # records that are said to reach beyond the archive
+        long[at + 20 : at + 28] = struct.pack("<2I", len(content), len(content))
+        at = content.find(b"PK\1\2", at + 1)
+    (tmp_path / "long.bin").write_bytes(long)
+    with pytest.raises(FormatError, match="does not lie in the archive"):
+        load_archive(str(tmp_path / "long.bin"))
     two = rewritten(archive, lambda name, content: None if name == "data.pkl" else content)
     with pytest.raises(FormatError, match=r"one data\.pkl"):
         load_archive(two)

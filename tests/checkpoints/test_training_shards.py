@@ -466,6 +466,32 @@ def test_replicas_of_shards_count_once(tmp_path: Path, rank_of):
 
 
 @DIST
+@pytest.mark.parametrize("factor", [2, 3])
+def test_strided_shards_are_parts_of_what_the_others_have_left(
+    tmp_path: Path, rank_of, factor: int
+):
+    """FSDP over tensor parallelism: each of two shards of rows is cut in two."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    tensor, states = torch.randn(7, 3), []
+    for rank in range(4):
+        rank_of(rank, 4)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", f"tp{rank}"))
+        local = tensor.chunk(2)[rank % 2].chunk(2)[rank // 2].clone()
+        placements = [_StridedShard(0, split_factor=factor), Shard(0)]
+        states.append({"w": DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride(),
+        )})  # fmt: skip
+    folder = save_ranks(tmp_path / "actor", states)
+    if factor == 2:
+        assert_same(open_training(folder, "tuned").tensors, {"w": tensor})
+    else:
+        with pytest.raises(IncompatibleError, match="'w' is _StridedShard over its ranks"):
+            open_training(folder, "tuned")
+
+
+@DIST
 def test_missing_ranks_and_unclear_files_are_refused_by_name(tmp_path: Path, rank_of):
     states = [sharded(rank_of, rank, 4, tensors()) for rank in range(4)]
     folder = save_ranks(tmp_path / "a", states)

@@ -34,6 +34,9 @@ def test_the_head_is_asked_for_once_and_no_empty_range():
     assert file.asked[1:] == [(HEAD_NBYTES, HEAD_NBYTES + 4)]
     with pytest.raises(FormatError, match=f"held://x: bytes 1 to {len(CONTENT) + 1} of"):
         file.read_range(1, len(CONTENT))
+    far = Held()
+    assert far.read_range(HEAD_NBYTES, 4) == CONTENT[HEAD_NBYTES:][:4]
+    assert far.asked == [(HEAD_NBYTES, HEAD_NBYTES + 4)]  # nothing of the head is needed
 
 
 @pytest.fixture
