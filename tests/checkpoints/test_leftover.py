@@ -156,6 +156,10 @@ def test_a_vector_that_holds_buffers_fits_models_that_do_not(tmp_path: Path):
         sv.combine(given, second, output=tmp_path / "sum.safetensors", force=True)
     sv.apply(tmp_path / "base_more", tmp_path / "sum.safetensors", tmp_path / "sum")
     assert torch.equal(load(tmp_path / "sum")["h.0.attn.bias"], BUFFERS["h.0.attn.bias"])
+    merged = sv.combine(vector, vector, weights=[0.5, 0.5])  # as it is read
+    report = sv.apply(tmp_path / "base", merged, tmp_path / "out", force=True)
+    assert_same_bits(tmp_path / "out", tmp_path / "tuned")
+    assert line_of(report, "h.0.attn.bias")["status"] == "left out"
 
 
 def test_a_buffer_that_was_changed_is_no_buffer(tmp_path: Path):
