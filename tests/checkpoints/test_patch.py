@@ -322,6 +322,20 @@ def test_a_multiple_of_a_vector_is_no_list_of_tuned(made: Made):
         sv.export_patch(half, made.folder / "half.safetensors")
 
 
+def test_a_patch_of_many_long_names_takes_no_more_than_its_plan_says(tmp_path: Path):
+    base = {f"{number}{'x' * 200}": torch.ones(4) for number in range(60)}
+    for side, tensors in (("base", base), ("tuned", {name: t + 1 for name, t in base.items()})):
+        save(tmp_path / f"{side}.safetensors", tensors)
+    vector = tmp_path / "v.safetensors"
+    sv.diff(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", vector)
+    for form in ("lists", "verl", "vllm"):
+        output = tmp_path / f"{form}.safetensors"
+        plan = sv.export_patch(vector, output, form=form, dry_run=True)
+        assert not output.exists()
+        made = sv.export_patch(vector, output, form=form)
+        assert made.facts["nbytes"] == output.stat().st_size <= plan.facts["nbytes_written"]
+
+
 def test_forms_with_narrow_positions_refuse_large_tensors(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ):

@@ -534,6 +534,14 @@ def test_broken_archives_are_errors(archive: Path, tmp_path: Path):
     (tmp_path / "long.bin").write_bytes(long)
     with pytest.raises(FormatError, match="does not lie in the archive"):
         load_archive(str(tmp_path / "long.bin"))
+    locked = bytearray(content)
+    at = content.index(b"PK\1\2")
+    while at >= 0:
+        locked[at + 8] |= 1
+        at = content.find(b"PK\1\2", at + 1)
+    (tmp_path / "locked.bin").write_bytes(locked)
+    with pytest.raises(IncompatibleError, match="compressed or encrypted"):
+        load_archive(str(tmp_path / "locked.bin"))
     two = rewritten(archive, lambda name, content: None if name == "data.pkl" else content)
     with pytest.raises(FormatError, match=r"one data\.pkl"):
         load_archive(two)

@@ -21,7 +21,7 @@ from skillvec.checkpoints.locate import locate
 from skillvec.checkpoints.opened import Opened
 from skillvec.checkpoints.opened_by import OPENERS, look_at
 from skillvec.checkpoints.opening import open_checkpoint
-from skillvec.checkpoints.parts import MAX_CELLS, MAX_RANKS, as_shape, assemble
+from skillvec.checkpoints.parts import MAX_CELLS, MAX_RANKS, as_shape, assemble, order_ranks
 from skillvec.checkpoints.pickles import Stored
 from skillvec.checkpoints.zero import Joined
 from skillvec.errors import FormatError, IncompatibleError
@@ -489,6 +489,14 @@ def test_strided_shards_are_parts_of_what_the_others_have_left(
     else:
         with pytest.raises(IncompatibleError, match="'w' is _StridedShard over its ranks"):
             open_training(folder, "tuned")
+
+
+def test_every_rank_has_one_file():
+    one, two, other = Path("one"), Path("two"), Path("other")
+    assert order_ranks([(1, two), (0, one)], 2) == [one, two]
+    for found in ([(0, one), (1, two), (1, other)], [(0, one), (1, two), (2, other)], [(0, one)]):
+        with pytest.raises(IncompatibleError, match="expected the files of 2 ranks"):
+            order_ranks(found, 2)
 
 
 @DIST

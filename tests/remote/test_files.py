@@ -39,6 +39,13 @@ def test_the_head_is_asked_for_once_and_no_empty_range():
     assert far.asked == [(HEAD_NBYTES, HEAD_NBYTES + 4)]  # nothing of the head is needed
 
 
+def test_small_files_at_the_root_say_what_a_model_is():
+    most = files.DESCRIBING_NBYTES
+    assert files.describes("config.json", most) and files.describes("LICENSE", 0)
+    for name, nbytes in (("config.json", most + 1), ("below/config.json", 1), ("a.bin", 1)):
+        assert not files.describes(name, nbytes)
+
+
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []

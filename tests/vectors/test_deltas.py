@@ -13,16 +13,19 @@ from families import assert_same_bits, load, perturbed, save, toy
 
 import skillvec as sv
 from skillvec.engine.jobs.copy import CopyJob
+from skillvec.engine.jobs.point import narrowed
 from skillvec.engine.plan import CHANGED, Job, Plan, Task, from_line, to_line
 from skillvec.engine.threads import Threads, on_block
 from skillvec.files.header import TensorSpec
 from skillvec.files.tensors import Derived, Source
+from skillvec.ops.arithmetic import Exactness
 from skillvec.ops.delta import Delta
 from skillvec.ops.kernels import Array, widen
 from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.combining import viewed_delta
 from skillvec.vectors.deltas.base import Decoded, DeltaSource, pieces_of
 from skillvec.vectors.deltas.computed import ComputedDelta
+from skillvec.vectors.deltas.pair import value_dtype
 from skillvec.vectors.deltas.stored import StoredDelta
 
 
@@ -88,6 +91,23 @@ class Constant(Derived):
 
     def read(self, begin: int, out: Array) -> None:
         out[...] = self.value
+
+
+@pytest.mark.parametrize(("tuned", "base", "dtype"), [
+    ("BF16", "BF16", "BF16"), ("F16", "F16", "F16"), ("BF16", "F16", "F32"), ("BF16", "F32", "F32"),
+    ("F32", "F32", "F32"), ("BF16", "F64", "F64"), ("F64", "F32", "F64"),
+])  # fmt: skip
+def test_a_difference_is_kept_in_the_dtype_of_both_or_a_wider_one(
+    tuned: str, base: str, dtype: str
+):
+    assert value_dtype(tuned, base) == (dtype, Exactness.WHOLE)
+
+
+def test_what_is_rounded_to_be_stored_has_no_negative_zeros():
+    values = narrowed(Delta(np.float32([-1e-9, 1e-9, -1]), "F32"), "F16", "w")
+    assert list(values) == [0, 0, -1] and list(np.signbit(values)) == [False, False, True]
+    with pytest.raises(sv.IncompatibleError, match="w: values beyond the range of F16"):
+        narrowed(Delta(np.float32([1e9]), "F32"), "F16", "w")
 
 
 @pytest.mark.parametrize("value", [-0.0, np.nan])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import skillvec as sv
@@ -111,6 +112,34 @@ def test_the_digest_of_a_base_is_known_where_all_parts_have_it(
     other = sv.diff(*sides, tmp_path / "v.safetensors")
     assert other.base_digest(NAME) not in (None, digest)
     assert (stored + other).base_digest(NAME) is None
+
+
+def test_nothing_is_said_of_the_sides_of_an_empty_tensor_of_a_combination(tmp_path: Path):
+    plain = {NAME: np.ones((4, 6), np.float32), "empty": np.zeros((0, 3), np.float32)}
+    for side, factor in {"tuned": 2, "base": 1}.items():
+        held = {name: factor * values for name, values in plain.items()}
+        save_file(held, tmp_path / f"{side}.safetensors")
+    sides = tmp_path / "tuned.safetensors", tmp_path / "base.safetensors"
+    vector = sv.diff(*sides, tmp_path / "v.safetensors")
+    merged = (vector + vector).save(tmp_path / "w.safetensors")
+    for made, known in ((vector, True), (merged, False)):
+        for entry in made.manifest["tensors"].values():
+            assert (entry["base"] is not None) == (entry["tuned"] is not None) == known
+
+
+def test_a_merged_model_that_holds_more_than_its_recipe_says_is_none_of_it(
+    made: dict[str, SkillVector], tmp_path: Path
+):
+    base = {NAME: np.eye(4, 6, dtype=np.float32), "ids": np.arange(3)}
+    save_file(base, tmp_path / "base.safetensors")
+    sv.apply(tmp_path / "base.safetensors", made["stored"], tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "numpy") as file:
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    assert sv.verify(tmp_path / "out.safetensors").facts["verified"]
+    save_file(held | {"more": np.ones(2)}, tmp_path / "out.safetensors", metadata)
+    with pytest.raises(sv.IncompatibleError, match=r"not of this target:\n  more: only in"):
+        sv.verify(tmp_path / "out.safetensors")
 
 
 def test_tensors_with_the_very_same_delta_are_found(tmp_path: Path):

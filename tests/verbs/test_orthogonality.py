@@ -211,6 +211,10 @@ def test_globs_choose_tensors(family) -> None:
 def test_csv_holds_every_number_of_every_row(family) -> None:
     refs = [f"{s}::{family.base}" for s in (family.tuned, family.sft)]
     report = sv.orthogonality(*refs, control="random", subspace=2).to_dict()
+    found, base = report["subspace"], load(family.base)
+    flat = sum(tensor.dim() != 2 for tensor in base.values())
+    assert found["left_out"] == flat > 0
+    assert found["exact"] + found["randomised"] == len(base) - flat
     rows = list(csv.DictReader(io.StringIO(csv_text(report))))
     expected = []
     lineage = dict.fromkeys(("lineage_a", "lineage_b"), "BF16 - BF16")
