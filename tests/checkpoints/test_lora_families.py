@@ -309,7 +309,7 @@ def test_a_prefix_that_could_be_two_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_rules_that_an_adapter_was_fitted_by_are_not_applied_to_it_again(tmp_path: Path) -> None:
-    name, rules = "model.left.proj.weight", ["left=model.left"]
+    name, rules = "model.lefft.proj.weight", ["ft=fft"]
     save(tmp_path / "base", {name: torch.zeros(8, 8)})
     (tmp_path / "lora").mkdir()
     factors = {side: torch.ones((2, 8) if side == "A" else (8, 2)) for side in "AB"}
