@@ -249,6 +249,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.slow
 def test_skills_add_up_over_the_rounds(
     tmp_path: Path, trained: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

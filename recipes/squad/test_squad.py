@@ -627,6 +627,7 @@ def skill(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "skill.safetensors"
 
 
+@pytest.mark.slow
 def test_single_passages_with_and_without_the_skill(
     base: Path, skill: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
