@@ -1,14 +1,17 @@
 """The rooms of the package: imports point downward, and heavy packages stay where they belong."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 
 import pytest
 import rooms
 
 import skillvec
+from skillvec import moved
 
 EVERY = [found for found in rooms.every_import() if not found.for_types]
 FILES = rooms.paths()
@@ -131,6 +134,47 @@ def test_names_of_the_package_are_those_that_it_lists():
 def test_the_core_does_not_know_which_engine_runs_it(file: str):
     words = re.findall(r"\w+", FILES[file].read_text().lower())
     assert not {"ray", "ray_cluster", "cluster"} & set(words)
+
+
+def prose_of(text: str) -> str:
+    """Return the comments and docstrings of a file."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return "\n".join(
+        token.string
+        for token in tokens
+        if token.type == tokenize.COMMENT
+        or (token.type == tokenize.STRING and token.string.startswith('"""'))
+    )
+
+
+WORDS = {file: set(re.findall(r"\w+", path.read_text())) for file, path in FILES.items()}
+FOLDERS = {file.rpartition(".")[0] for file in FILES}
+
+
+def lost_names(prose: str) -> list[str]:
+    """Return the names in prose that lead nowhere: skillvec.room.file, file.Name and file.py."""
+    lost = []
+    for name in re.findall(r"\bskillvec\.([\w.]*\w)", prose):
+        public = name.partition(".")[0] in skillvec.__all__ or f"skillvec.{name}" in moved.MODULES
+        if not public and not {name, name.rpartition(".")[0]} & {*FILES} and name not in FOLDERS:
+            lost.append(f"skillvec.{name}")
+    for file, name in re.findall(r"(?<![\w./])([a-z_]+)\.([A-Z]\w+)", prose):
+        if not any(name in WORDS[f] for f in FILES if file in f.split(".")):
+            lost.append(f"{file}.{name}")
+    for file in re.findall(r"(?<![\w./])(\w+)\.py\b", prose):
+        if not any(f.split(".")[-1] == file for f in FILES):
+            lost.append(f"{file}.py")
+    return lost
+
+
+def test_names_in_comments_and_docstrings_lead_somewhere():
+    """A file that moves takes along what is said of it elsewhere."""
+    wrong = [f"{f}: {name}" for f in FILES for name in lost_names(prose_of(FILES[f].read_text()))]
+    assert not wrong, "\n".join(wrong)
+    assert lost_names("as in skillvec.pickles, by engine.Nothing of rules.py") == [
+        "skillvec.pickles", "engine.Nothing", "rules.py",
+    ]  # fmt: skip
+    assert not lost_names("skillvec.diff, skillvec.checkpoints.pickles, quantized.FORMATS")
 
 
 # ---------------------------------------------------------------------------------- sizes

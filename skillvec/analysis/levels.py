@@ -18,7 +18,7 @@ from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
 from skillvec.ops.statistics import Request
 
 Sums = Mapping[str, Any]
-Record = tuple[str, int, Any]  # tensor, its number of values, sums of measures.layout
+Record = tuple[str, int, Any]  # tensor, its number of values, sums of statistics.layout
 WEIGHTS = ("energy", "energy_a", "energy_b")
 OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
 

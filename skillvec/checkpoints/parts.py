@@ -1,7 +1,7 @@
 """What checkpoints of training runs have in common: tensors in parts, files of ranks, side files.
 
 Every tensor comes out in the dtype it is stored in. Files are parsed for addresses
-(`checkpoints.pickles`); the parts of a tensor must tile it exactly.
+(skillvec.checkpoints.pickles); the parts of a tensor must tile it exactly.
 """
 
 from collections.abc import Callable, Sequence

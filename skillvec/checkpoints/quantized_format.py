@@ -37,7 +37,7 @@ class FoundWeight(NamedTuple):
 
 
 class QuantizedFormat(NamedTuple):
-    """A format of quantised weights; a row of quantised.FORMATS makes it known.
+    """A format of quantised weights; a row of quantized.FORMATS makes it known.
 
     `name` is the config's quant_method; `is_meant` tells settings that name none. `find` yields the
     weights that it finds among tensors, and sentences on what does not fit, from headers alone; it

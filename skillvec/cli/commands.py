@@ -1,6 +1,6 @@
 """The command line: every command parses, calls one verb and prints its report.
 
-Verbs are imported inside the commands, so that --help is quick.
+Only this room imports click. Verbs are imported inside the commands, so that --help is quick.
 """
 
 import errno

@@ -257,10 +257,10 @@ class JobResult:
     """What happened to one tensor.
 
     `digests` by role (point, tuned, base, delta0.., output); `sums` are written^2,
-    written * delta and delta^2 for add, delta^2 for store, those of measures.layout for compare.
+    written * delta and delta^2 for add, delta^2 for store, those of statistics.layout for compare.
     `found` is what an operator measured. NaN and infinities are counted a side; `lost` are values
     that only they can explain: without a finite delta, or not finite in the output and so neither
-    in the target nor left alone. `casts` are the bits of operators.CASTS that hold for a pair.
+    in the target nor left alone. `casts` are the bits of arithmetic.CASTS that hold for a pair.
     """
 
     job: Job

@@ -98,7 +98,7 @@ def check_listed(what: str, kind: str, who: str, name: object, nbytes: object) -
 
 
 class ReadByRange(ABC):
-    """A remote file of which ranges are asked for (`RemoteFile`)."""
+    """A remote file of which ranges are asked for (file.RemoteFile)."""
 
     nbytes: int
 

@@ -216,7 +216,7 @@ def _check_member(asked: Reference, files: Iterable[str], what: str) -> None:
 
 @dataclass(eq=False)
 class HubFile(ReadByRange):
-    """A file of a repository at a commit (`RemoteFile`); safe to use from several threads.
+    """A file of a repository at a commit (file.RemoteFile); safe to use from several threads.
 
     `oid` is git's, of the content unless LFS keeps it.
     """

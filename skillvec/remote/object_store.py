@@ -104,7 +104,7 @@ def _patiently(what: str, url: str, call: Callable[[Any], Result]) -> Result:
 
 
 def _seconds_to_wait(what: str, error: Exception, failures: int) -> float:
-    """Judge an error of a store (remote_files.Patience); every store has its own kinds.
+    """Judge an error of a store (files.Patience); every store has its own kinds.
 
     The text of the packages' errors is not repeated: it may quote signed addresses.
     """
@@ -136,7 +136,7 @@ def _changed(what: str) -> FormatError:
 
 @dataclass(eq=False)
 class ObjectFile(ReadByRange):
-    """An object (`RemoteFile`); safe to use from several threads, and to pickle.
+    """An object (file.RemoteFile); safe to use from several threads, and to pickle.
 
     `version` is key and value of what the listing says of its state.
     """

@@ -62,7 +62,7 @@ class Block:
     `leaves` collect the digests of the tensor by role, in the place of each block, `seen` those of
     the deltas that views read, by key; `holes` are those of which a value has no finite
     delta. `subtracted` is what was found when the first delta is a
-    pair, for which the bits `casts` of operators.CASTS are looked for. `tuned_nonfinite` and
+    pair, for which the bits `casts` of arithmetic.CASTS are looked for. `tuned_nonfinite` and
     `base_nonfinite` add up over all pairs that the block reads; `lost_codes` are LOST with
     the sides that are why where what it reads has no finite delta, which is 0 there; or None.
     """

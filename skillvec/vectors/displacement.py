@@ -1,6 +1,6 @@
 """What every vector is, whatever it is made of, and what others may ask of it.
 
-The kinds (`vectors.kinds`) answer where the answer is not this one.
+The kinds (skillvec.vectors.kinds) answer where the answer is not this one.
 """
 
 from abc import ABC, abstractmethod

@@ -1,7 +1,7 @@
 """The kinds of vectors: each holds what it is made of, and answers for it.
 
 A stored file, a pair of checkpoints, a patch or an adapter on its base, a combination. Another kind
-is a class here, beside its name in `vectors.vector`.
+is a class here, and one in skillvec.vectors.vector that gives it arithmetic.
 """
 
 from collections.abc import Sequence

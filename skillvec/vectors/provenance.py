@@ -77,7 +77,7 @@ class Named(TypedDict):
 
 
 class Shares(TypedDict):
-    vectors: list[Named]  # a recipe, of which `rules` checks the rest
+    vectors: list[Named]  # a recipe, of which `recipe` checks the rest
 
 
 class ApplyRequest(Selection):

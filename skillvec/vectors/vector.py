@@ -1,7 +1,7 @@
 """The skill vector: how it is opened and made, scaled, added and subtracted.
 
 What has no meaning (a vector plus a model) is a TypeError that says so. Of what kind a vector is,
-and what that means, `vectors.kinds` says.
+and what that means, skillvec.vectors.kinds says.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Vectors out as LoRA: the best low-rank factors of every matrix, in a folder that PEFT loads.
 
 What an adapter can hold, and under which names, is asked of the model class of the base's config
-(held_model): linear layers, and transformers' Conv1D, whose weights lie turned; experts that are
+(`held_model`): linear layers, and transformers' Conv1D, whose weights lie turned; experts that are
 fused in one parameter; by choice embeddings, and modules saved whole. Left out, by name, and
 counted in the energy: norms, biases, convolutions, embeddings and heads tied to them. Counted
 apart: names that the model does not have, of which nothing is known.

@@ -110,7 +110,7 @@ REQUEST = Request((1.0, 1.0), ((0, 1),), ((0, 1, True),), sign_flips=3)
 
 
 def record(numel: int, **given: object) -> tuple[str, int, np.void]:
-    """Return the sums of one tensor; vectors and pairs by the names of measures.layout."""
+    """Return the sums of one tensor; vectors and pairs by the names of statistics.layout."""
     made = np.zeros(1, layout(REQUEST))
     for key, value in given.items():
         group, _, name = key.partition("_")

@@ -184,7 +184,7 @@ def by_hand(
     streams: Sequence[str] = (), seed: int = 0,
 ) -> Deltas:  # fmt: skip
     """Merge the vectors of a whole model: every operator as its paper has it, in float64."""
-    given = dict(OPERATORS[op].defaults) | given  # test_merging.py holds the defaults
+    given = dict(OPERATORS[op].defaults) | given  # test_merge_methods.py holds the defaults
     whole = [np.concatenate(parts) for parts in zip(*deltas.values(), strict=True)]
     across = given.get("scope") == "vector"
     measured = {
