@@ -1,9 +1,10 @@
 """What a person reads of each verb: the lines before the work and those after it, as plain text.
 
-One function a verb, found by its name; what several verbs say alike stands behind them.
+One function a verb, found by its name in one of the tables at the end: PLANS has what stands before
+the work, DONE what was done, ANSWERS what a verb says that runs no jobs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from skillvec.analysis.angle_sentences import say_comparison, say_norms
 from skillvec.analysis.wording import (
@@ -65,10 +66,8 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
     if "norms" in facts:
         return (say_comparison if facts["pairs"] else say_norms)(facts, verbose)
     said: list[str | Grid] = []
-    if report.verb in ("push", "pull"):
-        said.append(str(facts["url"] if report.verb == "push" else facts["output"]))
-    elif report.verb == "inspect":
-        said += say_inspect(report)
+    if report.verb in ANSWERS:
+        said += ANSWERS[report.verb](report)
     elif "nbytes" in facts or "gain" in facts or "verified" in facts:
         if "resumed" in facts:
             count = facts["resumed"]
@@ -234,6 +233,16 @@ def say_pull_plan(facts: Facts) -> list[str]:
     return [f"pull {facts['kind']} {_transfer(facts)}", *_list_deleted(facts)]
 
 
+def say_url(report: Report) -> list[str | Grid]:
+    """Return where on the Hub it lies now."""
+    return [str(report.facts["url"])]
+
+
+def say_output(report: Report) -> list[str | Grid]:
+    """Return where on this disk it lies now."""
+    return [str(report.facts["output"])]
+
+
 def _list_deleted(facts: Facts) -> list[str]:
     return [f"  delete  {name}" for name in facts.get("deleted", [])]
 
@@ -273,4 +282,7 @@ PLANS: dict[str, Callable[[Facts], list[str]]] = {
 DONE: dict[str, Callable[[Facts, str], str]] = {
     "diff": say_vector, "combine": say_vector, "import-patch": say_vector, "apply": say_applied,
     "export-patch": say_patch, "extract-lora": say_adapter,
+}  # fmt: skip
+ANSWERS: dict[str, Callable[[Report], Sequence[str | Grid]]] = {
+    "inspect": say_inspect, "push": say_url, "pull": say_output,
 }  # fmt: skip

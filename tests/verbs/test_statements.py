@@ -15,7 +15,7 @@ from skillvec.cli.commands import main
 from skillvec.errors import NonfiniteError, VerificationError
 from skillvec.ops.block import BLOCK_NUMEL
 from skillvec.ops.moments import SAMPLE
-from skillvec.verbs.sentences import done_sentence
+from skillvec.verbs.sentences import ANSWERS, DONE, PLANS, done_sentence
 
 BEHIND = 40_000  # values of a tensor, of which the first 30 Ki are the sample
 ONES = {"BF16": 0x3F80, "F16": 0x3C00}
@@ -32,6 +32,13 @@ def stored(path: Path, patterns: np.ndarray, dtype: str = "BF16", **more: torch.
 def said_of(report: sv.Report, word: str) -> str:
     (text,) = [text for text in report.warnings if word in text]
     return text
+
+
+def test_every_verb_has_its_words() -> None:
+    """A verb without any would be said as a plan, of whose facts it has none."""
+    elsewhere = {"verify", "orthogonality", "norms"}  # any proof, and the sentences of angles
+    assert {*DONE, *ANSWERS} | elsewhere == set(main.commands)
+    assert set(PLANS) <= set(main.commands)
 
 
 # ------------------------------------------------------------------------------------ samples
