@@ -88,6 +88,9 @@ def test_every_command_and_option_is_documented():
 
 def test_every_operator_and_its_parameters_are_documented():
     page = (ROOT / "docs" / "operators.md").read_text()
+    helps = [o.help.split(":")[0].split(", ") for command in main.commands.values()
+             for o in command.params if o.name == "op"]  # fmt: skip
+    assert helps == [[*OPERATORS]] * 2  # of apply and combine
     for name, operator in OPERATORS.items():
         assert re.search(rf"\b{name}\b", README.read_text()), f"README does not mention {name}"
         section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
@@ -212,6 +215,24 @@ def test_links_between_pages_resolve(page: Path):
         assert ROOT in file.parents, f"{page.name} links outside the repository: {target}"
         if anchor:
             assert anchor in anchors(file.read_text()), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_names_in_a_row_of_a_table_are_in_its_files(page: str):
+    """`NAME` in a row is defined in one of the files that the row names."""
+    sources = [file for file in committed() if file.suffix == ".py"]
+    seen = 0
+    for row in re.findall(r"^\|.*\|$", (ROOT / page).read_text(), re.MULTILINE):
+        paths = re.findall(r"[\w/]+\.py\b", row.replace("../", ""))
+        found = {path: [f for f in sources if f"/{f}".endswith(f"/{path}")] for path in paths}
+        assert all(found.values()), f"{page}: {found}"
+        named = {file for files in found.values() for file in files}
+        text = "\n".join(file.read_text() for file in named)
+        for name in re.findall(r"`(?:\w+\.)?(\w+)(?:\(.*?\))?`", row) if paths else ():
+            there = rf"(def |class |os\.){name}\b|^\s*{name}\b.* ="
+            assert re.search(there, text, re.MULTILINE), f"{name} in {row}"
+            seen += 1
+    assert seen >= 5
 
 
 def test_pages_that_a_user_expects_are_there():
