@@ -10,15 +10,16 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
+from typing import Any
 
-# old module -> where its public names are
+# old module -> where its names are, and those that are public
 MODULES = {
-    "skillvec.checkpoint": "skillvec",
-    "skillvec.comparison": "skillvec.verbs",
-    "skillvec.extraction": "skillvec.verbs",
-    "skillvec.publishing": "skillvec.verbs",
-    "skillvec.training": "skillvec.verbs.training",
-    "skillvec.vector": "skillvec.vectors.vector",
+    "skillvec.checkpoint": ("skillvec", ("Checkpoint", "open_checkpoint")),
+    "skillvec.comparison": ("skillvec.verbs", ("norms", "orthogonality")),
+    "skillvec.extraction": ("skillvec.verbs", ("extract_lora",)),
+    "skillvec.publishing": ("skillvec.verbs", ("pull", "push")),
+    "skillvec.training": ("skillvec.verbs.training", ("SkillVectorCallback",)),
+    "skillvec.vector": ("skillvec.vectors.vector", ("SkillVector",)),
 }
 
 
@@ -34,10 +35,22 @@ class _Finder:
         """Let Python make an empty module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        home = MODULES[module.__name__]
-        module.__getattr__ = lambda name: getattr(import_module(home), name)  # type: ignore[method-assign]
+        home, public = MODULES[module.__name__]
+
+        def answer(name: str) -> Any:
+            if name.startswith("__"):  # what Python asks of every module: this one is no package
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            return getattr(import_module(home), name)
+
+        vars(module).update(
+            __doc__=f"The old place of {' and '.join(public)}, which are in {home} now.",
+            __all__=list(public),
+            __getattr__=answer,
+            __dir__=lambda: sorted({*vars(module), *public}),
+        )
 
 
 def answer_old_names() -> None:
     """Let `import` find the modules of MODULES; done once, by the package."""
-    sys.meta_path.append(_Finder())
+    if not any(type(finder) is _Finder for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

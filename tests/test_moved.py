@@ -45,6 +45,33 @@ def test_old_paths_import_nothing_before_a_name_is_asked_for() -> None:
     assert done.stdout.split() == ["False", "True"]
 
 
+@pytest.mark.parametrize("module", OLD)
+def test_a_star_gives_the_public_names_of_an_old_module(module: str) -> None:
+    names: dict[str, object] = {}
+    exec(f"from skillvec.{module} import *", names)
+    assert {name for name in skillvec.__all__ if name in names} >= set(OLD[module])
+    assert set(OLD[module]) <= set(dir(import_module(f"skillvec.{module}")))
+    if f"skillvec.{module}" in MODULES:
+        assert {name for name in names if not name.startswith("__")} == set(OLD[module])
+
+
+def test_an_old_module_is_no_package() -> None:
+    """Otherwise files of the package could be loaded twice, with other error classes."""
+    for module in MODULES:
+        assert not hasattr(import_module(module), "__path__")
+        with pytest.raises(ModuleNotFoundError, match="is not a package"):
+            import_module(f"{module}.errors")
+
+
+def test_a_reload_of_the_package_asks_no_one_twice() -> None:
+    code = (
+        "import importlib, sys, skillvec\nbefore = len(sys.meta_path)\n"
+        "importlib.reload(skillvec)\nprint(len(sys.meta_path) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+
+
 def test_modules_that_never_were_are_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match="nonsense"):
         import_module("skillvec.nonsense")

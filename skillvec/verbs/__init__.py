@@ -7,6 +7,22 @@ the same name would take its place here.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__all__ = [
+    "apply",
+    "combine",
+    "diff",
+    "export_patch",
+    "extract_lora",
+    "import_patch",
+    "inspect",
+    "norms",
+    "orthogonality",
+    "pull",
+    "push",
+    "save",
+    "verify",
+]
+
 _HOME = {
     "apply": "_apply",
     "combine": "_combine",
@@ -24,22 +40,23 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from skillvec.verbs._apply import apply as apply
-    from skillvec.verbs._combine import combine as combine
-    from skillvec.verbs._diff import diff as diff
-    from skillvec.verbs._extract_lora import extract_lora as extract_lora
-    from skillvec.verbs._inspect import inspect as inspect
-    from skillvec.verbs._orthogonality import norms as norms
-    from skillvec.verbs._orthogonality import orthogonality as orthogonality
-    from skillvec.verbs._patch import export_patch as export_patch
-    from skillvec.verbs._patch import import_patch as import_patch
-    from skillvec.verbs._publish import pull as pull
-    from skillvec.verbs._publish import push as push
-    from skillvec.verbs._save import save as save
-    from skillvec.verbs._verify import verify as verify
+    from skillvec.verbs._apply import apply
+    from skillvec.verbs._combine import combine
+    from skillvec.verbs._diff import diff
+    from skillvec.verbs._extract_lora import extract_lora
+    from skillvec.verbs._inspect import inspect
+    from skillvec.verbs._orthogonality import norms, orthogonality
+    from skillvec.verbs._patch import export_patch, import_patch
+    from skillvec.verbs._publish import pull, push
+    from skillvec.verbs._save import save
+    from skillvec.verbs._verify import verify
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'skillvec.verbs' has no attribute {name!r}")
     return getattr(import_module(f"skillvec.verbs.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
