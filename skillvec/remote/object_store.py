@@ -91,11 +91,11 @@ def _store(url: str) -> Any:
             f"{shown}: a password or a query in a URL would be kept in what is made of it: leave"
             " it to the configuration of the store's client"
         )
-    try:
-        with needs({"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme, "adlfs"), printable(url)):
+    with needs({"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme, "adlfs"), printable(url)):
+        try:
             return url_to_fs(url, use_listings_cache=False)[0]
-    except ValueError as error:
-        raise UsageError(f"{printable(url)}: {error}") from None
+        except ValueError as error:
+            raise UsageError(f"{printable(url)}: {error}") from None
 
 
 def _patiently(what: str, url: str, call: Callable[[Any], Result]) -> Result:
