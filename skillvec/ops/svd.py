@@ -75,7 +75,7 @@ def resolve_device(device: str) -> str:
 
     auto is the first CUDA device, if there is one. UsageError too where torch is missing.
     """
-    with needs("torch", "singular subspaces, and LoRA,"):
+    with needs("torch", "taking singular values"):
         import torch
 
     word, _, number = device.partition(":")
