@@ -99,6 +99,11 @@ class Checkpoint(Mapping[str, Source]):
         return self.opened.format
 
     @property
+    def kind(self) -> str:
+        """What `format` was called before."""
+        return self.format
+
+    @property
     def is_plain(self) -> bool:
         """Whether every tensor lies in a safetensors file as it is."""
         return self.opened.is_safetensors and all(

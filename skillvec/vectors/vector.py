@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from numbers import Real
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from skillvec.checkpoints.adapter_folder import is_adapter
 from skillvec.checkpoints.align import seen_as
@@ -53,6 +53,9 @@ class SkillVector(Displacement):
     will say, `notes` how tensors were found. `parts` are those of a combination, `report` that of
     the verb that wrote it.
     """
+
+    if not TYPE_CHECKING:  # what only some kinds have was None in the others, and users may ask
+        stored = tuned = base = adapter = origin = recipe = None
 
     @staticmethod
     def open(

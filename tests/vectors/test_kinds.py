@@ -220,3 +220,15 @@ def test_a_manifest_lacks_no_key(made: dict[str, SkillVector]):
         lacking = {k: v for k, v in made["stored"].manifest.items() if k != key}
         with pytest.raises(TypeError, match=f"manifest: {key} is missing"):
             check_manifest(lacking)
+
+
+def test_what_a_kind_has_not_is_none_as_it_was(made: dict[str, SkillVector]) -> None:
+    asked = ("stored", "tuned", "base", "adapter", "origin", "recipe")
+    has = {"StoredVector": ["stored"], "PairVector": ["tuned", "base"],
+           "PatchVector": ["tuned", "base"], "CombinedVector": ["recipe"],
+           "AdapterVector": ["adapter", "origin"]}  # fmt: skip
+    for vector in made.values():
+        found = [key for key in asked if getattr(vector, key) is not None]
+        expected = has[type(vector).__name__]
+        assert [key for key in found if key != "base" or key in expected] == expected
+    assert {type(vector).__name__ for vector in made.values()} == set(has)
