@@ -35,7 +35,6 @@ INDICES, VALUES = ".indices", ".values"
 SPEC, ALL_INDICES, ALL_VALUES = "__delta_spec__", "__positions__", "__values__"  # of verl
 UPDATE = "update_info"  # header metadata: what vLLM's weight transfer is told
 TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-ENTRY = 64 << 20  # values of one entry of a flush, as verl cuts them
 RUNS = 4096  # rising parts of one entry of verl, which lays end to end what ranks have gathered
 ALL_RUNS = 1 << 22  # of a whole patch: they are held in memory
 

@@ -13,7 +13,6 @@ from skillvec.checkpoints.checkpoint import METADATA_KEY
 from skillvec.checkpoints.patch import (
     ALL_INDICES,
     ALL_VALUES,
-    ENTRY,
     INDICES,
     SPEC,
     TORCH,
@@ -35,6 +34,7 @@ from skillvec.ops.block import block_count
 from skillvec.ops.kernels import widen
 
 # name, dtype and shape, what it is read from
+ENTRY = 64 << 20  # values of one entry of a flush, as verl cuts them
 ListedTensor = tuple[str, str, Index, Sequence[Source]]
 
 

@@ -29,7 +29,7 @@ from skillvec.engine.ray_tasks import (
     Move,
     Shared,
     copy_ranges,
-    note_outputs,
+    receive_shared,
     run_batch,
     versions,
 )
@@ -295,7 +295,7 @@ class _ClusterRun:
             Path(self._scratch, "driver").write_text(self._nonce)
         for node in _nodes(self._ray):
             place = {"num_cpus": 0, "scheduling_strategy": affinity(node["NodeID"], soft=False)}
-            self._submit("the proof", partial(self._proved, node), place, note_outputs)
+            self._submit("the proof", partial(self._proved, node), place, receive_shared)
         while self._flight:
             with contextlib.suppress(_LostError):
                 self._collect()

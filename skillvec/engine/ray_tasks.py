@@ -1,4 +1,4 @@
-"""What travels to the workers of a cluster, and how jobs are dealt to them."""
+"""What travels to the workers of a cluster, and what they do with it."""
 
 import contextlib
 import os
@@ -53,7 +53,7 @@ class Move(NamedTuple):
     offset: int
 
 
-def note_outputs(shared: Shared) -> None:
+def receive_shared(shared: Shared) -> None:
     """Do nothing: to have got what is shared is the proof."""
 
 

@@ -42,8 +42,6 @@ from skillvec.vectors.pairs import Sorted, announce_pair, sort_names
 from skillvec.vectors.reader import VectorFile, find_vector
 from skillvec.vectors.recipe import Recipe, Share, leaving_out, selection
 
-FP32_MAX = 3.4028234e38
-
 
 @dataclass(frozen=True)
 class SkillVector(Displacement):

@@ -31,8 +31,7 @@ from skillvec.ops.kernels import HALVES
 from skillvec.report import Report, Watcher
 from skillvec.vectors.deltas.base import dtype_of
 from skillvec.vectors.recipe import leaving_out, selection
-from skillvec.vectors.vector import FP32_MAX, SkillVector
-from skillvec.verbs._save import count_unchanged, staircase
+from skillvec.vectors.vector import SkillVector
 from skillvec.verbs.findings import (
     correct_verdict,
     refuse_announced,
@@ -43,6 +42,7 @@ from skillvec.verbs.findings import (
 )
 
 CARD = "README.md"
+FP32_MAX = 3.4028234e38
 
 
 def apply(
@@ -244,17 +244,50 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
             )[:5]
         ],
     }
-    if nothing := count_unchanged(added, plan.lam, report.counts):
+    if nothing := _explain_unchanged(added, plan.lam, report.counts):
         report.warnings.append(f"no value differs: {nothing}; OUT holds the weights of TARGET")
     about = "about " if report.facts["estimated"] else ""
     report.warnings += rounding_warning(added, 2, about)
     tell_nonfinite(report, results)
     lost = report.facts.get("nonfinite", {}).get("lost")  # that, not the grid, is the reason then
     if gain is not None and not lost and not (0.9 <= gain <= 1.1 and (cosine or 0) >= 0.9):
-        report.warnings.append(staircase(plan, added, gain, cosine, report.facts["estimated"]))
+        report.warnings.append(
+            _explain_rounding(plan, added, gain, cosine, report.facts["estimated"])
+        )
     wide = all(result.job.out_dtype not in HALVES for result in added)
     if plan.rounding == "stochastic" and wide:
         report.warnings.append("rounding stochastic changes 16-bit outputs alone: there are none")
+
+
+def _explain_rounding(
+    plan: Plan, added: Sequence[JobResult], gain: float, cosine: float | None, estimated: bool
+) -> str:
+    """Return that rounding to the grid of the output changed what was asked for, and what helps."""
+    dtypes = sorted({result.job.out_dtype for result in added})
+    about = "about " if estimated else ""
+    advice = "--dtype fp32 is exact" if set(dtypes) & set(HALVES) else "a larger lam is met better"
+    if set(dtypes) & set(HALVES) and plan.rounding != "stochastic":
+        advice += ", --rounding stochastic right on average"
+    return (
+        f"rounding to {'+'.join(dtypes)} changed the request: of lam {plan.lam:g}, {about}"
+        f"{gain * plan.lam:.3g} arrived (gain {about}{gain:.3g}, cosine {about}{cosine or 0:.3g});"
+        f" steps of the target's grid are as large as the delta. {advice}"
+    )
+
+
+def _explain_unchanged(added: Sequence[JobResult], lam: float, counts: dict[str, int]) -> str:
+    """Return why an apply changed no value, "" where it did or where rounding is the reason."""
+    if lam == 0:
+        return "lam is 0"
+    if np.float32(lam) == 0 and not any(r.job.out_dtype == "F64" for r in added):
+        return f"lam {lam:g} is 0 in fp32"
+    if any(result.sums[2] for result in added):  # on a sample, so the digests decide
+        return ""
+    same = all(r.job.point is not None and r.job.point.dtype == r.job.out_dtype for r in added)
+    if same:
+        return "" if counts.get("applied") else "the vector is zero"
+    sampled = any(r.job.numel > moments.SAMPLE for r in added)
+    return "" if sampled or any(r.changed for r in added) else "the vector is zero"
 
 
 def side_facts(plan: Plan) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from skillvec import __version__
 from skillvec.engine.jobs.store import StoreJob
 from skillvec.engine.outputs import (
@@ -25,10 +23,8 @@ from skillvec.engine.run import Run
 from skillvec.engine.runner import measure_plan, run_plan, show_plan
 from skillvec.errors import UsageError, up_to_five
 from skillvec.files.file import file_nbytes
-from skillvec.ops import moments
 from skillvec.ops.block import BLOCK_NUMEL
 from skillvec.ops.codecs import CODECS
-from skillvec.ops.kernels import HALVES
 from skillvec.report import Report, Watcher
 from skillvec.vectors.deltas.base import NO_DIGEST, dtype_of
 from skillvec.vectors.manifest import Claim, Manifest, TensorEntry
@@ -49,13 +45,13 @@ from skillvec.verbs.findings import (
 class StoredForm:
     """How a vector is written, and what its manifest says of it: the options of `save`."""
 
-    dtype: str = "auto"
-    codec: str = "auto"
-    max_shard_size: int | str = "5GB"
-    method: str | None = None
-    notes: str | None = None
-    license: str | None = None
-    allow_nonfinite: bool = False
+    dtype: str
+    codec: str
+    max_shard_size: int | str
+    method: str | None
+    notes: str | None
+    license: str | None
+    allow_nonfinite: bool
 
 
 def save(
@@ -267,34 +263,3 @@ def report_stored(
     stored_results = [result for result in results if isinstance(result.job, StoreJob)]
     report.warnings += rounding_warning(stored_results, 0)
     tell_nonfinite(report, results)
-
-
-def staircase(
-    plan: Plan, added: Sequence[JobResult], gain: float, cosine: float | None, estimated: bool
-) -> str:
-    """Return that rounding to the grid of the output changed what was asked for, and what helps."""
-    dtypes = sorted({result.job.out_dtype for result in added})
-    about = "about " if estimated else ""
-    advice = "--dtype fp32 is exact" if set(dtypes) & set(HALVES) else "a larger lam is met better"
-    if set(dtypes) & set(HALVES) and plan.rounding != "stochastic":
-        advice += ", --rounding stochastic right on average"
-    return (
-        f"rounding to {'+'.join(dtypes)} changed the request: of lam {plan.lam:g}, {about}"
-        f"{gain * plan.lam:.3g} arrived (gain {about}{gain:.3g}, cosine {about}{cosine or 0:.3g});"
-        f" steps of the target's grid are as large as the delta. {advice}"
-    )
-
-
-def count_unchanged(added: Sequence[JobResult], lam: float, counts: dict[str, int]) -> str:
-    """Return why an apply changed no value, "" where it did or where rounding is the reason."""
-    if lam == 0:
-        return "lam is 0"
-    if np.float32(lam) == 0 and not any(r.job.out_dtype == "F64" for r in added):
-        return f"lam {lam:g} is 0 in fp32"
-    if any(result.sums[2] for result in added):  # on a sample, so the digests decide
-        return ""
-    same = all(r.job.point is not None and r.job.point.dtype == r.job.out_dtype for r in added)
-    if same:
-        return "" if counts.get("applied") else "the vector is zero"
-    sampled = any(r.job.numel > moments.SAMPLE for r in added)
-    return "" if sampled or any(r.changed for r in added) else "the vector is zero"
