@@ -1,0 +1,11 @@
+/* All kernels for one instruction set: compiled once for each, KERNELS being the table's name. */
+
+#include "tiles.h"
+
+#include "sums.c"
+
+extern const Entry KERNELS[];
+const Entry KERNELS[] = {
+    {"group_products", "rrqqqw", group_products},
+    {NULL, NULL, NULL},
+};
