@@ -3,9 +3,12 @@
 #include "tiles.h"
 
 #include "sums.c"
+#include "compare.c"
 
 extern const Entry KERNELS[];
 const Entry KERNELS[] = {
     {"group_products", "rrqqqw", group_products},
+    {"pair_sums", "rqrrrqrrrqww", pair_sums},
+    {"vector_sums", "rqrrrqw", vector_sums},
     {NULL, NULL, NULL},
 };
