@@ -10,5 +10,6 @@ const Entry KERNELS[] = {
     {"group_products", "rrqqqw", group_products},
     {"pair_sums", "rqrrrqrrrqww", pair_sums},
     {"vector_sums", "rqrrrqw", vector_sums},
+    {"flipped_sums", "rrw", flipped_sums},
     {NULL, NULL, NULL},
 };
