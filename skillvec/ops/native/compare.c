@@ -205,7 +205,7 @@ ALWAYS void measure(const float *v, const float *w, int64_t rows, int dtype, vi 
     _Alignas(64) float arrived[GROUP], step[GROUP];
     for (int p = 0; p < PARTS; p++) {
         vf s[4] = {0}, zero = {0};
-        vi packed = {0}; /* eight counters of four bits */
+        vu packed = {0}; /* eight counters of four bits */
         int room = 15;
         for (int64_t i = p * WIDTH; i < rows * ROW; i += ROW) {
             vf x = from_f32(v + i), y, held, moved, one;
@@ -229,13 +229,13 @@ ALWAYS void measure(const float *v, const float *w, int64_t rows, int dtype, vi 
             put(moved, arrived + i);
             put(one, step + i);
             vi bit = ((((vi)x & infinite) - power) >> 21) + 4 * (fraction + 2);
-            packed += (vi)kept((vf)one_at(smaller(bit, (vi){0} + 4 * (EDGES - 1))), changed);
+            packed += (vu)kept((vf)one_at(smaller(bit, (vi){0} + 4 * (EDGES - 1))), changed);
             if (--room) continue;
-            for (int n = 0; n < EDGES; n++) steps[n] += packed >> 4 * n & 15;
-            packed = (vi){0};
+            for (int n = 0; n < EDGES; n++) steps[n] += (vi)(packed >> 4 * n & 15);
+            packed = (vu){0};
             room = 15;
         }
-        for (int n = 0; n < EDGES; n++) steps[n] += packed >> 4 * n & 15;
+        for (int n = 0; n < EDGES; n++) steps[n] += (vi)(packed >> 4 * n & 15);
         for (int n = 0; n < 4; n++) sum[n][p] = s[n];
     }
     int64_t changed = count_of(has, has), arrive = count_of(stay, stay);
