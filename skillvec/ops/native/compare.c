@@ -9,7 +9,7 @@
 typedef __mmask16 mask;
 typedef uint16_t word;
 ALWAYS mask nonzero(vf x) { return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
-ALWAYS mask negative(vf x) { return _mm512_movepi32_mask((__m512i)x); }
+ALWAYS mask negative(vf x) { return _mm512_test_epi32_mask((__m512i)x, _mm512_set1_epi32(INT32_MIN)); }
 ALWAYS word bits_of(mask is) { return is; }
 ALWAYS vf kept(vf x, mask is) { return (vf)_mm512_maskz_mov_ps(is, (__m512)x); } /* 0 elsewhere */
 ALWAYS vf plus(vf sum, vf x, mask is) { return (vf)_mm512_mask_add_ps((__m512)sum, is, (__m512)sum, (__m512)x); }
@@ -108,7 +108,7 @@ static void meet(const float *a, const float *b, int64_t rows, double *sums, int
         vf s[SUMS] = {0};
         for (int64_t i = p * WIDTH; i < rows * ROW; i += ROW) {
             vf x = from_f32(a + i), y = from_f32(b + i), product = x * y, of_x = x * x, of_y = y * y;
-            mask has_x = nonzero(x), has_y = nonzero(y), clash = negative(product) & has_x & has_y;
+            mask has_x = nonzero(x), has_y = nonzero(y), clash = negative(product) & (has_x & has_y);
             s[PRODUCT] += product;
             s[SQUARE_A] += of_x;
             s[SQUARE_B] += of_y;
