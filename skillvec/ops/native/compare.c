@@ -142,6 +142,21 @@ static void meet(const float *a, const float *b, int64_t rows, double *sums, int
     }
 }
 
+static void narrow_groups(const float *a, const float *b, int64_t size, int64_t width, double *out)
+{
+    for (int64_t i = 0; i < size; i += ROW) { /* less than a row each: in fp32 and in fp64 */
+        double sum[2][ROW];
+        for (int n = 0; n < ROW; n++) {
+            sum[0][n] = (double)(a[i + n] * b[i + n]) + 0.0;
+            sum[1][n] = (double)a[i + n] * (double)b[i + n] + 0.0;
+        }
+        for (int64_t half = width / 2; half; half /= 2)
+            for (int64_t n = 0; n < ROW; n++)
+                if (n % width < half) for (int k = 0; k < 2; k++) sum[k][n] += sum[k][(n + half) % ROW];
+        for (int64_t n = 0; n < ROW && i + n < size; n += width) *out++ = sum[!is_settled(sum[0][n])][n];
+    }
+}
+
 /* Two deltas (values, dtype, positions, exact values), bits that turn signs of the first or none,
    the width of a group, room for a double a group, and for comparison.PAIR. */
 static int64_t pair_sums(const Arg *args)
@@ -162,6 +177,7 @@ static int64_t pair_sums(const Arg *args)
         if (args[8].nbytes) turn(a, rows, args[8].data + begin / 8);
         meet(a, b, rows, sums, counts);
         if (width == GROUP) *groups = sums[PRODUCT];
+        else if (width < ROW) narrow_groups(a, b, end - begin, width, groups);
         else products_of(a, b, end - begin, width, F32, F32, groups);
         for (int64_t i = begin; i < end; i += width, groups++) {
             out[0] += *groups;
