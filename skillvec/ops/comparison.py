@@ -179,12 +179,13 @@ def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compa
         parts.add(-1, groups)
         parts.add(0, groups)
         parts.add(1, groups * groups)
+        ones = [where.astype(np.float32) for where in (shared, opposed)]
         for place, side in ((2, a), (3, b)):
             squares = side * side
             parts.add(place, lanes.row_products(side, side, squares))
-            for further, where in ((2, shared), (4, opposed)):
-                held = where.astype(side.dtype)
-                parts.add(place + further, lanes.row_products(side, side, squares * held, held))
+            for n, where in enumerate(ones):
+                terms = squares * where
+                parts.add(place + 2 * n + 2, lanes.row_products(side, side, terms, where))
         counts += [np.count_nonzero(where) for where in (in_a, in_b, shared, opposed)]
     sums = np.array([*(lanes.in_order(parts.whole(n)) for n in range(SUPPORT_A)), *counts])
     return Compared(parts.whole(-1), sums)
