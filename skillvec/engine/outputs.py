@@ -383,12 +383,11 @@ def _probed(delta: Subtracted, tuned: Source) -> tuple[str, Any]:
     if not numel:
         return delta.dtype, kernels.from_bytes(bytearray(), "U16")
     sides = [values_of(side, *_middle(side)) for side in (tuned, delta.base)]
-    scratch = kernels.from_bytes(bytearray(2 * numel), "U16")
     dtype = delta.dtype
     while True:
         out = kernels.from_bytes(bytearray(numel * ITEMSIZE[dtype]), dtype)
         found = subtract(sides[0], tuned.dtype, sides[1], delta.base.dtype, dtype,
-                         delta.exactness, out, scratch)  # fmt: skip
+                         delta.exactness, out)  # fmt: skip
         if found.delta.positions.size * 4 <= numel or ITEMSIZE[dtype] > 2:
             return dtype, bit_pattern(out)
         dtype = "F32"

@@ -51,7 +51,6 @@ class Job(ABC):
 
     status: ClassVar[str] = ""  # what a ledger says of the tensor
     has_rows: ClassVar[bool] = False  # whether its blocks are rows, which a writer places in order
-    wants_norm: ClassVar[bool] = False  # whether the norm of a difference is wanted
 
     name: str
     numel: int

@@ -249,7 +249,7 @@ class _ThreadedRun:
             call(self._plan, number, index, exact_base is not None)
         job, state = self._plan.jobs[number], self._states[number]
         block = Block(
-            index, job.numel, workspace, self._readers, state.leaves, job.wants_norm,
+            index, job.numel, workspace, self._readers, state.leaves,
             self._seen, self._holes, casts=state.casts,
         )  # fmt: skip
         tally = np.zeros(len(COUNTS), np.int64)

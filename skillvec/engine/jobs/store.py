@@ -9,9 +9,8 @@ import numpy.typing as npt
 from skillvec.engine.jobs.point import narrowed
 from skillvec.engine.plan import CHANGED, RowJob, Task
 from skillvec.ops.codecs import encode_block
-from skillvec.ops.delta import Delta, squared
+from skillvec.ops.delta import EXCEPTION, Delta, squared
 from skillvec.ops.statistics import Request
-from skillvec.vectors.block_reader import EXCEPTION
 from skillvec.vectors.writer import block_digest
 
 
@@ -20,7 +19,6 @@ class StoreJob(RowJob):
     """deltas[0] into a vector file, in a codec."""
 
     status: ClassVar[str] = "delta"
-    wants_norm: ClassVar[bool] = True
 
     codec: str
 

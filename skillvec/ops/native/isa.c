@@ -3,9 +3,12 @@
 #include "tiles.h"
 
 #include "sums.c"
+#include "pairs.c"
 
 extern const Entry KERNELS[];
 const Entry KERNELS[] = {
     {"group_products", "rrqqqw", group_products},
+    {"subtract", "rrqqqqwwww", subtract},
+    {"add", "rrrrqqqdwqqw", add},
     {NULL, NULL, NULL},
 };
