@@ -349,8 +349,10 @@ def add(
             return found
         if found is not None:  # what is not finite stays as it is
             at = np.flatnonzero(are_nonfinite(target, target_dtype))
-            held = target[at]
-            out[at] = held if target_dtype == out_dtype else narrow(widen(held, target_dtype), out_dtype)
+            out[at] = (
+                target[at] if target_dtype == out_dtype
+                else narrow(widen(target[at], target_dtype), out_dtype)
+            )  # fmt: skip
             return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
     for begin in range(0, target.size, STEP):
         end = min(begin + STEP, target.size)

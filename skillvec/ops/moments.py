@@ -143,7 +143,7 @@ def _add_kernel() -> Kernel | None:
 
 
 def sample_patterns() -> tuple[Array, Array]:
-    """Return 16-bit patterns of all exponents below 2^0 for self-checks, half of them neighbours."""
+    """Return 16-bit patterns of all exponents below 2^0, half of them neighbours."""
     one = np.arange(4073, dtype=np.uint16) * np.uint16(40503) & 0xBFFF
     other = np.roll(one, 1021) ^ (one & 0x8000)
     other[::2] = one[::2] ^ np.uint16(3)

@@ -115,10 +115,7 @@ def list_ledger(report: Report, limit: int | None) -> list[str | Grid]:
     known = ("status", "codec", "dtype", "shape", "changed", "norm", "gain", "cosine", "note")
     keys = [key for key in known if any(key in line for line in report.ledger)]
     lines = report.ledger[:limit]
-    rows = [
-        [line["name"], *(write_cell(line.get(key)) for key in keys)]
-        for line in lines
-    ]
+    rows = [[line["name"], *(write_cell(line.get(key)) for key in keys)] for line in lines]
     more = len(report.ledger) - len(lines)
     listed = "file" if report.verb in ("push", "pull") else "tensor"
     said: list[str | Grid] = [Grid([listed, *keys], rows)]

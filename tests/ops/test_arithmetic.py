@@ -36,7 +36,8 @@ def subtract(
 ) -> arithmetic.Subtraction:
     value = value or dtype
     out = np.empty(tuned.size, STORAGE_DTYPE[value])
-    return arithmetic.subtract(tuned, dtype, base, dtype, value, arithmetic.Exactness(2 * exact), out)
+    exactness = arithmetic.Exactness.WHOLE if exact else arithmetic.Exactness.ROUNDED
+    return arithmetic.subtract(tuned, dtype, base, dtype, value, exactness, out)
 
 
 def add(

@@ -71,7 +71,7 @@ ALWAYS double subtract_rows(const void *tuned, const void *base, void *out, int6
                 }
             }
             vm moved = nonzero(use), other = dt == db ? ne_bits(x, y) : ne(x, y);
-            vf total = careful || dt != db ? pick(moved, x + use, x) : x + use;
+            vf total = careful || dt != db || exactness != WHOLE ? pick(moved, x + use, x) : x + use;
             vm missed = ne_bits(total, y);
             if (!exact) {
                 missed = but(ne_bits(rounded(total, dt), y), strange);
