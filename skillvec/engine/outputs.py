@@ -29,6 +29,7 @@ from skillvec.ops.arithmetic import subtract
 from skillvec.ops.block import block_count
 from skillvec.ops.codecs import DENSE_SHARE, encode_block
 from skillvec.ops.special import bit_pattern
+from skillvec.remote.references import is_url
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import Subtracted
 from skillvec.vectors.manifest import Manifest
@@ -143,10 +144,10 @@ def _taken_nbytes(folder: Path) -> int:
 
 def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Output:
     """Return where output goes, links above it resolved, or refuse the place."""
-    from skillvec.remote import object_store
-
     ref = os.fspath(output)
-    if object_store.is_url(ref):
+    if is_url(ref):
+        from skillvec.remote import object_store
+
         url = ref.rstrip("/")
         for at in (f"{other.ref.rstrip('/')}/" for other in inputs):
             if at.startswith(f"{url}/") or f"{url}/".startswith(at):
