@@ -90,7 +90,11 @@ class Threads:
         finished: Callable[[int, JobResult], None] = lambda number, result: None,
     ) -> Found:
         """See Engine."""
-        return _ThreadedRun(plan, outputs, writer, finished).run(self.workers, progress)
+        from threadpoolctl import threadpool_limits
+
+        # the cores have blocks to do: threads of BLAS would wake for every product, and wait turning
+        with threadpool_limits(1, user_api="blas"):
+            return _ThreadedRun(plan, outputs, writer, finished).run(self.workers, progress)
 
 
 OnBlock = Callable[[Plan, int, int, bool], None]
