@@ -4,11 +4,14 @@
 
 #include "sums.c"
 #include "pairs.c"
+#include "compare.c"
 
 extern const Entry KERNELS[];
 const Entry KERNELS[] = {
     {"group_products", "rrqqqw", group_products},
     {"subtract", "rrqqqqwwww", subtract},
     {"add", "rrrrqqqdwqqw", add},
+    {"pair_sums", "rqrrrqrrrqww", pair_sums},
+    {"vector_sums", "rqrrrqw", vector_sums},
     {NULL, NULL, NULL},
 };
