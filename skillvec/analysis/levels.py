@@ -102,7 +102,7 @@ def vector_row(sums: Sums, whole: float) -> Row:
     """Return norm, density and rounding of one delta; `whole` is the squared norm of all of it."""
     square, moved = max(float(sums["square"]), 0.0), float(sums["moved"])
     steps = [float(count) for count in sums["steps"]] if moved else None
-    gain, cosine = realised((sums["kept_sq"], sums["kept_dot"], sums["sampled"]), 1.0)
+    gain, cosine = realised((sums["kept_sq"], sums["kept_dot"], sums["square"]), 1.0)
     return {
         "numel": int(sums["numel"]),
         "norm": sqrt(square),
@@ -170,7 +170,7 @@ def pair_terms(numel: int, record: Any, request: Request, n: int) -> dict[str, A
     terms: dict[str, Any] = {"numel": numel, "flips": record["flips"][n]}
     terms |= {key: pair[key] for key in statistics.PAIR}
     for side, vector in (("a", a), ("b", b)):
-        terms |= {f"{key}_{side}": vector[key] for key in ("square", "support", "sampled")}
+        terms |= {f"{key}_{side}": vector[key] for key in ("square", "support")}
     terms["along"] = _ratio(pair["product"] ** 2, b["square"]) or 0.0
     groups = -(-numel // statistics.group_width(numel)) if numel else 0
     spread = pair["groups_sq"] - (pair["product"] ** 2 / groups if groups else 0)
@@ -223,8 +223,8 @@ def pair_row(sums: Sums) -> Row:
         "along": _ratio(sums["along"], squares[0]),
     }
     for side in "ab":
-        found[f"on_support_{side}"] = _ratio(sums[f"met_{side}"], sums[f"sampled_{side}"])
-        found[f"conflict_{side}"] = _ratio(sums[f"clash_{side}"], sums[f"sampled_{side}"])
+        found[f"on_support_{side}"] = _ratio(sums[f"met_{side}"], sums[f"square_{side}"])
+        found[f"conflict_{side}"] = _ratio(sums[f"clash_{side}"], sums[f"square_{side}"])
     if "control_product" in sums:
         size = sqrt(max(float(sums["control_square"]), 0.0)) * norms[1]
         angles = angle(sums["control_product"], sums["control_groups_sq"], size, numel)
@@ -323,22 +323,18 @@ def forecast(pair: Levels) -> Forecast:
         and abs(row["z_groups"] or 0) >= CLEAR
     ]  # fmt: skip
     layers.sort(key=lambda row: -row["share"])
-    sampled = any(statistics.is_estimated(row["numel"]) for row in pair["tensors"])
     return {
         "along": overall["along"],
         "on_support": overall["on_support_a"],
         "conflict": overall["conflict_a"],
         "in_subspace": overall.get("a_in_b"),
         "layers": layers[:5],
-        "sentence": say_forecast(overall, [row["name"] for row in layers[:3]], sampled),
+        "sentence": say_forecast(overall, [row["name"] for row in layers[:3]]),
     }
 
 
-def say_forecast(overall: Row, names: Sequence[str], sampled: bool) -> str:
-    """Return in words what adding a to a model that holds b meets; `names` are layers to look at.
-
-    `sampled` says that some numbers are estimates.
-    """
+def say_forecast(overall: Row, names: Sequence[str]) -> str:
+    """Return in words what adding a to a model that holds b meets; `names` are layers to look at."""
     if overall["along"] is None:
         return "A is zero: nothing would be added"
     words = [f"{_percent(overall['along'])} of A's energy lies along B"]
@@ -348,8 +344,7 @@ def say_forecast(overall: Row, names: Sequence[str], sampled: bool) -> str:
             f"{_percent(inside)} in B's top singular directions (chance {_percent(chance)})"
         )
     if conflict is not None:
-        about = "about " if sampled else ""
-        words.append(f"{about}{_percent(conflict)} meets weights that B moved the other way")
+        words.append(f"{_percent(conflict)} meets weights that B moved the other way")
     look = f"; look at {', '.join(names)}" if names else "; no layer stands out"
     return f"adding A to a model that holds B: {', '.join(words)}{look}"
 

@@ -24,6 +24,7 @@ PAIR = (
     "support_a", "support_b", "shared", "opposed",
 )  # fmt: skip
 VECTOR = ("square", "support", "kept_dot", "kept_sq", "absorbed", "step_sq")  # then steps
+SUPPORT_A = PAIR.index("support_a")  # the first of the counts
 GRIDS = {"BF16": (7, 1), "F16": (10, 113)}  # bits of a fraction; least biased fp32 exponent
 EXPONENT = np.int32(0x7F800000)  # of fp32
 NO_SIGNS = np.zeros(0, np.uint8)
@@ -57,6 +58,15 @@ def compare_weights(x: Delta, weights: Weights | None) -> Sums:
     return call_weights(kernel, x, weights)
 
 
+def flip(groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
+    """Return the sums of groups with signs: plus where the bit is 1, a row of `signs` each.
+
+    Bits stand in bytes, the highest first; a row has 32 for each 32 groups begun.
+    """
+    kernel = _kernels()[2]
+    return numpy_flip(groups, signs) if kernel is None else call_flip(kernel, groups, signs)
+
+
 # -------------------------------------------------------------------------------------- by kernels
 
 
@@ -77,11 +87,18 @@ def call_weights(kernel: compiled.Kernel, x: Delta, weights: Weights | None) -> 
     return sums
 
 
+def call_flip(kernel: compiled.Kernel, groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
+    """Return what `numpy_flip` gives, by a compiled kernel."""
+    sums = np.empty(len(signs))
+    kernel(groups, signs, sums)
+    return sums
+
+
 def _spelt(delta: Delta) -> tuple[Any, ...]:
     return delta.values, compiled.CODES[delta.dtype], delta.positions, delta.exact
 
 
-SELF_CHECKS = "", ""  # digests of what numpy makes of `_samples`; a test compares
+SELF_CHECKS = "17a5a7e5cf72bba0", "27de10204a38e186", "c09690eda56dc60a"  # of numpy; a test compares
 
 
 def _samples() -> tuple[list[Delta], list[Weights]]:
@@ -113,17 +130,26 @@ def sample_weights(run: Callable[[Delta, Weights | None], Sums]) -> bytes:
     return b"".join(run(x, held).tobytes() for x in deltas for held in (None, *weights))
 
 
+def sample_flips(run: Callable[[Sums, npt.NDArray[np.uint8]], Sums]) -> bytes:
+    """Return the bytes of what fixed groups give."""
+    groups = np.arange(1, 74) / 3.0
+    return run(groups, (np.arange(60, dtype=np.uint8) * 37).reshape(5, 12)).tobytes()
+
+
 @cache
-def _kernels() -> tuple[compiled.Kernel | None, compiled.Kernel | None]:
+def _kernels() -> tuple[compiled.Kernel | None, ...]:
     def pairs(kernel: compiled.Kernel) -> bytes:
         return sample_pairs(lambda *of: call_pair(kernel, *of))
 
     def weights(kernel: compiled.Kernel) -> bytes:
         return sample_weights(lambda *of: call_weights(kernel, *of))
 
-    return (
-        compiled.kernel("pair_sums", pairs, SELF_CHECKS[0]),
-        compiled.kernel("vector_sums", weights, SELF_CHECKS[1]),
+    def flips(kernel: compiled.Kernel) -> bytes:
+        return sample_flips(lambda *of: call_flip(kernel, *of))
+
+    names = ("pair_sums", pairs), ("vector_sums", weights), ("flipped_sums", flips)
+    return tuple(
+        compiled.kernel(*of, digest) for of, digest in zip(names, SELF_CHECKS, strict=True)
     )
 
 
@@ -136,28 +162,38 @@ def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compa
 
     Met is the energy of one where the other is not 0, clash where their signs differ.
     """
-    parts, counts = _Parts(len(PAIR) + 1), np.zeros(4, np.int64)
+    parts, counts = _Parts(SUPPORT_A + 1), np.zeros(4, np.int64)
     for begin in range(0, x.values.size, STEP):
-        a, b = (side.wide(begin, begin + STEP) for side in (x, y))
+        one, two = x.wide(begin, begin + STEP), y.wide(begin, begin + STEP)
         if signs.size:
-            negative = np.unpackbits(signs[begin // 8 :], count=a.size).view(np.bool_)
-            a = np.where(negative, -a, a)
+            one = _turned(one, signs[begin // 8 :])
+        a, b = lanes.by_rows(one), lanes.by_rows(two)
         shared = (a != 0) & (b != 0)
         opposed = shared & ((a < 0) != (b < 0))
-        dtype = np.result_type(a, b)
-        groups = lanes.group_products(a.astype(dtype, copy=False), b.astype(dtype, copy=False), width)
+        if width == lanes.GROUP:
+            groups = lanes.row_products(a, b)
+        else:
+            dtype = np.result_type(one, two)
+            groups = lanes.group_products(one.astype(dtype), two.astype(dtype), width)
         parts.add(-1, groups)
         parts.add(0, groups)
         parts.add(1, groups * groups)
-        for place, one in ((2, a), (3, b)):
-            parts.add(place, lanes.group_products(one, one))
+        for place, side in ((2, a), (3, b)):
+            squares = side * side
+            parts.add(place, lanes.row_products(side, side, squares))
             for further, where in ((2, shared), (4, opposed)):
-                held = one * where
-                parts.add(place + further, lanes.group_products(held, one))
-        counts += [np.count_nonzero(where) for where in (a, b, shared, opposed)]
-    sums = np.array([lanes.in_order(parts.whole(place)) for place in range(len(PAIR))])
-    sums[8:] = counts
+                held = where.astype(side.dtype)
+                parts.add(place + further, lanes.row_products(side * held, side, squares * held))
+        counts += [np.count_nonzero(where) for where in (one, two, shared, opposed)]
+    sums = np.array([*(lanes.in_order(parts.whole(n)) for n in range(SUPPORT_A)), *counts])
     return Compared(parts.whole(-1), sums)
+
+
+def _turned(values: Array, signs: Array) -> Array:
+    """Return values with the signs turned where bits are 1."""
+    bits = values.view(np.dtype(f"<u{values.itemsize}"))
+    turn = np.unpackbits(signs, count=values.size).astype(bits.dtype)
+    return (bits ^ turn << bits.dtype.type(8 * values.itemsize - 1)).view(values.dtype)
 
 
 @np.errstate(all="ignore")
@@ -205,6 +241,12 @@ def _round(
     step[~(changed & np.isfinite(held))] = 0
     distance = ((single.view(np.int32) & EXPONENT) - power >> 23) + fraction + 3
     return kept, step, np.clip(distance, 0, len(STEP_EDGES)) * changed
+
+
+def numpy_flip(groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
+    """Return the sums of groups with signs, by numpy: 16 lanes in fp64, as one group."""
+    plus = np.unpackbits(signs, axis=1, count=groups.size)
+    return np.array([lanes.total(np.where(row, groups, -groups)) for row in plus])
 
 
 class _Parts:

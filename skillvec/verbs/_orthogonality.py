@@ -40,7 +40,8 @@ from skillvec.files.output_file import fsync_path
 from skillvec.files.staging import staging
 from skillvec.ops.kernels import HALVES
 from skillvec.ops.names import natural_order
-from skillvec.ops.statistics import ESTIMATED, STEP_EDGES, Request, is_estimated, layout
+from skillvec.ops.comparison import STEP_EDGES
+from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
@@ -277,8 +278,6 @@ def _conclude(
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
     records = [(r.job.name, r.job.numel, r.sums.view(form)[0]) for r in results]
-    if any(is_estimated(numel) for _, numel, _ in records):
-        report.facts["estimated"] = list(ESTIMATED)
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
          **vector_levels(records, i, spectra.vectors[i])}

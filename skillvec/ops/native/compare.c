@@ -41,7 +41,7 @@ ALWAYS mask are_set(vi x, int32_t bits) /* any of them */
 }
 
 ALWAYS mask nonzero(vf x) { return are_set((vi)x, 0x7FFFFFFF); }
-ALWAYS mask finite(vf x) { return ~are_set(((vi)x & 0x7F800000) + 0x800000, INT32_MIN); }
+ALWAYS mask are_finite(vf x) { return ~are_set(((vi)x & 0x7F800000) + 0x800000, INT32_MIN); }
 
 ALWAYS word bits_of(mask of)
 {
@@ -105,11 +105,6 @@ static int take(Side *side, int64_t begin, int64_t end, float *out) /* 0: except
     return end < side->size || side->next == side->count;
 }
 
-static double again(const float *a, const float *b, int64_t rows)
-{
-    return product64(a, b, 0, rows * ROW, F32, F32);
-}
-
 ALWAYS void store_f32(vf x, float *at) { memcpy(at, &x, sizeof x); }
 
 ALWAYS double settled(vf *sum, int64_t count, const float *a, const float *b, int64_t rows)
@@ -117,7 +112,7 @@ ALWAYS double settled(vf *sum, int64_t count, const float *a, const float *b, in
     row32 lanes;
     memcpy(&lanes, sum, sizeof lanes);
     double total = count ? folded(lanes) : 0;
-    return !count || is_settled(total) ? total : again(a, b, rows);
+    return !count || is_settled(total) ? total : product64(a, b, 0, rows * ROW, F32, F32);
 }
 
 /* ---------------------------------------------------------------------------------------- two deltas */
@@ -126,11 +121,12 @@ enum { PRODUCT, SQUARE_A, SQUARE_B, MET_A, MET_B, CLASH_A, CLASH_B, SUMS }; /* t
 
 static void turn(float *values, int64_t rows, const uint8_t *signs) /* by bits, highest first */
 {
-    for (int64_t i = 0; i < rows * ROW; i++) {
-        uint32_t bits;
-        memcpy(&bits, values + i, 4);
-        bits ^= (uint32_t)(signs[i / 8] >> (7 - i % 8) & 1) << 31;
-        memcpy(values + i, &bits, 4);
+    static const uint32_t PLACES[ROW] = {16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    for (int64_t i = 0; i < rows * ROW; i += WIDTH) {
+        const uint8_t *at = signs + i / ROW * 2;
+        vu places, word = (vu){0} + ((uint32_t)at[0] << 8 | at[1]);
+        memcpy(&places, PLACES + i % ROW, sizeof places);
+        store_f32((vf)((vu)from_f32(values + i) ^ (word << places & 0x80000000)), values + i);
     }
 }
 
@@ -144,7 +140,7 @@ static void meet(const float *a, const float *b, int64_t rows, double *sums, int
 {
     word in_a[PATTERN], in_b[PATTERN], against[PATTERN];
     vf sum[SUMS][PARTS];
-    float held[GROUP];
+    _Alignas(64) float held[GROUP];
     memset(in_a, 0, sizeof in_a);
     memset(in_b, 0, sizeof in_b);
     memset(against, 0, sizeof against);
@@ -194,7 +190,7 @@ static int64_t pair_sums(const Arg *args)
         || args[11].nbytes != 12 * 8 || (args[8].nbytes && args[8].nbytes < (x.size + 31) / 32 * 4))
         return -1;
     double *groups = (double *)args[10].data, *out = (double *)args[11].data, sums[SUMS];
-    float a[GROUP], b[GROUP];
+    _Alignas(64) float a[GROUP], b[GROUP];
     memset(out, 0, 12 * 8);
     for (int64_t begin = 0; begin < x.size; begin += GROUP) {
         int64_t end = begin + GROUP < x.size ? begin + GROUP : x.size, rows = (end - begin + ROW - 1) / ROW;
@@ -257,7 +253,7 @@ ALWAYS void round_rows(const float *v, const float *w, int64_t rows, int dtype, 
     const int32_t least = grid == F16 ? 113 << 23 : 1 << 23, infinite = 0x7F800000;
     word has[PATTERN], stay[PATTERN];
     vf sum[4][PARTS];
-    float arrived[GROUP], step[GROUP];
+    _Alignas(64) float arrived[GROUP], step[GROUP];
     memset(has, 0, sizeof has);
     memset(stay, 0, sizeof stay);
     for (int p = 0; p < PARTS; p++) {
@@ -275,8 +271,8 @@ ALWAYS void round_rows(const float *v, const float *w, int64_t rows, int dtype, 
             }
             vf held = dtype == F32 ? to_grid(y, grid) : y, moved = to_grid(y + x, grid) - held;
             vi power = larger((vi)held & infinite, (vi){0} + least);
-            moved = kept(moved, changed & finite(moved));
-            vf one = kept((vf)larger(power - (fraction << 23), (vi){0}), changed & finite(held));
+            moved = kept(moved, changed & are_finite(moved));
+            vf one = kept((vf)larger(power - (fraction << 23), (vi){0}), changed & are_finite(held));
             stay[i / WIDTH] = bits_of(nonzero(moved));
             s[0] += x * x;
             s[1] += moved * x;
@@ -330,7 +326,7 @@ static int64_t vector_sums(const Arg *args)
         || (args[4].nbytes && args[4].nbytes != x.size * itemsize((int)dtype)))
         return -1;
     double *out = (double *)args[6].data;
-    float v[GROUP], w[GROUP];
+    _Alignas(64) float v[GROUP], w[GROUP];
     vi counts[STEPS] = {0};
     memset(out, 0, 15 * 8);
     for (int64_t begin = 0; begin < x.size; begin += GROUP) {
@@ -349,5 +345,30 @@ static int64_t vector_sums(const Arg *args)
             out[7 + n] += counts[n][i];
             out[6] -= counts[n][i];
         }
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------ signs of groups */
+
+/* Doubles, bits for each draw (32 for each 32 doubles begun, highest first), room for a sum a draw:
+   plus where the bit is 1. */
+static int64_t flipped_sums(const Arg *args)
+{
+    int64_t size = args[0].nbytes / 8, stride = (size + 31) / 32 * 4, draws = args[2].nbytes / 8;
+    if (args[0].nbytes % 8 || args[2].nbytes % 8 || args[1].nbytes != draws * stride) return -1;
+    const uint8_t *bits = args[1].data;
+    for (int64_t draw = 0; draw < draws; draw++, bits += stride) {
+        double lane[ROW] = {0}, total;
+        row64 sum;
+        for (int64_t i = 0; i < size; i += ROW) {
+            uint64_t held[ROW] = {0}, minus = ~((uint64_t)bits[i / 8] << 8 | bits[i / 8 + 1]);
+            memcpy(held, args[0].data + 8 * i, 8 * (i + ROW < size ? ROW : size - i));
+            for (int n = 0; n < ROW; n++) held[n] ^= minus << (48 + n) & (uint64_t)1 << 63;
+            for (int n = 0; n < ROW; n++) { double x; memcpy(&x, held + n, 8); lane[n] += x; }
+        }
+        memcpy(&sum, lane, sizeof sum);
+        total = folded64(sum);
+        memcpy(args[2].data + 8 * draw, &total, 8);
+    }
     return 0;
 }

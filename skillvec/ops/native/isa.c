@@ -13,5 +13,6 @@ const Entry KERNELS[] = {
     {"add", "rrrrqqqdwqqw", add},
     {"pair_sums", "rqrrrqrrrqww", pair_sums},
     {"vector_sums", "rqrrrqw", vector_sums},
+    {"flipped_sums", "rrw", flipped_sums},
     {NULL, NULL, NULL},
 };
