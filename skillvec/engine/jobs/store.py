@@ -10,6 +10,7 @@ from skillvec.engine.jobs.point import narrowed
 from skillvec.engine.plan import CHANGED, RowJob, Task
 from skillvec.ops.codecs import encode_block
 from skillvec.ops.delta import EXCEPTION, Delta, squared
+from skillvec.ops.special import bit_pattern
 from skillvec.ops.statistics import Request
 from skillvec.vectors.writer import block_digest
 
@@ -40,7 +41,7 @@ class StoreJob(RowJob):
             task.tally[: len(counts)] = counts
             task.state.sums[block.index] = found.delta_sq
         elif not source.is_stored:  # of a stored one the manifest knows
-            task.tally[CHANGED] = np.count_nonzero(delta.values)
+            task.tally[CHANGED] = np.count_nonzero(bit_pattern(delta.values))
             task.state.sums[block.index] = squared(delta)
         values = delta.values
         if delta.dtype != self.out_dtype:

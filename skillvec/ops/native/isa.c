@@ -5,6 +5,7 @@
 #include "sums.c"
 #include "pairs.c"
 #include "compare.c"
+#include "merge.c"
 
 extern const Entry KERNELS[];
 const Entry KERNELS[] = {
@@ -14,5 +15,11 @@ const Entry KERNELS[] = {
     {"pair_sums", "rqrrrqrrrqww", pair_sums},
     {"vector_sums", "rqrrrqw", vector_sums},
     {"flipped_sums", "rrw", flipped_sums},
+    {"draw", "rqw", draw},
+    {"round_randomly", "rrqw", round_randomly},
+    {"merge", "wrrqqqrrrrrrrrrrrrrrrrrr", merge},
+    {"count_magnitudes", "rrrqww", count_magnitudes},
+    {"count_within", "rrrqrw", count_within},
+    {"sum_products", "rrrrrrqqqqw", sum_products},
     {NULL, NULL, NULL},
 };
