@@ -22,25 +22,67 @@ typedef int64_t vq __attribute__((vector_size(4 * WIDTH))); /* as many as double
 
 /* ---------------------------------------------------------------------------------- random numbers */
 
-ALWAYS void philox_round(uint64_t *c, uint64_t k0, uint64_t k1)
+#define FACTOR_0 0xD2E7470EE14C6C93
+#define FACTOR_1 0xCA5A826395121157
+#define WEYL_0 0x9E3779B97F4A7C15
+#define WEYL_1 0xBB67AE8584CAA73B
+
+#if defined(__AVX512F__)
+/* Both halves of products of 64 bits, of four of 32; a multiplier of 64 bits is slower. */
+ALWAYS void product(__m512i x, uint64_t by, __m512i *upper, __m512i *lower)
 {
-    unsigned __int128 a = (unsigned __int128)0xD2E7470EE14C6C93 * c[0];
-    unsigned __int128 b = (unsigned __int128)0xCA5A826395121157 * c[2];
-    c[0] = (uint64_t)(b >> 64) ^ c[1] ^ k0;
-    c[2] = (uint64_t)(a >> 64) ^ c[3] ^ k1;
-    c[1] = (uint64_t)b;
-    c[3] = (uint64_t)a;
+    __m512i low = _mm512_set1_epi64(by & UINT32_MAX), high = _mm512_set1_epi64(by >> 32);
+    __m512i above = _mm512_srli_epi64(x, 32), first = _mm512_mul_epu32(x, low);
+    __m512i mid = _mm512_mul_epu32(x, high) + _mm512_srli_epi64(first, 32);
+    __m512i sum = _mm512_mul_epu32(above, low) + (mid & _mm512_set1_epi64(UINT32_MAX));
+    *upper = _mm512_mul_epu32(above, high) + _mm512_srli_epi64(mid, 32) + _mm512_srli_epi64(sum, 32);
+    *lower = _mm512_mask_shuffle_epi32(first, 0xAAAA, sum, _MM_PERM_CCAA);
 }
 
-/* Philox 4x64-10 (Salmon et al. 2011): the four words of the counters from `step` + 1 on. */
-static void draw_words(const uint64_t *key, uint64_t step, int64_t steps, uint64_t *out)
+ALWAYS void draw_eight(const uint64_t *key, uint64_t step, uint64_t *out)
 {
-    for (int64_t i = 0; i < steps; i++) {
-        uint64_t c[4] = {step + i + 1, 0, 0, 0}, k0 = key[0], k1 = key[1];
+    __m512i c[4] = {_mm512_set1_epi64(step) + _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)}, a[2], b[2];
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; round++) {
+        product(c[0], FACTOR_0, a + 1, a);
+        product(c[2], FACTOR_1, b + 1, b);
+        c[0] = b[1] ^ c[1] ^ _mm512_set1_epi64(key[0] + round * WEYL_0);
+        c[2] = a[1] ^ c[3] ^ _mm512_set1_epi64(key[1] + round * WEYL_1);
+        c[1] = b[0];
+        c[3] = a[0];
+    }
+    /* from a register a word to four words a counter */
+    __m512i even[2], odd[2];
+    for (int i = 0; i < 2; i++) {
+        even[i] = _mm512_unpacklo_epi64(c[2 * i], c[2 * i + 1]);
+        odd[i] = _mm512_unpackhi_epi64(c[2 * i], c[2 * i + 1]);
+    }
+#define HALF(i, lanes) \
+    a[i] = _mm512_shuffle_i64x2(even[0], even[1], lanes); \
+    b[i] = _mm512_shuffle_i64x2(odd[0], odd[1], lanes); \
+    _mm512_storeu_si512(out + 16 * i, _mm512_shuffle_i64x2(a[i], b[i], 0x88)); \
+    _mm512_storeu_si512(out + 16 * i + 8, _mm512_shuffle_i64x2(a[i], b[i], 0xDD));
+    HALF(0, 0x44) HALF(1, 0xEE)
+#undef HALF
+}
+#endif
+
+/* Philox 4x64-10 (Salmon et al. 2011): the four words of the counters from `step` + 1 on. */
+__attribute__((noinline)) static void draw_words(const uint64_t *key, uint64_t step, int64_t steps, uint64_t *out)
+{
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 8 <= steps; i += 8) draw_eight(key, step + i + 1, out + 4 * i);
+#endif
+    for (; i < steps; i++) {
+        uint64_t c[4] = {step + i + 1, 0, 0, 0};
         for (int round = 0; round < 10; round++) {
-            philox_round(c, k0, k1);
-            k0 += 0x9E3779B97F4A7C15;
-            k1 += 0xBB67AE8584CAA73B;
+            unsigned __int128 a = (unsigned __int128)FACTOR_0 * c[0];
+            unsigned __int128 b = (unsigned __int128)FACTOR_1 * c[2];
+            c[0] = (uint64_t)(b >> 64) ^ c[1] ^ (key[0] + round * WEYL_0);
+            c[2] = (uint64_t)(a >> 64) ^ c[3] ^ (key[1] + round * WEYL_1);
+            c[1] = (uint64_t)b;
+            c[3] = (uint64_t)a;
         }
         memcpy(out + 4 * i, c, sizeof c);
     }
