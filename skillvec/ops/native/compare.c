@@ -40,7 +40,7 @@ ALWAYS mask are_set(vi x, int32_t bits) /* any of them */
 #endif
 }
 
-ALWAYS mask nonzero(vf x) { return are_set((vi)x, 0x7FFFFFFF); }
+ALWAYS mask unlike_zero(vf x) { return are_set((vi)x, 0x7FFFFFFF); }
 ALWAYS mask are_finite(vf x) { return ~are_set(((vi)x & 0x7F800000) + 0x800000, INT32_MIN); }
 
 ALWAYS word bits_of(mask of)
@@ -148,7 +148,7 @@ static void meet(const float *a, const float *b, int64_t rows, double *sums, int
         vf s[SUMS] = {0};
         for (int64_t i = p * WIDTH; i < rows * ROW; i += ROW) {
             vf x = from_f32(a + i), y = from_f32(b + i), product = x * y, of_x = x * x, of_y = y * y;
-            mask has_x = nonzero(x), has_y = nonzero(y), clash = are_set((vi)product, INT32_MIN) & has_y;
+            mask has_x = unlike_zero(x), has_y = unlike_zero(y), clash = are_set((vi)product, INT32_MIN) & has_y;
             s[PRODUCT] += product;
             s[SQUARE_A] += of_x;
             s[SQUARE_B] += of_y;
@@ -199,7 +199,7 @@ static int64_t pair_sums(const Arg *args)
         meet(a, b, rows, sums, counts);
         int64_t count = (end - begin + width - 1) / width;
         if (width == GROUP) *groups = sums[PRODUCT];
-        else products_of(a, b, end - begin, width, F32, F32, groups);
+        else products_of(a, b, end - begin, width, F32, F32, (uint8_t *)groups);
         for (int64_t i = 0; i < count; i++, groups++) {
             out[0] += *groups;
             out[1] += *groups * *groups;
@@ -213,7 +213,7 @@ static int64_t pair_sums(const Arg *args)
 
 /* ------------------------------------------------------------------------------ a delta on its weights */
 
-ALWAYS vi larger(vi a, vi b)
+ALWAYS vi larger_int(vi a, vi b)
 {
 #if WIDTH == 16
     return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
@@ -262,7 +262,7 @@ ALWAYS void round_rows(const float *v, const float *w, int64_t rows, int dtype, 
         int room = 15;
         for (int64_t i = p * WIDTH; i < rows * ROW; i += ROW) {
             vf x = from_f32(v + i), y = from_f32(w + i), zero = {0};
-            mask changed = nonzero(x);
+            mask changed = unlike_zero(x);
             has[i / WIDTH] = bits_of(changed);
             if (!bits_of(changed)) {
                 store_f32(zero, arrived + i);
@@ -270,10 +270,10 @@ ALWAYS void round_rows(const float *v, const float *w, int64_t rows, int dtype, 
                 continue;
             }
             vf held = dtype == F32 ? to_grid(y, grid) : y, moved = to_grid(y + x, grid) - held;
-            vi power = larger((vi)held & infinite, (vi){0} + least);
+            vi power = larger_int((vi)held & infinite, (vi){0} + least);
             moved = kept(moved, changed & are_finite(moved));
-            vf one = kept((vf)larger(power - (fraction << 23), (vi){0}), changed & are_finite(held));
-            stay[i / WIDTH] = bits_of(nonzero(moved));
+            vf one = kept((vf)larger_int(power - (fraction << 23), (vi){0}), changed & are_finite(held));
+            stay[i / WIDTH] = bits_of(unlike_zero(moved));
             s[0] += x * x;
             s[1] += moved * x;
             s[2] += moved * moved;
@@ -281,7 +281,7 @@ ALWAYS void round_rows(const float *v, const float *w, int64_t rows, int dtype, 
             store_f32(moved, arrived + i);
             store_f32(one, step + i);
             vi place = ((((vi)x & infinite) - power) >> 21) + 4 * (fraction + 2);
-            packed += (vi)kept((vf)shifted_one(-larger(-place, (vi){0} - 4 * (STEPS - 1))), changed);
+            packed += (vi)kept((vf)shifted_one(-larger_int(-place, (vi){0} - 4 * (STEPS - 1))), changed);
             if (!--room) {
                 for (int n = 0; n < STEPS; n++) counts[n] += packed >> 4 * n & 15;
                 packed = (vi){0};
@@ -309,7 +309,7 @@ ALWAYS void square_rows(const float *v, int64_t rows, double *out)
         for (int p = 0; p < PARTS; p++) {
             vf x = from_f32(v + i + p * WIDTH);
             sum[p] += x * x;
-            has[i / WIDTH + p] = bits_of(nonzero(x));
+            has[i / WIDTH + p] = bits_of(unlike_zero(x));
         }
     int64_t changed = count_of(has, has);
     out[0] += settled(sum, changed, v, v, rows);
