@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from skillvec.engine.jobs.point import narrowed
 from skillvec.engine.plan import CHANGED, RowJob, Task
-from skillvec.ops.codecs import encode_block
+from skillvec.ops.codecs import encode_block, room_nbytes
 from skillvec.ops.delta import EXCEPTION, Delta, squared
 from skillvec.ops.special import bit_pattern
 from skillvec.ops.statistics import Request
@@ -46,7 +46,8 @@ class StoreJob(RowJob):
         values = delta.values
         if delta.dtype != self.out_dtype:
             values = narrowed(delta, self.out_dtype, self.name)
-        encoded = encode_block(values, self.codec)
+        room = block.workspace.array("encoded", "U8", room_nbytes(values, self.codec))
+        encoded = encode_block(values, self.codec, room)
         records = _exceptions(delta).view(np.uint8), replaced.view(np.uint8)
         row = self.first_block + block.index
         task.common.writer.add(row, (encoded.payload, encoded.bitmap, *records))

@@ -2,6 +2,7 @@
 
 #include "tiles.h"
 
+#include "planes.c"
 #include "sums.c"
 #include "pairs.c"
 #include "compare.c"
@@ -9,6 +10,10 @@
 
 extern const Entry KERNELS[];
 const Entry KERNELS[] = {
+    {"join", "rrrrrrrrqw", join},
+    {"pick", "rqww", pick},
+    {"scatter", "rrqw", scatter},
+    {"split", "rqw", split},
     {"group_products", "rrqqqw", group_products},
     {"subtract", "rrqqqqwwww", subtract},
     {"add", "rrrrqqqdwqqw", add},

@@ -29,7 +29,7 @@ typedef int64_t vq __attribute__((vector_size(4 * WIDTH))); /* as many as double
 
 #if defined(__AVX512F__)
 /* Both halves of products of 64 bits, of four of 32; a multiplier of 64 bits is slower. */
-ALWAYS void product(__m512i x, uint64_t by, __m512i *upper, __m512i *lower)
+ALWAYS void multiply(__m512i x, uint64_t by, __m512i *upper, __m512i *lower)
 {
     __m512i low = _mm512_set1_epi64(by & UINT32_MAX), high = _mm512_set1_epi64(by >> 32);
     __m512i above = _mm512_srli_epi64(x, 32), first = _mm512_mul_epu32(x, low);
@@ -44,8 +44,8 @@ ALWAYS void draw_eight(const uint64_t *key, uint64_t step, uint64_t *out)
     __m512i c[4] = {_mm512_set1_epi64(step) + _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)}, a[2], b[2];
 #pragma GCC unroll 10
     for (int round = 0; round < 10; round++) {
-        product(c[0], FACTOR_0, a + 1, a);
-        product(c[2], FACTOR_1, b + 1, b);
+        multiply(c[0], FACTOR_0, a + 1, a);
+        multiply(c[2], FACTOR_1, b + 1, b);
         c[0] = b[1] ^ c[1] ^ _mm512_set1_epi64(key[0] + round * WEYL_0);
         c[2] = a[1] ^ c[3] ^ _mm512_set1_epi64(key[1] + round * WEYL_1);
         c[1] = b[0];
