@@ -98,7 +98,11 @@ def _spelt(delta: Delta) -> tuple[Any, ...]:
     return delta.values, compiled.CODES[delta.dtype], delta.positions, delta.exact
 
 
-SELF_CHECKS = "17a5a7e5cf72bba0", "27de10204a38e186", "c09690eda56dc60a"  # of numpy; a test compares
+SELF_CHECKS = (
+    "17a5a7e5cf72bba0",
+    "27de10204a38e186",
+    "c09690eda56dc60a",
+)  # of numpy; a test compares
 
 
 def _samples() -> tuple[list[Delta], list[Weights]]:

@@ -181,7 +181,12 @@ KNOWN: dict[str, Any] = {
     "sparsify": [[[0x3B000000], 1.7]] * 2, "orthogonal": [0.3],
 }  # fmt: skip
 WEIGHTS, SEEN_AT = (0.7, -1.1), Position("w", 16, 5, ("a", "b"))
-DIGESTS = {"merge": "095c1294bedadf99", "count_magnitudes": "0cb859f7dfb98543", "count_within": "83565b381d8d851c", "sum_products": "12327d93871c8b85"}
+DIGESTS = {
+    "merge": "095c1294bedadf99",
+    "count_magnitudes": "0cb859f7dfb98543",
+    "count_within": "83565b381d8d851c",
+    "sum_products": "12327d93871c8b85",
+}
 
 
 def fixed_parts() -> list[Delta]:

@@ -71,7 +71,7 @@ ALWAYS double subtract_rows(const void *tuned, const void *base, void *out, int6
                 }
             }
             vm moved = nonzero(use), other = dt == db ? ne_bits(x, y) : ne(x, y);
-            vf total = careful || dt != db || exactness != WHOLE ? pick(moved, x + use, x) : x + use;
+            vf total = careful || dt != db || exactness != WHOLE ? choose(moved, x + use, x) : x + use;
             vm missed = ne_bits(total, y);
             if (!exact) {
                 missed = but(ne_bits(rounded(total, dt), y), strange);
@@ -186,7 +186,7 @@ ALWAYS uint32_t add_rows(const void *target, const void *delta, void *out, int64
         if (write) {
             for (int p = 0; p < PARTS; p++) {
                 vm adds = both(nonzero(d.v[p]), asked);
-                after.v[p] = pick(adds, fused(lam, d.v[p], a.v[p]), a.v[p]);
+                after.v[p] = choose(adds, fused(lam, d.v[p], a.v[p]), a.v[p]);
                 if (dout == BF16) { /* what is not finite here is written by numpy */
                     vu bits = (vu)after.v[p];
                     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;

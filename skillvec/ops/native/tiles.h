@@ -192,7 +192,7 @@ ALWAYS vm ne(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_
 ALWAYS vm wild(vf a) { return _mm512_fpclass_ps_mask((__m512)a, 0x99); } /* NaN or infinite */
 ALWAYS uint32_t lanes(vm m) { return m; }
 ALWAYS vf keep(vm m, vf x) { return (vf)_mm512_maskz_mov_ps(m, (__m512)x); }
-ALWAYS vf pick(vm m, vf x, vf y) { return (vf)_mm512_mask_mov_ps((__m512)y, m, (__m512)x); }
+ALWAYS vf choose(vm m, vf x, vf y) { return (vf)_mm512_mask_mov_ps((__m512)y, m, (__m512)x); }
 ALWAYS vi count(vi sum, vm m)
 {
     __m512i one = _mm512_set1_epi32(1);
@@ -214,7 +214,7 @@ ALWAYS uint32_t lanes(vm m) /* a bit a lane */
 #endif
 }
 ALWAYS vf keep(vm m, vf x) { return (vf)((vi)x & m); }
-ALWAYS vf pick(vm m, vf x, vf y) { return (vf)(((vi)x & m) | ((vi)y & ~m)); }
+ALWAYS vf choose(vm m, vf x, vf y) { return (vf)(((vi)x & m) | ((vi)y & ~m)); }
 ALWAYS vi count(vi sum, vm m) { return sum - m; }
 #endif
 

@@ -114,9 +114,7 @@ class MixDelta(DeltaSource):
     def _place(self, begin: int) -> Position:
         return Position(self.spec.name, begin, self.seed, self.streams)
 
-    def _pieces(
-        self, block: Block, parts: list[Delta]
-    ) -> Iterator[tuple[Position, list[Array]]]:
+    def _pieces(self, block: Block, parts: list[Delta]) -> Iterator[tuple[Position, list[Array]]]:
         """Yield the parts piece by piece, widened, with their place."""
         for begin in range(0, block.size, STEP):
             wide = [part.wide(begin, begin + STEP) for part in parts]
