@@ -98,7 +98,7 @@ class Threads:
         """See Engine."""
         from threadpoolctl import threadpool_limits
 
-        # the cores have blocks to do: threads of BLAS would wake for every product, and wait turning
+        # the cores have blocks to do: BLAS would wake threads for every product
         with threadpool_limits(1, user_api="blas"):
             return _ThreadedRun(plan, outputs, writer, finished).run(self.workers, progress)
 
@@ -327,9 +327,7 @@ class _ThreadedRun:
             if exact_base is None:
                 self._done_nbytes += job.nbytes_read * block.size // job.numel
 
-    def _finish(
-        self, number: int, workspace: Workspace, common: Common, state: State
-    ) -> JobResult:
+    def _finish(self, number: int, workspace: Workspace, common: Common, state: State) -> JobResult:
         """Settle a tensor whose blocks are all read: wrong guesses, sums, digests, checks."""
         job, leaves = self._plan.jobs[number], state.leaves
         digests = {role: fold_digest(held) for role, held in leaves.items()}
