@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.ops import compiled, lanes
-from skillvec.ops.delta import NO_POSITIONS, STEP, Delta
+from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import HALVES, Array, F32Array, narrow, widen
 from skillvec.ops.lanes import Sums
 
@@ -98,7 +98,8 @@ def _spelt(delta: Delta) -> tuple[Any, ...]:
     return delta.values, compiled.CODES[delta.dtype], delta.positions, delta.exact
 
 
-SELF_CHECKS = "17a5a7e5cf72bba0", "27de10204a38e186", "c09690eda56dc60a"  # of numpy; a test compares
+# of what numpy makes of the samples; a test compares
+SELF_CHECKS = "17a5a7e5cf72bba0", "27de10204a38e186", "c09690eda56dc60a"
 
 
 def _samples() -> tuple[list[Delta], list[Weights]]:
@@ -175,7 +176,8 @@ def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compa
             groups = lanes.row_products(a, b)
         else:
             dtype = np.result_type(one, two)
-            groups = lanes.group_products(one.astype(dtype), two.astype(dtype), width)
+            rows = [lanes.by_rows(side.astype(dtype), width) for side in (one, two)]
+            groups = lanes.row_products(*rows)
         parts.add(-1, groups)
         parts.add(0, groups)
         parts.add(1, groups * groups)

@@ -35,7 +35,9 @@ DTYPES = ("BF16", "F16", "F32")
 SIZES = (0, 1, 15, 16, 17, 1023, 1024, 1025, 2047, 5000)
 
 
-def delta_of(rng: np.random.Generator, dtype: str, size: int, density: float, odd: int = 0) -> Delta:
+def delta_of(
+    rng: np.random.Generator, dtype: str, size: int, density: float, odd: int = 0
+) -> Delta:
     """Return a delta of values of many magnitudes with exceptions, begun at an odd address."""
     wide = (rng.normal(size=size) * 2.0 ** rng.integers(-12, 3, size)).astype(np.float32)
     wide[rng.random(size) >= density] = 0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from skillvec.ops import comparison, statistics
+from skillvec.ops import statistics
 from skillvec.ops.delta import Delta
 from skillvec.ops.statistics import Request, block_sums, draw_signs, flipped_sums, layout
 
@@ -20,7 +20,9 @@ def test_a_group_leaves_1024_of_them(numel: int, width: int) -> None:
     assert numel < 1024 or numel // width >= 1024
 
 
-def sums_of(values: list[np.ndarray], request: Request, weights: np.ndarray | None = None) -> np.void:
+def sums_of(
+    values: list[np.ndarray], request: Request, weights: np.ndarray | None = None
+) -> np.void:
     """Return the sums of whole fp32 tensors, block by block, as the engine adds them."""
     numel, total = values[0].size, np.zeros(layout(request).itemsize // 8)
     for begin in range(0, numel, BLOCK):

@@ -6,39 +6,30 @@
 #define WORDS (GROUP / WIDTH) /* bits of a group: a word for each register */
 
 #if WIDTH == 16
-typedef __mmask16 mask;
-typedef uint16_t word;
-ALWAYS mask nonzero(vf x) { return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
-ALWAYS mask negative(vf x) { return _mm512_test_epi32_mask((__m512i)x, _mm512_set1_epi32(INT32_MIN)); }
-ALWAYS word bits_of(mask is) { return is; }
-ALWAYS vf kept(vf x, mask is) { return (vf)_mm512_maskz_mov_ps(is, (__m512)x); } /* 0 elsewhere */
-ALWAYS vf plus(vf sum, vf x, mask is) { return (vf)_mm512_mask_add_ps((__m512)sum, is, (__m512)sum, (__m512)x); }
-ALWAYS vi larger(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
-ALWAYS vi smaller(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
-ALWAYS vi one_at(vi bit) { return (vi)_mm512_sllv_epi32(_mm512_set1_epi32(1), (__m512i)bit); }
+typedef uint16_t Bits;
+ALWAYS vm negative(vf x) { return _mm512_test_epi32_mask((__m512i)x, _mm512_set1_epi32(INT32_MIN)); }
+ALWAYS vf plus(vf sum, vm m, vf x) { return (vf)_mm512_mask_add_ps((__m512)sum, m, (__m512)sum, (__m512)x); }
+ALWAYS vi most_of(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+ALWAYS vi least_of(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+ALWAYS vi one_at(vi place) { return (vi)_mm512_sllv_epi32(_mm512_set1_epi32(1), (__m512i)place); }
 #else
-typedef vi mask; /* all bits of a lane, or none */
-typedef uint8_t word;
-ALWAYS mask nonzero(vf x) { return x != 0; }
-ALWAYS mask negative(vf x) { return (vi)x >> 31; }
-ALWAYS vf kept(vf x, mask is) { return (vf)((vi)x & is); }
-ALWAYS vf plus(vf sum, vf x, mask is) { return sum + kept(x, is); }
+typedef uint8_t Bits;
+ALWAYS vm negative(vf x) { return (vi)x >> 31; }
+ALWAYS vf plus(vf sum, vm m, vf x) { return sum + keep(m, x); }
 #if WIDTH == 8
-ALWAYS word bits_of(mask is) { return (word)_mm256_movemask_ps((__m256)is); }
-ALWAYS vi larger(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
-ALWAYS vi smaller(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
-ALWAYS vi one_at(vi bit) { return (vi)_mm256_sllv_epi32(_mm256_set1_epi32(1), (__m256i)bit); }
+ALWAYS vi most_of(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+ALWAYS vi least_of(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+ALWAYS vi one_at(vi place) { return (vi)_mm256_sllv_epi32(_mm256_set1_epi32(1), (__m256i)place); }
 #else
-ALWAYS word bits_of(mask is) { return (word)((is[0] & 1) | (is[1] & 2) | (is[2] & 4) | (is[3] & 8)); }
-ALWAYS vi larger(vi a, vi b) { vi is = a > b; return (a & is) | (b & ~is); }
-ALWAYS vi smaller(vi a, vi b) { return ~larger(~a, ~b); }
-ALWAYS vi one_at(vi bit) { return (((vi){0} + 1) << (bit & 31)) & (vi)((vu)bit < 32); }
+ALWAYS vi most_of(vi a, vi b) { return (a & (a > b)) | (b & (a <= b)); }
+ALWAYS vi least_of(vi a, vi b) { return (a & (a < b)) | (b & (a >= b)); }
+ALWAYS vi one_at(vi place) { return (((vi){0} + 1) << (place & 31)) & (vi)((vu)place < 32); }
 #endif
 #endif
 
-ALWAYS int64_t count_of(const word *a, const word *b) /* bits that are in both */
+ALWAYS int64_t count_of(const Bits *a, const Bits *b) /* bits that are in both */
 {
-    uint64_t one[WORDS * sizeof(word) / 8], other[WORDS * sizeof(word) / 8];
+    uint64_t one[WORDS * sizeof(Bits) / 8], other[WORDS * sizeof(Bits) / 8];
     int64_t count = 0;
     memcpy(one, a, sizeof one);
     memcpy(other, b, sizeof other);
@@ -46,7 +37,7 @@ ALWAYS int64_t count_of(const word *a, const word *b) /* bits that are in both *
     return count;
 }
 
-ALWAYS void put(vf x, float *at) { memcpy(at, &x, sizeof x); }
+ALWAYS void put_f32(vf x, float *at) { memcpy(at, &x, sizeof x); }
 
 /* --------------------------------------------------------------------------------- groups of a delta */
 
@@ -96,29 +87,29 @@ static void turn(float *values, int64_t rows, const uint8_t *signs) /* by bits, 
         const uint8_t *at = signs + i / ROW * 2;
         vu places, bits = (vu){0} + ((uint32_t)at[0] << 8 | at[1]);
         memcpy(&places, PLACES + i % ROW, sizeof places);
-        put((vf)((vu)from_f32(values + i) ^ (bits << places & 0x80000000)), values + i);
+        put_f32((vf)((vu)from_f32(values + i) ^ (bits << places & 0x80000000)), values + i);
     }
 }
 
 static void meet(const float *a, const float *b, int64_t rows, double *sums, int64_t *counts)
 {
-    word in_a[WORDS] = {0}, in_b[WORDS] = {0}, opposed[WORDS] = {0};
+    Bits in_a[WORDS] = {0}, in_b[WORDS] = {0}, opposed[WORDS] = {0};
     vf sum[SUMS][PARTS];
     for (int p = 0; p < PARTS; p++) {
         vf s[SUMS] = {0};
         for (int64_t i = p * WIDTH; i < rows * ROW; i += ROW) {
             vf x = from_f32(a + i), y = from_f32(b + i), product = x * y, of_x = x * x, of_y = y * y;
-            mask has_x = nonzero(x), has_y = nonzero(y), clash = negative(product) & (has_x & has_y);
+            vm has_x = nonzero(x), has_y = nonzero(y), clash = negative(product) & (has_x & has_y);
             s[PRODUCT] += product;
             s[SQUARE_A] += of_x;
             s[SQUARE_B] += of_y;
-            s[MET_A] = plus(s[MET_A], of_x, has_y);
-            s[MET_B] = plus(s[MET_B], of_y, has_x);
-            s[CLASH_A] = plus(s[CLASH_A], of_x, clash);
-            s[CLASH_B] = plus(s[CLASH_B], of_y, clash);
-            in_a[i / WIDTH] = bits_of(has_x);
-            in_b[i / WIDTH] = bits_of(has_y);
-            opposed[i / WIDTH] = bits_of(clash);
+            s[MET_A] = plus(s[MET_A], has_y, of_x);
+            s[MET_B] = plus(s[MET_B], has_x, of_y);
+            s[CLASH_A] = plus(s[CLASH_A], clash, of_x);
+            s[CLASH_B] = plus(s[CLASH_B], clash, of_y);
+            in_a[i / WIDTH] = (Bits)lanes(has_x);
+            in_b[i / WIDTH] = (Bits)lanes(has_y);
+            opposed[i / WIDTH] = (Bits)lanes(clash);
         }
         for (int n = 0; n < SUMS; n++) sum[n][p] = s[n];
     }
@@ -129,9 +120,9 @@ static void meet(const float *a, const float *b, int64_t rows, double *sums, int
     const int64_t terms[SUMS] = {counts[2], counts[0], counts[1], counts[2], counts[2], counts[3], counts[3]};
     for (int n = 0; n < SUMS; n++) {
         const float *one = n == SQUARE_B || n == MET_B || n == CLASH_B ? b : a, *two = one == a ? b : a;
-        row32 lanes;
-        memcpy(&lanes, sum[n], sizeof lanes);
-        sums[n] = terms[n] ? folded(lanes) : 0;
+        row32 row;
+        memcpy(&row, sum[n], sizeof row);
+        sums[n] = terms[n] ? folded(row) : 0;
         if (!terms[n] || is_settled(sums[n])) continue;
         float held[GROUP];
         for (int64_t i = 0; i < rows * ROW; i++) {
@@ -178,7 +169,7 @@ static int64_t pair_sums(const Arg *args)
         meet(a, b, rows, sums, counts);
         if (width == GROUP) *groups = sums[PRODUCT];
         else if (width < ROW) narrow_groups(a, b, end - begin, width, groups);
-        else products_of(a, b, end - begin, width, F32, F32, groups);
+        else products_of(a, b, end - begin, width, F32, F32, (uint8_t *)groups);
         for (int64_t i = begin; i < end; i += width, groups++) {
             out[0] += *groups;
             out[1] += *groups * *groups;
@@ -197,26 +188,23 @@ enum { EDGES = 8 }; /* of the histogram of steps */
 /* The sum of lanes, of `count` terms that are not 0: in fp64 if fp32 cannot settle it. */
 ALWAYS double settled(const vf *sum, int64_t count, const float *a, const float *b, int64_t rows)
 {
-    row32 lanes;
-    memcpy(&lanes, sum, sizeof lanes);
-    double total = count ? folded(lanes) : 0;
+    row32 held;
+    memcpy(&held, sum, sizeof held);
+    double total = count ? folded(held) : 0;
     return !count || is_settled(total) ? total : product64(a, b, 0, rows * ROW, F32, F32);
 }
 
 ALWAYS vf to_grid(vf x, int grid) /* a NaN of fp32 may get lost if the grid is BF16 */
 {
-    uint16_t half[WIDTH];
     vu bits = (vu)x;
-    if (grid == BF16) return (vf)((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000);
-    put_f16(x, half);
-    return from_f16(half);
+    return grid == F16 ? rounded(x, F16) : (vf)((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000);
 }
 
 ALWAYS void measure(const float *v, const float *w, int64_t rows, int dtype, vi *steps, double *out)
 {
     const int grid = dtype == F16 ? F16 : BF16, fraction = grid == F16 ? 10 : 7;
     const int32_t least = grid == F16 ? 113 << 23 : 1 << 23, infinite = 0x7F800000;
-    word has[WORDS] = {0}, stay[WORDS] = {0};
+    Bits has[WORDS] = {0}, stay[WORDS] = {0};
     vf sum[4][PARTS];
     _Alignas(64) float arrived[GROUP], step[GROUP];
     for (int p = 0; p < PARTS; p++) {
@@ -225,27 +213,27 @@ ALWAYS void measure(const float *v, const float *w, int64_t rows, int dtype, vi 
         int room = 15;
         for (int64_t i = p * WIDTH; i < rows * ROW; i += ROW) {
             vf x = from_f32(v + i), y, held, moved, one;
-            mask changed = nonzero(x);
+            vm changed = nonzero(x);
             s[0] += x * x;
-            has[i / WIDTH] = bits_of(changed);
+            has[i / WIDTH] = (Bits)lanes(changed);
             if (dtype == F64) continue; /* no weights */
-            put(zero, arrived + i);
-            put(zero, step + i);
-            if (!bits_of(changed)) continue;
+            put_f32(zero, arrived + i);
+            put_f32(zero, step + i);
+            if (!(Bits)lanes(changed)) continue;
             y = from_f32(w + i);
-            held = dtype == F32 ? (vf)(bf16_bits(y) << 16) : y;
-            vi power = larger((vi)held & infinite, (vi){0} + least);
+            held = dtype == F32 ? rounded(y, BF16) : y;
+            vi power = most_of((vi)held & infinite, (vi){0} + least);
             moved = to_grid(y + x, grid) - held;
-            moved = kept(moved, changed & ~nonzero(moved - moved)); /* NaN if it is not finite */
-            one = kept((vf)larger(power - (fraction << 23), (vi){0}), changed & ~nonzero(held - held));
+            moved = keep(changed & ~wild(moved), moved);
+            one = keep(changed & ~wild(held), (vf)most_of(power - (fraction << 23), (vi){0}));
             s[1] += moved * x;
             s[2] += moved * moved;
             s[3] += one * one;
-            stay[i / WIDTH] = bits_of(nonzero(moved));
-            put(moved, arrived + i);
-            put(one, step + i);
-            vi bit = ((((vi)x & infinite) - power) >> 21) + 4 * (fraction + 2);
-            packed += (vu)kept((vf)one_at(smaller(bit, (vi){0} + 4 * (EDGES - 1))), changed);
+            stay[i / WIDTH] = (Bits)lanes(nonzero(moved));
+            put_f32(moved, arrived + i);
+            put_f32(one, step + i);
+            vi place = ((((vi)x & infinite) - power) >> 21) + 4 * (fraction + 2);
+            packed += (vu)keep(changed, (vf)one_at(least_of(place, (vi){0} + 4 * (EDGES - 1))));
             if (--room) continue;
             for (int n = 0; n < EDGES; n++) steps[n] += (vi)(packed >> 4 * n & 15);
             packed = (vu){0};
