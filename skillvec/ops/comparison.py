@@ -1,9 +1,9 @@
 """Sums over a block: two deltas with each other, one delta with the weights that it is added to.
 
 Every value is in every sum. Sums are added in the order of `lanes`: inner products of a pair by
-groups of a given width, all else by groups of 1,024 from the block's begin; fp64 deltas in fp64. The
-functions that begin with numpy_ say what is computed; native/compare.c gives the same digits in one
-read of fp32 and 16-bit deltas.
+groups of a given width, all else by groups of 1,024 from the block's begin; fp64 deltas in fp64.
+The functions that begin with numpy_ say what is computed; native/compare.c gives the same digits in
+one read of fp32 and 16-bit deltas.
 """
 
 from collections.abc import Callable
@@ -212,7 +212,7 @@ def numpy_weights(x: Delta, weights: Weights | None) -> Sums:
     for begin in range(0, x.values.size, STEP):
         values = lanes.by_rows(x.wide(begin, begin + STEP))
         changed = values != 0
-        moved = np.count_nonzero(changed)
+        moved = int(np.count_nonzero(changed))
         support += moved
         parts.add(0, lanes.row_products(values, values))
         if weights is None:
@@ -221,7 +221,7 @@ def numpy_weights(x: Delta, weights: Weights | None) -> Sums:
         kept, step, distance = _round(values, changed, held, weights[1])
         reached = [np.count_nonzero(distance >= n) for n in range(1, steps.size)]
         steps -= np.diff([moved, *reached, 0])
-        absorbed += moved - np.count_nonzero(kept != 0)
+        absorbed += moved - int(np.count_nonzero(kept != 0))
         kept = kept.astype(values.dtype, copy=False)
         for place, (one, other) in enumerate(((kept, values), (kept, kept), (step, step))):
             parts.add(1 + place, lanes.row_products(one, other))

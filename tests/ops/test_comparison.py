@@ -1,4 +1,4 @@
-"""The sums of pairs and of deltas on their weights: numpy against an oracle, kernels against numpy."""
+"""Sums of pairs, and of deltas on weights: numpy against an oracle, kernels against numpy."""
 
 from fractions import Fraction
 from importlib import import_module
@@ -89,7 +89,7 @@ def test_kernels_measure_weights_as_numpy(isa: str, dtype: str) -> None:
 @pytest.mark.parametrize("isa", KERNELS)
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_pattern_of_16_bits(isa: str, dtype: str) -> None:
-    """As a delta where finite, against chosen others; as a weight always, NaN and infinities too."""
+    """As a delta where it is finite, against chosen others; as a weight always."""
     bits = np.arange(1 << 16, dtype=np.uint16)
     weights = bits.view(STORAGE_DTYPE[dtype])
     kernel, measure = (KERNELS[isa][name] for name in ("pair_sums", "vector_sums"))
