@@ -184,9 +184,11 @@ def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compa
         ones = [where.astype(np.float32) for where in (shared, opposed)]
         for place, side in ((2, a), (3, b)):
             squares = side * side
-            parts.add(place, lanes.row_products(side, side, squares))
+            found = lanes.row_products(side, side, squares)
+            parts.add(place, found)
+            fits = found.max(initial=0) <= 3e38  # else infinity times 0 is no number
             for n, where in enumerate(ones):
-                terms = squares * where
+                terms = squares * where if fits else side * where * side
                 parts.add(place + 2 * n + 2, lanes.row_products(side, side, terms, where))
         counts += [np.count_nonzero(where) for where in (in_a, in_b, shared, opposed)]
     sums = np.array([*(lanes.in_order(parts.whole(n)) for n in range(SUPPORT_A)), *counts])

@@ -136,6 +136,26 @@ def test_kernels_beyond_sums_of_fp32(isa: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("isa", KERNELS)
+def test_squares_beyond_fp32_that_nothing_meets(isa: str) -> None:
+    """They are in no sum of what is met, which fp32 settles."""
+    a, b = np.random.default_rng(7).normal(size=(2, 3000)).astype(np.float32)
+    b[::5] = -a[::5]
+    a[::7], b[::7] = 1e30, 0
+    x, y = Delta(a, "F32"), Delta(b, "F32")
+    found, wanted = call_pair(KERNELS[isa]["pair_sums"], x, y, 1024), numpy_pair(x, y, 1024)
+    assert found.sums.tobytes() == wanted.sums.tobytes()
+
+
+def test_squares_beyond_fp64_that_nothing_meets() -> None:
+    a, b = np.ones((2, 3000))
+    a[::7], b[::7] = 1e200, 0
+    found = numpy_pair(Delta(a, "F64"), Delta(b, "F64"), 1024)
+    sums = dict(zip(PAIR, found.sums.tolist(), strict=True))
+    assert sums["square_a"] == np.inf
+    assert sums["met_a"] == sums["met_b"] == sums["square_b"] == 3000 - 429
+
+
+@pytest.mark.parametrize("isa", KERNELS)
 @pytest.mark.parametrize("size", [1, 16, 33, 1024])
 def test_kernels_flip_as_numpy(isa: str, size: int) -> None:
     rng = np.random.default_rng(size)

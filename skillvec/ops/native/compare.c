@@ -141,9 +141,9 @@ static void narrow_groups(const float *a, const float *b, int64_t size, int64_t 
             sum[0][n] = (double)(a[i + n] * b[i + n]) + 0.0;
             sum[1][n] = (double)a[i + n] * (double)b[i + n] + 0.0;
         }
-        for (int64_t half = width / 2; half; half /= 2)
-            for (int64_t n = 0; n < ROW; n++)
-                if (n % width < half) for (int k = 0; k < 2; k++) sum[k][n] += sum[k][(n + half) % ROW];
+        for (int64_t half = width / 2; half; half /= 2) /* of a group's lanes the first in the end */
+            for (int64_t n = 0; n + half < ROW; n++)
+                for (int k = 0; k < 2; k++) sum[k][n] += sum[k][n + half];
         for (int64_t n = 0; n < ROW && i + n < size; n += width) *out++ = sum[!is_settled(sum[0][n])][n];
     }
 }
