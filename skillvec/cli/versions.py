@@ -14,7 +14,7 @@ def _find_version(package: str) -> str:
 
 
 def say_versions() -> list[str]:
-    """Return a line each for kernels, Python and packages; UsageError for wrong SKILLVEC_KERNELS."""
+    """Return a line each for kernels, Python and packages; UsageError as `in_use` raises it."""
     from skillvec.ops.compiled import explain, in_use
 
     why = explain()

@@ -69,7 +69,7 @@ def kernel(name: str, sample: Callable[[Kernel], bytes], digest: str) -> Kernel 
         return None
     try:
         same = xxh3_64_hexdigest(sample(found)) == digest
-    except ValueError:  # another version of the module, whose arguments are others
+    except (TypeError, ValueError):  # a module of another version, whose arguments are others
         same = False
     if not same and name not in _refused:
         _refused.append(name)
