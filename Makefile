@@ -43,7 +43,7 @@ sanitize: $(READY)
 	cmake -S . -B cmake -DSANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python && \
 	cmake --build cmake && cmake --install cmake --prefix . && \
 	$(ONE) LD_PRELOAD=$$($${CC:-cc} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider \
+	PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest -s -p no:cacheprovider \
 	$$(grep -lE "ops.compiled|_native" -r tests/ops --include "test_*.py")
 
 .venv-mergekit:

@@ -8,7 +8,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "tiles.h"
+#include "face.h"
+
+#include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif

@@ -11,7 +11,8 @@
 #ifndef SKILLVEC_TILES_H
 #define SKILLVEC_TILES_H
 
-#include <stdint.h>
+#include "face.h"
+
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -40,11 +41,6 @@ typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
 typedef double vd __attribute__((vector_size(4 * WIDTH))); /* half as many as fp32 */
 typedef struct { vf v[PARTS]; } row32;
 typedef struct { vd v[2 * PARTS]; } row64;
-
-/* One argument of a kernel, as skillvec/ops/native/module.c hands it over. */
-typedef struct { uint8_t *data; int64_t nbytes, whole; double real; } Arg;
-typedef int64_t (*Kernel)(const Arg *args);
-typedef struct { const char *name, *takes; Kernel run; } Entry;
 
 ALWAYS vf fused(vf a, vf b, vf c) /* a * b + c, rounded once */
 {
