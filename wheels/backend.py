@@ -32,13 +32,18 @@ get_requires_for_build_wheel = _skbuild.get_requires_for_build_wheel
 def build_wheel(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
-    """Write the wheel into a folder and return its name."""
+    """Write the wheel into a folder and return its name; say whether it has kernels (pip -v)."""
     try:
-        return _skbuild.build_wheel(wheel_directory, config_settings, metadata_directory)
+        name = _skbuild.build_wheel(wheel_directory, config_settings, metadata_directory)
     except ScikitBuildError as error:  # no CMake, no Ninja
-        print(f"*** {error}: without compiled kernels", file=sys.stderr)
-        without = {**(config_settings or {}), "wheel.cmake": "false", "wheel.py-api": "py3"}
-        return _skbuild.build_wheel(wheel_directory, without, metadata_directory)
+        print(f"*** {error}")
+        pure = {**(config_settings or {}), "wheel.cmake": "false", "wheel.py-api": "py3"}
+        name = _skbuild.build_wheel(wheel_directory, pure, metadata_directory)
+    if name.endswith("-none-any.whl"):
+        print("*** skillvec without compiled kernels: numpy does their work, at a lower speed")
+    else:
+        print("*** skillvec with compiled kernels")
+    return name
 
 
 def place_kernels(wheel: Path) -> bool:
