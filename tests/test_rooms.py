@@ -25,7 +25,7 @@ HOMES = {
     "yaml": {"vectors.recipe"}, "vl_convert": {"analysis"},
     "jinja2": {"analysis.page"}, "markupsafe": {"analysis.page"},
     "fsspec": {"remote.object_store"}, "huggingface_hub": {"remote", "verbs"},
-    "ray": {"engine.ray_cluster"}, "gguf": {"checkpoints.gguf"},
+    "ray": {"engine.ray_cluster"}, "threadpoolctl": {"engine.threads"}, "gguf": {"checkpoints.gguf"},
     "safetensors": {"files"},
     "torch": {"ops.svd", "checkpoints", "verbs"}, "scipy": {"ops.svd"},
     "transformers": {"checkpoints", "verbs"},

@@ -4,6 +4,7 @@ Only this room imports click. Verbs are imported inside the commands, so that --
 """
 
 import errno
+import os
 import sys
 from typing import Any
 
@@ -128,6 +129,9 @@ def main(verbose: bool) -> None:
     """
     if verbose:
         raise click.UsageError("-v stands behind the command, or beside --version")
+    # numpy's BLAS starts its threads, which wait by turning, where numpy is imported: a third of a
+    # small run. Nothing here is faster by them; matrices have a core each (engine.matrix_workers).
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @main.command()

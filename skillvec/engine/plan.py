@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.files.file import file_nbytes
+from skillvec.files.held import HeldFiles, HeldRows
 from skillvec.files.output_file import OutputFile
 from skillvec.files.rows import RowWriter
 from skillvec.files.tensors import Source, files_of
@@ -51,7 +52,6 @@ class Job(ABC):
 
     status: ClassVar[str] = ""  # what a ledger says of the tensor
     has_rows: ClassVar[bool] = False  # whether its blocks are rows, which a writer places in order
-    wants_norm: ClassVar[bool] = False  # whether the norm of a difference is wanted
 
     name: str
     numel: int
@@ -194,13 +194,13 @@ class Common:
     """What the jobs of one run have in common; `totals` are counts of measuring passes by scope."""
 
     plan: Plan
-    outputs: Sequence[OutputFile]
-    writer: RowWriter | None
+    outputs: Sequence[OutputFile] | HeldFiles
+    writer: RowWriter | HeldRows | None
     totals: dict[str, Array] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class State:
     """What is known so far of one tensor."""
 
@@ -252,7 +252,7 @@ class Task:
             self.block.lose(found.lost)
 
 
-@dataclass
+@dataclass(slots=True)
 class JobResult:
     """What happened to one tensor.
 

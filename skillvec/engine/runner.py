@@ -2,12 +2,12 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from skillvec.checkpoints.folder import is_away
-from skillvec.engine import streaming
 from skillvec.engine.outputs import Output, free_nbytes
 from skillvec.engine.plan import Job, JobResult, Plan, from_line, job_line, to_line
 from skillvec.engine.run import Run
@@ -66,6 +66,8 @@ def show_plan(
         planned["nbytes_fetched"] = sum(file_nbytes(file) for file in away)
         planned["fetched"] = len(away)
     if run.stream:
+        from skillvec.engine import streaming  # with the client of the Hub
+
         planned["stream"] = streaming.schedule(plan.jobs)
     report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
     named = {line["name"] for line in plan.ledger}
@@ -119,7 +121,7 @@ class _Claims:
         self, plan: Plan, journal: Journal, files: Sequence[OutputFile], writer: RowWriter | None
     ) -> None:
         self._plan, self._journal, self._files, self._writer = plan, journal, files, writer
-        self._noted: list[tuple[int, JobResult]] = []
+        self._noted: deque[tuple[int, JobResult]] = deque()
         self._due = time.monotonic() + CLAIM_SECONDS
 
     def restored(self) -> dict[int, JobResult]:
@@ -160,7 +162,7 @@ class _Claims:
             return
         lines = []
         while self._noted:
-            number, result = self._noted.pop(0)
+            number, result = self._noted.popleft()
             rows = result.job.rows
             kept = [self._writer.line(row) for row in rows] if self._writer is not None else []
             lines.append({"job": number, "rows": kept, **to_line(result)})
@@ -222,12 +224,14 @@ def run_plan(
             fetch(plan.files(), how.watcher)
             run(left)
         else:
+            from skillvec.engine.streaming import replay, run_streamed
+
             assert stage is not None
             shards = {file for job in plan.jobs for file in job.files()}
             fetch((file for file in plan.files() if file not in shards), how.watcher)
-            streaming.run_streamed(plan.jobs, left, run, stage.folder, how.watcher)
-        if kept is not None and writer is not None:
-            streaming.replay(kept, writer)
+            run_streamed(plan.jobs, left, run, stage.folder, how.watcher)
+            if kept is not None and writer is not None:
+                replay(kept, writer)
     finally:
         if kept is not None:
             kept.file.close()

@@ -12,6 +12,7 @@ STEP = 1 << 16  # elements a step of the general path, which bounds its temporar
 U32Array = npt.NDArray[np.uint32]
 NO_POSITIONS: U32Array = np.zeros(0, np.uint32)
 NO_VALUES: F32Array = np.zeros(0, np.float32)
+EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])  # as vector files hold them
 
 
 class Delta(NamedTuple):

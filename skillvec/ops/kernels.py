@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_hexdigest
 
+from skillvec.ops.compiled import CODES, Kernel, kernel
+
 Array = npt.NDArray[Any]
 F32Array = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -225,6 +227,16 @@ def stochastic_narrow(values: F32Array, dtype: str, random16: npt.NDArray[np.uin
     `random16` holds one uniform uint16 a value; the probability of the farther neighbour is met to
     2^-16. Values that `dtype` holds exactly never change.
     """
+    run, out = _rounding_kernel(), np.empty(values.size, STORAGE_DTYPE[dtype])
+    if run is None or run(values, random16, CODES[dtype], out):  # 1: NaN as F16
+        return numpy_stochastic_narrow(values, dtype, random16)
+    return out
+
+
+def numpy_stochastic_narrow(
+    values: F32Array, dtype: str, random16: npt.NDArray[np.uint16]
+) -> Array:
+    """Do the same in plain numpy."""
     if dtype == "BF16":
         bits = values.view(np.uint32)
         finite = np.isfinite(values)
@@ -238,6 +250,24 @@ def stochastic_narrow(values: F32Array, dtype: str, random16: npt.NDArray[np.uin
         gap = other.astype(np.float32) - near.astype(np.float32)
         away = (error != 0) & np.isfinite(near) & (random16 < np.float32(65536) * (error / gap))
     return np.where(away, other, near)
+
+
+ROUNDED = "7ca0da511d97a701"  # digest of what numpy makes of `_sample_rounding`; a test compares
+
+
+def _sample_rounding(run: Callable[[Array, Array, int, Array], Any]) -> bytes:
+    """Return what a kernel makes of patterns of every exponent."""
+    bits = np.arange(4099, dtype=np.uint32) * np.uint32(2654435761)
+    bits[bits & 0x7F800000 == 0x7F800000] = 0x47700123
+    found = np.empty((2, bits.size), np.uint16)
+    for code, row in enumerate(found):
+        run(bits.view(np.float32), (bits >> 3).astype(np.uint16), code, row)
+    return found.tobytes()
+
+
+@cache
+def _rounding_kernel() -> Kernel | None:
+    return kernel("round_randomly", _sample_rounding, ROUNDED)
 
 
 def from_bytes(content: bytearray, dtype: str) -> Array:

@@ -22,30 +22,56 @@ def group_products(a: Array, b: Array, width: int = GROUP) -> Sums:
 
     Two 1-D arrays of one length, both float32 or both float64, of finite values.
     """
+    return row_products(by_rows(a, width), by_rows(b, width))
+
+
+def by_rows(values: Array, width: int = GROUP) -> Array:
+    """Return a copy in the order in which values are added, (rows, groups, lanes), zeros behind.
+
+    Where a group has less than 16 values there are as many lanes.
+    """
+    lanes = min(width, ROW)
+    count, rows = -(-values.size // width), width // lanes
+    out = np.zeros((rows, count, lanes), values.dtype)
+    whole = values.size // width
+    item = np.dtype((np.void, lanes * values.itemsize))
+    moved = values[: whole * width].view(item).reshape(whole, rows)
+    out.view(item)[:, :whole, 0] = moved.T
+    if whole < count:
+        end = np.zeros(width, values.dtype)
+        end[: values.size - whole * width] = values[whole * width :]
+        out[:, whole] = end.reshape(rows, lanes)
+    return out
+
+
+def row_products(a: Array, b: Array, terms: Array | None = None) -> Sums:
+    """Return the inner products of groups of what `by_rows` gives; `terms` are their products."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        sums = _fold(a * b, width)
+        sums = _fold(a * b if terms is None else terms)
         if a.dtype == np.float32:
             size = np.abs(sums)
-            for group in np.flatnonzero(~((size >= 1e-30) & (size <= 3e38))).tolist():
-                at = slice(group * width, (group + 1) * width)
-                sums[group] = _fold(a[at].astype(np.float64) * b[at], width)[0]
+            again = np.flatnonzero(~((size >= 1e-30) & (size <= 3e38)))
+            if again.size:
+                sums[again] = _fold(a[:, again].astype(np.float64) * b[:, again])
     return sums
 
 
-def _fold(terms: Array, width: int) -> Sums:
-    """Return the sums of groups of `width` neighbours."""
-    count, rows = -(-terms.size // width), -(-width // ROW)
-    whole = terms.size // width
-    padded = np.zeros((count, rows * ROW), terms.dtype)
-    padded[:whole, :width] = terms[: whole * width].reshape(whole, width)
-    if whole < count:
-        padded[whole, : terms.size - whole * width] = terms[whole * width :]
-    lanes = np.add.reduce(padded.reshape(count, rows, ROW), axis=1, initial=0.0)
-    lanes = lanes.astype(np.float64)
+def _fold(terms: Array) -> Sums:
+    """Return the sums of groups of what is arranged by rows."""
+    rows, count, width = terms.shape
+    flat = terms.reshape(rows, count * width)
+    lanes = np.add.reduce(flat, axis=0, initial=0.0).astype(np.float64).reshape(count, width)
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
     return lanes[:, 0]
+
+
+def total(values: Sums) -> float:
+    """Return the sum of 1-D fp64 values, by 16 lanes as one group."""
+    padded = np.zeros(-(-values.size // ROW) * ROW)
+    padded[: values.size] = values
+    return float(_fold(padded.reshape(-1, 1, ROW))[0])
 
 
 def in_order(sums: Sums) -> float:

@@ -144,7 +144,6 @@ class Pair(Displacement):
         }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
 class Patched(Pair):
     """A patch (changed values of the exact base) and that base: `tuned` is the base, patched."""
 

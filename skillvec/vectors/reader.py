@@ -34,8 +34,9 @@ from skillvec.files.header import (
 )
 from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.codecs import CODECS, NO_BYTES, Encoded, decode_block
+from skillvec.ops.delta import EXCEPTION
 from skillvec.ops.kernels import FLOATS, Array, Bytes
-from skillvec.vectors.block_reader import EXCEPTION, REPLACEMENT, StoredBlock
+from skillvec.vectors.block_reader import REPLACEMENT, StoredBlock
 from skillvec.vectors.deltas.stored import StoredDelta
 from skillvec.vectors.manifest import (
     MAX_NORM,

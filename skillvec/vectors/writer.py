@@ -20,7 +20,8 @@ from skillvec.files.output_file import OutputFile, fsync_path
 from skillvec.files.rows import RowWriter
 from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.codecs import Encoded
-from skillvec.vectors.block_reader import EXCEPTION, REPLACEMENT
+from skillvec.ops.delta import EXCEPTION
+from skillvec.vectors.block_reader import REPLACEMENT
 from skillvec.vectors.manifest import (
     MAX_NORM,
     Claim,

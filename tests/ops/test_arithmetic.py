@@ -36,8 +36,8 @@ def subtract(
 ) -> arithmetic.Subtraction:
     value = value or dtype
     out = np.empty(tuned.size, STORAGE_DTYPE[value])
-    scratch = np.empty(tuned.size, np.uint16)
-    return arithmetic.subtract(tuned, dtype, base, dtype, value, exact, out, scratch)
+    exactness = arithmetic.Exactness.WHOLE if exact else arithmetic.Exactness.ROUNDED
+    return arithmetic.subtract(tuned, dtype, base, dtype, value, exactness, out)
 
 
 def add(
@@ -57,7 +57,7 @@ def restore(base: np.ndarray, dtype: str, found: arithmetic.Subtraction) -> np.n
 
 def general(tuned: np.ndarray, base: np.ndarray, dtype: str) -> tuple[np.ndarray, ...]:
     """Return values, exceptions and replacements of the path that knows no shortcut."""
-    piece = arithmetic._subtract_piece(tuned, dtype, base, dtype, dtype, True)
+    piece = arithmetic._subtract_piece(tuned, dtype, base, dtype, dtype, arithmetic.Exactness.WHOLE)
     at, replaced = np.flatnonzero(piece.inexact), np.flatnonzero(piece.replace)
     return (
         bits(piece.values), at, piece.difference[at].astype(np.float32),
@@ -127,7 +127,7 @@ def test_moments_leave_out_what_is_not_finite() -> None:
     out = narrow(np.array([1.5, np.nan, np.inf], np.float32), "BF16")
     delta = Delta(narrow(np.array([0.5, 1.0, 1.0], np.float32), "BF16"), "BF16")
     found = moments.moments(target, "BF16", delta, out, "BF16")
-    assert found == moments.Moments(1, 0.25, 0.25, 2.25)
+    assert found == moments.Moments(1, 0.25, 0.25, 2.25, 2, 2)
 
 
 def gram(deltas: list[Delta]) -> np.ndarray:

@@ -57,8 +57,7 @@ class PairDelta(DeltaSource):
             self.dtype,
             self.exactness,
             block.array(role, self.dtype),
-            block.array("scratch", "U16"),
-            block.measure,
+            block.workspace.array("found", "U8", 12 * block.size),
             block.casts,
         )
         block.tuned_nonfinite += found.nonfinite[0]

@@ -1,0 +1,291 @@
+/* Which values are not 0, as a bitmap and the values alone, and back; values as planes of bytes.
+
+   Values are unsigned integers of 2, 4 or 8 bytes, wherever they begin. Loads come before stores
+   and the ends of what is written are kept, so that values may be spread where they lie. */
+
+/* What AVX2 has no instruction for: for 8 lanes of 16 bits, the bytes that a shuffle moves. */
+typedef struct { uint8_t bytes[256][16]; } Moves;
+
+ALWAYS uint64_t get(const uint8_t *from, int64_t i, int width)
+{
+    uint16_t two;
+    uint32_t four;
+    uint64_t eight;
+    from += i * width;
+    if (width == 2) return memcpy(&two, from, 2), two;
+    if (width == 4) return memcpy(&four, from, 4), four;
+    return memcpy(&eight, from, 8), eight;
+}
+
+ALWAYS void put(uint64_t value, uint8_t *to, int64_t i, int width)
+{
+    memcpy(to + i * width, &value, width); /* the low bytes: every processor here has them first */
+}
+
+ALWAYS int64_t count_bits(const uint8_t *bitmap, int64_t nbytes)
+{
+    int64_t count = 0, i = 0;
+    for (; i + 8 <= nbytes; i += 8) count += __builtin_popcountll(get(bitmap, i / 8, 8));
+    for (; i < nbytes; i++) count += __builtin_popcount(bitmap[i]);
+    return count;
+}
+
+#if defined(__AVX512VBMI2__)
+/* A register of values: mask, pack and spread by its lanes of `width` bytes. */
+ALWAYS uint64_t marks(__m512i x, int width)
+{
+    return width == 2   ? _mm512_test_epi16_mask(x, x)
+           : width == 4 ? _mm512_test_epi32_mask(x, x)
+                        : _mm512_test_epi64_mask(x, x);
+}
+
+ALWAYS __m512i packed(__m512i x, uint64_t mask, int width)
+{
+    return width == 2   ? _mm512_maskz_compress_epi16((__mmask32)mask, x)
+           : width == 4 ? _mm512_maskz_compress_epi32((__mmask16)mask, x)
+                        : _mm512_maskz_compress_epi64((__mmask8)mask, x);
+}
+
+ALWAYS __m512i spread(__m512i x, uint64_t mask, int width)
+{
+    return width == 2   ? _mm512_maskz_expand_epi16((__mmask32)mask, x)
+           : width == 4 ? _mm512_maskz_expand_epi32((__mmask16)mask, x)
+                        : _mm512_maskz_expand_epi64((__mmask8)mask, x);
+}
+#elif defined(__AVX2__)
+/* In entry m, the lanes that m marks come first, or go back to where they were. */
+ALWAYS void fill_moves(Moves *to, int back)
+{
+    memset(to, back ? 0x80 : 0, sizeof *to); /* 0x80: a zero */
+    for (int mask = 0; mask < 256; mask++)
+        for (int lane = 0, next = 0; lane < 8; lane++)
+            if (mask >> lane & 1) {
+                int at = back ? lane : next, from = back ? next : lane;
+                to->bytes[mask][2 * at] = (uint8_t)(2 * from);
+                to->bytes[mask][2 * at + 1] = (uint8_t)(2 * from + 1);
+                next++;
+            }
+}
+
+#define LANES 0x0706050403020100u
+
+/* For lanes of 4 or 8 bytes: those that are not 0, and a byte of ones for each 4 bytes of them. */
+ALWAYS uint32_t marks(__m256i x, int width)
+{
+    __m256i zero = _mm256_setzero_si256();
+    return width == 4 ? ~_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, zero))) & 255
+                      : ~_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(x, zero))) & 15;
+}
+
+ALWAYS uint64_t lane_bytes(uint32_t mask, int width)
+{
+    return width == 4 ? _pdep_u64(mask, 0x0101010101010101u) * 255
+                      : _pdep_u64(mask, 0x0001000100010001u) * 0xFFFF;
+}
+#endif
+
+ALWAYS int64_t pick_of(const uint8_t *from, int64_t numel, uint8_t *bitmap, uint8_t *kept, int width)
+{
+    int64_t count = 0, i = 0;
+#if defined(__AVX512VBMI2__)
+    const int lanes = 64 / width;
+    for (; i + lanes <= numel; i += lanes) {
+        __m512i x = _mm512_loadu_si512(from + i * width);
+        uint64_t mask = marks(x, width);
+        memcpy(bitmap + i / 8, &mask, lanes / 8);
+        _mm512_storeu_si512(kept + count * width, packed(x, mask, width));
+        count += __builtin_popcountll(mask);
+    }
+#elif defined(__AVX2__)
+    Moves moves;
+    if (width == 2) fill_moves(&moves, 0);
+    for (; width == 2 && i + 16 <= numel; i += 16) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(from + 2 * i));
+        __m256i zero = _mm256_cmpeq_epi16(x, _mm256_setzero_si256());
+        __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+        __m128i both = _mm_packs_epi16(_mm256_castsi256_si128(zero), _mm256_extracti128_si256(zero, 1));
+        uint32_t mask = ~(uint32_t)_mm_movemask_epi8(both) & 0xFFFF;
+        memcpy(bitmap + i / 8, &mask, 2);
+        low = _mm_shuffle_epi8(low, _mm_loadu_si128((const __m128i *)moves.bytes[mask & 255]));
+        high = _mm_shuffle_epi8(high, _mm_loadu_si128((const __m128i *)moves.bytes[mask >> 8]));
+        _mm_storeu_si128((__m128i *)(kept + 2 * count), low);
+        count += __builtin_popcount(mask & 255);
+        _mm_storeu_si128((__m128i *)(kept + 2 * count), high);
+        count += __builtin_popcount(mask >> 8);
+    }
+    for (; width > 2 && i + 8 <= numel; i += 8) {
+        bitmap[i / 8] = 0;
+        for (int half = 0; half < width / 4; half++) {
+            __m256i x = _mm256_loadu_si256((const __m256i *)(from + i * width + 32 * half));
+            uint32_t mask = marks(x, width);
+            bitmap[i / 8] |= (uint8_t)(mask << 4 * half);
+            uint64_t first = _pext_u64(LANES, lane_bytes(mask, width));
+            __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)first));
+            x = _mm256_permutevar8x32_epi32(x, order);
+            _mm256_storeu_si256((__m256i *)(kept + count * width), x);
+            count += __builtin_popcount(mask);
+        }
+    }
+#endif
+    for (; i < numel; i += 8) {
+        int most = numel - i < 8 ? (int)(numel - i) : 8;
+        uint32_t mask = 0;
+        for (int k = 0; k < most; k++) {
+            uint64_t value = get(from, i + k, width);
+            put(value, kept, count, width);
+            mask |= (uint32_t)(value != 0) << k;
+            count += value != 0;
+        }
+        bitmap[i / 8] = (uint8_t)mask;
+    }
+    return count;
+}
+
+ALWAYS void spread_of(const uint8_t *bitmap, const uint8_t *kept, int64_t count, uint8_t *to,
+                      int64_t numel, int width)
+{
+    int64_t next = 0, i = 0;
+#if defined(__AVX512VBMI2__)
+    const int lanes = 64 / width;
+    for (; i + lanes <= numel && next + lanes <= count; i += lanes) {
+        uint64_t mask = 0;
+        memcpy(&mask, bitmap + i / 8, lanes / 8);
+        __m512i x = _mm512_loadu_si512(kept + next * width);
+        _mm512_storeu_si512(to + i * width, spread(x, mask, width));
+        next += __builtin_popcountll(mask);
+    }
+#elif defined(__AVX2__)
+    Moves moves;
+    if (width == 2) fill_moves(&moves, 1);
+    for (; width == 2 && i + 8 <= numel && next + 8 <= count; i += 8) {
+        __m128i x = _mm_loadu_si128((const __m128i *)(kept + 2 * next));
+        x = _mm_shuffle_epi8(x, _mm_loadu_si128((const __m128i *)moves.bytes[bitmap[i / 8]]));
+        _mm_storeu_si128((__m128i *)(to + 2 * i), x);
+        next += __builtin_popcount(bitmap[i / 8]);
+    }
+    for (; width > 2 && i + 8 <= numel && next + 8 <= count; i += 8)
+        for (int half = 0; half < width / 4; half++) {
+            uint32_t mask = width == 4 ? bitmap[i / 8] : bitmap[i / 8] >> 4 * half & 15;
+            uint64_t bytes = lane_bytes(mask, width), back = _pdep_u64(LANES, bytes);
+            __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)back));
+            __m256i set = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+            __m256i x = _mm256_loadu_si256((const __m256i *)(kept + next * width));
+            x = _mm256_and_si256(_mm256_permutevar8x32_epi32(x, order), set);
+            _mm256_storeu_si256((__m256i *)(to + i * width + 32 * half), x);
+            next += __builtin_popcount(mask);
+        }
+#endif
+    for (; i < numel && next < count; i++) {
+        uint64_t set = bitmap[i / 8] >> i % 8 & 1;
+        put(get(kept, next, width) & -set, to, i, width);
+        next += (int64_t)set;
+    }
+    memset(to + i * width, 0, (numel - i) * width);
+}
+
+#define BY_WIDTH(call, width) /* call with each width as a constant */ \
+    switch (width) {          \
+    case 2: call(2); break;   \
+    case 4: call(4); break;   \
+    case 8: call(8); break;   \
+    default: return -1;       \
+    }
+
+/* Values, their width, room for a bitmap and for as many values; returns how many are not 0. */
+static int64_t pick(const Arg *args)
+{
+    int64_t width = args[1].whole, count = 0;
+    if (width < 1) return -1;
+    int64_t numel = args[0].nbytes / width;
+    if (numel * width != args[0].nbytes || args[2].nbytes != (numel + 7) / 8
+        || args[3].nbytes < args[0].nbytes)
+        return -1;
+#define PICK(w) count = pick_of(args[0].data, numel, args[2].data, args[3].data, w)
+    BY_WIDTH(PICK, width)
+    return count;
+}
+
+/* A bitmap, values, their width, room for a value a bit (the values may lie at its end); returns how
+   many bits are set, and writes nothing where that is not how many values there are. */
+static int64_t scatter(const Arg *args)
+{
+    int64_t width = args[2].whole;
+    if (width < 1) return -1;
+    int64_t numel = args[3].nbytes / width, count = args[1].nbytes / width;
+    if (numel * width != args[3].nbytes || count * width != args[1].nbytes
+        || args[0].nbytes != (numel + 7) / 8 || (numel % 8 && args[0].data[numel / 8] >> numel % 8))
+        return -1;
+    int64_t marked = count_bits(args[0].data, args[0].nbytes);
+    if (marked != count) return marked;
+#define SPREAD(w) spread_of(args[0].data, args[1].data, count, args[3].data, numel, w)
+    BY_WIDTH(SPREAD, width)
+    return marked;
+}
+
+/* Plane k of values that are turned left by one bit is byte k of each; it is taken from a run of
+   values, or added to one, plane 0 first. */
+#define PLANES(type, bits)                                                                        \
+    ALWAYS void take_plane##bits(const uint8_t *restrict from, int64_t numel, int k,              \
+                                 uint8_t *restrict plane)                                         \
+    {                                                                                             \
+        for (int64_t i = 0; i < numel; i++) {                                                     \
+            type x;                                                                               \
+            memcpy(&x, from + i * (bits / 8), sizeof x);                                          \
+            plane[i] = (uint8_t)(k ? x >> (8 * k - 1) : x << 1 | x >> (bits - 1));                \
+        }                                                                                         \
+    }                                                                                             \
+    ALWAYS void add_plane##bits(const uint8_t *restrict plane, int64_t numel, int k,              \
+                                uint8_t *restrict to)                                             \
+    {                                                                                             \
+        for (int64_t i = 0; i < numel; i++) {                                                     \
+            type x = plane[i], held;                                                              \
+            memcpy(&held, to + i * (bits / 8), sizeof x);                                         \
+            x = (type)(k ? held | x << (8 * k - 1) : x >> 1 | x << (bits - 1));                   \
+            memcpy(to + i * (bits / 8), &x, sizeof x);                                            \
+        }                                                                                         \
+    }                                                                                             \
+    ALWAYS void split##bits(const uint8_t *from, int64_t numel, uint8_t *to)                      \
+    {                                                                                             \
+        for (int64_t i = 0; i < numel; i += GROUP)                                                \
+            for (int k = 0; k < bits / 8; k++)                                                    \
+                take_plane##bits(from + i * bits / 8, numel - i < GROUP ? numel - i : GROUP, k,   \
+                                 to + k * numel + i);                                             \
+    }                                                                                             \
+    ALWAYS void join##bits(const Arg *planes, int64_t numel, uint8_t *to)                         \
+    {                                                                                             \
+        for (int64_t i = 0; i < numel; i += GROUP)                                                \
+            for (int k = 0; k < bits / 8; k++)                                                    \
+                add_plane##bits(planes[k].data + i, numel - i < GROUP ? numel - i : GROUP, k,     \
+                                to + i * bits / 8);                                               \
+    }
+
+PLANES(uint16_t, 16)
+PLANES(uint32_t, 32)
+PLANES(uint64_t, 64)
+
+/* Values, their width, room for their planes end to end. */
+static int64_t split(const Arg *args)
+{
+    int64_t width = args[1].whole;
+    if (width < 1 || args[0].nbytes % width || args[2].nbytes != args[0].nbytes) return -1;
+    int64_t numel = args[0].nbytes / width;
+    if (width == 2) split16(args[0].data, numel, args[2].data);
+    else if (width == 4) split32(args[0].data, numel, args[2].data);
+    else if (width == 8) split64(args[0].data, numel, args[2].data);
+    else return -1;
+    return 0;
+}
+
+/* Eight planes, those from the width on empty, the width, room for the values. */
+static int64_t join(const Arg *args)
+{
+    int64_t width = args[8].whole, numel = args[0].nbytes;
+    if (args[9].nbytes != numel * width) return -1;
+    for (int k = 0; k < 8; k++)
+        if (args[k].nbytes != (k < width ? numel : 0)) return -1;
+    if (width == 2) join16(args, numel, args[9].data);
+    else if (width == 4) join32(args, numel, args[9].data);
+    else if (width == 8) join64(args, numel, args[9].data);
+    else return -1;
+    return 0;
+}
