@@ -98,7 +98,7 @@ class Threads:
         """See Engine."""
         from threadpoolctl import threadpool_limits
 
-        # the cores have blocks to do: threads of BLAS would wake for every product, and wait turning
+        # the cores have blocks to do: BLAS would wake threads for every product
         with threadpool_limits(1, user_api="blas"):
             return _ThreadedRun(plan, outputs, writer, finished).run(self.workers, progress)
 
