@@ -344,8 +344,8 @@ CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
 def forecast(pair: Levels, alone: Sequence[Row]) -> Forecast:
     """Return what adding a to a model that holds b meets there, and the layers to look at.
 
-    The layers, and tensors `alone`, outside of layers, are those in which most of a's energy lies along b,
-    if that is clear of chance.
+    The layers, and tensors `alone`, outside of layers, are those in which most of a's energy lies
+    along b, if that is clear of chance.
     """
     overall = pair["overall"]
     whole = overall["norm_a"] ** 2
@@ -368,7 +368,7 @@ def forecast(pair: Levels, alone: Sequence[Row]) -> Forecast:
 
 
 def say_forecast(overall: Row, names: Sequence[str]) -> str:
-    """Return in words what adding a to a model that holds b meets; `names` are layers to look at."""
+    """Return in words what adding a to a model that holds b meets; look at the layers `names`."""
     if overall["along"] is None:
         return "A is zero: nothing would be added"
     words = [f"{_percent(overall['along'])} of A's energy lies along B"]

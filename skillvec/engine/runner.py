@@ -20,7 +20,7 @@ from skillvec.files.journal import Journal
 from skillvec.files.output_file import OutputFile
 from skillvec.files.rows import RowWriter, Segment
 from skillvec.files.staging import Staging
-from skillvec.ops import kernels
+from skillvec.ops import compiled
 from skillvec.report import Report, Watcher
 from skillvec.vectors.reader import readers_of
 
@@ -59,7 +59,7 @@ def show_plan(
         "engine": run.engine.name,
         "workers": max(run.engine.workers, 1),
         "memory_nbytes": ((64 + run.engine.in_process * each) << 20) + matrices_nbytes,
-        "kernels": kernels.kernels_in_use(),
+        "kernels": compiled.in_use(),
     }
     away = [file for file in plan.files() if is_away(file)]
     if away:

@@ -311,12 +311,13 @@ def _add_piece(
 ) -> Array:
     """Return round(target + lam * delta) for any float dtypes; delta in float32 or float64."""
     wide = widen(target, target_dtype)
+    total: Array
     if wide.dtype == np.float64 or delta.dtype == np.float64:
         with np.errstate(all="ignore"):
             total = wide.astype(np.float64) + lam * delta.astype(np.float64)
     else:
         lam = float(np.float32(lam))
-        total = kernels.numpy_fma(wide, delta, lam)
+        total = kernels.fma(wide, delta, lam)
     keep = (delta == 0) | ~np.isfinite(wide) | (lam == 0)
     total = np.where(keep, wide, total)
     if random16 is None or out_dtype in ("F32", "F64"):

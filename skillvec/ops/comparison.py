@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.ops import compiled, lanes
-from skillvec.ops.delta import NO_POSITIONS, STEP, Delta
+from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import HALVES, Array, F32Array, narrow, widen
 from skillvec.ops.lanes import Sums
 

@@ -7,9 +7,12 @@ to nothing, the group is added up again in fp64. The compiled kernels add in thi
 (native/tiles.h), so that a sum has the same digits on every machine and for any worker count.
 """
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 
+from skillvec.ops.compiled import CODES, Kernel, kernel
 from skillvec.ops.kernels import Array
 
 Sums = npt.NDArray[np.float64]
@@ -18,11 +21,30 @@ GROUP = 1024  # values a group, where nothing else is said
 
 
 def group_products(a: Array, b: Array, width: int = GROUP) -> Sums:
-    """Return the inner products of groups of `width` neighbours, the last group shorter.
+    """Return the inner products of groups of `width` neighbours, a power of two, the last shorter.
 
     Two 1-D arrays of one length, both float32 or both float64, of finite values.
     """
-    return row_products(by_rows(a, width), by_rows(b, width))
+    run = _products_kernel() if a.dtype == np.float32 else None
+    if run is None:
+        return row_products(by_rows(a, width), by_rows(b, width))
+    out = np.empty(-(-a.size // width))
+    run(a, b, width, CODES["F32"], CODES["F32"], out)
+    return out
+
+
+@cache
+def _products_kernel() -> Kernel | None:
+    def sample(run: Kernel) -> bytes:
+        a = (np.arange(4073, dtype=np.uint32) * np.uint32(2654435761) & 0xBFFFFFFF).view(np.float32)
+        out = np.empty(4)
+        run(a, a[::-1].copy(), GROUP, CODES["F32"], CODES["F32"], out)
+        return out.tobytes()
+
+    return kernel("group_products", sample, PRODUCTS_CHECK)
+
+
+PRODUCTS_CHECK = "586f9e08128dbd14"  # of what `row_products` makes of the sample; a test compares
 
 
 def by_rows(values: Array, width: int = GROUP) -> Array:

@@ -102,8 +102,8 @@ def _in_numpy(
         moved, asked = moved.astype(wide, copy=False), asked.astype(wide, copy=False)
         pairs = (moved, moved), (moved, asked), (asked, asked)
         parts.append(np.stack([lanes.group_products(*pair) for pair in pairs]))
-    sums = [lanes.in_order(row) for row in np.concatenate(parts, axis=1)]
-    return Moments(changed, *sums, *counts)
+    squared, product, asked_sq = map(lanes.in_order, np.concatenate(parts, axis=1))
+    return Moments(changed, squared, product, asked_sq, *counts)
 
 
 def by_kernel(
@@ -128,16 +128,17 @@ def _add_compiled(
     codes = CODES[target_dtype], CODES[delta.dtype], CODES[out_dtype]
     exceptions = delta.positions, delta.exact
     kernel(target, delta.values, *exceptions, *codes, lam, out, measure, write, numbers)
-    changed, wild, out_wild, *sums = numbers.tolist()
+    changed, wild, out_wild, squared, product, asked = numbers.tolist()
+    counts = int(wild), int(out_wild)
     if not measure:
-        return Moments(0, 0.0, 0.0, 0.0, int(wild), int(out_wild))
-    return Moments(int(changed), *sums, int(wild), int(out_wild))
+        return Moments(0, 0.0, 0.0, 0.0, *counts)
+    return Moments(int(changed), squared, product, asked, *counts)
 
 
 @cache
 def _add_kernel() -> Kernel | None:
     def sample(kernel: Kernel) -> bytes:
-        return add_sample(lambda *given: _add_compiled(kernel, *given, measure=True, write=True))
+        return add_sample(lambda *given: _add_compiled(kernel, *given, True, True))
 
     return compiled.kernel("add", sample, ADD_CHECK)
 
@@ -150,7 +151,7 @@ def sample_patterns() -> tuple[Array, Array]:
     return one, other
 
 
-def add_sample(run: Callable[[Array, str, Delta, float, str, Array], Moments]) -> bytes:
+def add_sample(run: Callable[..., Moments]) -> bytes:
     """Return all that adding fixed patterns gives, exceptions among them."""
     found = bytearray()
     at = np.arange(5, 4073, 997, dtype=np.uint32)

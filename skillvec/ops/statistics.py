@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.ops import comparison, lanes
+from skillvec.ops import comparison
 from skillvec.ops.comparison import NO_SIGNS, STEP_EDGES, Compared, Weights
 from skillvec.ops.delta import Delta
 from skillvec.ops.lanes import GROUP, Sums

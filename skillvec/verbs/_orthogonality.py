@@ -38,9 +38,9 @@ from skillvec.errors import UsageError
 from skillvec.files.fingerprints import fingerprints, refuse_changed
 from skillvec.files.output_file import fsync_path
 from skillvec.files.staging import staging
+from skillvec.ops.comparison import STEP_EDGES
 from skillvec.ops.kernels import HALVES
 from skillvec.ops.names import natural_order
-from skillvec.ops.comparison import STEP_EDGES
 from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher

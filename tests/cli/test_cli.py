@@ -827,7 +827,7 @@ def test_what_a_command_imports_and_shows_off_a_terminal(tmp_path: Path, every_v
 def test_help_imports_no_numbers(arguments: list[str]):
     found = imported_by(*arguments)
     assert "click" in found
-    assert not found & {*HEAVY, "numpy", "numkong", "rich", "safetensors"}
+    assert not found & {*HEAVY, "numpy", "rich", "safetensors"}
 
 
 # ------------------------------------------------------------------------------------ terminals

@@ -238,7 +238,7 @@ def test_every_build_adds_as_the_twin_does(kinds: tuple[str, str], draw: Callabl
     rng = np.random.default_rng(5)
     for numel in SIZES:
         a, b = draw(rng, kinds[0], numel), draw(rng, kinds[1], numel)
-        for width in (1, 7, 16, 1024, 1000):
+        for width in (1, 8, 16, 64, 1024):
             if width < 16 and numel > 3000:
                 continue
             twin = by_twin(a, b, kinds, width)

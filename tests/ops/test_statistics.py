@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from skillvec.ops import comparison, statistics
+from skillvec.ops import statistics
 from skillvec.ops.delta import Delta
 from skillvec.ops.statistics import Request, block_sums, draw_signs, flipped_sums, layout
 

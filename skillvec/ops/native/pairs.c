@@ -6,6 +6,8 @@
 typedef struct { uint32_t position; float value; } Exception;
 enum { ROUNDED, EXCEPTIONS, WHOLE };
 
+ALWAYS int is_narrow(const Arg *dtype) { return dtype->whole >= BF16 && dtype->whole <= F32; }
+
 /* One side of a group, from `begin` on: where it lies, or in `room`, zeros behind its end. */
 ALWAYS const void *side(const void *from, int64_t begin, int64_t end, int dtype, void *room)
 {
@@ -50,11 +52,11 @@ static void hold(row32 d, int dv, uint32_t inexact, uint32_t first, row32 *held,
    gets the differences that the square is of. */
 ALWAYS double subtract_rows(const void *tuned, const void *base, void *out, int64_t begin,
                             int64_t size, int dt, int db, int dv, int exactness, float *used,
-                            Difference *to)
+                            int *nothing, Difference *to)
 {
     int exact = exactness != ROUNDED, careful = used != NULL || !exact;
     row32 sum = {0};
-    vi changed = {0}, unrestored = {0};
+    vi changed = {0}, unrestored = {0}, any = {0};
     for (int64_t i = 0; i < size; i += ROW) {
         row32 a = load(base, i, db), b = load(tuned, i, dt), d, held;
         uint32_t odd = 0, inexact = 0;
@@ -65,10 +67,10 @@ ALWAYS double subtract_rows(const void *tuned, const void *base, void *out, int6
             else if (dv != F32) {
                 near = rounded(step, dv);
                 lossy = ne(near, step);
-                if (!exact) {
-                    strange = either(strange, wild(near));
-                    use = near = keep(nonzero(near), near);
-                }
+            }
+            if (!exact) {
+                strange = either(strange, wild(near));
+                use = near = keep(nonzero(near), near);
             }
             vm moved = nonzero(use), other = dt == db ? ne_bits(x, y) : ne(x, y);
             vf total = careful || dt != db || exactness != WHOLE ? choose(moved, x + use, x) : x + use;
@@ -87,6 +89,7 @@ ALWAYS double subtract_rows(const void *tuned, const void *base, void *out, int6
             changed = count(changed, but(other, strange));
             odd |= lanes(strange) << p * WIDTH;
             if (exact && dv != F32) inexact |= lanes(but(lossy, strange)) << p * WIDTH;
+            any |= (vi)use;
             d.v[p] = careful ? keep(but(moved, wild(use)), use) : use;
             held.v[p] = near;
         }
@@ -104,6 +107,7 @@ ALWAYS double subtract_rows(const void *tuned, const void *base, void *out, int6
     }
     to->changed += counted(changed);
     to->unrestored += counted(unrestored);
+    *nothing = !lanes(ne_bits((vf)any, (vf){0}));
     return folded(sum);
 }
 
@@ -116,10 +120,12 @@ ALWAYS void subtract_all(int64_t size, int dt, int db, int dv, int exactness, Di
         const void *base = side(to->base, i, end, db, rooms[1]);
         void *out = rows == end - i ? (void *)(to->out + i * itemsize(dv)) : (void *)rooms[2];
         Difference before = *to;
-        double square = subtract_rows(tuned, base, out, i, rows, dt, db, dv, exactness, NULL, to);
-        if (!is_settled(square) && square != 0) { /* once more, what is squared in a buffer */
+        int nothing = 0;
+        double square = subtract_rows(tuned, base, out, i, rows, dt, db, dv, exactness, NULL, &nothing,
+                                      to);
+        if (!is_settled(square) && !nothing) { /* once more, what is squared in a buffer */
             *to = before;
-            subtract_rows(tuned, base, out, i, rows, dt, db, dv, exactness, used, to);
+            subtract_rows(tuned, base, out, i, rows, dt, db, dv, exactness, used, &nothing, to);
             square = product(used, used, rows);
         }
         to->square += square;
@@ -133,11 +139,11 @@ static int64_t subtract(const Arg *args)
 {
     int dt = (int)args[2].whole, db = (int)args[3].whole, dv = (int)args[4].whole;
     int exactness = (int)args[5].whole;
-    if (dt < BF16 || dt > F32 || db < BF16 || db > F32 || dv < BF16 || dv > F32) return -1;
+    if (!is_narrow(args + 2) || !is_narrow(args + 3) || !is_narrow(args + 4)) return -1;
     int64_t size = args[0].nbytes / itemsize(dt);
     int64_t most = exactness != ROUNDED && dv != F32 ? size : 0;
-    if (size > UINT32_MAX || args[0].nbytes != size * itemsize(dt) || exactness < ROUNDED
-        || exactness > WHOLE || args[1].nbytes != size * itemsize(db)
+    if (size > UINT32_MAX || args[0].nbytes != size * itemsize(dt) || args[5].whole < ROUNDED
+        || args[5].whole > WHOLE || args[1].nbytes != size * itemsize(db)
         || args[6].nbytes != size * itemsize(dv) || args[7].nbytes < most * (int64_t)sizeof(Exception)
         || args[8].nbytes < size * 4 || args[9].nbytes != 4 * 8)
         return -1;
@@ -174,10 +180,11 @@ typedef struct {
    moved, and it gets what moved and the delta. */
 ALWAYS uint32_t add_rows(const void *target, const void *delta, void *out, int64_t size, int dt,
                          int dd, int dout, int measure, int write, double *sums,
-                         float (*used)[GROUP + ROW], Sum *to)
+                         float (*used)[GROUP + ROW], int *nothing, Sum *to)
 {
     row32 sum[3] = {0};
     vi changed = {0}, target_wild = {0}, out_wild = {0};
+    vi any = {0};
     vm seen = {0};
     vf lam = to->lam - (vf){0};
     vm asked = nonzero(lam);
@@ -208,6 +215,7 @@ ALWAYS uint32_t add_rows(const void *target, const void *delta, void *out, int64
                 step = keep(but(but(nonzero(step), wild(step)), strange), step);
             } else seen = either(seen, either(wild(x), wild(y)));
             changed = count(changed, other);
+            any |= (vi)step | (vi)d.v[p];
             moved.v[p] = step;
         }
         if (measure) {
@@ -222,6 +230,7 @@ ALWAYS uint32_t add_rows(const void *target, const void *delta, void *out, int64
     to->target_wild += counted(target_wild);
     to->out_wild += counted(out_wild);
     for (int n = 0; n < 3; n++) sums[n] = folded(sum[n]);
+    *nothing = !lanes(ne_bits((vf)any, (vf){0}));
     return 0;
 }
 
@@ -244,12 +253,13 @@ ALWAYS void add_group(const void *target, const void *delta, void *out, int64_t 
     double sums[3];
     float used[2][GROUP + ROW];
     int64_t changed = to->changed;
-    uint32_t again = add_rows(target, delta, out, rows, dt, dd, dout, measure, write, sums, NULL, to);
-    for (int n = 0; n < 3 && !again && measure; n++)
-        again = !is_settled(sums[n]) && !(sums[n] == 0 && sums[2] == 0 && dt == dout);
+    int nothing = 0;
+    uint32_t again = add_rows(target, delta, out, rows, dt, dd, dout, measure, write, sums, NULL,
+                              &nothing, to);
+    for (int n = 0; n < 3 && !again && measure && !nothing; n++) again = !is_settled(sums[n]);
     if (again) {
         to->changed = changed;
-        add_rows(target, delta, out, rows, dt, dd, dout, 0, 0, sums, used, to);
+        add_rows(target, delta, out, rows, dt, dd, dout, 0, 0, sums, used, &nothing, to);
         sums[0] = product(used[0], used[0], rows);
         sums[1] = product(used[0], used[1], rows);
         sums[2] = product(used[1], used[1], rows);
@@ -282,7 +292,7 @@ static int64_t add(const Arg *args)
 {
     int dt = (int)args[4].whole, dd = (int)args[5].whole, dout = (int)args[6].whole;
     int measure = args[9].whole != 0, write = args[10].whole != 0;
-    if (dt < BF16 || dt > F32 || dd < BF16 || dd > F32 || dout < BF16 || dout > F32) return -1;
+    if (!is_narrow(args + 4) || !is_narrow(args + 5) || !is_narrow(args + 6)) return -1;
     int64_t size = args[0].nbytes / itemsize(dt);
     if (args[0].nbytes != size * itemsize(dt) || args[1].nbytes != size * itemsize(dd)
         || args[2].nbytes != args[3].nbytes || args[8].nbytes != size * itemsize(dout)
