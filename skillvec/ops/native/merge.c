@@ -220,13 +220,12 @@ static void select_kept(const Part *part, float *v, const uint32_t *drawn, const
 {
     const vi low = (vi){0} + (int32_t)part->low, high = (vi){0} + (int32_t)part->high;
     const vu limit = (vu){0} + (uint32_t)part->high;
-    const double *inverses = table + UPPER;
     uint32_t bins[TILE];
     memcpy(bins, v, sizeof bins);
     for (int i = 0; i < TILE; i++) bins[i] = bins[i] >> 16 & (UPPER - 1);
     for (int i = 0; i < TILE && part->kind == MAGPRUNE; i++) {
         chance[0][i] = table[bins[i]];
-        chance[1][i] = inverses[bins[i]];
+        chance[1][i] = table[UPPER + bins[i]];
     }
     for (int i = 0; i < TILE && part->kind == KEEP; i++) chance[0][i] = chance[1][i] = 1;
     for (int i = 0; i < TILE; i += WIDTH) {
