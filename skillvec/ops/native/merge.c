@@ -36,12 +36,16 @@ ALWAYS vd f64_of_u32(const uint32_t *from)
 {
     return _mm512_cvtepu32_pd(_mm256_loadu_si256((const __m256i *)from));
 }
-#else
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
 ALWAYS vd fused64(vd a, vd b, vd c) { return _mm256_fmadd_pd(a, b, c); }
 ALWAYS vd larger(vd a, vd b) { return _mm256_max_pd(a, b); }
 ALWAYS vd load_f64(const float *from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
 ALWAYS void store_f64(vd x, float *to) { _mm_storeu_ps(to, _mm256_cvtpd_ps(x)); }
+ALWAYS vd f64_of_u32(const uint32_t *from) /* the lower bits of 2^52 + x */
+{
+    __m256i bits = _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i *)from));
+    return (vd)((vq)bits | (vq)all_of(0x1p52)) - 0x1p52;
+}
 #else
 ALWAYS vd fused64(vd a, vd b, vd c)
 {
@@ -59,7 +63,6 @@ ALWAYS void store_f64(vd x, float *to)
 {
     for (int i = 0; i < HALF_WIDTH; i++) to[i] = (float)x[i];
 }
-#endif
 ALWAYS vd f64_of_u32(const uint32_t *from)
 {
     vd out;
@@ -168,8 +171,10 @@ static int64_t round_randomly(const Arg *args)
     int nan = 0;
     for (int64_t at = 0; at < count; at += ROW) {
         int64_t held = at + ROW < count ? ROW : count - at;
-        row32 values = load_end(args[0].data, at, at + held, F32);
-        row32 drawn = load_end(args[1].data, at, at + held, BF16); /* in the upper halves */
+        int is_whole = held == ROW;
+        row32 values = is_whole ? load(args[0].data, at, F32) : load_end(args[0].data, at, count, F32);
+        row32 drawn = is_whole ? load(args[1].data, at, BF16) /* in the upper halves */
+                               : load_end(args[1].data, at, count, BF16);
         uint16_t out[ROW];
         for (int p = 0; p < PARTS; p++) {
             vf value = values.v[p];
@@ -193,7 +198,7 @@ static int64_t round_randomly(const Arg *args)
                       & (__builtin_convertvector(more, vf) < chance);
             put_u16((vu)((other & away) | (from & ~away)), to);
         }
-        memcpy((uint16_t *)args[3].data + at, out, 2 * held);
+        memcpy(args[3].data + 2 * at, out, is_whole ? sizeof out : 2 * (size_t)held);
     }
     return nan;
 }
@@ -256,15 +261,16 @@ ALWAYS void select_kept(const Part *part, float *v, const uint32_t *drawn)
     }
 }
 
-/* Find the chances of a tile's values, and their inverses; gathers are slower than loads. */
+/* Find the chances of a tile's values, and their inverses: by single loads, faster than gathers. */
 ALWAYS void look_up(const double *table, const float *v, double (*chances)[TILE])
 {
-    uint32_t bits[TILE];
-    memcpy(bits, v, sizeof bits);
-    for (int i = 0; i < TILE; i++) bits[i] = bits[i] >> 16 & (BINS - 1);
     for (int i = 0; i < TILE; i++) {
-        chances[0][i] = table[bits[i]];
-        chances[1][i] = table[BINS + bits[i]];
+        uint32_t bin;
+        memcpy(&bin, v + i, 4);
+        bin = bin >> 16 & (BINS - 1);
+        __asm__("" : "+r"(bin)); /* or it is made of inserts */
+        chances[0][i] = table[bin];
+        chances[1][i] = table[BINS + bin];
     }
 }
 
