@@ -218,7 +218,8 @@ def sample_merge(run: Kernel | None) -> bytes:
 
 def sample_measure(name: str, run: Kernel | None) -> bytes:
     """Return what a kernel, or numpy, measures of the fixed deltas."""
-    parts, found = fixed_parts(), []
+    parts = fixed_parts()
+    found: list[Any] = []
     known = [[[0x3B00, 1]] * 2, [[0x3A81, 1]] * 2] if name == "count_within" else KNOWN["ties"]
     for measured in [key for key, value in MEASURES.items() if value == name]:
         if run is not None:
