@@ -355,6 +355,12 @@ def add(
                 else narrow(widen(target[at], target_dtype), out_dtype)
             )  # fmt: skip
             return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
+    elif out_dtype in HALVES:
+        total = np.empty(target.size, np.float32)
+        done = moments.by_kernel(target, target_dtype, delta, lam, "F32", total, False, True)
+        if done is not None and not done.target_nonfinite:
+            out[:] = kernels.stochastic_narrow(total, out_dtype, random16)
+            return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
     for begin in range(0, target.size, STEP):
         end = min(begin + STEP, target.size)
         out[begin:end] = _add_piece(
