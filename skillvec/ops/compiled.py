@@ -7,7 +7,7 @@ SKILLVEC_KERNELS chooses: numpy, or an instruction set, or (not set) the best th
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import NamedTuple
@@ -74,6 +74,17 @@ def kernel(name: str, sample: Callable[[Kernel], bytes], digest: str) -> Kernel 
     if not same and name not in _refused:
         _refused.append(name)
     return found if same else None
+
+
+def kernels(
+    names: Sequence[str], sample: Callable[[Sequence[Kernel]], bytes], digest: str
+) -> list[Kernel] | None:
+    """Return several compiled kernels that are checked as one, or None, as `kernel` does."""
+    here = _chosen()[1]
+    found = [here[name] for name in names if name in here]
+    if len(found) < len(names) or xxh3_64_hexdigest(sample(found)) != digest:
+        return None
+    return found
 
 
 def in_use() -> str:

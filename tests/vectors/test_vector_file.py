@@ -465,7 +465,7 @@ def of_zero(**changes: object) -> Callable[[Manifest], object]:
 
 # what is done to the manifest of a packed vector
 REFUSED: dict[str, Callable[[Manifest], object]] = {
-    "schema of tomorrow": lambda m: m.update(schema=2),
+    "schema of tomorrow": lambda m: m.update(schema=3),
     "schema as text": lambda m: m.update(schema="1"),
     "schema as a float": lambda m: m.update(schema=1.0),
     "schema a boolean": lambda m: m.update(schema=True),

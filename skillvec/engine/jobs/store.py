@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.engine.jobs.point import narrowed
-from skillvec.engine.plan import CHANGED, RowJob, Task
+from skillvec.engine.plan import CHANGED, RANKED, RowJob, Task
 from skillvec.ops.codecs import encode_block, room_nbytes
 from skillvec.ops.delta import EXCEPTION, Delta, squared
 from skillvec.ops.special import bit_pattern
@@ -48,6 +48,7 @@ class StoreJob(RowJob):
             values = narrowed(delta, self.out_dtype, self.name)
         room = block.workspace.array("encoded", "U8", room_nbytes(values, self.codec))
         encoded = encode_block(values, self.codec, room)
+        task.tally[RANKED] = encoded.ranked
         records = _exceptions(delta).view(np.uint8), replaced.view(np.uint8)
         row = self.first_block + block.index
         task.common.writer.add(row, (encoded.payload, encoded.bitmap, *records))
