@@ -33,9 +33,7 @@ def decode(codec, payload, bitmap, out):
         payload = turned >> 1 | turned << (8 * width - 1)
         if ranked:
             table, escapes = np.split(payload, [size])
-            assert (np.diff(table.astype(int)) > 0).all() and ranks[ranks < 255].max(
-                initial=0
-            ) < size
+            assert (table[1:] > table[:-1]).all() and (ranks[ranks < 255] < size).all()
             payload = np.append(table, np.zeros(256, "<u2"))[ranks]
             payload[ranks == 255] = escapes
     if payload.size:

@@ -297,7 +297,8 @@ static int64_t join(const Arg *args)
    times 65,536, plus the pattern, which rises; returns how many patterns occur. */
 static int64_t tally(const Arg *args)
 {
-    if (args[0].nbytes % 2 || args[1].nbytes != 4 * PATTERNS || args[2].nbytes != 8 * PATTERNS)
+    if (args[0].nbytes % 2 || args[1].nbytes != 4 * PATTERNS || args[2].nbytes != 8 * PATTERNS
+        || (uintptr_t)args[1].data % sizeof(uint32_t))
         return -1;
     uint32_t *counts = (uint32_t *)args[1].data;
     int64_t numel = args[0].nbytes / 2, found = 0;
