@@ -89,6 +89,18 @@ def encode_block(values: Array, codec: str, room: Bytes | None = None) -> Encode
     return Encoded(np.concatenate(parts, out=room[:total]), ranked=bool(marker))
 
 
+def is_packed_within(values: Array, share: float) -> bool:
+    """Return whether a packed block takes less than a share of the bytes of its values."""
+    width, limit = values.itemsize, share * values.nbytes
+    count = int(np.count_nonzero(bit_pattern(values)))
+    most = (
+        4 * (1 + width) + -(-values.size // 8) + count * width
+    )  # pieces as long as what they hold
+    if most < limit and count < LEAST_RANKED and count <= DENSE_SHARE * values.size:
+        return True
+    return encode_block(values, "packed").payload.size < limit
+
+
 def _ranked(kept: Array, work: Bytes) -> tuple[tuple[int, ...], list[Bytes]]:
     """Return the marker and the pieces of 16-bit values as ranks, none where planes are better.
 

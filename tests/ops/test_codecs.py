@@ -451,3 +451,18 @@ def test_any_bytes_give_values_or_a_value_error(
             decoded(codec, payload, bitmap, numel, dtype)
         except ValueError as error:
             assert str(error)
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from([1, 2, 9, 63, 4096]) | st.integers(1, 600),
+    st.sampled_from([0.02, 0.5, 0.9, 0.92, 0.95, 1.0]),
+    st.sampled_from(["wild", "steps"]),
+    st.sampled_from([0.5, 0.9, 0.98, 1.0]),
+)
+def test_whether_a_block_shrinks_is_told_without_packing_most(
+    dtype: str, size: int, density: float, kind: str, share: float
+) -> None:
+    values = made(dtype, size, density, kind, 5)
+    packed = encode_block(values, "packed").payload.size
+    assert codecs.is_packed_within(values, share) == (packed < share * values.nbytes)
