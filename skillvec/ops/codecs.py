@@ -93,9 +93,8 @@ def is_packed_within(values: Array, share: float) -> bool:
     """Return whether a packed block takes less than a share of the bytes of its values."""
     width, limit = values.itemsize, share * values.nbytes
     count = int(np.count_nonzero(bit_pattern(values)))
-    most = (
-        4 * (1 + width) + -(-values.size // 8) + count * width
-    )  # pieces as long as what they hold
+    # where no piece shrinks; most blocks need no closer look
+    most = 4 * (1 + width) + -(-values.size // 8) + count * width
     if most < limit and count < LEAST_RANKED and count <= DENSE_SHARE * values.size:
         return True
     return encode_block(values, "packed").payload.size < limit

@@ -26,6 +26,8 @@ from xxhash import xxh3_128
 
 import skillvec
 from skillvec.cli.commands import main
+from skillvec.engine import runner, threads
+from skillvec.engine.plan import Plan
 from skillvec.errors import (
     FormatError,
     IncompatibleError,
@@ -1433,6 +1435,28 @@ def test_schema_2_is_that_of_files_with_ranks_alone(tmp_path: Path):
     path = tmp_path / "as_dense.safetensors"
     SkillVector.open(tmp_path / "packed.safetensors").save(path, codec="dense")
     assert read_raw(path)[0]["schema"] == 1
+
+
+def test_a_run_that_goes_on_knows_of_ranks_that_were_written_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runner, "CLAIM_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "SMALL_NUMEL", 0)  # each tensor is written and noted alone
+    ranked_family(tmp_path)
+    sides, path = (tmp_path / "tuned", tmp_path / "base"), tmp_path / "v.safetensors"
+    skillvec.diff(*sides, tmp_path / "whole.safetensors", engine="serial")
+
+    def stop(plan: Plan, number: int, *rest: Any) -> None:
+        if number == 2:  # the last, which has no ranks
+            raise KeyError
+
+    with threads.on_block(stop), pytest.raises(KeyError):
+        skillvec.diff(*sides, path, engine="serial")
+    report = skillvec.diff(*sides, path, engine="serial").report
+    assert report is not None and report.facts["resumed"]
+    (manifest, tensors), (whole, others) = map(read_raw, (path, tmp_path / "whole.safetensors"))
+    assert manifest["schema"] == whole["schema"] == 2
+    assert manifest["tensors"] == whole["tensors"] and tensors == others
 
 
 if __name__ == "__main__":
