@@ -8,11 +8,11 @@ import numpy.typing as npt
 
 from skillvec.engine.jobs.point import narrowed
 from skillvec.engine.plan import CHANGED, RANKED, RowJob, Task
+from skillvec.files.rows import digest_of_two
 from skillvec.ops.codecs import encode_block, room_nbytes
 from skillvec.ops.delta import EXCEPTION, Delta, squared
 from skillvec.ops.special import bit_pattern
 from skillvec.ops.statistics import Request
-from skillvec.vectors.writer import block_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,9 @@ class StoreJob(RowJob):
         task.tally[RANKED] = encoded.ranked
         records = _exceptions(delta).view(np.uint8), replaced.view(np.uint8)
         row = self.first_block + block.index
-        task.common.writer.add(row, (encoded.payload, encoded.bitmap, *records))
-        block.stamp("output", block_digest(encoded))
+        digest = digest_of_two(encoded.payload, encoded.bitmap)
+        task.common.writer.add(row, (encoded.payload, encoded.bitmap, *records), digest)
+        block.stamp("output", digest)
 
 
 def _exceptions(delta: Delta) -> npt.NDArray[Any]:
