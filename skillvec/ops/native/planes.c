@@ -53,20 +53,6 @@ ALWAYS __m512i spread(__m512i x, uint64_t mask, int width)
                         : _mm512_maskz_expand_epi64((__mmask8)mask, x);
 }
 #elif defined(__AVX2__)
-/* In entry m, the lanes that m marks come first, or go back to where they were. */
-ALWAYS void fill_moves(Moves *to, int back)
-{
-    memset(to, back ? 0x80 : 0, sizeof *to); /* 0x80: a zero */
-    for (int mask = 0; mask < 256; mask++)
-        for (int lane = 0, next = 0; lane < 8; lane++)
-            if (mask >> lane & 1) {
-                int at = back ? lane : next, from = back ? next : lane;
-                to->bytes[mask][2 * at] = (uint8_t)(2 * from);
-                to->bytes[mask][2 * at + 1] = (uint8_t)(2 * from + 1);
-                next++;
-            }
-}
-
 #define LANES 0x0706050403020100u
 
 /* For lanes of 4 or 8 bytes: those that are not 0, and a byte of ones for each 4 bytes of them. */
@@ -81,6 +67,19 @@ ALWAYS uint64_t lane_bytes(uint32_t mask, int width)
 {
     return width == 4 ? _pdep_u64(mask, 0x0101010101010101u) * 255
                       : _pdep_u64(mask, 0x0001000100010001u) * 0xFFFF;
+}
+
+/* In entry m, the lanes that m marks come first, or go back to where they were, zeros between. */
+ALWAYS void fill_moves(Moves *to, int back)
+{
+    for (uint32_t mask = 0; mask < 256; mask++) {
+        uint64_t bytes = lane_bytes(mask, 4);
+        uint64_t lanes = back ? _pdep_u64(LANES, bytes) : _pext_u64(LANES, bytes);
+        __m128i at = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)lanes));
+        at = _mm_add_epi16(_mm_mullo_epi16(at, _mm_set1_epi16(0x0202)), _mm_set1_epi16(0x0100));
+        if (back) at = _mm_or_si128(at, _mm_cvtepi8_epi16(_mm_cvtsi64_si128((int64_t)~bytes)));
+        _mm_storeu_si128((__m128i *)to->bytes[mask], at);
+    }
 }
 #endif
 
