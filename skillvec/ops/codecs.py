@@ -275,7 +275,7 @@ def _unrank(ranks: Bytes, listed: Array, table_size: int, out: Array) -> int:
     """
     none = ranks == ESCAPE
     escaped = int(np.count_nonzero(none))
-    if (ranks[~none] >= table_size).any():
+    if int(np.count_nonzero(ranks >= table_size)) > escaped:
         return ranks.size + 1
     if listed.size == table_size + escaped:
         table = np.zeros(ESCAPE + 1, listed.dtype)
