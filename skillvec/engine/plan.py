@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.files.file import file_nbytes
+from skillvec.files.held import HeldFiles, HeldRows
 from skillvec.files.output_file import OutputFile
 from skillvec.files.rows import RowWriter
 from skillvec.files.tensors import Source, files_of
@@ -194,13 +195,13 @@ class Common:
     """What the jobs of one run have in common; `totals` are counts of measuring passes by scope."""
 
     plan: Plan
-    outputs: Sequence[OutputFile]
-    writer: RowWriter | None
+    outputs: Sequence[OutputFile] | HeldFiles
+    writer: RowWriter | HeldRows | None
     totals: dict[str, Array] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class State:
     """What is known so far of one tensor."""
 
@@ -252,7 +253,7 @@ class Task:
             self.block.lose(found.lost)
 
 
-@dataclass
+@dataclass(slots=True)
 class JobResult:
     """What happened to one tensor.
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -119,7 +120,7 @@ class _Claims:
         self, plan: Plan, journal: Journal, files: Sequence[OutputFile], writer: RowWriter | None
     ) -> None:
         self._plan, self._journal, self._files, self._writer = plan, journal, files, writer
-        self._noted: list[tuple[int, JobResult]] = []
+        self._noted: deque[tuple[int, JobResult]] = deque()
         self._due = time.monotonic() + CLAIM_SECONDS
 
     def restored(self) -> dict[int, JobResult]:
@@ -160,7 +161,7 @@ class _Claims:
             return
         lines = []
         while self._noted:
-            number, result = self._noted.pop(0)
+            number, result = self._noted.popleft()
             rows = result.job.rows
             kept = [self._writer.line(row) for row in rows] if self._writer is not None else []
             lines.append({"job": number, "rows": kept, **to_line(result)})

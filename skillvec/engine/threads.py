@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ from skillvec.engine.plan import (
 from skillvec.errors import FormatError
 from skillvec.files.file import fold_digest
 from skillvec.files.gather import Gatherer, gathering
+from skillvec.files.held import HeldFiles, HeldRows
 from skillvec.files.output_file import OutputFile
 from skillvec.files.rows import RowWriter
 from skillvec.ops import arithmetic
@@ -42,6 +44,10 @@ from skillvec.vectors.deltas.base import NO_DIGEST, DeltaSource, InFile, views_i
 from skillvec.vectors.deltas.mix import mixes_in
 from skillvec.vectors.deltas.view import VIEW
 from skillvec.vectors.reader import BlockReader, readers_of
+
+# a worker does several small tensors in one go: to take one, to wait for its place and to write
+# it costs as much as a thousand values
+SMALL_NUMEL, BATCH_NUMEL, BATCH_JOBS = 1 << 15, 1 << 18, 64
 
 
 class Found(NamedTuple):
@@ -157,7 +163,8 @@ class _ThreadedRun:
         writer: RowWriter | None,
         finished: Callable[[int, JobResult], None],
     ) -> None:
-        self._plan, self._writer, self._finished = plan, writer, finished
+        self._plan, self._finished = plan, finished
+        self._outputs, self._writer = outputs, writer
         self._common = Common(plan, outputs, writer)
         self._on_block = _on_block.get()
         self._readers = readers_of(plan.vectors)
@@ -201,16 +208,33 @@ class _ThreadedRun:
         if self._writer is not None:
             self._writer.stop()
 
-    def _all_tasks(self) -> Iterator[tuple[int, int]]:
-        for number, job in enumerate(self._plan.jobs):
-            blocks = block_count(job.numel)
-            sums = np.zeros((blocks, job.width(self._plan.request)))
-            counts = np.zeros(len(COUNTS), np.int64)
-            self._states[number] = State(blocks, sums, counts, _casts_of(job))
-            if not blocks:
-                self._finish(number, Workspace())
-            for block in range(blocks):
-                yield number, block
+    def _all_tasks(self) -> Iterator[tuple[range, int]]:
+        """Yield jobs with the block that is to be done; of a batch, whose blocks are all of it, 0.
+
+        A batch are neighbours of few values: they are begun, written and said to be done together.
+        """
+        jobs, first = self._plan.jobs, 0
+        while first < len(jobs):
+            last, numel = first, 0
+            while (
+                last < min(len(jobs), first + BATCH_JOBS)
+                and jobs[last].numel <= SMALL_NUMEL and numel <= BATCH_NUMEL
+            ):  # fmt: skip
+                numel += jobs[last].numel
+                last += 1
+            if last > first:
+                yield range(first, last), 0
+            else:
+                last = first + 1
+                self._states[first] = self._begin(jobs[first])
+                for block in range(block_count(jobs[first].numel)):
+                    yield range(first, last), block
+            first = last
+
+    def _begin(self, job: Job) -> State:
+        blocks = block_count(job.numel)
+        sums = np.zeros((blocks, job.width(self._plan.request)))
+        return State(blocks, sums, np.zeros(len(COUNTS), np.int64), _casts_of(job))
 
     def _work(self, progress: Callable[[int], None] = lambda done_nbytes: None) -> None:
         try:
@@ -229,31 +253,67 @@ class _ThreadedRun:
                 task = next(self._tasks, None)
             if task is None:
                 return
-            number, block = task
-            self.run_block(number, block, workspace)
+            numbers, block = task
+            state = self._states.get(numbers[0])
+            if state is None:
+                try:
+                    self._run_batch(numbers, workspace)
+                finally:
+                    progress(self._done_nbytes)
+                continue
+            number = numbers[0]
+            self.run_block(number, block, workspace, self._common, state)
             if self._stop.is_set():  # a stopped writer has taken nothing
                 return
             progress(self._done_nbytes)
-            state = self._states[number]
             with self._lock:
                 state.remaining -= 1
                 last = state.remaining == 0
             if last:
-                self._finish(number, workspace)
+                self._note(number, self._finish(number, workspace, self._common, state))
+                del self._states[number]
+
+    def _run_batch(self, numbers: range, workspace: Workspace) -> None:
+        """Do small tensors one after the other; write, and say that they are done, at the end."""
+        writer = HeldRows(self._writer) if self._writer is not None else None
+        files = HeldFiles(self._outputs)
+        common = replace(self._common, outputs=files, writer=writer)
+        done: list[JobResult] = []
+        try:
+            for number in numbers:
+                state = self._begin(self._plan.jobs[number])
+                if state.remaining:
+                    self.run_block(number, 0, workspace, common, state)
+                if self._stop.is_set():
+                    return
+                done.append(self._finish(number, workspace, common, state))
+        finally:  # what was done before an error is done: a run that goes on takes it over
+            if not self._stop.is_set():
+                files.flush()
+                if writer is not None:
+                    writer.flush()
+            if not self._stop.is_set():  # not while it waited for its turn either
+                for number, result in zip(numbers, done, strict=False):
+                    self._note(number, result)
+
+    def _note(self, number: int, result: JobResult) -> None:
+        self._results[number] = result
+        self._finished(number, result)
 
     def run_block(
-        self, number: int, index: int, workspace: Workspace, exact_base: bool | None = None
-    ) -> None:
+        self, number: int, index: int, workspace: Workspace, common: Common, state: State,
+        exact_base: bool | None = None,
+    ) -> None:  # fmt: skip
         """Do one block of one job; `exact_base` is set when it is known and was guessed wrong."""
         for call in self._on_block:
             call(self._plan, number, index, exact_base is not None)
-        job, state = self._plan.jobs[number], self._states[number]
+        job = self._plan.jobs[number]
         block = Block(
             index, job.numel, workspace, self._readers, state.leaves, job.wants_norm,
             self._seen, self._holes, casts=state.casts,
         )  # fmt: skip
         tally = np.zeros(len(COUNTS), np.int64)
-        job.run(Task(self._common, state, block, tally, exact_base))
+        job.run(Task(common, state, block, tally, exact_base))
         tally[OF_TUNED:OF_TARGET] = block.tuned_nonfinite, block.base_nonfinite
         tally[LOST_COUNT] = block.lost
         with self._lock:
@@ -263,33 +323,34 @@ class _ThreadedRun:
             if exact_base is None:
                 self._done_nbytes += job.nbytes_read * block.size // job.numel
 
-    def _finish(self, number: int, workspace: Workspace) -> None:
+    def _finish(
+        self, number: int, workspace: Workspace, common: Common, state: State
+    ) -> JobResult:
         """Settle a tensor whose blocks are all read: wrong guesses, sums, digests, checks."""
-        job, state = self._plan.jobs[number], self._states[number]
-        point, base = (fold_digest(state.leaves.get(role, b"")) for role in ("point", "base"))
-        exact_base = job.is_exact_base(point, base)
-        if exact_base != self._plan.expects_base:  # not as guessed: these blocks once more
+        job, leaves = self._plan.jobs[number], state.leaves
+        digests = {role: fold_digest(held) for role, held in leaves.items()}
+        sides = [digests.get(role, NO_DIGEST) for role in ("point", "base")]
+        exact_base = job.is_exact_base(*sides)
+        if state.assumed and exact_base != self._plan.expects_base:  # not as guessed: once more
             for block, counts in sorted(state.assumed.items()):
                 state.counts -= counts
                 state.sums[block] = 0
                 state.first_mismatch.pop(block, None)
-                self.run_block(number, block, workspace, exact_base)
-        digests = {role: fold_digest(leaves) for role, leaves in state.leaves.items()}
+                self.run_block(number, block, workspace, common, state, exact_base)
+            digests = {role: fold_digest(held) for role, held in leaves.items()}
         for role in job.roles:  # an empty tensor has no blocks, but a digest
             digests.setdefault(role, NO_DIGEST)
         _check_digests(job.deltas, digests)
-        self._results[number] = result = JobResult(
+        return JobResult(
             job,
             digests,
-            state.sums.sum(axis=0),
-            **{key: int(count) for key, count in zip(COUNTS, state.counts, strict=True)},
+            state.sums.sum(axis=0) if len(state.sums) != 1 else state.sums[0] + 0.0,
+            *state.counts.tolist(),  # in the order of COUNTS
             casts=state.casts,
-            first_mismatch=min(state.first_mismatch.values(), default=None),
+            first_mismatch=min(state.first_mismatch.values()) if state.first_mismatch else None,
             exact_base=exact_base,
-            found=job.settle(self._common, state),
+            found=job.settle(common, state),
         )
-        del self._states[number]
-        self._finished(number, result)
 
 
 def _most_turned(plan: Plan) -> int:
@@ -301,7 +362,10 @@ def _most_turned(plan: Plan) -> int:
 def _casts_of(job: Job) -> int:
     """Return the ways in which a job's pair could differ by rounding alone."""
     pair = job.deltas[0].pair if job.deltas else None
-    return arithmetic.possible_casts(pair.tuned.dtype, pair.base.dtype) if pair is not None else 0
+    return _possible_casts(pair.tuned.dtype, pair.base.dtype) if pair is not None else 0
+
+
+_possible_casts = cache(arithmetic.possible_casts)
 
 
 def _stored_in(deltas: Iterable[DeltaSource]) -> Iterator[tuple[str, InFile]]:

@@ -65,10 +65,11 @@ class Journal:
         """Say that jobs are done, when all that was written to `files` is on the disk."""
         for file in files:
             file.flush()
-        text, seed = b"", self._seed
+        pieces, seed = [], self._seed
         for line in [*lines] if self.has_claims else [self._said, *lines]:
             encoded, seed = _encoded(line, seed)
-            text += encoded
+            pieces.append(encoded)
+        text = memoryview(b"".join(pieces))
         try:
             # the names of the files first; shards come one after the other
             for folder in (self._folder / "made", self._folder, self._folder.parent):

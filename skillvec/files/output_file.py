@@ -86,7 +86,7 @@ class OutputFile:
             raise explain(error, self.path) from None
         return offset
 
-    def write(self, offset: int, buffer: memoryview | bytes) -> None:
+    def write(self, offset: int, buffer: memoryview | bytes | bytearray) -> None:
         """Write `buffer` at the absolute `offset`; raise OutputError on a full disk."""
         view = memoryview(buffer)
         done = 0

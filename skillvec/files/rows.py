@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from xxhash import xxh3_64
@@ -19,12 +20,15 @@ class Turns:
         self._changed, self._next, self._stopped = threading.Condition(), first, False
 
     @contextlib.contextmanager
-    def turn(self, number: int) -> Iterator[bool]:
-        """Wait for the turn of `number` and hold it; False if the run has failed meanwhile."""
+    def turn(self, number: int, count: int = 1) -> Iterator[bool]:
+        """Wait for the turn of `number`, and hold it and those of all `count` from there.
+
+        Gives False if the run has failed meanwhile.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._next == number or self._stopped)
             yield not self._stopped
-            self._next += 1
+            self._next += count
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -32,6 +36,14 @@ class Turns:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+
+
+class Row(NamedTuple):
+    """The pieces of a row with their sizes, and the digest of all."""
+
+    sizes: list[int]
+    mark: int
+    pieces: Sequence[bytes | memoryview]
 
 
 class RowWriter:
@@ -59,16 +71,35 @@ class RowWriter:
     def add(self, row: int, pieces: Sequence[Bytes]) -> None:
         """Write the pieces of one row, in its turn."""
         sizes, mark = [piece.size for piece in pieces], mark_of(pieces)
-        with self._turn(row) as mine:
+        self.add_rows(row, [Row(sizes, mark, [piece.data for piece in pieces])])
+
+    def add_rows(self, first: int, rows: Sequence[Row]) -> None:
+        """Write rows of consecutive numbers, in their turn; what lies end to end in one go."""
+        with self._turn(first, len(rows)) as mine:
             if not mine:
                 return
-            places = self.accept(row, sizes, mark)
-        for (file, offset), piece in zip(places, pieces, strict=True):
-            if piece.size:
-                file.write(offset, piece.data)
+            places = [self.accept(first + i, row.sizes, row.mark) for i, row in enumerate(rows)]
+        if len(rows) == 1:
+            for (file, offset), piece in zip(places[0], rows[0].pieces, strict=True):
+                if len(piece):
+                    file.write(offset, piece)
+            return
+        joined: dict[OutputFile, tuple[int, bytearray]] = {}
+        for row, placed in zip(rows, places, strict=True):
+            for (file, offset), piece in zip(placed, row.pieces, strict=True):
+                if not len(piece):
+                    continue
+                begin, held = joined.get(file) or (offset, bytearray())
+                if begin + len(held) != offset:
+                    file.write(begin, held)
+                    begin, held = offset, bytearray()
+                held += piece
+                joined[file] = begin, held
+        for file, (begin, held) in joined.items():
+            file.write(begin, held)
 
-    def _turn(self, row: int) -> contextlib.AbstractContextManager[bool]:
-        return self._turns.turn(row)
+    def _turn(self, row: int, count: int) -> contextlib.AbstractContextManager[bool]:
+        return self._turns.turn(row, count)
 
     def accept(self, row: int, sizes: Sequence[int], mark: int) -> list[tuple[OutputFile, int]]:
         """Record and place the next row, which the caller sees written; return its places."""
@@ -127,7 +158,7 @@ class Segment(RowWriter):
         return self._places(offset, sizes)
 
     @contextlib.contextmanager
-    def _turn(self, row: int) -> Iterator[bool]:
+    def _turn(self, row: int, count: int) -> Iterator[bool]:
         with self._lock:
             yield True
 

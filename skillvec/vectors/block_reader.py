@@ -55,7 +55,7 @@ class Workspace:
         return buffer[:nbytes].view(STORAGE_DTYPE[dtype])
 
 
-@dataclass
+@dataclass(slots=True)
 class Block:
     """Block `index` of a tensor of `numel` values.
 

@@ -737,12 +737,12 @@ def test_an_error_while_others_wait_for_their_turn_frees_them(
             raise OSError(5, "Input/output error")  # a full disk would be asked for less room
 
     @contextmanager
-    def counted(self: rows.Turns, number: int) -> Iterator[bool]:
+    def counted(self: rows.Turns, number: int, *count: int) -> Iterator[bool]:
         if number == 0 and where == "turn":
             fail_when_all_wait()
         if number:
             waiting.add(number)
-        with turn(self, number) as going:
+        with turn(self, number, *count) as going:
             yield going
 
     def failing(function: Callable) -> Callable:

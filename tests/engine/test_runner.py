@@ -183,10 +183,10 @@ def test_a_tensor_whose_turn_never_came_is_not_claimed(family: Family, tmp_path:
     turn = rows.Turns.turn
 
     @contextmanager
-    def counted(turns: rows.Turns, number: int) -> Iterator[bool]:
+    def counted(turns: rows.Turns, number: int, *count: int) -> Iterator[bool]:
         if number:
             waiting.set()
-        with turn(turns, number) as mine:
+        with turn(turns, number, *count) as mine:
             yield mine
 
     def failing(plan: Plan, number: int, *rest: Any) -> None:
@@ -194,6 +194,7 @@ def test_a_tensor_whose_turn_never_came_is_not_claimed(family: Family, tmp_path:
             assert waiting.wait(10)
             raise OutputError("full")
 
+    monkeypatch.setattr(threads, "BATCH_JOBS", 1)
     monkeypatch.setattr(rows.Turns, "turn", counted)
     monkeypatch.setattr(runner._Claims, "note", lambda claims, *result: noted.append(result))
     with pytest.raises(OutputError, match="full"), threads.on_block(failing):
