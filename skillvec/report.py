@@ -1,9 +1,10 @@
 """What happened, tensor by tensor: the one form in which every verb answers."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 Line = dict[str, Any]
 
@@ -48,9 +49,36 @@ class Report:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, Rows)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not isfinite(value) else value
+
+
+class Rows(Sequence[Line]):
+    """Lines that are made when they are looked at: those of many tensors would fill the memory."""
+
+    def __init__(self, count: int, make: Callable[[int], Line]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> Line: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Line]: ...
+    def __getitem__(self, at: int | slice) -> Line | list[Line]:
+        found = range(self._count)[at]
+        return self._make(found) if isinstance(found, int) else [*map(self._make, found)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (Rows, list)) and [*self] == [*other]
+
+    def __repr__(self) -> str:
+        return repr([*self])
+
+    def __reduce__(self) -> Any:
+        return list, ([*self],)
 
 
 class Watcher(Protocol):

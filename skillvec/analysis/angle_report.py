@@ -5,6 +5,7 @@ stand in the order of report.json; docs/orthogonality.md says what they mean, `s
 what each number of a row is.
 """
 
+from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
 Row = dict[str, Any]  # numbers by the keys of `statistics_table`, and what names the row
@@ -17,7 +18,7 @@ class Levels(TypedDict):
     modules: list[Row]  # each with `name`
     kinds: list[Row]
     layers: list[Row]
-    tensors: list[Row]  # each with `name`, `layer` ("" for none), `kind` and `module`
+    tensors: Sequence[Row]  # each with `name`, `layer` ("" for none), `kind` and `module`
 
 
 class VectorEntry(Levels):

@@ -1,7 +1,7 @@
 """What the terminal shows of a report of orthogonality or norms: sentences and tables of words."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import inf
 from typing import Any
@@ -77,7 +77,7 @@ def say_norms(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
     return [wrap(_say_vector(vector, "estimated" in facts)), Grid(heads, rows, "(rms)")]
 
 
-def _levels(held: Levels) -> list[list[Row]]:
+def _levels(held: Levels) -> list[Sequence[Row]]:
     return [held["modules"], held["kinds"], held["layers"], held["tensors"]]
 
 

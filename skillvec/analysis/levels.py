@@ -16,8 +16,10 @@ from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, Pair
 from skillvec.ops import statistics
 from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
 from skillvec.ops.statistics import Request
+from skillvec.report import Rows
 
 Sums = Mapping[str, Any]
+Terms = Mapping[str, npt.NDArray[Any]]  # columns: a row for each tensor
 Record = tuple[str, int, Any]  # tensor, its number of values, sums of statistics.layout
 WEIGHTS = ("energy", "energy_a", "energy_b")
 OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
@@ -44,33 +46,59 @@ def realised(
 # ------------------------------------------------------------------------------------- levels
 
 
-def by_level(names: Sequence[str], row: Callable[[list[int]], Row]) -> Levels:
+def by_level(names: Sequence[str], terms: Terms, row: Callable[[Sums, list[int]], Row]) -> Levels:
     """Return `row` of all tensors, of each module, kind and layer, and of each tensor.
 
-    `names` are in natural order; `row` takes positions in them.
+    `names` are in natural order; `terms` are columns of what adds up, which `row` takes the sums of
+    over tensors, with their positions in `names`. Rows of tensors are made when they are looked at.
     """
 
     def grouped(key: Callable[[str], str]) -> list[Row]:
         groups: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             groups.setdefault(key(name) or NO_LAYER, []).append(i)
-        return [{"name": name, **row(members)} for name, members in groups.items()]
+        each = _summed(terms, list(groups.values()))
+        rows = zip(groups.items(), each, strict=True)
+        return [{"name": name, **row(sums, members)} for (name, members), sums in rows]
 
+    def of_tensor(i: int) -> Row:
+        name, sums = names[i], {key: column[i] for key, column in terms.items()}
+        said = {"name": name, "layer": layer_of(name), "kind": kind_of(name)}
+        with np.errstate(over="ignore", invalid="ignore"):  # squares that leave fp64
+            return said | {"module": module_of(name), **row(sums, [i])}
+
+    every = list(range(len(names)))
     return {
-        "overall": row(list(range(len(names)))),
+        "overall": row(_summed(terms, [every])[0], every),
         "modules": grouped(module_of),
         "kinds": grouped(kind_of),
         "layers": grouped(layer_of),
-        "tensors": [
-            {"name": name, "layer": layer_of(name), "kind": kind_of(name),
-             "module": module_of(name), **row([i])}
-            for i, name in enumerate(names)
-        ],
-    }  # fmt: skip
+        "tensors": Rows(len(names), of_tensor),
+    }
 
 
-def _summed(terms: Sequence[Sums], members: list[int]) -> dict[str, Any]:
-    return {key: sum(terms[i][key] for i in members) for key in terms[0]}
+def _summed(terms: Terms, groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Return the sums of columns over each of some groups of their rows, added up in order."""
+    owner = np.empty(sum(map(len, groups)), np.intp)
+    for number, members in enumerate(groups):
+        owner[members] = number
+    found: list[dict[str, Any]] = [{} for _ in groups]
+    for key, column in terms.items():
+        if column.ndim == 1:
+            sums = np.bincount(owner, column, len(groups))
+        else:
+            sums = np.zeros((len(groups), *column.shape[1:]))
+            for number, values in zip(owner, column, strict=True):
+                sums[number] += values
+        for held, value in zip(found, sums, strict=True):
+            held[key] = value
+    return found
+
+
+def _columns(records: Sequence[Record]) -> tuple[list[str], npt.NDArray[np.int64], Any]:
+    """Return names, numbers of values, and sums of tensors as one array."""
+    sums = np.array([record for _, _, record in records])
+    return [name for name, _, _ in records], np.array([n for _, n, _ in records], np.int64), sums
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -85,17 +113,15 @@ def vector_levels(records: Sequence[Record], i: int, subspaces: Sequence[Row]) -
 
     `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
     """
-    terms = []
-    for _, numel, record in records:
-        held = record["vectors"][i]
-        terms.append({"numel": numel} | {key: held[key] for key in held.dtype.names})
-    whole = sum(term["square"] for term in terms)
+    names, numel, records_of = _columns(records)
+    held = records_of["vectors"][:, i]
+    terms = {"numel": numel} | {key: held[key] for key in held.dtype.names}
+    whole = _summed({"square": held["square"]}, [range(len(names))])[0]["square"]
 
-    def row(members: list[int]) -> Row:
-        found = vector_row(_summed(terms, members), whole)
-        return found | weighted([subspaces[n] for n in members])
+    def row(sums: Sums, members: list[int]) -> Row:
+        return vector_row(sums, whole) | weighted([subspaces[n] for n in members])
 
-    return by_level([name for name, _, _ in records], row)
+    return by_level(names, terms, row)
 
 
 def vector_row(sums: Sums, whole: float) -> Row:
@@ -154,34 +180,44 @@ def pair_levels(
     records: Sequence[Record], request: Request, n: int, subspaces: Sequence[Row]
 ) -> PairLevels:
     """Return the numbers of the request's pair `n` at every level, and the forecast."""
-    terms = [pair_terms(numel, record, request, n) for _, numel, record in records]
+    names, numel, sums_of = _columns(records)
+    terms = pair_terms(numel, sums_of, request, n)
 
-    def row(members: list[int]) -> Row:
-        return pair_row(_summed(terms, members)) | weighted([subspaces[m] for m in members])
+    def row(sums: Sums, members: list[int]) -> Row:
+        return pair_row(sums) | weighted([subspaces[m] for m in members])
 
-    found = by_level([name for name, _, _ in records], row)
-    return {**found, "forecast": forecast(found)}
+    found = by_level(names, terms, row)
+    alone = [found["tensors"][i] for i, name in enumerate(names) if not layer_of(name)]
+    sampled = any(map(statistics.is_estimated, numel.tolist()))
+    return {**found, "forecast": forecast(found, alone, sampled)}
 
 
-def pair_terms(numel: int, record: Any, request: Request, n: int) -> dict[str, Any]:
-    """Return of one tensor what adds up over tensors."""
+@np.errstate(all="ignore")
+def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, Any]:
+    """Return of a tensor what adds up over tensors; of an array of records, columns of it."""
     i, j = request.pairs[n]
-    a, b, pair = record["vectors"][i], record["vectors"][j], record["pairs"][n]
-    terms: dict[str, Any] = {"numel": numel, "flips": record["flips"][n]}
+    numel = np.asarray(numel)
+    a, b = record["vectors"][..., i], record["vectors"][..., j]
+    pair = record["pairs"][..., n]
+    terms: dict[str, Any] = {"numel": numel, "flips": record["flips"][..., n, :]}
     terms |= {key: pair[key] for key in statistics.PAIR}
     for side, vector in (("a", a), ("b", b)):
         terms |= {f"{key}_{side}": vector[key] for key in ("square", "support", "sampled")}
-    terms["along"] = _ratio(pair["product"] ** 2, b["square"]) or 0.0
-    groups = -(-numel // statistics.group_width(numel)) if numel else 0
-    spread = pair["groups_sq"] - (pair["product"] ** 2 / groups if groups else 0)
-    terms["variance"] = pair["groups_sq"] if groups < 2 else groups / (groups - 1) * spread
+    squared = pair["product"] ** 2
+    terms["along"] = np.where(b["square"] > 0, squared / b["square"], 0.0)
+    widths = [*map(statistics.group_width, numel.ravel().tolist())]
+    groups = -(-numel // np.reshape(widths, numel.shape))
+    spread = pair["groups_sq"] - np.where(groups > 0, squared / groups, 0)
+    few = groups < 2
+    terms["variance"] = np.where(few, pair["groups_sq"], groups / (groups - 1) * spread)
     both = a["support"] * b["support"]
-    terms["chance"] = both / numel if numel else 0.0
+    terms["chance"] = np.where(numel > 0, both / numel, 0.0)
     neither = (numel - a["support"]) * (numel - b["support"])
-    terms["chance_var"] = both * neither / (numel**2 * (numel - 1)) if numel > 1 else 0.0
+    by_chance = both * neither / (numel.astype(np.float64) ** 2 * (numel - 1))
+    terms["chance_var"] = np.where(numel > 1, by_chance, 0.0)
     if request.controls:  # one for each pair
-        held = record["controls"][n]
-        one = record["vectors"][request.controls[n][0]]
+        held = record["controls"][..., n]
+        one = record["vectors"][..., request.controls[n][0]]
         terms |= {f"control_{key}": held[key] for key in statistics.CONTROL}
         terms["control_square"] = one["square"]
     return terms
@@ -306,15 +342,14 @@ def hidden_product(records: Sequence[Record], i: int) -> float:
 CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
 
 
-def forecast(pair: Levels) -> Forecast:
+def forecast(pair: Levels, alone: Sequence[Row], sampled: bool) -> Forecast:
     """Return what adding a to a model that holds b meets there, and the layers to look at.
 
-    The layers, and tensors outside of layers, are those in which most of a's energy lies along b,
+    The layers, and tensors `alone`, outside of layers, are those in which most of a's energy lies along b,
     if that is clear of chance.
     """
     overall = pair["overall"]
     whole = overall["norm_a"] ** 2
-    alone = [row for row in pair["tensors"] if not row["layer"]]
     layers: list[ForecastLayer] = [
         {"name": row["name"], "share": row["along"] * row["norm_a"] ** 2 / whole,
          "cosine": row["cosine"], "z_groups": row["z_groups"], "conflict": row["conflict_a"]}
@@ -323,7 +358,6 @@ def forecast(pair: Levels) -> Forecast:
         and abs(row["z_groups"] or 0) >= CLEAR
     ]  # fmt: skip
     layers.sort(key=lambda row: -row["share"])
-    sampled = any(statistics.is_estimated(row["numel"]) for row in pair["tensors"])
     return {
         "along": overall["along"],
         "on_support": overall["on_support_a"],
