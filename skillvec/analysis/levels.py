@@ -5,7 +5,8 @@ or the whole model come from sums over its tensors, never from averaged cosines.
 docs/orthogonality.md has every formula.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import copysign, erfc, exp, isfinite, lgamma, log, log1p, sqrt
 from typing import Any
 
@@ -95,10 +96,24 @@ def _summed(terms: Terms, groups: Sequence[Sequence[int]]) -> list[dict[str, Any
     return found
 
 
-def _columns(records: Sequence[Record]) -> tuple[list[str], npt.NDArray[np.int64], Any]:
-    """Return names, numbers of values, and sums of tensors as one array."""
-    sums = np.array([record for _, _, record in records])
-    return [name for name, _, _ in records], np.array([n for _, n, _ in records], np.int64), sums
+@dataclass(frozen=True)
+class Records:
+    """Names, numbers of values and sums of many tensors, in columns; iterated over as `Record`s."""
+
+    names: list[str]
+    numel: npt.NDArray[np.int64]
+    sums: Any  # of statistics.layout
+
+    @classmethod
+    def of(cls, records: "Sequence[Record] | Records") -> "Records":
+        if isinstance(records, Records):
+            return records
+        names, numels, sums = zip(*records, strict=True)
+        held = b"".join([record.tobytes() for record in sums])
+        return cls([*names], np.array(numels, np.int64), np.frombuffer(held, sums[0].dtype))
+
+    def __iter__(self) -> Iterator[Record]:
+        return zip(self.names, self.numel.tolist(), self.sums, strict=True)
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -108,20 +123,22 @@ def _ratio(part: float, whole: float) -> float | None:
 # -------------------------------------------------------------------------------------- vectors
 
 
-def vector_levels(records: Sequence[Record], i: int, subspaces: Sequence[Row]) -> Levels:
+def vector_levels(
+    records: "Sequence[Record] | Records", i: int, subspaces: Sequence[Row]
+) -> Levels:
     """Return the numbers of vector `i` at every level.
 
     `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
     """
-    names, numel, records_of = _columns(records)
-    held = records_of["vectors"][:, i]
-    terms = {"numel": numel} | {key: held[key] for key in held.dtype.names}
-    whole = _summed({"square": held["square"]}, [range(len(names))])[0]["square"]
+    records = Records.of(records)
+    held = records.sums["vectors"][:, i]
+    terms = {"numel": records.numel} | {key: held[key] for key in held.dtype.names}
+    whole = _summed({"square": held["square"]}, [range(len(held))])[0]["square"]
 
     def row(sums: Sums, members: list[int]) -> Row:
         return vector_row(sums, whole) | weighted([subspaces[n] for n in members])
 
-    return by_level(names, terms, row)
+    return by_level(records.names, terms, row)
 
 
 def vector_row(sums: Sums, whole: float) -> Row:
@@ -177,18 +194,18 @@ def _weight(row: Row, key: str) -> float:
 
 
 def pair_levels(
-    records: Sequence[Record], request: Request, n: int, subspaces: Sequence[Row]
+    records: "Sequence[Record] | Records", request: Request, n: int, subspaces: Sequence[Row]
 ) -> PairLevels:
     """Return the numbers of the request's pair `n` at every level, and the forecast."""
-    names, numel, sums_of = _columns(records)
-    terms = pair_terms(numel, sums_of, request, n)
+    records = Records.of(records)
+    terms = pair_terms(records.numel, records.sums, request, n)
 
     def row(sums: Sums, members: list[int]) -> Row:
         return pair_row(sums) | weighted([subspaces[m] for m in members])
 
-    found = by_level(names, terms, row)
-    alone = [found["tensors"][i] for i, name in enumerate(names) if not layer_of(name)]
-    sampled = any(map(statistics.is_estimated, numel.tolist()))
+    found = by_level(records.names, terms, row)
+    alone = [found["tensors"][i] for i, name in enumerate(records.names) if not layer_of(name)]
+    sampled = any(map(statistics.is_estimated, records.numel.tolist()))
     return {**found, "forecast": forecast(found, alone, sampled)}
 
 
@@ -320,7 +337,7 @@ def beta_fraction(a: float, b: float, x: float) -> float:
     return front * found
 
 
-def hidden_product(records: Sequence[Record], i: int) -> float:
+def hidden_product(records: Iterable[Record], i: int) -> float:
     """Return how far rounding its base moves the inner product of delta `i` with what ends there.
 
     The base was saved with an error e, uniform over a step s of its grid, and training went on from

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -74,15 +75,19 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     raise ValueError(f"unknown dtype {dtype!r}")
 
 
+KEYS = {"dtype", "shape", "data_offsets"}
+
+
 def _checked_spec(path: str, name: str, entry: Any, data_start: int) -> TensorSpec:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != KEYS:
         raise ValueError("expected exactly dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         # checked before the sizes are multiplied, which takes long where they are many
-        if not isinstance(numbers, list) or len(numbers) > MAX_DIMENSIONS or any(
-            type(n) is not int or not 0 <= n <= MAX_SIZE for n in numbers
-        ):  # fmt: skip
+        fits = isinstance(numbers, list) and len(numbers) <= MAX_DIMENSIONS
+        for n in numbers if fits else ():
+            fits = fits and type(n) is int and 0 <= n <= MAX_SIZE
+        if not fits:
             raise ValueError(
                 f"{key} is not a list of at most {MAX_DIMENSIONS} non-negative integers:"
                 f" {str(numbers)[:80]}"
@@ -91,13 +96,14 @@ def _checked_spec(path: str, name: str, entry: Any, data_start: int) -> TensorSp
         raise ValueError(f"data_offsets {offsets} are not [begin, end]")
     if not isinstance(entry["dtype"], str):
         raise ValueError(f"unknown dtype {entry['dtype']!r}")
-    nbytes = tensor_nbytes(entry["dtype"], tuple(shape))
+    dtype, shape = sys.intern(entry["dtype"]), tuple(shape)
+    nbytes = tensor_nbytes(dtype, shape)
     if nbytes != offsets[1] - offsets[0]:
         raise ValueError(
-            f"{entry['dtype']} x {shape} takes {nbytes} bytes, data_offsets hold "
+            f"{dtype} x {list(shape)} takes {nbytes} bytes, data_offsets hold "
             f"{offsets[1] - offsets[0]}"
         )
-    return TensorSpec(name, entry["dtype"], tuple(shape), path, data_start + offsets[0], nbytes)
+    return TensorSpec(name, dtype, shape, path, data_start + offsets[0], nbytes)
 
 
 # what else is found under the name of safetensors: bytes at an offset, what they begin, what to do

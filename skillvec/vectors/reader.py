@@ -53,6 +53,7 @@ BLOCKS, EXCEPTIONS, REPLACEMENTS = (
 )
 SIDE = (BLOCKS, EXCEPTIONS, REPLACEMENTS)
 BLOCK_ROW_NBYTES = 12  # of the block table
+FLOATS_SET = frozenset(FLOATS)
 MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
 # codec -> the tensors that hold a delta: the payload first
 PARTS = {
@@ -131,7 +132,7 @@ class VectorFile:
         for name, entry in entries.items():
             delta = self._stored(name, entry, homes)
             deltas[name] = delta
-            claimed |= {name + part for part in PARTS[delta.codec]}
+            claimed.update([name + part for part in PARTS[delta.codec]])
         if claimed != set(homes):
             extra = sorted(set(homes) - claimed)
             raise self._broken(f"tensors that the manifest does not list:\n{up_to_five(extra)}")
@@ -147,17 +148,17 @@ class VectorFile:
             raise self._broken(f"{name}: codec {codec!r}: a newer skillvec is needed")
         fits = min(shape, default=0) >= 0 and len(shape) <= MAX_DIMENSIONS
         numel = prod(shape) if fits else -1
-        if not {dtype, *sides} <= set(FLOATS) or not 0 <= numel <= MAX_NUMEL:
+        if not FLOATS_SET.issuperset((dtype, *sides)) or not 0 <= numel <= MAX_NUMEL:
             raise self._broken(
                 f"broken manifest: {name}: {dtype} {str(list(shape))[:80]}: expected floats,"
                 f" at most {MAX_NUMEL}"
             )
         if (entry["base"] is None) != (entry["tuned"] is None):
             raise self._broken(f"broken manifest: {name}: base and tuned go together")
-        counts = (entry["changed"], entry.get("unrestored", 0), entry.get("nonfinite", 0))
-        if any(type(count) is not int or not 0 <= count <= numel for count in counts) or not (
-            0 <= entry["norm"] <= MAX_NORM
-        ):
+        for count in (entry["changed"], entry.get("unrestored", 0), entry.get("nonfinite", 0)):
+            if type(count) is not int or not 0 <= count <= numel:
+                numel = -1
+        if numel < 0 or not 0 <= entry["norm"] <= MAX_NORM:
             raise self._broken(f"broken manifest: {name}: counts or norm that cannot be")
         if codec == "zero":
             return StoredDelta(TensorSpec(name, dtype, shape, "", 0, 0), codec)
@@ -166,12 +167,12 @@ class VectorFile:
             raise self._broken(f"{name}: its {codec} tensors are missing")
         specs = [home[1] for home in found if home]
         payload = specs[0]
-        wanted: dict[str, list[tuple[str, tuple[int, ...] | None]]] = {
-            "dense": [(dtype, shape)],
-            "packed": [("U8", None)],
-            "sparse": [(dtype, None), ("U8", (-(-numel // 8),))],
-        }
-        for spec, (want_dtype, want_shape) in zip(specs, wanted[codec], strict=True):
+        wanted: list[tuple[str, tuple[int, ...] | None]] = [("U8", None)]
+        if codec != "packed":
+            wanted = [(dtype, shape if codec == "dense" else None)]
+        if codec == "sparse":
+            wanted.append(("U8", (-(-numel // 8),)))
+        for spec, (want_dtype, want_shape) in zip(specs, wanted, strict=True):
             wrong = spec.dtype != want_dtype or len(spec.shape) != (
                 1 if want_shape is None else len(want_shape)
             )
