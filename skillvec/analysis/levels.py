@@ -7,6 +7,7 @@ docs/orthogonality.md has every formula.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import copysign, erfc, exp, isfinite, lgamma, log, log1p, sqrt
 from typing import Any
 
@@ -47,17 +48,53 @@ def realised(
 # ------------------------------------------------------------------------------------- levels
 
 
-def by_level(names: Sequence[str], terms: Terms, row: Callable[[Sums, list[int]], Row]) -> Levels:
+@dataclass(frozen=True)
+class Records:
+    """Names, numbers of values and sums of many tensors, in columns; iterated over as `Record`s."""
+
+    names: list[str]
+    numel: npt.NDArray[np.int64]
+    sums: Any  # of statistics.layout
+
+    @classmethod
+    def of(cls, records: "Sequence[Record] | Records") -> "Records":
+        if isinstance(records, Records):
+            return records
+        names, numels, sums = zip(*records, strict=True)
+        held = b"".join([record.tobytes() for record in sums])
+        return cls([*names], np.array(numels, np.int64), np.frombuffer(held, sums[0].dtype))
+
+    def __iter__(self) -> Iterator[Record]:
+        return zip(self.names, self.numel.tolist(), self.sums, strict=True)
+
+    @cached_property
+    def modules(self) -> dict[str, list[int]]:
+        return self._grouped(module_of)
+
+    @cached_property
+    def kinds(self) -> dict[str, list[int]]:
+        return self._grouped(kind_of)
+
+    @cached_property
+    def layers(self) -> dict[str, list[int]]:
+        return self._grouped(layer_of)
+
+    def _grouped(self, key: Callable[[str], str]) -> dict[str, list[int]]:
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            groups.setdefault(key(name) or NO_LAYER, []).append(i)
+        return groups
+
+
+def by_level(records: Records, terms: Terms, row: Callable[[Sums, list[int]], Row]) -> Levels:
     """Return `row` of all tensors, of each module, kind and layer, and of each tensor.
 
-    `names` are in natural order; `terms` are columns of what adds up, which `row` takes the sums of
-    over tensors, with their positions in `names`. Rows of tensors are made when they are looked at.
+    Names are in natural order; `terms` are columns of what adds up, which `row` takes the sums of
+    over tensors, with their positions. Rows of tensors are made when they are looked at.
     """
+    names = records.names
 
-    def grouped(key: Callable[[str], str]) -> list[Row]:
-        groups: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            groups.setdefault(key(name) or NO_LAYER, []).append(i)
+    def grouped(groups: Mapping[str, list[int]]) -> list[Row]:
         each = _summed(terms, list(groups.values()))
         rows = zip(groups.items(), each, strict=True)
         return [{"name": name, **row(sums, members)} for (name, members), sums in rows]
@@ -71,9 +108,9 @@ def by_level(names: Sequence[str], terms: Terms, row: Callable[[Sums, list[int]]
     every = list(range(len(names)))
     return {
         "overall": row(_summed(terms, [every])[0], every),
-        "modules": grouped(module_of),
-        "kinds": grouped(kind_of),
-        "layers": grouped(layer_of),
+        "modules": grouped(records.modules),
+        "kinds": grouped(records.kinds),
+        "layers": grouped(records.layers),
         "tensors": Rows(len(names), of_tensor),
     }
 
@@ -94,26 +131,6 @@ def _summed(terms: Terms, groups: Sequence[Sequence[int]]) -> list[dict[str, Any
         for held, value in zip(found, sums, strict=True):
             held[key] = value
     return found
-
-
-@dataclass(frozen=True)
-class Records:
-    """Names, numbers of values and sums of many tensors, in columns; iterated over as `Record`s."""
-
-    names: list[str]
-    numel: npt.NDArray[np.int64]
-    sums: Any  # of statistics.layout
-
-    @classmethod
-    def of(cls, records: "Sequence[Record] | Records") -> "Records":
-        if isinstance(records, Records):
-            return records
-        names, numels, sums = zip(*records, strict=True)
-        held = b"".join([record.tobytes() for record in sums])
-        return cls([*names], np.array(numels, np.int64), np.frombuffer(held, sums[0].dtype))
-
-    def __iter__(self) -> Iterator[Record]:
-        return zip(self.names, self.numel.tolist(), self.sums, strict=True)
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -138,7 +155,7 @@ def vector_levels(
     def row(sums: Sums, members: list[int]) -> Row:
         return vector_row(sums, whole) | weighted([subspaces[n] for n in members])
 
-    return by_level(records.names, terms, row)
+    return by_level(records, terms, row)
 
 
 def vector_row(sums: Sums, whole: float) -> Row:
@@ -203,8 +220,8 @@ def pair_levels(
     def row(sums: Sums, members: list[int]) -> Row:
         return pair_row(sums) | weighted([subspaces[m] for m in members])
 
-    found = by_level(records.names, terms, row)
-    alone = [found["tensors"][i] for i, name in enumerate(records.names) if not layer_of(name)]
+    found = by_level(records, terms, row)
+    alone = [found["tensors"][i] for i in records.layers.get(NO_LAYER, ())]
     sampled = any(map(statistics.is_estimated, records.numel.tolist()))
     return {**found, "forecast": forecast(found, alone, sampled)}
 

@@ -7,6 +7,7 @@ until checked. docs/format.md is the normative text.
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from functools import cached_property
 from math import prod
@@ -73,7 +74,7 @@ class VectorFile:
         self.ref, self.path, self.headers = ref, path, headers
         try:
             self.manifest: Manifest = json.loads(
-                metadata[METADATA_KEY], object_pairs_hook=refuse_duplicates
+                metadata[METADATA_KEY], object_pairs_hook=_as_entry
             )
             self.digest = manifest_digest(self.manifest)
         except (ValueError, RecursionError) as error:  # escaped lone surrogates are no text
@@ -204,6 +205,19 @@ class VectorFile:
                 raise self._broken(f"{os.path.basename(path)}: {BLOCKS} is not U8 [{count}, 12]")
 
 
+def _as_entry(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a manifest; the names of dtypes and codecs are one string everywhere."""
+    entry = refuse_duplicates(pairs)
+    for key in ("dtype", "codec"):
+        if type(name := entry.get(key)) is str:
+            entry[key] = sys.intern(name)
+    for key in ("base", "tuned"):
+        side = entry.get(key)
+        if type(side) is list and side and type(side[0]) is str:
+            side[0] = sys.intern(side[0])
+    return entry
+
+
 def find_vector(ref: str | os.PathLike[str] | Place, role: str = "vector") -> VectorFile | None:
     """Open a vector file or folder, or return None where the reference leads to something else."""
     place = ref if isinstance(ref, Place) else locate(ref, role)
@@ -240,7 +254,8 @@ def find_vector(ref: str | os.PathLike[str] | Place, role: str = "vector") -> Ve
     if kind != "vector":
         return None
     at = place.path if remote_of(address) else Path(address)
-    return VectorFile(place.ref, at, {address: header}, header.metadata)
+    headers = {address: header._replace(metadata={})}  # its text is long, and not needed any more
+    return VectorFile(place.ref, at, headers, header.metadata)
 
 
 def _one_file(place: Place) -> str | None:

@@ -115,6 +115,7 @@ def store_vector(vector: SkillVector, output: PathLike, form: StoredForm, run: R
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
     tell_resumed(report, stage)
+    del manifest, entries, settled, writer  # of many tensors: what is opened says the same
     saved = SkillVector.open(place.ref)
     assert isinstance(saved, StoredVector)
     report_stored(report, plan, results, saved.manifest, saved.stored)
