@@ -41,6 +41,9 @@ from skillvec.verbs.findings import (
 )
 
 
+NO_DIGESTS: dict[str, str] = {}
+
+
 @dataclass(frozen=True)
 class StoredForm:
     """How a vector is written, and what its manifest says of it: the options of `save`."""
@@ -115,7 +118,11 @@ def store_vector(vector: SkillVector, output: PathLike, form: StoredForm, run: R
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
     tell_resumed(report, stage)
-    del manifest, entries, settled, writer  # of many tensors: what is opened says the same
+    # of many tensors it takes room, and what is opened says the same
+    del manifest, entries, settled, writer
+    report.ledger = []
+    for result in results:
+        result.digests = NO_DIGESTS
     saved = SkillVector.open(place.ref)
     assert isinstance(saved, StoredVector)
     report_stored(report, plan, results, saved.manifest, saved.stored)
