@@ -126,8 +126,8 @@ def _summed(terms: Terms, groups: Sequence[Sequence[int]]) -> list[dict[str, Any
             sums = np.bincount(owner, column, len(groups))
         else:
             sums = np.zeros((len(groups), *column.shape[1:]))
-            for number, values in zip(owner, column, strict=True):
-                sums[number] += values
+            for at, values in zip(owner.tolist(), column, strict=True):
+                sums[at] += values
         for held, value in zip(found, sums, strict=True):
             held[key] = value
     return found
@@ -379,8 +379,8 @@ CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
 def forecast(pair: Levels, alone: Sequence[Row], sampled: bool) -> Forecast:
     """Return what adding a to a model that holds b meets there, and the layers to look at.
 
-    The layers, and tensors `alone`, outside of layers, are those in which most of a's energy lies along b,
-    if that is clear of chance.
+    The layers, and tensors `alone`, which are in none, are those in which most of a's energy lies
+    along b, if that is clear of chance.
     """
     overall = pair["overall"]
     whole = overall["norm_a"] ** 2

@@ -323,9 +323,7 @@ class _ThreadedRun:
             if exact_base is None:
                 self._done_nbytes += job.nbytes_read * block.size // job.numel
 
-    def _finish(
-        self, number: int, workspace: Workspace, common: Common, state: State
-    ) -> JobResult:
+    def _finish(self, number: int, workspace: Workspace, common: Common, state: State) -> JobResult:
         """Settle a tensor whose blocks are all read: wrong guesses, sums, digests, checks."""
         job, leaves = self._plan.jobs[number], state.leaves
         digests = {role: fold_digest(held) for role, held in leaves.items()}
@@ -345,7 +343,7 @@ class _ThreadedRun:
             job,
             digests,
             state.sums.sum(axis=0) if len(state.sums) != 1 else state.sums[0] + 0.0,
-            *state.counts.tolist(),  # in the order of COUNTS
+            **dict(zip(COUNTS, state.counts.tolist(), strict=True)),
             casts=state.casts,
             first_mismatch=min(state.first_mismatch.values()) if state.first_mismatch else None,
             exact_base=exact_base,

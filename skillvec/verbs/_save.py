@@ -40,7 +40,6 @@ from skillvec.verbs.findings import (
     tell_resumed,
 )
 
-
 NO_DIGESTS: dict[str, str] = {}
 
 

@@ -1,5 +1,6 @@
 """Small tensors in batches: the bytes and reports of one at a time, and what an error leaves."""
 
+import contextlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -21,14 +22,16 @@ from skillvec.files import held
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Many small tensors around one that is none, some empty, with values none restores."""
     folder, base = tmp_path_factory.mktemp("world"), toy(layers=3)
-    base["model.layers.1.long"] = from_bits(np.full(threads.SMALL_NUMEL + 3, 0x3F80), "BF16")
+    base["model.layers.1.long"] = from_bits(
+        np.full(threads.SMALL_NUMEL + 3, 0x3F80, np.uint16), "BF16"
+    )
     base["model.layers.1.none"] = torch.zeros(0, dtype=torch.bfloat16)
     base["model.layers.2.steps"] = torch.arange(9)
     tuned = perturbed(base, 1, density=0.3)
     # -0: values that no difference restores
     for name in ("a", "model.layers.2.odd"):
-        tuned[name] = from_bits(np.array([0x8000, 0x8000, 0x3F81]), "BF16")
-        base[name] = from_bits(np.array([0, 0x3F80, 0x3F80]), "BF16")
+        tuned[name] = from_bits(np.array([0x8000, 0x8000, 0x3F81], np.uint16), "BF16")
+        base[name] = from_bits(np.array([0, 0x3F80, 0x3F80], np.uint16), "BF16")
     save(folder / "base", base)
     save(folder / "tuned", tuned)
     save(folder / "target", perturbed(base, 3), shards=3)
@@ -43,25 +46,32 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def made(world: Path, folder: Path, engine: dict[str, Any]) -> list[Any]:
     """Return files and reports of every kind of job."""
-    stored = sv.diff(world / "tuned", world / "base", folder / "v.safetensors", **engine)
+    with contextlib.chdir(folder):  # paths stand in recipes and reports
+        return made_here(world, engine)
+
+
+def made_here(world: Path, engine: dict[str, Any]) -> list[Any]:
+    stored = sv.diff(world / "tuned", world / "base", "v.safetensors", **engine)
     shards = {"codec": "sparse", "max_shard_size": "20KB"}
-    sv.diff(world / "tuned", world / "base", folder / "s.safetensors", **shards, **engine)
+    sv.diff(world / "tuned", world / "base", "s.safetensors", **shards, **engine)
     reports = [stored.report]
     for side, lam in (("base", 1.0), ("target", 0.7)):  # exact base: replacements come back
-        reports.append(sv.apply(world / side, stored, folder / side, lam=lam, **engine))
-    reports.append(sv.verify(folder / "target", **engine))
-    reports.append(sv.export_patch(stored, folder / "p.safetensors", **engine))
-    reports.append(sv.orthogonality(stored, world / "v.safetensors", sign_flips=3, **engine))
+        reports.append(sv.apply(world / side, "v.safetensors", side, lam=lam, **engine))
+    reports.append(sv.verify("target", **engine))
+    reports.append(sv.export_patch("v.safetensors", "p.safetensors", **engine))
+    reports.append(
+        sv.orthogonality("v.safetensors", world / "v.safetensors", sign_flips=3, **engine)
+    )
     said = json.dumps([report.to_dict()["tensors"] for report in reports])
     said += json.dumps(reports[-1].to_dict()["pairs"])
     names = ("v.safetensors", "s.safetensors", "base", "target", "p.safetensors")
-    return [said, *(contents(folder / name) for name in names)]
+    return [said, *(contents(Path(name)) for name in names)]
 
 
 @pytest.fixture(scope="module")
 def one_at_a_time(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threads, "SMALL_NUMEL", -1)
+        patch.setattr(threads, "SMALL_NUMEL", 0)  # empty ones have no block
         return made(world, tmp_path_factory.mktemp("one"), {"engine": "serial"})
 
 
@@ -82,12 +92,12 @@ def test_an_error_in_a_batch_keeps_what_was_done_before_it(
     world: Path, one_at_a_time, tmp_path: Path, monkeypatch
 ):
     """What is noted when a tensor fails is what came before it, and the bytes of that are there."""
-    output, noted, seen = tmp_path / "v.safetensors", [], []
+    output, noted, seen, errors = tmp_path / "v.safetensors", [], [], [OutputError("it is full")]
 
     def failing(plan: Plan, number: int, *rest: Any) -> None:
         seen.append(plan.jobs[number].name)
-        if plan.jobs[number].name == MIDDLE and len(seen) > len(noted) + 1 and not noted:
-            raise OutputError("the disk is full")
+        if plan.jobs[number].name == MIDDLE and errors:
+            raise errors.pop()
 
     monkeypatch.setattr(runner, "CLAIM_SECONDS", 0.0)
     note = runner._Claims.note
@@ -97,7 +107,7 @@ def test_an_error_in_a_batch_keeps_what_was_done_before_it(
         note(claims, number, result)
 
     monkeypatch.setattr(runner._Claims, "note", counted)
-    with pytest.raises(OutputError, match="full.*kept in"), threads.on_block(failing):
+    with pytest.raises(OutputError, match="full\nwhat is done is kept"), threads.on_block(failing):
         sv.diff(world / "tuned", world / "base", output, engine="serial")
     assert not output.exists()
     assert noted and noted == [name for name in seen if name != MIDDLE]
@@ -116,8 +126,8 @@ def test_what_a_batch_held_back_when_it_was_killed_is_done_again(
     flush = held.HeldRows.flush
 
     def killed(rows: held.HeldRows) -> None:
-        calls.append(len(rows._rows))
-        if len(calls) == 3:
+        calls.extend(rows._rows)
+        if len(calls) > 10:
             raise OutputError("gone")
         flush(rows)
 
@@ -126,10 +136,9 @@ def test_what_a_batch_held_back_when_it_was_killed_is_done_again(
     monkeypatch.setattr(held.HeldRows, "flush", killed)
     with pytest.raises(OutputError, match="gone"):
         sv.diff(world / "tuned", world / "base", output, engine="serial")
-    seen: list[int] = []
-    with threads.on_block(lambda plan, number, *rest: seen.append(number)):
-        saved = sv.diff(world / "tuned", world / "base", output, engine="serial")
-    assert saved.report.facts["resumed"] + len({*seen}) >= len(saved.report.ledger) - 1
+    monkeypatch.setattr(held.HeldRows, "flush", flush)
+    saved = sv.diff(world / "tuned", world / "base", output, engine="serial")
+    assert saved.report.facts["resumed"] == 10  # two batches
     assert contents(output) == one_at_a_time[1]
 
 
@@ -172,5 +181,5 @@ def test_memory_a_tensor(verb: str, most: int, tmp_path: Path):
             tracemalloc.stop()
 
     peak(8)  # what is imported and cached
-    few, many = peak(200), peak(1000)
-    assert (many - few) / 800 < most
+    few, many = peak(50), peak(250)
+    assert (many - few) / 200 < most
