@@ -6,6 +6,7 @@ import re
 import struct
 import sys
 from collections.abc import Mapping
+from json.encoder import encode_basestring
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,12 +199,15 @@ def _parsed_header(path: str, nbytes: int) -> tuple[dict[str, Any], int]:
         raise _no_header(path, nbytes, problem)
     raw = read_bytes(path, 8, header_nbytes)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=refuse_duplicates)
-        if b"\\u" in raw:  # escaped lone surrogates are no text
+        text = raw.decode("utf-8")
+        is_escaped, is_object = b"\\u" in raw, raw.startswith(b"{")
+        del raw  # it is as long as the text
+        header = json.loads(text, object_pairs_hook=refuse_duplicates)
+        if is_escaped:  # escaped lone surrogates are no text
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _no_header(path, nbytes, f"header is not valid JSON: {error}") from None
-    if not raw.startswith(b"{") or not isinstance(header, dict):
+    if not is_object or not isinstance(header, dict):
         raise _no_header(path, nbytes, "header is not a JSON object")
     return header, 8 + header_nbytes
 
@@ -218,18 +222,21 @@ def encode_header(
     `layout` holds (name, dtype, shape). The header is padded with blanks to a multiple of 8, or to
     `reserved_nbytes` (prefix included), so that it can be rewritten when the digests are known.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    position = 0
-    for name, dtype, shape in layout:
-        end = position + tensor_nbytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+    said = json.dumps({"__metadata__": dict(metadata)}, separators=(",", ":"), ensure_ascii=False)
+    parts, position = [said[:-1]], 0
+    for name, dtype, shape in layout:  # spelt out: as a dict, many tensors take room and time
+        end, sizes = position + tensor_nbytes(dtype, shape), ",".join(map(str, shape))
+        parts.append(
+            f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{sizes}],'
+            f'"data_offsets":[{position},{end}]}}'
+        )
         position = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = (",".join(parts) + "}").encode()
     nbytes = -(-len(raw) // 8) * 8 if reserved_nbytes is None else reserved_nbytes - 8
     if nbytes > MAX_HEADER_NBYTES:
         raise OutputError(f"header of {nbytes} bytes, over the format's cap of {MAX_HEADER_NBYTES}")
     assert len(raw) <= nbytes, "the reserved header is too small"
-    return struct.pack("<Q", nbytes) + raw.ljust(nbytes)
+    return b"".join((struct.pack("<Q", nbytes), raw, b" " * (nbytes - len(raw))))
 
 
 def header_layout(header: bytes) -> list[tuple[str, str, tuple[int, ...]]]:
