@@ -98,8 +98,10 @@ class Job(ABC):
 
     @property
     def nbytes_read(self) -> int:
-        sides = (self.point, self.expected, *self.deltas)
-        return sum(side.nbytes for side in sides if side is not None)
+        total = 0
+        for side in (self.point, self.expected, *self.deltas):
+            total += 0 if side is None else side.nbytes
+        return total
 
     def files(self) -> Iterator[str]:
         """Yield the files that its tensors lie in, perhaps one more than once; no vector files."""

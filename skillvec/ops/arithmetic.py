@@ -11,7 +11,7 @@ one pass; the few values that they do not settle, and fp64, are done here.
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -277,7 +277,10 @@ def _subtract_kernel() -> Kernel | None:
     scratch = np.empty(12 * 4073, np.uint8)
 
     def sample(kernel: Kernel) -> bytes:
-        return subtract_sample(lambda *given: _subtract_compiled(kernel, *given, scratch))
+        def run(*given: Any) -> Subtraction:
+            return _subtract_compiled(kernel, *given, scratch=scratch)
+
+        return subtract_sample(run)
 
     return compiled.kernel("subtract", sample, SUBTRACT_CHECK)
 

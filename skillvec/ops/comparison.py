@@ -199,7 +199,8 @@ def _turned(values: Array, signs: Array) -> Array:
     """Return values with the signs turned where bits are 1."""
     bits = values.view(np.dtype(f"<u{values.itemsize}"))
     turn = np.unpackbits(signs, count=values.size).astype(bits.dtype)
-    return (bits ^ turn << bits.dtype.type(8 * values.itemsize - 1)).view(values.dtype)
+    turned: Array = bits ^ turn << bits.dtype.type(8 * values.itemsize - 1)
+    return turned.view(values.dtype)
 
 
 @np.errstate(all="ignore")

@@ -92,7 +92,7 @@ def sum_rows(terms: Array) -> Sums:
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
-    return lanes[:, 0]
+    return np.asarray(lanes[:, 0])
 
 
 def in_order(sums: Sums) -> float:

@@ -162,7 +162,7 @@ def _measure(run: Kernel, measured: Any, parts: Sequence[Delta], known: Any) -> 
             if run(*_fields(part), *_fields(part), code, code, *limits, sums):
                 return None
         return counts
-    pairs = list(zip(*np.tril_indices(len(parts)), strict=True))
+    pairs = list(zip(*(side.tolist() for side in np.tril_indices(len(parts))), strict=True))
     counts = np.zeros((len(pairs), 2, 2048), np.int64)
     for (i, j), sums in zip(pairs, counts, strict=True):
         ends = codes[i], codes[j], 0, LARGEST

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -138,7 +138,10 @@ def _add_compiled(
 @cache
 def _add_kernel() -> Kernel | None:
     def sample(kernel: Kernel) -> bytes:
-        return add_sample(lambda *given: _add_compiled(kernel, *given, True, True))
+        def run(*given: Any) -> Moments:
+            return _add_compiled(kernel, *given, measure=True, write=True)
+
+        return add_sample(run)
 
     return compiled.kernel("add", sample, ADD_CHECK)
 

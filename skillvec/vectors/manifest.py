@@ -126,7 +126,11 @@ def check_manifest(said: Any) -> None:
 
 def encode_manifest(manifest: Manifest) -> dict[str, str]:
     """Return the metadata that holds a manifest, with its own digest in it."""
-    text = _as_text({**manifest, "digest": manifest_digest(manifest)})
+    if "digest" in manifest:  # of what was opened: it stays where it stands
+        text = _as_text({**manifest, "digest": manifest_digest(manifest)})
+    else:
+        text = _as_text({**manifest})  # once: it is long
+        text = f'{text[:-1]},"digest":"{digest_bytes(text.encode())}"}}'
     return {"format": "pt", METADATA_KEY: text}
 
 

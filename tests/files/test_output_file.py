@@ -12,7 +12,7 @@ from skillvec.files.output_file import OutputFile
 def test_large_buffers_go_to_the_disk_in_pieces(
     taken: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Larger writes cost ext4 three times the system time; what a write leaves goes with the next."""
+    """Larger writes cost ext4 three times the system time; what one leaves is written next."""
     nbytes = 5 * OutputFile.PIECE // 2
     content = os.urandom(nbytes)
     file, seen, write = OutputFile(os.fspath(tmp_path / "f"), nbytes + 7), [], os.pwrite
