@@ -41,7 +41,7 @@ from skillvec.verbs.findings import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StoredForm:
     """How a vector is written, and what its manifest says of it: the options of `save`."""
 

@@ -15,7 +15,7 @@ from skillvec.ops.statistics import Request
 from skillvec.vectors.writer import block_digest
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class StoreJob(RowJob):
     """deltas[0] into a vector file, in a codec."""
 
