@@ -42,7 +42,7 @@ CHANGED, MISMATCHES, OF_TUNED, OF_TARGET, LOST_COUNT, RANKED = map(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Job(ABC):
     """All the work on one tensor: what it reads, and where the result belongs.
 
@@ -112,7 +112,7 @@ class Job(ABC):
             yield from delta.files()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RowJob(Job):
     """A job whose result goes to a writer, block by block; its first row there is `first_block`."""
 
@@ -125,7 +125,7 @@ class RowJob(Job):
         return range(self.first_block, self.first_block + block_count(self.numel))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class OutputPlan:
     """A file to write: its name inside the output, size in bytes and (for models) header."""
 
@@ -134,7 +134,7 @@ class OutputPlan:
     header: bytes = b""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """Jobs in the order of their output, files, and lines of the ledger that need no work."""
 
@@ -191,7 +191,7 @@ class Plan:
 # ------------------------------------------------------------------------------ while a plan runs
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Common:
     """What the jobs of one run have in common; `totals` are counts of measuring passes by scope."""
 
@@ -202,7 +202,7 @@ class Common:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class State:
     """What is known so far of one tensor."""
 
@@ -216,7 +216,7 @@ class State:
     measured: dict[int, Array] = field(default_factory=dict)  # by block
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Task:
     """One block of a job, and what it counts: `tally` is in the order of COUNTS.
 
@@ -254,7 +254,7 @@ class Task:
             self.block.lose(found.lost)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class JobResult:
     """What happened to one tensor.
 

@@ -8,6 +8,7 @@ are planned.
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -80,6 +81,16 @@ class Engine(Protocol):
         """
 
 
+def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """Keep BLAS to one thread: the cores have blocks, and its threads would wait by turning."""
+    if os.environ.get("OPENBLAS_NUM_THREADS") == "1":  # as in the command line: a quicker start
+        return contextlib.nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    limits: contextlib.AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
+    return limits
+
+
 class Threads:
     """The engine of one machine: plain threads, or with 0 `workers` the calling thread alone."""
 
@@ -96,10 +107,7 @@ class Threads:
         finished: Callable[[int, JobResult], None] = lambda number, result: None,
     ) -> Found:
         """See Engine."""
-        from threadpoolctl import threadpool_limits
-
-        # the cores have blocks to do: BLAS would wake threads for every product
-        with threadpool_limits(1, user_api="blas"):
+        with one_blas_thread():
             return _ThreadedRun(plan, outputs, writer, finished).run(self.workers, progress)
 
 

@@ -54,7 +54,7 @@ class Workspace:
         return buffer[:nbytes].view(STORAGE_DTYPE[dtype])
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Block:
     """Block `index` of a tensor of `numel` values.
 

@@ -127,7 +127,7 @@ def norms(
     return _compare(asked, output, figures, run)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Asked:
     """What is measured, as the verbs are asked for it."""
 

@@ -43,7 +43,7 @@ from skillvec.verbs.findings import (
 NO_DIGESTS: dict[str, str] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StoredForm:
     """How a vector is written, and what its manifest says of it: the options of `save`."""
 

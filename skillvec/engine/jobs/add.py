@@ -12,7 +12,7 @@ from skillvec.ops.philox import draw_uint16
 from skillvec.ops.statistics import Request
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AddJob(PointJob):
     """point + lam * deltas[0]; `tuned_dtype` is the one in which replacements hold."""
 

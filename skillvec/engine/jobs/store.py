@@ -15,7 +15,7 @@ from skillvec.ops.special import bit_pattern
 from skillvec.ops.statistics import Request
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class StoreJob(RowJob):
     """deltas[0] into a vector file, in a codec."""
 

@@ -17,7 +17,7 @@ from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.deltas.base import Decoded, DeltaSource, InFile
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MixDelta(DeltaSource):
     """A tensor's delta as several to merge by an operator; `known` is what its passes measured."""
 

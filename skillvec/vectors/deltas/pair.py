@@ -13,7 +13,7 @@ from skillvec.vectors.block_reader import BASE, REPLACEMENT, TUNED, Block
 from skillvec.vectors.deltas.base import Decoded, DeltaSource
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PairDelta(DeltaSource):
     """A tensor's delta as two tensors to subtract into values of `dtype`."""
 
