@@ -10,8 +10,8 @@ one pass; the few values that they do not settle, and fp64, are done here.
 
 from collections.abc import Callable
 from enum import IntEnum
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -277,10 +277,7 @@ def _subtract_kernel() -> Kernel | None:
     scratch = np.empty(12 * 4073, np.uint8)
 
     def sample(kernel: Kernel) -> bytes:
-        def run(*given: Any) -> Subtraction:
-            return _subtract_compiled(kernel, *given, scratch=scratch)
-
-        return subtract_sample(run)
+        return subtract_sample(partial(_subtract_compiled, kernel, scratch=scratch))
 
     return compiled.kernel("subtract", sample, SUBTRACT_CHECK)
 

@@ -1,8 +1,8 @@
 """What adding a delta did to a block: sums over all its values, and what is not finite."""
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -138,10 +138,7 @@ def _add_compiled(
 @cache
 def _add_kernel() -> Kernel | None:
     def sample(kernel: Kernel) -> bytes:
-        def run(*given: Any) -> Moments:
-            return _add_compiled(kernel, *given, measure=True, write=True)
-
-        return add_sample(run)
+        return add_sample(partial(_add_compiled, kernel, measure=True, write=True))
 
     return compiled.kernel("add", sample, ADD_CHECK)
 
