@@ -246,7 +246,6 @@ def _round(
     held = wide if dtype in HALVES else widen(narrow(wide, grid), grid)
     kept = widen(narrow(wide + single, grid), grid)
     kept -= held
-    kept *= changed
     power = held.view(np.int32) & EXPONENT
     np.maximum(power, np.int32(least << 23), out=power)
     step = np.maximum(power - np.int32(fraction << 23), 0).view(np.float32)

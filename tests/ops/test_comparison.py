@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused(isa: str) -> None:
     for width in (0, -1, 3, 2048):
         with pytest.raises(ValueError):
             pair(x.values, 2, NO_POSITIONS, NO_VALUES, x.values, 2, NO_POSITIONS, NO_VALUES,
-                 b"", width, np.empty(2), np.empty(12))  # fmt: skip
+                 b"", width, np.empty(-(-2000 // max(width, 1))), np.empty(12))  # fmt: skip
     with pytest.raises(ValueError):
         call_pair(pair, x, x, 1024, np.zeros(8, np.uint8))
     with pytest.raises(ValueError):
@@ -232,6 +232,17 @@ def test_a_vector_has_one_square_whatever_it_is_compared_with() -> None:
     alone = numpy_weights(x, None)
     assert squares == {alone[0]} == {lanes.dot(x.wide(0, 3000), x.wide(0, 3000))}
     assert dict(zip(VECTOR, alone, strict=False))["support"] == np.count_nonzero(x.wide(0, 3000))
+
+
+def test_fp64_goes_to_numpy() -> None:
+    rng = np.random.default_rng(8)
+    x, y = (delta_of(rng, dtype, 3000, 0.5) for dtype in ("BF16", "F64"))
+    held = rng.normal(size=3000), "F64"
+    for delta, weights in ((y, None), (y, held), (x, held)):
+        same(comparison.compare_weights(delta, weights), numpy_weights(delta, weights))
+    for one, other in ((x, y), (y, x), (y, y)):
+        found, wanted = comparison.compare_pair(one, other, 2), numpy_pair(one, other, 2)
+        assert found.sums.tobytes() == wanted.sums.tobytes()
 
 
 def test_groups_of_zeros_are_zero() -> None:

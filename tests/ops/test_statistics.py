@@ -106,6 +106,13 @@ def test_flipped_sums_have_the_variance_of_the_groups() -> None:
     assert abs(one) == 3.0
 
 
+def test_flips_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = np.random.default_rng(4).normal(size=70)
+    whole = flipped_sums(groups, 50, "key")
+    monkeypatch.setattr(statistics, "SIGNS", 7 * 96)
+    assert np.array_equal(flipped_sums(groups, 50, "key"), whole)
+
+
 def test_a_factor_is_taken_before_anything_is_measured() -> None:
     rng = np.random.default_rng(3)
     a, b = (rng.normal(size=3000).astype(np.float32) for _ in "ab")

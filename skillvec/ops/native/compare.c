@@ -224,7 +224,7 @@ ALWAYS void measure(const float *v, const float *w, int64_t rows, int dtype, vi 
             held = dtype == F32 ? rounded(y, BF16) : y;
             vi power = most_of((vi)held & infinite, (vi){0} + least);
             moved = to_grid(y + x, grid) - held;
-            moved = keep(changed & ~wild(moved), moved);
+            moved = keep(~wild(moved), moved); /* 0 where nothing changed */
             one = keep(changed & ~wild(held), (vf)most_of(power - (fraction << 23), (vi){0}));
             s[1] += moved * x;
             s[2] += moved * moved;
