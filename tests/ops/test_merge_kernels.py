@@ -85,6 +85,8 @@ def test_every_method_gives_numpys_bytes(name: str, isa: str):
         for dtypes in pairs:
             parts = [delta_of(rng, dtype, size, kind) for dtype in dtypes]
             check_merge(isa, name, parts, [0.7, -1.1, 3.0][: len(parts)])
+    parts = [delta_of(rng, "BF16", 1100, "steps") for _ in range(2)]
+    check_merge(isa, name, parts, [1.0, 1.0])  # sums of exactly 0
     for count in (1, 4, 6):
         parts = [delta_of(rng, "BF16", 600, "wild") for _ in range(count)]
         check_merge(isa, name, parts, [1.0, 1.0, -0.3, 0.0, 1e-3, 2.0][:count])
@@ -99,6 +101,15 @@ def test_dense_vectors_among_others_keep_all(isa: str):
                      for d in (0.3, 1, 0.8)]  # fmt: skip
             parts = [delta_of(rng, "BF16", 1100) for _ in given]
             check_merge(isa, name, parts, [0.7, -0.3, 0.2], given)
+
+
+@pytest.mark.parametrize("isa", BUILDS)
+def test_a_draw_that_is_the_limit(isa: str):
+    drawn = philox.draw_uint32("7:a:w", 0, 40)
+    parts = [Delta(np.full(40, 0x3F80, np.uint16), "BF16")]
+    for draw in drawn[:3].tolist():
+        for limit in (draw, draw + 1):  # kept is what is below it
+            check_merge(isa, "dare_linear", parts, [1.0], [{"density": limit / 2**32}], begin=0)
 
 
 @pytest.mark.parametrize("isa", BUILDS)
