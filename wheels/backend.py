@@ -22,6 +22,10 @@ from scikit_build_core.errors import ScikitBuildError
 
 Settings = dict[str, list[str] | str] | None
 MODULE = "skillvec/ops/_native.abi3.so"
+# else scikit-build-core takes the compiler that made Python, which may not be here while another is
+COMPILER = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "")
+if COMPILER:
+    os.environ["CC"] = COMPILER
 
 build_sdist = _skbuild.build_sdist
 get_requires_for_build_editable = _skbuild.get_requires_for_build_editable
@@ -91,9 +95,8 @@ def main() -> None:
     os.chdir(Path(__file__).parent.parent)
     with tempfile.TemporaryDirectory() as folder:
         placed = place_kernels(Path(folder, build_wheel(folder)))
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not placed and compiler:
-        sys.exit(f"{compiler} is here, and the kernels were not compiled: see above")
+    if not placed and COMPILER:
+        sys.exit(f"{COMPILER} is here, and the kernels were not compiled: see above")
     print(MODULE if placed else "no C compiler here: numpy does the kernels' work")
 
 

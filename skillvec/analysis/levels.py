@@ -5,7 +5,9 @@ or the whole model come from sums over its tensors, never from averaged cosines.
 docs/orthogonality.md has every formula.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from math import copysign, erfc, exp, isfinite, lgamma, log, log1p, sqrt
 from typing import Any
 
@@ -46,17 +48,53 @@ def realised(
 # ------------------------------------------------------------------------------------- levels
 
 
-def by_level(names: Sequence[str], terms: Terms, row: Callable[[Sums, list[int]], Row]) -> Levels:
+@dataclass(frozen=True)
+class Records:
+    """Names, numbers of values and sums of many tensors, in columns; iterated over as `Record`s."""
+
+    names: list[str]
+    numel: npt.NDArray[np.int64]
+    sums: Any  # of statistics.layout
+
+    @classmethod
+    def of(cls, records: "Sequence[Record] | Records") -> "Records":
+        if isinstance(records, Records):
+            return records
+        names, numels, sums = zip(*records, strict=True)
+        held = b"".join([record.tobytes() for record in sums])
+        return cls([*names], np.array(numels, np.int64), np.frombuffer(held, sums[0].dtype))
+
+    def __iter__(self) -> Iterator[Record]:
+        return zip(self.names, self.numel.tolist(), self.sums, strict=True)
+
+    @cached_property
+    def modules(self) -> dict[str, list[int]]:
+        return self._grouped(module_of)
+
+    @cached_property
+    def kinds(self) -> dict[str, list[int]]:
+        return self._grouped(kind_of)
+
+    @cached_property
+    def layers(self) -> dict[str, list[int]]:
+        return self._grouped(layer_of)
+
+    def _grouped(self, key: Callable[[str], str]) -> dict[str, list[int]]:
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            groups.setdefault(key(name) or NO_LAYER, []).append(i)
+        return groups
+
+
+def by_level(records: Records, terms: Terms, row: Callable[[Sums, list[int]], Row]) -> Levels:
     """Return `row` of all tensors, of each module, kind and layer, and of each tensor.
 
-    `names` are in natural order; `terms` are columns of what adds up, which `row` takes the sums of
-    over tensors, with their positions in `names`. Rows of tensors are made when they are looked at.
+    Names are in natural order; `terms` are columns of what adds up, which `row` takes the sums of
+    over tensors, with their positions. Rows of tensors are made when they are looked at.
     """
+    names = records.names
 
-    def grouped(key: Callable[[str], str]) -> list[Row]:
-        groups: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            groups.setdefault(key(name) or NO_LAYER, []).append(i)
+    def grouped(groups: Mapping[str, list[int]]) -> list[Row]:
         each = _summed(terms, list(groups.values()))
         rows = zip(groups.items(), each, strict=True)
         return [{"name": name, **row(sums, members)} for (name, members), sums in rows]
@@ -70,9 +108,9 @@ def by_level(names: Sequence[str], terms: Terms, row: Callable[[Sums, list[int]]
     every = list(range(len(names)))
     return {
         "overall": row(_summed(terms, [every])[0], every),
-        "modules": grouped(module_of),
-        "kinds": grouped(kind_of),
-        "layers": grouped(layer_of),
+        "modules": grouped(records.modules),
+        "kinds": grouped(records.kinds),
+        "layers": grouped(records.layers),
         "tensors": Rows(len(names), of_tensor),
     }
 
@@ -88,17 +126,11 @@ def _summed(terms: Terms, groups: Sequence[Sequence[int]]) -> list[dict[str, Any
             sums = np.bincount(owner, column, len(groups))
         else:
             sums = np.zeros((len(groups), *column.shape[1:]))
-            for number, values in zip(owner, column, strict=True):
-                sums[number] += values
+            for at, values in zip(owner.tolist(), column, strict=True):
+                sums[at] += values
         for held, value in zip(found, sums, strict=True):
             held[key] = value
     return found
-
-
-def _columns(records: Sequence[Record]) -> tuple[list[str], npt.NDArray[np.int64], Any]:
-    """Return names, numbers of values, and sums of tensors as one array."""
-    sums = np.array([record for _, _, record in records])
-    return [name for name, _, _ in records], np.array([n for _, n, _ in records], np.int64), sums
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -108,20 +140,22 @@ def _ratio(part: float, whole: float) -> float | None:
 # -------------------------------------------------------------------------------------- vectors
 
 
-def vector_levels(records: Sequence[Record], i: int, subspaces: Sequence[Row]) -> Levels:
+def vector_levels(
+    records: "Sequence[Record] | Records", i: int, subspaces: Sequence[Row]
+) -> Levels:
     """Return the numbers of vector `i` at every level.
 
     `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
     """
-    names, numel, records_of = _columns(records)
-    held = records_of["vectors"][:, i]
-    terms = {"numel": numel} | {key: held[key] for key in held.dtype.names}
-    whole = _summed({"square": held["square"]}, [range(len(names))])[0]["square"]
+    records = Records.of(records)
+    held = records.sums["vectors"][:, i]
+    terms = {"numel": records.numel} | {key: held[key] for key in held.dtype.names}
+    whole = _summed({"square": held["square"]}, [range(len(held))])[0]["square"]
 
     def row(sums: Sums, members: list[int]) -> Row:
         return vector_row(sums, whole) | weighted([subspaces[n] for n in members])
 
-    return by_level(names, terms, row)
+    return by_level(records, terms, row)
 
 
 def vector_row(sums: Sums, whole: float) -> Row:
@@ -177,17 +211,17 @@ def _weight(row: Row, key: str) -> float:
 
 
 def pair_levels(
-    records: Sequence[Record], request: Request, n: int, subspaces: Sequence[Row]
+    records: "Sequence[Record] | Records", request: Request, n: int, subspaces: Sequence[Row]
 ) -> PairLevels:
     """Return the numbers of the request's pair `n` at every level, and the forecast."""
-    names, numel, sums_of = _columns(records)
-    terms = pair_terms(numel, sums_of, request, n)
+    records = Records.of(records)
+    terms = pair_terms(records.numel, records.sums, request, n)
 
     def row(sums: Sums, members: list[int]) -> Row:
         return pair_row(sums) | weighted([subspaces[m] for m in members])
 
-    found = by_level(names, terms, row)
-    alone = [found["tensors"][i] for i, name in enumerate(names) if not layer_of(name)]
+    found = by_level(records, terms, row)
+    alone = [found["tensors"][i] for i in records.layers.get(NO_LAYER, ())]
     return {**found, "forecast": forecast(found, alone)}
 
 
@@ -319,7 +353,7 @@ def beta_fraction(a: float, b: float, x: float) -> float:
     return front * found
 
 
-def hidden_product(records: Sequence[Record], i: int) -> float:
+def hidden_product(records: Iterable[Record], i: int) -> float:
     """Return how far rounding its base moves the inner product of delta `i` with what ends there.
 
     The base was saved with an error e, uniform over a step s of its grid, and training went on from
@@ -344,7 +378,7 @@ CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
 def forecast(pair: Levels, alone: Sequence[Row]) -> Forecast:
     """Return what adding a to a model that holds b meets there, and the layers to look at.
 
-    The layers, and tensors `alone`, outside of layers, are those in which most of a's energy lies
+    The layers, and tensors `alone`, which are in none, are those in which most of a's energy lies
     along b, if that is clear of chance.
     """
     overall = pair["overall"]

@@ -27,7 +27,7 @@ from skillvec.files.tensors import Source, value_range, values_of
 from skillvec.ops import kernels
 from skillvec.ops.arithmetic import subtract
 from skillvec.ops.block import block_count
-from skillvec.ops.codecs import DENSE_SHARE, encode_block
+from skillvec.ops.codecs import DENSE_SHARE, is_packed_within
 from skillvec.ops.special import bit_pattern
 from skillvec.remote.references import is_url
 from skillvec.report import Watcher
@@ -360,7 +360,7 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
             if codec == "sparse":
                 dense = nonzero > DENSE_SHARE * sample.size
             elif codec == "auto" and nonzero:
-                dense = encode_block(sample, "packed").payload.size >= 0.98 * sample.nbytes
+                dense = not is_packed_within(sample, 0.98)
         elif delta.is_stored:
             kept = delta.spec.dtype
             if codec == "sparse" and not delta.is_zero:

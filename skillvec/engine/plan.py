@@ -35,10 +35,10 @@ from skillvec.vectors.reader import VectorFile
 
 COUNTS = (
     "changed", "unrestored", "exceptions", "replacements", "mismatches", "tuned_nonfinite",
-    "base_nonfinite", "target_nonfinite", "output_nonfinite", "lost",
+    "base_nonfinite", "target_nonfinite", "output_nonfinite", "lost", "ranked",
 )  # fmt: skip
-CHANGED, MISMATCHES, OF_TUNED, OF_TARGET, LOST_COUNT = map(
-    COUNTS.index, ("changed", "mismatches", "tuned_nonfinite", "target_nonfinite", "lost")
+CHANGED, MISMATCHES, OF_TUNED, OF_TARGET, LOST_COUNT, RANKED = map(
+    COUNTS.index, ("changed", "mismatches", "tuned_nonfinite", "target_nonfinite", "lost", "ranked")
 )
 
 
@@ -98,8 +98,10 @@ class Job(ABC):
 
     @property
     def nbytes_read(self) -> int:
-        sides = (self.point, self.expected, *self.deltas)
-        return sum(side.nbytes for side in sides if side is not None)
+        total = 0
+        for side in (self.point, self.expected, *self.deltas):
+            total += 0 if side is None else side.nbytes
+        return total
 
     def files(self) -> Iterator[str]:
         """Yield the files that its tensors lie in, perhaps one more than once; no vector files."""
@@ -260,7 +262,8 @@ class JobResult:
     written * delta and delta^2 for add, delta^2 for store, those of statistics.layout for compare.
     `found` is what an operator measured. NaN and infinities are counted a side; `lost` are values
     that only they can explain: without a finite delta, or not finite in the output and so neither
-    in the target nor left alone. `casts` are the bits of arithmetic.CASTS that hold for a pair.
+    in the target nor left alone. `ranked` are blocks in a form of schema 2. `casts`
+    are the bits of arithmetic.CASTS that hold for a pair.
     """
 
     job: Job
@@ -276,6 +279,7 @@ class JobResult:
     target_nonfinite: int = 0
     output_nonfinite: int = 0
     lost: int = 0
+    ranked: int = 0
     casts: int = 0
     first_mismatch: int | None = None
     exact_base: bool = False

@@ -355,7 +355,7 @@ class _ThreadedRun:
             job,
             digests,
             state.sums.sum(axis=0) if len(state.sums) != 1 else state.sums[0] + 0.0,
-            *state.counts.tolist(),  # in the order of COUNTS
+            **dict(zip(COUNTS, state.counts.tolist(), strict=True)),
             casts=state.casts,
             first_mismatch=min(state.first_mismatch.values()) if state.first_mismatch else None,
             exact_base=exact_base,

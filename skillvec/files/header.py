@@ -4,7 +4,9 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Mapping
+from json.encoder import encode_basestring
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,15 +76,19 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     raise ValueError(f"unknown dtype {dtype!r}")
 
 
+KEYS = {"dtype", "shape", "data_offsets"}
+
+
 def _checked_spec(path: str, name: str, entry: Any, data_start: int) -> TensorSpec:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != KEYS:
         raise ValueError("expected exactly dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         # checked before the sizes are multiplied, which takes long where they are many
-        if not isinstance(numbers, list) or len(numbers) > MAX_DIMENSIONS or any(
-            type(n) is not int or not 0 <= n <= MAX_SIZE for n in numbers
-        ):  # fmt: skip
+        fits = isinstance(numbers, list) and len(numbers) <= MAX_DIMENSIONS
+        for n in numbers if fits else ():
+            fits = fits and type(n) is int and 0 <= n <= MAX_SIZE
+        if not fits:
             raise ValueError(
                 f"{key} is not a list of at most {MAX_DIMENSIONS} non-negative integers:"
                 f" {str(numbers)[:80]}"
@@ -91,13 +97,14 @@ def _checked_spec(path: str, name: str, entry: Any, data_start: int) -> TensorSp
         raise ValueError(f"data_offsets {offsets} are not [begin, end]")
     if not isinstance(entry["dtype"], str):
         raise ValueError(f"unknown dtype {entry['dtype']!r}")
-    nbytes = tensor_nbytes(entry["dtype"], tuple(shape))
+    dtype, shape = sys.intern(entry["dtype"]), tuple(shape)
+    nbytes = tensor_nbytes(dtype, shape)
     if nbytes != offsets[1] - offsets[0]:
         raise ValueError(
-            f"{entry['dtype']} x {shape} takes {nbytes} bytes, data_offsets hold "
+            f"{dtype} x {list(shape)} takes {nbytes} bytes, data_offsets hold "
             f"{offsets[1] - offsets[0]}"
         )
-    return TensorSpec(name, entry["dtype"], tuple(shape), path, data_start + offsets[0], nbytes)
+    return TensorSpec(name, dtype, shape, path, data_start + offsets[0], nbytes)
 
 
 # what else is found under the name of safetensors: bytes at an offset, what they begin, what to do
@@ -192,12 +199,15 @@ def _parsed_header(path: str, nbytes: int) -> tuple[dict[str, Any], int]:
         raise _no_header(path, nbytes, problem)
     raw = read_bytes(path, 8, header_nbytes)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=refuse_duplicates)
-        if b"\\u" in raw:  # escaped lone surrogates are no text
+        text = raw.decode("utf-8")
+        is_escaped, is_object = b"\\u" in raw, raw.startswith(b"{")
+        del raw  # it is as long as the text
+        header = json.loads(text, object_pairs_hook=refuse_duplicates)
+        if is_escaped:  # escaped lone surrogates are no text
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _no_header(path, nbytes, f"header is not valid JSON: {error}") from None
-    if not raw.startswith(b"{") or not isinstance(header, dict):
+    if not is_object or not isinstance(header, dict):
         raise _no_header(path, nbytes, "header is not a JSON object")
     return header, 8 + header_nbytes
 
@@ -212,18 +222,21 @@ def encode_header(
     `layout` holds (name, dtype, shape). The header is padded with blanks to a multiple of 8, or to
     `reserved_nbytes` (prefix included), so that it can be rewritten when the digests are known.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    position = 0
-    for name, dtype, shape in layout:
-        end = position + tensor_nbytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+    said = json.dumps({"__metadata__": dict(metadata)}, separators=(",", ":"), ensure_ascii=False)
+    parts, position = [said[:-1]], 0
+    for name, dtype, shape in layout:  # spelt out: as a dict, many tensors take room and time
+        end, sizes = position + tensor_nbytes(dtype, shape), ",".join(map(str, shape))
+        parts.append(
+            f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{sizes}],'
+            f'"data_offsets":[{position},{end}]}}'
+        )
         position = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = (",".join(parts) + "}").encode()
     nbytes = -(-len(raw) // 8) * 8 if reserved_nbytes is None else reserved_nbytes - 8
     if nbytes > MAX_HEADER_NBYTES:
         raise OutputError(f"header of {nbytes} bytes, over the format's cap of {MAX_HEADER_NBYTES}")
     assert len(raw) <= nbytes, "the reserved header is too small"
-    return struct.pack("<Q", nbytes) + raw.ljust(nbytes)
+    return b"".join((struct.pack("<Q", nbytes), raw, b" " * (nbytes - len(raw))))
 
 
 def header_layout(header: bytes) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -7,7 +7,8 @@ from types import UnionType
 from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints
 
 PLAIN = (str, int, float)
-Check = Callable[[Any, str], None]  # of a value that stands somewhere
+Where = Any  # a name, or where something stands and its place in there: joined for errors alone
+Check = Callable[[Any, Where], None]  # of a value that stands somewhere
 
 
 def check_json(value: Any, kind: Any, where: str) -> None:
@@ -46,11 +47,18 @@ def _check_of(kind: Any) -> Check:
 
 
 def _check_that(expected: str, fits: Callable[[Any], bool]) -> Check:
-    def check(value: Any, where: str) -> None:
+    def check(value: Any, where: Where) -> None:
         if not fits(value):
-            raise TypeError(f"{where}: expected {expected}, found {str(value)[:40]!r}")
+            raise TypeError(f"{_said(where)}: expected {expected}, found {str(value)[:40]!r}")
 
     return check
+
+
+def _said(where: Where) -> str:
+    if isinstance(where, str):
+        return where
+    outer, key = where
+    return _said(outer) + (f"[{key}]" if isinstance(key, int) else f".{key}")
 
 
 _is_list = _check_that("a list", lambda value: isinstance(value, list))
@@ -70,28 +78,28 @@ def _check_annotated(allowed: Any) -> Check:
     checks = list(map(_check_of, allowed))
     is_pair = _check_that("a pair", lambda v: isinstance(v, list) and len(v) == len(checks))
 
-    def check(value: Any, where: str) -> None:
+    def check(value: Any, where: Where) -> None:
         is_pair(value, where)
         for i, item in enumerate(value):
-            checks[i](item, f"{where}[{i}]")
+            checks[i](item, (where, i))
 
     return check
 
 
 def _check_list(check_item: Check) -> Check:
-    def check(value: Any, where: str) -> None:
+    def check(value: Any, where: Where) -> None:
         _is_list(value, where)
         for i, item in enumerate(value):
-            check_item(item, f"{where}[{i}]")
+            check_item(item, (where, i))
 
     return check
 
 
 def _check_dict(check_item: Check) -> Check:
-    def check(value: Any, where: str) -> None:
+    def check(value: Any, where: Where) -> None:
         _is_object(value, where)
         for key, item in value.items():
-            check_item(item, f"{where}.{key}")
+            check_item(item, (where, key))
 
     return check
 
@@ -100,12 +108,12 @@ def _check_keys(kind: Any) -> Check:
     hints = get_type_hints(kind, include_extras=True).items()
     keys = [(key, _check_of(hint), key in kind.__required_keys__) for key, hint in hints]
 
-    def check(value: Any, where: str) -> None:
+    def check(value: Any, where: Where) -> None:
         _is_object(value, where)
         for key, check_value, required in keys:
             if key in value:
-                check_value(value[key], f"{where}.{key}")
+                check_value(value[key], (where, key))
             elif required:
-                raise TypeError(f"{where}: {key} is missing")
+                raise TypeError(f"{_said(where)}: {key} is missing")
 
     return check

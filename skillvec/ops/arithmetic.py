@@ -10,7 +10,7 @@ one pass; the few values that they do not settle, and fp64, are done here.
 
 from collections.abc import Callable
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -277,7 +277,7 @@ def _subtract_kernel() -> Kernel | None:
     scratch = np.empty(12 * 4073, np.uint8)
 
     def sample(kernel: Kernel) -> bytes:
-        return subtract_sample(lambda *given: _subtract_compiled(kernel, *given, scratch))
+        return subtract_sample(partial(_subtract_compiled, kernel, scratch=scratch))
 
     return compiled.kernel("subtract", sample, SUBTRACT_CHECK)
 
@@ -354,6 +354,12 @@ def add(
                 target[at] if target_dtype == out_dtype
                 else narrow(widen(target[at], target_dtype), out_dtype)
             )  # fmt: skip
+            return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
+    elif out_dtype in HALVES:
+        total = np.empty(target.size, np.float32)
+        done = moments.by_kernel(target, target_dtype, delta, lam, "F32", total, False, True)
+        if done is not None and not done.target_nonfinite:
+            out[:] = kernels.stochastic_narrow(total, out_dtype, random16)
             return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
     for begin in range(0, target.size, STEP):
         end = min(begin + STEP, target.size)

@@ -1,9 +1,9 @@
 """Sums over a block: two deltas with each other, one delta with the weights that it is added to.
 
 Every value is in every sum. Sums are added in the order of `lanes`: inner products of a pair by
-groups of a given width, all else by groups of 1,024 from the block's begin; fp64 deltas in fp64. The
-functions that begin with numpy_ say what is computed; native/compare.c gives the same digits in one
-read of fp32 and 16-bit deltas.
+groups of a given width, all else by groups of 1,024 from the block's begin; fp64 deltas in fp64.
+The functions that begin with numpy_ say what is computed; native/compare.c gives the same digits in
+one read of fp32 and 16-bit deltas.
 """
 
 from collections.abc import Callable
@@ -98,11 +98,8 @@ def _spelt(delta: Delta) -> tuple[Any, ...]:
     return delta.values, compiled.CODES[delta.dtype], delta.positions, delta.exact
 
 
-SELF_CHECKS = (
-    "17a5a7e5cf72bba0",
-    "27de10204a38e186",
-    "c09690eda56dc60a",
-)  # of numpy; a test compares
+# of what numpy makes of the samples; a test compares
+SELF_CHECKS = "17a5a7e5cf72bba0", "27de10204a38e186", "c09690eda56dc60a"
 
 
 def _samples() -> tuple[list[Delta], list[Weights]]:
@@ -172,23 +169,28 @@ def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compa
         if signs.size:
             one = _turned(one, signs[begin // 8 :])
         a, b = lanes.by_rows(one), lanes.by_rows(two)
-        shared = (a != 0) & (b != 0)
+        in_a, in_b = a != 0, b != 0
+        shared = in_a & in_b
         opposed = shared & ((a < 0) != (b < 0))
         if width == lanes.GROUP:
             groups = lanes.row_products(a, b)
         else:
             dtype = np.result_type(one, two)
-            groups = lanes.group_products(one.astype(dtype), two.astype(dtype), width)
+            rows = [lanes.by_rows(side.astype(dtype), width) for side in (one, two)]
+            groups = lanes.row_products(*rows)
         parts.add(-1, groups)
         parts.add(0, groups)
         parts.add(1, groups * groups)
+        ones = [where.astype(np.float32) for where in (shared, opposed)]
         for place, side in ((2, a), (3, b)):
             squares = side * side
-            parts.add(place, lanes.row_products(side, side, squares))
-            for further, where in ((2, shared), (4, opposed)):
-                held = where.astype(side.dtype)
-                parts.add(place + further, lanes.row_products(side * held, side, squares * held))
-        counts += [np.count_nonzero(where) for where in (one, two, shared, opposed)]
+            found = lanes.row_products(side, side, squares)
+            parts.add(place, found)
+            fits = found.max(initial=0) <= 3e38  # else infinity times 0 is no number
+            for n, where in enumerate(ones):
+                terms = squares * where if fits else side * where * side
+                parts.add(place + 2 * n + 2, lanes.row_products(side, side, terms, where))
+        counts += [np.count_nonzero(where) for where in (in_a, in_b, shared, opposed)]
     sums = np.array([*(lanes.in_order(parts.whole(n)) for n in range(SUPPORT_A)), *counts])
     return Compared(parts.whole(-1), sums)
 
@@ -197,7 +199,8 @@ def _turned(values: Array, signs: Array) -> Array:
     """Return values with the signs turned where bits are 1."""
     bits = values.view(np.dtype(f"<u{values.itemsize}"))
     turn = np.unpackbits(signs, count=values.size).astype(bits.dtype)
-    return (bits ^ turn << bits.dtype.type(8 * values.itemsize - 1)).view(values.dtype)
+    turned: Array = bits ^ turn << bits.dtype.type(8 * values.itemsize - 1)
+    return turned.view(values.dtype)
 
 
 @np.errstate(all="ignore")
@@ -210,47 +213,63 @@ def numpy_weights(x: Delta, weights: Weights | None) -> Sums:
     """
     parts, steps, support, absorbed = _Parts(4), np.zeros(len(STEP_EDGES) + 1), 0, 0
     for begin in range(0, x.values.size, STEP):
-        values = x.wide(begin, begin + STEP)
+        values = lanes.by_rows(x.wide(begin, begin + STEP))
         changed = values != 0
-        moved = np.count_nonzero(changed)
+        moved = int(np.count_nonzero(changed))
         support += moved
-        parts.add(0, lanes.group_products(values, values))
+        parts.add(0, lanes.row_products(values, values))
         if weights is None:
             continue
-        kept, step, bins = _round(values, changed, weights[0][begin : begin + STEP], weights[1])
-        counts = np.bincount(bins, minlength=len(STEP_EDGES) + 1)
-        counts[0] -= values.size - moved
-        steps += counts
-        absorbed += moved - np.count_nonzero(kept)
+        held = lanes.by_rows(weights[0][begin : begin + STEP])
+        kept, step, distance = _round(values, changed, held, weights[1])
+        reached = [np.count_nonzero(distance >= n) for n in range(1, steps.size)]
+        steps -= np.diff([moved, *reached, 0])
+        absorbed += moved - int(np.count_nonzero(kept != 0))
         kept = kept.astype(values.dtype, copy=False)
         for place, (one, other) in enumerate(((kept, values), (kept, kept), (step, step))):
-            parts.add(1 + place, lanes.group_products(one, other))
+            parts.add(1 + place, lanes.row_products(one, other))
     square, *others = (lanes.in_order(parts.whole(place)) for place in range(4))
     return np.array([square, support, others[0], others[1], absorbed, others[2], *steps])
 
 
 def _round(
     values: Array, changed: npt.NDArray[np.bool_], weights: Array, dtype: str
-) -> tuple[F32Array, F32Array, npt.NDArray[np.int64]]:
-    """Return what is kept of a delta, the steps at its weights, and its size in steps by bin."""
+) -> tuple[F32Array, F32Array, npt.NDArray[np.int32]]:
+    """Return what is kept of a delta, the steps at its weights, and its bin by size in steps.
+
+    The bins are clipped by who counts; what is not changed is in none above the first.
+    """
     grid = dtype if dtype in HALVES else "BF16"
     fraction, least = GRIDS[grid]
     single = values.astype(np.float32, copy=False)
     wide = widen(weights, dtype).astype(np.float32, copy=False)
-    held = widen(narrow(wide, grid), grid)
-    kept = widen(narrow(wide + single, grid), grid) - held
-    kept[~(changed & np.isfinite(kept))] = 0
-    power = np.maximum(held.view(np.int32) & EXPONENT, np.int32(least << 23))
+    held = wide if dtype in HALVES else widen(narrow(wide, grid), grid)
+    kept = widen(narrow(wide + single, grid), grid)
+    kept -= held
+    kept *= changed
+    power = held.view(np.int32) & EXPONENT
+    np.maximum(power, np.int32(least << 23), out=power)
     step = np.maximum(power - np.int32(fraction << 23), 0).view(np.float32)
-    step[~(changed & np.isfinite(held))] = 0
-    distance = ((single.view(np.int32) & EXPONENT) - power >> 23) + fraction + 3
-    return kept, step, np.clip(distance, 0, len(STEP_EDGES)) * changed
+    step *= changed
+    if not np.isfinite(kept).all():
+        kept[~np.isfinite(kept)] = 0
+    if power.max(initial=0) == EXPONENT:
+        step[power == EXPONENT] = 0
+    distance = single.view(np.int32) & EXPONENT
+    distance -= power
+    distance >>= 23
+    distance += fraction + 3
+    distance *= changed
+    return kept, step, distance
 
 
 def numpy_flip(groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
     """Return the sums of groups with signs, by numpy: 16 lanes in fp64, as one group."""
-    plus = np.unpackbits(signs, axis=1, count=groups.size)
-    return np.array([lanes.total(np.where(row, groups, -groups)) for row in plus])
+    terms = np.unpackbits(signs, axis=1).astype(np.float64)  # zeros behind the last group
+    terms -= 0.5
+    terms[:, : groups.size] *= 2 * groups
+    terms[:, groups.size :] = 0
+    return lanes.sum_rows(lanes.by_rows(terms.ravel(), terms.shape[1]))
 
 
 class _Parts:

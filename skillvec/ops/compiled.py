@@ -7,7 +7,7 @@ SKILLVEC_KERNELS chooses: numpy, or an instruction set, or (not set) the best th
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import NamedTuple
@@ -64,15 +64,24 @@ def kernel(name: str, sample: Callable[[Kernel], bytes], digest: str) -> Kernel 
     `sample` runs a kernel on fixed inputs and returns all that it wrote; `digest` is that of numpy.
     For a module's constant or a cached function: it is not cached here.
     """
-    found = _chosen().kernels.get(name)
-    if found is None:
+    found = kernels([name], lambda run: sample(run[0]), digest)
+    return found[0] if found else None
+
+
+def kernels(
+    names: Sequence[str], sample: Callable[[Sequence[Kernel]], bytes], digest: str
+) -> list[Kernel] | None:
+    """Return several compiled kernels that one sample checks, or None, as `kernel` does."""
+    here = _chosen().kernels
+    found = [here[name] for name in names if name in here]
+    if len(found) < len(names):
         return None
     try:
         same = xxh3_64_hexdigest(sample(found)) == digest
     except (TypeError, ValueError):  # a module of another version, whose arguments are others
         same = False
-    if not same and name not in _refused:
-        _refused.append(name)
+    if not same:
+        _refused.extend(name for name in names if name not in _refused)
     return found if same else None
 
 

@@ -66,19 +66,25 @@ def by_rows(values: Array, width: int = GROUP) -> Array:
     return out
 
 
-def row_products(a: Array, b: Array, terms: Array | None = None) -> Sums:
-    """Return the inner products of groups of what `by_rows` gives; `terms` are their products."""
+def row_products(
+    a: Array, b: Array, terms: Array | None = None, where: Array | None = None
+) -> Sums:
+    """Return the inner products of groups of what `by_rows` gives.
+
+    `terms` are the products, if they are at hand, times `where`, which is 0 or 1.
+    """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        sums = _fold(a * b if terms is None else terms)
+        sums = sum_rows(a * b if terms is None else terms)
         if a.dtype == np.float32:
             size = np.abs(sums)
             again = np.flatnonzero(~((size >= 1e-30) & (size <= 3e38)))
             if again.size:
-                sums[again] = _fold(a[:, again].astype(np.float64) * b[:, again])
+                terms = a[:, again].astype(np.float64) * b[:, again]
+                sums[again] = sum_rows(terms if where is None else terms * where[:, again])
     return sums
 
 
-def _fold(terms: Array) -> Sums:
+def sum_rows(terms: Array) -> Sums:
     """Return the sums of groups of what is arranged by rows."""
     rows, count, width = terms.shape
     flat = terms.reshape(rows, count * width)
@@ -86,14 +92,7 @@ def _fold(terms: Array) -> Sums:
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
-    return lanes[:, 0]
-
-
-def total(values: Sums) -> float:
-    """Return the sum of 1-D fp64 values, by 16 lanes as one group."""
-    padded = np.zeros(-(-values.size // ROW) * ROW)
-    padded[: values.size] = values
-    return float(_fold(padded.reshape(-1, 1, ROW))[0])
+    return np.asarray(lanes[:, 0])
 
 
 def in_order(sums: Sums) -> float:

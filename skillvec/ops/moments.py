@@ -1,7 +1,7 @@
 """What adding a delta did to a block: sums over all its values, and what is not finite."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -138,7 +138,7 @@ def _add_compiled(
 @cache
 def _add_kernel() -> Kernel | None:
     def sample(kernel: Kernel) -> bytes:
-        return add_sample(lambda *given: _add_compiled(kernel, *given, True, True))
+        return add_sample(partial(_add_compiled, kernel, measure=True, write=True))
 
     return compiled.kernel("add", sample, ADD_CHECK)
 

@@ -4,11 +4,13 @@ import re
 
 NO_LAYER = "(no layer)"
 MOST_DIGITS = 18  # of a number in a name; what is longer is text, which Python may not count
+LAYER = re.compile(rf"(?:.*?\.)??\d{{1,{MOST_DIGITS}}}(?=\.|$)")
+NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
 def layer_of(name: str) -> str:
     """Return the prefix of a tensor name up to its first number: its layer, or "" for none."""
-    found = re.match(rf"(?:.*?\.)??\d{{1,{MOST_DIGITS}}}(?=\.|$)", name)
+    found = LAYER.match(name)
     return found.group() if found else ""
 
 
@@ -16,7 +18,7 @@ def kind_of(name: str) -> str:
     """Return the module kind: the name without its layer, other numbers as *."""
     layer = layer_of(name)
     rest = name[len(layer) :].lstrip(".") if layer else name
-    return re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "*", rest)
+    return NUMBER.sub("*", rest)
 
 
 def module_of(name: str) -> str:

@@ -21,7 +21,7 @@ from skillvec.ops.philox import draw_uint32
 VECTOR = (*comparison.VECTOR, "moved")  # the support where the weights are known, else 0
 PAIR = ("product", "groups_sq", "shared", "agree", "met_a", "met_b", "clash_a", "clash_b")
 CONTROL = ("product", "groups_sq")
-SIGNS = 1 << 21  # bits drawn at once for flips
+SIGNS = 1 << 18  # drawn at once for flips: numpy makes a double of each
 
 
 class Request(NamedTuple):

@@ -13,7 +13,8 @@ from skillvec.checkpoints.fingerprint import Digest, ModelFacts
 from skillvec.files.file import digest_bytes
 from skillvec.files.typed_json import check_json
 
-SCHEMA = 1
+SCHEMA = 1  # with blocks of ranks 2; both are read for ever
+SCHEMAS = (1, 2)
 CLAIMS = ("bitwise", "partial", "rounded", "combined")
 MAX_NORM = 1e150  # its square is still a number
 TensorSide = Annotated[list[Any], (str, Digest)]  # dtype and digest of a tensor of a model
@@ -125,7 +126,11 @@ def check_manifest(said: Any) -> None:
 
 def encode_manifest(manifest: Manifest) -> dict[str, str]:
     """Return the metadata that holds a manifest, with its own digest in it."""
-    text = _as_text({**manifest, "digest": manifest_digest(manifest)})
+    if "digest" in manifest:  # of what was opened: it stays where it stands
+        text = _as_text({**manifest, "digest": manifest_digest(manifest)})
+    else:
+        text = _as_text({**manifest})  # once: it is long
+        text = f'{text[:-1]},"digest":"{digest_bytes(text.encode())}"}}'
     return {"format": "pt", METADATA_KEY: text}
 
 

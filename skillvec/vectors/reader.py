@@ -7,6 +7,7 @@ until checked. docs/format.md is the normative text.
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from functools import cached_property
 from math import prod
@@ -40,7 +41,7 @@ from skillvec.vectors.block_reader import REPLACEMENT, StoredBlock
 from skillvec.vectors.deltas.stored import StoredDelta
 from skillvec.vectors.manifest import (
     MAX_NORM,
-    SCHEMA,
+    SCHEMAS,
     Manifest,
     TensorEntry,
     check_manifest,
@@ -54,6 +55,7 @@ BLOCKS, EXCEPTIONS, REPLACEMENTS = (
 )
 SIDE = (BLOCKS, EXCEPTIONS, REPLACEMENTS)
 BLOCK_ROW_NBYTES = 12  # of the block table
+FLOATS_SET = frozenset(FLOATS)
 MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
 # codec -> the tensors that hold a delta: the payload first
 PARTS = {
@@ -73,7 +75,7 @@ class VectorFile:
         self.ref, self.path, self.headers = ref, path, headers
         try:
             self.manifest: Manifest = json.loads(
-                metadata[METADATA_KEY], object_pairs_hook=refuse_duplicates
+                metadata[METADATA_KEY], object_pairs_hook=_as_entry
             )
             self.digest = manifest_digest(self.manifest)
         except (ValueError, RecursionError) as error:  # escaped lone surrogates are no text
@@ -111,11 +113,11 @@ class VectorFile:
     def _checked(self) -> dict[str, StoredDelta]:
         """Check the manifest against the tensors and number the blocks."""
         manifest = self.manifest
-        if manifest.get("schema") != SCHEMA or manifest.get("block_numel") != BLOCK_NUMEL:
+        if manifest.get("schema") not in SCHEMAS or manifest.get("block_numel") != BLOCK_NUMEL:
             raise self._broken(
                 f"manifest schema {manifest.get('schema')!r} with blocks of"
-                f" {manifest.get('block_numel')!r}; this version reads schema {SCHEMA}, blocks of"
-                f" {BLOCK_NUMEL}: a newer skillvec is needed"
+                f" {manifest.get('block_numel')!r}; this version reads schemas 1 and"
+                f" {SCHEMAS[-1]}, blocks of {BLOCK_NUMEL}: a newer skillvec is needed"
             )
         try:
             check_manifest(manifest)
@@ -132,7 +134,7 @@ class VectorFile:
         for name, entry in entries.items():
             delta = self._stored(name, entry, homes)
             deltas[name] = delta
-            claimed |= {name + part for part in PARTS[delta.codec]}
+            claimed.update([name + part for part in PARTS[delta.codec]])
         if claimed != set(homes):
             extra = sorted(set(homes) - claimed)
             raise self._broken(f"tensors that the manifest does not list:\n{up_to_five(extra)}")
@@ -148,17 +150,17 @@ class VectorFile:
             raise self._broken(f"{name}: codec {codec!r}: a newer skillvec is needed")
         fits = min(shape, default=0) >= 0 and len(shape) <= MAX_DIMENSIONS
         numel = prod(shape) if fits else -1
-        if not {dtype, *sides} <= set(FLOATS) or not 0 <= numel <= MAX_NUMEL:
+        if not FLOATS_SET.issuperset((dtype, *sides)) or not 0 <= numel <= MAX_NUMEL:
             raise self._broken(
                 f"broken manifest: {name}: {dtype} {str(list(shape))[:80]}: expected floats,"
                 f" at most {MAX_NUMEL}"
             )
         if (entry["base"] is None) != (entry["tuned"] is None):
             raise self._broken(f"broken manifest: {name}: base and tuned go together")
-        counts = (entry["changed"], entry.get("unrestored", 0), entry.get("nonfinite", 0))
-        if any(type(count) is not int or not 0 <= count <= numel for count in counts) or not (
-            0 <= entry["norm"] <= MAX_NORM
-        ):
+        for count in (entry["changed"], entry.get("unrestored", 0), entry.get("nonfinite", 0)):
+            if type(count) is not int or not 0 <= count <= numel:
+                numel = -1
+        if numel < 0 or not 0 <= entry["norm"] <= MAX_NORM:
             raise self._broken(f"broken manifest: {name}: counts or norm that cannot be")
         if codec == "zero":
             return StoredDelta(TensorSpec(name, dtype, shape, "", 0, 0), codec)
@@ -167,12 +169,12 @@ class VectorFile:
             raise self._broken(f"{name}: its {codec} tensors are missing")
         specs = [home[1] for home in found if home]
         payload = specs[0]
-        wanted: dict[str, list[tuple[str, tuple[int, ...] | None]]] = {
-            "dense": [(dtype, shape)],
-            "packed": [("U8", None)],
-            "sparse": [(dtype, None), ("U8", (-(-numel // 8),))],
-        }
-        for spec, (want_dtype, want_shape) in zip(specs, wanted[codec], strict=True):
+        wanted: list[tuple[str, tuple[int, ...] | None]] = [("U8", None)]
+        if codec != "packed":
+            wanted = [(dtype, shape if codec == "dense" else None)]
+        if codec == "sparse":
+            wanted.append(("U8", (-(-numel // 8),)))
+        for spec, (want_dtype, want_shape) in zip(specs, wanted, strict=True):
             wrong = spec.dtype != want_dtype or len(spec.shape) != (
                 1 if want_shape is None else len(want_shape)
             )
@@ -202,6 +204,19 @@ class VectorFile:
             blocks = self.headers[path].tensors.get(BLOCKS)
             if blocks is None or (blocks.dtype, blocks.shape) != ("U8", (count, 12)):
                 raise self._broken(f"{os.path.basename(path)}: {BLOCKS} is not U8 [{count}, 12]")
+
+
+def _as_entry(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a manifest; the names of dtypes and codecs are one string everywhere."""
+    entry = refuse_duplicates(pairs)
+    for key in ("dtype", "codec"):
+        if type(name := entry.get(key)) is str:
+            entry[key] = sys.intern(name)
+    for key in ("base", "tuned"):
+        side = entry.get(key)
+        if type(side) is list and side and type(side[0]) is str:
+            side[0] = sys.intern(side[0])
+    return entry
 
 
 def find_vector(ref: str | os.PathLike[str] | Place, role: str = "vector") -> VectorFile | None:
@@ -240,7 +255,8 @@ def find_vector(ref: str | os.PathLike[str] | Place, role: str = "vector") -> Ve
     if kind != "vector":
         return None
     at = place.path if remote_of(address) else Path(address)
-    return VectorFile(place.ref, at, {address: header}, header.metadata)
+    headers = {address: header._replace(metadata={})}  # its text is long, and not needed any more
+    return VectorFile(place.ref, at, headers, header.metadata)
 
 
 def _one_file(place: Place) -> str | None:

@@ -3,13 +3,13 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_128
 
 from skillvec.checkpoints.checkpoint import METADATA_KEY
 from skillvec.checkpoints.folder import VECTOR_INDEX
@@ -19,7 +19,6 @@ from skillvec.files.official_reader import refuse_misread
 from skillvec.files.output_file import OutputFile, fsync_path
 from skillvec.files.rows import RowWriter
 from skillvec.ops.block import BLOCK_NUMEL, block_count
-from skillvec.ops.codecs import Encoded
 from skillvec.ops.delta import EXCEPTION
 from skillvec.vectors.block_reader import REPLACEMENT
 from skillvec.vectors.manifest import (
@@ -31,13 +30,6 @@ from skillvec.vectors.manifest import (
     encode_manifest,
 )
 from skillvec.vectors.reader import BLOCK_ROW_NBYTES, BLOCKS, EXCEPTIONS, PARTS, REPLACEMENTS, SIDE
-
-
-def block_digest(encoded: Encoded) -> bytes:
-    """Return the digest of a block's stored bytes: its piece of the bitmap, then its values."""
-    hashed = xxh3_128(encoded.bitmap.data)
-    hashed.update(encoded.payload.data)
-    return hashed.digest()
 
 
 class Entry(NamedTuple):
@@ -200,20 +192,22 @@ class VectorWriter(RowWriter):
 
     # ------------------------------------------------------------------------ when all is in
 
-    def _table(self, owner: int) -> npt.NDArray[np.uint32]:
-        """Return payload bytes, exceptions and replacements of each block of a tensor."""
-        rows = self.sizes[self._first_rows[owner] : self._first_rows[owner + 1]]
+    @cached_property
+    def _table(self) -> npt.NDArray[np.uint32]:
+        """Payload bytes, exceptions and replacements of each block, when all rows are in."""
         widths = np.array([1, EXCEPTION.itemsize, REPLACEMENT.itemsize], np.uint32)
-        return rows[:, [0, 2, 3]] // widths
+        return self.sizes[:, [0, 2, 3]] // widths
 
-    def _used(self, owner: int) -> npt.NDArray[np.int64]:
-        """Return the sums of the table of a tensor."""
-        used: npt.NDArray[np.int64] = self._table(owner).sum(axis=0, dtype=np.int64)
+    @cached_property
+    def _used(self) -> npt.NDArray[np.int64]:
+        """The sums of the table over each tensor."""
+        used = np.zeros((len(self._entries), 3), np.int64)
+        np.add.at(used, self._owner, self._table)
         return used
 
     def _codec(self, owner: int) -> str:
         entry = self._entries[owner]
-        empty = not self._used(owner).any() and (entry.codec != "dense" or not entry.numel)
+        empty = not self._used[owner].any() and (entry.codec != "dense" or not entry.numel)
         return "zero" if empty else entry.codec
 
     def _layout(
@@ -229,7 +223,7 @@ class VectorWriter(RowWriter):
             nbytes = entry.numel * ITEMSIZE[entry.dtype]
             total, rows = total + entry.numel, rows + block_count(entry.numel)
             if records is not None:
-                nbytes = int(self._used(owner)[0])
+                nbytes = int(self._used[owner, 0])
             if codec == "dense":
                 payloads.append((entry.name, entry.dtype, entry.shape))
             elif codec == "sparse":
@@ -257,7 +251,7 @@ class VectorWriter(RowWriter):
                 entry, codec = self._entries[owner], self._codec(owner)
                 if codec != "zero":
                     placed[entry.name] = codec, row
-                    table.append(self._table(owner))
+                    table.append(self._table[slice(*self._first_rows[owner : owner + 2])])
                     row += len(table[-1])
                     if codec == "sparse":
                         self._append(shard.file, 0, at[0], entry.bitmap_nbytes)

@@ -277,7 +277,11 @@ def _conclude(
 ) -> None:
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
-    records = [(r.job.name, r.job.numel, r.sums.view(form)[0]) for r in results]
+    records = levels.Records(
+        [result.job.name for result in results],
+        np.array([result.job.numel for result in results], np.int64),
+        np.frombuffer(b"".join([result.sums.tobytes() for result in results]), form),
+    )
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
          **vector_levels(records, i, spectra.vectors[i])}
@@ -285,21 +289,21 @@ def _conclude(
     ]  # fmt: skip
     pairs: list[PairEntry] = []
     for n, (i, j) in enumerate(request.pairs):
-        levels = pair_levels(records, request, n, spectra.pairs[n])
-        shared = _shared_rounding(opened, (i, j), records, levels["overall"])
+        held = pair_levels(records, request, n, spectra.pairs[n])
+        shared = _shared_rounding(opened, (i, j), records, held["overall"])
         rounding = shared["cosine"] if shared else None
         pairs.append({
             "a": labels[i], "b": labels[j], "lineage_a": opened[i].dtypes,
             "lineage_b": opened[j].dtypes, "control": report.facts["control"],
-            "shared_rounding": shared, "sentence": sentence(levels["overall"], rounding),
-            **levels,
+            "shared_rounding": shared, "sentence": sentence(held["overall"], rounding),
+            **held,
         })  # fmt: skip
     report.facts |= {"norms": vectors, "pairs": pairs}
     report.warnings += _warnings(pairs, [vector.dtypes for vector in opened])
 
 
 def _shared_rounding(
-    opened: Sequence[SkillVector], pair: tuple[int, int], records: Sequence[levels.Record],
+    opened: Sequence[SkillVector], pair: tuple[int, int], records: levels.Records,
     overall: Row,
 ) -> SharedRounding | None:  # fmt: skip
     """Return the 16-bit checkpoint in which one delta ends and the other begins, if there is one.

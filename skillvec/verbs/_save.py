@@ -40,6 +40,8 @@ from skillvec.verbs.findings import (
     tell_resumed,
 )
 
+NO_DIGESTS: dict[str, str] = {}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StoredForm:
@@ -115,6 +117,11 @@ def store_vector(vector: SkillVector, output: PathLike, form: StoredForm, run: R
         complete_manifest(manifest, results, settled, vector)
         stage.publish(writer.finish(manifest))
     tell_resumed(report, stage)
+    # of many tensors it takes room, and what is opened says the same
+    del manifest, entries, settled, writer
+    report.ledger = []
+    for result in results:
+        result.digests = NO_DIGESTS
     saved = SkillVector.open(place.ref)
     assert isinstance(saved, StoredVector)
     report_stored(report, plan, results, saved.manifest, saved.stored)
@@ -166,6 +173,7 @@ def complete_manifest(
         else:
             assert job.point is not None
             equal[job.name] = [job.point.dtype, result.digests["point"]]
+    manifest["schema"] = 2 if any(result.ranked for result in results) else 1
     manifest["side"] = settled.side
     unrestored = sum(entry.get("unrestored", 0) for entry in manifest["tensors"].values())
     manifest["equal"], manifest["differing"], claim = vector.conclude(equal, differing, unrestored)

@@ -30,8 +30,8 @@ class Spectra(NamedTuple):
     @staticmethod
     def empty(request: Request, tensors: int) -> "Spectra":
         return Spectra(
-            [[{} for _ in range(tensors)] for _ in request.scales],
-            [[{} for _ in range(tensors)] for _ in request.pairs],
+            [[{}] * tensors for _ in request.scales],  # put in the place of, never added to
+            [[{}] * tensors for _ in request.pairs],
         )
 
 

@@ -1,4 +1,4 @@
-"""The sums of pairs and of deltas on their weights: numpy against an oracle, kernels against numpy."""
+"""Sums of pairs, and of deltas on weights: numpy against an oracle, kernels against numpy."""
 
 from fractions import Fraction
 from importlib import import_module
@@ -89,7 +89,7 @@ def test_kernels_measure_weights_as_numpy(isa: str, dtype: str) -> None:
 @pytest.mark.parametrize("isa", KERNELS)
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_pattern_of_16_bits(isa: str, dtype: str) -> None:
-    """As a delta where finite, against chosen others; as a weight always, NaN and infinities too."""
+    """As a delta where it is finite, against chosen others; as a weight always."""
     bits = np.arange(1 << 16, dtype=np.uint16)
     weights = bits.view(STORAGE_DTYPE[dtype])
     kernel, measure = (KERNELS[isa][name] for name in ("pair_sums", "vector_sums"))
@@ -133,6 +133,26 @@ def test_kernels_beyond_sums_of_fp32(isa: str, size: float) -> None:
     held = narrow(a, "BF16"), "BF16"
     found, wanted = call_weights(KERNELS[isa]["vector_sums"], y, held), numpy_weights(y, held)
     assert found.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+def test_squares_beyond_fp32_that_nothing_meets(isa: str) -> None:
+    """They are in no sum of what is met, which fp32 settles."""
+    a, b = np.random.default_rng(7).normal(size=(2, 3000)).astype(np.float32)
+    b[::5] = -a[::5]
+    a[::7], b[::7] = 1e30, 0
+    x, y = Delta(a, "F32"), Delta(b, "F32")
+    found, wanted = call_pair(KERNELS[isa]["pair_sums"], x, y, 1024), numpy_pair(x, y, 1024)
+    assert found.sums.tobytes() == wanted.sums.tobytes()
+
+
+def test_squares_beyond_fp64_that_nothing_meets() -> None:
+    a, b = np.ones((2, 3000))
+    a[::7], b[::7] = 1e200, 0
+    found = numpy_pair(Delta(a, "F64"), Delta(b, "F64"), 1024)
+    sums = dict(zip(PAIR, found.sums.tolist(), strict=True))
+    assert sums["square_a"] == np.inf
+    assert sums["met_a"] == sums["met_b"] == sums["square_b"] == 3000 - 429
 
 
 @pytest.mark.parametrize("isa", KERNELS)

@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.engine.jobs.point import narrowed
-from skillvec.engine.plan import CHANGED, RowJob, Task
+from skillvec.engine.plan import CHANGED, RANKED, RowJob, Task
+from skillvec.files.rows import digest_of_two
 from skillvec.ops.codecs import encode_block, room_nbytes
 from skillvec.ops.delta import EXCEPTION, Delta, squared
 from skillvec.ops.special import bit_pattern
 from skillvec.ops.statistics import Request
-from skillvec.vectors.writer import block_digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -48,10 +48,12 @@ class StoreJob(RowJob):
             values = narrowed(delta, self.out_dtype, self.name)
         room = block.workspace.array("encoded", "U8", room_nbytes(values, self.codec))
         encoded = encode_block(values, self.codec, room)
+        task.tally[RANKED] = encoded.ranked
         records = _exceptions(delta).view(np.uint8), replaced.view(np.uint8)
         row = self.first_block + block.index
-        task.common.writer.add(row, (encoded.payload, encoded.bitmap, *records))
-        block.stamp("output", block_digest(encoded))
+        digest = digest_of_two(encoded.payload, encoded.bitmap)
+        task.common.writer.add(row, (encoded.payload, encoded.bitmap, *records), digest)
+        block.stamp("output", digest)
 
 
 def _exceptions(delta: Delta) -> npt.NDArray[Any]:

@@ -1,64 +1,35 @@
 /* Sums of two deltas with each other, and of one with the weights that it is added to.
 
    A group of 1,024 values at a time: widened to fp32 in buffers that stay in cache, exceptions put
-   into their places, then rows. A sum that fp32 cannot settle is taken again in fp64, unless there
-   is nothing to add up. */
+   into their places, then rows. skillvec/ops/comparison.py says what is summed up, and by numpy. */
 
-#define PATTERN (GROUP / WIDTH) /* of a group: one word of bits for each register of values */
+#define WORDS (GROUP / WIDTH) /* bits of a group: a word for each register */
+
 #if WIDTH == 16
-typedef __mmask16 mask;
-typedef uint16_t word;
+typedef uint16_t Bits;
+ALWAYS vm negative(vf x) { return _mm512_test_epi32_mask((__m512i)x, _mm512_set1_epi32(INT32_MIN)); }
+ALWAYS vf plus(vf sum, vm m, vf x) { return (vf)_mm512_mask_add_ps((__m512)sum, m, (__m512)sum, (__m512)x); }
+ALWAYS vi most_of(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+ALWAYS vi least_of(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+ALWAYS vi one_at(vi place) { return (vi)_mm512_sllv_epi32(_mm512_set1_epi32(1), (__m512i)place); }
 #else
-typedef vi mask; /* all bits of a lane, or none */
-typedef uint8_t word;
+typedef uint8_t Bits;
+ALWAYS vm negative(vf x) { return (vi)x >> 31; }
+ALWAYS vf plus(vf sum, vm m, vf x) { return sum + keep(m, x); }
+#if WIDTH == 8
+ALWAYS vi most_of(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+ALWAYS vi least_of(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+ALWAYS vi one_at(vi place) { return (vi)_mm256_sllv_epi32(_mm256_set1_epi32(1), (__m256i)place); }
+#else
+ALWAYS vi most_of(vi a, vi b) { return (a & (a > b)) | (b & (a <= b)); }
+ALWAYS vi least_of(vi a, vi b) { return (a & (a < b)) | (b & (a >= b)); }
+ALWAYS vi one_at(vi place) { return (((vi){0} + 1) << (place & 31)) & (vi)((vu)place < 32); }
+#endif
 #endif
 
-ALWAYS vf kept(vf x, mask where) /* 0 elsewhere */
+ALWAYS int64_t count_of(const Bits *a, const Bits *b) /* bits that are in both */
 {
-#if WIDTH == 16
-    return (vf)_mm512_maskz_mov_ps(where, (__m512)x);
-#else
-    return (vf)((vi)x & where);
-#endif
-}
-
-ALWAYS void add_kept(vf *sum, vf x, mask where)
-{
-#if WIDTH == 16
-    *sum = (vf)_mm512_mask_add_ps((__m512)*sum, where, (__m512)*sum, (__m512)x);
-#else
-    *sum += kept(x, where);
-#endif
-}
-
-ALWAYS mask are_set(vi x, int32_t bits) /* any of them */
-{
-#if WIDTH == 16
-    return _mm512_test_epi32_mask((__m512i)x, _mm512_set1_epi32(bits));
-#else
-    return (x & bits) != 0;
-#endif
-}
-
-ALWAYS mask unlike_zero(vf x) { return are_set((vi)x, 0x7FFFFFFF); }
-ALWAYS mask are_finite(vf x) { return ~are_set(((vi)x & 0x7F800000) + 0x800000, INT32_MIN); }
-
-ALWAYS word bits_of(mask of)
-{
-#if WIDTH == 16
-    return of;
-#elif WIDTH == 8
-    return (word)_mm256_movemask_ps((__m256)of);
-#else
-    word out = 0;
-    for (int i = 0; i < WIDTH; i++) out |= (word)((of[i] & 1) << i);
-    return out;
-#endif
-}
-
-ALWAYS int64_t count_of(const word *a, const word *b) /* how many bits both have */
-{
-    uint64_t one[PATTERN * sizeof(word) / 8], other[PATTERN * sizeof(word) / 8];
+    uint64_t one[WORDS * sizeof(Bits) / 8], other[WORDS * sizeof(Bits) / 8];
     int64_t count = 0;
     memcpy(one, a, sizeof one);
     memcpy(other, b, sizeof other);
@@ -66,26 +37,26 @@ ALWAYS int64_t count_of(const word *a, const word *b) /* how many bits both have
     return count;
 }
 
+ALWAYS void put_f32(vf x, float *at) { memcpy(at, &x, sizeof x); }
+
 /* --------------------------------------------------------------------------------- groups of a delta */
 
 typedef struct { const uint8_t *values; const uint32_t *at; const float *exact;
                  int64_t size, count, next; int dtype; } Side;
 
-static int opened(const Arg *args, Side *side) /* values, dtype, positions, exact; 0 if they do not fit */
+static int opened(const Arg *args, Side *side) /* values, dtype, positions, exact; 0: they do not fit */
 {
-    int64_t dtype = args[1].whole;
-    if (dtype < BF16 || dtype > F32 || args[0].nbytes % itemsize((int)dtype) || args[2].nbytes % 4
-        || args[2].nbytes != args[3].nbytes)
-        return 0;
+    int64_t dtype = args[1].whole, width = dtype == F32 ? 4 : 2;
     *side = (Side){args[0].data, (const uint32_t *)args[2].data, (const float *)args[3].data,
-                   args[0].nbytes / itemsize((int)dtype), args[2].nbytes / 4, 0, (int)dtype};
-    return 1;
+                   args[0].nbytes / width, args[2].nbytes / 4, 0, (int)dtype};
+    return dtype >= BF16 && dtype <= F32 && args[0].nbytes % width == 0 && args[2].nbytes % 4 == 0
+           && args[2].nbytes == args[3].nbytes;
 }
 
-ALWAYS void widen_as(const void *from, int64_t begin, int64_t end, int dtype, float *out)
+ALWAYS void widen_as(const void *from, int64_t i, int64_t end, int dtype, float *out)
 {
-    for (; begin + ROW <= end; begin += ROW, out += ROW) store(load(from, begin, dtype), out, 0, F32);
-    if (begin < end) store(load_end(from, begin, end, dtype), out, 0, F32);
+    for (; i + ROW <= end; i += ROW, out += ROW) store(load(from, i, dtype), out, 0, F32);
+    if (i < end) store(load_end(from, i, end, dtype), out, 0, F32);
 }
 
 static void widen(const void *from, int64_t begin, int64_t end, int dtype, float *out)
@@ -105,82 +76,80 @@ static int take(Side *side, int64_t begin, int64_t end, float *out) /* 0: except
     return end < side->size || side->next == side->count;
 }
 
-ALWAYS void store_f32(vf x, float *at) { memcpy(at, &x, sizeof x); }
-
-ALWAYS double settled(vf *sum, int64_t count, const float *a, const float *b, int64_t rows)
-{
-    row32 lanes;
-    memcpy(&lanes, sum, sizeof lanes);
-    double total = count ? folded(lanes) : 0;
-    return !count || is_settled(total) ? total : product64(a, b, 0, rows * ROW, F32, F32);
-}
-
 /* ---------------------------------------------------------------------------------------- two deltas */
 
-enum { PRODUCT, SQUARE_A, SQUARE_B, MET_A, MET_B, CLASH_A, CLASH_B, SUMS }; /* then supports, shared, clashes */
+enum { PRODUCT, SQUARE_A, SQUARE_B, MET_A, MET_B, CLASH_A, CLASH_B, SUMS };
 
 static void turn(float *values, int64_t rows, const uint8_t *signs) /* by bits, highest first */
 {
     static const uint32_t PLACES[ROW] = {16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
     for (int64_t i = 0; i < rows * ROW; i += WIDTH) {
         const uint8_t *at = signs + i / ROW * 2;
-        vu places, word = (vu){0} + ((uint32_t)at[0] << 8 | at[1]);
+        vu places, bits = (vu){0} + ((uint32_t)at[0] << 8 | at[1]);
         memcpy(&places, PLACES + i % ROW, sizeof places);
-        store_f32((vf)((vu)from_f32(values + i) ^ (word << places & 0x80000000)), values + i);
+        put_f32((vf)((vu)from_f32(values + i) ^ (bits << places & 0x80000000)), values + i);
     }
-}
-
-static void mask_out(const float *x, const float *other, int64_t rows, int clash, float *out)
-{
-    for (int64_t i = 0; i < rows * ROW; i++)
-        out[i] = other[i] != 0 && (!clash || (x[i] < 0) != (other[i] < 0)) ? x[i] : 0;
 }
 
 static void meet(const float *a, const float *b, int64_t rows, double *sums, int64_t *counts)
 {
-    word in_a[PATTERN], in_b[PATTERN], against[PATTERN];
+    Bits in_a[WORDS] = {0}, in_b[WORDS] = {0}, opposed[WORDS] = {0};
     vf sum[SUMS][PARTS];
-    _Alignas(64) float held[GROUP];
-    memset(in_a, 0, sizeof in_a);
-    memset(in_b, 0, sizeof in_b);
-    memset(against, 0, sizeof against);
     for (int p = 0; p < PARTS; p++) {
         vf s[SUMS] = {0};
         for (int64_t i = p * WIDTH; i < rows * ROW; i += ROW) {
             vf x = from_f32(a + i), y = from_f32(b + i), product = x * y, of_x = x * x, of_y = y * y;
-            mask has_x = unlike_zero(x), has_y = unlike_zero(y), clash = are_set((vi)product, INT32_MIN) & has_y;
+            vm has_x = nonzero(x), has_y = nonzero(y), clash = negative(product) & (has_x & has_y);
             s[PRODUCT] += product;
             s[SQUARE_A] += of_x;
             s[SQUARE_B] += of_y;
-            add_kept(&s[MET_A], of_x, has_y);
-            add_kept(&s[MET_B], of_y, has_x);
-            add_kept(&s[CLASH_A], of_x, clash);
-            add_kept(&s[CLASH_B], of_y, clash & has_x);
-            in_a[i / WIDTH] = bits_of(has_x);
-            in_b[i / WIDTH] = bits_of(has_y);
-            against[i / WIDTH] = bits_of(clash);
+            s[MET_A] = plus(s[MET_A], has_y, of_x);
+            s[MET_B] = plus(s[MET_B], has_x, of_y);
+            s[CLASH_A] = plus(s[CLASH_A], clash, of_x);
+            s[CLASH_B] = plus(s[CLASH_B], clash, of_y);
+            in_a[i / WIDTH] = (Bits)lanes(has_x);
+            in_b[i / WIDTH] = (Bits)lanes(has_y);
+            opposed[i / WIDTH] = (Bits)lanes(clash);
         }
         for (int n = 0; n < SUMS; n++) sum[n][p] = s[n];
     }
     counts[0] = count_of(in_a, in_a);
     counts[1] = count_of(in_b, in_b);
     counts[2] = count_of(in_a, in_b);
-    counts[3] = count_of(in_a, against);
-    const int64_t of[SUMS] = {counts[2], counts[0], counts[1], counts[2], counts[2], counts[3], counts[3]};
-    const float *one[SUMS] = {a, a, b, a, b, a, b}, *two[SUMS] = {b, a, b, b, a, b, a};
+    counts[3] = count_of(opposed, opposed);
+    const int64_t terms[SUMS] = {counts[2], counts[0], counts[1], counts[2], counts[2], counts[3], counts[3]};
     for (int n = 0; n < SUMS; n++) {
-        row32 lanes;
-        memcpy(&lanes, sum[n], sizeof lanes);
-        sums[n] = of[n] ? folded(lanes) : 0;
-        if (!of[n] || is_settled(sums[n])) continue;
-        if (n > SQUARE_B) mask_out(one[n], two[n], rows, n > MET_B, held);
-        sums[n] = product64(n > SQUARE_B ? held : two[n], one[n], 0, rows * ROW, F32, F32);
+        const float *one = n == SQUARE_B || n == MET_B || n == CLASH_B ? b : a, *two = one == a ? b : a;
+        row32 row;
+        memcpy(&row, sum[n], sizeof row);
+        sums[n] = terms[n] ? folded(row) : 0;
+        if (!terms[n] || is_settled(sums[n])) continue;
+        float held[GROUP];
+        for (int64_t i = 0; i < rows * ROW; i++) {
+            int is = n < MET_A || (two[i] != 0 && (n < CLASH_A || (one[i] < 0) != (two[i] < 0)));
+            held[i] = !is ? 0 : n == PRODUCT ? two[i] : one[i];
+        }
+        sums[n] = product64(one, held, 0, rows * ROW, F32, F32);
+    }
+}
+
+static void narrow_groups(const float *a, const float *b, int64_t size, int64_t width, double *out)
+{
+    for (int64_t i = 0; i < size; i += ROW) { /* less than a row each: in fp32 and in fp64 */
+        double sum[2][ROW];
+        for (int n = 0; n < ROW; n++) {
+            sum[0][n] = (double)(a[i + n] * b[i + n]) + 0.0;
+            sum[1][n] = (double)a[i + n] * (double)b[i + n] + 0.0;
+        }
+        for (int64_t half = width / 2; half; half /= 2) /* of a group's lanes the first in the end */
+            for (int64_t n = 0; n + half < ROW; n++)
+                for (int k = 0; k < 2; k++) sum[k][n] += sum[k][n + half];
+        for (int64_t n = 0; n < ROW && i + n < size; n += width) *out++ = sum[!is_settled(sum[0][n])][n];
     }
 }
 
 /* Two deltas (values, dtype, positions, exact values), bits that turn signs of the first or none,
-   the width of a group, room for a double a group, and for 12: the sum of the groups and of their
-   squares, both squares, met, clash, both supports, shared, values of opposed signs. */
+   the width of a group, room for a double a group, and for comparison.PAIR. */
 static int64_t pair_sums(const Arg *args)
 {
     Side x, y;
@@ -192,15 +161,16 @@ static int64_t pair_sums(const Arg *args)
     double *groups = (double *)args[10].data, *out = (double *)args[11].data, sums[SUMS];
     _Alignas(64) float a[GROUP], b[GROUP];
     memset(out, 0, 12 * 8);
-    for (int64_t begin = 0; begin < x.size; begin += GROUP) {
-        int64_t end = begin + GROUP < x.size ? begin + GROUP : x.size, rows = (end - begin + ROW - 1) / ROW;
+    for (int64_t begin = 0, end; begin < x.size; begin = end) {
+        end = begin + GROUP < x.size ? begin + GROUP : x.size;
+        int64_t rows = (end - begin + ROW - 1) / ROW;
         if (!take(&x, begin, end, a) || !take(&y, begin, end, b)) return -1;
         if (args[8].nbytes) turn(a, rows, args[8].data + begin / 8);
         meet(a, b, rows, sums, counts);
-        int64_t count = (end - begin + width - 1) / width;
         if (width == GROUP) *groups = sums[PRODUCT];
+        else if (width < ROW) narrow_groups(a, b, end - begin, width, groups);
         else products_of(a, b, end - begin, width, F32, F32, (uint8_t *)groups);
-        for (int64_t i = 0; i < count; i++, groups++) {
+        for (int64_t i = begin; i < end; i += width, groups++) {
             out[0] += *groups;
             out[1] += *groups * *groups;
         }
@@ -213,111 +183,77 @@ static int64_t pair_sums(const Arg *args)
 
 /* ------------------------------------------------------------------------------ a delta on its weights */
 
-ALWAYS vi larger_int(vi a, vi b)
+enum { EDGES = 8 }; /* of the histogram of steps */
+
+/* The sum of lanes, of `count` terms that are not 0: in fp64 if fp32 cannot settle it. */
+ALWAYS double settled(const vf *sum, int64_t count, const float *a, const float *b, int64_t rows)
 {
-#if WIDTH == 16
-    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#elif WIDTH == 8
-    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
-#else
-    vi is = a > b;
-    return (a & is) | (b & ~is);
-#endif
+    row32 held;
+    memcpy(&held, sum, sizeof held);
+    double total = count ? folded(held) : 0;
+    return !count || is_settled(total) ? total : product64(a, b, 0, rows * ROW, F32, F32);
 }
 
-ALWAYS vi shifted_one(vi by) /* 1 << by, 0 where that is no place of 32 */
+ALWAYS vf to_grid(vf x, int grid) /* a NaN of fp32 may get lost if the grid is BF16 */
 {
-#if WIDTH == 16
-    return (vi)_mm512_sllv_epi32(_mm512_set1_epi32(1), (__m512i)by);
-#elif WIDTH == 8
-    return (vi)_mm256_sllv_epi32(_mm256_set1_epi32(1), (__m256i)by);
-#else
-    vi is = (vi)((vu)by < 32);
-    return (1 << (by & 31)) & is;
-#endif
+    vu bits = (vu)x;
+    return grid == F16 ? rounded(x, F16) : (vf)((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000);
 }
 
-ALWAYS vf to_grid(vf x, int grid)
-{
-    if (grid == BF16) return (vf)(bf16_bits(x) << 16);
-    uint16_t half[WIDTH];
-    put_f16(x, half);
-    return from_f16(half);
-}
-
-enum { STEPS = 8 }; /* edges of the histogram */
-
-ALWAYS void round_rows(const float *v, const float *w, int64_t rows, int dtype, vi *counts, double *out)
+ALWAYS void measure(const float *v, const float *w, int64_t rows, int dtype, vi *steps, double *out)
 {
     const int grid = dtype == F16 ? F16 : BF16, fraction = grid == F16 ? 10 : 7;
     const int32_t least = grid == F16 ? 113 << 23 : 1 << 23, infinite = 0x7F800000;
-    word has[PATTERN], stay[PATTERN];
+    Bits has[WORDS] = {0}, stay[WORDS] = {0};
     vf sum[4][PARTS];
     _Alignas(64) float arrived[GROUP], step[GROUP];
-    memset(has, 0, sizeof has);
-    memset(stay, 0, sizeof stay);
     for (int p = 0; p < PARTS; p++) {
-        vf s[4] = {0};
-        vi packed = {0}; /* eight counters of four bits */
+        vf s[4] = {0}, zero = {0};
+        vu packed = {0}; /* eight counters of four bits */
         int room = 15;
         for (int64_t i = p * WIDTH; i < rows * ROW; i += ROW) {
-            vf x = from_f32(v + i), y = from_f32(w + i), zero = {0};
-            mask changed = unlike_zero(x);
-            has[i / WIDTH] = bits_of(changed);
-            if (!bits_of(changed)) {
-                store_f32(zero, arrived + i);
-                store_f32(zero, step + i);
-                continue;
-            }
-            vf held = dtype == F32 ? to_grid(y, grid) : y, moved = to_grid(y + x, grid) - held;
-            vi power = larger_int((vi)held & infinite, (vi){0} + least);
-            moved = kept(moved, changed & are_finite(moved));
-            vf one = kept((vf)larger_int(power - (fraction << 23), (vi){0}), changed & are_finite(held));
-            stay[i / WIDTH] = bits_of(unlike_zero(moved));
+            vf x = from_f32(v + i), y, held, moved, one;
+            vm changed = nonzero(x);
             s[0] += x * x;
+            has[i / WIDTH] = (Bits)lanes(changed);
+            if (dtype == F64) continue; /* no weights */
+            put_f32(zero, arrived + i);
+            put_f32(zero, step + i);
+            if (!(Bits)lanes(changed)) continue;
+            y = from_f32(w + i);
+            held = dtype == F32 ? rounded(y, BF16) : y;
+            vi power = most_of((vi)held & infinite, (vi){0} + least);
+            moved = to_grid(y + x, grid) - held;
+            moved = keep(changed & ~wild(moved), moved);
+            one = keep(changed & ~wild(held), (vf)most_of(power - (fraction << 23), (vi){0}));
             s[1] += moved * x;
             s[2] += moved * moved;
             s[3] += one * one;
-            store_f32(moved, arrived + i);
-            store_f32(one, step + i);
+            stay[i / WIDTH] = (Bits)lanes(nonzero(moved));
+            put_f32(moved, arrived + i);
+            put_f32(one, step + i);
             vi place = ((((vi)x & infinite) - power) >> 21) + 4 * (fraction + 2);
-            packed += (vi)kept((vf)shifted_one(-larger_int(-place, (vi){0} - 4 * (STEPS - 1))), changed);
-            if (!--room) {
-                for (int n = 0; n < STEPS; n++) counts[n] += packed >> 4 * n & 15;
-                packed = (vi){0};
-                room = 15;
-            }
+            packed += (vu)keep(changed, (vf)one_at(least_of(place, (vi){0} + 4 * (EDGES - 1))));
+            if (--room) continue;
+            for (int n = 0; n < EDGES; n++) steps[n] += (vi)(packed >> 4 * n & 15);
+            packed = (vu){0};
+            room = 15;
         }
-        for (int n = 0; n < STEPS; n++) counts[n] += packed >> 4 * n & 15;
+        for (int n = 0; n < EDGES; n++) steps[n] += (vi)(packed >> 4 * n & 15);
         for (int n = 0; n < 4; n++) sum[n][p] = s[n];
     }
     int64_t changed = count_of(has, has), arrive = count_of(stay, stay);
     out[0] += settled(sum[0], changed, v, v, rows);
     out[1] += (double)changed;
+    if (dtype == F64) return;
     out[2] += settled(sum[1], arrive, arrived, v, rows);
     out[3] += settled(sum[2], arrive, arrived, arrived, rows);
     out[4] += (double)(changed - arrive);
     out[5] += settled(sum[3], changed, step, step, rows);
 }
 
-ALWAYS void square_rows(const float *v, int64_t rows, double *out)
-{
-    word has[PATTERN];
-    vf sum[PARTS] = {0};
-    memset(has, 0, sizeof has);
-    for (int64_t i = 0; i < rows * ROW; i += ROW)
-        for (int p = 0; p < PARTS; p++) {
-            vf x = from_f32(v + i + p * WIDTH);
-            sum[p] += x * x;
-            has[i / WIDTH + p] = bits_of(unlike_zero(x));
-        }
-    int64_t changed = count_of(has, has);
-    out[0] += settled(sum, changed, v, v, rows);
-    out[1] += (double)changed;
-}
-
 /* A delta (values, dtype, positions, exact values), weights or none with their dtype, and room for
-   15 doubles: square, support, kept_dot, kept_sq, absorbed, step_sq, steps. */
+   comparison.VECTOR and the steps. */
 static int64_t vector_sums(const Arg *args)
 {
     Side x;
@@ -327,23 +263,23 @@ static int64_t vector_sums(const Arg *args)
         return -1;
     double *out = (double *)args[6].data;
     _Alignas(64) float v[GROUP], w[GROUP];
-    vi counts[STEPS] = {0};
+    vi steps[EDGES] = {0};
     memset(out, 0, 15 * 8);
-    for (int64_t begin = 0; begin < x.size; begin += GROUP) {
-        int64_t end = begin + GROUP < x.size ? begin + GROUP : x.size, rows = (end - begin + ROW - 1) / ROW;
+    for (int64_t begin = 0, end; begin < x.size; begin = end) {
+        end = begin + GROUP < x.size ? begin + GROUP : x.size;
+        int64_t rows = (end - begin + ROW - 1) / ROW;
         if (!take(&x, begin, end, v)) return -1;
-        if (!args[4].nbytes) { square_rows(v, rows, out); continue; }
-        widen(args[4].data, begin, end, (int)dtype, w);
-        if (dtype == BF16) round_rows(v, w, rows, BF16, counts, out);
-        else if (dtype == F16) round_rows(v, w, rows, F16, counts, out);
-        else round_rows(v, w, rows, F32, counts, out);
+        if (args[4].nbytes) widen(args[4].data, begin, end, (int)dtype, w);
+        if (!args[4].nbytes) measure(v, w, rows, F64, steps, out);
+        else if (dtype == BF16) measure(v, w, rows, BF16, steps, out);
+        else if (dtype == F16) measure(v, w, rows, F16, steps, out);
+        else measure(v, w, rows, F32, steps, out);
     }
-    if (!args[4].nbytes) return 0;
-    out[6] = out[1];
-    for (int n = 0; n < STEPS; n++)
+    out[6] = args[4].nbytes ? out[1] : 0;
+    for (int n = 0; n < EDGES; n++)
         for (int i = 0; i < WIDTH; i++) {
-            out[7 + n] += counts[n][i];
-            out[6] -= counts[n][i];
+            out[7 + n] += steps[n][i];
+            out[6] -= steps[n][i];
         }
     return 0;
 }
@@ -358,17 +294,16 @@ static int64_t flipped_sums(const Arg *args)
     if (args[0].nbytes % 8 || args[2].nbytes % 8 || args[1].nbytes != draws * stride) return -1;
     const uint8_t *bits = args[1].data;
     for (int64_t draw = 0; draw < draws; draw++, bits += stride) {
-        double lane[ROW] = {0}, total;
-        row64 sum;
+        double lane[ROW] = {0};
         for (int64_t i = 0; i < size; i += ROW) {
             uint64_t held[ROW] = {0}, minus = ~((uint64_t)bits[i / 8] << 8 | bits[i / 8 + 1]);
             memcpy(held, args[0].data + 8 * i, 8 * (i + ROW < size ? ROW : size - i));
             for (int n = 0; n < ROW; n++) held[n] ^= minus << (48 + n) & (uint64_t)1 << 63;
             for (int n = 0; n < ROW; n++) { double x; memcpy(&x, held + n, 8); lane[n] += x; }
         }
+        row64 sum;
         memcpy(&sum, lane, sizeof sum);
-        total = folded64(sum);
-        memcpy(args[2].data + 8 * draw, &total, 8);
+        ((double *)args[2].data)[draw] = folded64(sum);
     }
     return 0;
 }

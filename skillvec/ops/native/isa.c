@@ -12,8 +12,11 @@ extern const Entry KERNELS[];
 const Entry KERNELS[] = {
     {"join", "rrrrrrrrqw", join},
     {"pick", "rqww", pick},
+    {"rank", "rrww", rank},
     {"scatter", "rrqw", scatter},
     {"split", "rqw", split},
+    {"tally", "rww", tally},
+    {"unrank", "rrqw", unrank},
     {"group_products", "rrqqqw", group_products},
     {"subtract", "rrqqqqwwww", subtract},
     {"add", "rrrrqqqdwqqw", add},

@@ -107,7 +107,7 @@ static PyMethodDef methods[] = {
     {"kernels", kernels, METH_O, "Return the kernels of an instruction set by name; {} if not here."},
     {NULL, NULL, 0, NULL},
 };
-/* in two phases and without a state: each interpreter may have its own */
+/* in two phases and without a state: each interpreter that shares the lock may have its own */
 static PyModuleDef_Slot slots[] = {{0, NULL}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, 0, methods, slots,
                                         NULL, NULL, NULL};

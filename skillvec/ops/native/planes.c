@@ -53,20 +53,6 @@ ALWAYS __m512i spread(__m512i x, uint64_t mask, int width)
                         : _mm512_maskz_expand_epi64((__mmask8)mask, x);
 }
 #elif defined(__AVX2__)
-/* In entry m, the lanes that m marks come first, or go back to where they were. */
-ALWAYS void fill_moves(Moves *to, int back)
-{
-    memset(to, back ? 0x80 : 0, sizeof *to); /* 0x80: a zero */
-    for (int mask = 0; mask < 256; mask++)
-        for (int lane = 0, next = 0; lane < 8; lane++)
-            if (mask >> lane & 1) {
-                int at = back ? lane : next, from = back ? next : lane;
-                to->bytes[mask][2 * at] = (uint8_t)(2 * from);
-                to->bytes[mask][2 * at + 1] = (uint8_t)(2 * from + 1);
-                next++;
-            }
-}
-
 #define LANES 0x0706050403020100u
 
 /* For lanes of 4 or 8 bytes: those that are not 0, and a byte of ones for each 4 bytes of them. */
@@ -81,6 +67,19 @@ ALWAYS uint64_t lane_bytes(uint32_t mask, int width)
 {
     return width == 4 ? _pdep_u64(mask, 0x0101010101010101u) * 255
                       : _pdep_u64(mask, 0x0001000100010001u) * 0xFFFF;
+}
+
+/* In entry m, the lanes that m marks come first, or go back to where they were, zeros between. */
+ALWAYS void fill_moves(Moves *to, int back)
+{
+    for (uint32_t mask = 0; mask < 256; mask++) {
+        uint64_t bytes = lane_bytes(mask, 4);
+        uint64_t lanes = back ? _pdep_u64(LANES, bytes) : _pext_u64(LANES, bytes);
+        __m128i at = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)lanes));
+        at = _mm_add_epi16(_mm_mullo_epi16(at, _mm_set1_epi16(0x0202)), _mm_set1_epi16(0x0100));
+        if (back) at = _mm_or_si128(at, _mm_cvtepi8_epi16(_mm_cvtsi64_si128((int64_t)~bytes)));
+        _mm_storeu_si128((__m128i *)to->bytes[mask], at);
+    }
 }
 #endif
 
@@ -288,4 +287,96 @@ static int64_t join(const Arg *args)
     else if (width == 8) join64(args, numel, args[9].data);
     else return -1;
     return 0;
+}
+
+#define PATTERNS 65536
+#define ESCAPE 255 /* the rank of values that have none */
+
+/* Values of 2 bytes, room for a count of each pattern, and for 8 bytes of each that occurs: how often,
+   times 65,536, plus the pattern, which rises; returns how many patterns occur. */
+static int64_t tally(const Arg *args)
+{
+    if (args[0].nbytes % 2 || args[1].nbytes != 4 * PATTERNS || args[2].nbytes != 8 * PATTERNS
+        || (uintptr_t)args[1].data % sizeof(uint32_t))
+        return -1;
+    uint32_t *counts = (uint32_t *)args[1].data;
+    int64_t numel = args[0].nbytes / 2, found = 0;
+    memset(counts, 0, 4 * PATTERNS);
+    for (int64_t i = 0; i < numel; i++) counts[get(args[0].data, i, 2)]++;
+    for (int64_t i = 0; i < PATTERNS; i += 8) {
+        uint64_t any = 0;
+        for (int k = 0; k < 4; k++) any |= get(args[1].data + 4 * i, k, 8);
+        for (int64_t p = i; any && p < i + 8; p++) {
+            put((uint64_t)counts[p] << 16 | (uint64_t)p, args[2].data, found, 8);
+            found += counts[p] != 0;
+        }
+    }
+    return found;
+}
+
+/* Values of 2 bytes, the rank of each pattern, room for a rank a value, and for all values that have
+   none, in order; returns how many those are. */
+static int64_t rank(const Arg *args)
+{
+    int64_t numel = args[0].nbytes / 2, room = args[3].nbytes / 2, escaped = 0;
+    if (args[0].nbytes != 2 * numel || args[1].nbytes != PATTERNS || args[2].nbytes != numel) return -1;
+    const uint8_t *restrict values = args[0].data, *restrict rank_of = args[1].data;
+    uint8_t *restrict ranks = args[2].data, *restrict escapes = args[3].data;
+    for (int64_t i = 0; i < numel; i++) {
+        uint64_t value = get(values, i, 2);
+        uint8_t found = rank_of[value];
+        ranks[i] = found;
+        if (__builtin_expect(found == ESCAPE, 0)) {
+            if (escaped == room) return -1;
+            put(value, escapes, escaped++, 2);
+        }
+    }
+    return escaped;
+}
+
+/* How many ranks are ESCAPE, and one more than the largest of the others; 0 if there is none. */
+ALWAYS void count_ranks(const uint8_t *ranks, int64_t numel, int64_t *escaped, int64_t *most)
+{
+    typedef uint8_t bytes __attribute__((vector_size(32)));
+    *escaped = *most = 0;
+    for (int64_t i = 0; i < numel;) {
+        bytes found = {0}, largest = {0}, next;
+        for (int turn = 0; turn < 255 && i < numel; turn++, i += 32) {
+            memset(&next, ESCAPE, 32);
+            if (numel - i < 32) memcpy(&next, ranks + i, numel - i);
+            else memcpy(&next, ranks + i, 32);
+            next += 1; /* ESCAPE gets 0 */
+            found -= (bytes)(next == 0);
+            bytes more = (bytes)(next > largest);
+            largest = (next & more) | (largest & ~more);
+        }
+        for (int k = 0; k < 32; k++) {
+            *escaped += found[k];
+            *most = largest[k] > *most ? largest[k] : *most;
+        }
+    }
+    *escaped -= -numel & 31; /* those that filled up the last turn */
+}
+
+/* Ranks, the values that have some and then those that have none, how many have one, room for a value a
+   rank. Returns how many ranks are ESCAPE, more than all where one has no value; writes nothing where
+   those that have none are not as many. */
+static int64_t unrank(const Arg *args)
+{
+    int64_t numel = args[0].nbytes, ranked = args[2].whole, escaped, most;
+    const uint8_t *restrict ranks = args[0].data, *restrict values = args[1].data;
+    uint8_t *restrict to = args[3].data;
+    if (ranked < 0 || ranked > ESCAPE || args[1].nbytes < 2 * ranked || args[3].nbytes != 2 * numel)
+        return -1;
+    count_ranks(ranks, numel, &escaped, &most);
+    if (most > ranked) return numel + 1;
+    if (args[1].nbytes != 2 * (ranked + escaped)) return escaped;
+    uint16_t table[ESCAPE + 1] = {0};
+    memcpy(table, values, 2 * ranked);
+    for (int64_t i = 0, next = ranked; i < numel; i++) {
+        uint64_t value = table[ranks[i]];
+        if (__builtin_expect(ranks[i] == ESCAPE, 0)) value = get(values, next++, 2);
+        put(value, to, i, 2);
+    }
+    return escaped;
 }

@@ -84,7 +84,10 @@ ALWAYS row64 widened(row32 x)
 ALWAYS vf from_bf16(const uint16_t *at)
 {
 #if defined(__AVX512F__)
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
+    static const uint16_t PLACES[32] = {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7,
+                                        0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+    __m512i half = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
+    return (vf)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_loadu_si512(PLACES), half);
 #elif defined(__AVX2__)
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16);
 #else
