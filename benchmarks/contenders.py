@@ -1,51 +1,51 @@
-"""The command lines of every contender for every job, and the files they need beforehand.
+"""The command lines of every contender for every job, and what has to be there beforehand.
 
 Hides how each program is told to do the same work. Invariants: a job's commands read the same
 weights and write the same number of bf16 values; what a program needs besides the family (its own
-form of a stored delta) is made outside the timing.
+form of a stored delta) is made outside the timing, by that program.
 
 mergekit has no stored delta. Its diff is `linear` with weights 1 and -1, its apply `linear` over
-the target and the folder that its diff wrote, and the fused job is `task_arithmetic`:
-sft + 1 (target - sft) + lam (rl - sft).
+the target and the folder that its diff wrote. sd-mecha opens single files: its members are joined.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import shutil
 import struct
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from measure import CHUNK_NBYTES, Command, files, sampled
+from measure import CHUNK_NBYTES, Command, files
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
 SKILLVEC = Path(PYTHON).parent / "skillvec"
-MERGEKIT = HERE.parent / ".venv-mergekit" / "bin" / "mergekit-yaml"
+OTHERS = HERE.parent / ".venv-mergekit" / "bin"  # mergekit and sd-mecha
 LAM = "0.7"
-# How `skillvec diff` may store a delta. The plain job names are of dense; a codec that is timed too
-# has jobs of its own. auto takes the smallest for each tensor.
+# How `skillvec diff` may store a delta; auto takes the smallest for each tensor.
 CODECS = ("dense", "sparse", "packed", "auto")
-TIMED_CODECS = ("sparse", "packed")
+NOW, FLOOR, SYNCED = "skillvec", "floor", "floor+sync"  # names of contenders
+OPERATORS = {"linear": [], "ties": ["density=0.3"], "dare_linear": ["density=0.3"]}
 
 
-@dataclass(frozen=True)
-class Job:
-    """One task as each contender does it.
+class Job(NamedTuple):
+    """One task as each contender does it: what is made before, and what is timed."""
 
-    `reference` are check.py's arguments for the outputs. `against` maps a contender to a label and
-    the command whose output check.py compares with skillvec's: mergekit's at full precision, or
-    skillvec's own from the dense delta.
-    """
-
+    setup: Sequence[Command | Callable[[], object]]
     commands: dict[str, Command]
-    reference: list[str] = field(default_factory=list)
-    against: dict[str, tuple[str, Command]] = field(default_factory=dict)
+
+
+def folder(size: str) -> Path:
+    """Return where the family of a size is, or will be made by family.py."""
+    default = Path(tempfile.gettempdir()) / "skillvec-bench"
+    return Path(os.environ.get("SKILLVEC_BENCH_DIR", default)) / size
 
 
 def copy(inputs: tuple[Path, ...], out: Path | None, *, synced: bool = False) -> Command:
@@ -57,145 +57,128 @@ def copy(inputs: tuple[Path, ...], out: Path | None, *, synced: bool = False) ->
     if out:
         steps.append(shlex.join(["cp", "-r", str(inputs[-1]), str(out)]))
     if synced:
-        steps.append(f"sync {shlex.quote(str(out))}/*")
+        steps.append(f"find {shlex.quote(str(out))} -type f -exec sync {{}} +")
     return Command(["sh", "-c", " && ".join(steps)], inputs, out)
 
 
+def floors(inputs: tuple[Path, ...], out: Path | None) -> dict[str, Command]:
+    """Return what only copies, without and with a wait for the disk."""
+    both = {FLOOR: copy(inputs, out)}
+    return both | {SYNCED: copy(inputs, out, synced=True)} if out else both
+
+
 def skillvec(
-    verb: str, *places: Path, out: Path | None = None, options: Sequence[str] = ()
-) -> Command:
+    verb: str, *places: Path, out: Path | None = None, options: Sequence[str] = (),
+    program: Path = SKILLVEC,
+) -> Command:  # fmt: skip
     """Return a skillvec command; `places` are its positional inputs."""
-    output = ["-o", str(out), "-q", "--force"] if out else []
-    return Command([str(SKILLVEC), verb, *map(str, places), *output, *options], places, out)
+    output = ["-o", str(out), "-q", "--force"] if out else ["-q"]
+    return Command([str(program), verb, *map(str, places), *output, *options], places, out)
 
 
-def diff(tuned: Path, base: Path, out: Path, codec: str = "dense") -> Command:
+def diff(
+    tuned: Path, base: Path, out: Path, codec: str = "dense", program: Path = SKILLVEC
+) -> Command:
     """Return skillvec's diff with the codec named."""
-    return skillvec("diff", tuned, base, out=out, options=["--codec", codec])
+    return skillvec("diff", tuned, base, out=out, options=["--codec", codec], program=program)
 
 
-def apply(target: Path, vector: Path, out: Path, lam: str = LAM) -> Command:
+def apply(
+    target: Path, vector: Path, out: Path, lam: str = LAM, program: Path = SKILLVEC
+) -> Command:
     """Return skillvec's apply of a stored delta."""
-    return skillvec("apply", target, vector, out=out, options=["--lam", lam])
+    return skillvec("apply", target, vector, out=out, options=["--lam", lam], program=program)
 
 
 def stored(work: Path, codec: str = "dense", pair: str = "rl-sft") -> Path:
-    """Return where `prepare` stores skillvec's delta."""
+    """Return where skillvec's delta is stored."""
     return work / f"{pair}.{codec}.safetensors"
 
 
-def naive(verb: str, *arguments: Path | str, out: Path | None = None) -> Command:
-    """Return a command of the naive script."""
-    argv = [
-        PYTHON,
-        str(HERE / "naive.py"),
-        verb,
-        *map(str, arguments),
-        *([str(out)] if out else []),
-    ]
-    return Command(argv, tuple(a for a in arguments if isinstance(a, Path)), out)
+def verbs_on(size: str, work: Path, program: Path) -> dict[str, Job]:
+    """Return what one build of skillvec does with a family, by name; each job under NOW."""
+    base, sft, rl, target = (folder(size) / name for name in ("base", "sft", "rl", "target"))
+    work = work / size
+    work.mkdir(parents=True, exist_ok=True)
+    out, file, applied = work / "out", work / "out.safetensors", work / "applied"
+    dense, other = stored(work), stored(work, pair="sft-base")
+    made = [diff(rl, sft, dense, program=program), diff(sft, base, other, program=program)]
+    jobs = {"help": Job([], {NOW: Command([str(program), "--help"])})}
+    for name, codec in (("", "dense"), ("-packed", "auto"), ("-sparse", "sparse")):
+        vector = stored(work, codec)
+        setup = [diff(rl, sft, vector, codec, program)]
+        jobs[f"diff{name}"] = Job([], {NOW: diff(rl, sft, file, codec, program)})
+        jobs[f"apply{name}"] = Job(setup, {NOW: apply(target, vector, out, program=program)})
+    delta = ["--tuned", str(rl), "--base", str(sft), "--lam", LAM]
+    fused = skillvec("apply", target, out=out, options=delta, program=program)
+    jobs["one-pass"] = Job([], {NOW: Command(fused.argv, (rl, sft, target), out)})
+    angles = skillvec("orthogonality", dense, other, program=program)
+    jobs["orthogonality"] = Job(made, {NOW: angles})
+    jobs["inspect"] = Job(made[:1], {NOW: skillvec("inspect", dense, program=program)})
+    proof = skillvec("verify", applied, program=program)
+    setup = [made[0], apply(target, dense, applied, program=program)]
+    jobs["verify"] = Job(setup, {NOW: Command(proof.argv, (dense, target, applied))})
+    for operator, given in OPERATORS.items():
+        options = ["--codec", "dense", "--op", operator]
+        options += [word for parameter in given for word in ("--param", parameter)]
+        merge = skillvec("combine", dense, other, out=file, options=options, program=program)
+        jobs[f"combine-{operator}"] = Job(made, {NOW: merge})
+    return jobs
 
 
-def mergekit(
-    out: Path, weights: dict[Path, float], base: Path | None = None, dtype: str = "bfloat16"
-) -> Command:
-    """Return a mergekit command, linear without a base; its configuration lies beside `out`."""
-    config: dict[str, object] = {
-        "merge_method": "task_arithmetic" if base else "linear",
+def mergekit(work: Path, name: str, weights: Mapping[Path, float]) -> Command:
+    """Return a linear merge by mergekit; its configuration lies beside the output."""
+    config = {
+        "merge_method": "linear",
         "models": [{"model": str(p), "parameters": {"weight": w}} for p, w in weights.items()],
         "parameters": {"normalize": False},
-        "dtype": dtype,
-        "out_dtype": "bfloat16",
+        "dtype": "bfloat16",
     }
-    if base:
-        config["base_model"] = str(base)
-    path = out.with_suffix(".yml")
+    path, out = work / f"{name}.yml", work / name
     path.write_text(json.dumps(config, indent=2))  # JSON is YAML
-    inputs = (*weights, base) if base else tuple(weights)
-    return Command([str(MERGEKIT), str(path), str(out)], inputs, out)
+    return Command([str(OTHERS / "mergekit-yaml"), str(path), str(out)], tuple(weights), out)
 
 
-def prepare(family: Path, work: Path, contenders: list[str]) -> None:
-    """Store the deltas that apply and orthogonality read, in each contender's own form."""
-    base, sft, rl = (family / member for member in ("base", "sft", "rl"))
-    commands = []
-    for tuned, of in ((rl, sft), (sft, base)):
-        pair = f"{tuned.name}-{of.name}"
-        if "skillvec" in contenders:
-            for codec in CODECS if tuned is rl else ("dense",):
-                commands.append(diff(tuned, of, stored(work, codec, pair), codec))
-        if "naive" in contenders or "skillvec" not in contenders:
-            commands.append(naive("diff", tuned, of, out=work / f"naive-{pair}.safetensors"))
-    if "mergekit" in contenders:
-        commands.append(mergekit(work / "mergekit-delta", {rl: 1.0, sft: -1.0}))
-    for command in commands:
-        sampled(command, work)
-
-
-def jobs_of(family: Path, work: Path, contenders: list[str]) -> dict[str, Job]:
-    """Return the jobs on weights by name, with the contenders asked for."""
-    sft, rl, target = (family / member for member in ("sft", "rl", "target"))
-    plain = tuple(work / f"naive-{pair}.safetensors" for pair in ("rl-sft", "sft-base"))
-    dense = tuple(stored(work, pair=pair) for pair in ("rl-sft", "sft-base"))
-    if "skillvec" not in contenders:
-        dense = plain
-    out, file = work / "out", work / "out.safetensors"
-    delta = ["--tuned", str(rl), "--base", str(sft)]
-    whole = [*delta, "--target", str(target), "--lam"]
-
-    commands = {
-        "floor": copy((sft, rl), out),
-        "floor+sync": copy((sft, rl), out, synced=True),
-        "skillvec": diff(rl, sft, file),
-        "naive": naive("diff", rl, sft, out=file),
-        "mergekit": mergekit(work / "out-diff", {rl: 1.0, sft: -1.0}),
-    }
-    jobs = {"diff": Job(commands, delta)}
-    for name, lam in (("apply", LAM), ("apply-lam1", "1.0")):
-        weights = {target: 1.0, work / "mergekit-delta": float(lam)}
-        commands = {
-            "floor": copy((dense[0], target), out),
-            "floor+sync": copy((dense[0], target), out, synced=True),
-            "skillvec": apply(target, dense[0], out, lam),
-            "naive": naive("apply", target, plain[0], lam, out=out),
-            "mergekit": mergekit(work / f"out-{name}", weights),
-        }
-        float32 = mergekit(work / f"out-{name}-float32", weights, dtype="float32")
-        jobs[name] = Job(commands, [*whole, lam], {"mergekit": ("mergekit fp32", float32)})
-    for codec in TIMED_CODECS if "skillvec" in contenders else ():
-        own = {
-            "diff": diff(rl, sft, file, codec),
-            "apply": apply(target, stored(work, codec), out),
-        }
-        for name, command in own.items():
-            # the floors stay those of the dense job: all that a small delta saves is skillvec's
-            dense_job = jobs[name].commands
-            commands = {**dense_job, "skillvec": command}
-            against = {"skillvec": ("dense", dense_job["skillvec"])} if name == "apply" else {}
-            asked = {who: c for who, c in commands.items() if who not in ("naive", "mergekit")}
-            jobs[f"{name}-{codec}"] = Job(asked, against=against)
-    weights = {target: 1.0, rl: float(LAM)}
-    fused = skillvec("apply", target, out=out, options=[*delta, "--lam", LAM])
-    commands = {
-        "floor": copy((sft, rl, target), out),
-        "floor+sync": copy((sft, rl, target), out, synced=True),
-        "skillvec": Command(fused.argv, (target, rl, sft), out),
-        "naive": naive("fused", target, rl, sft, LAM, out=out),
-        "mergekit": mergekit(work / "out-fused", weights, sft),
-    }
-    float32 = mergekit(work / "out-fused-float32", weights, sft, "float32")
-    jobs["fused"] = Job(commands, [*whole, LAM], {"mergekit": ("mergekit fp32", float32)})
-    commands = {
-        "floor": copy(dense, None),
-        "skillvec": skillvec("orthogonality", *dense, options=["--json"]),
-        "naive": naive("orthogonality", *plain),
-    }
-    jobs["orthogonality"] = Job(commands)
-    for name, job in jobs.items():
-        asked = {who: job.commands[who] for who in contenders if who in job.commands}
-        against = {who: job.against[who] for who in contenders if who in job.against}
-        jobs[name] = Job(asked, job.reference, against)
+def others_on(size: str, work: Path) -> dict[str, Job]:
+    """Return the jobs of the programs in the other venv, as far as it is there."""
+    jobs: dict[str, Job] = {"diff": Job([], {}), "apply": Job([], {})}
+    sft, rl, target = (folder(size) / name for name in ("sft", "rl", "target"))
+    if (OTHERS / "mergekit-yaml").exists():
+        delta = mergekit(work, "mergekit-delta", {rl: 1.0, sft: -1.0})
+        jobs["diff"].commands["mergekit"] = mergekit(work, "mergekit-diff", {rl: 1.0, sft: -1.0})
+        jobs["apply"].commands["mergekit"] = mergekit(
+            work, "mergekit-apply", {target: 1.0, work / "mergekit-delta": float(LAM)}
+        )
+        jobs["apply"] = jobs["apply"]._replace(setup=[delta])
+    if list(OTHERS.glob("../lib/*/site-packages/sd_mecha")):
+        single = {place: work / f"mecha-{place.name}.safetensors" for place in (sft, rl, target)}
+        joined = [join(place, file) for place, file in single.items()]
+        made = mecha(work / "mecha-delta.safetensors", "diff", single[rl], single[sft])
+        out = work / "mecha-out.safetensors"
+        jobs["diff"].commands["sd-mecha"] = mecha(out, "diff", single[rl], single[sft])
+        assert made.out
+        apply_it = mecha(out, "apply", single[target], made.out)
+        jobs["apply"].commands["sd-mecha"] = apply_it
+        jobs["diff"] = jobs["diff"]._replace(setup=joined)
+        jobs["apply"] = jobs["apply"]._replace(setup=[*jobs["apply"].setup, *joined, made])
     return jobs
+
+
+def mecha(out: Path, verb: str, *inputs: Path) -> Command:
+    """Return a merge by sd-mecha."""
+    lam = [LAM] if verb == "apply" else []
+    argv = [str(OTHERS / "python"), str(HERE / "mecha.py"), verb, *map(str, inputs), *lam]
+    return Command([*argv, str(out)], inputs, out)
+
+
+def join(source: Path, out: Path) -> Command:
+    """Return a command that writes the shards of a model into one file."""
+    code = (
+        "import sys, safetensors.torch as st; from pathlib import Path\n"
+        "files = [st.load_file(f) for f in sorted(Path(sys.argv[1]).glob('*.safetensors'))]\n"
+        "st.save_file({k: v for held in files for k, v in held.items()}, sys.argv[2])"
+    )
+    return Command([str(OTHERS / "python"), "-c", code, str(source), str(out)], (source,), out)
 
 
 def repeated(source: Path, out: Path, times: int) -> Path:

@@ -61,11 +61,15 @@ class Size:
     intermediate: int
     shard_nbytes: int
     rl_update_rms: float = RL_UPDATE_RMS
+    experts: int = 0  # of each layer; without, it has one MLP
 
 
 SIZES = {
-    "big": Size(128_256, 2048, 16, 32, 8, 8192, 530_000_000),
-    "small": Size(32_064, 1024, 8, 16, 4, 4096, 170_000_000),
+    "big": Size(128_256, 2048, 16, 32, 8, 8192, 530_000_000),  # 1.24 billion values
+    "middle": Size(32_064, 2048, 4, 32, 8, 8192, 530_000_000),  # .31 billion
+    "small": Size(32_064, 1024, 8, 16, 4, 4096, 170_000_000),  # .15 billion
+    "tiny": Size(512, 128, 8, 4, 4, 160, 530_000_000),  # 2 MB
+    "many": Size(256, 64, 64, 4, 4, 32, 530_000_000, experts=102),  # 20,000 tensors of 2,048 values
 }
 
 
@@ -105,9 +109,10 @@ def shapes(size: Size) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{prefix}.self_attn.k_proj.weight", (kv, hidden)
         yield f"{prefix}.self_attn.v_proj.weight", (kv, hidden)
         yield f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)
-        yield f"{prefix}.mlp.gate_proj.weight", (size.intermediate, hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (size.intermediate, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, size.intermediate)
+        for place in [f".experts.{e}" for e in range(size.experts)] or [""]:
+            yield f"{prefix}.mlp{place}.gate_proj.weight", (size.intermediate, hidden)
+            yield f"{prefix}.mlp{place}.up_proj.weight", (size.intermediate, hidden)
+            yield f"{prefix}.mlp{place}.down_proj.weight", (hidden, size.intermediate)
         yield f"{prefix}.input_layernorm.weight", (hidden,)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
@@ -244,6 +249,8 @@ def make(size: Size, root: Path) -> Path:
     marker = root / "family.json"
     fields = asdict(size)
     updates = {"dense": DENSE_UPDATE_RMS, "rl": fields.pop("rl_update_rms"), "norm": NORM_RMS}
+    if not size.experts:
+        del fields["experts"]
     recipe = {"seed": SEED, "block": BLOCK, "numpy": np.__version__, **fields, **updates}
     if marker.exists() and json.loads(marker.read_text())["recipe"] == recipe:
         return root
@@ -269,6 +276,7 @@ def make(size: Size, root: Path) -> Path:
             (root / member / file).write_text(json.dumps(content, indent=2) + "\n")
     share = {"sft": counts[1] / counts[0], "rl": counts[2] / counts[0]}
     summary = {"recipe": recipe, "parameters": counts[0], "changed_share": share}
+    summary["tensors"] = sum(len(tensors) for _, tensors, _ in plan)
     marker.write_text(json.dumps(summary, indent=2) + "\n")
     return root
 
@@ -277,7 +285,7 @@ def main() -> None:
     """Make the families named on the command line; prints their folders."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "sizes", nargs="*", default=list(SIZES), metavar="SIZE", help="big or small"
+        "sizes", nargs="*", default=list(SIZES), metavar="SIZE", help=", ".join(SIZES)
     )
     for name in parser.parse_args().sizes:
         began = time.perf_counter()

@@ -40,7 +40,12 @@ class Spent(NamedTuple):
     """Wall seconds, and user and system seconds of a process and its children."""
 
     seconds: float
-    cpu_seconds: float
+    user: float
+    system: float
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self.user + self.system
 
 
 def files(places: Iterable[Path]) -> list[Path]:
@@ -76,7 +81,8 @@ def settle(command: Command) -> None:
 def start(command: Command, log: Path) -> subprocess.Popen[bytes]:
     """Start the process with its output in `log`, kept away from the network."""
     with log.open("wb") as sink:
-        env = os.environ | {"HF_HUB_OFFLINE": "1"}
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        env |= {"HF_HUB_OFFLINE": "1"}
         return subprocess.Popen(command.argv, stdout=sink, stderr=subprocess.STDOUT, env=env)
 
 
@@ -98,15 +104,15 @@ def timed(command: Command, work: Path) -> Spent:
     process.returncode = os.waitstatus_to_exitcode(status)
     require_success(process, command, log)
     remove(command.out)
-    return Spent(seconds, usage.ru_utime + usage.ru_stime)
+    return Spent(seconds, usage.ru_utime, usage.ru_stime)
 
 
 def rounds(commands: dict[str, Command], number: int, work: Path) -> dict[str, list[Spent]]:
-    """Run all commands in turn `number` times."""
+    """Run all commands in turn `number` times, every other round from the last to the first."""
     spent: dict[str, list[Spent]] = {name: [] for name in commands}
     for turn in range(1, number + 1):
-        for name, command in commands.items():
-            spent[name].append(timed(command, work))
+        for name in [*commands][:: 1 if turn % 2 else -1]:
+            spent[name].append(timed(commands[name], work))
         last = ", ".join(f"{name} {own[-1].seconds:.2f} s" for name, own in spent.items())
         print(f"round {turn}: {last}", file=sys.stderr)
     return spent

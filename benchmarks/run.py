@@ -1,8 +1,10 @@
-"""Time skillvec against plain copying, a naive script and mergekit; print one table.
+"""Time this build of skillvec beside an older one, plain copying, mergekit and sd-mecha.
 
-Hides the schedule, the goals and the table. Invariants: ratios are taken within a round; a goal is
-judged on the median ratio; whatever is made besides the families is deleted at the end; no numpy or
-torch in this process (see measure.py). README.md says what each row is.
+Hides the schedule, the goals and the table. Invariants: contenders run in turn within a round,
+every other round backwards; a ratio is taken within a round, a goal judged on the median; every
+build is installed by pip into a venv of its own; whatever is made besides families and builds is
+deleted at the end; no numpy or torch in this process (see measure.py). README.md says what each
+row is.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import signal
 import statistics
@@ -20,68 +21,94 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from contenders import (
-    CODECS,
+    FLOOR,
     HERE,
-    MERGEKIT,
+    NOW,
+    OTHERS,
     PYTHON,
-    SKILLVEC,
-    TIMED_CODECS,
+    SYNCED,
     Job,
     apply,
     diff,
-    jobs_of,
-    prepare,
+    floors,
+    folder,
+    others_on,
     repeated,
-    stored,
+    verbs_on,
 )
 from measure import Command, Spent, nbytes, remove, rounds, sampled
 
-CONTENDERS = ("floor", "floor+sync", "skillvec", "naive", "mergekit")
-CODEC_JOBS = tuple(f"{verb}-{codec}" for verb in ("diff", "apply") for codec in TIMED_CODECS)
-WEIGHT_JOBS = ("diff", "apply", "apply-lam1", "fused", "orthogonality", *CODEC_JOBS)
-JOBS = (*WEIGHT_JOBS, "check", "size", "linearity", "startup")
-PACKAGES = ("numpy", "zstandard", "torch", "safetensors", "skillvec")
-STARTUP_ROUNDS = 20
-# skillvec's time over the copy floor's, at most; the others' time over skillvec's, at least.
-CEILINGS = {"diff": 0.8, "apply": 0.8, "apply-lam1": 0.8, "fused": 1.4, "orthogonality": 3.0}
-CEILINGS |= {"diff-sparse": 0.9, "apply-sparse": 0.9, "diff-packed": 2.0, "apply-packed": 1.2}
-SPEEDUPS = {"naive": 8.0, "mergekit": 15.0}
-SPEEDUP_JOBS = ("diff", "apply", "apply-lam1")
-SIZE_PERCENT = {"packed": 11.0}  # of the dense bf16 values
-DURABLE, LINEAR, STARTUP = 0.5, 1.2, 1.5
-MEMORY_MB = {"RssAnon": 150.0, "RssFile": 300.0}
+PACKAGES = ("numpy", "zstandard", "torch", "safetensors")
+GROUPS = {  # of jobs, by the family that they use
+    "weights": ("big", ("diff", "apply", "one-pass", "diff-packed", "apply-packed", "diff-sparse",
+                        "apply-sparse", "orthogonality", "verify")),
+    "combine": ("middle", ("combine-linear", "combine-ties", "combine-dare_linear")),
+    "many": ("many", ("diff", "apply", "orthogonality", "inspect")),
+    "start": ("tiny", ("help", "diff", "apply", "verify", "inspect", "orthogonality")),
+    "others": ("small", ("diff", "apply")),
+    "durable": ("big", ("apply",)),
+}  # fmt: skip
+# At most, by the kernels in use: wall time over the copy floor's, and user CPU seconds (AVX-512).
+FLOORS = {
+    "diff": 0.95, "apply": 1.1, "one-pass": 0.85, "diff-packed": 0.6, "apply-packed": 0.95,
+    "diff-sparse": 0.4, "apply-sparse": 0.6, "orthogonality": 1.8, "verify": 1.1,
+    "combine-linear": 2, "combine-ties": 5, "combine-dare_linear": 4,
+}  # fmt: skip
+BEFORE = {  # what numpy and NumKong took, which is the goal without kernels
+    "diff": 2.52, "apply": 2.85, "one-pass": 2.04, "diff-packed": 1.27, "apply-packed": 3.39,
+    "diff-sparse": 1.69, "apply-sparse": 1.46, "orthogonality": 9.4, "verify": 1.32,
+    "combine-linear": 11.2, "combine-ties": 42, "combine-dare_linear": 22.5,
+}  # fmt: skip
+USER = {"diff": 0.45, "apply": 0.42, "one-pass": 0.8, "orthogonality": 0.5, "diff-packed": 1.1,
+        "apply-packed": 0.75}  # fmt: skip
+AVX2 = 1.25  # of the figures for AVX-512
+SYNC = {"diff": 0.58, "apply": 0.58}  # of floor+sync
+START = {"help": 0.043, "orthogonality": 0.2}  # CPU seconds; .15 of the other verbs
+DURABLE, OTHER = 0.35, 40.0  # of cp + sync at most; of skillvec's time at least
+MEMORY_MB, EACH_MS, EACH_KB = 150.0, 0.1, 2.0  # anonymous; a tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One line of the table: `values` are one a round, `goal` is ("<=" or ">=", limit)."""
+    """One line of the table: what a contender took, by round, and what was to be reached."""
 
-    what: str
+    job: str
     who: str
-    values: list[float] = field(default_factory=list)
-    unit: str = ""
-    goal: tuple[str, float] | None = None
-    note: str = ""
+    spent: list[Spent] = field(default_factory=list)
+    floor: list[float] = field(default_factory=list)  # wall time over the copy floor's, by round
+    anon_mb: float | None = None
+    output_mb: float | None = None
+    goals: list[tuple[str, float, str, float]] = field(default_factory=list)  # name, is, <= or >=
 
     def __str__(self) -> str:
-        text = f"{self.what:<21} {self.who:<24} "
-        if not self.values:
-            return text + self.note
-        middle = statistics.median(self.values)
-        edges = [
-            f"{x:.2f}" if len(self.values) > 1 else "" for x in (min(self.values), max(self.values))
-        ]
-        text += f"{edges[0]:>8}{middle:>9.2f}{edges[1]:>9} {self.unit:<4}{self.note}"
-        if self.goal:
-            sign, limit = self.goal
-            reached = middle <= limit if sign == "<=" else middle >= limit
-            text += f"{sign} {limit:<5g} {'yes' if reached else 'NO'}"
-        return text.rstrip()
+        text = f"{self.job:<24} {self.who:<12}"
+        text += f"{spread(self.floor):>20}" + f"{spread([s.seconds for s in self.spent]):>20}"
+        for part in ("user", "cpu_seconds"):
+            values = [getattr(s, part) for s in self.spent]
+            text += f"{statistics.median(values):8.3f}{min(values):8.3f}" if values else " " * 16
+        for number in (self.anon_mb, self.output_mb):
+            text += f"{number:8.0f}" if number is not None else " " * 8
+        for name, value, sign, limit in self.goals:
+            reached = value <= limit if sign == "<=" else value >= limit
+            text += f"  {name} {value:.3g} {sign} {limit:.3g} {'yes' if reached else 'NO'};"
+        return text.rstrip(" ;")
+
+
+HEADING = f"{'job':<24} {'who':<12}{'x floor: min med max':>20}{'wall s: min med max':>20}" + (
+    f"{'user':>8}{'min':>8}{'u+sys':>8}{'min':>8}{'anonMB':>8}{'outMB':>8}  goals"
+)
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return " ".join(f"{x:.2f}" for x in (min(values), statistics.median(values), max(values)))
 
 
 def ratios(own: list[Spent], other: list[Spent]) -> list[float]:
@@ -89,126 +116,182 @@ def ratios(own: list[Spent], other: list[Spent]) -> list[float]:
     return [a.seconds / b.seconds for a, b in zip(own, other, strict=True)]
 
 
-def time_row(what: str, who: str, spent: list[Spent]) -> Row:
-    """Show wall seconds, and the median of CPU seconds, which a busy machine changes less."""
-    cpu = statistics.median(s.cpu_seconds for s in spent)
-    return Row(what, who, [s.seconds for s in spent], "s", note=f"cpu {cpu:.2f} s")
+# --------------------------------------------------------------------------------------- builds
 
 
-def timing_rows(what: str, job: str, spent: dict[str, list[Spent]]) -> list[Row]:
-    """Turn one job's rounds into rows: seconds, ratios to the floor, skillvec's advantage."""
-    rows = [time_row(what, who, own) for who, own in spent.items()]
-    for who in (w for w in spent if w != "floor" and "floor" in spent):
-        goal = ("<=", CEILINGS[job]) if who == "skillvec" else None
-        rows.append(Row(what, f"{who} / floor", ratios(spent[who], spent["floor"]), "x", goal))
-    for who in (w for w in SPEEDUPS if w in spent and "skillvec" in spent):
-        goal = (">=", SPEEDUPS[who]) if job in SPEEDUP_JOBS else None
-        values = ratios(spent[who], spent["skillvec"])
-        rows.append(Row(what, f"{who} / skillvec", values, "x", goal))
-    return rows
+def install(source: Path, place: Path) -> Path:
+    """Install a source tree and what it needs into a venv; return its command."""
+    subprocess.run([PYTHON, "-m", "venv", "--clear", str(place)], check=True)
+    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    pins = source / "constraints.txt"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    subprocess.run([*pip, "-c", str(pins), str(source)], check=True, env=env)
+    return place / "bin" / "skillvec"
 
 
-def memory_rows(what: str, who: str, peaks: dict[str, float]) -> list[Row]:
-    """Turn sampled peaks into rows; only skillvec has goals."""
-    own = who == "skillvec"
-    return [
-        Row(what, f"{who} {key}", [peak], "MB", ("<=", MEMORY_MB[key]) if own else None)
-        for key, peak in peaks.items()
-    ]
+def builds_of(revisions: Sequence[str], place: Path) -> dict[str, Path]:
+    """Return the commands of this tree and of commits by name; installed where they changed."""
+    root, mark = HERE.parent, place / "now" / ".whole"
+    held = [path for path in (root / "skillvec").rglob("*") if path.suffix in (".py", ".c", ".h")]
+    newest = max(path.stat().st_mtime for path in [*held, root / "pyproject.toml"])
+    found = {NOW: place / "now" / "bin" / "skillvec"}
+    if not mark.exists() or mark.read_text() != str(root) or mark.stat().st_mtime < newest:
+        install(root, place / "now")
+        mark.write_text(str(root))
+    for revision in revisions:
+        ask = ["git", "-C", str(root), "rev-parse", "--short=9", f"{revision}^{{commit}}"]
+        name = subprocess.run(ask, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        venv, tree = place / name, place / f"{name}.tree"
+        found[name] = venv / "bin" / "skillvec"
+        if not (venv / ".whole").exists():
+            shutil.rmtree(tree, ignore_errors=True)
+            tree.mkdir(parents=True)
+            packed = subprocess.run(
+                ["git", "-C", str(root), "archive", name], check=True, stdout=subprocess.PIPE
+            )
+            subprocess.run(["tar", "-x", "-C", str(tree)], input=packed.stdout, check=True)
+            install(tree, venv)
+            (venv / ".whole").touch()
+    return found
 
 
-def compared(what: str, who: str, out: Path, reference: list[str], *, exact: bool = False) -> Row:
-    """Compare an output with its reference by check.py; `exact` has the goal of the same bits."""
-    argv = [PYTHON, str(HERE / "check.py"), str(out), *reference]
-    found = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
-    if exact:
-        return Row(what, f"{who}, unlike", [found["unequal_bits"]], "", ("<=", 0))
-    note = "{differ:,} differ, {beyond_one_step:,} by > 1 step, worst {worst_steps:,}"
-    return Row(what, who, note=note.format(**found))
+def kernels_of(program: Path) -> str:
+    """Return whose kernels a build uses on this machine."""
+    code = (
+        "try:\n from skillvec.ops.compiled import in_use as say\n"
+        "except ImportError:\n from skillvec.ops.kernels import kernels_in_use as say\n"
+        "print(say())"
+    )
+    argv = [str(program.with_name("python")), "-I", "-c", code]  # not what lies here
+    return subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def check_rows(what: str, job: Job, work: Path) -> list[Row]:
-    """Sample every contender's memory and compare the outputs; nothing here is timed."""
-    rows = []
-    for who, command in job.commands.items():
-        if who.startswith("floor"):
-            continue
-        print(f"checking {what}, {who}", file=sys.stderr)
-        rows += memory_rows(what, who, sampled(command, work))
-        if job.reference and command.out:
-            rows.append(compared(what, f"{who} : fp32", command.out, job.reference))
-        for other, (label, reference) in job.against.items() if who == "skillvec" else ():
-            assert command.out
-            kept = command.out.rename(work / "kept")
-            sampled(reference, work)
-            against = ["--against", str(reference.out)]
-            pair = f"skillvec : {label}"
-            rows.append(compared(what, pair, kept, against, exact=other == who))
-            remove(reference.out)
-            kept.rename(command.out)
-        remove(command.out)
-    return rows
+# ----------------------------------------------------------------------------------------- jobs
 
 
-def size_rows(what: str, family: Path, work: Path) -> list[Row]:
-    """Show the whole file of each codec in percent of the dense bf16 values."""
-    whole = 2 * json.loads((family / "family.json").read_text())["parameters"]
-    rows = []
-    for codec in CODECS:
-        limit = SIZE_PERCENT.get(codec)
-        percent = 100 * nbytes([stored(work, codec)]) / whole
-        rows.append(Row(what, f"{codec} / bf16 values", [percent], "%", limit and ("<=", limit)))
-    return rows
+def job_of(group: str, verb: str, size: str, work: Path, builds: dict[str, Path]) -> Job:
+    """Return a job with all that take part in it, the floors first."""
+    mine = {who: verbs_on(size, work / who, program) for who, program in builds.items()}
+    own = mine[NOW][verb]
+    setup = [step for jobs in mine.values() for step in jobs[verb].setup]
+    commands: dict[str, Command] = {}
+    if group in ("weights", "combine"):
+        dense = mine[NOW][verb.removesuffix("-packed").removesuffix("-sparse")]
+        inputs, out = dense.commands[NOW].inputs, own.commands[NOW].out
+        inputs = inputs[::-1] if verb.startswith("apply") else inputs
+        commands = floors(inputs, out and work / "floor")
+        setup = [*dense.setup, *setup]
+    commands |= {who: jobs[verb].commands[NOW] for who, jobs in mine.items()}
+    if group == "many":  # a run of few tensors beside, which is subtracted
+        few = {who: verbs_on("tiny", work / who, program)[verb] for who, program in builds.items()}
+        setup += [step for job in few.values() for step in job.setup]
+        commands |= {f"{who}, few": job.commands[NOW] for who, job in few.items()}
+    if group == "others":
+        there = others_on(size, work).get(verb, Job([], {}))
+        setup, commands = [*setup, *there.setup], commands | there.commands
+    return Job(setup, commands)
 
 
-def linearity_rows(jobs: dict[str, dict[str, Job]], number: int, work: Path) -> list[Row]:
-    """Compare skillvec's time a byte, read or written, on the two sizes."""
-    rows = []
-    for name in ("diff", "apply"):
-        commands = {size: jobs[size][name].commands["skillvec"] for size in ("big", "small")}
-        moved = {}
-        for size, command in commands.items():
-            sampled(command, work)
-            moved[size] = nbytes([*command.inputs, *filter(None, [command.out])])
-        spent = rounds(commands, number, work)
-        scale = moved["small"] / moved["big"]
-        values = [scale * ratio for ratio in ratios(spent["big"], spent["small"])]
-        rows.append(Row("linearity", f"{name}, big / small", values, "x", ("<=", LINEAR)))
-    return rows
-
-
-def startup_rows(work: Path) -> list[Row]:
-    """Compare `skillvec --help` with importing the packages that any such command line needs."""
-    own, other = "skillvec --help", "import click, rich"
-    commands = {
-        own: Command([str(SKILLVEC), "--help"]),
-        other: Command([PYTHON, "-c", other]),
-    }
-    spent = rounds(commands, STARTUP_ROUNDS, work)
-    rows = [time_row("startup", who, took) for who, took in spent.items()]
-    values = ratios(spent[own], spent[other])
-    return [*rows, Row("startup", "help / import", values, "x", ("<=", STARTUP))]
-
-
-def durable_rows(family: Path, number: int, work: Path) -> list[Row]:
-    """Apply to a model four times as large and wait until the output is on the disk."""
-    sft, rl = (repeated(family / member, work / f"{member}-x4", 4) for member in ("sft", "rl"))
+def durable(size: str, work: Path, program: Path) -> Job:
+    """Return an apply to a model four times as large, until the output is on the disk."""
+    sft, rl, target = (folder(size) / member for member in ("sft", "rl", "target"))
+    large = {place: work / f"{place.name}-x4" for place in (sft, rl, target)}
     vector, out = work / "x4.safetensors", work / "out"
-    sampled(diff(rl, sft, vector), work)
-    remove(sft)
-    remove(rl)
-    target = repeated(family / "target", work / "target-x4", 4)
-    own = apply(target, vector, out)
-    copy = Command(["cp", "-r", str(target), str(out)], (target,), out)
-    commands = {
-        who: Command(["sh", "-c", f'{shlex.join(c.argv)} && sync "{out}"/*'], c.inputs, out)
-        for who, c in (("cp -r, sync", copy), ("skillvec, sync", own))
-    }
-    spent = rounds(commands, number, work)
-    rows = [time_row("durable", who, own) for who, own in spent.items()]
-    values = ratios(spent["skillvec, sync"], spent["cp -r, sync"])
-    rows.append(Row("durable", "skillvec / cp", values, "x", ("<=", DURABLE)))
-    return rows + memory_rows("durable", "skillvec", sampled(own, work))
+    setup = [partial(repeated, place, made, 4) for place, made in large.items()]
+    setup += [diff(large[rl], large[sft], vector, program=program)]
+    setup += [partial(remove, large[rl]), partial(remove, large[sft])]
+    commands = {SYNCED: floors((large[target],), out)[SYNCED]}
+    return Job(setup, commands | {NOW: apply(large[target], vector, out, program=program)})
+
+
+def prepare(job: Job, work: Path) -> None:
+    """Make what a job needs, unless an earlier one has made it."""
+    for step in job.setup:
+        if callable(step):
+            step()
+        elif step.out and not step.out.exists():
+            sampled(step, work)
+
+
+def measure(group: str, verb: str, job: Job, number: int, work: Path) -> list[Row]:
+    """Run the rounds of a job, then each contender once more to see its memory."""
+    spent = rounds(job.commands, number, work)
+    name = verb if group in ("weights", "combine") else f"{group}: {verb}"
+    rows = {who: Row(name, who, own) for who, own in spent.items()}
+    for who, row in rows.items():
+        if FLOOR in spent:
+            row.floor = ratios(row.spent, spent[FLOOR])
+        if who in (FLOOR, SYNCED):
+            continue
+        command = job.commands[who]
+        row.anon_mb = sampled(command, work)["RssAnon"]
+        if command.out and command.out.exists():
+            row.output_mb = nbytes([command.out]) / 1e6
+        remove(command.out)
+    return [*rows.values()]
+
+
+def same_bits(work: Path, size: str, commands: Iterable[Command]) -> list[str]:
+    """Return what check.py says of applied models beside the one made of the dense delta."""
+    said = []
+    for command in commands:
+        assert command.out
+        sampled(command, work)
+        places = ["--against", str(work / NOW / size / "applied")]
+        argv = [PYTHON, str(HERE / "check.py"), str(command.out), *places]
+        found = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
+        remove(command.out)
+        text = f"{found['unequal_bits']} of {found['values']:,} values differ"
+        said.append(f"check: {' '.join(command.argv[1:4])}: {text}")
+    return said
+
+
+def set_goals(group: str, verb: str, rows: list[Row], kernels: str, tensors: int) -> None:
+    """Write the goals of a job beside skillvec's row, or a contender's where it is theirs."""
+    by = {row.who: row for row in rows}
+    own = by[NOW]
+    scale = 1.0 if "avx512" in kernels else AVX2
+    compiled = "avx" in kernels or "neon" in kernels
+    cpu = statistics.median(s.cpu_seconds for s in own.spent)
+    if group in ("weights", "combine"):
+        limit = FLOORS[verb] * scale if compiled else BEFORE[verb]
+        own.goals.append(("x floor", statistics.median(own.floor), "<=", limit))
+        if verb in SYNC:
+            values = statistics.median(ratios(own.spent, by[SYNCED].spent))
+            own.goals.append(("x floor+sync", values, "<=", SYNC[verb] * scale))
+        if verb in USER and compiled:
+            user = statistics.median(s.user for s in own.spent)
+            own.goals.append(("user s", user, "<=", USER[verb] * scale))
+    if group == "start":
+        own.goals.append(("CPU s", cpu, "<=", START.get(verb, 0.15)))
+    if group == "many":
+        few = by[f"{NOW}, few"]
+        each = cpu - statistics.median(s.cpu_seconds for s in few.spent)
+        limit = 0.02 if verb == "inspect" else EACH_MS
+        own.goals.append(("CPU ms a tensor", 1e3 * each / tensors, "<=", limit))
+        assert own.anon_mb is not None and few.anon_mb is not None
+        grown = 1e3 * (own.anon_mb - few.anon_mb) / tensors
+        own.goals.append(("kB a tensor", grown, "<=", EACH_KB))
+    for who in ("mergekit", "sd-mecha"):
+        if who in by:
+            times = statistics.median(ratios(by[who].spent, own.spent))
+            by[who].goals.append(("x skillvec", times, ">=", OTHER))
+    if group == "durable":
+        times = statistics.median(ratios(own.spent, by[SYNCED].spent))
+        own.goals.append(("x cp+sync", times, "<=", DURABLE))
+    if group != "start" and own.anon_mb is not None:
+        own.goals.append(("anon MB", own.anon_mb, "<=", MEMORY_MB))
+
+
+# ---------------------------------------------------------------------------------------- table
+
+
+def about_others() -> dict[str, str]:
+    """Return the versions in the other programs' venv, if it is there."""
+    site = next(OTHERS.glob("../lib/*/site-packages"), None)
+    found = [] if site is None else site.glob("*.dist-info")
+    kept = (path.name.removesuffix(".dist-info").rpartition("-") for path in found)
+    return {name: v for name, _, v in kept if name in ("mergekit", "sd_mecha", "torch")}
 
 
 def about(place: Path, packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -233,16 +316,6 @@ def about(place: Path, packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return facts
 
 
-def about_mergekit() -> dict[str, str]:
-    """Return the versions in mergekit's own venv, if it is there."""
-    if not MERGEKIT.exists():
-        return {}
-    ask = "from importlib.metadata import version as v; print(*map(v, ('mergekit', 'torch')))"
-    argv = [str(MERGEKIT.parent / "python"), "-c", ask]
-    answer = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"mergekit": "{} with torch {}".format(*answer.split())}
-
-
 def show(facts: dict[str, str], heading: str, rows: Sequence[Any], group: str) -> None:
     """Print the facts and the table, a blank line where the rows' attribute `group` changes."""
     line = ""
@@ -254,7 +327,7 @@ def show(facts: dict[str, str], heading: str, rows: Sequence[Any], group: str) -
     print(line.rstrip("; "))
     print(f"\n{heading}")
     for before, row in zip([None, *rows], rows, strict=False):
-        if before and getattr(before, group) != getattr(row, group):
+        if before and getattr(before, group, None) != getattr(row, group, None):
             print()
         print(row)
 
@@ -265,7 +338,12 @@ def save(path: Path | None, given: argparse.Namespace, facts: dict[str, str], ro
     path = path or HERE / "results" / f"{Path(sys.argv[0]).stem}-{now}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {k: v for k, v in vars(given).items() if k != "json"}
-    result = {"made": now, "options": options, "facts": facts, "rows": [asdict(r) for r in rows]}
+    result = {
+        "made": now,
+        "options": options,
+        "facts": facts,
+        "rows": [r if isinstance(r, str) else asdict(r) for r in rows],
+    }
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{path}")
 
@@ -281,32 +359,51 @@ def families_of(sizes: list[str]) -> dict[str, Path]:
     return folders
 
 
-def measured(given: argparse.Namespace, contenders: list[str], works: dict[str, Path]) -> list[Row]:
-    """Run the jobs asked for; `works` maps a size to an empty folder inside its family's."""
-    jobs, rows = {}, []
-    for size, work in works.items():
-        own = contenders if size in given.sizes else ["skillvec"]
-        prepare(work.parent, work, own)
-        jobs[size] = jobs_of(work.parent, work, own)
-    if "check" in given.jobs:
-        for size in works:
-            for name in (n for n in jobs[size] if n in given.jobs):
-                rows += check_rows(f"{name}, {size}", jobs[size][name], works[size])
-    for size in given.sizes:
-        if "size" in given.jobs and "skillvec" in contenders:
-            rows += size_rows(f"size, {size}", works[size].parent, works[size])
-        for name in (n for n in jobs[size] if n in given.jobs):
-            print(f"{name}, {size}", file=sys.stderr)
-            spent = rounds(jobs[size][name].commands, given.rounds, works[size])
-            rows += timing_rows(f"{name}, {size}", name, spent)
-    if "skillvec" in contenders:
-        work = works[given.sizes[0]]
-        if "linearity" in given.jobs:
-            rows += linearity_rows(jobs, given.rounds, work)
-        if "startup" in given.jobs:
-            rows += startup_rows(work)
-        if given.durable:
-            rows += durable_rows(work.parent, given.rounds, work)
+def asked_jobs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return group and verb of jobs: a group, a verb of the group weights, or GROUP:VERB."""
+    found = []
+    for name in names:
+        group, _, verb = name.rpartition(":")
+        if name in GROUPS:
+            found += [(name, verb) for verb in GROUPS[name][1]]
+        else:
+            group = group or ("combine" if verb.startswith("combine") else "weights")
+            if verb not in GROUPS.get(group, ("", ()))[1]:
+                raise SystemExit(f"no job {name}: of {', '.join(GROUPS)}, or GROUP:VERB")
+            found.append((group, verb))
+    return found
+
+
+def run_jobs(
+    given: argparse.Namespace, builds: dict[str, Path], kernels: dict[str, str], work: Path
+) -> list[Row | str]:
+    """Run the jobs asked for; a family is made when its first job comes."""
+    rows: list[Row | str] = []
+    for group, verb in asked_jobs(given.jobs):
+        size = given.size or GROUPS[group][0] if group == "weights" else GROUPS[group][0]
+        families_of([size, *(["tiny"] if group == "many" else [])])
+        print(f"{group}: {verb}, {size}", file=sys.stderr)
+        if group == "durable":
+            job = durable(size, work, builds[NOW])
+        else:
+            job = job_of(group, verb, size, work, builds)
+        prepare(job, work)
+        number = max(given.rounds, 15) if group == "start" else given.rounds
+        if group in ("durable", "others"):
+            number = min(number, 3)
+        made = measure(group, verb, job, number, work)
+        tensors = json.loads((folder(size) / "family.json").read_text()).get("tensors", 0)
+        if size == GROUPS[group][0]:  # the goals are of that family
+            set_goals(group, verb, made, kernels[NOW], tensors)
+        rows += made
+        for row in made:
+            print(row, file=sys.stderr)
+        if given.check and group == "weights" and verb.startswith(("apply", "one-pass")):
+            prepare(job_of(group, "verify", size, work, {NOW: builds[NOW]}), work)
+            rows += same_bits(work, size, [job.commands[NOW]])
+        if given.tidy:
+            shutil.rmtree(work)
+            work.mkdir()
     return rows
 
 
@@ -317,36 +414,41 @@ def main() -> None:
     def names(text: str) -> list[str]:
         return text.split(",")
 
-    parser.add_argument("--jobs", type=names, default=list(JOBS), help=f"of {','.join(JOBS)}")
-    parser.add_argument("--sizes", type=names, default=["big"], help="families of the timed jobs")
-    parser.add_argument("--contenders", type=names, default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--durable", action="store_true", help="add a 10 GB apply (45 GB of disk)")
+    usual = [group for group in GROUPS if group != "durable"]
+    parser.add_argument(
+        "--jobs",
+        type=names,
+        default=usual,
+        help=f"groups of {','.join(GROUPS)}, or diff, many:apply, start:help ...",
+    )
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="REV",
+        help="also time this commit, in the same rounds; may be repeated",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of a job; 15 at least of start")
+    parser.add_argument("--size", help="another family for the group weights, such as small")
+    parser.add_argument("--check", action="store_true", help="compare applied models bit for bit")
+    parser.add_argument("--tidy", action="store_true", help="make stored deltas anew for each job,"
+                        " which takes less disk and more time")  # fmt: skip
     parser.add_argument("--json", type=Path, help="where the results go")
     given = parser.parse_args()
 
-    # an editable install is not byte-compiled as an installed package is; start-up would pay for it
-    subprocess.run(
-        [str(PYTHON), "-m", "compileall", "-q", str(HERE.parent / "skillvec")], check=True
-    )
-    there = {"skillvec": SKILLVEC.exists(), "mergekit": MERGEKIT.exists()}
-    contenders = [c for c in given.contenders if there.get(c, True)]
-    for absent in sorted(set(given.contenders) - set(contenders)):
-        print(f"{absent} is not installed: its rows are left out", file=sys.stderr)
-    linear = "skillvec" in contenders and "linearity" in given.jobs
-    both = ["big", "small"] if linear else []
-    # A terminated run must delete its work folders as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    families = families_of(list(dict.fromkeys([*given.sizes, *both])))
-    works = {s: Path(tempfile.mkdtemp(prefix="work-", dir=f)) for s, f in families.items()}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # work folders are deleted as well
+    place = folder("builds")
+    place.mkdir(parents=True, exist_ok=True)
+    builds = builds_of(given.against, place)
+    kernels = {who: kernels_of(program) for who, program in builds.items()}
+    work = Path(tempfile.mkdtemp(prefix="work-", dir=place.parent))
     try:
-        facts = about(works[given.sizes[0]]) | about_mergekit()
-        rows = measured(given, contenders, works)
+        facts = about(work) | {f"kernels of {who}": said for who, said in kernels.items()}
+        facts |= about_others()
+        rows = run_jobs(given, builds, kernels, work)
     finally:
-        for work in works.values():
-            shutil.rmtree(work)
-    heading = f"{'job':<21} {'who':<24} {'min':>8}{'median':>9}{'max':>9} {'':<4}goal"
-    show(facts, heading, rows, "what")
+        shutil.rmtree(work)
+    show(facts, HEADING, rows, "job")
     save(given.json, given, facts, rows)
 
 
