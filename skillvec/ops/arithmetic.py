@@ -21,9 +21,19 @@ from skillvec.ops.compiled import CODES, Kernel
 from skillvec.ops.delta import EXCEPTION, NO_POSITIONS, NO_VALUES, STEP, Delta, U32Array
 from skillvec.ops.kernels import HALVES, STORAGE_DTYPE, Array, Bytes, narrow, widen
 from skillvec.ops.moments import Moments
-from skillvec.ops.special import are_nonfinite, bit_pattern, count_nonfinite, differ
+from skillvec.ops.special import (
+    are_nonfinite,
+    bit_pattern,
+    count_nonfinite,
+    differ,
+    has_negative_zero,
+    has_nonfinite,
+    has_special,
+)
 
+Indices = npt.NDArray[np.intp]
 NO_BITS: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
+NOWHERE: Indices = np.zeros(0, np.intp)
 
 
 class Exactness(IntEnum):
@@ -62,13 +72,13 @@ class Subtraction(NamedTuple):
 
 class _Piece(NamedTuple):
     values: Array
-    inexact: npt.NDArray[np.bool_]
+    inexact: Indices
     difference: Array
-    replace: npt.NDArray[np.bool_]
+    replace: Indices
     changed: int
     unrestored: int
     nonfinite: tuple[int, int]
-    lost: npt.NDArray[np.bool_]
+    lost: Indices
     casts: int
     squares: lanes.Sums  # of groups of 1,024
 
@@ -112,45 +122,75 @@ def _subtract_piece(
     a, b = widen(base, base_dtype), widen(tuned, tuned_dtype)
     with np.errstate(all="ignore"):
         difference = b - a  # fp64 where either is
-        wild = ~np.isfinite(difference)
+        wild = _nonfinite(difference)
         difference[wild] = 0
         difference += 0.0  # no negative zeros
         values = narrow(difference, value_dtype)
-        held = widen(values, value_dtype)
-        # stored values are finite and their zeros positive; exceptions hold the rest
-        if not held.all() or not np.isfinite(held).all():
+        if has_special(values, value_dtype):
+            # stored values are finite and their zeros positive; exceptions hold the rest
+            beyond = _nonfinite(values, value_dtype)
             if not exact:
-                wild |= ~np.isfinite(held)
-            values[~np.isfinite(held) | (held == 0)] = 0
-            held = widen(values, value_dtype)
-        inexact = held != difference
+                wild = np.union1d(wild, beyond)
+            values[beyond] = 0
+            values[widen(values, value_dtype) == 0] = 0
+        held = widen(values, value_dtype)
         applied = difference if exact else held
-        sums = a + applied
-    zero = applied == 0
-    restored = narrow(sums, tuned_dtype)
+        missed = _missed(tuned, tuned_dtype, base, base_dtype, a + applied, applied)
     if base_dtype == tuned_dtype:
-        restored = np.where(zero, base, restored)
         changed = int(np.count_nonzero(bit_pattern(base) != bit_pattern(tuned)))
     else:
-        restored = np.where(zero, narrow(a, tuned_dtype), restored)
         changed = int(np.count_nonzero(differ(a, b)))
-    missed = bit_pattern(restored) != bit_pattern(tuned)
-    if not exact:
-        replace = np.zeros_like(missed)
-    elif exactness is Exactness.WHOLE or tuned_dtype in HALVES:
-        replace = missed
-    else:  # only what no finite difference restores: -0 and what is not finite
-        replace = missed & ((b == 0) | ~np.isfinite(b) | ~np.isfinite(a))
-    unrestored = int(np.count_nonzero(missed & ~replace))
+    replace = missed if exact else NOWHERE
+    if exactness is Exactness.EXCEPTIONS and tuned_dtype not in HALVES:
+        # only what no finite difference restores: -0 and what is not finite
+        one, other = b[missed], a[missed]
+        replace = missed[(one == 0) | ~np.isfinite(one) | ~np.isfinite(other)]
     nonfinite = (0, 0)
-    if wild.any():
+    if wild.size:
         nonfinite = count_nonfinite(tuned, tuned_dtype), count_nonfinite(base, base_dtype)
-        wild &= differ(a, b)
+        wild = wild[differ(a[wild], b[wild])]
     casts = _casts(b, a, casts) if casts else 0
-    squares = lanes.group_products(applied, applied)
     return _Piece(
-        values, inexact, difference, replace, changed, unrestored, nonfinite, wild, casts, squares
+        values,
+        np.flatnonzero(held != difference) if exact else NOWHERE,
+        difference,
+        replace,
+        changed,
+        missed.size - replace.size,
+        nonfinite,
+        wild,
+        casts,
+        lanes.group_products(applied, applied),
     )
+
+
+def _nonfinite(values: Array, dtype: str = "") -> Indices:
+    """Return where floats, of the dtype or of numpy's, are NaN or infinities."""
+    dtype = dtype or ("F64" if values.dtype == np.float64 else "F32")
+    wrong = has_nonfinite(values, dtype)
+    return np.flatnonzero(are_nonfinite(values, dtype)) if wrong else NOWHERE
+
+
+def _missed(
+    tuned: Array, tuned_dtype: str, base: Array, base_dtype: str, sums: Array, applied: Array
+) -> Indices:
+    """Return where rounding the sums, or base itself where nothing is applied, is not tuned.
+
+    It is tuned where the sum is the same number, but for the sign of a zero.
+    """
+    doubtful = sums != widen(tuned, tuned_dtype)
+    if has_negative_zero(tuned) or has_negative_zero(base):
+        doubtful |= sums == 0
+    at = np.flatnonzero(doubtful)
+    if not at.size:
+        return at
+    still = applied[at] == 0
+    restored = narrow(sums[at], tuned_dtype)
+    there = base[at][still]
+    same = base_dtype == tuned_dtype
+    restored[still] = there if same else narrow(widen(there, base_dtype), tuned_dtype)
+    wrong: Indices = at[bit_pattern(restored) != bit_pattern(tuned[at])]
+    return wrong
 
 
 def subtract(
@@ -207,7 +247,7 @@ def _subtract_compiled(
     at = listed[:count].copy()
     piece = _subtract_piece(tuned[at], tuned_dtype, base[at], base_dtype, value_dtype, exactness)
     out[at] = piece.values
-    if exactness and piece.inexact.any():
+    if piece.inexact.size:
         positions = np.concatenate((positions, at[piece.inexact]))
         exact = np.concatenate((exact, piece.difference[piece.inexact]))
         order = np.argsort(positions)
@@ -244,14 +284,11 @@ def _subtract_pieces(
         tuned_nonfinite += piece.nonfinite[0]
         base_nonfinite += piece.nonfinite[1]
         squares.append(piece.squares)
-        lost.append(np.flatnonzero(piece.lost).astype(np.uint32) + np.uint32(begin))
-        if exactness:
-            at = np.flatnonzero(piece.inexact).astype(np.uint32)
-            positions.append(at + np.uint32(begin))
-            differences.append(piece.difference[at].astype(np.float32))
-            at = np.flatnonzero(piece.replace).astype(np.uint32)
-            replaced.append(at + np.uint32(begin))
-            bits.append(bit_pattern(tuned[begin:end][at]).astype(np.uint64))
+        lost.append((piece.lost + begin).astype(np.uint32))
+        positions.append((piece.inexact + begin).astype(np.uint32))
+        differences.append(piece.difference[piece.inexact].astype(np.float32))
+        replaced.append((piece.replace + begin).astype(np.uint32))
+        bits.append(bit_pattern(tuned[begin:end][piece.replace]).astype(np.uint64))
         changed += piece.changed
         unrestored += piece.unrestored
     delta = Delta(out, value_dtype, _join(positions, NO_POSITIONS), _join(differences, NO_VALUES))
@@ -314,17 +351,22 @@ def _add_piece(
     total: Array
     if wide.dtype == np.float64 or delta.dtype == np.float64:
         with np.errstate(all="ignore"):
-            total = wide.astype(np.float64) + lam * delta.astype(np.float64)
+            total = lam * delta.astype(np.float64)
+            total += wide
     else:
-        lam = float(np.float32(lam))
         total = kernels.fma(wide, delta, lam)
-    keep = (delta == 0) | ~np.isfinite(wide) | (lam == 0)
-    total = np.where(keep, wide, total)
+    kept = NOWHERE
+    if has_special(target, target_dtype):  # else nothing changes where nothing is added
+        still = ((delta == 0) | (lam == 0)) & (wide == 0)
+        kept = np.flatnonzero(still | ~np.isfinite(wide))
+        total[kept] = wide[kept]
     if random16 is None or out_dtype in ("F32", "F64"):
         rounded = narrow(total, out_dtype)
     else:
         rounded = kernels.stochastic_narrow(total.astype(np.float32), out_dtype, random16)
-    return np.where(keep, target, rounded) if out_dtype == target_dtype else rounded
+    if out_dtype == target_dtype:
+        rounded[kept] = target[kept]
+    return rounded
 
 
 def add(

@@ -51,11 +51,17 @@ def narrow(values: Array, dtype: str) -> Array:
         if dtype != "BF16":
             return values.astype(STORAGE_DTYPE[dtype], copy=False)
         bits: npt.NDArray[np.uint32] = _to_odd_f32(values).view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    if nan.any():
-        rounded[nan] = (bits[nan] >> 16).astype(np.uint16) | 0x40
-    return rounded
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += bits
+    rounded += np.uint32(0x7FFF)
+    rounded >>= 16
+    found = rounded.astype(np.uint16)
+    # the bits of infinity are the largest that is no NaN, with a sign or without
+    if bits.max(initial=0) > 0xFF800000 or bits.view(np.int32).max(initial=0) > 0x7F800000:
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        found[nan] = (bits[nan] >> 16).astype(np.uint16) | 0x40
+    return found
 
 
 def _to_odd_f32(values: Array) -> F32Array:
@@ -87,15 +93,33 @@ def _round_to_odd(rounded: Array, remainder: Array) -> Array:
 def fma(a: F32Array, b: F32Array, beta: float) -> F32Array:
     """Return RN32(a + beta * b) with beta rounded to fp32, one rounding, in plain numpy.
 
-    The product of two fp32 is exact in fp64; the fp64 sum is rounded to odd, then to fp32.
+    The product of two fp32 is exact in fp64. The fp64 sum, rounded once more to fp32, is right but
+    where it lies in the middle of two fp32: there it is rounded to odd before.
     """
     with np.errstate(all="ignore"):
-        product = np.float64(np.float32(beta)) * b.astype(np.float64)
-        a64 = a.astype(np.float64)
-        total = a64 + product
-        part = total - product  # two-sum: the exact error of the addition (Knuth)
-        error = (product - (total - part)) + (a64 - part)
-        return _round_to_odd(total, error).astype(np.float32)
+        if abs(beta) == 1:
+            return a + b if beta > 0 else a - b
+        total = np.multiply(b, np.float64(np.float32(beta)), dtype=np.float64)
+        np.add(a, total, out=total)
+        single = total.astype(np.float32)
+        middle = total.view(np.int64) << 35  # the 29 bits that fp32 lacks
+        at = np.flatnonzero(middle == -1 << 63)
+        size = single.view(np.uint32) << 1
+        size -= np.uint32(1)  # 0 is the largest then
+        if size.min(initial=1 << 24) < 1 << 24:  # subnormal or the next, which lack more of them
+            at = np.union1d(at, np.flatnonzero(size < 1 << 24))
+        if at.size:
+            single[at] = _careful_fma(a[at], b[at], beta)
+    return single
+
+
+def _careful_fma(a: F32Array, b: F32Array, beta: float) -> F32Array:
+    product = np.float64(np.float32(beta)) * b.astype(np.float64)
+    a64 = a.astype(np.float64)
+    total = a64 + product
+    part = total - product  # two-sum: the exact error of the addition (Knuth)
+    error = (product - (total - part)) + (a64 - part)
+    return _round_to_odd(total, error).astype(np.float32)
 
 
 def stochastic_narrow(values: F32Array, dtype: str, random16: npt.NDArray[np.uint16]) -> Array:

@@ -96,12 +96,13 @@ def _in_numpy(
             other = differ(after, before)
         changed += int(np.count_nonzero(other))
         moved = after - before
-        moved[~np.isfinite(moved)] = 0
+        if not np.isfinite(moved).all():
+            moved[~np.isfinite(moved)] = 0
         asked = delta.wide(begin, begin + STEP)
         wide = np.result_type(moved, asked)
-        moved, asked = moved.astype(wide, copy=False), asked.astype(wide, copy=False)
+        moved, asked = (lanes.by_rows(side.astype(wide, copy=False)) for side in (moved, asked))
         pairs = (moved, moved), (moved, asked), (asked, asked)
-        parts.append(np.stack([lanes.group_products(*pair) for pair in pairs]))
+        parts.append(np.stack([lanes.row_products(*pair) for pair in pairs]))
     squared, product, asked_sq = map(lanes.in_order, np.concatenate(parts, axis=1))
     return Moments(changed, squared, product, asked_sq, *counts)
 

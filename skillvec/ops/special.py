@@ -46,7 +46,11 @@ def are_nonfinite(values: Array, dtype: str) -> npt.NDArray[np.bool_]:
 def has_special(values: Array, dtype: str) -> bool:
     """Return whether floats hold NaN, an infinity or a negative zero: a delta of 0 adds to others
     what leaves their bits alone."""
+    return has_negative_zero(values) or has_nonfinite(values, dtype)
+
+
+def has_negative_zero(values: Array) -> bool:
+    """Return whether floats of any dtype hold -0."""
     bits = bit_pattern(values)
     signed = bits.view(bits.dtype.str.replace("u", "i"))
-    negative_zero = bool(signed.min(initial=0) == np.iinfo(signed.dtype).min)
-    return negative_zero or has_nonfinite(values, dtype)
+    return bool(signed.min(initial=0) == np.iinfo(signed.dtype).min)

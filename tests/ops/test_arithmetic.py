@@ -58,7 +58,7 @@ def restore(base: np.ndarray, dtype: str, found: arithmetic.Subtraction) -> np.n
 def general(tuned: np.ndarray, base: np.ndarray, dtype: str) -> tuple[np.ndarray, ...]:
     """Return values, exceptions and replacements of the path that knows no shortcut."""
     piece = arithmetic._subtract_piece(tuned, dtype, base, dtype, dtype, arithmetic.Exactness.WHOLE)
-    at, replaced = np.flatnonzero(piece.inexact), np.flatnonzero(piece.replace)
+    at, replaced = piece.inexact, piece.replace
     return (
         bits(piece.values), at, piece.difference[at].astype(np.float32),
         replaced, bits(tuned)[replaced],
