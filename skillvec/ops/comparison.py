@@ -181,16 +181,20 @@ def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compa
         parts.add(-1, groups)
         parts.add(0, groups)
         parts.add(1, groups * groups)
+        found = [np.count_nonzero(where) for where in (in_a, in_b, shared, opposed)]
+        counts += found
         ones = [where.astype(np.float32) for where in (shared, opposed)]
-        for place, side in ((2, a), (3, b)):
+        for place, side in enumerate((a, b)):
             squares = side * side
-            found = lanes.row_products(side, side, squares)
-            parts.add(place, found)
-            fits = found.max(initial=0) <= 3e38  # else infinity times 0 is no number
+            whole = lanes.row_products(side, side, squares)
+            parts.add(2 + place, whole)
+            fits = whole.max(initial=0) <= 3e38  # else infinity times 0 is no number
             for n, where in enumerate(ones):
-                terms = squares * where if fits else side * where * side
-                parts.add(place + 2 * n + 2, lanes.row_products(side, side, terms, where))
-        counts += [np.count_nonzero(where) for where in (in_a, in_b, shared, opposed)]
+                some = whole if found[2 + n] else np.zeros_like(whole)
+                if found[2 + n] not in (0, found[place]):
+                    terms = squares * where if fits else side * where * side
+                    some = lanes.row_products(side, side, terms, where)
+                parts.add(4 + 2 * n + place, some)
     sums = np.array([*(lanes.in_order(parts.whole(n)) for n in range(SUPPORT_A)), *counts])
     return Compared(parts.whole(-1), sums)
 

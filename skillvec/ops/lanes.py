@@ -54,7 +54,7 @@ def by_rows(values: Array, width: int = GROUP) -> Array:
     """
     lanes = min(width, ROW)
     count, rows = -(-values.size // width), width // lanes
-    out = np.zeros((rows, count, lanes), values.dtype)
+    out = np.empty((rows, count, lanes), values.dtype)
     whole = values.size // width
     item = np.dtype((np.void, lanes * values.itemsize))
     moved = values[: whole * width].view(item).reshape(whole, rows)
@@ -79,8 +79,13 @@ def row_products(
             size = np.abs(sums)
             again = np.flatnonzero(~((size >= 1e-30) & (size <= 3e38)))
             if again.size:
-                terms = a[:, again].astype(np.float64) * b[:, again]
-                sums[again] = sum_rows(terms if where is None else terms * where[:, again])
+                one, other = a[:, again], b[:, again]
+                kept = (one != 0) & (other != 0)
+                if where is not None:
+                    kept &= where[:, again] != 0
+                some = np.flatnonzero(kept.any(axis=(0, 2)))  # others are 0 and stay it
+                exact = one[:, some].astype(np.float64) * other[:, some]
+                sums[again[some]] = sum_rows(exact * kept[:, some])
     return sums
 
 
