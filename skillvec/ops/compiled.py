@@ -36,6 +36,9 @@ def _chosen() -> _Choice:
 
     Raises UsageError where SKILLVEC_KERNELS asks for what nobody knows, or for what is not here.
     """
+    # glibc keeps for the next array, and does not return to the system, what is as large as a
+    # block that was once freed: numpy's arrays of a step cost twice the time else
+    bytearray(2 << 20)
     wanted = os.environ.get("SKILLVEC_KERNELS", "")
     if wanted not in ("", "numpy", *ISAS):
         raise UsageError(f"SKILLVEC_KERNELS={wanted}: expected numpy, or one of {', '.join(ISAS)}")
