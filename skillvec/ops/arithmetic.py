@@ -19,7 +19,16 @@ import numpy.typing as npt
 from skillvec.ops import compiled, kernels, lanes, moments
 from skillvec.ops.compiled import CODES, Kernel
 from skillvec.ops.delta import EXCEPTION, NO_POSITIONS, NO_VALUES, STEP, Delta, U32Array
-from skillvec.ops.kernels import HALVES, STORAGE_DTYPE, Array, Bytes, narrow, widen
+from skillvec.ops.kernels import (
+    HALVES,
+    NOWHERE,
+    STORAGE_DTYPE,
+    Array,
+    Bytes,
+    Indices,
+    narrow,
+    widen,
+)
 from skillvec.ops.moments import Moments
 from skillvec.ops.special import (
     are_nonfinite,
@@ -31,9 +40,7 @@ from skillvec.ops.special import (
     has_special,
 )
 
-Indices = npt.NDArray[np.intp]
 NO_BITS: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
-NOWHERE: Indices = np.zeros(0, np.intp)
 
 
 class Exactness(IntEnum):
@@ -125,7 +132,7 @@ def _subtract_piece(
         wild = _nonfinite(difference)
         difference[wild] = 0
         difference += 0.0  # no negative zeros
-        values = narrow(difference, value_dtype)
+        values, inexact = kernels.narrow_marked(difference, value_dtype)
         if has_special(values, value_dtype):
             # stored values are finite and their zeros positive; exceptions hold the rest
             beyond = _nonfinite(values, value_dtype)
@@ -133,8 +140,7 @@ def _subtract_piece(
                 wild = np.union1d(wild, beyond)
             values[beyond] = 0
             values[widen(values, value_dtype) == 0] = 0
-        held = widen(values, value_dtype)
-        applied = difference if exact else held
+        applied = difference if exact else widen(values, value_dtype)
         missed = _missed(tuned, tuned_dtype, base, base_dtype, a + applied, applied)
     if base_dtype == tuned_dtype:
         changed = int(np.count_nonzero(bit_pattern(base) != bit_pattern(tuned)))
@@ -152,7 +158,7 @@ def _subtract_piece(
     casts = _casts(b, a, casts) if casts else 0
     return _Piece(
         values,
-        np.flatnonzero(held != difference) if exact else NOWHERE,
+        inexact if exact else NOWHERE,
         difference,
         replace,
         changed,
@@ -341,29 +347,37 @@ SUBTRACT_CHECK = "5b7c90812ef789f8"  # of subtract_sample in numpy; a test compa
 def _add_piece(
     target: Array,
     target_dtype: str,
+    wide: Array,
     delta: Array,
     lam: float,
     out_dtype: str,
     random16: npt.NDArray[np.uint16] | None,
 ) -> Array:
-    """Return round(target + lam * delta) for any float dtypes; delta in float32 or float64."""
-    wide = widen(target, target_dtype)
-    total: Array
-    if wide.dtype == np.float64 or delta.dtype == np.float64:
-        with np.errstate(all="ignore"):
-            total = lam * delta.astype(np.float64)
-            total += wide
-    else:
-        total = kernels.fma(wide, delta, lam)
+    """Return round(target + lam * delta) for any float dtypes; delta in float32 or float64.
+
+    `wide` is the widened target.
+    """
     kept = NOWHERE
     if has_special(target, target_dtype):  # else nothing changes where nothing is added
         still = ((delta == 0) | (lam == 0)) & (wide == 0)
         kept = np.flatnonzero(still | ~np.isfinite(wide))
-        total[kept] = wide[kept]
-    if random16 is None or out_dtype in ("F32", "F64"):
-        rounded = narrow(total, out_dtype)
+    rounding = random16 if out_dtype in HALVES else None
+    single = wide.dtype == delta.dtype == np.float32
+    if single and target_dtype == out_dtype == "BF16" and rounding is None:
+        rounded = kernels.fma_bf16(target, wide, delta, lam)
     else:
-        rounded = kernels.stochastic_narrow(total.astype(np.float32), out_dtype, random16)
+        total: Array
+        if single:
+            total = kernels.fma(wide, delta, lam)
+        else:
+            with np.errstate(all="ignore"):
+                total = lam * delta.astype(np.float64)
+                total += wide
+        total[kept] = wide[kept]
+        if rounding is None:
+            rounded = narrow(total, out_dtype)
+        else:
+            rounded = kernels.stochastic_narrow(total.astype(np.float32), out_dtype, rounding)
     if out_dtype == target_dtype:
         rounded[kept] = target[kept]
     return rounded
@@ -403,14 +417,17 @@ def add(
         if done is not None and not done.target_nonfinite:
             out[:] = kernels.stochastic_narrow(total, out_dtype, random16)
             return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
+    parts = []
     for begin in range(0, target.size, STEP):
-        end = min(begin + STEP, target.size)
-        out[begin:end] = _add_piece(
-            target[begin:end],
+        at = slice(begin, begin + STEP)
+        random = None if random16 is None else random16[at]
+        wide = (
+            target[at],
             target_dtype,
-            delta.wide(begin, end),
-            lam,
-            out_dtype,
-            None if random16 is None else random16[begin:end],
+            widen(target[at], target_dtype),
+            delta.wide(at.start, at.stop),
         )
-    return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
+        out[at] = _add_piece(*wide, lam, out_dtype, random)
+        if measure:
+            parts.append(moments.measure_piece(*wide, out[at], out_dtype))
+    return moments.whole(parts, target, target_dtype, out, out_dtype)

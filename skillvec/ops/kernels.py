@@ -18,6 +18,8 @@ from skillvec.ops.compiled import CODES, Kernel, kernel
 Array = npt.NDArray[Any]
 F32Array = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.intp]
+NOWHERE: Indices = np.zeros(0, np.intp)
 
 STORAGE_DTYPE: dict[str, Any] = {
     "BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"),
@@ -62,6 +64,21 @@ def narrow(values: Array, dtype: str) -> Array:
         nan = (bits & 0x7FFFFFFF) > 0x7F800000
         found[nan] = (bits[nan] >> 16).astype(np.uint16) | 0x40
     return found
+
+
+def narrow_marked(values: Array, dtype: str) -> tuple[Array, Indices]:
+    """Return finite values rounded to a dtype, and where that is another number."""
+    if dtype == "BF16" and values.dtype == np.float32:
+        bits = values.view(np.uint32)
+        inexact = np.flatnonzero(bits.astype(np.uint16) != 0)  # the half that BF16 lacks
+        if inexact.size < values.size // 8:
+            found = (bits >> 16).astype(np.uint16)
+            found[inexact] = narrow(values[inexact], dtype)
+            return found, inexact
+    found = narrow(values, dtype)
+    if found is values:
+        return values.copy(), NOWHERE
+    return found, np.flatnonzero(widen(found, dtype) != values)
 
 
 def _to_odd_f32(values: Array) -> F32Array:
@@ -120,6 +137,34 @@ def _careful_fma(a: F32Array, b: F32Array, beta: float) -> F32Array:
     part = total - product  # two-sum: the exact error of the addition (Knuth)
     error = (product - (total - part)) + (a64 - part)
     return _round_to_odd(total, error).astype(np.float32)
+
+
+def fma_bf16(target: Array, wide: F32Array, delta: F32Array, beta: float) -> Array:
+    """Return RN16(RN32(target + beta * delta)) in BF16, by fp32 where that is enough.
+
+    Where the sum is not less than half of the target, the product is at most three times the sum:
+    rounded product and sum are within 3 steps of the fp32 grid, and give the same BF16 if they are
+    not that near to the middle of two. The others are done by `fma`.
+    """
+    with np.errstate(all="ignore"):
+        total = delta * np.float32(beta)
+        total += wide
+    bits = total.view(np.uint32)
+    bits += np.uint32(1 << 15)
+    near = bits.astype(np.uint16)  # 0 in the middle
+    near += np.uint16(8)
+    bits >>= np.uint32(16)
+    rounded = bits.astype(np.uint16)
+    size = rounded & np.uint16(0x7FFF)
+    doubtful = near <= 16
+    doubtful |= size >= 0x7F80
+    size += np.uint16(1 << 7)  # twice as much
+    least = target & np.uint16(0x7FFF)
+    np.maximum(least, np.uint16((1 << 7) + 1), out=least)  # 0 may have lost its sign
+    doubtful |= size < least
+    at = np.flatnonzero(doubtful)
+    rounded[at] = narrow(fma(wide[at], delta[at], beta), "BF16")
+    return rounded
 
 
 def stochastic_narrow(values: F32Array, dtype: str, random16: npt.NDArray[np.uint16]) -> Array:

@@ -81,30 +81,52 @@ def moments(
     return found
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def _in_numpy(
     target: Array, target_dtype: str, delta: Delta, out: Array, out_dtype: str, measure: bool
 ) -> Moments:
-    counts = count_nonfinite(target, target_dtype), count_nonfinite(out, out_dtype)
-    changed, parts = 0, [np.zeros((3, 0))]
+    parts = []
     for begin in range(0, out.size if measure else 0, STEP):
         at = slice(begin, begin + STEP)
-        before, after = widen(target[at], target_dtype), widen(out[at], out_dtype)
-        if target_dtype == out_dtype:
-            other = bit_pattern(out[at]) != bit_pattern(target[at])
-        else:
-            other = differ(after, before)
-        changed += int(np.count_nonzero(other))
-        moved = after - before
-        if not np.isfinite(moved).all():
-            moved[~np.isfinite(moved)] = 0
-        asked = delta.wide(begin, begin + STEP)
-        wide = np.result_type(moved, asked)
-        moved, asked = (lanes.by_rows(side.astype(wide, copy=False)) for side in (moved, asked))
-        pairs = (moved, moved), (moved, asked), (asked, asked)
-        parts.append(np.stack([lanes.row_products(*pair) for pair in pairs]))
-    squared, product, asked_sq = map(lanes.in_order, np.concatenate(parts, axis=1))
-    return Moments(changed, squared, product, asked_sq, *counts)
+        wide = widen(target[at], target_dtype), delta.wide(begin, begin + STEP)
+        parts.append(measure_piece(target[at], target_dtype, *wide, out[at], out_dtype))
+    return whole(parts, target, target_dtype, out, out_dtype)
+
+
+class Piece(NamedTuple):
+    """The sums of `Moments` over a part of a block, by groups."""
+
+    changed: int
+    sums: Array
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def measure_piece(
+    target: Array, target_dtype: str, before: Array, asked: Array, out: Array, out_dtype: str
+) -> Piece:
+    """Measure a part of a block; `before` is the widened target, `asked` the delta."""
+    after = widen(out, out_dtype)
+    if target_dtype == out_dtype:
+        other = bit_pattern(out) != bit_pattern(target)
+    else:
+        other = differ(after, before)
+    moved = after - before
+    if not np.isfinite(moved).all():
+        moved[~np.isfinite(moved)] = 0
+    wide = np.result_type(moved, asked)
+    moved, asked = (lanes.by_rows(side.astype(wide, copy=False)) for side in (moved, asked))
+    pairs = (moved, moved), (moved, asked), (asked, asked)
+    sums = np.stack([lanes.row_products(*pair) for pair in pairs])
+    return Piece(int(np.count_nonzero(other)), sums)
+
+
+def whole(
+    parts: list[Piece], target: Array, target_dtype: str, out: Array, out_dtype: str
+) -> Moments:
+    """Return the moments of a block of its parts."""
+    sums = np.concatenate([np.zeros((3, 0)), *(part.sums for part in parts)], axis=1)
+    changed = sum(part.changed for part in parts)
+    counts = count_nonfinite(target, target_dtype), count_nonfinite(out, out_dtype)
+    return Moments(changed, *map(lanes.in_order, sums), *counts)
 
 
 def by_kernel(
