@@ -419,15 +419,11 @@ def add(
             return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
     parts = []
     for begin in range(0, target.size, STEP):
-        at = slice(begin, begin + STEP)
-        random = None if random16 is None else random16[at]
-        wide = (
-            target[at],
-            target_dtype,
-            widen(target[at], target_dtype),
-            delta.wide(at.start, at.stop),
-        )
-        out[at] = _add_piece(*wide, lam, out_dtype, random)
+        piece = slice(begin, begin + STEP)
+        held = target[piece]
+        sides = held, target_dtype, widen(held, target_dtype), delta.wide(begin, begin + STEP)
+        random = None if random16 is None else random16[piece]
+        out[piece] = _add_piece(*sides, lam, out_dtype, random)
         if measure:
-            parts.append(moments.measure_piece(*wide, out[at], out_dtype))
+            parts.append(moments.measure_piece(*sides, out[piece], out_dtype))
     return moments.whole(parts, target, target_dtype, out, out_dtype)

@@ -142,9 +142,9 @@ def _careful_fma(a: F32Array, b: F32Array, beta: float) -> F32Array:
 def fma_bf16(target: Array, wide: F32Array, delta: F32Array, beta: float) -> Array:
     """Return RN16(RN32(target + beta * delta)) in BF16, by fp32 where that is enough.
 
-    Where the sum is not less than half of the target, the product is at most three times the sum:
-    rounded product and sum are within 3 steps of the fp32 grid, and give the same BF16 if they are
-    not that near to the middle of two. The others are done by `fma`.
+    Where the sum is not less than 1/16 of the target, the product is at most 17 times the sum: what
+    is lost by rounding the product is at most 16 steps of the sum's fp32 grid, and the BF16 is the
+    same if the sum is not that near to the middle of two. The others are done by `fma`.
     """
     with np.errstate(all="ignore"):
         total = delta * np.float32(beta)
@@ -152,15 +152,15 @@ def fma_bf16(target: Array, wide: F32Array, delta: F32Array, beta: float) -> Arr
     bits = total.view(np.uint32)
     bits += np.uint32(1 << 15)
     near = bits.astype(np.uint16)  # 0 in the middle
-    near += np.uint16(8)
+    near += np.uint16(24)
     bits >>= np.uint32(16)
     rounded = bits.astype(np.uint16)
     size = rounded & np.uint16(0x7FFF)
-    doubtful = near <= 16
+    doubtful = near <= 48
     doubtful |= size >= 0x7F80
-    size += np.uint16(1 << 7)  # twice as much
+    size += np.uint16(4 << 7)  # 16 times as much
     least = target & np.uint16(0x7FFF)
-    np.maximum(least, np.uint16((1 << 7) + 1), out=least)  # 0 may have lost its sign
+    np.maximum(least, np.uint16((4 << 7) + 1), out=least)  # 0 may have lost its sign
     doubtful |= size < least
     at = np.flatnonzero(doubtful)
     rounded[at] = narrow(fma(wide[at], delta[at], beta), "BF16")

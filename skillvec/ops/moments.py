@@ -126,7 +126,8 @@ def whole(
     sums = np.concatenate([np.zeros((3, 0)), *(part.sums for part in parts)], axis=1)
     changed = sum(part.changed for part in parts)
     counts = count_nonfinite(target, target_dtype), count_nonfinite(out, out_dtype)
-    return Moments(changed, *map(lanes.in_order, sums), *counts)
+    squared, product, asked_sq = map(lanes.in_order, sums)
+    return Moments(changed, squared, product, asked_sq, *counts)
 
 
 def by_kernel(
