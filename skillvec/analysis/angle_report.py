@@ -105,7 +105,6 @@ class AngleReport(AngleFacts):
     """The report as `to_dict` gives it; the page and the table of rows are made of it."""
 
     verb: str
-    estimated: NotRequired[list[str]]  # numbers that are of a sample
     norms: list[VectorEntry]
     pairs: list[PairEntry]
     counts: dict[str, int]

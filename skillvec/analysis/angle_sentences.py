@@ -28,7 +28,7 @@ def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
     names = [", ".join(two) for two in combinations(letters, 2)]
     said: list[str | Grid] = []
     for letter, vector in zip(letters, facts["norms"], strict=True):
-        line = wrap(f"{letter}\xa0=\xa0{_say_vector(vector, 'estimated' in facts)}")
+        line = wrap(f"{letter}\xa0=\xa0{_say_vector(vector)}")
         said.append(line.replace("\xa0", " "))  # a long path stays behind its letter
     left_out = {"z", "lift"} if verbose else set()  # room for names; the report has them all
     left_out |= {"norm_ratio"} if facts["control"] else {"control_cosine"}
@@ -74,7 +74,7 @@ def say_norms(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
             rows.append([_indent(row), *cells[:after], "█" * filled, *cells[after:]])
     titles = [number.title for number in shown]
     heads = ["", *titles[:after], "(rms)", *titles[after:]]
-    return [wrap(_say_vector(vector, "estimated" in facts)), Grid(heads, rows, "(rms)")]
+    return [wrap(_say_vector(vector)), Grid(heads, rows, "(rms)")]
 
 
 def _levels(held: Levels) -> list[Sequence[Row]]:
@@ -90,7 +90,7 @@ def _letter(i: int) -> str:
     return (_letter(i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26)
 
 
-def _say_vector(vector: VectorEntry, estimated: bool) -> str:
+def _say_vector(vector: VectorEntry) -> str:
     """Return label, dtype lineage, norm and density of a vector."""
     row = vector["overall"]
     norm, density, half = write_numbers(row, pick(VECTORS, "norm", "density", "below_half_step"))
@@ -98,7 +98,7 @@ def _say_vector(vector: VectorEntry, estimated: bool) -> str:
     if row["density"] is not None:
         words += f", {density} changed"
     if row["below_half_step"] is not None:
-        words += f", {'about ' if estimated else ''}{half} by under half a 16-bit step"
+        words += f", {half} by under half a 16-bit step"
     return words
 
 

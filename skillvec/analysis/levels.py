@@ -162,7 +162,7 @@ def vector_row(sums: Sums, whole: float) -> Row:
     """Return norm, density and rounding of one delta; `whole` is the squared norm of all of it."""
     square, moved = max(float(sums["square"]), 0.0), float(sums["moved"])
     steps = [float(count) for count in sums["steps"]] if moved else None
-    gain, cosine = realised((sums["kept_sq"], sums["kept_dot"], sums["sampled"]), 1.0)
+    gain, cosine = realised((sums["kept_sq"], sums["kept_dot"], sums["square"]), 1.0)
     return {
         "numel": int(sums["numel"]),
         "norm": sqrt(square),
@@ -222,8 +222,7 @@ def pair_levels(
 
     found = by_level(records, terms, row)
     alone = [found["tensors"][i] for i in records.layers.get(NO_LAYER, ())]
-    sampled = any(map(statistics.is_estimated, records.numel.tolist()))
-    return {**found, "forecast": forecast(found, alone, sampled)}
+    return {**found, "forecast": forecast(found, alone)}
 
 
 @np.errstate(all="ignore")
@@ -236,7 +235,7 @@ def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, A
     terms: dict[str, Any] = {"numel": numel, "flips": record["flips"][..., n, :]}
     terms |= {key: pair[key] for key in statistics.PAIR}
     for side, vector in (("a", a), ("b", b)):
-        terms |= {f"{key}_{side}": vector[key] for key in ("square", "support", "sampled")}
+        terms |= {f"{key}_{side}": vector[key] for key in ("square", "support")}
     squared = pair["product"] ** 2
     terms["along"] = np.where(b["square"] > 0, squared / b["square"], 0.0)
     widths = [*map(statistics.group_width, numel.ravel().tolist())]
@@ -293,8 +292,8 @@ def pair_row(sums: Sums) -> Row:
         "along": _ratio(sums["along"], squares[0]),
     }
     for side in "ab":
-        found[f"on_support_{side}"] = _ratio(sums[f"met_{side}"], sums[f"sampled_{side}"])
-        found[f"conflict_{side}"] = _ratio(sums[f"clash_{side}"], sums[f"sampled_{side}"])
+        found[f"on_support_{side}"] = _ratio(sums[f"met_{side}"], sums[f"square_{side}"])
+        found[f"conflict_{side}"] = _ratio(sums[f"clash_{side}"], sums[f"square_{side}"])
     if "control_product" in sums:
         size = sqrt(max(float(sums["control_square"]), 0.0)) * norms[1]
         angles = angle(sums["control_product"], sums["control_groups_sq"], size, numel)
@@ -376,7 +375,7 @@ def hidden_product(records: Iterable[Record], i: int) -> float:
 CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
 
 
-def forecast(pair: Levels, alone: Sequence[Row], sampled: bool) -> Forecast:
+def forecast(pair: Levels, alone: Sequence[Row]) -> Forecast:
     """Return what adding a to a model that holds b meets there, and the layers to look at.
 
     The layers, and tensors `alone`, which are in none, are those in which most of a's energy lies
@@ -398,15 +397,12 @@ def forecast(pair: Levels, alone: Sequence[Row], sampled: bool) -> Forecast:
         "conflict": overall["conflict_a"],
         "in_subspace": overall.get("a_in_b"),
         "layers": layers[:5],
-        "sentence": say_forecast(overall, [row["name"] for row in layers[:3]], sampled),
+        "sentence": say_forecast(overall, [row["name"] for row in layers[:3]]),
     }
 
 
-def say_forecast(overall: Row, names: Sequence[str], sampled: bool) -> str:
-    """Return in words what adding a to a model that holds b meets; `names` are layers to look at.
-
-    `sampled` says that some numbers are estimates.
-    """
+def say_forecast(overall: Row, names: Sequence[str]) -> str:
+    """Return in words what adding a to a model that holds b meets; look at the layers `names`."""
     if overall["along"] is None:
         return "A is zero: nothing would be added"
     words = [f"{_percent(overall['along'])} of A's energy lies along B"]
@@ -416,8 +412,7 @@ def say_forecast(overall: Row, names: Sequence[str], sampled: bool) -> str:
             f"{_percent(inside)} in B's top singular directions (chance {_percent(chance)})"
         )
     if conflict is not None:
-        about = "about " if sampled else ""
-        words.append(f"{about}{_percent(conflict)} meets weights that B moved the other way")
+        words.append(f"{_percent(conflict)} meets weights that B moved the other way")
     look = f"; look at {', '.join(names)}" if names else "; no layer stands out"
     return f"adding A to a model that holds B: {', '.join(words)}{look}"
 

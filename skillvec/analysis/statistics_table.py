@@ -91,14 +91,14 @@ SUPPORT = (
     Statistic("along", "along", "%",
               "sum over tensors t of ⟨a, b⟩_t² / |b_t|², over |a|²: share of a's energy along b's"
               " own direction", "mean of 1/n_t, weighted by a's energy", ""),
-    Statistic("on_support_a", "A on support of B", "%", "share of |a|² where b is not 0 (sampled)",
+    Statistic("on_support_a", "A on support of B", "%", "share of |a|² where b is not 0",
               "about density_b", ""),
     Statistic("conflict_a", "conflict A", "%",
-              "share of |a|² where b has the opposite sign (sampled)", "half of on_support_a", ""),
-    Statistic("on_support_b", "B on support of A", "%", "share of |b|² where a is not 0 (sampled)",
+              "share of |a|² where b has the opposite sign", "half of on_support_a", ""),
+    Statistic("on_support_b", "B on support of A", "%", "share of |b|² where a is not 0",
               "about density_a", ""),
     Statistic("conflict_b", "conflict B", "%",
-              "share of |b|² where a has the opposite sign (sampled)", "half of on_support_b", ""),
+              "share of |b|² where a has the opposite sign", "half of on_support_b", ""),
 )  # fmt: skip
 PAIR_SUBSPACE = (
     Statistic("overlap_left", "overlap left", ".3g",
@@ -137,16 +137,16 @@ VECTOR = (
               "page rows lines screen"),
     Statistic("steps", "steps", "list",
               "counts of changed values by |v| / step, at the edges `step_edges`; below the first,"
-              " ..., from the last on (sampled). A step is the distance of neighbouring 16-bit"
+              " ..., from the last on. A step is the distance of neighbouring 16-bit"
               " numbers at the weight", "", ""),
     Statistic("below_half_step", "below ½ step", "%",
               "share of changed values with |v| below half a step, which vanish where a sum is"
-              " rounded (sampled)", "", "page rows"),
+              " rounded", "", "page rows"),
     Statistic("absorbed", "absorbed", "%",
-              "share of changed values that rounding takes back: r(w + v) = r(w) (sampled)", "",
+              "share of changed values that rounding takes back: r(w + v) = r(w)", "",
               "page rows"),
-    Statistic("kept_gain", "kept gain", ".3f", "with a = r(w + v) − r(w): ⟨a, v⟩ / |v|² (sampled)"),
-    Statistic("kept_cosine", "kept cosine", ".3f", "the cosine of that a and v (sampled)", "",
+    Statistic("kept_gain", "kept gain", ".3f", "with a = r(w + v) − r(w): ⟨a, v⟩ / |v|²"),
+    Statistic("kept_cosine", "kept cosine", ".3f", "the cosine of that a and v", "",
               "page rows"),
 )  # fmt: skip
 VECTOR_SUBSPACE = (

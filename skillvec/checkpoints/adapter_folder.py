@@ -11,8 +11,8 @@ from skillvec.errors import FormatError, SkillvecError
 from skillvec.files.file import Place, file_nbytes
 from skillvec.files.header import read_header
 
-FACTOR = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")  # of LoRA, in a tensor's name
-VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head)\.")
+FACTOR = r"(^|\.)lora_(embedding_)?[AB](\.|$)"  # of LoRA, in a tensor's name
+VALUE_HEAD = r"(^|\.)(v_head|value_head)\."
 MAX_HEAD_NBYTES = 1 << 24  # of a pickle that is looked into for no more than a head of values
 
 
@@ -34,9 +34,13 @@ def find_models_beside(place: Place) -> list[str]:
     found = [name for name in PICKLES if name in place.files and own and name not in heads]
     for name, address in sorted(place.files.items()):
         other = name.endswith(".safetensors") and "/" not in name and name not in own
-        if other and name not in heads and not STATE_FILE.fullmatch(name):
+        if other and name not in heads and not re.fullmatch(STATE_FILE, name):
             with contextlib.suppress(FormatError):
-                found += [] if any(map(FACTOR.search, read_header(address).tensors)) else [name]
+                found += (
+                    []
+                    if any(re.search(FACTOR, t) for t in read_header(address).tensors)
+                    else [name]
+                )
     return found
 
 
@@ -54,7 +58,7 @@ def find_value_heads(place: Place) -> list[str]:
             elif name in (PICKLES[0], "value_head.bin") and _is_small(address):
                 tensors = open_pickles([address], name)
         names = [tensor for tensor in tensors if type(tensor) is str]
-        found += [name] if names and all(map(VALUE_HEAD.search, names)) else []
+        found += [name] if names and all(re.search(VALUE_HEAD, tensor) for tensor in names) else []
     return sorted(found)
 
 

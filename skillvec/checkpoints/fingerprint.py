@@ -18,7 +18,7 @@ from skillvec.files.file import allocate, digest_bytes, leaf_digests, prefetch
 from skillvec.files.header import TensorSpec
 from skillvec.files.tensors import Source, read_raw, value_range, values_of
 from skillvec.ops.kernels import FLOATS, widen
-from skillvec.remote import hub
+from skillvec.remote.references import is_of_hub
 
 Digest = Annotated[str, re.compile("[0-9a-f]{32}")]
 
@@ -53,7 +53,7 @@ def identity(checkpoint: Checkpoint) -> ModelFacts:
     # as written: a file in the Hub's cache is a link that leads out of its snapshot
     place = os.path.abspath(os.path.expanduser(checkpoint.ref))
     snapshot = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", f"{place}/{checkpoint.path}/")
-    linked = snapshot and not checkpoint.place.revision and hub.is_reference(checkpoint.ref)
+    linked = snapshot and not checkpoint.place.revision and is_of_hub(checkpoint.ref)
     return {
         # of a link into the cache: beside a commit, its path would be read as a name on the Hub
         "ref": f"./{checkpoint.ref}" if linked else checkpoint.ref,

@@ -18,6 +18,7 @@ from skillvec.checkpoints.side_files import ADAPTER_CONFIG
 from skillvec.errors import FormatError, up_to_five
 from skillvec.files.file import Place, file_nbytes, is_plain_name, read_bytes, remote_of
 from skillvec.files.header import MAX_HEADER_NBYTES, refuse_duplicates
+from skillvec.remote.references import is_of_store
 
 INDEX = "model.safetensors.index.json"
 VECTOR_INDEX = "vector.safetensors.index.json"
@@ -90,9 +91,7 @@ def is_away(address: str) -> bool:
 
 def is_listed(place: Place) -> bool:
     """Return whether `files` is all that a place holds: on the Hub, in an object store."""
-    from skillvec.remote import object_store
-
-    return place.revision is not None or object_store.is_reference(place.ref)
+    return place.revision is not None or is_of_store(place.ref)
 
 
 def find_inside(place: Place) -> list[tuple[str, str]]:

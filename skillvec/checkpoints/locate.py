@@ -6,6 +6,7 @@ from pathlib import Path
 from skillvec.checkpoints.opened_by import SUFFIXES
 from skillvec.errors import SkillvecError, UsageError, printable
 from skillvec.files.file import Place
+from skillvec.remote.references import SCHEME, is_of_hub, is_of_store, is_recorded
 
 
 def locate(ref: str | os.PathLike[str], role: str) -> Place:
@@ -13,14 +14,14 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
 
     URLs but hf:// are those of object stores.
     """
-    from skillvec.remote import hub, object_store
-
     text = os.fspath(ref)
     try:
         text.encode()
     except UnicodeEncodeError:  # it could not stand in a manifest
         raise UsageError(f"{role} {text!r}: a path that is no valid UTF-8: rename it") from None
-    if object_store.is_reference(text):
+    if is_of_store(text):
+        from skillvec.remote import object_store
+
         return object_store.locate(text, role)
     try:
         path = Path(text).expanduser()
@@ -31,15 +32,17 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
         path = path.resolve()
         files = {entry.name: entry.path for entry in os.scandir(path)} if path.is_dir() else {}
         # written as a commit of the Hub, and none: a record must not say that it is
-        return Place(f"./{text}" if hub.is_recorded(text) else text, path, files)
-    if Path(text).suffix in SUFFIXES and not text.startswith(hub.SCHEME):
+        return Place(f"./{text}" if is_recorded(text) else text, path, files)
+    if Path(text).suffix in SUFFIXES and not text.startswith(SCHEME):
         raise UsageError(f"{role} {text}: no such file")
-    if not hub.is_reference(text):
+    if not is_of_hub(text):
         raise UsageError(f"{role} {text}: no such file or folder")
+    from skillvec.remote import hub
+
     try:
         return hub.locate(text, role)
     except SkillvecError as error:
-        if text.startswith("hf://"):
+        if text.startswith(SCHEME):
             raise
         raise type(error)(f"{error}\n(nor is {text} a file or folder of this disk)") from None
 
@@ -51,12 +54,12 @@ def relocate(ref: str, role: str, option: str = "") -> Place:
     Hub is never asked for it: `runs/sft` may be the name of a stranger's model. `option` is how to
     say where it is now. Raises UsageError where it is not there, else as `locate`.
     """
-    from skillvec.remote import hub, object_store
+    if is_recorded(ref):
+        from skillvec.remote import hub
 
-    if hub.is_recorded(ref):
         return hub.locate(ref, role)
     path = os.path.expanduser(ref)
-    if object_store.is_reference(ref) or os.path.exists(path):
+    if is_of_store(ref) or os.path.exists(path):
         return locate(ref, role)
     seen = "" if os.path.isabs(path) else ", seen from the folder in which that command ran"
     advice = f"say with {option} where it is now" if option else "put it there again"

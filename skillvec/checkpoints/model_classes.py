@@ -10,7 +10,7 @@ from skillvec.checkpoints.transformers_layouts import Shapes, converted, model_t
 from skillvec.errors import needs
 from skillvec.files.views import Index
 
-COUNTS = re.compile(r"(.*_)?(layers?|depths?|blocks)")  # keys of a config that count layers
+COUNTS = r"(.*_)?(layers?|depths?|blocks)"  # keys of a config that count layers
 MANY = 1024  # layers of a part of a model, of which the files may hold nothing
 
 
@@ -64,7 +64,8 @@ def _counted_layers(config: Mapping[str, Any]) -> Iterator[int]:
         counts, value = pending.pop()
         if isinstance(value, Mapping):  # LXMERT counts its layers by what they do
             pending += [
-                (bool(counts or COUNTS.fullmatch(str(key))), inner) for key, inner in value.items()
+                (bool(counts or re.fullmatch(COUNTS, str(key))), inner)
+                for key, inner in value.items()
             ]
         elif isinstance(value, list):
             pending += [(counts, inner) for inner in value]

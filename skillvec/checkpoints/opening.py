@@ -128,7 +128,7 @@ def explain_placeholders(opened: Checkpoint, names: Sequence[str]) -> str:
 
 def explain_factors(model: Checkpoint, names: Iterable[str]) -> str | None:
     """Return what to say where some of the `names` of a model are factors of LoRA, else None."""
-    factors = [name for name in names if FACTOR.search(name)]
+    factors = [name for name in names if re.search(FACTOR, name)]
     if not factors:
         return None
     inner = [name for name, kind in find_inside(model.place) if kind == "a PEFT adapter"]

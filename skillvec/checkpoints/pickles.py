@@ -11,7 +11,6 @@ tensors that repeat values.
 
 import io
 import pickle
-import pickletools
 import re
 import reprlib
 import sys
@@ -351,6 +350,8 @@ def check_words(raw: bytes) -> bytes:
     hashes, names and texts are made of all of it. Raises FormatError for a pickle that could take
     more than it may, ValueError for a broken one.
     """
+    import pickletools
+
     if len(raw) > MAX_PICKLE_NBYTES:
         raise FormatError(f"a pickle over the cap of {MAX_PICKLE_NBYTES} bytes")
     stack, marks, memo = [ATOM][:0], list[int](), dict[int, tuple[int, int]]()

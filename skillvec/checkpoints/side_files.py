@@ -26,22 +26,22 @@ OLD = "weights of the target as they were"
 ADAPTER = "an adapter, which from_pretrained adds to the weights beside it"
 STRAY = "an index of files that stay behind"
 # of transformers, accelerate, DeepSpeed, Megatron, FSDP and verl
-STATE_FILE = re.compile(
+STATE_FILE = (
     r"(distrib_|model_)?optim(izer)?s?([-_.][\w.-]*)?\.(pt|pth|bin|safetensors)"
     r"|((lr_)?scheduler|scaler|sampler|dl_state_dict|rng_state|random_states)(_\d+)*\.(pt|pth|bin|pkl)"
     r"|.+_(optim|model)_states\.pt|(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt"
     r"|pytorch_model_fsdp(_\d+)?(_rank\d+)?\.bin"
 )
-STATE_FOLDER = re.compile(r"global_step\d+(_universal)?|(optimizer|pytorch_model_fsdp)_\d+")
+STATE_FOLDER = r"global_step\d+(_universal)?|(optimizer|pytorch_model_fsdp)_\d+"
 SHARDED = (".distcp", ".metadata")  # of torch.distributed.checkpoint
 TRAINED = "trainer_state.json"  # in a folder below: the Trainer saved all of it
 # where loaders look for a model's weights: name, shard and variant as transformers writes them
-LOADED = re.compile(
+LOADED = (
     r"(pytorch_model|diffusion_pytorch_model|tf_model|flax_model|rust_model|consolidated)"
     r"(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.(bin|h5|msgpack|ot|pth|safetensors)(\.index(\.\w+)?\.json)?"
 )
-VARIANT = re.compile(r"model(\.\w+(-\d+-of-\d+)?|-\d+-of-\d+\.\w+)\.safetensors")
-INDEX_FILE = re.compile(r".+\.index(\.\w+)?\.json")
+VARIANT = r"model(\.\w+(-\d+-of-\d+)?|-\d+-of-\d+\.\w+)\.safetensors"
+INDEX_FILE = r".+\.index(\.\w+)?\.json"
 
 
 class Made(NamedTuple):
@@ -69,7 +69,7 @@ def left_behind(files: Mapping[str, str], made: Made) -> dict[str, str]:
             left[name] = OLD
     there = {*made.files, *(name for name in files if name not in left)}
     for name in files:
-        if name not in left and INDEX_FILE.fullmatch(posixpath.basename(name)):
+        if name not in left and re.fullmatch(INDEX_FILE, posixpath.basename(name)):
             folder = posixpath.dirname(name)
             if not {posixpath.join(folder, file) for file in _indexed(files[name])} <= there:
                 left[name] = STRAY
@@ -83,13 +83,13 @@ def _folders(name: str) -> Iterable[str]:
 
 
 def _is_step(folder: str) -> bool:
-    return STATE_FOLDER.fullmatch(posixpath.basename(folder)) is not None
+    return re.fullmatch(STATE_FOLDER, posixpath.basename(folder)) is not None
 
 
 def _is_state(name: str, saved: Collection[str], steps: Collection[str]) -> bool:
     """Return whether a file is state of a training, by its name or the folder that it lies in."""
     folder, base = posixpath.split(name)
-    if STATE_FILE.fullmatch(base) or any(f in saved or f in steps for f in _folders(name)):
+    if re.fullmatch(STATE_FILE, base) or any(f in saved or f in steps for f in _folders(name)):
         return True
     if base in ("latest", "latest_universal"):  # DeepSpeed's pointers to a step
         return any(posixpath.dirname(step) == folder for step in steps)
@@ -101,15 +101,15 @@ def _is_old(name: str, address: str, made: Made) -> bool:
 
     Where no index says which files are the model, loaders such as vLLM take every safetensors.
     """
-    if name == "model.safetensors" or name in made.files or LOADED.fullmatch(name):
+    if name == "model.safetensors" or name in made.files or re.fullmatch(LOADED, name):
         return True
     if not name.endswith(".safetensors"):
         return False
     try:
         held = set(read_header(address).tensors)
     except FormatError:
-        return VARIANT.fullmatch(name) is not None
-    if VARIANT.fullmatch(name):
+        return re.fullmatch(VARIANT, name) is not None
+    if re.fullmatch(VARIANT, name):
         return not held.isdisjoint(made.tensors)
     return not made.indexed and bool(held) and held <= set(made.tensors)
 

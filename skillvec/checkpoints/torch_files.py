@@ -7,7 +7,6 @@ data. A model is a dict of tensors, itself or wrapped, in one file or the shards
 
 import io
 import struct
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +34,7 @@ from skillvec.files.file import file_nbytes, read_bytes, remote_of
 from skillvec.files.header import ITEMSIZE, seems
 from skillvec.files.tensors import Source
 
+STORED = 0  # of zip: not compressed
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 IN_FOLDERS = (PICKLED, "adapter_model.bin")  # whose names say that they are what is meant
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # around a model's tensors
@@ -161,6 +161,8 @@ class _Archive:
     """The records of a zip archive in a range of a file, each checked to lie in it as it is."""
 
     def __init__(self, path: str, begin: int, nbytes: int) -> None:
+        import zipfile
+
         self.path, self.begin, self.nbytes = path, begin, nbytes
         try:
             with zipfile.ZipFile(io.BufferedReader(_Range(path, begin, nbytes))) as archive:
@@ -178,7 +180,7 @@ class _Archive:
         entry = self.records.get(name)
         if entry is None:
             raise FormatError(f"{self.path}: the archive has no record {name!r}")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 0x41:
+        if entry.compress_type != STORED or entry.flag_bits & 0x41:
             raise IncompatibleError(f"{self.path}: {name} is compressed or encrypted: {ADVICE}")
         local = read_bytes(self.path, self.begin + max(0, entry.header_offset), 30)
         if len(local) == 30 and local[:4] == b"PK\3\4":

@@ -18,20 +18,18 @@ FLOATS = ("BF16", "F16", "F32")
 COMPLEX = "C64"  # holds its values as it is: passed through
 INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 # last parts of names: a weight whatever its dtype; what scales, shifts or looks up the codes of one
-WEIGHT = re.compile(r"weight|^(w_q|kernel|qzeros)$|_(blocks|packed)$", re.IGNORECASE)
-SCALING = re.compile(
-    r"scale|absmax|amax|zero|shift|quant|codebook|centroid|(^|_)(lut|scb|s[uv]h?|biases|norms)$",
-    re.IGNORECASE,
+WEIGHT = r"(?i)weight|^(w_q|kernel|qzeros)$|_(blocks|packed)$"
+SCALING = (
+    r"(?i)scale|absmax|amax|zero|shift|quant|codebook|centroid|(^|_)(lut|scb|s[uv]h?|biases|norms)$"
 )
 # integer buffers, by their last words: they point, count or hide; bare ones may be codes as well
-BUFFER = re.compile(
-    r"(^|_)(ids?|idxs?|index(es)?|indices|pos(ition)?s?|masks?|tril|counts?|counter|steps?|updates?"
+BUFFER = (
+    r"(?i)(^|_)(ids?|idxs?|index(es)?|indices|pos(ition)?s?|masks?|tril|counts?|counter|steps?|updates?"
     r"|tracked|lens?|lengths?|sizes?|shapes?|offsets?|order|seen|init(ed|ialized)?|version|seed|map"
     r"|mapping|perm(utation)?|tokens?|vocab|buckets?|hash(es)?|coords?|anchors?|lags?|state)\d*$"
-    r"|(^|_)(seq|labels|classes|levels|types)$|^[a-z]+2[a-z]+$|\w_to_\w",
-    re.IGNORECASE,
+    r"|(^|_)(seq|labels|classes|levels|types)$|^[a-z]+2[a-z]+$|\w_to_\w"
 )
-BARE = re.compile(r"[a-z]?_?(idxs?|index(es)?|indices|perm|map)", re.IGNORECASE)
+BARE = r"(?i)[a-z]?_?(idxs?|index(es)?|indices|perm|map)"
 FEW = 64  # values of a vector of integers that may be packed weights
 Tensors = Mapping[str, Source]
 LeftOut = Callable[[str], bool]  # whether the tensor of a name is left out of what is done
@@ -67,7 +65,7 @@ def unexplained(tensors: Tensors) -> dict[str, Unexplained]:
     for name in tensors:
         module = name.rpartition(".")[0]
         beside[module].append(name)
-        if SCALING.search(_last(module)):
+        if re.search(SCALING, _last(module)):
             beside[module.rpartition(".")[0]].append(name)
     found: dict[str, Unexplained] = {}
     for name, tensor in sorted(suspects, key=lambda suspect: -suspect[1].nbytes):
@@ -121,7 +119,7 @@ def _is_weight(name: str, tensor: Source, others: Sequence[str], tensors: Tensor
     if not may_be_weight(name, tensor) or scaling:
         return may_be_weight(name, tensor)
     own = tensors.get(f"{module}.weight")
-    if BARE.fullmatch(last) or (own is not None and own.dtype in FLOATS and len(own.shape) > 1):
+    if re.fullmatch(BARE, last) or (own is not None and own.dtype in FLOATS and len(own.shape) > 1):
         return False  # the module has its weight: these are none
     floats = [tensors[n] for n in others if tensors[n].dtype not in (*INTEGERS, "BOOL")]
     return any(other.numel < tensor.numel for other in floats)
@@ -129,12 +127,12 @@ def _is_weight(name: str, tensor: Source, others: Sequence[str], tensors: Tensor
 
 def _is_scaling(name: str, module: str = "") -> bool:
     """Return whether a tensor scales others by its name, or by that of its part of the module."""
-    return SCALING.search(name.removeprefix(f"{module}.")) is not None
+    return re.search(SCALING, name.removeprefix(f"{module}.")) is not None
 
 
 def _is_called_weight(name: str) -> bool:
     *modules, last = name.split(".")
-    return "weight" in modules or WEIGHT.search(last) is not None
+    return "weight" in modules or re.search(WEIGHT, last) is not None
 
 
 def may_be_weight(name: str, tensor: Source) -> bool:
@@ -146,7 +144,7 @@ def may_be_weight(name: str, tensor: Source) -> bool:
         return tensor.numel > 1
     square = len(shape) > 1 and shape[-1] == shape[-2] and tensor.numel == shape[-1] ** 2
     mask = square and (len(shape) > 2 or "bias" in last)  # of attention, in old checkpoints
-    buffer = BUFFER.search(last) and not BARE.fullmatch(last)
+    buffer = re.search(BUFFER, last) and not re.fullmatch(BARE, last)
     return not (mask or buffer) and (len(shape) > 1 or tensor.numel >= FEW)
 
 

@@ -4,6 +4,7 @@ Only this room imports click. Verbs are imported inside the commands, so that --
 """
 
 import errno
+import os
 import sys
 from typing import Any
 
@@ -92,9 +93,28 @@ _reports = add_option(  # of a command that measures vectors
 )  # fmt: skip
 
 
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print the version, and with -v what it runs on, and end."""
+    if not wanted:
+        return
+    lines = [f"skillvec, version {__version__}"]
+    if ctx.params["verbose"]:
+        from skillvec.cli.versions import say_versions
+
+        try:
+            lines += say_versions()
+        except SkillvecError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+    click.echo("\n".join(lines))
+    ctx.exit()
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="skillvec")
-def main() -> None:
+@click.option("--version", is_flag=True, expose_value=False, callback=_show_version,
+              help="Show the version and exit; with -v also kernels and packages.")  # fmt: skip
+@click.option("-v", "--verbose", is_flag=True, is_eager=True, help="Of --version.")
+def main(verbose: bool) -> None:
     """Cut a skill out of one model and add it to another.
 
     \b
@@ -107,6 +127,11 @@ def main() -> None:
 
     Exit codes: 0 done, 1 run error, 2 usage, 3 incompatible inputs.
     """
+    if verbose:
+        raise click.UsageError("-v stands behind the command, or beside --version")
+    # numpy's BLAS starts its threads, which wait by turning, where numpy is imported: a third of a
+    # small run. Nothing here is faster by them; matrices have a core each (engine.matrix_workers).
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @main.command()

@@ -5,7 +5,6 @@ Only this module imports rich, and only to draw a table or a bar: a quiet run st
 
 import json
 import re
-import shutil
 import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,8 @@ def folded(text: str) -> str:
     """Return talk for a terminal, lines broken between words below where they begin."""
     if not sys.stderr.isatty():
         return text
+    import shutil
+
     width, lines = shutil.get_terminal_size().columns, []
     for line in text.split("\n"):
         begin = re.match(r" *(?:\w+(?:  +|: ))?", line)

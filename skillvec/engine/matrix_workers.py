@@ -2,11 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from skillvec.files.output_file import available_memory_nbytes
 from skillvec.ops.svd import settled
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,6 +33,8 @@ def in_turn(
     quarter of the memory that is free. What is done waits for its turn, two for each worker at
     most. The first error ends it.
     """
+    from concurrent.futures import ThreadPoolExecutor, wait  # with logging
+
     room = available_memory_nbytes() // SHARE
     waiting: deque[tuple[Future[Result], int]] = deque()
 
@@ -47,7 +51,7 @@ def in_turn(
                     if waiting[0][0].done():
                         yield waiting.popleft()[0].result()
                     else:
-                        wait([f for f, _ in waiting if not f.done()], return_when=FIRST_COMPLETED)
+                        wait([f for f, _ in waiting if not f.done()], return_when="FIRST_COMPLETED")
                 waiting.append((pool.submit(_alone, work, item), nbytes))
             while waiting:
                 yield waiting.popleft()[0].result()

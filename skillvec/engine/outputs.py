@@ -27,8 +27,9 @@ from skillvec.files.tensors import Source, value_range, values_of
 from skillvec.ops import kernels
 from skillvec.ops.arithmetic import subtract
 from skillvec.ops.block import block_count
-from skillvec.ops.codecs import DENSE_SHARE, encode_block
+from skillvec.ops.codecs import DENSE_SHARE, is_packed_within
 from skillvec.ops.special import bit_pattern
+from skillvec.remote.references import is_url
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import Subtracted
 from skillvec.vectors.manifest import Manifest
@@ -143,10 +144,10 @@ def _taken_nbytes(folder: Path) -> int:
 
 def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Output:
     """Return where output goes, links above it resolved, or refuse the place."""
-    from skillvec.remote import object_store
-
     ref = os.fspath(output)
-    if object_store.is_url(ref):
+    if is_url(ref):
+        from skillvec.remote import object_store
+
         url = ref.rstrip("/")
         for at in (f"{other.ref.rstrip('/')}/" for other in inputs):
             if at.startswith(f"{url}/") or f"{url}/".startswith(at):
@@ -359,7 +360,7 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
             if codec == "sparse":
                 dense = nonzero > DENSE_SHARE * sample.size
             elif codec == "auto" and nonzero:
-                dense = encode_block(sample, "packed").payload.size >= 0.98 * sample.nbytes
+                dense = not is_packed_within(sample, 0.98)
         elif delta.is_stored:
             kept = delta.spec.dtype
             if codec == "sparse" and not delta.is_zero:
@@ -383,12 +384,11 @@ def _probed(delta: Subtracted, tuned: Source) -> tuple[str, Any]:
     if not numel:
         return delta.dtype, kernels.from_bytes(bytearray(), "U16")
     sides = [values_of(side, *_middle(side)) for side in (tuned, delta.base)]
-    scratch = kernels.from_bytes(bytearray(2 * numel), "U16")
     dtype = delta.dtype
     while True:
         out = kernels.from_bytes(bytearray(numel * ITEMSIZE[dtype]), dtype)
         found = subtract(sides[0], tuned.dtype, sides[1], delta.base.dtype, dtype,
-                         delta.exactness, out, scratch)  # fmt: skip
+                         delta.exactness, out)  # fmt: skip
         if found.delta.positions.size * 4 <= numel or ITEMSIZE[dtype] > 2:
             return dtype, bit_pattern(out)
         dtype = "F32"

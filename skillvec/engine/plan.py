@@ -35,14 +35,14 @@ from skillvec.vectors.reader import VectorFile
 
 COUNTS = (
     "changed", "unrestored", "exceptions", "replacements", "mismatches", "tuned_nonfinite",
-    "base_nonfinite", "target_nonfinite", "output_nonfinite", "lost",
+    "base_nonfinite", "target_nonfinite", "output_nonfinite", "lost", "ranked",
 )  # fmt: skip
-CHANGED, MISMATCHES, OF_TUNED, OF_TARGET, LOST_COUNT = map(
-    COUNTS.index, ("changed", "mismatches", "tuned_nonfinite", "target_nonfinite", "lost")
+CHANGED, MISMATCHES, OF_TUNED, OF_TARGET, LOST_COUNT, RANKED = map(
+    COUNTS.index, ("changed", "mismatches", "tuned_nonfinite", "target_nonfinite", "lost", "ranked")
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Job(ABC):
     """All the work on one tensor: what it reads, and where the result belongs.
 
@@ -52,7 +52,6 @@ class Job(ABC):
 
     status: ClassVar[str] = ""  # what a ledger says of the tensor
     has_rows: ClassVar[bool] = False  # whether its blocks are rows, which a writer places in order
-    wants_norm: ClassVar[bool] = False  # whether the norm of a difference is wanted
 
     name: str
     numel: int
@@ -113,7 +112,7 @@ class Job(ABC):
             yield from delta.files()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RowJob(Job):
     """A job whose result goes to a writer, block by block; its first row there is `first_block`."""
 
@@ -126,7 +125,7 @@ class RowJob(Job):
         return range(self.first_block, self.first_block + block_count(self.numel))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class OutputPlan:
     """A file to write: its name inside the output, size in bytes and (for models) header."""
 
@@ -135,7 +134,7 @@ class OutputPlan:
     header: bytes = b""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """Jobs in the order of their output, files, and lines of the ledger that need no work."""
 
@@ -192,7 +191,7 @@ class Plan:
 # ------------------------------------------------------------------------------ while a plan runs
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Common:
     """What the jobs of one run have in common; `totals` are counts of measuring passes by scope."""
 
@@ -203,7 +202,7 @@ class Common:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class State:
     """What is known so far of one tensor."""
 
@@ -217,7 +216,7 @@ class State:
     measured: dict[int, Array] = field(default_factory=dict)  # by block
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Task:
     """One block of a job, and what it counts: `tally` is in the order of COUNTS.
 
@@ -255,7 +254,7 @@ class Task:
             self.block.lose(found.lost)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class JobResult:
     """What happened to one tensor.
 
@@ -263,7 +262,8 @@ class JobResult:
     written * delta and delta^2 for add, delta^2 for store, those of statistics.layout for compare.
     `found` is what an operator measured. NaN and infinities are counted a side; `lost` are values
     that only they can explain: without a finite delta, or not finite in the output and so neither
-    in the target nor left alone. `casts` are the bits of arithmetic.CASTS that hold for a pair.
+    in the target nor left alone. `ranked` are blocks in a form of schema 2. `casts`
+    are the bits of arithmetic.CASTS that hold for a pair.
     """
 
     job: Job
@@ -279,6 +279,7 @@ class JobResult:
     target_nonfinite: int = 0
     output_nonfinite: int = 0
     lost: int = 0
+    ranked: int = 0
     casts: int = 0
     first_mismatch: int | None = None
     exact_base: bool = False

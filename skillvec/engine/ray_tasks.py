@@ -14,7 +14,7 @@ from skillvec.engine.threads import Found, Threads
 from skillvec.files.file import RemoteFile
 from skillvec.files.output_file import OutputFile
 from skillvec.files.rows import Segment
-from skillvec.ops import kernels
+from skillvec.ops import compiled
 
 SCRATCH = "rows"  # in the staging folder
 
@@ -60,7 +60,7 @@ def receive_shared(shared: Shared) -> None:
 def versions() -> dict[str, str]:
     """Return the versions on which the bytes of an output, or digits of a report, may depend."""
     found = {name: version(name) for name in ("numpy", "xxhash", "zstandard")}
-    return {"skillvec": __version__, "kernels": kernels.kernels_in_use(), **found}
+    return {"skillvec": __version__, "kernels": compiled.in_use(), **found}
 
 
 def run_batch(shared: Shared, jobs: Sequence[Job]) -> Batch:

@@ -13,7 +13,7 @@ from skillvec.report import Watcher
 ENGINES = ("threads", "serial", "ray")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """The engine that runs the jobs, and how a run goes about its output.
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from skillvec.checkpoints.folder import is_away
-from skillvec.engine import streaming
 from skillvec.engine.outputs import Output, free_nbytes
 from skillvec.engine.plan import Job, JobResult, Plan, from_line, job_line, to_line
 from skillvec.engine.run import Run
@@ -21,7 +20,7 @@ from skillvec.files.journal import Journal
 from skillvec.files.output_file import OutputFile
 from skillvec.files.rows import RowWriter, Segment
 from skillvec.files.staging import Staging
-from skillvec.ops import kernels
+from skillvec.ops import compiled
 from skillvec.report import Report, Watcher
 from skillvec.vectors.reader import readers_of
 
@@ -60,13 +59,15 @@ def show_plan(
         "engine": run.engine.name,
         "workers": max(run.engine.workers, 1),
         "memory_nbytes": ((64 + run.engine.in_process * each) << 20) + matrices_nbytes,
-        "kernels": kernels.kernels_in_use(),
+        "kernels": compiled.in_use(),
     }
     away = [file for file in plan.files() if is_away(file)]
     if away:
         planned["nbytes_fetched"] = sum(file_nbytes(file) for file in away)
         planned["fetched"] = len(away)
     if run.stream:
+        from skillvec.engine import streaming  # with the client of the Hub
+
         planned["stream"] = streaming.schedule(plan.jobs)
     report = Report(plan.verb, facts | planned, warnings=list(plan.warnings))
     named = {line["name"] for line in plan.ledger}
@@ -223,12 +224,14 @@ def run_plan(
             fetch(plan.files(), how.watcher)
             run(left)
         else:
+            from skillvec.engine.streaming import replay, run_streamed
+
             assert stage is not None
             shards = {file for job in plan.jobs for file in job.files()}
             fetch((file for file in plan.files() if file not in shards), how.watcher)
-            streaming.run_streamed(plan.jobs, left, run, stage.folder, how.watcher)
-        if kept is not None and writer is not None:
-            streaming.replay(kept, writer)
+            run_streamed(plan.jobs, left, run, stage.folder, how.watcher)
+            if kept is not None and writer is not None:
+                replay(kept, writer)
     finally:
         if kept is not None:
             kept.file.close()

@@ -8,6 +8,7 @@ are planned.
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -80,6 +81,16 @@ class Engine(Protocol):
         """
 
 
+def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """Keep BLAS to one thread: the cores have blocks, and its threads would wait by turning."""
+    if os.environ.get("OPENBLAS_NUM_THREADS") == "1":  # as in the command line: a quicker start
+        return contextlib.nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    limits: contextlib.AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
+    return limits
+
+
 class Threads:
     """The engine of one machine: plain threads, or with 0 `workers` the calling thread alone."""
 
@@ -96,7 +107,8 @@ class Threads:
         finished: Callable[[int, JobResult], None] = lambda number, result: None,
     ) -> Found:
         """See Engine."""
-        return _ThreadedRun(plan, outputs, writer, finished).run(self.workers, progress)
+        with one_blas_thread():
+            return _ThreadedRun(plan, outputs, writer, finished).run(self.workers, progress)
 
 
 OnBlock = Callable[[Plan, int, int, bool], None]
@@ -309,7 +321,7 @@ class _ThreadedRun:
             call(self._plan, number, index, exact_base is not None)
         job = self._plan.jobs[number]
         block = Block(
-            index, job.numel, workspace, self._readers, state.leaves, job.wants_norm,
+            index, job.numel, workspace, self._readers, state.leaves,
             self._seen, self._holes, casts=state.casts,
         )  # fmt: skip
         tally = np.zeros(len(COUNTS), np.int64)

@@ -7,7 +7,6 @@ import contextlib
 import mmap
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeGuard
@@ -81,6 +80,8 @@ def prefetch(ranges: Sequence[tuple[str, int, int]]) -> None:
     """Read small ranges (path, offset, bytes) of remote files side by side, for `read_into`."""
     away = [r for r in ranges if r[0] in _remotes and _remotes[r[0]].local is None and r[2]]
     if away:
+        from concurrent.futures import ThreadPoolExecutor  # with logging
+
         with ThreadPoolExecutor(REQUESTS) as pool:
             pieces = pool.map(lambda r: _remotes[r[0]].read_range(r[1], r[2]), away)
             _prefetched.update(zip(away, pieces, strict=True))

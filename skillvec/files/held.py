@@ -54,13 +54,13 @@ class HeldRows:
         self._writer = writer
         self._first, self._rows = 0, list[Row]()
 
-    def add(self, row: int, pieces: Sequence[Bytes]) -> None:
+    def add(self, row: int, pieces: Sequence[Bytes], digest: bytes | None = None) -> None:
         """Take copies of the pieces of a row."""
         if row != self._first + len(self._rows):
             self.flush()
             self._first = row
         held = [piece.tobytes() for piece in pieces]
-        self._rows.append(Row([*map(len, held)], mark_of(pieces), held))
+        self._rows.append(Row([*map(len, held)], mark_of(pieces, digest), held))
 
     def flush(self) -> None:
         if self._rows:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from xxhash import xxh3_64
+from xxhash import xxh3_64, xxh3_128
 
 from skillvec.errors import FormatError
 from skillvec.files.output_file import OutputFile
@@ -68,9 +68,9 @@ class RowWriter:
         """Return file and offset of every piece of a row; for one caller at a time, in order."""
         raise NotImplementedError
 
-    def add(self, row: int, pieces: Sequence[Bytes]) -> None:
-        """Write the pieces of one row, in its turn."""
-        sizes, mark = [piece.size for piece in pieces], mark_of(pieces)
+    def add(self, row: int, pieces: Sequence[Bytes], digest: bytes | None = None) -> None:
+        """Write the pieces of one row, in its turn; `digest` as in `mark_of`, where it is known."""
+        sizes, mark = [piece.size for piece in pieces], mark_of(pieces, digest)
         self.add_rows(row, [Row(sizes, mark, [piece.data for piece in pieces])])
 
     def add_rows(self, first: int, rows: Sequence[Row]) -> None:
@@ -132,10 +132,17 @@ class RowWriter:
         self._turns.stop()
 
 
-def mark_of(pieces: Sequence[Bytes]) -> int:
-    """Return XXH3-64 over pieces, end to end."""
-    hashed = xxh3_64()
-    for piece in pieces:
+def digest_of_two(first: Bytes, second: Bytes) -> bytes:
+    """Return XXH3-128 over the second piece and then the first, as of a block and its bitmap."""
+    hashed = xxh3_128(second.data)
+    hashed.update(first.data)
+    return hashed.digest()
+
+
+def mark_of(pieces: Sequence[Bytes], digest: bytes | None = None) -> int:
+    """Return XXH3-64 over pieces, of which the first two, the large ones, go in as their digest."""
+    hashed = xxh3_64(digest or digest_of_two(*pieces[:2]))
+    for piece in pieces[2:]:
         hashed.update(piece.data)
     return hashed.intdigest()
 

@@ -10,8 +10,8 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -204,7 +204,7 @@ def staging(
         if stage.journal is None or not stage.journal.has_claims:
             stage.clear()
         start = datetime.now().astimezone().isoformat(timespec="seconds")
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
+        owner = {"pid": os.getpid(), "host": platform.node(), "start": start}
         (folder / OWNER).write_text(json.dumps(owner))
         stage.refuse_existing()
         yield stage

@@ -4,19 +4,24 @@ A delta is held as values of a storage dtype plus exceptions: positions where th
 hold `tuned - base`, with the fp32 difference itself. `subtract` makes deltas, `add` applies them.
 Deltas are finite and their zeros positive; a zero delta, and any delta on a NaN or an infinity,
 leaves the target's bits alone. What is not finite, and what no finite delta can carry, is counted
-here and refused, or let through, by who asked.
+here and refused, or let through, by who asked. The compiled kernels (native/pairs.c) do the same in
+one pass; the few values that they do not settle, and fp64, are done here.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.ops import kernels
-from skillvec.ops.delta import NO_POSITIONS, NO_VALUES, STEP, Delta, U32Array, squared
-from skillvec.ops.kernels import HALVES, STORAGE_DTYPE, Array, F32Array, narrow, widen
-from skillvec.ops.special import bit_pattern, count_nonfinite, differ, has_nonfinite, has_special
+from skillvec.ops import compiled, kernels, lanes, moments
+from skillvec.ops.compiled import CODES, Kernel
+from skillvec.ops.delta import EXCEPTION, NO_POSITIONS, NO_VALUES, STEP, Delta, U32Array
+from skillvec.ops.kernels import HALVES, STORAGE_DTYPE, Array, Bytes, narrow, widen
+from skillvec.ops.moments import Moments
+from skillvec.ops.special import are_nonfinite, bit_pattern, count_nonfinite, differ
 
 NO_BITS: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
 
@@ -65,6 +70,7 @@ class _Piece(NamedTuple):
     nonfinite: tuple[int, int]
     lost: npt.NDArray[np.bool_]
     casts: int
+    squares: lanes.Sums  # of groups of 1,024
 
 
 # ways in which a difference is rounding alone: which side is the other one rounded, and to what
@@ -141,7 +147,10 @@ def _subtract_piece(
         nonfinite = count_nonfinite(tuned, tuned_dtype), count_nonfinite(base, base_dtype)
         wild &= differ(a, b)
     casts = _casts(b, a, casts) if casts else 0
-    return _Piece(values, inexact, difference, replace, changed, unrestored, nonfinite, wild, casts)
+    squares = lanes.group_products(applied, applied)
+    return _Piece(
+        values, inexact, difference, replace, changed, unrestored, nonfinite, wild, casts, squares
+    )
 
 
 def subtract(
@@ -152,23 +161,77 @@ def subtract(
     value_dtype: str,
     exactness: Exactness,
     out: Array,
-    scratch: npt.NDArray[np.uint16],
-    measure: bool = True,
+    scratch: Bytes | None = None,
     casts: int = 0,
 ) -> Subtraction:
     """Return tuned - base as a Delta whose values are written to `out`.
 
     All arrays are 1-D, of one length, at most 2^32 elements; `out` is of the storage dtype of
-    `value_dtype`, `scratch` holds as many uint16. `exactness` says what the delta carries besides
-    rounded values. Without `measure` the squared norm stays 0; `casts` are the bits of CASTS to
-    look for.
+    `value_dtype`, `scratch` is room for 12 bytes an element. `exactness` says what the delta
+    carries besides rounded values; `casts` are the bits of CASTS to look for.
     """
-    exact = exactness is not Exactness.ROUNDED
-    if exact and tuned_dtype == base_dtype == value_dtype == "BF16":
-        found = _subtract_bf16(tuned, base, out, scratch, measure)
-        if found is not None:
-            return found
-    positions, differences, replaced, bits, lost = [], [], [], [], []
+    kernel = None if "F64" in (tuned_dtype, base_dtype, value_dtype) else _subtract_kernel()
+    sides = tuned, tuned_dtype, base, base_dtype
+    if kernel is None:
+        return _subtract_pieces(*sides, value_dtype, exactness, out, casts)
+    if scratch is None:
+        scratch = np.empty(12 * tuned.size, np.uint8)
+    for begin in range(0, tuned.size if casts else 0, STEP):
+        at = slice(begin, begin + STEP)
+        casts = _casts(widen(tuned[at], tuned_dtype), widen(base[at], base_dtype), casts)
+        if not casts:
+            break
+    return _subtract_compiled(kernel, *sides, value_dtype, exactness, out, scratch, casts)
+
+
+def _subtract_compiled(
+    kernel: Kernel, tuned: Array, tuned_dtype: str, base: Array, base_dtype: str, value_dtype: str,
+    exactness: Exactness, out: Array, scratch: Bytes, casts: int = 0,
+) -> Subtraction:  # fmt: skip
+    """Subtract by the kernel; what it lists, one by one, as `_subtract_piece` does."""
+    size, numbers = tuned.size, np.empty(4)
+    records = scratch[: 8 * size].view(EXCEPTION)
+    listed = scratch[8 * size : 12 * size].view(np.uint32)
+    codes = CODES[tuned_dtype], CODES[base_dtype], CODES[value_dtype], int(exactness)
+    count = kernel(tuned, base, *codes, out, records, listed, numbers)
+    changed, square, exceptions, unrestored = numbers.tolist()
+    positions, exact = NO_POSITIONS, NO_VALUES
+    if exceptions:
+        positions = records["position"][: int(exceptions)].copy()
+        exact = records["value"][: int(exceptions)].copy()
+    if not count:
+        delta = Delta(out, value_dtype, positions, exact)
+        return Subtraction(
+            delta, square, NO_POSITIONS, NO_BITS, int(changed), int(unrestored), casts=casts
+        )
+    at = listed[:count].copy()
+    piece = _subtract_piece(tuned[at], tuned_dtype, base[at], base_dtype, value_dtype, exactness)
+    out[at] = piece.values
+    if exactness and piece.inexact.any():
+        positions = np.concatenate((positions, at[piece.inexact]))
+        exact = np.concatenate((exact, piece.difference[piece.inexact]))
+        order = np.argsort(positions)
+        positions, exact = positions[order], exact[order]
+    replaced = at[piece.replace]
+    return Subtraction(
+        Delta(out, value_dtype, positions, exact),
+        square,
+        replaced,
+        bit_pattern(tuned[replaced]).astype(np.uint64),
+        int(changed) + piece.changed,
+        int(unrestored) + piece.unrestored,
+        piece.nonfinite,
+        at[piece.lost],
+        casts,
+    )
+
+
+def _subtract_pieces(
+    tuned: Array, tuned_dtype: str, base: Array, base_dtype: str, value_dtype: str,
+    exactness: Exactness, out: Array, casts: int = 0,
+) -> Subtraction:  # fmt: skip
+    """Subtract in plain numpy, a piece after the other."""
+    positions, differences, replaced, bits, lost, squares = [], [], [], [], [], []
     changed = unrestored = tuned_nonfinite = base_nonfinite = 0
     for begin in range(0, tuned.size, STEP):
         end = min(begin + STEP, tuned.size)
@@ -180,8 +243,9 @@ def subtract(
         out[begin:end] = piece.values
         tuned_nonfinite += piece.nonfinite[0]
         base_nonfinite += piece.nonfinite[1]
+        squares.append(piece.squares)
         lost.append(np.flatnonzero(piece.lost).astype(np.uint32) + np.uint32(begin))
-        if exact:
+        if exactness:
             at = np.flatnonzero(piece.inexact).astype(np.uint32)
             positions.append(at + np.uint32(begin))
             differences.append(piece.difference[at].astype(np.float32))
@@ -193,7 +257,7 @@ def subtract(
     delta = Delta(out, value_dtype, _join(positions, NO_POSITIONS), _join(differences, NO_VALUES))
     return Subtraction(
         delta,
-        squared(delta) if measure else 0.0,
+        lanes.in_order(np.concatenate(squares or [np.zeros(0)])),
         _join(replaced, NO_POSITIONS),
         _join(bits, NO_BITS),
         changed,
@@ -208,71 +272,33 @@ def _join(parts: list[Array], empty: Array) -> Array:
     return np.concatenate(parts) if any(part.size for part in parts) else empty
 
 
-def _subtract_bf16(
-    tuned: Array, base: Array, out: Array, scratch: npt.NDArray[np.uint16], measure: bool
-) -> Subtraction | None:
-    """Subtract BF16 from BF16; return None where NaN or infinities want the general path.
+@cache
+def _subtract_kernel() -> Kernel | None:
+    scratch = np.empty(12 * 4073, np.uint8)
 
-    Two bf16 at most 127 steps of the grid apart differ by a bf16 exactly: at most 254 of the
-    smaller step. Only the others are looked at one by one.
-    """
-    kernels.blend(tuned, base, "BF16", -1.0, out)
-    at = _far_apart(tuned, base, scratch[: tuned.size])
-    if tuned.view(np.int16).min() == -0x8000:  # no sum gives -0, however small the step
-        at = np.union1d(at, np.flatnonzero((tuned == 0x8000) & (base != 0x8000)))
-    inexact, replaced, bits, hidden = (NO_POSITIONS, NO_VALUES), NO_POSITIONS, NO_BITS, 0
-    nonfinite, lost = (0, 0), NO_POSITIONS
-    if at.size:
-        found = _settle_bf16(tuned[at], base[at])
-        if found is not None:  # the values stand in `out` already
-            rounded, difference = found
-            inexact = at[rounded].astype(np.uint32), difference[rounded]
-        else:
-            piece = _subtract_piece(tuned[at], "BF16", base[at], "BF16", "BF16", Exactness.WHOLE)
-            out[at] = piece.values
-            hidden = int(np.count_nonzero(piece.values == 0))
-            rounded = piece.inexact
-            inexact = at[rounded].astype(np.uint32), piece.difference[rounded]
-            replaced = at[piece.replace].astype(np.uint32)
-            bits = tuned[replaced].astype(np.uint64)
-            nonfinite, lost = piece.nonfinite, at[piece.lost].astype(np.uint32)
-    delta = Delta(out, "BF16", *inexact)
-    delta_sq = squared(delta) if measure else 0.0
-    if not np.isfinite(delta_sq) if measure else has_nonfinite(out, "BF16"):
-        return None
-    changed = int(np.count_nonzero(out)) + hidden
-    return Subtraction(delta, delta_sq, replaced, bits, changed, 0, nonfinite, lost)
+    def sample(kernel: Kernel) -> bytes:
+        return subtract_sample(partial(_subtract_compiled, kernel, scratch=scratch))
+
+    return compiled.kernel("subtract", sample, SUBTRACT_CHECK)
 
 
-def _settle_bf16(tuned: Array, base: Array) -> tuple[npt.NDArray[np.bool_], F32Array] | None:
-    """Return where the fp32 difference is no bf16, and the difference, for a few chosen values.
+def subtract_sample(run: Callable[..., Subtraction]) -> bytes:
+    """Return all that subtracting fixed patterns gives."""
+    found = bytearray()
+    for dtype in ("BF16", "F16", "F32"):
+        base, tuned = (
+            widen(x, "BF16") if dtype == "F32" else x.view(STORAGE_DTYPE[dtype])
+            for x in moments.sample_patterns()
+        )
+        for exactness in Exactness:
+            done = run(tuned, dtype, base, dtype, dtype, exactness, np.empty_like(base))
+            parts = done.delta.values, done.delta.positions, done.delta.exact, done.replaced
+            found += b"".join(part.tobytes() for part in (*parts, done.bits, done.lost))
+            found += repr((done.delta_sq, done.changed, done.unrestored, done.nonfinite)).encode()
+    return bytes(found)
 
-    None where base + difference misses tuned anywhere. A third of the calls of `_subtract_piece`,
-    whose fixed cost a block would otherwise pay for two hundred values.
-    """
-    a, b = widen(base, "BF16"), widen(tuned, "BF16")
-    with np.errstate(all="ignore"):
-        difference = b - a
-        restored = (a + difference == b) & (difference != 0) & (tuned != 0x8000)
-    if not restored.all():
-        return None
-    return (difference.view(np.uint32) & 0xFFFF) != 0, difference
 
-
-def _far_apart(tuned: Array, base: Array, steps: npt.NDArray[np.uint16]) -> npt.NDArray[np.intp]:
-    """Return where two BF16 blocks are more than 127 steps of the grid, or a sign, apart.
-
-    The distances are first folded over 16 rows by their maximum: a scan for rare elements costs
-    several times more than a reduction.
-    """
-    np.subtract(tuned, base, out=steps)
-    np.add(steps, 127, out=steps)
-    width = steps.size // 16
-    rows = steps[: 16 * width].reshape(16, width)
-    lanes = np.flatnonzero(np.maximum.reduce(rows, axis=0, initial=0) > 254)
-    row, lane = np.nonzero(rows[:, lanes] > 254)
-    ends = np.flatnonzero(steps[16 * width :] > 254)
-    return np.sort(np.concatenate((row * width + lanes[lane], ends + 16 * width)))
+SUBTRACT_CHECK = "5b7c90812ef789f8"  # of subtract_sample in numpy; a test compares
 
 
 def _add_piece(
@@ -285,15 +311,13 @@ def _add_piece(
 ) -> Array:
     """Return round(target + lam * delta) for any float dtypes; delta in float32 or float64."""
     wide = widen(target, target_dtype)
+    total: Array
     if wide.dtype == np.float64 or delta.dtype == np.float64:
         with np.errstate(all="ignore"):
             total = wide.astype(np.float64) + lam * delta.astype(np.float64)
     else:
         lam = float(np.float32(lam))
-        total = np.empty_like(wide)
-        kernels.blend(wide, delta, "F32", lam, total)
-        if lam and random16 is None and not has_special(target, target_dtype):
-            return narrow(total, out_dtype)
+        total = kernels.fma(wide, delta, lam)
     keep = (delta == 0) | ~np.isfinite(wide) | (lam == 0)
     total = np.where(keep, wide, total)
     if random16 is None or out_dtype in ("F32", "F64"):
@@ -311,28 +335,32 @@ def add(
     out_dtype: str,
     out: Array,
     random16: npt.NDArray[np.uint16] | None = None,
-) -> None:
-    """Write round(RN32(target + lam * delta)) to `out` in `out_dtype`.
+    measure: bool = True,
+) -> Moments:
+    """Write round(RN32(target + lam * delta)) to `out` in `out_dtype`; return what that did.
 
-    1-D arrays of one length; lam is rounded to fp32 (fp64 where an input is F64). One uint16 a
-    value in `random16` makes the last rounding stochastic.
+    1-D arrays of one length, `out` none of the others; lam is rounded to fp32 (fp64 where an input
+    is F64). One uint16 a value in `random16` makes the last rounding stochastic. Without `measure`
+    the sums stay 0.
     """
-    if target_dtype == out_dtype == delta.dtype == "BF16" and random16 is None:
-        kernels.blend(target, delta.values, "BF16", lam, out)
-        still = np.float32(lam) == 0
-        special = has_special(target, "BF16") or bool(still)
-        if special:
-            keep = ((delta.values & 0x7FFF) == 0) | ((target & 0x7F80) == 0x7F80) | still
-            np.copyto(out, target, where=keep)
-        if delta.positions.size:
-            at = delta.positions
-            if special:
-                out[at] = _add_piece(target[at], "BF16", delta.exact, lam, "BF16", None)
-            else:
-                sums = np.empty(at.size, np.float32)
-                kernels.blend(widen(target[at], "BF16"), delta.exact, "F32", lam, sums)
-                out[at] = narrow(sums, "BF16")
-        return
+    if random16 is None:
+        given = target, target_dtype, delta, lam, out_dtype, out
+        found = moments.by_kernel(*given, measure, write=True)
+        if found is not None and not found.target_nonfinite:
+            return found
+        if found is not None:  # what is not finite stays as it is
+            at = np.flatnonzero(are_nonfinite(target, target_dtype))
+            out[at] = (
+                target[at] if target_dtype == out_dtype
+                else narrow(widen(target[at], target_dtype), out_dtype)
+            )  # fmt: skip
+            return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
+    elif out_dtype in HALVES:
+        total = np.empty(target.size, np.float32)
+        done = moments.by_kernel(target, target_dtype, delta, lam, "F32", total, False, True)
+        if done is not None and not done.target_nonfinite:
+            out[:] = kernels.stochastic_narrow(total, out_dtype, random16)
+            return moments.moments(target, target_dtype, delta, out, out_dtype, measure)
     for begin in range(0, target.size, STEP):
         end = min(begin + STEP, target.size)
         out[begin:end] = _add_piece(
@@ -343,3 +371,4 @@ def add(
             out_dtype,
             None if random16 is None else random16[begin:end],
         )
+    return moments.moments(target, target_dtype, delta, out, out_dtype, measure)

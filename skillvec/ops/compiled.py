@@ -7,32 +7,55 @@ SKILLVEC_KERNELS chooses: numpy, or an instruction set, or (not set) the best th
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from typing import NamedTuple
 
 from xxhash import xxh3_64_hexdigest
+
+from skillvec.errors import UsageError
 
 Kernel = Callable[..., int]
 ISAS = ("avx512", "avx2", "neon")  # best first
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}  # dtypes, as native/tiles.h numbers them
 
 
+class _Choice(NamedTuple):
+    isa: str  # or "numpy"
+    kernels: dict[str, Kernel]
+    why: str  # numpy; "" for an instruction set
+
+
+_refused: list[str] = []  # names of kernels that have not given numpy's digest
+
+
 @cache
-def _chosen() -> tuple[str, dict[str, Kernel]]:
-    """Return the instruction set in use and its kernels by name; "numpy" and none without."""
+def _chosen() -> _Choice:
+    """Return the instruction set in use and its kernels by name.
+
+    Raises UsageError where SKILLVEC_KERNELS asks for what nobody knows, or for what is not here.
+    """
     wanted = os.environ.get("SKILLVEC_KERNELS", "")
     if wanted not in ("", "numpy", *ISAS):
-        raise ValueError(f"SKILLVEC_KERNELS={wanted}: expected numpy or one of {', '.join(ISAS)}")
+        raise UsageError(f"SKILLVEC_KERNELS={wanted}: expected numpy, or one of {', '.join(ISAS)}")
+    if wanted == "numpy":
+        return _Choice("numpy", {}, "SKILLVEC_KERNELS says so")
+    found: dict[str, dict[str, Kernel]] = {}
     try:
         native = import_module("skillvec.ops._native")
-    except ImportError:  # no compiler, or none for this platform
-        return "numpy", {}
-    for isa in ISAS:
-        found = native.kernels(isa) if wanted in ("", isa) else {}
-        if found:
-            return isa, found
-    return "numpy", {}
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        why = "installed without a C compiler" if missing else f"no compiled module: {error}"
+    else:
+        found = {isa: kernels for isa in ISAS if (kernels := native.kernels(isa))}
+        why = "the processor has neither AVX2 with FMA, BMI2 and F16C nor NEON"
+    if wanted not in ("", *found):
+        lacks = f"the processor lacks it, and runs {', '.join(found)}" if found else why
+        raise UsageError(f"SKILLVEC_KERNELS={wanted}: not on this machine: {lacks}")
+    for isa in [wanted] if wanted else found:
+        return _Choice(isa, found[isa], "")
+    return _Choice("numpy", {}, why)
 
 
 def kernel(name: str, sample: Callable[[Kernel], bytes], digest: str) -> Kernel | None:
@@ -41,12 +64,35 @@ def kernel(name: str, sample: Callable[[Kernel], bytes], digest: str) -> Kernel 
     `sample` runs a kernel on fixed inputs and returns all that it wrote; `digest` is that of numpy.
     For a module's constant or a cached function: it is not cached here.
     """
-    found = _chosen()[1].get(name)
-    if found is None or xxh3_64_hexdigest(sample(found)) != digest:
+    found = kernels([name], lambda run: sample(run[0]), digest)
+    return found[0] if found else None
+
+
+def kernels(
+    names: Sequence[str], sample: Callable[[Sequence[Kernel]], bytes], digest: str
+) -> list[Kernel] | None:
+    """Return several compiled kernels that one sample checks, or None, as `kernel` does."""
+    here = _chosen().kernels
+    found = [here[name] for name in names if name in here]
+    if len(found) < len(names):
         return None
-    return found
+    try:
+        same = xxh3_64_hexdigest(sample(found)) == digest
+    except (TypeError, ValueError):  # a module of another version, whose arguments are others
+        same = False
+    if not same:
+        _refused.extend(name for name in names if name not in _refused)
+    return found if same else None
 
 
 def in_use() -> str:
-    """Return whose kernels run here: an instruction set, or "numpy"."""
-    return _chosen()[0]
+    """Return whose kernels run here: an instruction set or "numpy", and what numpy does beside."""
+    isa = _chosen().isa
+    return f"{isa}, numpy for {', '.join(_refused)}" if _refused else isa
+
+
+def explain() -> str:
+    """Return why numpy does the work, or a part of it; "" where it does none that has a kernel."""
+    if _refused:
+        return "kernels that gave other bytes than numpy on this machine are not used"
+    return _chosen().why

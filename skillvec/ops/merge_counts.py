@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -64,6 +63,8 @@ def find_bins(counts: Counts, given: Parameters, known: None) -> list[list[int]]
     floor(gamma * count) values are passed over and the next ceil(density * count) kept; fractions
     are taken as they are written, so that .07 of 100 is 7.
     """
+    from fractions import Fraction  # with decimal: few runs need them
+
     nonzero = int(counts[:UPPER].sum())
     count = nonzero if given["density_of"] == "nonzero" else int(counts.sum())
     passed = math.floor(Fraction(str(given.get("gamma", 0))) * count)
@@ -142,6 +143,8 @@ def find_coefficients(sums: Counts) -> list[float]:
     Gauss-Jordan in fractions, so that all machines agree to the bit, which LAPACK does not give. A
     vector in the span of those before it, to 2^-20 of its length, gets 0.
     """
+    from fractions import Fraction
+
     totals = [exact_total(pair) for pair in sums]
     unit = math.gcd(*totals) or 1
     matrix = np.zeros((math.isqrt(2 * len(totals)),) * 2, object)

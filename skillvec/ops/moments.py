@@ -1,15 +1,16 @@
-"""What adding a delta did to a block: moments of a sample, values that are not finite."""
+"""What adding a delta did to a block: sums over all its values, and what is not finite."""
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
 
-from skillvec.ops import kernels
-from skillvec.ops.delta import NO_POSITIONS, Delta, U32Array
-from skillvec.ops.kernels import Array, widen
+from skillvec.ops import compiled, lanes
+from skillvec.ops.compiled import CODES, Kernel
+from skillvec.ops.delta import NO_POSITIONS, STEP, Delta, U32Array
+from skillvec.ops.kernels import STORAGE_DTYPE, Array, widen
 from skillvec.ops.special import are_nonfinite, bit_pattern, count_nonfinite, differ
-
-SAMPLE = 30 << 10  # values a block that moments looks at; fp32 arrays below malloc's mmap threshold
 
 
 class Nonfinite(NamedTuple):
@@ -51,61 +52,120 @@ def nonfinite_of(
 
 
 class Moments(NamedTuple):
-    """Sums over a block of what was written (out - target) and asked (delta)."""
+    """Sums over a block of what was written (out - target) and asked (delta), in lanes' order.
 
-    changed: int
-    written_sq: float
-    written_dot_delta: float
-    delta_sq: float
-
-
-@np.errstate(over="ignore", invalid="ignore")  # squares of fp64 that leave it
-def moments(
-    target: Array,
-    target_dtype: str,
-    delta: Delta,
-    out: Array,
-    out_dtype: str,
-) -> Moments:
-    """Measure how much of the delta arrived, on the first 30 Ki values of a block.
-
-    The sums are scaled to the whole block. What is not finite counts as changed, where it is, but
-    not as moved.
+    What is not finite counts as changed, where it is, but not as moved; how many values of target
+    and output are not finite stands beside.
     """
-    sample = min(SAMPLE, out.size)
-    scale = out.size / sample
-    same_dtype = target_dtype == out_dtype
-    if same_dtype:
-        bits = bit_pattern(out[:sample]) != bit_pattern(target[:sample])
-    if same_dtype and delta.dtype == out_dtype == "BF16":
-        written, values = np.empty(sample, np.uint16), delta.values[:sample]
-        kernels.blend(out[:sample], target[:sample], "BF16", -1.0, written)
-        sums = np.array(
-            (kernels.dot(written, written), kernels.dot(written, values),
-             kernels.dot(values, values))
-        )  # fmt: skip
-        at = delta.positions[: np.searchsorted(delta.positions, sample)]
-        if at.size:  # neither side of an exception is a bf16
-            moved = widen(out[at], "BF16").astype(np.float64) - widen(target[at], "BF16")
-            exact = delta.exact[: at.size].astype(np.float64)
-            rounded = [widen(side[at], "BF16").astype(np.float64) for side in (written, values)]
-            sums += (moved @ moved, moved @ exact, exact @ exact)
-            sums -= (rounded[0] @ rounded[0], rounded[0] @ rounded[1], rounded[1] @ rounded[1])
-        if np.isfinite(sums).all():
-            return Moments(round(scale * int(np.count_nonzero(bits))), *(scale * sums).tolist())
-    wide = delta.wide(0, sample)
-    before = widen(target[:sample], target_dtype)
-    after = widen(out[:sample], out_dtype)
-    with np.errstate(invalid="ignore", over="ignore"):
+
+    changed: int = 0
+    written_sq: float = 0.0
+    written_dot_delta: float = 0.0
+    delta_sq: float = 0.0
+    target_nonfinite: int = 0
+    output_nonfinite: int = 0
+
+    @property
+    def sums(self) -> tuple[float, float, float]:
+        return self.written_sq, self.written_dot_delta, self.delta_sq
+
+
+def moments(
+    target: Array, target_dtype: str, delta: Delta, out: Array, out_dtype: str,
+    measure: bool = True,
+) -> Moments:  # fmt: skip
+    """Measure how much of a delta arrived in a block; without `measure` the sums stay 0."""
+    found = by_kernel(target, target_dtype, delta, 1.0, out_dtype, out, measure, write=False)
+    if found is None or found.target_nonfinite:
+        return _in_numpy(target, target_dtype, delta, out, out_dtype, measure)
+    return found
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _in_numpy(
+    target: Array, target_dtype: str, delta: Delta, out: Array, out_dtype: str, measure: bool
+) -> Moments:
+    counts = count_nonfinite(target, target_dtype), count_nonfinite(out, out_dtype)
+    changed, parts = 0, [np.zeros((3, 0))]
+    for begin in range(0, out.size if measure else 0, STEP):
+        at = slice(begin, begin + STEP)
+        before, after = widen(target[at], target_dtype), widen(out[at], out_dtype)
+        if target_dtype == out_dtype:
+            other = bit_pattern(out[at]) != bit_pattern(target[at])
+        else:
+            other = differ(after, before)
+        changed += int(np.count_nonzero(other))
         moved = after - before
-    if not same_dtype:
-        bits = differ(after, before)
-    changed = int(np.count_nonzero(bits))
-    moved[~np.isfinite(moved)] = 0
-    wide = wide.astype(moved.dtype, copy=False)
-    return Moments(
-        round(scale * changed),
-        scale * kernels.dot(moved, moved),
-        scale * kernels.dot(moved, wide),
-        scale * kernels.dot(wide, wide),
-    )
+        moved[~np.isfinite(moved)] = 0
+        asked = delta.wide(begin, begin + STEP)
+        wide = np.result_type(moved, asked)
+        moved, asked = moved.astype(wide, copy=False), asked.astype(wide, copy=False)
+        pairs = (moved, moved), (moved, asked), (asked, asked)
+        parts.append(np.stack([lanes.group_products(*pair) for pair in pairs]))
+    squared, product, asked_sq = map(lanes.in_order, np.concatenate(parts, axis=1))
+    return Moments(changed, squared, product, asked_sq, *counts)
+
+
+def by_kernel(
+    target: Array, target_dtype: str, delta: Delta, lam: float, out_dtype: str, out: Array,
+    measure: bool, write: bool,
+) -> Moments | None:  # fmt: skip
+    """Add, if `write`, and measure in one compiled pass; None where numpy has to.
+
+    Where the target is not finite neither output nor sums are right: numpy has to look again.
+    """
+    kernel = None if "F64" in (target_dtype, delta.dtype, out_dtype) else _add_kernel()
+    if kernel is None:
+        return None
+    return _add_compiled(kernel, target, target_dtype, delta, lam, out_dtype, out, measure, write)
+
+
+def _add_compiled(
+    kernel: Kernel, target: Array, target_dtype: str, delta: Delta, lam: float, out_dtype: str,
+    out: Array, measure: bool, write: bool,
+) -> Moments:  # fmt: skip
+    numbers = np.empty(6)
+    codes = CODES[target_dtype], CODES[delta.dtype], CODES[out_dtype]
+    exceptions = delta.positions, delta.exact
+    kernel(target, delta.values, *exceptions, *codes, lam, out, measure, write, numbers)
+    changed, wild, out_wild, squared, product, asked = numbers.tolist()
+    counts = int(wild), int(out_wild)
+    if not measure:
+        return Moments(0, 0.0, 0.0, 0.0, *counts)
+    return Moments(int(changed), squared, product, asked, *counts)
+
+
+@cache
+def _add_kernel() -> Kernel | None:
+    def sample(kernel: Kernel) -> bytes:
+        return add_sample(partial(_add_compiled, kernel, measure=True, write=True))
+
+    return compiled.kernel("add", sample, ADD_CHECK)
+
+
+def sample_patterns() -> tuple[Array, Array]:
+    """Return 16-bit patterns of all exponents below 2^0, half of them neighbours."""
+    one = np.arange(4073, dtype=np.uint16) * np.uint16(40503) & 0xBFFF
+    other = np.roll(one, 1021) ^ (one & 0x8000)
+    other[::2] = one[::2] ^ np.uint16(3)
+    return one, other
+
+
+def add_sample(run: Callable[..., Moments]) -> bytes:
+    """Return all that adding fixed patterns gives, exceptions among them."""
+    found = bytearray()
+    at = np.arange(5, 4073, 997, dtype=np.uint32)
+    for dtype in ("BF16", "F16", "F32"):
+        for out_dtype in ("BF16", "F16", "F32"):
+            target, values = (
+                widen(x, "BF16") if dtype == "F32" else x.view(STORAGE_DTYPE[dtype])
+                for x in sample_patterns()
+            )
+            exact = np.float32(0.123) * widen(values[at], dtype)
+            out = np.empty(target.size, STORAGE_DTYPE[out_dtype])
+            moved = run(target, dtype, Delta(values, dtype, at, exact), -0.7, out_dtype, out)
+            found += out.tobytes() + repr(moved).encode()
+    return bytes(found)
+
+
+ADD_CHECK = "db866d1d0d37f6dd"  # of add_sample in numpy; a test compares

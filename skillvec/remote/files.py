@@ -9,7 +9,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TypeVar
@@ -135,6 +134,8 @@ def side_by_side(calls: Sequence[Callable[[Told], object]], told: Told) -> None:
 
     After an error, or an interrupt, the others end by an exception when they next tell.
     """
+    from concurrent.futures import ThreadPoolExecutor, wait  # with logging
+
     stopped, moved = threading.Event(), [0] * len(calls)
 
     def run(number: int) -> None:

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
-from urllib.parse import unquote
+from typing import Any
 
 from skillvec.errors import (
     FormatError,
@@ -36,7 +35,6 @@ from skillvec.remote.files import (
     Told,
     check_listed,
     describes,
-    is_plain,
     is_replaced,
     side_by_side,
 )
@@ -49,68 +47,11 @@ from skillvec.remote.hub_client import (
     patiently,
     written,
 )
+from skillvec.remote.references import COMMIT, SCHEME, Reference, parse
 from skillvec.report import Watcher
 
-SCHEME = "hf://"
-SHORT = re.compile(r"([^/@]+/[^/@]+)(?:@([^@]+))?")
-LONG = re.compile(r"([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.+?))?/?")
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 OTHER_KINDS = ("datasets/", "spaces/", "buckets/", "kernels/")
-COMMIT, SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
-
-
-class Reference(NamedTuple):
-    """What a user wrote: revision None for the default branch, member None for the repository."""
-
-    repo: str
-    revision: str | None
-    member: str | None
-
-    def pinned(self, commit: str) -> str:
-        """Return the reference to this at a commit."""
-        whole = f"{self.repo}@{commit}"
-        return f"{SCHEME}{whole}/{self.member}" if self.member else whole
-
-
-# ------------------------------------------------------------------------------------ references
-
-
-def _parsed(ref: str) -> Reference | None:
-    text = ref.removeprefix(SCHEME)
-    found = (SHORT if text == ref else LONG).fullmatch(text)
-    if found is None or not REPO.fullmatch(found[1]):
-        return None
-    revision, member = (*found.groups(), None)[1:3]
-    if revision is not None and text != ref:
-        revision = unquote(revision)
-    # the cache makes file names of both
-    plain = all(is_plain(name) for name in (revision, member) if name is not None)
-    return Reference(found[1], revision, member) if plain else None
-
-
-def is_reference(text: str) -> bool:
-    """Return whether text is written like a model on the Hub; a path that exists comes before."""
-    return text.startswith(SCHEME) or _parsed(text) is not None
-
-
-def pinned(text: str) -> tuple[str, str] | None:
-    """Return repository and commit of a reference that names a commit, as all that are recorded."""
-    asked = _parsed(text)
-    if asked is None or asked.revision is None or not COMMIT.fullmatch(asked.revision):
-        return None
-    return asked.repo, asked.revision
-
-
-def is_recorded(text: str) -> bool:
-    """Return whether a record says by text that it was read of the Hub: with commit or scheme."""
-    return text.startswith(SCHEME) or pinned(text) is not None
-
-
-def may_be(recorded: str, said: str) -> bool:
-    """Return whether a reference with its commit is that of what a user wrote, the same or not."""
-    one, other = _parsed(recorded), _parsed(said)
-    same = one and other and (one.repo, one.member) == (other.repo, other.member)
-    return bool(same) and pinned(recorded) is not None
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def is_cached(repo: str) -> bool:
@@ -128,7 +69,7 @@ def locate(ref: str, role: str, token: str | None = None) -> Place:
     is not there or may not be read, FormatError for a listing that cannot be, SkillvecError where
     the Hub cannot be reached.
     """
-    what, asked = f"{role} {printable(ref)}", _parsed(ref)
+    what, asked = f"{role} {printable(ref)}", parse(ref)
     if asked is None:
         raise UsageError(
             f"{what}: expected org/name, org/name@revision or hf://org/name[@revision][/file]"
@@ -395,7 +336,7 @@ def fetch_all(addresses: Iterable[str], watcher: Watcher | None = None) -> None:
 
 def _target(ref: str) -> tuple[Reference, Any]:
     """Return what a reference to write to means, and the state of its repository."""
-    asked = _parsed(ref)
+    asked = parse(ref)
     if asked is None or asked.repo.startswith(OTHER_KINDS):
         raise UsageError(f"output {printable(ref)}: expected hf://org/name[@branch][/file]")
     api = client().HfApi()

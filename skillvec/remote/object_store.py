@@ -38,8 +38,8 @@ from skillvec.remote.files import (
     seconds_after,
     side_by_side,
 )
+from skillvec.remote.references import SCHEME
 
-URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.+", re.DOTALL)
 STORES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "memory")
 # what names one state of an object, by the key in fsspec's listings: the first that is there
 VERSIONS = ("generation", "ETag", "etag", "LastModified", "last_modified", "mtime", "created")
@@ -66,16 +66,6 @@ SENTENCES = {  # what errors of the stores' packages mean, by class; another try
 
 
 # ------------------------------------------------------------------------------------ references
-
-
-def is_url(text: str) -> bool:
-    """Return whether text is a URL, the Hub's too; it is then no path of this disk."""
-    return URL.fullmatch(text) is not None
-
-
-def is_reference(text: str) -> bool:
-    """Return whether text is a URL that this module reads: of any scheme but the Hub's."""
-    return is_url(text) and not text.startswith(hub.SCHEME)
 
 
 def _store(url: str) -> Any:
@@ -288,7 +278,7 @@ def names(url: str) -> frozenset[str] | None:
     They are those of files and folders right below it, "" alone for one object. What an upload
     left that broke off counts as nothing.
     """
-    if url.startswith(hub.SCHEME):
+    if url.startswith(SCHEME):
         return hub.list_replaced(url)
     found = _list_objects(f"output {url}", url)
     if UNFINISHED in found:
@@ -311,7 +301,7 @@ def upload(source: Path, url: str, told: Told = lambda nbytes: None) -> None:
     if source.is_dir():
         found = sorted(path for path in source.rglob("*") if path.is_file())
         files = {path.relative_to(source).as_posix(): path for path in found}
-    if url.startswith(hub.SCHEME):
+    if url.startswith(SCHEME):
         return hub.commit_files(files, url)
     url = url.rstrip("/")
     old = _list_objects(f"output {url}", url)

@@ -17,7 +17,8 @@ from skillvec.errors import IncompatibleError, SkillvecError, UsageError
 from skillvec.files.file import Place, digest_bytes
 from skillvec.files.tensors import Source
 from skillvec.ops.kernels import FLOATS
-from skillvec.remote import hub
+from skillvec.remote.hub import is_cached
+from skillvec.remote.references import is_of_hub, is_recorded
 from skillvec.vectors.deltas.base import DeltaSource
 from skillvec.vectors.deltas.computed import ComputedDelta
 from skillvec.vectors.deltas.pair import PairDelta, value_dtype
@@ -84,7 +85,7 @@ def _base_of(adapter: Adapter, place: Place) -> str:
         return ref
     if adapter.revision:
         return f"{ref}@{adapter.revision}"
-    if place.revision or not hub.is_reference(ref) or hub.is_recorded(ref) or hub.is_cached(ref):
+    if place.revision or not is_of_hub(ref) or is_recorded(ref) or is_cached(ref):
         return ref
     raise UsageError(
         f"adapter {place.ref}: holds whole modules, to be subtracted from its base, {ref}: no such"

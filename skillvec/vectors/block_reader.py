@@ -18,7 +18,6 @@ from skillvec.ops.arithmetic import Subtraction
 from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.kernels import STORAGE_DTYPE, Array, Bytes
 
-EXCEPTION = np.dtype([("position", "<u4"), ("value", "<f4")])
 REPLACEMENT = np.dtype([("position", "<u4"), ("bits", "<u8")])
 NO_RECORDS: npt.NDArray[Any] = np.zeros(0, REPLACEMENT)
 TUNED, BASE, LOST = 1, 2, 4  # of a value without a finite delta: which sides are not finite
@@ -55,7 +54,7 @@ class Workspace:
         return buffer[:nbytes].view(STORAGE_DTYPE[dtype])
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Block:
     """Block `index` of a tensor of `numel` values.
 
@@ -72,7 +71,6 @@ class Block:
     workspace: Workspace
     readers: Mapping[str, StoredReader]  # by file
     leaves: dict[str, bytearray]
-    measure: bool = False  # whether the norm of a difference is wanted
     seen: dict[str, dict[str, bytearray]] = field(default_factory=dict)
     holes: set[str] = field(default_factory=set)
     subtracted: Subtraction | None = None

@@ -25,7 +25,7 @@ def ledger_line(spec: Source, status: str, note: str = "") -> Line:
     return line | ({"note": note} if note else {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Displacement(ABC):
     """A displacement tuned - base, or several of them merged, times `scale`.
 

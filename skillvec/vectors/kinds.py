@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TAKEN = ("dtype", *CHOSEN)  # what who subtracts may choose, in records
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Stored(Displacement):
     """A vector in a file, which its manifest describes."""
 
@@ -85,7 +85,7 @@ class Stored(Displacement):
         }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Pair(Displacement):
     """Two checkpoints that are subtracted as they are read."""
 
@@ -144,7 +144,6 @@ class Pair(Displacement):
         }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
 class Patched(Pair):
     """A patch (changed values of the exact base) and that base: `tuned` is the base, patched."""
 
@@ -154,7 +153,7 @@ class Patched(Pair):
         return "import-patch", self._refs()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Adapted(Displacement):
     """What an adapter adds to its base; without one (None) it is fitted to the target it meets."""
 
@@ -217,7 +216,7 @@ class Adapted(Displacement):
         }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Combined(Displacement):
     """Several vectors merged by an operator as they are read."""
 

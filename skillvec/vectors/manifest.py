@@ -13,7 +13,8 @@ from skillvec.checkpoints.fingerprint import Digest, ModelFacts
 from skillvec.files.file import digest_bytes
 from skillvec.files.typed_json import check_json
 
-SCHEMA = 1
+SCHEMA = 1  # with blocks of ranks 2; both are read for ever
+SCHEMAS = (1, 2)
 CLAIMS = ("bitwise", "partial", "rounded", "combined")
 MAX_NORM = 1e150  # its square is still a number
 TensorSide = Annotated[list[Any], (str, Digest)]  # dtype and digest of a tensor of a model

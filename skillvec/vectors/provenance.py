@@ -15,7 +15,7 @@ from skillvec.errors import FormatError, UsageError, VerificationError
 from skillvec.files.header import refuse_duplicates
 from skillvec.files.typed_json import check_json
 from skillvec.ops.merge_methods import OPERATORS
-from skillvec.remote import hub
+from skillvec.remote.references import may_be
 from skillvec.vectors.kinds import TAKEN
 from skillvec.vectors.manifest import Manifest, Selection
 from skillvec.vectors.recipe import Recipe, parse_recipe
@@ -179,7 +179,7 @@ def opened_parents(manifest: Manifest, recipe: Recipe) -> list[SkillVector]:
             continue
         sides = share.vector.split("::"), parent["ref"].split("::")
         if len(sides[0]) != len(sides[1]) or not all(
-            ref in (said, f"./{said}") or hub.may_be(ref, said)
+            ref in (said, f"./{said}") or may_be(ref, said)
             for said, ref in zip(*sides, strict=True)
         ):
             raise FormatError(

@@ -35,12 +35,13 @@ from skillvec.files.header import (
 )
 from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.codecs import CODECS, NO_BYTES, Encoded, decode_block
+from skillvec.ops.delta import EXCEPTION
 from skillvec.ops.kernels import FLOATS, Array, Bytes
-from skillvec.vectors.block_reader import EXCEPTION, REPLACEMENT, StoredBlock
+from skillvec.vectors.block_reader import REPLACEMENT, StoredBlock
 from skillvec.vectors.deltas.stored import StoredDelta
 from skillvec.vectors.manifest import (
     MAX_NORM,
-    SCHEMA,
+    SCHEMAS,
     Manifest,
     TensorEntry,
     check_manifest,
@@ -112,11 +113,11 @@ class VectorFile:
     def _checked(self) -> dict[str, StoredDelta]:
         """Check the manifest against the tensors and number the blocks."""
         manifest = self.manifest
-        if manifest.get("schema") != SCHEMA or manifest.get("block_numel") != BLOCK_NUMEL:
+        if manifest.get("schema") not in SCHEMAS or manifest.get("block_numel") != BLOCK_NUMEL:
             raise self._broken(
                 f"manifest schema {manifest.get('schema')!r} with blocks of"
-                f" {manifest.get('block_numel')!r}; this version reads schema {SCHEMA}, blocks of"
-                f" {BLOCK_NUMEL}: a newer skillvec is needed"
+                f" {manifest.get('block_numel')!r}; this version reads schemas 1 and"
+                f" {SCHEMAS[-1]}, blocks of {BLOCK_NUMEL}: a newer skillvec is needed"
             )
         try:
             check_manifest(manifest)

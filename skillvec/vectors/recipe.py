@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
 from math import isfinite
@@ -186,6 +185,8 @@ def _on_curve(points: tuple[float, ...], index: int, count: int) -> float:
     segment, rest = divmod(index * (len(points) - 1), max(count - 1, 1))
     if not rest:
         return points[segment]
+    from fractions import Fraction
+
     a, b = Fraction(points[segment]), Fraction(points[segment + 1])
     return float(a + (b - a) * Fraction(rest, count - 1))
 

@@ -7,7 +7,7 @@ and what that means, skillvec.vectors.kinds says.
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
@@ -43,7 +43,6 @@ from skillvec.vectors.reader import VectorFile, find_vector
 from skillvec.vectors.recipe import Recipe, Share, leaving_out, selection
 
 
-@dataclass(frozen=True)
 class SkillVector(Displacement):
     """A displacement tuned - base, or several of them merged, times `scale`.
 
@@ -290,28 +289,23 @@ class SkillVector(Displacement):
         return made
 
 
-@dataclass(frozen=True)
-class StoredVector(SkillVector, kinds.Stored):
+class StoredVector(kinds.Stored, SkillVector):
     """A vector in a file, which its manifest describes."""
 
 
-@dataclass(frozen=True)
-class PairVector(SkillVector, kinds.Pair):
+class PairVector(kinds.Pair, SkillVector):
     """Two checkpoints that are subtracted as they are read."""
 
 
-@dataclass(frozen=True)
-class PatchVector(SkillVector, kinds.Patched):
+class PatchVector(kinds.Patched, SkillVector):
     """A patch (changed values of the exact base) and that base."""
 
 
-@dataclass(frozen=True)
-class AdapterVector(SkillVector, kinds.Adapted):
+class AdapterVector(kinds.Adapted, SkillVector):
     """What an adapter adds to its base, or to the target that it meets."""
 
 
-@dataclass(frozen=True)
-class CombinedVector(SkillVector, kinds.Combined):
+class CombinedVector(kinds.Combined, SkillVector):
     """Several vectors merged by an operator as they are read."""
 
 

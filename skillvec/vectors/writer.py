@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_128
 
 from skillvec.checkpoints.checkpoint import METADATA_KEY
 from skillvec.checkpoints.folder import VECTOR_INDEX
@@ -20,8 +19,8 @@ from skillvec.files.official_reader import refuse_misread
 from skillvec.files.output_file import OutputFile, fsync_path
 from skillvec.files.rows import RowWriter
 from skillvec.ops.block import BLOCK_NUMEL, block_count
-from skillvec.ops.codecs import Encoded
-from skillvec.vectors.block_reader import EXCEPTION, REPLACEMENT
+from skillvec.ops.delta import EXCEPTION
+from skillvec.vectors.block_reader import REPLACEMENT
 from skillvec.vectors.manifest import (
     MAX_NORM,
     Claim,
@@ -31,13 +30,6 @@ from skillvec.vectors.manifest import (
     encode_manifest,
 )
 from skillvec.vectors.reader import BLOCK_ROW_NBYTES, BLOCKS, EXCEPTIONS, PARTS, REPLACEMENTS, SIDE
-
-
-def block_digest(encoded: Encoded) -> bytes:
-    """Return the digest of a block's stored bytes: its piece of the bitmap, then its values."""
-    hashed = xxh3_128(encoded.bitmap.data)
-    hashed.update(encoded.payload.data)
-    return hashed.digest()
 
 
 class Entry(NamedTuple):

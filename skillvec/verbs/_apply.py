@@ -26,7 +26,6 @@ from skillvec.files.header import header_layout
 from skillvec.files.official_reader import refuse_misread
 from skillvec.files.output_file import copy_file, fsync_path
 from skillvec.files.weight_files import is_weight_file
-from skillvec.ops import moments
 from skillvec.ops.kernels import HALVES
 from skillvec.report import Report, Watcher
 from skillvec.vectors.deltas.base import dtype_of
@@ -222,7 +221,6 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
         unchanged = same_dtype and result.digests["output"] == result.digests["point"]
         line = job_line(job, "unchanged" if unchanged else "applied")
         line |= {"numel": job.numel, "changed": result.changed, "gain": gain, "cosine": cosine}
-        line["estimated"] = job.numel > moments.SAMPLE  # changed, gain, cosine: of a sample
         if unchanged and result.sums[2] > 0 and plan.lam:
             line["note"] = "rounding absorbed the whole delta"
         report.ledger.append(line)
@@ -233,61 +231,52 @@ def report_apply(report: Report, plan: Plan, results: Sequence[JobResult]) -> No
     report.facts |= {
         "numel": sum(result.job.numel for result in added),
         "changed": sum(result.changed for result in added),
-        "estimated": any(line["estimated"] for line in report.ledger if "estimated" in line),
         "gain": gain,
         "cosine": cosine,
         "worst": [
-            {key: line[key] for key in ("name", "gain", "cosine", "estimated")}
+            {key: line[key] for key in ("name", "gain", "cosine")}
             for line in sorted(
                 (line for line in report.ledger if line.get("gain") is not None),
                 key=lambda line: line["cosine"] if line["cosine"] is not None else -2.0,
             )[:5]
         ],
     }
-    if nothing := _explain_unchanged(added, plan.lam, report.counts):
+    if nothing := _explain_unchanged(added, plan.lam):
         report.warnings.append(f"no value differs: {nothing}; OUT holds the weights of TARGET")
-    about = "about " if report.facts["estimated"] else ""
-    report.warnings += rounding_warning(added, 2, about)
+    report.warnings += rounding_warning(added, 2)
     tell_nonfinite(report, results)
     lost = report.facts.get("nonfinite", {}).get("lost")  # that, not the grid, is the reason then
     if gain is not None and not lost and not (0.9 <= gain <= 1.1 and (cosine or 0) >= 0.9):
-        report.warnings.append(
-            _explain_rounding(plan, added, gain, cosine, report.facts["estimated"])
-        )
+        report.warnings.append(_explain_rounding(plan, added, gain, cosine))
     wide = all(result.job.out_dtype not in HALVES for result in added)
     if plan.rounding == "stochastic" and wide:
         report.warnings.append("rounding stochastic changes 16-bit outputs alone: there are none")
 
 
 def _explain_rounding(
-    plan: Plan, added: Sequence[JobResult], gain: float, cosine: float | None, estimated: bool
+    plan: Plan, added: Sequence[JobResult], gain: float, cosine: float | None
 ) -> str:
     """Return that rounding to the grid of the output changed what was asked for, and what helps."""
     dtypes = sorted({result.job.out_dtype for result in added})
-    about = "about " if estimated else ""
     advice = "--dtype fp32 is exact" if set(dtypes) & set(HALVES) else "a larger lam is met better"
     if set(dtypes) & set(HALVES) and plan.rounding != "stochastic":
         advice += ", --rounding stochastic right on average"
     return (
-        f"rounding to {'+'.join(dtypes)} changed the request: of lam {plan.lam:g}, {about}"
-        f"{gain * plan.lam:.3g} arrived (gain {about}{gain:.3g}, cosine {about}{cosine or 0:.3g});"
+        f"rounding to {'+'.join(dtypes)} changed the request: of lam {plan.lam:g},"
+        f" {gain * plan.lam:.3g} arrived (gain {gain:.3g}, cosine {cosine or 0:.3g});"
         f" steps of the target's grid are as large as the delta. {advice}"
     )
 
 
-def _explain_unchanged(added: Sequence[JobResult], lam: float, counts: dict[str, int]) -> str:
+def _explain_unchanged(added: Sequence[JobResult], lam: float) -> str:
     """Return why an apply changed no value, "" where it did or where rounding is the reason."""
     if lam == 0:
         return "lam is 0"
     if np.float32(lam) == 0 and not any(r.job.out_dtype == "F64" for r in added):
         return f"lam {lam:g} is 0 in fp32"
-    if any(result.sums[2] for result in added):  # on a sample, so the digests decide
+    if any(result.sums[2] for result in added):
         return ""
-    same = all(r.job.point is not None and r.job.point.dtype == r.job.out_dtype for r in added)
-    if same:
-        return "" if counts.get("applied") else "the vector is zero"
-    sampled = any(r.job.numel > moments.SAMPLE for r in added)
-    return "" if sampled or any(r.changed for r in added) else "the vector is zero"
+    return "" if any(r.changed for r in added) else "the vector is zero"
 
 
 def side_facts(plan: Plan) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from skillvec.files.tensors import as_integers
 from skillvec.files.views import whole
 from skillvec.ops import svd
 from skillvec.ops.statistics import Request
-from skillvec.remote import hub
+from skillvec.remote import references
 from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import viewed_delta
 from skillvec.vectors.deltas.base import DeltaSource, dtype_of
@@ -326,8 +326,8 @@ def _config(
     rank = max(ranks.values())
     others = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != rank}
     revision = vector.manifest["base"]["revision"] if base is vector.open_base() else None
-    ref, commit = hub.pinned(base.ref) or (base.ref, revision)
-    if ref == base.ref and hub.is_reference(ref) and not ref.startswith(hub.SCHEME):
+    ref, commit = references.pinned(base.ref) or (base.ref, revision)
+    if ref == base.ref and references.is_of_hub(ref) and not ref.startswith(references.SCHEME):
         ref = f"./{ref}"  # a folder of this disk: PEFT would ask the Hub for that name
     config: dict[str, Any] = {
         "peft_type": "LORA",

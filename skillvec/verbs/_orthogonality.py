@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from skillvec.analysis import levels, page
+from skillvec.analysis import levels
 from skillvec.analysis.angle_report import (
     AngleFacts,
     AngleReport,
@@ -25,7 +25,6 @@ from skillvec.analysis.angle_report import (
     VectorEntry,
 )
 from skillvec.analysis.levels import pair_levels, sentence, vector_levels
-from skillvec.analysis.report_csv import csv_text, tell_apart
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.engine.matrix_workers import at_once_nbytes
@@ -39,9 +38,10 @@ from skillvec.errors import UsageError
 from skillvec.files.fingerprints import fingerprints, refuse_changed
 from skillvec.files.output_file import fsync_path
 from skillvec.files.staging import staging
+from skillvec.ops.comparison import STEP_EDGES
 from skillvec.ops.kernels import HALVES
 from skillvec.ops.names import natural_order
-from skillvec.ops.statistics import ESTIMATED, STEP_EDGES, Request, is_estimated, layout
+from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
@@ -127,7 +127,7 @@ def norms(
     return _compare(asked, output, figures, run)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Asked:
     """What is measured, as the verbs are asked for it."""
 
@@ -196,8 +196,11 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
         plan.warnings.extend(refuse_announced(vector, asked.allow_nonfinite, measured_names))
     place = _place(output, inputs, run.force) if output is not None else None
     facts = _facts(asked, inputs, place)
-    page_nbytes = page.LEAST_NBYTES if place is not None else 0
-    plan = replace(plan, verb=asked.verb, bound_nbytes=page_nbytes, sure_nbytes=page_nbytes)
+    plan = replace(plan, verb=asked.verb)
+    if place is not None:
+        from skillvec.analysis.page import LEAST_NBYTES  # with all figures
+
+        plan = replace(plan, bound_nbytes=LEAST_NBYTES, sure_nbytes=LEAST_NBYTES)
     at_once = _at_once(run.engine, facts["subspace"])
     sizes = [4 * job.numel for job in plan.jobs if asked.subspace and is_matrix(job)]
     report = show_plan(plan, dict(facts), run, place, at_once_nbytes(sizes, at_once))
@@ -222,7 +225,9 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
 
 def _place(output: PathLike, inputs: _Inputs, force: bool) -> Output:
     """Return where the report goes."""
-    page.check_available()
+    from skillvec.analysis.page import check_available
+
+    check_available()
     sides = [side for vector in inputs.compared for side in vector.inputs()]
     sides += [inputs.weights] if inputs.weights else []
     return output_report(output, force, sides)
@@ -277,8 +282,6 @@ def _conclude(
         np.array([result.job.numel for result in results], np.int64),
         np.frombuffer(b"".join([result.sums.tobytes() for result in results]), form),
     )
-    if any(map(is_estimated, records.numel.tolist())):
-        report.facts["estimated"] = list(ESTIMATED)
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
          **vector_levels(records, i, spectra.vectors[i])}
@@ -355,6 +358,9 @@ def _write(
     report: Report, place: Output, force: bool, figures: bool, watcher: Watcher | None
 ) -> None:
     """Write the report's folder beside its place and move it there."""
+    from skillvec.analysis import page
+    from skillvec.analysis.report_csv import csv_text, tell_apart
+
     content = report.to_dict()
     shown = tell_apart(cast(AngleReport, content))
     with staging(place.path, force, deliver=place.delivery(force, watcher)) as stage:

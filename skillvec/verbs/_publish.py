@@ -35,7 +35,7 @@ from skillvec.files.official_reader import refuse_misread_files
 from skillvec.files.output_file import copy_file, fsync_path
 from skillvec.files.staging import staging
 from skillvec.files.weight_files import is_weight_file
-from skillvec.remote import hub, hub_client
+from skillvec.remote import hub, hub_client, references
 from skillvec.remote.hub_client import README
 from skillvec.report import Report, Watcher
 from skillvec.vectors.provenance import read_merged
@@ -88,7 +88,7 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    if not hub.REPO.fullmatch(repo):
+    if not references.REPO.fullmatch(repo):
         raise UsageError(f"repo {printable(repo)}: expected org/name")
     made = _made_here(vector)
     api, what = HfApi(token=token), f"repo {repo}"

@@ -43,7 +43,7 @@ from skillvec.verbs.findings import (
 NO_DIGESTS: dict[str, str] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StoredForm:
     """How a vector is written, and what its manifest says of it: the options of `save`."""
 
@@ -173,6 +173,7 @@ def complete_manifest(
         else:
             assert job.point is not None
             equal[job.name] = [job.point.dtype, result.digests["point"]]
+    manifest["schema"] = 2 if any(result.ranked for result in results) else 1
     manifest["side"] = settled.side
     unrestored = sum(entry.get("unrestored", 0) for entry in manifest["tensors"].values())
     manifest["equal"], manifest["differing"], claim = vector.conclude(equal, differing, unrestored)

@@ -10,6 +10,13 @@ from skillvec.errors import UsageError
 
 BEGIN, END = "<!-- skillvec:begin", "<!-- skillvec:end -->"
 OPENED = re.compile(BEGIN + "((?: [a-z_]+=[0-9a-f]{12})*) -->")
+KEYS = (  # in the library's order
+    "base_model", "language", "library_name", "license", "license_name", "license_link",
+    "pipeline_tag", "tags", "base_model_relation",
+)  # fmt: skip
+# a word that stands in YAML without quotes, unless it is reserved
+PLAIN = re.compile(r"[A-Za-z](?:[\w./-]*\w)?", re.ASCII)
+RESERVED = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 MOST_VALUES = 100_000  # of metadata: real ones have hundreds
 
 
@@ -18,10 +25,28 @@ def digest_text(value: Any) -> str:
 
 
 def make_card(data: dict[str, Any], body: str) -> str:
-    from huggingface_hub import ModelCardData
-
     block = enclose(data, "\n" + body.replace("<!--", "&lt;!--") + "\n")
-    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{block}\n"
+    return f"---\n{to_yaml(data)}\n---\n\n{block}\n"
+
+
+def to_yaml(data: Mapping[str, Any]) -> str:
+    """Return metadata as the library writes it, which is asked where a word may need quotes.
+
+    Its import takes as long as all that it writes in a merge of small models.
+    """
+    lists = [value if type(value) is list else [value] for value in data.values()]
+    plain = all(type(w) is str and PLAIN.fullmatch(w) for words in lists for w in words)
+    plain = plain and not RESERVED & {word.lower() for words in lists for word in words}
+    if not (data and plain and {*data} <= {*KEYS} and all(lists)):
+        from huggingface_hub import ModelCardData
+
+        return str(ModelCardData(**data).to_yaml())
+    lines = []
+    for key in sorted(data, key=KEYS.index):
+        value = dict.fromkeys(data[key]) if key == "tags" else data[key]
+        lines += [f"{key}: {value}"] if type(value) is str else [f"{key}:"]
+        lines += [] if type(value) is str else [f"- {word}" for word in value]
+    return "\n".join(lines)
 
 
 def enclose(data: Mapping[str, Any], block: str) -> str:
@@ -66,9 +91,9 @@ def split_card(text: str) -> tuple[str, str, str | None, dict[str, str]]:
 
 def set_keys(head: str, card: Any, ours: dict[str, Any], old: set[str], ending: str) -> str:
     """Return the metadata with keys set and old ones of ours removed; other lines stay."""
-    from huggingface_hub import CardData, ModelCardData
+    from huggingface_hub import CardData
 
-    added = ModelCardData(**ours).to_yaml().splitlines() if ours else []
+    added = to_yaml(ours).splitlines() if ours else []
     expected = {k: v for k, v in card.data.to_dict().items() if k not in old} | ours
     inside, kept, dropped = head.strip().splitlines()[1:-1], [], False
     for line in inside:

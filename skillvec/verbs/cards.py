@@ -209,8 +209,7 @@ def merged_card(
     rows += [("combined by", _operator(said["recipe"]))] if "recipe" in said else []
     rows += [("verdict", _line(facts["verdict"]))] if facts.get("verdict") else []
     if facts.get("gain") is not None:
-        about = "about " if facts.get("estimated") else ""
-        told = f"{about}{facts['gain']:.3f} (cosine {about}{facts['cosine'] or 0:.3f})"
+        told = f"{facts['gain']:.3f} (cosine {facts['cosine'] or 0:.3f})"
         rows.append(("realised gain", told))
     lost = facts.get("nonfinite", {}).get("lost", 0)
     if lost or recipe["request"].get("allow_nonfinite"):

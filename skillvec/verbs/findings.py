@@ -129,11 +129,10 @@ def tell_nonfinite(report: Report, results: Sequence[JobResult]) -> None:
         )
 
 
-def rounding_warning(results: Sequence[JobResult], column: int, about: str = "") -> list[str]:
+def rounding_warning(results: Sequence[JobResult], column: int) -> list[str]:
     """Return what to say of tensors whose whole delta is the rounding of one side to a dtype.
 
-    `column` is that of the delta's squared norm in the sums of the results; `about` stands before
-    shares of a sample.
+    `column` is that of the delta's squared norm in the sums of the results.
     """
     total = sum(float(result.sums[column]) for result in results)
     ways: dict[int, list[JobResult]] = {}
@@ -146,7 +145,7 @@ def rounding_warning(results: Sequence[JobResult], column: int, about: str = "")
         other = "base" if side == "tuned" else "tuned"
         share = sum(float(result.sums[column]) for result in held) / total
         found.append(
-            f"{about}{100 * share:.3g} % of the vector's squared norm is rounding, not training: in"
+            f"{100 * share:.3g} % of the vector's squared norm is rounding, not training: in"
             f" these tensors {side} is {other} rounded to {dtype}, value for value ({LEFT_OUT}):\n"
             + up_to_five([result.job.name for result in held])
         )

@@ -115,20 +115,11 @@ def list_ledger(report: Report, limit: int | None) -> list[str | Grid]:
     known = ("status", "codec", "dtype", "shape", "changed", "norm", "gain", "cosine", "note")
     keys = [key for key in known if any(key in line for line in report.ledger)]
     lines = report.ledger[:limit]
-    rows = [
-        [line["name"], *(say_about(line, key) + write_cell(line.get(key)) for key in keys)]
-        for line in lines
-    ]
+    rows = [[line["name"], *(write_cell(line.get(key)) for key in keys)] for line in lines]
     more = len(report.ledger) - len(lines)
     listed = "file" if report.verb in ("push", "pull") else "tensor"
     said: list[str | Grid] = [Grid([listed, *keys], rows)]
     return said + ([f"... and {more} more tensors (-v shows all)"] if more else [])
-
-
-def say_about(line: Facts, key: str) -> str:
-    """Return the sign before a number that a sample gave."""
-    sampled = line.get("estimated") and key in ("changed", "gain", "cosine")
-    return "~" if sampled and line.get(key) is not None else ""
 
 
 def write_cell(value: Any) -> str:

@@ -79,10 +79,9 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
         said += list_ledger(report, None if verbose else 8)
     elif facts.get("worst") and (facts["worst"][0]["cosine"] or 0) < 0.999:
         worst = facts["worst"][0]
-        about = "about " if worst["estimated"] else ""
         said.append(
-            f"worst tensor: {worst['name']}, gain {about}{write_optional(worst['gain'])},"
-            f" cosine {about}{write_optional(worst['cosine'])}"
+            f"worst tensor: {worst['name']}, gain {write_optional(worst['gain'])},"
+            f" cosine {write_optional(worst['cosine'])}"
         )
     return said
 
@@ -147,14 +146,13 @@ def say_apply_plan(facts: Facts) -> list[str]:
 
 def say_applied(facts: Facts, counts: str) -> str:
     """Return what of a vector arrived in a model."""
-    about = "about " if facts["estimated"] else ""
     lost = facts.get("nonfinite", {}).get("lost")
     finite = "\n(what is not finite counts as not arrived)" if lost else ""
     return (
         f"{counts}; verdict {say_verdict(facts)}\n"
-        f"{about}{human_count(facts['changed'])} of {human_count(facts['numel'])} values"
-        f" changed; realised gain {about}{write_optional(facts['gain'])},"
-        f" cosine {about}{write_optional(facts['cosine'])}{finite}"
+        f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values"
+        f" changed; realised gain {write_optional(facts['gain'])},"
+        f" cosine {write_optional(facts['cosine'])}{finite}"
     )
 
 

@@ -224,7 +224,7 @@ def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two bf16 vectors whose tensors end behind a block of 2^20 values: sampled in runs."""
+    """Two bf16 vectors whose tensors end behind a block of 2^20 values."""
     folder = tmp_path_factory.mktemp("long")
     rng = np.random.default_rng(5)
     sizes = {"layers.0.w": 2**20 + 3000, "layers.1.w": 2**15 + 40, "layers.2.w": 70_001}
@@ -237,7 +237,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         tuned = {}
         for name, weights in base.items():
             noise = normal(rng, weights.numel()) * (rng.random(weights.numel()) < density)
-            noise *= np.linspace(0.1, 3, weights.numel())  # no sample sees the mean by luck
+            noise *= np.linspace(0.1, 3, weights.numel())
             tuned[name] = (weights.float() + torch.from_numpy(noise * 3e-4).float()).bfloat16()
             if side == "a":
                 tuned[name][::22] = 2.0**-10  # the difference needs an exception
@@ -245,17 +245,10 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return refs
 
 
-def test_sampled_numbers_follow_the_sample_rule(long: list[str]) -> None:
+def test_numbers_are_those_of_every_value(long: list[str]) -> None:
     other = Path(long[1].split("::")[0])
     check(sv.norms(long[0], against=other), against=other)
-    report = sv.orthogonality(*long)
-    check(report)
-    row = rows(report)["overall", ""]
-    a, b = (np.concatenate(list(angles.side(*ref.split("::")).values.values())) for ref in long)
-    opposite = np.sign(a) * np.sign(b) < 0
-    whole = float((a[opposite] ** 2).sum() / (a**2).sum())
-    assert row["conflict_a"] != pytest.approx(whole, rel=1e-9)  # it is an estimate
-    assert row["conflict_a"] == pytest.approx(whole, rel=0.1)
+    check(sv.orthogonality(*long))
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -126,7 +126,7 @@ def terms(*records: tuple[int, np.void]) -> dict:
 def test_pair_row_by_hand() -> None:
     """|a| = 5, |b| = 4, <a, b> = 12 over 100 values in 100 groups; 10 and 20 changed, 8 of both."""
     one = record(
-        100, vectors_square=[25, 16], vectors_support=[10, 20], vectors_sampled=[25, 16],
+        100, vectors_square=[25, 16], vectors_support=[10, 20],
         pairs_product=12, pairs_groups_sq=9, pairs_shared=8, pairs_agree=6, pairs_met_a=20,
         pairs_met_b=8, pairs_clash_a=5, pairs_clash_b=2, controls_product=-2,
         controls_groups_sq=4,
@@ -223,9 +223,9 @@ def test_what_the_sentences_say() -> None:
 def test_the_forecast_names_the_layers_that_stand_out() -> None:
     """Half of a's energy is in layer 1, half of that along b; layer 0 is within chance."""
     quiet = record(10**6, vectors_square=[50, 50], pairs_product=0.05, pairs_groups_sq=0.0025,
-                   vectors_sampled=[50, 50], pairs_clash_a=25)  # fmt: skip
+                   pairs_clash_a=25)  # fmt: skip
     loud = record(10**6, vectors_square=[50, 50], pairs_product=sqrt(0.5) * 50,
-                  pairs_groups_sq=25, vectors_sampled=[50, 50])  # fmt: skip
+                  pairs_groups_sq=25)  # fmt: skip
     names = ["l.0.w", "l.1.w"]
     pair = pair_levels(
         [(name, *sums) for name, sums in zip(names, (quiet, loud), strict=True)],
@@ -245,7 +245,7 @@ def test_the_forecast_names_the_layers_that_stand_out() -> None:
 
 def test_what_rounding_keeps_by_hand() -> None:
     """Two of four changed values lie under half a step, one was absorbed."""
-    sums = {"numel": 10, "square": 20.0, "support": 4, "sampled": 20.0, "moved": 4,
+    sums = {"numel": 10, "square": 20.0, "support": 4, "moved": 4,
             "kept_dot": 15.0, "kept_sq": 12.0, "absorbed": 1,
             "steps": np.array([1, 1, 0, 2, 0, 0, 0, 0, 0])}  # fmt: skip
     row = vector_row(sums, 80.0)

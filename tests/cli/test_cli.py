@@ -1,8 +1,10 @@
 """The command line: exit codes, streams, refusals, the same words as in Python, quick imports."""
 
+import importlib.metadata
 import inspect as python_inspect
 import json
 import os
+import platform
 import pty
 import re
 import select
@@ -753,7 +755,31 @@ def test_help_names_every_command_and_the_exit_codes():
 
 
 def test_version():
-    assert skillvec.__version__ in run("--version").stdout
+    assert run("--version").stdout == f"skillvec, version {skillvec.__version__}\n"
+
+
+def test_version_says_what_it_runs_on():
+    code = ("import sys; from skillvec.cli import main; main(sys.argv[1:], standalone_mode=False)\n"
+            "sys.exit(bool({'torch', 'safetensors'} & {*sys.modules}))")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-v", "--version"], capture_output=True, text=True,
+        check=True, env=os.environ | {"SKILLVEC_KERNELS": "numpy"},
+    )  # fmt: skip
+    said = dict(re.findall(r"(\w+) +(.*)", done.stdout))
+    assert said["kernels"] == "numpy (SKILLVEC_KERNELS says so)"
+    assert said["python"].startswith(platform.python_version())
+    assert said["torch"] == importlib.metadata.version("torch")
+
+
+def test_kernels_that_nobody_knows_are_a_usage_error():
+    done = spawn("--version", "-v", SKILLVEC_KERNELS="mmx")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: SKILLVEC_KERNELS=mmx: expected numpy, or one of avx512")
+
+
+def test_verbose_needs_something_to_be_verbose_about():
+    done = run("-v", "inspect", "nothing")
+    assert done.exit_code == 2 and "behind the command, or beside --version" in done.stderr
 
 
 # ------------------------------------------------------------------------------------- imports
@@ -801,7 +827,7 @@ def test_what_a_command_imports_and_shows_off_a_terminal(tmp_path: Path, every_v
 def test_help_imports_no_numbers(arguments: list[str]):
     found = imported_by(*arguments)
     assert "click" in found
-    assert not found & {*HEAVY, "numpy", "numkong", "rich", "safetensors"}
+    assert not found & {*HEAVY, "numpy", "rich", "safetensors"}
 
 
 # ------------------------------------------------------------------------------------ terminals

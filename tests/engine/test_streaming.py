@@ -28,9 +28,10 @@ from skillvec.files.header import TensorSpec, read_header
 from skillvec.files.rows import Segment
 from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.codecs import encode_block
+from skillvec.ops.delta import EXCEPTION
 from skillvec.remote import files as files_module
 from skillvec.remote import hub
-from skillvec.vectors.block_reader import EXCEPTION, REPLACEMENT
+from skillvec.vectors.block_reader import REPLACEMENT
 from skillvec.vectors.writer import Entry, VectorWriter, in_file_order
 
 NEEDS = st.lists(st.frozensets(st.sampled_from("abcdefgh"), max_size=4), max_size=25)

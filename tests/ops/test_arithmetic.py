@@ -7,8 +7,8 @@ from families import bits, from_bits
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from skillvec.ops import arithmetic, moments
-from skillvec.ops.delta import STEP, Delta, group_products
+from skillvec.ops import arithmetic, lanes, moments
+from skillvec.ops.delta import STEP, Delta, squared
 from skillvec.ops.kernels import STORAGE_DTYPE, narrow, widen
 
 # bit patterns that go wrong first: zeros, subnormals, normal limits, infinities, NaNs, ones
@@ -36,8 +36,8 @@ def subtract(
 ) -> arithmetic.Subtraction:
     value = value or dtype
     out = np.empty(tuned.size, STORAGE_DTYPE[value])
-    scratch = np.empty(tuned.size, np.uint16)
-    return arithmetic.subtract(tuned, dtype, base, dtype, value, exact, out, scratch)
+    exactness = arithmetic.Exactness.WHOLE if exact else arithmetic.Exactness.ROUNDED
+    return arithmetic.subtract(tuned, dtype, base, dtype, value, exactness, out)
 
 
 def add(
@@ -57,7 +57,7 @@ def restore(base: np.ndarray, dtype: str, found: arithmetic.Subtraction) -> np.n
 
 def general(tuned: np.ndarray, base: np.ndarray, dtype: str) -> tuple[np.ndarray, ...]:
     """Return values, exceptions and replacements of the path that knows no shortcut."""
-    piece = arithmetic._subtract_piece(tuned, dtype, base, dtype, dtype, True)
+    piece = arithmetic._subtract_piece(tuned, dtype, base, dtype, dtype, arithmetic.Exactness.WHOLE)
     at, replaced = np.flatnonzero(piece.inexact), np.flatnonzero(piece.replace)
     return (
         bits(piece.values), at, piece.difference[at].astype(np.float32),
@@ -127,11 +127,15 @@ def test_moments_leave_out_what_is_not_finite() -> None:
     out = narrow(np.array([1.5, np.nan, np.inf], np.float32), "BF16")
     delta = Delta(narrow(np.array([0.5, 1.0, 1.0], np.float32), "BF16"), "BF16")
     found = moments.moments(target, "BF16", delta, out, "BF16")
-    assert found == moments.Moments(1, 0.25, 0.25, 2.25)
+    assert found == moments.Moments(1, 0.25, 0.25, 2.25, 2, 2)
 
 
 def gram(deltas: list[Delta]) -> np.ndarray:
-    return np.array([[group_products(x, y).sum() for y in deltas] for x in deltas])
+    wide = [delta.wide(0, delta.values.size) for delta in deltas]
+    same = np.result_type(*wide)
+    for delta, values in zip(deltas, wide, strict=True):
+        assert squared(delta) == lanes.dot(values, values)
+    return np.array([[lanes.dot(x.astype(same), y.astype(same)) for y in wide] for x in wide])
 
 
 def test_gram_by_hand() -> None:
@@ -406,26 +410,6 @@ def test_gram_is_the_float64_matrix_to_1e_6_of_the_norms(dtype: str) -> None:
     found = gram(deltas)
     assert (np.abs(found - expected) <= 1e-6 * np.outer(norms, norms)).all()
     assert np.array_equal(found, found.T)
-
-
-@pytest.mark.parametrize("dtypes", [("BF16", "BF16"), ("BF16", "F32"), ("F64", "F16")])
-@pytest.mark.parametrize("width", [1, 8, 64, 1024])
-def test_groups_of_neighbours_add_up_apart(dtypes: tuple[str, str], width: int) -> None:
-    """Over more than one piece, with an exception in the first, a middle and the last group."""
-    rng = np.random.default_rng(3)
-    size = 70_001 if width > 8 else 2001
-    deltas = []
-    for dtype in dtypes:
-        delta = Delta(narrow(rng.normal(size=size).astype(np.float32), dtype), dtype)
-        if dtype == "BF16":
-            at = np.array([1, size // 2, size - 1], np.uint32)
-            delta = delta._replace(positions=at, exact=rng.normal(size=3).astype(np.float32))
-        deltas.append(delta)
-    a, b = (delta.wide(0, size).astype(np.float64) for delta in deltas)
-    expected = np.add.reduceat(a * b, np.arange(0, size, width))
-    found = group_products(*deltas, width)
-    assert found.shape == expected.shape
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5 * width)
 
 
 @pytest.mark.parametrize("size", [1e25, 1e-30])

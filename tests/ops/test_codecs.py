@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from skillvec.ops import codecs
 from skillvec.ops.codecs import CODECS, Encoded, decode_block, encode_block
-from skillvec.ops.kernels import STORAGE_DTYPE
+from skillvec.ops.kernels import STORAGE_DTYPE, narrow, widen
 
 STORED = CODECS[1:]
 DTYPES = ("BF16", "F16", "F32", "F64")
@@ -114,6 +114,68 @@ def test_signs_and_exponents_get_planes_of_their_own(dtype: str) -> None:
     assert saved > 0.4 * values.size  # of a byte of exponent, its 7 or 8 bits; 5 for fp16
 
 
+def of_patterns(frequent: int, rare: int) -> np.ndarray:
+    """Return a block of 255 patterns `frequent` times each, and of as many others once."""
+    patterns = np.concatenate((np.tile(np.arange(1, 256), frequent), np.arange(1000, 1000 + rare)))
+    return np.random.default_rng(0).permutation(patterns).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("values", "ranked"),
+    [
+        (of_patterns(20, 0), True),  # 5,100 values
+        (of_patterns(20, 728), True),  # of 5,828 one in eight and a half
+        (of_patterns(20, 729), False),  # more than one in eight
+        (of_patterns(16, 15)[:4095], False),  # too few
+        (of_patterns(16, 16)[:4096], True),
+        (np.append(of_patterns(16, 0), np.zeros(100_000, np.uint16)), False),  # 4,080 not zero
+        (np.append(of_patterns(17, 9), np.zeros(100_000, np.uint16)), True),
+        (of_patterns(20, 0).astype(np.float32), False),
+        (np.full(1 << 16, 3, np.uint16), True),  # a table of one
+        (np.arange(1 << 16, dtype=np.uint16), False),
+        (made("F16", 1 << 16, 1.0, "wild", 1), False),  # noise is kept as it is
+    ],
+)
+def test_ranks_are_taken_where_few_patterns_are_frequent(values: np.ndarray, ranked: bool) -> None:
+    encoded = check(values, "packed")
+    assert encoded.ranked == ranked
+    if 0 < encoded.payload.size < values.nbytes:
+        assert (encoded.payload[3] > 127) == ranked
+
+
+def test_ranks_take_less_room_than_planes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after RL: a small step of fp32 weights, of which the bf16 copies are subtracted."""
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal(1 << 18, np.float32) * np.float32(0.02)
+    after = before + rng.standard_normal(1 << 18, np.float32) * np.float32(8e-6)
+    rounded = [widen(narrow(side, "BF16"), "BF16") for side in (after, before)]
+    values = narrow(rounded[0] - rounded[1], "BF16")
+    assert 0.15 < np.mean(values != 0) < 0.2
+    with_ranks = check(values, "packed")
+    monkeypatch.setattr(codecs, "LEAST_RANKED", 1 << 21)
+    without = check(values, "packed")
+    assert with_ranks.ranked and not without.ranked
+    assert with_ranks.payload.size < 0.97 * without.payload.size
+
+
+def test_a_block_uses_its_own_room_alone() -> None:
+    """Whatever is in the room before, and whatever is behind what it says it takes."""
+    for dtype in DTYPES:
+        for density in (0.0, 0.3, 0.94, 0.97, 1.0):
+            for kind in ("wild", "steps"):
+                values = made(dtype, 5003, density, kind, 2)
+                for codec in ("sparse", "packed"):
+                    nbytes = codecs.room_nbytes(values, codec)
+                    room = np.full(nbytes + 64, 0xA5, np.uint8)
+                    before = bits(values).copy()
+                    found = encode_block(values, codec, room[:nbytes])
+                    wanted = encode_block(values, codec)
+                    assert found.payload.tobytes() == wanted.payload.tobytes()
+                    assert found.bitmap.tobytes() == wanted.bitmap.tobytes()
+                    assert (room[nbytes:] == 0xA5).all()
+                    assert np.array_equal(bits(values), before)
+
+
 def test_what_is_exactly_as_long_packed_as_not_is_taken_for_what_it_is() -> None:
     """Of so many sizes some have a frame, or a block, of just the length of what it holds."""
     for dtype in ("BF16", "F64"):
@@ -165,11 +227,24 @@ def of_pieces(*pieces: bytes) -> bytes:
     return struct.pack(f"<{len(pieces)}I", *map(len, pieces)) + b"".join(pieces)
 
 
+def ranked(
+    ranks: bytes, listed: bytes | None = None, size: int = 3, bitmap: bytes = BITMAP
+) -> bytes:
+    """Return a packed block with ranks, whose high plane is right; `listed` is the low one.
+
+    It has a table of three values, then the values without a rank.
+    """
+    low = bytes([2, 4, 6]) + bytes(ranks.count(255)) if listed is None else listed
+    pieces = of_pieces(bitmap, ranks, low, b"\x40" * (3 + ranks.count(255)))
+    return struct.pack("<I", 1 << 31 | size) + pieces
+
+
 def planes(low: bytes, bitmap: bytes = BITMAP) -> bytes:
     """Return a packed block whose high plane is right."""
     return of_pieces(bitmap, low, b"\x40" * COUNT)
 
 
+RANKS = bytes([0, 1, 2, 255, 255] * 28 + [0, 1, 2])
 BEHIND = BITMAP[:-1] + bytes([BITMAP[-1] | 2])  # one value marked that the tensor has not
 PLANE = bytes(COUNT)
 TWO_PLANES = b"\x40" * 2 * COUNT
@@ -237,6 +312,44 @@ HOSTILE: dict[str, tuple[str, bytes, bytes, str]] = {
     "a frame to be skipped behind": ("packed", planes(frame(PLANE) + skipped(9)), b"", "broken"),
     "a dictionary": ("packed", planes(stating(COUNT, PLANE, 0xE1, b"\7")), b"", "broken zstd"),
     "a reserved bit": ("packed", planes(stating(COUNT, PLANE, 0xE8)), b"", "broken zstd frame"),
+    "ranks, no table": ("packed", ranked(RANKS, size=0), b"", "a table of 0 values"),
+    "ranks, a table of 256": ("packed", ranked(RANKS, size=256), b"", "a table of 256 values"),
+    "ranks, a table beyond all": ("packed", ranked(RANKS, size=2**31 - 1), b"", "a table of 21"),
+    "ranks, a table larger than its planes": ("packed", ranked(RANKS, size=4), b"", "zstd"),
+    "ranks, a table smaller than its planes": ("packed", ranked(RANKS, size=2), b"", "zstd"),
+    "ranks, a table with a value twice": (
+        "packed", ranked(RANKS, bytes([2, 4, 4]) + bytes(56)), b"", "do not rise",
+    ),
+    "ranks, a table that falls": (
+        "packed", ranked(RANKS, bytes([4, 2, 6]) + bytes(56)), b"", "do not rise",
+    ),
+    "ranks, one behind the table": (
+        "packed", ranked(RANKS[:-1] + b"\3"), b"", "a rank behind the table of 3",
+    ),
+    "ranks, one far behind the table": (
+        "packed", ranked(b"\376" + RANKS[1:]), b"", "a rank behind the table of 3",
+    ),
+    "ranks, too few": ("packed", ranked(RANKS[:-1]), b"", "zstd"),
+    "ranks, too many": ("packed", ranked(RANKS + b"\0"), b"", "zstd"),
+    "ranks, none": ("packed", ranked(b""), b"", "zstd"),
+    "ranks, a frame of one more": ("packed", ranked(frame(RANKS + b"\0")), b"", "144 bytes, exp"),
+    "ranks, a frame that states more": (
+        "packed", ranked(stating(COUNT + 9, RANKS)), b"", "152 bytes, ex",
+    ),
+    "ranks, a value without rank too few": (
+        "packed", ranked(RANKS, bytes([2, 4, 6]) + bytes(55)), b"", "zstd",
+    ),
+    "ranks, a value without rank too many": (
+        "packed", ranked(RANKS, bytes([2, 4, 6]) + bytes(57)), b"", "zstd",
+    ),
+    "ranks, of all values": ("packed", ranked(RANKS, bitmap=b""), b"", "zstd"),
+    "ranks, bits behind the end": ("packed", ranked(RANKS + b"\0", bitmap=BEHIND), b"", "longer"),
+    "ranks, lengths cut off": ("packed", ranked(RANKS)[:19], b"", "do not fill"),
+    "ranks, lengths alone": ("packed", ranked(RANKS)[:20], b"", "do not fill"),
+    "ranks, a byte less than the lengths say": ("packed", ranked(RANKS)[:-1], b"", "do not fill"),
+    "ranks, a byte more than the lengths say": (
+        "packed", ranked(RANKS) + b"\0", b"", "do not fill",
+    ),
     "a wrong checksum": (
         "packed", planes(frame(PLANE, write_checksum=True)[:-1] + b"\0"), b"", "broken zstd frame",
     ),
@@ -282,6 +395,15 @@ def test_what_the_hostile_blocks_are_made_of_is_right() -> None:
             found = decoded("packed", planes(low, bitmap), b"", NUMEL, "BF16")
             assert np.flatnonzero(found).tolist() == marked.tolist()
             assert set(found[marked].tolist()) == {0x2000}
+    listed = bytes([2, 4, 6]) + bytes(56)
+    for ranks in (RANKS, frame(RANKS), stating(COUNT, RANKS)):
+        for bitmap in (BITMAP, frame(BITMAP)):
+            pieces = of_pieces(bitmap, ranks, listed, frame(b"\x40" * 59))
+            block = struct.pack("<I", 1 << 31 | 3) + pieces
+            found = decoded("packed", block, b"", NUMEL, "BF16")
+            assert np.flatnonzero(found).tolist() == marked.tolist()
+            wanted = [{0: 0x2001, 1: 0x2002, 2: 0x2003, 255: 0x2000}[rank] for rank in RANKS]
+            assert found[marked].tolist() == wanted
     for pieces in ((b"", frame(bytes(NUMEL)), bytes(NUMEL)), (bytes(126), b"", b"")):  # zeros too
         assert not decoded("packed", of_pieces(*pieces), b"", NUMEL, "BF16").any()
 
@@ -295,6 +417,7 @@ BITS = [1 << bit for bit in range(8)]
         ("BF16", 240, 1.0, list(range(1, 256))),  # two planes of Huffman codes, no bitmap
         ("BF16", 1500, 0.02, BITS),  # a bitmap that shrinks, planes that do not
         ("F32", 100, 1.0, BITS),  # planes of one value
+        ("BF16", 4100, 1.0, [1, 128]),  # ranks, of which most bits lead to other ranks
     ],
 )
 def test_a_changed_byte_gives_values_or_a_value_error_and_takes_no_memory(
@@ -316,7 +439,7 @@ def test_a_changed_byte_gives_values_or_a_value_error_and_takes_no_memory(
                 decode_block(Encoded(changed), "packed", out)
             except ValueError:
                 refused += 1
-    assert refused > 0.2 * payload.size * len(masks)
+    assert refused > (0.2 if numel < 4096 else 0.02) * payload.size * len(masks)
 
 
 @given(st.binary(max_size=80), st.sampled_from(DTYPES), st.integers(0, 40), st.binary(max_size=6))
@@ -328,3 +451,18 @@ def test_any_bytes_give_values_or_a_value_error(
             decoded(codec, payload, bitmap, numel, dtype)
         except ValueError as error:
             assert str(error)
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from([1, 2, 9, 63, 4096]) | st.integers(1, 600),
+    st.sampled_from([0.02, 0.5, 0.9, 0.92, 0.95, 1.0]),
+    st.sampled_from(["wild", "steps"]),
+    st.sampled_from([0.5, 0.9, 0.98, 1.0]),
+)
+def test_whether_a_block_shrinks_is_told_without_packing_most(
+    dtype: str, size: int, density: float, kind: str, share: float
+) -> None:
+    values = made(dtype, size, density, kind, 5)
+    packed = encode_block(values, "packed").payload.size
+    assert codecs.is_packed_within(values, share) == (packed < share * values.nbytes)

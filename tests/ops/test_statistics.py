@@ -1,12 +1,11 @@
-"""Sums of blocks by hand: groups, samples, redrawn and flipped signs."""
+"""Sums of blocks by hand: groups, steps, redrawn and flipped signs."""
 
 import numpy as np
 import pytest
 
 from skillvec.ops import statistics
 from skillvec.ops.delta import Delta
-from skillvec.ops.kernels import narrow
-from skillvec.ops.statistics import Request, block_sums, flipped_sums, layout, redraw_signs, sample
+from skillvec.ops.statistics import Request, block_sums, draw_signs, flipped_sums, layout
 
 BLOCK = 1 << 20
 
@@ -21,84 +20,79 @@ def test_a_group_leaves_1024_of_them(numel: int, width: int) -> None:
     assert numel < 1024 or numel // width >= 1024
 
 
-def sums_of(values: list[np.ndarray], request: Request, weights: object = None) -> np.void:
+def sums_of(
+    values: list[np.ndarray], request: Request, weights: np.ndarray | None = None
+) -> np.void:
     """Return the sums of whole fp32 tensors, block by block, as the engine adds them."""
     numel, total = values[0].size, np.zeros(layout(request).itemsize // 8)
     for begin in range(0, numel, BLOCK):
-        deltas = [Delta(part[begin : begin + BLOCK].copy(), "F32") for part in values]
-        size = deltas[0].values.size
-        held = [None] * len(values)
-        if weights is not None:
-            held = [(sample(weights[begin : begin + BLOCK]), "BF16")] * len(values)
-        masks = np.zeros(statistics.masks_nbytes(len(values), size), np.uint8)
-        total += block_sums(deltas, held, request, "w", numel, begin, masks)
+        at = slice(begin, begin + BLOCK)
+        held = None if weights is None else (weights[at].copy(), "BF16")
+        sides = [(Delta(part[at].copy(), "F32"), held) for part in values]
+        total += block_sums(sides, request, "w", numel, begin)
     return total.view(layout(request))[0]
 
 
-@pytest.mark.parametrize(
-    "numel", [5, 2**14, 2**14 + 3, BLOCK, 3 * BLOCK + 7, 4 * BLOCK + 1, 9 * BLOCK + 20_000]
-)
-def test_sampled_sums_stand_for_the_whole_tensor(numel: int) -> None:
-    """Of a constant delta they are those of all values, however many blocks are looked at."""
+@pytest.mark.parametrize("numel", [5, 2**14 + 3, 2 * BLOCK + 7])
+def test_sums_of_a_constant(numel: int) -> None:
     weights = np.full(numel, 0x3F80, np.uint16)  # 1.0 in bf16: a step is 2^-7
     a, b = np.full(numel, 2.0**-7, np.float32), np.full(numel, -(2.0**-9), np.float32)
     found = sums_of([a, b], Request((1.0, 1.0), ((0, 1),)), weights)
     one, other = found["vectors"]
-    assert one["square"] == pytest.approx(numel * 2.0**-14, rel=1e-6)
-    assert one["sampled"] == pytest.approx(numel * 2.0**-14, rel=1e-6)
-    assert one["kept_dot"] == pytest.approx(one["sampled"], rel=1e-9)
-    assert one["steps"] == pytest.approx([0, 0, 0, numel, 0, 0, 0, 0, 0], rel=1e-9)
-    assert other["steps"] == pytest.approx([0, numel, 0, 0, 0, 0, 0, 0, 0], rel=1e-9)
-    assert (one["absorbed"], other["absorbed"]) == (0, pytest.approx(numel))
-    assert one["step_sq"] == pytest.approx(numel * 2.0**-14, rel=1e-9)
+    square = numel * 2.0**-14
+    assert one["square"] == one["kept_dot"] == one["kept_sq"] == one["step_sq"] == square
+    assert one["steps"].tolist() == [0, 0, 0, numel, 0, 0, 0, 0, 0]
+    assert other["steps"].tolist() == [0, numel, 0, 0, 0, 0, 0, 0, 0]
+    assert (one["absorbed"], other["absorbed"], one["support"], one["moved"]) == (0, *[numel] * 3)
     (pair,) = found["pairs"]
-    assert (pair["shared"], pair["agree"]) == (numel, 0)
-    assert pair["clash_a"] == pair["met_a"] == pytest.approx(one["sampled"], rel=1e-9)
-    assert one["support"] == numel
+    assert (pair["shared"], pair["agree"], pair["product"]) == (numel, 0, -square / 4)
+    assert pair["clash_a"] == pair["met_a"] == square
+    assert pair["clash_b"] == pair["met_b"] == square / 16
 
 
-def test_a_sample_is_runs_at_equal_distances() -> None:
-    values = np.arange(BLOCK, dtype=np.uint32)
-    found = sample(values)
-    assert found.size == 32 * 512
-    assert found.reshape(32, 512)[:, 0].tolist() == list(range(0, BLOCK, BLOCK // 32))
-    assert (np.diff(found.reshape(32, 512)) == 1).all()
-    assert np.array_equal(sample(values[:16384]), values[:16384])
+def test_weights_are_looked_at_before_the_next_delta_is_taken() -> None:
+    """Two deltas of pairs, whose bases are read into one buffer."""
+    buffer, request = np.zeros(8, np.uint16), Request((1.0, 1.0), ((0, 1),))
+    delta = Delta(np.full(8, 2.0**-7, np.float32), "F32")
+
+    def sides():
+        for pattern in (0x3F80, 0x4000):  # 1.0 and 2.0
+            buffer[:] = pattern
+            yield delta, (buffer, "BF16")
+
+    one, other = block_sums(sides(), request, "w", 8, 0).view(layout(request))[0]["vectors"]
+    assert one["steps"].tolist() == [0, 0, 0, 8, 0, 0, 0, 0, 0]
+    assert other["steps"].tolist() == [0, 0, 8, 0, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("size", [16384, 40_000, BLOCK])
-def test_exceptions_stand_in_the_sample(size: int) -> None:
-    at = np.array([0, 3, size // 32, size // 2 + 511, size // 2 + 513, size - 1], np.uint32)
-    exact = np.arange(1, 7, dtype=np.float32)
-    delta = Delta(np.zeros(size, np.uint16), "BF16", at, exact)
-    whole = np.zeros(size, np.float32)
-    whole[at] = exact
-    assert np.array_equal(statistics._sampled(delta), sample(whole))
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
-def test_redrawn_signs_keep_magnitudes(dtype: str) -> None:
-    rng = np.random.default_rng(1)
-    wide = rng.normal(size=5000).astype(np.float32)
-    wide[::7] = 0
-    at = np.array([1, 4], np.uint32)
-    delta = Delta(narrow(wide, dtype), dtype, at, np.array([9.0, -8.0], np.float32))
-    before = delta.wide(0, 5000).copy()
-    after = redraw_signs(delta, "key", 0).wide(0, 5000)
-    assert np.array_equal(np.abs(before), np.abs(after))
-    turned = np.sign(before) != np.sign(after)
-    assert abs(turned[before != 0].mean() - 0.5) < 0.05
-    assert np.array_equal(redraw_signs(delta, "key", 0).wide(0, 5000), after)
-    assert not np.array_equal(redraw_signs(delta, "other", 0).wide(0, 5000), after)
-    assert np.array_equal(delta.wide(0, 5000), before)  # the input is not touched
+def test_a_vector_alone_and_a_control_have_their_squares_too() -> None:
+    """Neither is in a pair; weights that are not known leave what is kept at 0."""
+    deltas = [Delta(np.full(6, size, np.float32), "F32") for size in (1, 2, 3)]
+    request = Request((1.0,) * 3, ((0, 1),), ((2, 1, False),))
+    found = block_sums([(d, None) for d in deltas], request, "w", 6, 0).view(layout(request))[0]
+    assert found["vectors"]["square"].tolist() == [6, 24, 54]
+    assert found["vectors"]["support"].tolist() == [6] * 3
+    assert not found["vectors"]["moved"].any()
+    assert found["controls"]["product"].tolist() == [36]
 
 
 def test_signs_go_on_from_block_to_block() -> None:
-    ones = Delta(np.ones(2 * BLOCK, np.float32), "F32")
-    whole = redraw_signs(ones, "k", 0).values
-    half = ones._replace(values=ones.values[:BLOCK])
-    assert np.array_equal(redraw_signs(half, "k", BLOCK).values, whole[BLOCK:])
-    assert np.array_equal(redraw_signs(half, "k", 0).values, whole[:BLOCK])
+    whole = draw_signs("k", 0, 2 * BLOCK)
+    assert np.array_equal(draw_signs("k", BLOCK, BLOCK), whole[BLOCK // 8 :])
+    assert np.array_equal(draw_signs("k", 0, 33), whole[:8])
+    assert not np.array_equal(draw_signs("other", 0, 2 * BLOCK), whole)
+    assert abs(np.unpackbits(whole).mean() - 0.5) < 0.002
+
+
+def test_redrawn_signs_keep_magnitudes() -> None:
+    """Of all 20 values with the same signs, the product is that of the turned ones."""
+    signs = draw_signs("0:control:w", 0, 20)
+    turned = np.where(np.unpackbits(signs, count=20), -1, 1)
+    values = np.arange(1, 21, dtype=np.float32)
+    request = Request((1.0, 1.0), ((0, 1),), ((0, 1, True),))
+    (control,) = sums_of([values, values], request)["controls"]
+    assert control["product"] == turned @ values**2
+    assert control["groups_sq"] == (values**4).sum()  # groups of one
 
 
 def test_flipped_sums_have_the_variance_of_the_groups() -> None:

@@ -21,7 +21,7 @@ from skillvec.errors import FormatError, OutputError, SkillvecError, UsageError
 from skillvec.files.file import file_nbytes, local_path, read_bytes, read_into, remote_of
 from skillvec.files.header import read_header
 from skillvec.remote import files as files_module
-from skillvec.remote import hub, hub_client
+from skillvec.remote import hub, hub_client, references
 
 MiB = 1 << 20
 
@@ -91,37 +91,10 @@ def remote(loopback: Hub, name: str = "model.safetensors", files: Any = MODEL) -
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("org/name", ("org/name", None, None)),
-        ("org/name@v1", ("org/name", "v1", None)),
-        ("org/name@feature/x", ("org/name", "feature/x", None)),
-        ("hf://org/name", ("org/name", None, None)),
-        ("hf://org/name/", ("org/name", None, None)),
-        ("hf://org/na.me_2@v1/sub/v.safetensors", ("org/na.me_2", "v1", "sub/v.safetensors")),
-        ("hf://org/name@refs/pr/3/v.safetensors", ("org/name", "refs/pr/3", "v.safetensors")),
-        ("hf://org/name@feature%2Fx", ("org/name", "feature/x", None)),
-    ],
-)
-def test_references_are_taken_apart(text: str, expected: tuple[str | None, ...]):
-    assert hub.is_reference(text)
-    assert hub._parsed(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["name", "./org/name", "/org/name", "~/name", "org/name/file", "org/name@../x", "org name/x",
-     "org/name@", "../name", "org/..", "org/name@a\nb"],
-)  # fmt: skip
-def test_what_is_a_path_is_no_reference(text: str):
-    assert not hub.is_reference(text)
-
-
-@pytest.mark.parametrize(
     "text", ["hf://name", "hf://org/name@a%2F..%2Fb", "hf://org/name/../x", "hf://org/name@x/a\\b"]
 )
 def test_broken_references_are_refused_before_any_request(text: str, loopback: Hub):
-    assert hub.is_reference(text)
+    assert references.is_of_hub(text)
     with pytest.raises(UsageError, match=r"base hf://.*expected org/name"):
         hub.locate(text, "base")
     assert not loopback.server.requests

@@ -107,13 +107,6 @@ def folder_of(files: dict[str, bytes], at: Path) -> Path:
 # ------------------------------------------------------------------------------------ references
 
 
-def test_urls_are_references_and_paths_and_the_hub_are_not():
-    assert all(map(object_store.is_reference, ("s3://b/x", "gs://b", "memory://x", "S3a+x.y://b")))
-    others = ("hf://org/name", "org/name", "s3:/b/x", "/a://b", "c://", "a b://c", "./s3://b")
-    assert not any(map(object_store.is_reference, others))
-    assert [object_store.is_url(text) for text in others] == [True] + 6 * [False]
-
-
 @pytest.mark.parametrize(
     ("url", "said"),
     [

@@ -62,7 +62,7 @@ def side(tuned: str | Path, base: str | Path) -> Side:
     return Side({name: difference(right[name], left[name]) for name in names}, left)
 
 
-# ------------------------------------------------------------------------- names, samples, grids
+# ---------------------------------------------------------------------------------- names, grids
 
 
 def split(name: str) -> tuple[str, str, str]:
@@ -84,20 +84,6 @@ def groups_of(names: list[str]) -> dict[tuple[str, str], list[str]]:
                     ("modules", module)):  # fmt: skip
             groups.setdefault(key, []).append(name)
     return groups
-
-
-def sample(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sampled positions of a tensor of n values, and how many values each stands for."""
-    found, scale, seen = [np.arange(0)], [np.zeros(0)], 0
-    for start in range(0, n, 2**22):
-        size = min(2**20, n - start)
-        seen += size
-        at = np.arange(size)
-        if size > 2**14:
-            at = np.concatenate([run * (size // 32) + np.arange(512) for run in range(32)])
-        found.append(start + at)
-        scale.append(np.full(at.size, size / at.size))
-    return np.concatenate(found), np.concatenate(scale) * (n / seen if n else 1)
 
 
 def step_at(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -146,7 +132,6 @@ def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
     numel = shared = n_a = n_b = agree = 0
     dot = sq_a = sq_b = sum_t2 = variance = chance = overlap_var = along = 0.0
     met = {"conflict_a": 0.0, "on_support_a": 0.0, "conflict_b": 0.0, "on_support_b": 0.0}
-    sampled_a = sampled_b = 0.0
     all_t = []
     for name in names:
         a, b = one.values[name].ravel(), other.values[name].ravel()
@@ -170,14 +155,11 @@ def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
             overlap_var += in_a * in_b * (n - in_a) * (n - in_b) / (n * n * (n - 1))
         if float(b @ b) > 0:
             along += s * s / float(b @ b)
-        at, scale = sample(n)
-        x, y = a[at] * np.sqrt(scale), b[at] * np.sqrt(scale)
-        sampled_a, sampled_b = sampled_a + float(x @ x), sampled_b + float(y @ y)
-        opposite, common = (x > 0) & (y < 0) | (x < 0) & (y > 0), (x != 0) & (y != 0)
-        met["conflict_a"] += float((x[opposite] ** 2).sum())
-        met["conflict_b"] += float((y[opposite] ** 2).sum())
-        met["on_support_a"] += float((x[common] ** 2).sum())
-        met["on_support_b"] += float((y[common] ** 2).sum())
+        opposite = (a > 0) & (b < 0) | (a < 0) & (b > 0)
+        met["conflict_a"] += float((a[opposite] ** 2).sum())
+        met["conflict_b"] += float((b[opposite] ** 2).sum())
+        met["on_support_a"] += float((a[both] ** 2).sum())
+        met["on_support_b"] += float((b[both] ** 2).sum())
     norms = sqrt(sq_a), sqrt(sq_b)
     cosine = dot / (norms[0] * norms[1]) if sq_a and sq_b else None
     row = {
@@ -201,7 +183,7 @@ def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
         "along": along / sq_a if sq_a else None,
     }
     for key, value in met.items():
-        total = sampled_a if key.endswith("_a") else sampled_b
+        total = sq_a if key.endswith("_a") else sq_b
         row[key] = value / total if total else None
     return row
 
@@ -264,7 +246,8 @@ def principal_angles(one: np.ndarray, other: np.ndarray) -> list[float]:
 def vector_row(names: list[str], vector: Side, weights: dict | None, whole: float) -> dict:
     """Return the row of one vector over some tensors; `whole` is the squared norm of all."""
     numel = changed = 0
-    sampled = absorbed = below = energy = kept_dot = kept_sq = sampled_sq = 0.0
+    known = absorbed = below = 0
+    energy = kept_dot = kept_sq = known_sq = 0.0
     steps = np.zeros(len(EDGES) + 1)
     for name in names:
         v = vector.values[name].ravel()
@@ -272,31 +255,30 @@ def vector_row(names: list[str], vector: Side, weights: dict | None, whole: floa
         energy += float(v @ v)
         if weights is None or name not in weights:
             continue
-        at, scale = sample(v.size)
         dtype = weights[name].dtype if weights[name].dtype in GRIDS else torch.bfloat16
-        w, v = weights[name].float().numpy().ravel()[at], v[at].astype(np.float32)
-        w, scale, v = w[v != 0], scale[v != 0], v[v != 0]
+        w, v = weights[name].float().numpy().ravel(), v.astype(np.float32)
+        w, v = w[v != 0], v[v != 0]
         held, moved = to_grid(w, dtype), to_grid(w + v, dtype)  # the sum in fp32
         kept, size = moved - held, np.abs(v) / step_at(held, dtype)
         v = v.astype(np.float64)
         for i, (low, high) in enumerate(pairwise([0.0, *EDGES, inf])):
-            steps[i] += scale[(size >= low) & (size < high)].sum()
-        sampled, below = sampled + float(scale.sum()), below + float(scale[size < 0.5].sum())
-        absorbed += float(scale[kept == 0].sum())
-        kept_dot += float(kept @ (scale * v))
-        kept_sq += float(kept @ (scale * kept))
-        sampled_sq += float(v @ (scale * v))
+            steps[i] += np.count_nonzero((size >= low) & (size < high))
+        known, below = known + v.size, below + int(np.count_nonzero(size < 0.5))
+        absorbed += int(np.count_nonzero(kept == 0))
+        kept_dot += float(kept @ v)
+        kept_sq += float(kept @ kept)
+        known_sq += float(v @ v)
     return {
         "numel": numel,
         "norm": sqrt(energy),
         "rms": sqrt(energy / numel) if numel else None,
         "energy_share": energy / whole if whole else None,
         "density": changed / numel if numel else None,
-        "steps": [float(count) for count in steps] if sampled else None,
-        "below_half_step": below / sampled if sampled else None,
-        "absorbed": absorbed / sampled if sampled else None,
-        "kept_gain": kept_dot / sampled_sq if sampled_sq else None,
-        "kept_cosine": kept_dot / sqrt(kept_sq * sampled_sq) if kept_sq * sampled_sq else None,
+        "steps": [float(count) for count in steps] if known else None,
+        "below_half_step": below / known if known else None,
+        "absorbed": absorbed / known if known else None,
+        "kept_gain": kept_dot / known_sq if known_sq else None,
+        "kept_cosine": kept_dot / sqrt(kept_sq * known_sq) if kept_sq * known_sq else None,
     }
 
 

@@ -353,7 +353,10 @@ class BlockTarget(Target):
                     made = codecs.encode_block(values, codec)
                     head = bytes([i * 2 + (codec == "sparse")]) + struct.pack("<H", values.size)
                     seeds.append(head + bytes(made.bitmap) + bytes(made.payload))
-        return seeds
+        drawn = np.minimum(rng.geometric(0.02, 6000), 400).astype(np.uint16)
+        made = codecs.encode_block(drawn, "packed")
+        assert made.ranked
+        return [*seeds, b"\0" + struct.pack("<H", drawn.size) + bytes(made.payload)]
 
     def harm(self, rng: Random, data: bytes) -> bytes:
         return bytes(harm_in_place(rng, data)) if rng.randrange(3) else harm_bytes(rng, data)

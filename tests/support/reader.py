@@ -20,13 +20,22 @@ def decode(codec, payload, bitmap, out):
         return piece if piece.size == nbytes else np.frombuffer(zstandard.decompress(piece), "u1")
 
     if codec == "packed" and payload.size not in (0, out.nbytes):
-        width, head = out.itemsize, 4 + 4 * out.itemsize
-        ends = np.cumsum([head, *payload[:head].view("<u4")])
+        width, ranked = out.itemsize, payload[3] > 127
+        begin, end = (4, 20) if ranked else (0, 4 + 4 * width)
+        ends = np.cumsum([end, *payload[begin:end].view("<u4")])
         bitmap, *planes = np.split(payload, ends)[1:-1]
         bitmap = expanded(bitmap, -(-out.size // 8)) if bitmap.size else NONE
         count = np.unpackbits(bitmap).sum() if bitmap.size else out.size
+        if ranked:
+            ranks, size = expanded(planes.pop(0), count), payload[0]
+            count = size + (ranks == 255).sum()
         turned = np.stack([expanded(p, count) for p in planes], 1).ravel().view(f"<u{width}")
         payload = turned >> 1 | turned << (8 * width - 1)
+        if ranked:
+            table, escapes = np.split(payload, [size])
+            assert (table[1:] > table[:-1]).all() and (ranks[ranks < 255] < size).all()
+            payload = np.append(table, np.zeros(256, "<u2"))[ranks]
+            payload[ranks == 255] = escapes
     if payload.size:
         marks = np.unpackbits(bitmap, bitorder="little") if bitmap.size else np.ones(out.size)
         out[np.flatnonzero(marks)] = payload.view(out.dtype)  # raises where counts differ

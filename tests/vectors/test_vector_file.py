@@ -26,6 +26,8 @@ from xxhash import xxh3_128
 
 import skillvec
 from skillvec.cli.commands import main
+from skillvec.engine import runner, threads
+from skillvec.engine.plan import Plan
 from skillvec.errors import (
     FormatError,
     IncompatibleError,
@@ -465,7 +467,7 @@ def of_zero(**changes: object) -> Callable[[Manifest], object]:
 
 # what is done to the manifest of a packed vector
 REFUSED: dict[str, Callable[[Manifest], object]] = {
-    "schema of tomorrow": lambda m: m.update(schema=2),
+    "schema of tomorrow": lambda m: m.update(schema=3),
     "schema as text": lambda m: m.update(schema="1"),
     "schema as a float": lambda m: m.update(schema=1.0),
     "schema a boolean": lambda m: m.update(schema=True),
@@ -1371,6 +1373,92 @@ def test_the_vectors_of_the_first_release_are_read_and_written_for_ever(
         assert list(old.items()) == list(new.items())
 
 
+# A vector of schema 2, from the first release that writes it: `ranked.safetensors`.
+RANKED_VALUES = "257b9fb6cc402183b2ea4859e028824a"
+
+
+def ranked_family(folder: Path) -> None:
+    """Write base and tuned of which packed blocks have ranks, with and without values beside."""
+    sides: dict[str, dict[str, torch.Tensor]] = {"base": {}, "tuned": {}}
+    for seed, (dtype, numel) in enumerate((("BF16", 6144), ("F16", 4800), ("BF16", 4000))):
+        drawn = scattered(numel, seed)
+        base = ((0x3C00, 0x2400)[dtype == "F16"] + (drawn & 0x3FF)).astype(np.uint16)
+        rare = (drawn % 16 == 5) & (dtype == "BF16")
+        tuned = base + np.where(rare, drawn >> 12 & 255, 1 + (drawn >> 12) % 2).astype(np.uint16)
+        tuned[:: 9 - seed] = base[:: 9 - seed]
+        for side, patterns in (("base", base), ("tuned", tuned)):
+            sides[side][f"model.layers.{seed}.weight"] = from_bits(patterns, dtype)
+    for side, tensors in sides.items():
+        save(folder / side, tensors)
+
+
+def test_the_vectors_of_schema_2_are_read_and_written_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    golden = GOLDEN / "ranked.safetensors"
+    assert golden.stat().st_size < 20_000
+    assert values_digest(golden) == RANKED_VALUES
+    monkeypatch.chdir(tmp_path)
+    ranked_family(tmp_path)
+    assert skillvec.verify(golden).facts["verified"]
+    merged = skillvec.apply("base", golden, "merged")
+    assert merged.facts["verdict"] == "exact base"
+    assert_same_bits(tmp_path / "merged", tmp_path / "tuned")
+    write_golden("packed", tmp_path / "v.safetensors")
+    assert values_digest(tmp_path / "v.safetensors") == RANKED_VALUES
+    (then, _), (now, _) = map(read_raw, (golden, tmp_path / "v.safetensors"))
+    for manifest in (then, now):
+        for key in ("tool", "command", "digest", "allow_nonfinite"):
+            manifest.pop(key, None)
+        manifest["side"][0].pop(SIDE[0])  # another zstd may give other bytes
+        for entry in manifest["tensors"].values():
+            del entry["digest"]
+    assert then == now and now["schema"] == 2
+
+
+def test_schema_2_is_that_of_files_with_ranks_alone(tmp_path: Path):
+    """Whoever cannot read ranks can read all others; what is written again says what it has."""
+    ranked_family(tmp_path)
+    asked = {"packed": 2, "auto": 2, "sparse": 1, "dense": 1, "again": 2}
+    for name, schema in asked.items():
+        codec = name if name != "again" else "packed"
+        path = tmp_path / f"{name}.safetensors"
+        if name == "again":
+            SkillVector.open(tmp_path / "sparse.safetensors").save(path, codec=codec)
+        else:
+            skillvec.diff(tmp_path / "tuned", tmp_path / "base", path, codec=codec)
+        manifest, [tensors] = read_raw(path)
+        assert manifest["schema"] == schema, name
+        packed = [content[3] > 127 for tensor, (_, _, content) in sorted(tensors.items())
+                  if tensor.endswith(".packed")]  # fmt: skip
+        assert packed == [True, True, False] * (schema == 2)
+    path = tmp_path / "as_dense.safetensors"
+    SkillVector.open(tmp_path / "packed.safetensors").save(path, codec="dense")
+    assert read_raw(path)[0]["schema"] == 1
+
+
+def test_a_run_that_goes_on_knows_of_ranks_that_were_written_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runner, "CLAIM_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "SMALL_NUMEL", 0)  # each tensor is written and noted alone
+    ranked_family(tmp_path)
+    sides, path = (tmp_path / "tuned", tmp_path / "base"), tmp_path / "v.safetensors"
+    skillvec.diff(*sides, tmp_path / "whole.safetensors", engine="serial")
+
+    def stop(plan: Plan, number: int, *rest: Any) -> None:
+        if number == 2:  # the last, which has no ranks
+            raise KeyError
+
+    with threads.on_block(stop), pytest.raises(KeyError):
+        skillvec.diff(*sides, path, engine="serial")
+    report = skillvec.diff(*sides, path, engine="serial").report
+    assert report is not None and report.facts["resumed"]
+    (manifest, tensors), (whole, others) = map(read_raw, (path, tmp_path / "whole.safetensors"))
+    assert manifest["schema"] == whole["schema"] == 2
+    assert manifest["tensors"] == whole["tensors"] and tensors == others
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
@@ -1380,3 +1468,8 @@ if __name__ == "__main__":
             (GOLDEN / f"{name}.safetensors").unlink(missing_ok=True)
             write_golden(name, GOLDEN / f"{name}.safetensors")
             print(name, values_digest(GOLDEN / f"{name}.safetensors"))
+        os.chdir(tempfile.mkdtemp(dir=place))
+        ranked_family(Path())
+        (GOLDEN / "ranked.safetensors").unlink(missing_ok=True)
+        write_golden("packed", GOLDEN / "ranked.safetensors")
+        print("ranked", values_digest(GOLDEN / "ranked.safetensors"))

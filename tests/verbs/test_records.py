@@ -25,7 +25,7 @@ import skillvec as sv
 from skillvec.checkpoints import locate
 from skillvec.cli.commands import main
 from skillvec.errors import UsageError
-from skillvec.remote import hub
+from skillvec.remote import hub, references
 from skillvec.verbs.cards import hub_model
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -175,7 +175,7 @@ def test_what_was_read_of_the_hub_is_read_there_again(server: HubServer, tmp_pat
     """Its record names the commit, whatever lies in the folder under its name."""
     vector = sv.diff("m/tuned", "m/base", tmp_path / "v.safetensors")
     ref = vector.manifest["tuned"]["ref"]
-    assert hub.pinned(ref) == ("m/tuned", server.repos["m/tuned"].refs["refs/heads/main"])
+    assert references.pinned(ref) == ("m/tuned", server.repos["m/tuned"].refs["refs/heads/main"])
     sv.combine(vector, vector, output=tmp_path / "c.safetensors")
     sv.apply("m/target", vector, tmp_path / "merged")
     (tmp_path / "elsewhere" / "m").mkdir(parents=True)
@@ -262,7 +262,7 @@ def test_the_base_of_an_adapter_is_asked_for_where_it_is_known_to_be_of_the_hub(
     elif known == "cache":
         hub.locate("org/base", "base")
     opened = sv.SkillVector.open(adapter)
-    assert hub.pinned(opened.base.ref) == ("org/base", commit)
+    assert references.pinned(opened.base.ref) == ("org/base", commit)
 
 
 def test_extracted_adapters_name_their_base_so_that_peft_finds_it(
@@ -318,7 +318,7 @@ def test_the_name_of_a_file_that_is_not_there_is_no_repository(
         with pytest.raises(UsageError, match=r": no such file$"):
             call()
     assert not server.requests
-    assert hub.pinned(sv.open_checkpoint("hf://m/base").ref)
+    assert references.pinned(sv.open_checkpoint("hf://m/base").ref)
 
 
 def test_links_into_the_cache_are_local_in_records_and_on_cards(

@@ -12,7 +12,7 @@ from skillvec.ops.philox import draw_uint16
 from skillvec.ops.statistics import Request
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AddJob(PointJob):
     """point + lam * deltas[0]; `tuned_dtype` is the one in which replacements hold."""
 
@@ -22,7 +22,7 @@ class AddJob(PointJob):
     tuned_dtype: str = ""
 
     def width(self, request: Request | None) -> int:
-        return len(moments.Moments._fields) - 1
+        return len(moments.Moments().sums)
 
     @property
     def knows_base(self) -> bool:
@@ -45,13 +45,17 @@ class AddJob(PointJob):
             random16 = None
             if plan.rounding == "stochastic":
                 random16 = draw_uint16(f"{plan.seed}:{self.name}", block.begin, point.size)
-            arithmetic.add(point, self.point.dtype, delta, plan.lam, self.out_dtype, out, random16)
+            dtypes, measure = (self.point.dtype, self.out_dtype), self.expected is None
+            moved = arithmetic.add(
+                point, dtypes[0], delta, plan.lam, dtypes[1], out, random16, measure
+            )
             if restores:
                 restore(self, out, replaced)
-            if self.expected is None:
-                sums = moments.moments(point, self.point.dtype, delta, out, self.out_dtype)
-                task.tally[CHANGED] = sums.changed
-                task.state.sums[block.index] = sums[1:]
-        if self.point.dtype in FLOATS:
-            task.count_nonfinite(self, point, delta, out, restores)
+                moved = moments.moments(point, dtypes[0], delta, out, dtypes[1], measure)
+            task.tally[CHANGED] = moved.changed
+            task.state.sums[block.index] = moved.sums
+            if moved.target_nonfinite or moved.output_nonfinite or restores:
+                task.count_nonfinite(self, point, delta, out, restores)
+        elif self.point.dtype in FLOATS:
+            task.count_nonfinite(self, point, delta, out)
         self.put(task, out)

@@ -1,11 +1,13 @@
 """The sums of several deltas of one tensor, which orthogonality and norms are made of."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from skillvec.engine.plan import Job, Task
+from skillvec.ops.comparison import Weights
 from skillvec.ops.delta import Delta
-from skillvec.ops.kernels import Array
-from skillvec.ops.statistics import Request, block_sums, is_sampled, layout, masks_nbytes, sample
+from skillvec.ops.statistics import Request, block_sums, layout
+from skillvec.vectors.block_reader import Block
 
 
 class CompareJob(Job):
@@ -19,21 +21,20 @@ class CompareJob(Job):
     def run(self, task: Task) -> None:
         block, request = task.block, task.common.plan.request
         assert request is not None
-        deltas: list[Delta] = []
-        weights: list[tuple[Array, str] | None] = []
-        sampled, point = is_sampled(block.begin), None
-        if self.point is not None and sampled:
-            point = sample(block.read("point", self.point)), self.point.dtype
-        for i, source in enumerate(self.deltas):
-            deltas.append(source.read(block, f"delta{i}")[0])
-            if self.point is not None:
-                weights.append(point)
-            elif sampled and source.pair is not None:
-                dtype = source.pair.base.dtype  # copied: the next pair reads into the same buffer
-                weights.append((sample(block.array("base", dtype)).copy(), dtype))
-            else:
-                weights.append(None)
-        masks = block.workspace.array("masks", "U8", masks_nbytes(len(deltas), block.size))
         task.state.sums[block.index] = block_sums(
-            deltas, weights, request, self.name, self.numel, block.begin, masks
+            self._sides(block), request, self.name, self.numel, block.begin
         )
+
+    def _sides(self, block: Block) -> Iterator[tuple[Delta, Weights | None]]:
+        """Yield each delta and its weights: these until the next one is asked for.
+
+        A pair has its base in a buffer that the next pair reads into.
+        """
+        point = (block.read("point", self.point), self.point.dtype) if self.point else None
+        for i, source in enumerate(self.deltas):
+            delta = source.read(block, f"delta{i}")[0]
+            weights = point
+            if point is None and source.pair is not None:
+                dtype = source.pair.base.dtype
+                weights = block.array("base", dtype), dtype
+            yield delta, weights

@@ -7,7 +7,7 @@ from skillvec.engine.plan import Common, Job, State, Task
 from skillvec.vectors.deltas.mix import MixDelta
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MeasureJob(Job):
     """What the operator of deltas[0] needs to know: pass `number` over it."""
 

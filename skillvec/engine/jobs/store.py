@@ -7,20 +7,19 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.engine.jobs.point import narrowed
-from skillvec.engine.plan import CHANGED, RowJob, Task
-from skillvec.ops.codecs import encode_block
-from skillvec.ops.delta import Delta, squared
+from skillvec.engine.plan import CHANGED, RANKED, RowJob, Task
+from skillvec.files.rows import digest_of_two
+from skillvec.ops.codecs import encode_block, room_nbytes
+from skillvec.ops.delta import EXCEPTION, Delta, squared
+from skillvec.ops.special import bit_pattern
 from skillvec.ops.statistics import Request
-from skillvec.vectors.block_reader import EXCEPTION
-from skillvec.vectors.writer import block_digest
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class StoreJob(RowJob):
     """deltas[0] into a vector file, in a codec."""
 
     status: ClassVar[str] = "delta"
-    wants_norm: ClassVar[bool] = True
 
     codec: str
 
@@ -42,16 +41,19 @@ class StoreJob(RowJob):
             task.tally[: len(counts)] = counts
             task.state.sums[block.index] = found.delta_sq
         elif not source.is_stored:  # of a stored one the manifest knows
-            task.tally[CHANGED] = np.count_nonzero(delta.values)
+            task.tally[CHANGED] = np.count_nonzero(bit_pattern(delta.values))
             task.state.sums[block.index] = squared(delta)
         values = delta.values
         if delta.dtype != self.out_dtype:
             values = narrowed(delta, self.out_dtype, self.name)
-        encoded = encode_block(values, self.codec)
+        room = block.workspace.array("encoded", "U8", room_nbytes(values, self.codec))
+        encoded = encode_block(values, self.codec, room)
+        task.tally[RANKED] = encoded.ranked
         records = _exceptions(delta).view(np.uint8), replaced.view(np.uint8)
         row = self.first_block + block.index
-        task.common.writer.add(row, (encoded.payload, encoded.bitmap, *records))
-        block.stamp("output", block_digest(encoded))
+        digest = digest_of_two(encoded.payload, encoded.bitmap)
+        task.common.writer.add(row, (encoded.payload, encoded.bitmap, *records), digest)
+        block.stamp("output", digest)
 
 
 def _exceptions(delta: Delta) -> npt.NDArray[Any]:

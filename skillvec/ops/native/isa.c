@@ -2,10 +2,32 @@
 
 #include "tiles.h"
 
+#include "planes.c"
 #include "sums.c"
+#include "pairs.c"
+#include "compare.c"
+#include "merge.c"
 
 extern const Entry KERNELS[];
 const Entry KERNELS[] = {
+    {"join", "rrrrrrrrqw", join},
+    {"pick", "rqww", pick},
+    {"rank", "rrww", rank},
+    {"scatter", "rrqw", scatter},
+    {"split", "rqw", split},
+    {"tally", "rww", tally},
+    {"unrank", "rrqw", unrank},
     {"group_products", "rrqqqw", group_products},
+    {"subtract", "rrqqqqwwww", subtract},
+    {"add", "rrrrqqqdwqqw", add},
+    {"pair_sums", "rqrrrqrrrqww", pair_sums},
+    {"vector_sums", "rqrrrqw", vector_sums},
+    {"flipped_sums", "rrw", flipped_sums},
+    {"draw", "rqw", draw},
+    {"round_randomly", "rrqw", round_randomly},
+    {"merge", "wrrqqqrrrrrrrrrrrrrrrrrr", merge},
+    {"count_magnitudes", "rrrqww", count_magnitudes},
+    {"count_within", "rrrqrw", count_within},
+    {"sum_products", "rrrrrrqqqqw", sum_products},
     {NULL, NULL, NULL},
 };

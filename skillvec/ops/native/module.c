@@ -8,7 +8,12 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "tiles.h"
+#include "face.h"
+
+#include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #define MOST 24
 
@@ -17,9 +22,10 @@ extern const Entry kernels_avx2[], kernels_avx512[], kernels_neon[];
 static int runs_here(const char *isa)
 {
 #if defined(__x86_64__)
+    unsigned a, b, c = 0, d; /* not every compiler knows the name f16c */
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-               && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+               && __builtin_cpu_supports("bmi2") && __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
     if (!strcmp(isa, "avx2")) return avx2;
     return avx2 && !strcmp(isa, "avx512") && __builtin_cpu_supports("avx512f")
            && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd")
@@ -30,6 +36,8 @@ static int runs_here(const char *isa)
 #endif
 }
 
+static uint8_t nothing[1]; /* an empty buffer may have no address */
+
 static PyObject *call(PyObject *capsule, PyObject *const *given, Py_ssize_t count)
 {
     const Entry *entry = PyCapsule_GetPointer(capsule, NULL);
@@ -39,7 +47,7 @@ static PyObject *call(PyObject *capsule, PyObject *const *given, Py_ssize_t coun
     Arg args[MOST] = {0};
     int is_held[MOST] = {0};
     int64_t result = -1;
-    if (count != wanted) {
+    if (count != wanted || count > MOST) {
         PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", entry->name, wanted, count);
         return NULL;
     }
@@ -51,7 +59,7 @@ static PyObject *call(PyObject *capsule, PyObject *const *given, Py_ssize_t coun
             int flags = kind == 'w' ? PyBUF_WRITABLE : PyBUF_SIMPLE;
             if (PyObject_GetBuffer(given[held], &views[held], flags) < 0) break;
             is_held[held] = 1;
-            args[held].data = views[held].buf;
+            args[held].data = views[held].buf ? views[held].buf : nothing;
             args[held].nbytes = views[held].len;
         }
         if (PyErr_Occurred()) break;
@@ -74,24 +82,24 @@ static PyObject *kernels(PyObject *module, PyObject *isa)
 {
     (void)module;
     const Entry *entry = NULL;
-    PyObject *name = PyUnicode_AsUTF8String(isa), *found = PyDict_New();
-    if (name == NULL || found == NULL) return NULL;
-    const char *text = PyBytes_AsString(name);
-    if (runs_here(text)) {
+    PyObject *name = PyUnicode_AsUTF8String(isa), *found = name ? PyDict_New() : NULL;
+    const char *text = name ? PyBytes_AsString(name) : NULL;
+    if (found != NULL && text != NULL && runs_here(text)) {
 #if defined(__x86_64__)
         entry = strcmp(text, "avx2") ? kernels_avx512 : kernels_avx2;
 #else
         entry = kernels_neon;
 #endif
     }
-    for (; entry != NULL && entry->name != NULL; entry++) {
+    for (; found != NULL && entry != NULL && entry->name != NULL; entry++) {
         PyObject *capsule = PyCapsule_New((void *)entry, NULL, NULL);
         PyObject *function = capsule ? PyCFunction_NewEx(&call_def, capsule, NULL) : NULL;
-        if (function == NULL || PyDict_SetItemString(found, entry->name, function) < 0) return NULL;
-        Py_DECREF(function);
-        Py_DECREF(capsule);
+        if (function == NULL || PyDict_SetItemString(found, entry->name, function) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(function);
+        Py_XDECREF(capsule);
     }
-    Py_DECREF(name);
+    Py_XDECREF(name);
     return found;
 }
 
@@ -99,7 +107,9 @@ static PyMethodDef methods[] = {
     {"kernels", kernels, METH_O, "Return the kernels of an instruction set by name; {} if not here."},
     {NULL, NULL, 0, NULL},
 };
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, 0, methods, NULL,
+/* in two phases and without a state: each interpreter that shares the lock may have its own */
+static PyModuleDef_Slot slots[] = {{0, NULL}};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, 0, methods, slots,
                                         NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&definition); }

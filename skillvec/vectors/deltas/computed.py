@@ -12,7 +12,7 @@ from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.deltas.base import Decoded, DeltaSource
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ComputedDelta(DeltaSource):
     """A tensor's delta as a formula in fp32 or fp64, such as s B A of the adapter `ref`."""
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from skillvec.errors import FormatError
 from skillvec.files.header import TensorSpec
+from skillvec.ops import merge_kernels
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import Array
 from skillvec.ops.merge_methods import Operator, Position
@@ -16,7 +17,7 @@ from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.deltas.base import Decoded, DeltaSource, InFile
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MixDelta(DeltaSource):
     """A tensor's delta as several to merge by an operator; `known` is what its passes measured."""
 
@@ -72,8 +73,11 @@ class MixDelta(DeltaSource):
 
     def measure(self, block: Block, role: str, number: int) -> Array:
         """Return what pass `number` finds in a block: counts (int64), or float64 to be summed."""
-        total: Array | None = None
-        for place, wide in self._pieces(block, role):
+        parts = self._read_parts(block, role)
+        total: Array | None = merge_kernels.measure(self.operator, number, parts, self.known)
+        if total is not None:
+            return total
+        for place, wide in self._pieces(block, parts):
             found = self.operator.measure(
                 number, wide, self.weights, self.parameters, place, self.known
             )
@@ -90,21 +94,31 @@ class MixDelta(DeltaSource):
 
     def read(self, block: Block, role: str) -> Decoded:
         values = block.array(role, self.spec.dtype)
-        for place, wide in self._pieces(block, role):
-            at = place.begin - block.begin
-            values[at : at + wide[0].size] = self.operator.combine(
-                wide, self.weights, self.parameters, place, self.known
-            )
-        if not np.isfinite(values).all():
-            raise FormatError(f"{self.spec.name}: {self.operator.name} left the range of fp32")
+        parts = self._read_parts(block, role)
+        if not merge_kernels.combine(
+            self.operator, parts, self.weights, self.parameters, self._place(block.begin),
+            self.known, values,
+        ):  # fmt: skip
+            for place, wide in self._pieces(block, parts):
+                at = place.begin - block.begin
+                values[at : at + wide[0].size] = self.operator.combine(
+                    wide, self.weights, self.parameters, place, self.known
+                )
+            if not np.isfinite(values).all():
+                raise FormatError(f"{self.spec.name}: {self.operator.name} left the range of fp32")
         return Delta(values, self.spec.dtype), NO_RECORDS
 
-    def _pieces(self, block: Block, role: str) -> Iterator[tuple[Position, list[Array]]]:
+    def _read_parts(self, block: Block, role: str) -> list[Delta]:
+        return [part.read(block, f"{role}.{i}")[0] for i, part in enumerate(self.sources)]
+
+    def _place(self, begin: int) -> Position:
+        return Position(self.spec.name, begin, self.seed, self.streams)
+
+    def _pieces(self, block: Block, parts: list[Delta]) -> Iterator[tuple[Position, list[Array]]]:
         """Yield the parts piece by piece, widened, with their place."""
-        parts = [part.read(block, f"{role}.{i}")[0] for i, part in enumerate(self.sources)]
         for begin in range(0, block.size, STEP):
             wide = [part.wide(begin, begin + STEP) for part in parts]
-            yield Position(self.spec.name, block.begin + begin, self.seed, self.streams), wide
+            yield self._place(block.begin + begin), wide
 
 
 def mixes_in(deltas: Iterable[DeltaSource]) -> list[MixDelta]:

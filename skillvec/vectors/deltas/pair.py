@@ -13,7 +13,7 @@ from skillvec.vectors.block_reader import BASE, REPLACEMENT, TUNED, Block
 from skillvec.vectors.deltas.base import Decoded, DeltaSource
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PairDelta(DeltaSource):
     """A tensor's delta as two tensors to subtract into values of `dtype`."""
 
@@ -57,8 +57,7 @@ class PairDelta(DeltaSource):
             self.dtype,
             self.exactness,
             block.array(role, self.dtype),
-            block.array("scratch", "U16"),
-            block.measure,
+            block.workspace.array("found", "U8", 12 * block.size),
             block.casts,
         )
         block.tuned_nonfinite += found.nonfinite[0]

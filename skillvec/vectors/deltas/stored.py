@@ -12,7 +12,7 @@ from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.deltas.base import NO_DIGEST, Decoded, DeltaSource, InFile
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class StoredDelta(DeltaSource):
     """A delta in a vector file.
 

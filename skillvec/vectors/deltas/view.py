@@ -17,7 +17,7 @@ from skillvec.vectors.deltas.base import Decoded, DeltaSource
 VIEW = ".view"  # what the role of a delta read through a view has more
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ViewDelta(DeltaSource):
     """A tensor's delta as boxes of those of another layout; what no box covers is 0."""
 

@@ -1,0 +1,286 @@
+"""Sums over a block: two deltas with each other, one delta with the weights that it is added to.
+
+Every value is in every sum. Sums are added in the order of `lanes`: inner products of a pair by
+groups of a given width, all else by groups of 1,024 from the block's begin; fp64 deltas in fp64.
+The functions that begin with numpy_ say what is computed; native/compare.c gives the same digits in
+one read of fp32 and 16-bit deltas.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from skillvec.ops import compiled, lanes
+from skillvec.ops.delta import STEP, Delta
+from skillvec.ops.kernels import HALVES, Array, F32Array, narrow, widen
+from skillvec.ops.lanes import Sums
+
+STEP_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of |delta| in steps of the 16-bit grid
+PAIR = (
+    "product", "groups_sq", "square_a", "square_b", "met_a", "met_b", "clash_a", "clash_b",
+    "support_a", "support_b", "shared", "opposed",
+)  # fmt: skip
+VECTOR = ("square", "support", "kept_dot", "kept_sq", "absorbed", "step_sq")  # then steps
+SUPPORT_A = PAIR.index("support_a")  # the first of the counts
+GRIDS = {"BF16": (7, 1), "F16": (10, 113)}  # bits of a fraction; least biased fp32 exponent
+EXPONENT = np.int32(0x7F800000)  # of fp32
+NO_SIGNS = np.zeros(0, np.uint8)
+Weights = tuple[Array, str]  # and their dtype
+
+
+class Compared(NamedTuple):
+    """Inner products of two deltas by groups, and the sums of PAIR."""
+
+    groups: Sums
+    sums: Sums
+
+
+def compare_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compared:
+    """Return the sums of two deltas of one length, by groups of `width` neighbours.
+
+    `width` is a power of two, 1,024 at most. Bits of `signs`, bytes with the highest bit first and
+    32 for each 32 values begun, turn the signs of x.
+    """
+    kernel = _kernels()[0]
+    if kernel is None or "F64" in (x.dtype, y.dtype):
+        return numpy_pair(x, y, width, signs)
+    return call_pair(kernel, x, y, width, signs)
+
+
+def compare_weights(x: Delta, weights: Weights | None) -> Sums:
+    """Return the sums of VECTOR, then the counts of steps; zeros where weights are not known."""
+    kernel = _kernels()[1]
+    if kernel is None or x.dtype == "F64" or (weights is not None and weights[1] == "F64"):
+        return numpy_weights(x, weights)
+    return call_weights(kernel, x, weights)
+
+
+def flip(groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
+    """Return the sums of groups with signs: plus where the bit is 1, a row of `signs` each.
+
+    Bits stand in bytes, the highest first; a row has 32 for each 32 groups begun.
+    """
+    kernel = _kernels()[2]
+    return numpy_flip(groups, signs) if kernel is None else call_flip(kernel, groups, signs)
+
+
+# -------------------------------------------------------------------------------------- by kernels
+
+
+def call_pair(
+    kernel: compiled.Kernel, x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS
+) -> Compared:
+    """Return what `numpy_pair` gives, by a compiled kernel."""
+    found = Compared(np.empty(-(-x.values.size // width)), np.empty(len(PAIR)))
+    kernel(*_spelt(x), *_spelt(y), signs, width, *found)
+    return found
+
+
+def call_weights(kernel: compiled.Kernel, x: Delta, weights: Weights | None) -> Sums:
+    """Return what `numpy_weights` gives, by a compiled kernel."""
+    sums = np.empty(len(VECTOR) + len(STEP_EDGES) + 1)
+    values, dtype = weights or (NO_SIGNS, "F32")
+    kernel(*_spelt(x), values, compiled.CODES[dtype], sums)
+    return sums
+
+
+def call_flip(kernel: compiled.Kernel, groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
+    """Return what `numpy_flip` gives, by a compiled kernel."""
+    sums = np.empty(len(signs))
+    kernel(groups, signs, sums)
+    return sums
+
+
+def _spelt(delta: Delta) -> tuple[Any, ...]:
+    return delta.values, compiled.CODES[delta.dtype], delta.positions, delta.exact
+
+
+# of what numpy makes of the samples; a test compares
+SELF_CHECKS = "17a5a7e5cf72bba0", "27de10204a38e186", "c09690eda56dc60a"
+
+
+def _samples() -> tuple[list[Delta], list[Weights]]:
+    """Return deltas and weights of every dtype of the kernels: signs, zeros, exceptions, ties."""
+    bits = np.arange(3001, dtype=np.uint16) * np.uint16(40503) & 0xBFFF
+    bits[::3] = 0
+    wide = [widen(np.roll(bits, n), "BF16") for n in (0, 1000, 7)]
+    at = np.arange(5, 3001, 411, dtype=np.uint32)
+    deltas = [
+        Delta(narrow(values, dtype), dtype, at[n:], (at[n:] * np.float32(-0.1)).astype(np.float32))
+        for n, (values, dtype) in enumerate(zip(wide, compiled.CODES, strict=False))
+    ]
+    weights = [(narrow(np.roll(wide[1], 5) * np.float32(1.3), d), d) for d in (*HALVES, "F32")]
+    return deltas, weights
+
+
+def sample_pairs(run: Callable[[Delta, Delta, int, Array], Compared]) -> bytes:
+    """Return the bytes of what fixed pairs of deltas give."""
+    deltas, _ = _samples()
+    signs = (np.arange(376, dtype=np.uint32) * 40503 >> 3).astype(np.uint8)
+    found = [run(x, y, width, signs[: 376 * turned]) for x in deltas for y in deltas
+             for width, turned in ((1024, 1), (8, 0))]  # fmt: skip
+    return b"".join(part.tobytes() for one in found for part in one)
+
+
+def sample_weights(run: Callable[[Delta, Weights | None], Sums]) -> bytes:
+    """Return the bytes of what fixed deltas on fixed weights give."""
+    deltas, weights = _samples()
+    return b"".join(run(x, held).tobytes() for x in deltas for held in (None, *weights))
+
+
+def sample_flips(run: Callable[[Sums, npt.NDArray[np.uint8]], Sums]) -> bytes:
+    """Return the bytes of what fixed groups give."""
+    groups = np.arange(1, 74) / 3.0
+    return run(groups, (np.arange(60, dtype=np.uint8) * 37).reshape(5, 12)).tobytes()
+
+
+@cache
+def _kernels() -> tuple[compiled.Kernel | None, ...]:
+    def pairs(kernel: compiled.Kernel) -> bytes:
+        return sample_pairs(lambda *of: call_pair(kernel, *of))
+
+    def weights(kernel: compiled.Kernel) -> bytes:
+        return sample_weights(lambda *of: call_weights(kernel, *of))
+
+    def flips(kernel: compiled.Kernel) -> bytes:
+        return sample_flips(lambda *of: call_flip(kernel, *of))
+
+    names = ("pair_sums", pairs), ("vector_sums", weights), ("flipped_sums", flips)
+    return tuple(
+        compiled.kernel(*of, digest) for of, digest in zip(names, SELF_CHECKS, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------- by numpy
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compared:
+    """Return the sums of two deltas, by numpy.
+
+    Met is the energy of one where the other is not 0, clash where their signs differ.
+    """
+    parts, counts = _Parts(SUPPORT_A + 1), np.zeros(4, np.int64)
+    for begin in range(0, x.values.size, STEP):
+        one, two = x.wide(begin, begin + STEP), y.wide(begin, begin + STEP)
+        if signs.size:
+            one = _turned(one, signs[begin // 8 :])
+        a, b = lanes.by_rows(one), lanes.by_rows(two)
+        in_a, in_b = a != 0, b != 0
+        shared = in_a & in_b
+        opposed = shared & ((a < 0) != (b < 0))
+        if width == lanes.GROUP:
+            groups = lanes.row_products(a, b)
+        else:
+            dtype = np.result_type(one, two)
+            rows = [lanes.by_rows(side.astype(dtype), width) for side in (one, two)]
+            groups = lanes.row_products(*rows)
+        parts.add(-1, groups)
+        parts.add(0, groups)
+        parts.add(1, groups * groups)
+        ones = [where.astype(np.float32) for where in (shared, opposed)]
+        for place, side in ((2, a), (3, b)):
+            squares = side * side
+            found = lanes.row_products(side, side, squares)
+            parts.add(place, found)
+            fits = found.max(initial=0) <= 3e38  # else infinity times 0 is no number
+            for n, where in enumerate(ones):
+                terms = squares * where if fits else side * where * side
+                parts.add(place + 2 * n + 2, lanes.row_products(side, side, terms, where))
+        counts += [np.count_nonzero(where) for where in (in_a, in_b, shared, opposed)]
+    sums = np.array([*(lanes.in_order(parts.whole(n)) for n in range(SUPPORT_A)), *counts])
+    return Compared(parts.whole(-1), sums)
+
+
+def _turned(values: Array, signs: Array) -> Array:
+    """Return values with the signs turned where bits are 1."""
+    bits = values.view(np.dtype(f"<u{values.itemsize}"))
+    turn = np.unpackbits(signs, count=values.size).astype(bits.dtype)
+    turned: Array = bits ^ turn << bits.dtype.type(8 * values.itemsize - 1)
+    return turned.view(values.dtype)
+
+
+@np.errstate(all="ignore")
+def numpy_weights(x: Delta, weights: Weights | None) -> Sums:
+    """Measure a delta in steps of the 16-bit grid at its weights, and what that grid keeps of it.
+
+    By numpy. The grid is that of the weights' dtype where it has 16 bits, else BF16's; a step is
+    the distance of neighbours at the weight as the grid holds it (0 below 2^-126). What rounding
+    keeps of the delta v is r(w + v) - r(w), 0 where that is not finite.
+    """
+    parts, steps, support, absorbed = _Parts(4), np.zeros(len(STEP_EDGES) + 1), 0, 0
+    for begin in range(0, x.values.size, STEP):
+        values = lanes.by_rows(x.wide(begin, begin + STEP))
+        changed = values != 0
+        moved = int(np.count_nonzero(changed))
+        support += moved
+        parts.add(0, lanes.row_products(values, values))
+        if weights is None:
+            continue
+        held = lanes.by_rows(weights[0][begin : begin + STEP])
+        kept, step, distance = _round(values, changed, held, weights[1])
+        reached = [np.count_nonzero(distance >= n) for n in range(1, steps.size)]
+        steps -= np.diff([moved, *reached, 0])
+        absorbed += moved - int(np.count_nonzero(kept != 0))
+        kept = kept.astype(values.dtype, copy=False)
+        for place, (one, other) in enumerate(((kept, values), (kept, kept), (step, step))):
+            parts.add(1 + place, lanes.row_products(one, other))
+    square, *others = (lanes.in_order(parts.whole(place)) for place in range(4))
+    return np.array([square, support, others[0], others[1], absorbed, others[2], *steps])
+
+
+def _round(
+    values: Array, changed: npt.NDArray[np.bool_], weights: Array, dtype: str
+) -> tuple[F32Array, F32Array, npt.NDArray[np.int32]]:
+    """Return what is kept of a delta, the steps at its weights, and its bin by size in steps.
+
+    The bins are clipped by who counts; what is not changed is in none above the first.
+    """
+    grid = dtype if dtype in HALVES else "BF16"
+    fraction, least = GRIDS[grid]
+    single = values.astype(np.float32, copy=False)
+    wide = widen(weights, dtype).astype(np.float32, copy=False)
+    held = wide if dtype in HALVES else widen(narrow(wide, grid), grid)
+    kept = widen(narrow(wide + single, grid), grid)
+    kept -= held
+    kept *= changed
+    power = held.view(np.int32) & EXPONENT
+    np.maximum(power, np.int32(least << 23), out=power)
+    step = np.maximum(power - np.int32(fraction << 23), 0).view(np.float32)
+    step *= changed
+    if not np.isfinite(kept).all():
+        kept[~np.isfinite(kept)] = 0
+    if power.max(initial=0) == EXPONENT:
+        step[power == EXPONENT] = 0
+    distance = single.view(np.int32) & EXPONENT
+    distance -= power
+    distance >>= 23
+    distance += fraction + 3
+    distance *= changed
+    return kept, step, distance
+
+
+def numpy_flip(groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
+    """Return the sums of groups with signs, by numpy: 16 lanes in fp64, as one group."""
+    terms = np.unpackbits(signs, axis=1).astype(np.float64)  # zeros behind the last group
+    terms -= 0.5
+    terms[:, : groups.size] *= 2 * groups
+    terms[:, groups.size :] = 0
+    return lanes.sum_rows(lanes.by_rows(terms.ravel(), terms.shape[1]))
+
+
+class _Parts:
+    """Sums of groups by statistic, piece by piece of a block."""
+
+    def __init__(self, count: int) -> None:
+        self._held: list[list[Sums]] = [[] for _ in range(count)]
+
+    def add(self, place: int, groups: Sums) -> None:
+        self._held[place].append(groups)
+
+    def whole(self, place: int) -> Sums:
+        held = self._held[place]
+        return np.concatenate(held) if held else np.zeros(0)

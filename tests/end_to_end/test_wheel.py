@@ -1,0 +1,59 @@
+"""The wheel: what is in it, and that it works in an environment that has nothing else."""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import skillvec
+
+ROOT = Path(__file__).parents[2]
+WITH_KERNELS = (ROOT / "skillvec/ops/_native.abi3.so").exists()
+
+pytestmark = pytest.mark.slow
+
+
+def build(folder: Path, **environment: str) -> Path:
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--wheel-dir", folder, ROOT], check=True, env=os.environ | environment)
+    (wheel,) = folder.glob("skillvec-*.whl")
+    return wheel
+
+
+def use(wheel: Path, folder: Path) -> str:
+    """Install into an empty environment and return what wheels/try_wheel.py prints there."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True, env=clean)
+    done = subprocess.run([python, ROOT / "wheels" / "try_wheel.py"], check=True, cwd=folder,
+                          stdout=subprocess.PIPE, text=True, env=clean)  # fmt: skip
+    return done.stdout
+
+
+def check_names(wheel: Path, compiled: bool) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert {"skillvec/py.typed", "skillvec/analysis/page.html.jinja"} <= {*names}
+    assert all(name.startswith("skillvec/") for name in names)
+    assert ("skillvec/ops/_native.abi3.so" in names) == compiled
+    assert not any(name.endswith((".c", ".h")) for name in names)
+    assert wheel.stat().st_size < 2_000_000
+
+
+def test_a_wheel_with_kernels_works_in_an_empty_environment(tmp_path: Path):
+    wheel = build(tmp_path)
+    kind = "cp311-abi3" if WITH_KERNELS else "py3-none-any"
+    assert wheel.name.startswith(f"skillvec-{skillvec.__version__}-{kind}")
+    check_names(wheel, WITH_KERNELS)
+    assert ("(installed without a C compiler)" in use(wheel, tmp_path / "it")) != WITH_KERNELS
+
+
+def test_without_a_compiler_there_is_a_wheel_that_works(tmp_path: Path):
+    wheel = build(tmp_path, CC="false")
+    assert wheel.name == f"skillvec-{skillvec.__version__}-py3-none-any.whl"
+    check_names(wheel, False)
+    assert "kernels       numpy (installed without a C compiler)" in use(wheel, tmp_path / "it")
