@@ -41,7 +41,7 @@ class PairDelta(DeltaSource):
         return self
 
     def stored_as(self, dtype: str) -> "PairDelta":
-        return replace(self, dtype=dtype)
+        return self if dtype == self.dtype else replace(self, dtype=dtype)
 
     def read(self, block: Block, role: str) -> Decoded:
         tuned = block.read("tuned", self.tuned)
