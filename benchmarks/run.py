@@ -385,9 +385,10 @@ def run_jobs(
         print(f"{group}: {verb}, {size}", file=sys.stderr)
         if group == "durable":
             job = durable(size, work, builds[NOW])
+            prepare(job, work)
         else:
-            job = job_of(group, verb, size, work, builds)
-        prepare(job, work)
+            prepare(job_of(group, verb, size, work, builds), work)
+            job = job_of(group, verb, size, work, builds)  # the floors list what is there now
         number = max(given.rounds, 15) if group == "start" else given.rounds
         if group in ("durable", "others"):
             number = min(number, 3)
