@@ -62,8 +62,9 @@ check: $(READY)
 	$(BIN)/python -m pytest --quiet tests/test_rooms.py tests/test_docs.py
 	$(BIN)/python docs/rooms.py --lines
 
+# `make bench AGAINST=REV` times that commit in the same rounds
 bench: $(READY)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(addprefix --against ,$(AGAINST))
 	$(BIN)/python benchmarks/density.py
 
 # with a tag for Linux in general where auditwheel finds that it deserves one

@@ -119,7 +119,7 @@ def verbs_on(size: str, work: Path, program: Path) -> dict[str, Job]:
     setup = [made[0], apply(target, dense, applied, program=program)]
     jobs["verify"] = Job(setup, {NOW: Command(proof.argv, (dense, target, applied))})
     for operator, given in OPERATORS.items():
-        options = ["--codec", "dense", "--op", operator]
+        options = ["--codec", "dense", "--dtype", "bf16", "--op", operator]
         options += [word for parameter in given for word in ("--param", parameter)]
         merge = skillvec("combine", dense, other, out=file, options=options, program=program)
         jobs[f"combine-{operator}"] = Job(made, {NOW: merge})

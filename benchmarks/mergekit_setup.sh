@@ -2,8 +2,7 @@
 # Makes .venv-mergekit beside .venv, for the benchmark's rows of mergekit and sd-mecha.
 #
 # A venv of its own, because mergekit bounds the versions of transformers, click and pydantic, and
-# those bounds must not decide what skillvec is tested with. torch is pinned to the version that the
-# naive rows use, so that all run the same kernels.
+# those bounds must not decide what skillvec is tested with.
 set -eu
 cd "$(dirname "$0")/.."
 venv=.venv-mergekit

@@ -158,8 +158,8 @@ def builds_of(revisions: Sequence[str], place: Path) -> dict[str, Path]:
 def kernels_of(program: Path) -> str:
     """Return whose kernels a build uses on this machine."""
     code = (
-        "try:\n from skillvec.ops.compiled import in_use as say\n"
-        "except ImportError:\n from skillvec.ops.kernels import kernels_in_use as say\n"
+        "try:\n from skillvec.ops.kernels import kernels_in_use as say\n"  # before version 0.2
+        "except ImportError:\n from skillvec.ops.compiled import in_use as say\n"
         "print(say())"
     )
     argv = [str(program.with_name("python")), "-I", "-c", code]  # not what lies here
@@ -385,9 +385,10 @@ def run_jobs(
         print(f"{group}: {verb}, {size}", file=sys.stderr)
         if group == "durable":
             job = durable(size, work, builds[NOW])
+            prepare(job, work)
         else:
-            job = job_of(group, verb, size, work, builds)
-        prepare(job, work)
+            prepare(job_of(group, verb, size, work, builds), work)
+            job = job_of(group, verb, size, work, builds)  # the floors list what is there now
         number = max(given.rounds, 15) if group == "start" else given.rounds
         if group in ("durable", "others"):
             number = min(number, 3)

@@ -6,6 +6,7 @@ import re
 import struct
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from json.encoder import encode_basestring
 from math import prod
 from pathlib import Path
@@ -104,7 +105,12 @@ def _checked_spec(path: str, name: str, entry: Any, data_start: int) -> TensorSp
             f"{dtype} x {list(shape)} takes {nbytes} bytes, data_offsets hold "
             f"{offsets[1] - offsets[0]}"
         )
-    return TensorSpec(name, dtype, shape, path, data_start + offsets[0], nbytes)
+    return TensorSpec(name, dtype, _one_shape(shape), path, data_start + offsets[0], nbytes)
+
+
+@lru_cache(maxsize=4096)
+def _one_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape
 
 
 # what else is found under the name of safetensors: bytes at an offset, what they begin, what to do

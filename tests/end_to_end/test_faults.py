@@ -330,7 +330,9 @@ def test_no_permission_to_write_or_read(tmp_path: Path):
 # Stops for a moment at every write, and says on stdout when the given one is reached.
 SLOW = """
 import os, sys, time
+from skillvec.engine import threads
 from skillvec.files.output_file import OutputFile
+threads.BATCH_JOBS = 1  # or these small models are written in one go
 announced, write, seen = int(sys.argv[1]), OutputFile.write, []
 def slow(self, *arguments):
     seen.append(None)
