@@ -362,22 +362,18 @@ def _add_piece(
         still = ((delta == 0) | (lam == 0)) & (wide == 0)
         kept = np.flatnonzero(still | ~np.isfinite(wide))
     rounding = random16 if out_dtype in HALVES else None
-    single = wide.dtype == delta.dtype == np.float32
-    if single and target_dtype == out_dtype == "BF16" and rounding is None:
-        rounded = kernels.fma_bf16(target, wide, delta, lam)
+    total: Array
+    if wide.dtype == delta.dtype == np.float32:
+        total = kernels.fma(wide, delta, lam)
     else:
-        total: Array
-        if single:
-            total = kernels.fma(wide, delta, lam)
-        else:
-            with np.errstate(all="ignore"):
-                total = lam * delta.astype(np.float64)
-                total += wide
-        total[kept] = wide[kept]
-        if rounding is None:
-            rounded = narrow(total, out_dtype)
-        else:
-            rounded = kernels.stochastic_narrow(total.astype(np.float32), out_dtype, rounding)
+        with np.errstate(all="ignore"):
+            total = lam * delta.astype(np.float64)
+            total += wide
+    total[kept] = wide[kept]
+    if rounding is None:
+        rounded = narrow(total, out_dtype)
+    else:
+        rounded = kernels.stochastic_narrow(total.astype(np.float32), out_dtype, rounding)
     if out_dtype == target_dtype:
         rounded[kept] = target[kept]
     return rounded

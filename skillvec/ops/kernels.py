@@ -139,34 +139,6 @@ def _careful_fma(a: F32Array, b: F32Array, beta: float) -> F32Array:
     return _round_to_odd(total, error).astype(np.float32)
 
 
-def fma_bf16(target: Array, wide: F32Array, delta: F32Array, beta: float) -> Array:
-    """Return RN16(RN32(target + beta * delta)) in BF16, by fp32 where that is enough.
-
-    Where the sum is not less than 1/16 of the target, the product is at most 17 times the sum: what
-    is lost by rounding the product is at most 16 steps of the sum's fp32 grid, and the BF16 is the
-    same if the sum is not that near to the middle of two. The others are done by `fma`.
-    """
-    with np.errstate(all="ignore"):
-        total = delta * np.float32(beta)
-        total += wide
-    bits = total.view(np.uint32)
-    bits += np.uint32(1 << 15)
-    near = bits.astype(np.uint16)  # 0 in the middle
-    near += np.uint16(24)
-    bits >>= np.uint32(16)
-    rounded = bits.astype(np.uint16)
-    size = rounded & np.uint16(0x7FFF)
-    doubtful = near <= 48
-    doubtful |= size >= 0x7F80
-    size += np.uint16(4 << 7)  # 16 times as much
-    least = target & np.uint16(0x7FFF)
-    np.maximum(least, np.uint16((4 << 7) + 1), out=least)  # 0 may have lost its sign
-    doubtful |= size < least
-    at = np.flatnonzero(doubtful)
-    rounded[at] = narrow(fma(wide[at], delta[at], beta), "BF16")
-    return rounded
-
-
 def stochastic_narrow(values: F32Array, dtype: str, random16: npt.NDArray[np.uint16]) -> Array:
     """Round float32 values to BF16 or F16 up or down with the probability that keeps the mean.
 
