@@ -357,13 +357,14 @@ def _add_piece(
 
     `wide` is the widened target.
     """
-    kept = NOWHERE
+    kept, single = NOWHERE, wide.dtype == delta.dtype == np.float32
+    lam = float(np.float32(lam)) if single else lam
     if has_special(target, target_dtype):  # else nothing changes where nothing is added
         still = ((delta == 0) | (lam == 0)) & (wide == 0)
         kept = np.flatnonzero(still | ~np.isfinite(wide))
     rounding = random16 if out_dtype in HALVES else None
     total: Array
-    if wide.dtype == delta.dtype == np.float32:
+    if single:
         total = kernels.fma(wide, delta, lam)
     else:
         with np.errstate(all="ignore"):
