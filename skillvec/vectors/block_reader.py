@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.files.file import LEAF_NBYTES, allocate, leaf_digests
-from skillvec.files.header import ITEMSIZE
+from skillvec.files.file import LEAF_NBYTES, allocate, leaf_digests, remote_of
+from skillvec.files.header import ITEMSIZE, TensorSpec
 from skillvec.files.tensors import Source, read_values
 from skillvec.ops.arithmetic import Subtraction
 from skillvec.ops.block import BLOCK_NUMEL, block_count
@@ -96,20 +96,28 @@ class Block:
         """Return uninitialised room for the block's values."""
         return self.workspace.array(slot, dtype, self.size)
 
-    def read(self, slot: str, source: Source) -> Array:
-        """Return the block of a tensor, read into the slot's buffer."""
+    def read(self, slot: str, source: Source, role: str = "") -> Array:
+        """Return the block of a tensor, read into the slot's buffer; digested for a `role`."""
         values = self.array(slot, source.dtype)
-        read_values(source, self.begin, values)
+        digests, step = b"", max(values.size, 1)
+        if role and isinstance(source, TensorSpec) and remote_of(source.path) is None:
+            step = LEAF_NBYTES // values.itemsize  # digested while it is in the processor's cache
+        for at in range(0, values.size, step):
+            piece = values[at : at + step]
+            read_values(source, self.begin + at, piece)
+            if role:
+                digests += leaf_digests(piece.view(np.uint8).data)
+        if role:
+            self.keep(role, values.itemsize, digests)
         return values
 
-    def digest(self, role: str, values: Array) -> None:
-        """Take the leaves of the block's bytes."""
-        per_block = -(-BLOCK_NUMEL * values.itemsize // LEAF_NBYTES) * 16
+    def keep(self, role: str, itemsize: int, digests: bytes) -> None:
+        """Keep the digests of the leaves of the block's bytes."""
+        per_block = -(-BLOCK_NUMEL * itemsize // LEAF_NBYTES) * 16
         leaves = self.leaves.get(role)
         if leaves is None:  # setdefault is atomic, a lock here would be taken thrice a block
-            total = -(-self.numel * values.itemsize // LEAF_NBYTES) * 16
+            total = -(-self.numel * itemsize // LEAF_NBYTES) * 16
             leaves = self.leaves.setdefault(role, bytearray(total))
-        digests = leaf_digests(values.view(np.uint8).data)
         leaves[self.index * per_block : self.index * per_block + len(digests)] = digests
 
     def stamp(self, role: str, digest: bytes) -> None:

@@ -24,7 +24,14 @@ from skillvec.checkpoints.locate import locate
 from skillvec.checkpoints.opened_by import SUFFIXES
 from skillvec.checkpoints.opening import kind_of_file
 from skillvec.errors import FormatError, up_to_five, up_to_five_each
-from skillvec.files.file import Place, digest_file_range, file_nbytes, read_into, remote_of
+from skillvec.files.file import (
+    LEAF_NBYTES,
+    Place,
+    digest_file_range,
+    file_nbytes,
+    read_into,
+    remote_of,
+)
 from skillvec.files.header import (
     ITEMSIZE,
     MAX_DIMENSIONS,
@@ -344,14 +351,17 @@ class BlockReader:
         ends = self._ends[path]
         begin, end = (int(ends[r, 0] - ends[delta.first_block, 0]) for r in (row, row + 1))
         payload = out.view(np.uint8) if delta.codec == "dense" else scratch[: end - begin]
-        read_into(path, delta.spec.start + begin, payload.data)
         bitmap = NO_BYTES
         hashed = xxh3_128()
         if delta.bitmap is not None:
             bitmap = scratch[out.nbytes :][: -(-out.size // 8)]
             read_into(path, delta.bitmap.start + block * BLOCK_NUMEL // 8, bitmap.data)
             hashed.update(bitmap.data)
-        hashed.update(payload.data)
+        step = LEAF_NBYTES if remote_of(path) is None else end - begin
+        for at in range(0, end - begin, step or 1):  # hashed while it is in the processor's cache
+            piece = payload[at : at + step].data
+            read_into(path, delta.spec.start + begin + at, piece)
+            hashed.update(piece)
         if delta.codec != "dense":
             try:
                 decode_block(Encoded(payload, bitmap), delta.codec, out)

@@ -34,8 +34,7 @@ class AddJob(PointJob):
     def run(self, task: Task) -> None:
         block, plan = task.block, task.common.plan
         delta, replaced = self.deltas[0].read(block, "delta0")
-        out = point = block.read("point", self.point)
-        block.digest("point", point)
+        out = point = block.read("point", self.point, "point")
         restores = replaced.size > 0 and plan.lam == 1.0 and self.out_dtype == self.tuned_dtype
         if restores and task.exact_base is None:
             task.state.assumed[block.index] = task.tally

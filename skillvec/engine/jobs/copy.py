@@ -13,8 +13,7 @@ class CopyJob(PointJob):
     status: ClassVar[str] = "passed through"
 
     def run(self, task: Task) -> None:
-        point = task.block.read("point", self.point)
-        task.block.digest("point", point)
+        point = task.block.read("point", self.point, "point")
         if self.point.dtype in FLOATS:
             task.count_nonfinite(self, point, None, point)
         self.put(task, point)

@@ -25,8 +25,7 @@ class ListJob(RowJob):
         block = task.block
         assert task.common.writer is not None
         delta, replaced = self.deltas[0].read(block, "delta0")
-        point = block.read("point", self.point)
-        block.digest("point", point)
+        point = block.read("point", self.point, "point")
         out = block.array("out", self.out_dtype)
         arithmetic.add(point, self.point.dtype, delta, 1.0, self.out_dtype, out)
         restore(self, out, replaced)

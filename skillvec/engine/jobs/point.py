@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from skillvec.engine.plan import Job, Task
 from skillvec.errors import FormatError, IncompatibleError
+from skillvec.files.file import LEAF_NBYTES, leaf_digests
 from skillvec.files.tensors import Source
 from skillvec.ops import special
 from skillvec.ops.delta import Delta
@@ -22,15 +23,18 @@ class PointJob(Job):
         """Write a block, or compare it with what is there."""
         block = task.block
         if self.expected is not None:
-            expected = block.read("expected", self.expected)
-            if self.expected_digest is not None:
-                block.digest("expected", expected)
+            role = "expected" if self.expected_digest is not None else ""
+            expected = block.read("expected", self.expected, role)
             task.compare(out, expected)
         elif self.output is not None:
             file, start = self.output
-            at = start + block.begin * out.itemsize
-            task.common.outputs[file].write(at, out.view(np.uint8).data)
-            block.digest("output", out)
+            start += block.begin * out.itemsize
+            content, digests = out.view(np.uint8).data, b""
+            for at in range(0, len(content), LEAF_NBYTES):  # both while it is in the cache
+                piece = content[at : at + LEAF_NBYTES]
+                digests += leaf_digests(piece)
+                task.common.outputs[file].write(start + at, piece)
+            block.keep("output", out.itemsize, digests)
 
 
 def restore(job: Job, out: Array, replaced: npt.NDArray[Any]) -> None:

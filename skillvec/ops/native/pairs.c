@@ -47,6 +47,44 @@ static void hold(row32 d, int dv, uint32_t inexact, uint32_t first, row32 *held,
     }
 }
 
+/* Whether 32 BF16 are at most 127 steps of the grid from their base, with its sign, and none is -0:
+   the difference is then at most 254 of the smaller step, which is a BF16, and base + difference is
+   tuned. (NaN and infinities pass: their square tells.) Adds how many have changed. */
+ALWAYS int are_near(const uint16_t *tuned, const uint16_t *base, int64_t *changed)
+{
+#if defined(__AVX512F__)
+    __m512i b = _mm512_loadu_si512(tuned), a = _mm512_loadu_si512(base);
+    __m512i steps = _mm512_add_epi16(_mm512_sub_epi16(b, a), _mm512_set1_epi16(127));
+    __mmask32 far = _mm512_cmpgt_epu16_mask(steps, _mm512_set1_epi16(254));
+    __mmask32 minus = _mm512_cmpeq_epi16_mask(b, _mm512_set1_epi16(INT16_MIN));
+    if (!_kortestz_mask32_u8(far, minus)) return 0;
+    *changed += __builtin_popcount(_mm512_cmpneq_epi16_mask(a, b));
+    return 1;
+#elif defined(__AVX2__)
+    __m256i odd = _mm256_setzero_si256();
+    int same = 0;
+    for (int i = 0; i < 2 * ROW; i += ROW) {
+        __m256i b = _mm256_loadu_si256((const __m256i *)(tuned + i));
+        __m256i a = _mm256_loadu_si256((const __m256i *)(base + i));
+        __m256i steps = _mm256_add_epi16(_mm256_sub_epi16(b, a), _mm256_set1_epi16(127));
+        odd = _mm256_or_si256(odd, _mm256_subs_epu16(steps, _mm256_set1_epi16(254)));
+        odd = _mm256_or_si256(odd, _mm256_cmpeq_epi16(b, _mm256_set1_epi16(INT16_MIN)));
+        same += __builtin_popcount((uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi16(a, b)));
+    }
+    if (!_mm256_testz_si256(odd, odd)) return 0;
+    *changed += 2 * ROW - same / 2;
+    return 1;
+#else
+    int odd = 0, other = 0;
+    for (int i = 0; i < 2 * ROW; i++) {
+        odd |= (uint16_t)(tuned[i] - base[i] + 127) > 254 || tuned[i] == 0x8000;
+        other += tuned[i] != base[i];
+    }
+    if (!odd) *changed += other;
+    return !odd;
+#endif
+}
+
 /* tuned - base of rows 0..size of a group that begins at `begin`. Without `used` NaN and infinities
    may pass as settled, but not without a square that says so; with it they are looked for, and it
    gets the differences that the square is of. */
@@ -55,9 +93,24 @@ ALWAYS double subtract_rows(const void *tuned, const void *base, void *out, int6
                             int *nothing, Difference *to)
 {
     int exact = exactness != ROUNDED, careful = used != NULL || !exact;
+    int quick = dt == BF16 && db == BF16 && dv == BF16 && exactness == WHOLE && !careful;
     row32 sum = {0};
     vi changed = {0}, unrestored = {0}, any = {0};
     for (int64_t i = 0; i < size; i += ROW) {
+        if (quick && i % (2 * ROW) == 0 && i + 2 * ROW <= size
+            && are_near((const uint16_t *)tuned + i, (const uint16_t *)base + i, &to->changed)) {
+            for (int64_t end = i + 2 * ROW;; i += ROW) {
+                row32 a = load(base, i, BF16), step = load(tuned, i, BF16);
+                for (int p = 0; p < PARTS; p++) {
+                    step.v[p] -= a.v[p];
+                    any |= (vi)step.v[p];
+                    put_u16((vu)step.v[p] >> 16, (uint16_t *)out + i + p * WIDTH);
+                }
+                add_products(&sum, step, step);
+                if (i + ROW == end) break;
+            }
+            continue;
+        }
         row32 a = load(base, i, db), b = load(tuned, i, dt), d, held;
         uint32_t odd = 0, inexact = 0;
         for (int p = 0; p < PARTS; p++) {

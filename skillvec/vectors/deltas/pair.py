@@ -44,11 +44,9 @@ class PairDelta(DeltaSource):
         return self if dtype == self.dtype else replace(self, dtype=dtype)
 
     def read(self, block: Block, role: str) -> Decoded:
-        tuned = block.read("tuned", self.tuned)
-        base = block.read("base", self.base)
-        if role == "delta0":  # not the second of two pairs, nor part of a combination
-            block.digest("tuned", tuned)
-            block.digest("base", base)
+        digested = role == "delta0"  # not the second of two pairs, nor part of a combination
+        tuned = block.read("tuned", self.tuned, "tuned" if digested else "")
+        base = block.read("base", self.base, "base" if digested else "")
         found = arithmetic.subtract(
             tuned,
             self.tuned.dtype,
@@ -67,7 +65,7 @@ class PairDelta(DeltaSource):
             codes = [where * special.are_nonfinite(values[found.lost], dtype)
                      for values, dtype, where in sides]  # fmt: skip
             block.lose(found.lost, codes[0] | codes[1])
-        if role == "delta0":
+        if digested:
             block.subtracted = found
         records = np.zeros(found.replaced.size, REPLACEMENT)
         records["position"], records["bits"] = found.replaced, found.bits
