@@ -34,15 +34,17 @@ def realised(
 
     `sums` are |written|^2, <written, delta> and |delta|^2. The gain is the projection
     <written, lam v> / |lam v|^2: 1 where everything arrived. None where nothing was asked, or
-    squares left fp64, and for the cosine where nothing was written.
+    squares left fp64, and for the cosine where nothing was written. Sums round, the cosine of
+    what is parallel is 1 all the same.
     """
     written_sq, written_dot_delta, delta_sq = (float(value) for value in sums)
-    if lam == 0 or delta_sq == 0 or not isfinite(written_sq * delta_sq):
+    if not isfinite(written_sq * delta_sq) or not lam * delta_sq:
         return None, None
     gain = written_dot_delta / (lam * delta_sq)
     if written_sq == 0:
         return gain, None
-    return gain, copysign(1.0, lam) * written_dot_delta / sqrt(written_sq * delta_sq)
+    cosine = copysign(1.0, lam) * written_dot_delta / (sqrt(written_sq) * sqrt(delta_sq))
+    return gain, max(-1.0, min(1.0, cosine))
 
 
 # ------------------------------------------------------------------------------------- levels

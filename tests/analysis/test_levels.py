@@ -106,6 +106,13 @@ def test_realised_has_no_answer_where_nothing_was_asked_or_written() -> None:
     assert realised((0.0, 0.0, 25.0), 1.0) == (0.0, None)
 
 
+def test_gain_and_cosine_at_the_ends_of_fp64() -> None:
+    tiny = 1e-180  # the product of two of these is 0
+    assert realised((tiny, tiny, tiny), 1.0) == (1.0, 1.0)
+    assert realised((0.0, 0.0, tiny), 1e-300) == (None, None)  # lam * |v|^2 is 0
+    assert realised((1.0, -(1 + 1e-9), 1.0), -1.0) == (1 + 1e-9, 1.0)  # fp32 lanes round
+
+
 REQUEST = Request((1.0, 1.0), ((0, 1),), ((0, 1, True),), sign_flips=3)
 
 
