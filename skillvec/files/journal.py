@@ -15,6 +15,7 @@ from skillvec.files.output_file import OutputFile, explain, fsync_path
 
 JOURNAL, OWNER, KEPT = "journal", "owner", "replaced"
 OTHER = "of another command", "give that command to go on with it"
+FORM = 2  # of the lines: with what is kept of a result; other forms are another command's
 Line = dict[str, Any]
 
 
@@ -26,7 +27,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, request: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        said = {"request": _flat(request), "inputs": inputs}
+        said = {"request": _flat(request) | {"form of the journal": FORM}, "inputs": inputs}
         self._said: Line = json.loads(json.dumps(said))
         self._path, self._folder = folder / JOURNAL, folder
         lines, nbytes, seed = read_lines(self._path)

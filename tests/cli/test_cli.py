@@ -1,5 +1,6 @@
 """The command line: exit codes, streams, refusals, the same words as in Python, quick imports."""
 
+import functools
 import importlib.metadata
 import inspect as python_inspect
 import json
@@ -26,6 +27,7 @@ from safetensors import safe_open
 import skillvec
 from skillvec import verbs
 from skillvec.cli.commands import main
+from skillvec.ops import compiled, philox
 
 COMMANDS = sorted(set(main.commands) - {"push", "pull"})  # those two: tests/cli/test_hub_cli.py
 
@@ -769,6 +771,17 @@ def test_version_says_what_it_runs_on():
     assert said["kernels"] == "numpy (SKILLVEC_KERNELS says so)"
     assert said["python"].startswith(platform.python_version())
     assert said["torch"] == importlib.metadata.version("torch")
+
+
+def test_the_version_tries_the_kernels_that_it_names(monkeypatch: pytest.MonkeyPatch):
+    def refused() -> None:
+        compiled._refused.append("draw")
+
+    ask = functools.cache(refused)
+    monkeypatch.setattr(philox, "_kernel", ask)
+    monkeypatch.setattr(compiled, "_refused", [])
+    said = run("--version", "-v").stdout
+    assert "numpy for draw (kernels that gave other bytes than numpy" in said
 
 
 def test_kernels_that_nobody_knows_are_a_usage_error():

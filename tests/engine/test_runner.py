@@ -23,7 +23,7 @@ from skillvec.engine import runner, threads
 from skillvec.engine.jobs.measure import MeasureJob
 from skillvec.engine.plan import Plan
 from skillvec.errors import FormatError, OutputError, SkillvecError, TransferError, UsageError
-from skillvec.files import fingerprints, rows
+from skillvec.files import fingerprints, journal, rows
 
 UNFINISHED = ".skillvec-unfinished"
 
@@ -246,6 +246,17 @@ def test_ctrl_c_keeps_what_is_done(family: Family, undisturbed, tmp_path: Path, 
 
 
 # ------------------------------------------------------------------------------------- refused
+
+
+def test_lines_of_another_form_are_refused(
+    family: Family, tmp_path: Path, at_once, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "v.safetensors"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(journal, "FORM", 1)
+        interrupted(family, "diff", output)
+    with pytest.raises(UsageError, match="form of the journal: 1 then, 2 now"):
+        family.run("diff", output)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,10 @@ def test_a_kernel_that_gives_other_bytes_or_takes_other_arguments_is_not_used(
     def misspelt(run: Callable[..., object]) -> bytes:
         return bytes(run())
 
-    for test in (sample, refused, misspelt):
+    def astray(run: Callable[..., object]) -> bytes:
+        return bytes([b"numbers"[1 << 20]])  # by a position that a kernel gave
+
+    for test in (sample, refused, misspelt, astray):
         choose("", ("avx2",))
         assert compiled.kernel("twice", test, xxh3_64_hexdigest(b"\3")) is None
         assert compiled.kernel("twice", test, xxh3_64_hexdigest(b"\3")) is None
