@@ -73,6 +73,8 @@ def test_verbs_import_and_start_no_more_than_they_use(made):
         assert threads == 1, f"{verb}: BLAS, or the engine, left {threads - 1} threads"
 
 
-def test_what_is_heavy_is_seen(made, tmp_path: Path):
-    _, modules = run("orthogonality", *made["orthogonality"][1:], "-o", tmp_path / "report")
-    assert {"jinja2", "skillvec.analysis.page", "statistics"} <= modules
+def test_what_is_heavy_is_seen(family, tmp_path: Path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"vectors:\n  - vector: {family.tuned}::{family.base}\n    weight: 0.5\n")
+    _, modules = run("combine", "--recipe", recipe, "-o", tmp_path / "c.safetensors")
+    assert modules & HEAVY == {"yaml"} and not modules & {f"skillvec.{name}" for name in IDLE}

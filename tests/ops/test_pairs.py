@@ -24,7 +24,7 @@ except ImportError:
     NATIVE = SimpleNamespace(kernels=lambda isa: {})
 BUILDS = {isa: found for isa in compiled.ISAS if (found := NATIVE.kernels(isa))}
 DTYPES = ("BF16", "F16", "F32")
-SIZES = (1, 2, 15, 16, 17, 1007, 1023, 1024, 1025, 2064)
+SIZES = (1, 17, 1007, 1024, 2064)
 PATTERNS = {"BF16": 0x7F80, "F16": 0x7C00}
 
 
@@ -106,7 +106,7 @@ def by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_add_is_numpys(
     isa: str, kind: str, target_dtype: str, delta_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for numel, out_dtype, lam in product(SIZES, DTYPES, (1.0, -0.7, 0.0, 1e-30)):
+    for numel, out_dtype, lam in product(SIZES, DTYPES, (1.0, -0.7, 1e-60)):
         target, values = sides(kind, (target_dtype, delta_dtype), numel)
         values = np.where(np.isfinite(widen(values, delta_dtype)), values, 0).astype(values.dtype)
         at = np.unique(np.random.default_rng(numel).integers(0, numel, numel // 50))
