@@ -46,7 +46,7 @@ build/sanitize-%: $(READY) FORCE
 	cmake --build cmake && cmake --install cmake --prefix . && \
 	$(ONE) LD_PRELOAD=$$($${CC:-cc} -print-file-name=lib$(if $(filter address,$*),asan,ubsan).so) \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest -q -s \
-	-p no:cacheprovider $$(grep -lE "ops.compiled|_native" -r tests/ops --include "test_*.py")
+	-p no:cacheprovider $$(grep -l "from builds" -r tests/ops --include "test_*.py")
 FORCE:
 
 .venv-mergekit:

@@ -1,13 +1,13 @@
 """Sums of pairs, and of deltas on weights: numpy against an oracle, kernels against numpy."""
 
 from fractions import Fraction
-from importlib import import_module
 
 import numpy as np
 import pytest
+from builds import BUILDS
 from xxhash import xxh3_64_hexdigest
 
-from skillvec.ops import comparison, compiled, lanes
+from skillvec.ops import comparison, lanes
 from skillvec.ops.comparison import (
     PAIR,
     VECTOR,
@@ -21,16 +21,6 @@ from skillvec.ops.comparison import (
 from skillvec.ops.delta import NO_POSITIONS, NO_VALUES, Delta
 from skillvec.ops.kernels import STORAGE_DTYPE, narrow, widen
 
-
-def kernels_here() -> dict[str, dict[str, compiled.Kernel]]:
-    try:
-        native = import_module("skillvec.ops._native")
-    except ImportError:
-        return {}
-    return {isa: found for isa in compiled.ISAS if (found := native.kernels(isa))}
-
-
-KERNELS = kernels_here()
 DTYPES = ("BF16", "F16", "F32")
 SIZES = (0, 1, 15, 16, 17, 1023, 1024, 1025, 2047, 5000)
 
@@ -57,7 +47,7 @@ def same(found: object, wanted: object) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), (one, other)
 
 
-@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("isa", BUILDS)
 @pytest.mark.parametrize("a", DTYPES)
 @pytest.mark.parametrize("b", DTYPES)
 def test_kernels_compare_pairs_as_numpy(isa: str, a: str, b: str) -> None:
@@ -68,13 +58,13 @@ def test_kernels_compare_pairs_as_numpy(isa: str, a: str, b: str) -> None:
         signs = rng.integers(0, 256, -(-size // 32) * 4).astype(np.uint8)
         for width in (1, 8, 16, 64, 1024):
             for turned in (signs, signs[:0]):
-                found = call_pair(KERNELS[isa]["pair_sums"], x, y, width, turned)
+                found = call_pair(BUILDS[isa]["pair_sums"], x, y, width, turned)
                 wanted = numpy_pair(x, y, width, turned)
                 assert found.groups.tobytes() == wanted.groups.tobytes(), (size, width)
                 assert found.sums.tobytes() == wanted.sums.tobytes(), (size, width)
 
 
-@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("isa", BUILDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_measure_weights_as_numpy(isa: str, dtype: str) -> None:
     rng = np.random.default_rng(2)
@@ -82,17 +72,17 @@ def test_kernels_measure_weights_as_numpy(isa: str, dtype: str) -> None:
         x = delta_of(rng, DTYPES[n % 3], size, (0.001, 0.3, 1.0)[n % 3], odd=n % 4)
         wide = delta_of(rng, "F32", size, 0.95).wide(0, size) * np.float32(16)
         for weights in ((narrow(wide, dtype), dtype), None):
-            found = call_weights(KERNELS[isa]["vector_sums"], x, weights)
+            found = call_weights(BUILDS[isa]["vector_sums"], x, weights)
             assert found.tobytes() == numpy_weights(x, weights).tobytes(), (size, found)
 
 
-@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("isa", BUILDS)
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_pattern_of_16_bits(isa: str, dtype: str) -> None:
     """As a delta where it is finite, against chosen others; as a weight always."""
     bits = np.arange(1 << 16, dtype=np.uint16)
     weights = bits.view(STORAGE_DTYPE[dtype])
-    kernel, measure = (KERNELS[isa][name] for name in ("pair_sums", "vector_sums"))
+    kernel, measure = (BUILDS[isa][name] for name in ("pair_sums", "vector_sums"))
     small = narrow(np.float32([0, 1e-3, -1e-7, 2.5, 3e4]), dtype)
     for other in small:
         y = Delta(np.full(1 << 16, other, weights.dtype), dtype)
@@ -107,7 +97,7 @@ def test_every_pattern_of_16_bits(isa: str, dtype: str) -> None:
         same(call_weights(measure, x, held), numpy_weights(x, held))
 
 
-@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("isa", BUILDS)
 def test_fp32_weights_of_every_kind(isa: str) -> None:
     """NaN payloads, infinities, subnormals, ties of bf16, the largest numbers."""
     bits = np.uint32([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000, 1, 0x80000001,
@@ -116,11 +106,11 @@ def test_fp32_weights_of_every_kind(isa: str) -> None:
     weights = np.repeat(bits.view(np.float32), 40), "F32"
     sizes = np.float32([0, 1e-45, -1e-40, 3.4e38, -3.4e38, 2.0**-9, 2.0**-8, -(2.0**-7), 1, -1e20])
     x = Delta(np.tile(sizes, 68), "F32")
-    found, wanted = call_weights(KERNELS[isa]["vector_sums"], x, weights), numpy_weights(x, weights)
+    found, wanted = call_weights(BUILDS[isa]["vector_sums"], x, weights), numpy_weights(x, weights)
     assert found.tobytes() == wanted.tobytes()
 
 
-@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("isa", BUILDS)
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e19, 3e38])
 def test_kernels_beyond_sums_of_fp32(isa: str, size: float) -> None:
     rng = np.random.default_rng(3)
@@ -128,21 +118,21 @@ def test_kernels_beyond_sums_of_fp32(isa: str, size: float) -> None:
     b[rng.random(3000) < 0.5] = 0
     x, y = Delta(a, "F32"), Delta(b, "F32")
     for width in (2, 1024):
-        found, wanted = call_pair(KERNELS[isa]["pair_sums"], x, y, width), numpy_pair(x, y, width)
+        found, wanted = call_pair(BUILDS[isa]["pair_sums"], x, y, width), numpy_pair(x, y, width)
         assert found.sums.tobytes() == wanted.sums.tobytes()
     held = narrow(a, "BF16"), "BF16"
-    found, wanted = call_weights(KERNELS[isa]["vector_sums"], y, held), numpy_weights(y, held)
+    found, wanted = call_weights(BUILDS[isa]["vector_sums"], y, held), numpy_weights(y, held)
     assert found.tobytes() == wanted.tobytes()
 
 
-@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("isa", BUILDS)
 def test_squares_beyond_fp32_that_nothing_meets(isa: str) -> None:
     """They are in no sum of what is met, which fp32 settles."""
     a, b = np.random.default_rng(7).normal(size=(2, 3000)).astype(np.float32)
     b[::5] = -a[::5]
     a[::7], b[::7] = 1e30, 0
     x, y = Delta(a, "F32"), Delta(b, "F32")
-    found, wanted = call_pair(KERNELS[isa]["pair_sums"], x, y, 1024), numpy_pair(x, y, 1024)
+    found, wanted = call_pair(BUILDS[isa]["pair_sums"], x, y, 1024), numpy_pair(x, y, 1024)
     assert found.sums.tobytes() == wanted.sums.tobytes()
 
 
@@ -155,19 +145,19 @@ def test_squares_beyond_fp64_that_nothing_meets() -> None:
     assert sums["met_a"] == sums["met_b"] == sums["square_b"] == 3000 - 429
 
 
-@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("isa", BUILDS)
 @pytest.mark.parametrize("size", [1, 16, 33, 1024])
 def test_kernels_flip_as_numpy(isa: str, size: int) -> None:
     rng = np.random.default_rng(size)
     groups = rng.normal(size=size) * 2.0 ** rng.integers(-40, 40, size)
     signs = rng.integers(0, 256, (7, -(-size // 32) * 4)).astype(np.uint8)
-    assert call_flip(KERNELS[isa]["flipped_sums"], groups, signs).tobytes() == numpy_flip(
+    assert call_flip(BUILDS[isa]["flipped_sums"], groups, signs).tobytes() == numpy_flip(
         groups, signs).tobytes()  # fmt: skip
 
 
-@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("isa", BUILDS)
 def test_what_does_not_fit_is_refused(isa: str) -> None:
-    pair, vector, flips = (KERNELS[isa][f"{n}_sums"] for n in ("pair", "vector", "flipped"))
+    pair, vector, flips = (BUILDS[isa][f"{n}_sums"] for n in ("pair", "vector", "flipped"))
     x = Delta(np.ones(2000, np.float32), "F32")
     three = np.uint32([5, 1999, 7]), np.ones(3, np.float32)
     for wrong in (

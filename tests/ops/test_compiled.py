@@ -11,17 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from builds import BUILDS, NATIVE
 from xxhash import xxh3_64_hexdigest
 
 from skillvec.errors import UsageError
 from skillvec.ops import compiled, lanes
 from skillvec.ops.kernels import widen
 
-try:
-    NATIVE = import_module("skillvec.ops._native")
-except ImportError:
-    NATIVE = SimpleNamespace(kernels=lambda isa: {})
-BUILDS = {isa: found for isa in compiled.ISAS if (found := NATIVE.kernels(isa))}
 STORED = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 

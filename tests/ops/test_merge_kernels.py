@@ -2,24 +2,19 @@
 
 import math
 from fractions import Fraction
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from builds import BUILDS
 from xxhash import xxh3_64_hexdigest
 
-from skillvec.ops import compiled, kernels, merge_kernels, merge_methods, philox
+from skillvec.ops import kernels, merge_kernels, merge_methods, philox
 from skillvec.ops.delta import Delta
 from skillvec.ops.merge_counts import count_lower, count_upper, exact_total, gram, sum_squares
 from skillvec.ops.merge_methods import METHODS, OPERATORS, Position
 
-try:
-    NATIVE = import_module("skillvec.ops._native")
-except ImportError:
-    NATIVE = SimpleNamespace(kernels=lambda isa: {})
-BUILDS = {isa: found for isa in compiled.ISAS if (found := NATIVE.kernels(isa))}
 SIZES = (1, 15, 16, 17, 511, 512, 513, 1100)
 NAN, INF = float("nan"), float("inf")
 

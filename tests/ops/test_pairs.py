@@ -3,12 +3,11 @@
 Without a compiled module the self-checks alone are here: tests/ops/test_arithmetic.py tests numpy.
 """
 
-from importlib import import_module
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from builds import BUILDS
 from families import bits
 from xxhash import xxh3_64_hexdigest
 
@@ -18,11 +17,6 @@ from skillvec.ops.delta import Delta
 from skillvec.ops.kernels import STORAGE_DTYPE, widen
 from skillvec.ops.moments import Moments
 
-try:
-    NATIVE = import_module("skillvec.ops._native")
-except ImportError:
-    NATIVE = SimpleNamespace(kernels=lambda isa: {})
-BUILDS = {isa: found for isa in compiled.ISAS if (found := NATIVE.kernels(isa))}
 DTYPES = ("BF16", "F16", "F32")
 SIZES = (1, 17, 1007, 1024, 2064)
 PATTERNS = {"BF16": 0x7F80, "F16": 0x7C00}

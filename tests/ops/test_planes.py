@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builds import BUILDS
 from xxhash import xxh3_64_hexdigest
 
 from skillvec.ops import codecs
@@ -16,17 +17,8 @@ DENSITIES = (0.0, 0.03, 0.5, 0.97, 1.0)
 GUARD = 72  # bytes before and behind
 
 
-def compiled() -> dict[str, Kernels]:
-    """Return the kernels of every instruction set of this processor."""
-    try:
-        from skillvec.ops import _native  # type: ignore[attr-defined]
-    except ImportError:
-        return {}
-    found = {isa: _native.kernels(isa) for isa in ("avx512", "avx2", "neon")}
-    return {isa: Kernels(*map(k.get, Kernels._fields)) for isa, k in found.items() if k}
-
-
-EVERY = {"numpy": TWIN, **compiled()}
+COMPILED = {isa: Kernels(*map(k.get, Kernels._fields)) for isa, k in BUILDS.items()}
+EVERY = {"numpy": TWIN, **COMPILED}
 
 
 class Room:
