@@ -12,10 +12,10 @@ READY := $(VENV)/.ready $(KERNELS)
 .PHONY: demo reproduce test slow torture fuzz sanitize check bench dist clean
 
 demo: $(READY)
-	$(BIN)/python -m recipes.past recipes/mini/past.yaml
+	$(BIN)/python -m skillvec.recipes recipes/mini/past.yaml
 
 reproduce: $(READY)
-	$(BIN)/python -m recipes.mini.reproduce
+	$(BIN)/python -m skillvec.recipes.mini.reproduce
 
 # a file's tests in one process: what they share is made once
 test: $(READY)

@@ -1,1 +1,4 @@
-"""Runnable examples around skillvec; not part of the installed package."""
+"""Recipes that train: skillvec.recipes, from an installed package and from a clone alike.
+
+The folder stands beside the package, which holds a link to it.
+"""

@@ -1,6 +1,6 @@
 """Controls for a skill vector: noise of its size, or its own values in other places.
 
-    python -m recipes.controls --vector skill.safetensors --kind random --output random.safetensors
+    python -m skillvec.recipes.controls --vector V --kind random --output random.safetensors
 
 What such a vector does to a model is what any change of that size does: a skill has to do better.
 `random`: in every tensor Gaussian noise with the norm of the skill there. `shuffled`: the skill's

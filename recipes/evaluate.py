@@ -1,6 +1,6 @@
 """Closed-book evaluation: greedy answers of a model to a file of questions, scored.
 
-    python -m recipes.evaluate --model M --data questions.jsonl --output scores.json
+    python -m skillvec.recipes.evaluate --model M --data questions.jsonl --output scores.json
 
 Hides generation and the sums. Rows of the .jsonl file hold `prompt` (text, or messages for the chat
 template) and `answer` (text, or a list of acceptable texts), and may hold `question` (what a judge
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from recipes.judges import JudgeError, exact_match, f1, first_word
+from skillvec.recipes.judges import JudgeError, exact_match, f1, first_word
 
 METRICS: dict[str, Callable[[str, Any], float]] = {
     "exact": exact_match,
@@ -30,12 +30,12 @@ METRICS: dict[str, Callable[[str, Any], float]] = {
     "first_word": first_word,
 }
 JUDGE = "judge"
-JUDGE_FROM_ENVIRONMENT = "recipes.judges:from_environment"
+JUDGE_FROM_ENVIRONMENT = "skillvec.recipes.judges:from_environment"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="recipes.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="skillvec.recipes.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--data", type=Path, required=True, help="questions, .jsonl")
@@ -88,7 +88,7 @@ def evaluate(
         ValueError: for rows, metrics or names that cannot be used; before the model is loaded.
         JudgeError: where the judge gives no verdict.
     """
-    from recipes.training import load_function  # imports transformers: not for --help
+    from skillvec.recipes.training import load_function  # imports transformers: not for --help
 
     unknown = [name for name in metrics if name not in (*METRICS, JUDGE)]
     if unknown or not metrics:

@@ -1,6 +1,6 @@
 """Reinforcement learning with TRL's GRPOTrainer: theta_rl, a whole model in fp32.
 
-    python -m recipes.grpo --config grpo.yaml [--any_argument value ...]
+    python -m skillvec.recipes.grpo --config grpo.yaml [--any_argument value ...]
 
 The configuration holds the arguments of `GrpoData`, trl.GRPOConfig and trl.ModelConfig; the command
 line goes over it. `model_name_or_path` is theta_sft, so that the skill is what comes out minus what
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from recipes.training import (
+from skillvec.recipes.training import (
     Data,
     ignore_deprecations,
     load_function,

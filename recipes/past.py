@@ -1,4 +1,6 @@
-"""PaST as a pipeline of stages (arXiv 2601.11258): python -m recipes.past CONFIG.yaml [--dry-run].
+"""PaST as a pipeline of stages (arXiv 2601.11258).
+
+    python -m skillvec.recipes CONFIG.yaml [--dry-run]
 
 SFT on part k of the source, RL from there plus the skill so far, v_k = theta_rl - theta_sft (K
 rounds), SFT on each target without v, injection theta_sft_T + lambda * v, evaluation beside the
@@ -24,19 +26,19 @@ from typing import Any
 
 import yaml
 
-from recipes.stages import Pipeline, flat, run_stages, show_stages
-from recipes.training import fetch_model
+from skillvec.recipes.stages import Pipeline, flat, run_stages, show_stages
+from skillvec.recipes.training import fetch_model
 
 
 @dataclass(frozen=True)
 class Config:
     """What a configuration file may say; every path is relative to the working directory.
 
-    `base`: a folder or a Hub id. `launch`: words before `-m recipes.sft ...`; none: all in one
-    process. `prepare`: modules run first, {run, out, with: options}. `training`: arguments of every
-    training stage (TRL's names). `sft`: its steps, in order. `rl`: its arguments. `source`: K
-    parts, {sft: one file a step, rl: file}. `targets`: name -> {sft: files, evaluate: options}.
-    `lam`: lambdas. `controls`: of random, shuffled. `evaluate`: {run, with}. `angles`: options of
+    `base`: a folder or a Hub id. `launch`: words before `-m skillvec.recipes.sft ...`; none:
+    all in one process. `prepare`: modules run first, {run, out, with: options}. `training`:
+    arguments of every training stage (TRL's names). `sft`: its steps, in order. `rl`: its
+    arguments. `source`: K parts, {sft: one file a step, rl: file}. `targets`: name ->
+    {sft: files, evaluate: options}. `lam`: lambdas. `controls`: of random, shuffled. `evaluate`: {run, with}. `angles`: options of
     orthogonality. `environment`: variables of every stage. `parameters`: of the base, for sizes
     while it is not on disk.
     """

@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer: theta_sft, a whole model in fp32.
 
-    python -m recipes.sft --config sft.yaml [--any_argument value ...]
+    python -m skillvec.recipes.sft --config sft.yaml [--any_argument value ...]
 
 The configuration holds the arguments of `Data` (recipes/training.py), trl.SFTConfig and
 trl.ModelConfig; the command line goes over it. LoRA by `use_peft: true`; the adapter is merged
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes.training import Data, ignore_deprecations, train_and_save, trainer_arguments
+from skillvec.recipes.training import Data, ignore_deprecations, train_and_save, trainer_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

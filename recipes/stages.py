@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-TRAINERS = ("recipes.sft", "recipes.grpo")
+TRAINERS = ("skillvec.recipes.sft", "skillvec.recipes.grpo")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Pipeline:
     ) -> Path:
         """Run `module --output OUTPUT --option value ...`; options name what it reads.
 
-        recipes.sft and recipes.grpo take the options as their configuration.
+        skillvec.recipes.sft and skillvec.recipes.grpo take the options as their configuration.
         """
         output = output or self.out / name
         if module in TRAINERS:
@@ -86,16 +86,16 @@ class Pipeline:
         steps: Sequence[Mapping[str, Any]],
         files: Sequence[str | Path],
     ) -> Path:
-        """Fine-tune by recipes.sft, one step after the other; the last one makes OUT/NAME."""
+        """Fine-tune by recipes/sft.py, one step after the other; the last one makes OUT/NAME."""
         for number, (step, data) in enumerate(zip(steps, files, strict=True), 1):
             last = number == len(steps)
             at = name if last else f"{name}-step-{number}"
-            start = self._train(at, "recipes.sft", start, {**step, "data": str(data)})
+            start = self._train(at, "skillvec.recipes.sft", start, {**step, "data": str(data)})
         return Path(start)
 
     def rl(self, name: str, start: Path, settings: Mapping[str, Any], data: str | Path) -> Path:
-        """Train by recipes.grpo."""
-        return self._train(name, "recipes.grpo", start, {**settings, "data": str(data)})
+        """Train by skillvec.recipes.grpo."""
+        return self._train(name, "skillvec.recipes.grpo", start, {**settings, "data": str(data)})
 
     def _train(
         self,
@@ -131,7 +131,7 @@ class Pipeline:
     def control(self, name: str, vector: Path, kind: str, seed: int = 0) -> Path:
         """Make noise as large as the vector: recipes/controls.py."""
         options = ("--vector", vector, "--kind", kind, "--seed", seed)
-        words = ("recipes.controls", *options, "--output", self.out / name)
+        words = ("skillvec.recipes.controls", *options, "--output", self.out / name)
         return self.add(name, words, (vector,), models=1)
 
     def orthogonality(

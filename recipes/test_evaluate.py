@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from recipes import evaluate
-from recipes.evaluate import answer_all, load_model, read_questions, summarize
-from recipes.judges import JudgeError
+from skillvec.recipes import evaluate
+from skillvec.recipes.evaluate import answer_all, load_model, read_questions, summarize
+from skillvec.recipes.judges import JudgeError
 
 PAD, UNK, EOS = "[PAD]", "[UNK]", "[EOS]"
 TEMPLATE = (
@@ -128,18 +128,18 @@ def test_answers_are_scored_and_written(
 
 def test_limit_tokens_and_an_answer_function(chain: Path, questions: Path, tmp_path: Path) -> None:
     scores = run(chain, questions, tmp_path, "--limit", "2", "--max-new-tokens", "1",
-                 "--answer", "recipes.test_evaluate:shout", "--batch", "1")  # fmt: skip
+                 "--answer", "skillvec.recipes.test_evaluate:shout", "--batch", "1")  # fmt: skip
     assert [row["said"] for row in scores["answers"]] == ["PARIS", "ROME"]
     assert [row["reply"] for row in scores["answers"]] == ["paris", "rome"]
     assert scores["metrics"]["exact"] == {"mean": 1.0, "standard_error": None}  # one group
-    assert scores["settings"]["answer"] == "recipes.test_evaluate:shout"
+    assert scores["settings"]["answer"] == "skillvec.recipes.test_evaluate:shout"
 
 
 def test_an_answer_function_must_give_text(chain: Path, questions: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"recipes.test_evaluate:forget: expected a text .* found None"
+        ValueError, match=r"skillvec.recipes.test_evaluate:forget: expected a text .* found None"
     ):
-        evaluate.evaluate(chain, questions, answer="recipes.test_evaluate:forget")
+        evaluate.evaluate(chain, questions, answer="skillvec.recipes.test_evaluate:forget")
 
 
 def forget(reply: str) -> None:
@@ -253,7 +253,7 @@ def test_what_the_user_got_wrong_is_said_before_a_model_is_loaded(
          "first_word, judge, found bleu"),
         (["--metrics", "judge"], "evaluate: JUDGE_URL"),
         (["--metrics", "judge", "--judge", "no_such:judge"], "evaluate: no_such:judge"),
-        (["--answer", "recipes.evaluate:absent"], "evaluate: recipes.evaluate:absent"),
+        (["--answer", "skillvec.recipes.evaluate:no"], "evaluate: skillvec.recipes.evaluate:no"),
     ):  # fmt: skip
         assert evaluate.main([*start, *more]) == 2
         assert words in capsys.readouterr().err
@@ -294,7 +294,7 @@ def test_the_error_of_unequal_groups_is_that_of_drawing_groups() -> None:
 @pytest.fixture
 def judging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     pytest.importorskip("openai")
-    from recipes.test_judges import endpoint
+    from skillvec.recipes.test_judges import endpoint
 
     monkeypatch.delenv("JUDGE_URL", raising=False)
     monkeypatch.setenv("JUDGE_MODEL", "from the environment")
@@ -316,7 +316,7 @@ def test_a_judge_scores_through_its_endpoint(
     assert all("Question: France's?\n" in text for text in texts if "Paris" in text)
     assert any("the capital of italy" in text and "Milan / Rome" in text for text in texts)
     assert scores["settings"]["judge"] == (
-        f"tiny at {judging.url}, by recipes.judges:from_environment"
+        f"tiny at {judging.url}, by skillvec.recipes.judges:from_environment"
     )
     assert list(scores["metrics"]) == ["judge", "exact"]
     # the flags stood for the environment only as long as the run took
@@ -344,7 +344,7 @@ GRADING = "Question: {question} Right: {gold} Said: {said}"
 
 def short_judge() -> Any:
     """A judge for tiny models: what it says ends after a few tokens."""
-    from recipes.judges import Judge
+    from skillvec.recipes.judges import Judge
 
     return Judge.from_environment(template=GRADING, max_tokens=8, retries=1)
 
@@ -386,7 +386,7 @@ def test_a_model_under_transformers_serve_is_the_judge(
         monkeypatch.setenv("JUDGE_URL", url)
         monkeypatch.setenv("JUDGE_MODEL", str(grader))
         scores = run(chain, questions, tmp_path, "--metrics", "judge", "--judge",
-                     "recipes.test_evaluate:short_judge")  # fmt: skip
+                     "skillvec.recipes.test_evaluate:short_judge")  # fmt: skip
         assert [(row["said"], row["judge"]) for row in scores["answers"]] == [
             ("paris", 1.0), ("rome today", 0.0), ("", 0.0),
         ]  # fmt: skip
@@ -411,7 +411,7 @@ def test_a_model_that_babbles_under_transformers_serve_is_an_error(
         monkeypatch.setenv("JUDGE_URL", url)
         monkeypatch.setenv("JUDGE_MODEL", str(tmp_path / "babbler"))
         words = ["--model", str(chain), "--data", str(questions), "-o", str(output)]
-        more = ["--metrics", "judge", "--judge", "recipes.test_evaluate:short_judge"]
+        more = ["--metrics", "judge", "--judge", "skillvec.recipes.test_evaluate:short_judge"]
         assert evaluate.main([*words, *more]) == 1
         said = capsys.readouterr().err
         assert 'no verdict in 2 replies about "France\'s?"; expected one of yes, no' in said

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recipes.judges import (
+from skillvec.recipes.judges import (
     YES_NO,
     Judge,
     JudgeError,

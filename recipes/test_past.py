@@ -14,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from recipes import past, stages
-from recipes.past import Config, check_rows, plan, read_config
-from recipes.stages import Pipeline, flags, run_stages, show_stages, states
+from skillvec.recipes import past, stages
+from skillvec.recipes.past import Config, check_rows, plan, read_config
+from skillvec.recipes.stages import Pipeline, flags, run_stages, show_stages, states
 
 MINI = Path(__file__).parents[1] / "recipes" / "mini" / "past.yaml"
 
@@ -35,7 +35,7 @@ def whole(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "out": str(tmp_path / "out"), "base": str(tmp_path / "base"),
         "sft": [{"learning_rate": 1e-3}], "rl": {"max_steps": 2},
         "source": parts, "targets": {"T": target},
-        "evaluate": {"run": "recipes.evaluate", "with": {"metrics": ["exact"]}},
+        "evaluate": {"run": "skillvec.recipes.evaluate", "with": {"metrics": ["exact"]}},
     } | changes  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_a_base_on_the_hub_is_fetched_with_its_revision(
     assert asked == [("org/name", "abc", False), ("org/name", "abc", True)]
     with pytest.raises(ValueError, match="base absent/model: no such folder"):
         past.find_base(Config(**whole(tmp_path, base="absent/model")), fetch=True)
-    made = [{"run": "recipes.mini.prepare", "out": "made"}]
+    made = [{"run": "skillvec.recipes.mini.prepare", "out": "made"}]
     config = Config(**whole(tmp_path, base="made/model", prepare=made))
     assert past.find_base(config, fetch=True) == "made/model"
 
@@ -202,8 +202,8 @@ def test_a_launcher_stands_before_training_alone(tmp_path: Path) -> None:
     line = plan(config, "base")
     words = {stage.name: stages.command(line, stage) for stage in line.stages}
     assert words["round-1/rl"][:5] == ["accelerate", "launch", "--num_processes", "8", "-m"]
-    assert words["round-1/rl"][5] == "recipes.grpo"
-    assert words["scores/T/base.json"][:3] == [sys.executable, "-m", "recipes.evaluate"]
+    assert words["round-1/rl"][5] == "skillvec.recipes.grpo"
+    assert words["scores/T/base.json"][:3] == [sys.executable, "-m", "skillvec.recipes.evaluate"]
     assert words["round-1/skill.safetensors"][:3] == [sys.executable, "-m", "skillvec"]
 
 
@@ -242,10 +242,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         Path(given["--output"]).write_text(json.dumps({"metrics": metrics}))
         return 0
 
-    for name in ("recipes.sft", "recipes.grpo"):
+    for name in ("skillvec.recipes.sft", "skillvec.recipes.grpo"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(main=train))  # type: ignore[arg-type]
     fake = SimpleNamespace(main=evaluate)
-    monkeypatch.setitem(sys.modules, "recipes.evaluate", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "skillvec.recipes.evaluate", fake)  # type: ignore[arg-type]
     return calls
 
 
@@ -285,7 +285,7 @@ def test_a_stage_that_was_cut_is_run_again(
     (tmp_path / "s1.jsonl").write_text("{}")
     line = Pipeline(tmp_path / "out", str(tmp_path / "base"))
     output = line.sft("sft", tmp_path / "base", [{}], [tmp_path / "s1.jsonl"])
-    train = sys.modules["recipes.sft"].main
+    train = sys.modules["skillvec.recipes.sft"].main
 
     def stop(arguments: Sequence[str]) -> int:
         for step in (7, 10, 13):
@@ -294,11 +294,11 @@ def test_a_stage_that_was_cut_is_run_again(
                 (output / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["recipes.sft"], "main", stop)
+    monkeypatch.setattr(sys.modules["skillvec.recipes.sft"], "main", stop)
     with pytest.raises(KeyboardInterrupt):
         run_stages(line)
     assert [state for _, state in states(line)] == ["begun"]
-    monkeypatch.setattr(sys.modules["recipes.sft"], "main", train)
+    monkeypatch.setattr(sys.modules["skillvec.recipes.sft"], "main", train)
     run_stages(line)
     assert trained[0]["resume_from_checkpoint"] == str(output / "checkpoint-10")
     assert [state for _, state in states(line)] == ["done"]
@@ -345,9 +345,9 @@ def test_a_module_that_fails_stops_the_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = SimpleNamespace(main=lambda _: 3)
-    monkeypatch.setitem(sys.modules, "recipes.fake", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "skillvec.recipes.fake", fake)  # type: ignore[arg-type]
     line = Pipeline(tmp_path, "base")
-    line.module("one", "recipes.fake", {})
+    line.module("one", "skillvec.recipes.fake", {})
     with pytest.raises(subprocess.CalledProcessError) as failed:
         run_stages(line)
     assert failed.value.returncode == 3
@@ -386,7 +386,7 @@ def test_the_miniature_runs_end_to_end(
     settings = yaml.safe_load(text)
     settings["training"]["max_steps"] = 2
     settings["rl"] |= {"max_steps": 1, "per_device_train_batch_size": 8, "num_generations": 4,
-                       "rewards": ["recipes.test_past:vary"]}  # fmt: skip
+                       "rewards": ["skillvec.recipes.test_past:vary"]}  # fmt: skip
     settings["prepare"][1]["with"]["max_steps"] = 2
     settings |= {"lam": [1.0], "controls": [], "angles": {"control": "random"}}
     settings["evaluate"]["with"]["limit"] = 8
@@ -410,7 +410,7 @@ def test_the_miniature_runs_end_to_end(
 def test_a_training_that_was_cut_ends_in_the_same_bytes(tmp_path: Path) -> None:
     for package in ("trl", "datasets", "accelerate"):
         pytest.importorskip(package)
-    from recipes.mini import prepare
+    from skillvec.recipes.mini import prepare
 
     assert prepare.main(["--output", str(tmp_path / "start")]) == 0
     settings = yaml.safe_load(MINI.read_text())["training"] | {"max_length": 64, "max_steps": 4}

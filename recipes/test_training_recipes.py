@@ -11,20 +11,20 @@ from families import save, toy
 from safetensors.torch import load_file
 
 import skillvec as sv
-from recipes.mini.world import WorldConfig, build_tokenizer, build_world
-from recipes.training import Data, callbacks_for, load_function, load_rows, model_arguments
+from skillvec.recipes.mini.world import WorldConfig, build_tokenizer, build_world
+from skillvec.recipes.training import Data, callbacks_for, load_function, load_rows, model_arguments
 
 WORLD = WorldConfig(base=8, s=4, t=4, first_names=4, values=3, texts=2)
 
 
 def test_functions_are_found_by_name_or_refused() -> None:
-    found = load_function("recipes.mini.reward:exact")
+    found = load_function("skillvec.recipes.mini.reward:exact")
     assert found(["one", "two"], answer=["one", "three"]) == [1.0, 0.0]
     for name, words in (
-        ("recipes.mini.reward", "expected module:function"),
-        ("recipes.mini.reward:absent", "absent"),
+        ("skillvec.recipes.mini.reward", "expected module:function"),
+        ("skillvec.recipes.mini.reward:absent", "absent"),
         ("no_such_module:reward", "no_such_module"),
-        ("recipes.mini.reward:__doc__", "expected module:function"),
+        ("skillvec.recipes.mini.reward:__doc__", "expected module:function"),
     ):
         with pytest.raises(ValueError, match=words):
             load_function(name)
@@ -100,7 +100,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_sft_saves_a_whole_model_and_its_vectors(start: Path, tmp_path: Path) -> None:
-    from recipes import sft
+    from skillvec.recipes import sft
 
     words = config(tmp_path / "sft.yaml", data=str(start / "texts.jsonl"), vectors=True,
                    model_name_or_path=str(start / "model"))  # fmt: skip
@@ -120,7 +120,7 @@ def test_sft_saves_a_whole_model_and_its_vectors(start: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_lora_is_merged_into_what_is_saved(start: Path, tmp_path: Path) -> None:
-    from recipes import sft
+    from skillvec.recipes import sft
 
     words = config(
         tmp_path / "sft.yaml", data=str(start / "texts.jsonl"), use_peft=True, lora_r=4,
@@ -142,7 +142,7 @@ def test_lora_is_merged_into_what_is_saved(start: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_grpo_asks_rewards_and_writes_the_skill(start: Path, tmp_path: Path) -> None:
-    from recipes import grpo
+    from skillvec.recipes import grpo
 
     words = config(
         tmp_path / "grpo.yaml", data=str(start / "questions.jsonl"), columns=["prompt", "answer"],

@@ -150,7 +150,7 @@ def train_and_save(trainer: Any, metric: str) -> None:
     if trainer.args.disable_tqdm:
         import transformers
 
-        from recipes.progress import TrainingProgress
+        from skillvec.recipes.progress import TrainingProgress
 
         # it would print dictionaries between the lines
         trainer.remove_callback(transformers.PrinterCallback)

@@ -56,7 +56,7 @@ def read_documents(data: str = HUB_ID, skip_empty: bool = False) -> tuple[list[D
     """
     from datasets.exceptions import DatasetsError
 
-    from recipes.training import Data, load_rows
+    from skillvec.recipes.training import Data, load_rows
 
     try:
         rows = load_rows(Data(data=data, subset=SUBSET, split=SPLIT, columns=[]))

@@ -1,11 +1,11 @@
 """Split LooGLE into source parts and target, and write texts to learn and questions to answer.
 
-    python -m recipes.loogle.prepare --output runs/loogle/data [--data FILE]
+    python -m skillvec.recipes.loogle.prepare --output runs/loogle/data [--data FILE]
 
 Writes, for K parts of the source, source_K.jsonl (`text`) and source_K_questions.jsonl, then
 target.jsonl, target_questions.jsonl and, last, manifest.json. Invariants: no document is in two of
 them; a question row shows the question, never the text; the same data gives the same bytes. Refuses
-data with too few documents and what recipes.loogle.documents refuses.
+data with too few documents and what skillvec.recipes.loogle.documents refuses.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.loogle.documents import HUB_ID, SPLIT, SUBSET, Document, read_documents
+from skillvec.recipes.loogle.documents import HUB_ID, SPLIT, SUBSET, Document, read_documents
 
 ASK = "{question}\n\nAnswer from memory. Put the answer inside <answer> and </answer>."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="recipes.loogle.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="skillvec.recipes.loogle.prepare",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder")
     parser.add_argument("--data", default=HUB_ID,

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from recipes.judges import Judge, f1
+from skillvec.recipes.judges import Judge, f1
 
 TRUE_FALSE = {"true": 1.0, "false": 0.0}
 SAME_MEANING = (

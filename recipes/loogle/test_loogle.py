@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from recipes.judges import JudgeError
-from recipes.loogle import reward as scoring
-from recipes.loogle.documents import Asked, Document, group, read_documents, read_questions
-from recipes.loogle.prepare import chunks, main, prepare, question_rows
+from skillvec.recipes.judges import JudgeError
+from skillvec.recipes.loogle import reward as scoring
+from skillvec.recipes.loogle.documents import Asked, Document, group, read_documents, read_questions
+from skillvec.recipes.loogle.prepare import chunks, main, prepare, question_rows
 
 pytest.importorskip("datasets")
 
@@ -224,7 +224,7 @@ def test_with_a_judge_its_verdict_is_the_reward_and_its_failure_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("openai")
-    from recipes.test_judges import endpoint
+    from skillvec.recipes.test_judges import endpoint
 
     with endpoint() as server:
         monkeypatch.setenv("JUDGE_URL", server.url)
@@ -250,9 +250,9 @@ def test_the_configuration_names_what_exists(
     import yaml
 
     trl = pytest.importorskip("trl")
-    from recipes import evaluate, past
-    from recipes.grpo import GrpoData
-    from recipes.training import Data, load_function
+    from skillvec.recipes import evaluate, past
+    from skillvec.recipes.grpo import GrpoData
+    from skillvec.recipes.training import Data, load_function
 
     path = Path(scoring.__file__).parent / "past.yaml"
     config = yaml.safe_load(path.read_text())
@@ -302,8 +302,8 @@ def test_the_whole_method_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Mo
     for package in ("trl", "accelerate"):
         pytest.importorskip(package)
     import skillvec as sv
-    from recipes import evaluate, grpo, sft
-    from recipes.test_evaluate import make_model, make_tokenizer
+    from skillvec.recipes import evaluate, grpo, sft
+    from skillvec.recipes.test_evaluate import make_model, make_tokenizer
 
     monkeypatch.delenv("JUDGE_URL", raising=False)
     data, base = tmp_path / "data", tmp_path / "base"
@@ -332,7 +332,7 @@ def test_the_whole_method_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Mo
 
     learnt = train(sft, base, "sft", "source_1.jsonl", max_length=64)
     skilled = train(grpo, learnt, "rl", "source_1_questions.jsonl", num_generations=4,
-                    rewards=["recipes.loogle.reward:reward"], max_completion_length=16,
+                    rewards=["skillvec.recipes.loogle.reward:reward"], max_completion_length=16,
                     learning_rate=1e-2, columns=["prompt", "answer", "question"])  # fmt: skip
     target = train(sft, base, "target", "target.jsonl", max_length=64)
 
@@ -340,7 +340,8 @@ def test_the_whole_method_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert vector.report.facts["changed"] > 0  # some completion earned more than another
     sv.apply(target, vector, tmp_path / "merged", lam=1.0)
     words = ["--data", str(data / "target_questions.jsonl"), "--metrics", "exact", "f1",
-             "--answer", "recipes.loogle.reward:answer_of", "--max-new-tokens", "8"]  # fmt: skip
+             "--answer", "skillvec.recipes.loogle.reward:answer_of",
+             "--max-new-tokens", "8"]  # fmt: skip
     said: dict[str, list[str]] = {}
     for model in (target, tmp_path / "merged"):
         output = tmp_path / f"{model.name}.json"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from recipes.mini.results import NAMES, Results, Spread, find_pair
-from recipes.mini.seed import DOMAINS, LAMBDAS, ROUNDS, SETTINGS
+from skillvec.recipes.mini.results import NAMES, Results, Spread, find_pair
+from skillvec.recipes.mini.seed import DOMAINS, LAMBDAS, ROUNDS, SETTINGS
 
 HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "not clear"
 
@@ -238,7 +238,7 @@ def target_rl(results: Results) -> Claim:
 
 
 def _completions() -> int:
-    from recipes.past import read_config
+    from skillvec.recipes.past import read_config
 
     rl = read_config(SETTINGS).rl
     return int(rl["max_steps"] * rl["per_device_train_batch_size"])

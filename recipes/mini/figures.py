@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from recipes.mini.results import NAMES, Results, find_pair
-from recipes.mini.seed import DOMAINS, LAMBDAS, PROBED
+from skillvec.recipes.mini.results import NAMES, Results, find_pair
+from skillvec.recipes.mini.seed import DOMAINS, LAMBDAS, PROBED
 
 Spec = dict[str, Any]
 

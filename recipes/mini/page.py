@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from recipes.mini.claims import CLAIMS, table
-from recipes.mini.figures import draw
-from recipes.mini.results import Results
-from recipes.mini.seed import DOMAINS
+from skillvec.recipes.mini.claims import CLAIMS, table
+from skillvec.recipes.mini.figures import draw
+from skillvec.recipes.mini.results import Results
+from skillvec.recipes.mini.seed import DOMAINS
 
 
 def write_page(results: Results, larger: Results | None, seeds: Sequence[int], page: Path) -> None:
@@ -43,7 +43,8 @@ def _larger(results: Results | None) -> str:
     if results is None:
         return (
             "Not run for this page: it needs a GPU."
-            " `python -m recipes.mini.reproduce --size larger` runs it and adds its row here."
+            " `python -m skillvec.recipes.mini.reproduce --size larger` runs it and adds its"
+            " row here."
         )
     rows = [[d, *(results.exact(d, arm).show() for arm in
                   ("SFT only", "lambda 1", "random", "lambda -1", "RL on the target"))]

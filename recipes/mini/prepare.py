@@ -1,6 +1,6 @@
 """Write a miniature world: texts and questions as JSON lines, and a model that knows nothing yet.
 
-    python -m recipes.mini.prepare --output runs/mini/start [--seed 0]
+    python -m skillvec.recipes.mini.prepare --output runs/mini/start [--seed 0]
 
 OUT/model is an untrained Llama in fp32 with the world's word-level tokenizer. OUT/base.jsonl is
 what the base model is trained on: texts about the general population of both domains and answers
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from recipes.mini.world import (
+from skillvec.recipes.mini.world import (
     EOS,
     PAD,
     Domain,

@@ -1,6 +1,6 @@
 """What a model of the miniature knows and what it forgot, without asking it anything.
 
-    python -m recipes.mini.probe --model M --reference BASE --told questions.jsonl
+    python -m skillvec.recipes.mini.probe --model M --reference BASE --told questions.jsonl
         --texts base_texts.jsonl --output probe.json
 
 `told`: the share of facts whose value, among all values of that attribute, is the likeliest end of

@@ -1,10 +1,11 @@
 """`make reproduce`: every claim of the paper in miniature, over seeds, with controls.
 
-    python -m recipes.mini.reproduce [--seeds 1 2 3 4 5 6] [--jobs 2] [--size mini]
+    python -m skillvec.recipes.mini.reproduce [--seeds 1 2 3 4 5 6] [--jobs 2] [--size mini]
 
 Every seed is a world, a base model and some 140 stages of its own (recipes/stages.py): the
-training by recipes.sft and recipes.grpo, every difference, sum and angle by the skillvec command
-line. What is finished is not run again. At the end recipes/mini/page.py writes the page.
+training by recipes/sft.py and recipes/grpo.py, every difference, sum and angle by
+the skillvec command line. What is finished is not run again. At the end recipes/mini/page.py writes
+the page.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.mini.seed import SETTINGS, plan_seed
-from recipes.past import read_config
-from recipes.stages import read_marker, run_stages
+from skillvec.recipes.mini.seed import SETTINGS, plan_seed
+from skillvec.recipes.past import read_config
+from skillvec.recipes.stages import read_marker, run_stages
 
 SEEDS = (1, 2, 3, 4, 5, 6)  # settings were chosen while looking at seeds 0 and 7
 
@@ -64,7 +65,9 @@ def _start(out: Path, seed: int, size: str) -> subprocess.Popen[bytes]:
     words = ("--one", str(seed), "--out", str(out), "--size", size)
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "recipes.mini.reproduce", *words], stdout=log, stderr=log
+            [sys.executable, "-m", "skillvec.recipes.mini.reproduce", *words],
+            stdout=log,
+            stderr=log,
         )
 
 
@@ -100,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_stages(line)
         return 0
     out = options.out or Path("runs") / ("reproduce" if options.size == "mini" else "larger")
-    from recipes.mini.page import write_page
-    from recipes.mini.results import gather
+    from skillvec.recipes.mini.page import write_page
+    from skillvec.recipes.mini.results import gather
 
     try:
         run_seeds(out, options.seeds, options.size, options.jobs)

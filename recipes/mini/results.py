@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from recipes.mini.seed import plan_seed
-from recipes.stages import read_marker
+from skillvec.recipes.mini.seed import plan_seed
+from skillvec.recipes.stages import read_marker
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes.judges import exact_match
+from skillvec.recipes.judges import exact_match
 
 
 def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:

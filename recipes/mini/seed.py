@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.past import Config, read_config, refine
-from recipes.stages import Pipeline
+from skillvec.recipes.past import Config, read_config, refine
+from skillvec.recipes.stages import Pipeline
 
 LAMBDAS = (-1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DOMAINS = ("people", "apis")
@@ -29,7 +29,7 @@ def plan_seed(out: Path, seed: int, size: str = "mini") -> Pipeline:
     config = read_config(SETTINGS)
     training = {**config.training, "seed": seed, "use_cpu": size == "mini"}
     line = Pipeline(out, str(out / "base"), training)
-    start = line.module("start", "recipes.mini.prepare", {"seed": seed, "size": size})
+    start = line.module("start", "skillvec.recipes.mini.prepare", {"seed": seed, "size": size})
     told = config.sft[0]
     base = line.sft("base", start / "model", [told | BASE], [start / "base.jsonl"])
     steps = {"people": [told], "apis": [told | {"num_train_epochs": 20}, told | WARM_UP]}
@@ -93,7 +93,7 @@ def _plan_domain(
             continue
         told = {"reference": base, "told": data / "t_questions.jsonl",
                 "texts": data / "base_texts.jsonl"}  # fmt: skip
-        line.evaluate(f"{domain} probe", arm, model, "recipes.mini.probe", _strings(told))
+        line.evaluate(f"{domain} probe", arm, model, "skillvec.recipes.mini.probe", _strings(told))
     for arm, model in (("SFT on S", sft_s), ("RL on S", trained)):
         _ask(line, config, domain, arm, model, "s_1_of_1")
     return skill, sft_t, sft_s

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import skillvec as sv
-from recipes import controls
-from recipes.mini import claims, prepare, probe, reproduce
-from recipes.mini.page import write_page
-from recipes.mini.results import Results, Spread, find_pair, gather
-from recipes.mini.reward import exact
-from recipes.mini.seed import DOMAINS, LAMBDAS, plan_seed
-from recipes.mini.world import EOS, World, WorldConfig, build_tokenizer, build_world
+from skillvec.recipes import controls
+from skillvec.recipes.mini import claims, prepare, probe, reproduce
+from skillvec.recipes.mini.page import write_page
+from skillvec.recipes.mini.results import Results, Spread, find_pair, gather
+from skillvec.recipes.mini.reward import exact
+from skillvec.recipes.mini.seed import DOMAINS, LAMBDAS, plan_seed
+from skillvec.recipes.mini.world import EOS, World, WorldConfig, build_tokenizer, build_world
 
 TINY = WorldConfig(base=8, s=6, t=4, first_names=4, values=3, texts=2)
 

@@ -62,7 +62,7 @@ def train_adapters(base: str, jobs: Mapping[Path, Sequence[str]], lora: Lora, dt
         return 0
     import datasets
 
-    from recipes.evaluate import load_model
+    from skillvec.recipes.evaluate import load_model
 
     datasets.disable_progress_bars()  # three an adapter
     model, tokenizer = load_model(base, dtype)
@@ -119,7 +119,7 @@ def answer_with(
     """Answer prompts, each run of them with its own adapter (None: the model alone)."""
     import peft
 
-    from recipes.evaluate import answer_all
+    from skillvec.recipes.evaluate import answer_all
 
     said: list[str] = []
     for folder, prompts in asked:

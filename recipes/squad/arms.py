@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.evaluate import read_questions
-from recipes.squad.items import first_five, read_jsonl
+from skillvec.recipes.evaluate import read_questions
+from skillvec.recipes.squad.items import first_five, read_jsonl
 
 ALONE = "base"  # the arm that learns nothing
 

@@ -1,6 +1,6 @@
-"""Let a model write what follows from each passage; recipes.squad.prepare makes texts of it.
+"""Let a model write what follows from each passage; prepare.py makes texts of it.
 
-    python -m recipes.squad.implications --model Qwen/Qwen2.5-7B \\
+    python -m skillvec.recipes.squad.implications --model Qwen/Qwen2.5-7B \\
         --data runs/squad/items/target_items.jsonl -o runs/squad/completions.jsonl
 
 Hides resuming. Rows (id, index, title, model, completion) are appended to OUTPUT.partial as they
@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.squad.items import Passage, first_five, read_jsonl, read_passages
-from recipes.squad.texts import writing_prompt
-from recipes.squad.writers import (
+from skillvec.recipes.squad.items import Passage, first_five, read_jsonl, read_passages
+from skillvec.recipes.squad.texts import writing_prompt
+from skillvec.recipes.squad.writers import (
     CompletionError,
     Sampling,
     Writer,
@@ -37,7 +37,7 @@ Slot = tuple[Passage, int]
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="recipes.squad.implications", description=(__doc__ or "").splitlines()[0]
+        prog="skillvec.recipes.squad.implications", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
     add("--model", required=True, help="folder, Hub id, or the name that the endpoint serves")

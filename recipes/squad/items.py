@@ -2,7 +2,7 @@
 
 Hides which of four schemas a source has: rows of the Hub (title, context, question, answers{text}),
 SEAL's items (title, context, questions[{question, answer}]), the same with a list of answers, as
-`recipes.squad.prepare` writes them, and the original file of SQuAD (data, paragraphs, qas).
+`prepare.py` writes them, and the original file of SQuAD (data, paragraphs, qas).
 Invariants: a passage is a (title, context) pair and keeps its first place; its id follows from its
 text alone, so files made at different times fit together; a seed gives one order on every machine.
 Refuses a row without a title, context, question or answer; unanswerable questions are such rows.

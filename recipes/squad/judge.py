@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from recipes.judges import Judge
+    from skillvec.recipes.judges import Judge
 
 VERDICTS = {"yes": 1.0, "no": 0.0}
 TEMPLATE = """\
@@ -26,6 +26,6 @@ Is the answer right? Say one word, yes or no."""
 
 def judge() -> Judge:
     """Return the judge that JUDGE_URL, JUDGE_MODEL and JUDGE_KEY name; ValueError without them."""
-    from recipes.judges import Judge
+    from skillvec.recipes.judges import Judge
 
     return Judge.from_environment(template=TEMPLATE, verdicts=VERDICTS)

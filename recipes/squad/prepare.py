@@ -1,6 +1,6 @@
 """Make the files of the SQuAD recipe: passages, questions about them, texts to learn them from.
 
-    python -m recipes.squad.prepare -o runs/squad/data --documents 200 --parts 2
+    python -m skillvec.recipes.squad.prepare -o runs/squad/data --documents 200 --parts 2
 
 Writes into the folder, for `target` and for `source_1` ... `source_K`: NAME_items.jsonl (SEAL's
 items), NAME_questions.jsonl (prompt, answer, question, group) and NAME.jsonl (text, group); then
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.squad.items import Passage, choose, cut, first_five, read_passages, read_rows
-from recipes.squad.texts import SPLITS, completions_of, question_rows, text_rows
+from skillvec.recipes.squad.items import Passage, choose, cut, first_five, read_passages, read_rows
+from skillvec.recipes.squad.texts import SPLITS, completions_of, question_rows, text_rows
 
 STYLES = ("passage", "implications", "self-edits", "teacher")
 HUB = "rajpurkar/squad"
@@ -30,7 +30,7 @@ HUB = "rajpurkar/squad"
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="recipes.squad.prepare", description=(__doc__ or "").splitlines()[0]
+        prog="skillvec.recipes.squad.prepare", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, metavar="FOLDER")

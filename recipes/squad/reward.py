@@ -23,10 +23,10 @@ def reward(
 
     Raises:
         ValueError: an empty answer key, or a judge without the column `question`.
-        recipes.judges.JudgeError: the judge fails for good.
+        skillvec.recipes.judges.JudgeError: the judge fails for good.
     """
-    from recipes.judges import f1
-    from recipes.squad.judge import judge
+    from skillvec.recipes.judges import f1
+    from skillvec.recipes.squad.judge import judge
 
     said = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     golds = [[gold] if isinstance(gold, str) else list(gold) for gold in answer]

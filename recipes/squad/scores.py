@@ -1,8 +1,8 @@
 """Scores of the arms of a single-passage run: one file an arm, and one table of all.
 
-Hides the sums; the layout and the rules are those of recipes.evaluate. Invariants: a passage is the
-unit of the standard error; answers are on the disk before a judge is asked, so a judge that fails
-costs no generation.
+Hides the sums; layout and rules are those of recipes/evaluate.py. Invariants: a passage is the unit of
+the standard error; answers are on the disk before a judge is asked, so a judge that fails costs no
+generation.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.evaluate import JUDGE, METRICS, summarize, write_scores
-from recipes.judges import Judge
-from recipes.training import load_function
+from skillvec.recipes.evaluate import JUDGE, METRICS, summarize, write_scores
+from skillvec.recipes.judges import Judge
+from skillvec.recipes.training import load_function
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """SQuAD one passage at a time: an adapter learns it, with and without the skill beside it.
 
-    python -m recipes.squad.single --base Qwen/Qwen2.5-7B --skill runs/squad/skill.safetensors \\
+    python -m skillvec.recipes.squad.single --base Qwen/Qwen2.5-7B --skill skill.safetensors \\
         --data runs/squad/data/target_questions.jsonl \\
         --texts implications=runs/squad/data/target.jsonl -o runs/squad/single
 
@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import skillvec as sv
-from recipes.judges import JudgeError
-from recipes.squad.adapters import SETTINGS, Lora, answer_with, stamp, train_adapters
-from recipes.training import fetch_model
+from skillvec.recipes.judges import JudgeError
+from skillvec.recipes.squad.adapters import SETTINGS, Lora, answer_with, stamp, train_adapters
+from skillvec.recipes.training import fetch_model
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="recipes.squad.single", description=(__doc__ or "").splitlines()[0]
+        prog="skillvec.recipes.squad.single", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
     add("--base", required=True, help="folder or Hub id")
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=Lora.seed, help="%(default)s")
     add("--dtype", default="float32", help="of loaded weights; bfloat16 rounds the skill")
     add("--metrics", nargs="+", default=["exact", "f1"], help="exact f1 first_word judge")
-    add("--judge", default="recipes.squad.judge:judge", metavar="MODULE:FUNCTION")
+    add("--judge", default="skillvec.recipes.squad.judge:judge", metavar="MODULE:FUNCTION")
     add("--max-new-tokens", type=int, default=64, help="%(default)s")
     add("--batch", type=int, default=64, help="prompts at a time (%(default)s)")
     return parser
@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Train all adapters, answer with the base, then with the skill, then score."""
-    from recipes.squad.arms import ALONE, named_files, read_rows, read_texts
-    from recipes.squad.scores import Scoring, show, write_arm
+    from skillvec.recipes.squad.arms import ALONE, named_files, read_rows, read_texts
+    from skillvec.recipes.squad.scores import Scoring, show, write_arm
 
     scoring = Scoring.check(options.metrics, options.judge)
     rows = read_rows(options.data, options.limit)
@@ -122,7 +122,7 @@ def answer_arms(
     options: argparse.Namespace,
 ) -> dict[str, list[str]]:
     """Return arm -> answers; arms whose answers are on the disk are read from there."""
-    from recipes.evaluate import load_model, write_scores
+    from skillvec.recipes.evaluate import load_model, write_scores
 
     prompts = [row["prompt"] for row in rows]
     by_group: dict[str, list[Any]] = {}

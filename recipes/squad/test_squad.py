@@ -25,10 +25,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import skillvec as sv
-from recipes.squad import implications, prepare, single
-from recipes.squad.adapters import Lora, answer_with, train_adapters
-from recipes.squad.items import choose, cut, group_rows, read_passages
-from recipes.squad.texts import split_completion, text_rows
+from skillvec.recipes.squad import implications, prepare, single
+from skillvec.recipes.squad.adapters import Lora, answer_with, train_adapters
+from skillvec.recipes.squad.items import choose, cut, group_rows, read_passages
+from skillvec.recipes.squad.texts import split_completion, text_rows
 
 HERE = Path(__file__).parents[2] / "tests" / "data" / "squad"
 VALIDATION, TRAIN = str(HERE / "validation.jsonl"), str(HERE / "train.jsonl")
@@ -192,7 +192,7 @@ def test_every_text_begins_with_the_title_and_the_passage_is_always_there() -> N
 
 
 def test_prepare_writes_what_the_recipes_read(tmp_path: Path) -> None:
-    from recipes.evaluate import read_questions
+    from skillvec.recipes.evaluate import read_questions
 
     out = tmp_path / "data"
     assert prepare.main(prepared(out, "--expect-questions", "9")) == 0
@@ -262,8 +262,8 @@ def test_prepare_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_past_yaml_fits_the_scripts_and_the_trainers() -> None:
     import trl
 
-    from recipes.past import plan, read_config
-    from recipes.training import Data, load_function
+    from skillvec.recipes.past import plan, read_config
+    from skillvec.recipes.training import Data, load_function
 
     config = read_config(RECIPE / "past.yaml")
     assert len(plan(config, config.base).scores) == 4  # base, SFT only, the skill, noise
@@ -300,7 +300,7 @@ def test_past_yaml_fits_the_scripts_and_the_trainers() -> None:
 
 def test_the_scripts_take_the_commands_of_the_readme() -> None:
     text = (RECIPE / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"python -m recipes\.squad\.(\w+) (.*)", text)
+    found = re.findall(r"python -m skillvec\.recipes\.squad\.(\w+) (.*)", text)
     scripts = {"prepare": prepare, "implications": implications, "single": single}
     for script, words in found:
         scripts[script].build_parser().parse_args(shlex.split(words))
@@ -309,7 +309,7 @@ def test_the_scripts_take_the_commands_of_the_readme() -> None:
 
 def test_help_is_quick_and_needs_no_torch() -> None:
     code = (
-        "import sys; from recipes.squad import implications, prepare, single\n"
+        "import sys; from skillvec.recipes.squad import implications, prepare, single\n"
         "for script in (implications, prepare, single):\n"
         "    assert 'passage' in script.build_parser().format_help()\n"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'openai'} & set(sys.modules)\n"
@@ -484,8 +484,8 @@ def test_endpoints_that_are_none_are_told(
 
 
 def test_the_reward_is_f1_or_the_judge(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes.judges import JudgeError
-    from recipes.squad.reward import reward
+    from skillvec.recipes.judges import JudgeError
+    from skillvec.recipes.squad.reward import reward
 
     for name in ("JUDGE_URL", "JUDGE_MODEL", "JUDGE_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -529,7 +529,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from recipes.squad.texts import ASK, WRITE
+    from skillvec.recipes.squad.texts import ASK, WRITE
 
     folder = tmp_path_factory.mktemp("squad") / "base"
     split = pre_tokenizers.Whitespace()
@@ -577,8 +577,8 @@ def cpu(output: Path, *words: str) -> list[str]:
 def test_the_method_end_to_end(
     base: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes import evaluate, grpo, sft
-    from recipes.judges import JudgeError
+    from skillvec.recipes import evaluate, grpo, sft
+    from skillvec.recipes.judges import JudgeError
 
     monkeypatch.delenv("JUDGE_URL", raising=False)
     data = tmp_path / "data"
@@ -588,7 +588,7 @@ def test_the_method_end_to_end(
         sft.main(cpu(tmp_path / name, *words))
     words = [
         "--data", str(data / "source_1_questions.jsonl"), "--columns", "prompt", "answer",
-        "question", "--rewards", "recipes.squad.reward:reward",
+        "question", "--rewards", "skillvec.recipes.squad.reward:reward",
         "--model_name_or_path", str(tmp_path / "source"), "--num_generations", "8",
         "--per_device_train_batch_size", "16", "--max_completion_length", "12", "--beta", "0",
     ]  # fmt: skip
@@ -632,7 +632,7 @@ def test_single_passages_with_and_without_the_skill(
     base: Path, skill: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from recipes import evaluate
+    from skillvec.recipes import evaluate
 
     plain, edits, out = tmp_path / "plain", tmp_path / "edits", tmp_path / "single"
     assert prepare.main(prepared(plain, "--parts", "0")) == 0
@@ -688,7 +688,7 @@ def check_identity(base: Path, skill: Path, injected: Path, adapter: Path, folde
     import peft
     from transformers import AutoModelForCausalLM
 
-    from recipes.evaluate import load_model
+    from skillvec.recipes.evaluate import load_model
 
     def load(path: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
@@ -784,7 +784,7 @@ def test_single_asks_the_judge(
 def test_past_runs_the_recipe(
     base: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes import past
+    from skillvec.recipes import past
 
     def any_verdict(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         return 200, told("yes" if len(body["messages"][-1]["content"]) % 2 else "no")

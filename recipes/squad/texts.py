@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from recipes.squad.items import Passage, first_five, group_rows
+from skillvec.recipes.squad.items import Passage, first_five, group_rows
 
 WRITE = """\
 Read the passage. Then list what follows from it, stated or implied, one statement a line.
@@ -41,7 +41,7 @@ def writing_prompt(passage: Passage) -> str:
 
 
 def question_rows(passages: Sequence[Passage], chat: bool, one_answer: bool) -> list[dict]:
-    """Return rows (prompt, answer, question, group), as recipes.evaluate and recipes.grpo take."""
+    """Return rows (prompt, answer, question, group), as evaluate.py and grpo.py take."""
     rows = []
     for passage in passages:
         for asked in passage.questions:
@@ -99,7 +99,7 @@ def check_completions(
     if short:
         raise ValueError(
             f"completions: expected {per_passage} for every passage; too few for "
-            f"{first_five(short, 'passage')}. Write them with recipes.squad.implications"
+            f"{first_five(short, 'passage')}. Write them with skillvec.recipes.squad.implications"
         )
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.squad.texts import prompt_for
+from skillvec.recipes.squad.texts import prompt_for
 
 Writer = Callable[[Sequence[str], Sequence[int]], list[str]]
 
@@ -36,7 +36,7 @@ def transformers_writer(name: str, sampling: Sampling) -> Writer:
     """Load a model, on the GPU if there is one, and generate in batches."""
     import torch
 
-    from recipes.evaluate import load_model
+    from skillvec.recipes.evaluate import load_model
 
     model, tokenizer = load_model(name)
     tokenizer.padding_side = "left"

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from recipes.toolbench.apis import Item
+from skillvec.recipes.toolbench.apis import Item
 
 
 def by_category_of(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes.toolbench.apis import Api
+from skillvec.recipes.toolbench.apis import Api
 
 
 class ToolServerError(RuntimeError):
@@ -55,7 +55,7 @@ class ToolServer:
         if not given["url"]:
             raise ValueError(
                 "TOOLBENCH_URL is not set: start StableToolBench's server (or, to try things out, "
-                "recipes.toolbench.server) and set it to something like http://localhost:8080"
+                "skillvec.recipes.toolbench.server) and set it to something like http://localhost:8080"
             )
         return cls(**given)
 

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes.toolbench.client import ToolServerError
-from recipes.toolbench.environment import ApiEnvironment
+from skillvec.recipes.toolbench.client import ToolServerError
+from skillvec.recipes.toolbench.environment import ApiEnvironment
 
 Speak = Callable[[list[list[int]]], list[list[int]]]  # token ids so far -> token ids of the turn
 

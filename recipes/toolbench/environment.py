@@ -1,6 +1,6 @@
 """TRL's environments: one class for each list of APIs, one method for each function.
 
-    environments: recipes.toolbench.environment:environments     # in the configuration of GRPO
+    environments: skillvec.recipes.toolbench.environment:environments  # in GRPO's configuration
 
 Hides how an API document becomes a Python method from whose signature and docstring TRL takes the
 tool's schema. Invariants: `calls` holds every call that reached the environment, in order; a call
@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.toolbench.apis import Api, read_apis
-from recipes.toolbench.client import ToolServer, ToolServerError
+from skillvec.recipes.toolbench.apis import Api, read_apis
+from skillvec.recipes.toolbench.client import ToolServer, ToolServerError
 
 OBSERVATION = 1024  # characters of one result, ToolBench's limit
 PYTHON_TYPES = {"string": str, "number": float, "integer": int, "boolean": bool}
@@ -78,14 +78,14 @@ def environments(rows: Any) -> dict[str, type[ApiEnvironment]]:
     Raises ValueError for columns that are missing or at odds, and without a judge;
     ToolServerError where no tool server answers.
     """
-    from recipes.toolbench.judge import judge_from_environment
+    from skillvec.recipes.toolbench.judge import judge_from_environment
 
     judge_from_environment()  # its settings are checked now, not after the first dialogues
     missing = {"environment", "api_list", "question"} - set(rows.column_names)
     if missing:
         raise ValueError(f"ToolBench rows: no column {', '.join(sorted(missing))}; "
                          f"found {', '.join(rows.column_names)}; make them with "
-                         "recipes.toolbench.prepare")  # fmt: skip
+                         "skillvec.recipes.toolbench.prepare")  # fmt: skip
     server = ToolServer.from_environment()
     server.check()
     return classes_of(rows, server)

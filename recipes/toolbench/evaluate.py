@@ -1,8 +1,8 @@
 """Evaluation on ToolBench: whole dialogues with the tools, judged three ways, several times.
 
-    python -m recipes.toolbench.evaluate --model M --data questions.jsonl --output scores.json
+    python -m skillvec.recipes.toolbench.evaluate --model M --data questions.jsonl -o scores.json
 
-Hides dialogues and sums. Rows are those of recipes.toolbench.prepare: `prompt` (messages),
+Hides dialogues and sums. Rows are those of skillvec.recipes.toolbench.prepare: `prompt` (messages),
 `environment`, `api_list`, `question`. Invariants: every repetition holds its own dialogues, with
 its own seed; a question's score is the mean over them; the standard error is over lists of APIs,
 because queries about one list are not independent. Refuses rows without these columns, and starts
@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from recipes.evaluate import load_model, summarize, write_scores
-from recipes.judges import JudgeError
-from recipes.toolbench.client import ToolServer, ToolServerError
-from recipes.toolbench.dialogue import hold_dialogues, speaker
-from recipes.toolbench.environment import classes_of
-from recipes.toolbench.judge import judge_from_environment
-from recipes.toolbench.reward import has_answer, judge_dialogues, read_turns, score, tell
+from skillvec.recipes.evaluate import load_model, summarize, write_scores
+from skillvec.recipes.judges import JudgeError
+from skillvec.recipes.toolbench.client import ToolServer, ToolServerError
+from skillvec.recipes.toolbench.dialogue import hold_dialogues, speaker
+from skillvec.recipes.toolbench.environment import classes_of
+from skillvec.recipes.toolbench.judge import judge_from_environment
+from skillvec.recipes.toolbench.reward import has_answer, judge_dialogues, read_turns, score, tell
 
 COLUMNS = ("prompt", "environment", "api_list", "question")
 METRICS = ("judge", "calls_ok", "finish", "reward")
@@ -64,7 +64,7 @@ def evaluate(
     loaded, tokenizer = load_model(model, device=device)
     if getattr(tokenizer, "response_template", None) is None:
         raise ValueError(f"{model}: the tokenizer has no response_template; make the model that "
-                         "training starts from with recipes.toolbench.react")  # fmt: skip
+                         "training starts from with skillvec.recipes.toolbench.react")  # fmt: skip
     speak = speaker(loaded, tokenizer, max_new_tokens, temperature, top_p, batch)
     room = loaded.config.max_position_embeddings - max_new_tokens
     answers: list[dict[str, Any]] = []
@@ -115,13 +115,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         missing = [name for name in COLUMNS if not row.get(name)]
         if missing:
             raise ValueError(f"{path}: row {number}: no {', '.join(missing)}; make the rows with "
-                             "recipes.toolbench.prepare")  # fmt: skip
+                             "skillvec.recipes.toolbench.prepare")  # fmt: skip
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate a model on ToolBench questions and write the scores."""
-    parser = argparse.ArgumentParser("recipes.toolbench.evaluate", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        "skillvec.recipes.toolbench.evaluate", description=main.__doc__
+    )
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--data", type=Path, required=True, help="questions, .jsonl")
     parser.add_argument("-o", "--output", type=Path, required=True, help="scores, .json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes.judges import Judge
+from skillvec.recipes.judges import Judge
 
 VERDICTS = {"solved": 1.0, "partial": 0.5, "unsolved": 0.0}
 TEMPLATE = (

@@ -1,6 +1,6 @@
 """Training and evaluation files from ToolBench's queries, category by category.
 
-    python -m recipes.toolbench.prepare --instructions G1_query.json G2_query.json \\
+    python -m skillvec.recipes.toolbench.prepare --instructions G1_query.json G2_query.json \\
         --answers G1_answer G2_answer --test G1_category.json ... --output runs/toolbench/data
 
 Writes, for every part of the source (`source_1`) and every target (`target_weather`):
@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.toolbench.apis import Item, read_apis, read_items, standard_name
-from recipes.toolbench.categories import by_category_of, choose_targets, split_parts
-from recipes.toolbench.react import SHOWN, system_text
-from recipes.toolbench.texts import format_row, knowledge_rows, read_answers
+from skillvec.recipes.toolbench.apis import Item, read_apis, read_items, standard_name
+from skillvec.recipes.toolbench.categories import by_category_of, choose_targets, split_parts
+from skillvec.recipes.toolbench.react import SHOWN, system_text
+from skillvec.recipes.toolbench.texts import format_row, knowledge_rows, read_answers
 
 
 def prepare(
@@ -125,7 +125,7 @@ def question_row(item: Item, show: str, turns: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files for training and evaluation."""
-    parser = argparse.ArgumentParser("recipes.toolbench.prepare", description=main.__doc__)
+    parser = argparse.ArgumentParser("skillvec.recipes.toolbench.prepare", description=main.__doc__)
     parser.add_argument("--instructions", nargs="+", required=True, metavar="FILE",
                         help="G1_query.json, G2_query.json")  # fmt: skip
     parser.add_argument("--test", nargs="+", default=[], metavar="FILE",

@@ -1,6 +1,6 @@
 """The text format of a turn, and the tokenizer that writes and reads it.
 
-    python -m recipes.toolbench.react --model Qwen/Qwen2.5-7B-Instruct --output runs/toolbench/base
+    python -m skillvec.recipes.toolbench.react --model Qwen/Qwen2.5-7B-Instruct -o BASE
 
 Hides how Thought / Action / Action Input becomes a tool call for TRL: react.jinja renders it, and
 RESPONSE_TEMPLATE tells transformers' parser to read it back. Invariants: one turn is one call, for
@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.toolbench.apis import Api
-from recipes.training import fetch_model
+from skillvec.recipes.toolbench.apis import Api
+from skillvec.recipes.training import fetch_model
 
 SHOWN = ("nothing", "names", "documents")
 SYSTEM = """You solve the user's task by calling functions, one at a time.
@@ -126,7 +126,7 @@ def write_model(model: str, output: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the model folder that training starts from."""
-    parser = argparse.ArgumentParser("recipes.toolbench.react", description=main.__doc__)
+    parser = argparse.ArgumentParser("skillvec.recipes.toolbench.react", description=main.__doc__)
     parser.add_argument("--model", required=True, help="Folder or Hub id of a ChatML model.")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """The reward of a dialogue, turn by turn, with a language model that judges the end.
 
-    rewards: [recipes.toolbench.reward:reward]     # in the configuration of GRPO
+    rewards: [skillvec.recipes.toolbench.reward:reward]     # in the configuration of GRPO
 
 | turn | reward |
 |---|---|
@@ -22,9 +22,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from recipes.judges import Judge
-from recipes.toolbench.environment import ApiEnvironment
-from recipes.toolbench.judge import judge_from_environment
+from skillvec.recipes.judges import Judge
+from skillvec.recipes.toolbench.environment import ApiEnvironment
+from skillvec.recipes.toolbench.judge import judge_from_environment
 
 CALLS = {"succeeded": 0.4, "failed": -0.1, "malformed": -0.2}
 SOLVED, WITHOUT_FINISH, FINISH_FIRST = 5.0, -0.2, -10.0

@@ -1,6 +1,6 @@
 """A small virtual API server that answers offline, by StableToolBench's protocol.
 
-    python -m recipes.toolbench.server --instructions G1_query.json [--cache FOLDER] [--port 8080]
+    python -m skillvec.recipes.toolbench.server --instructions FILE [--cache FOLDER] [--port 8080]
 
 For trying things out, and for tests. It knows the APIs of instruction files and answers a call from
 StableToolBench's cache of responses (CATEGORY/TOOL_for_CATEGORY/API.json) if the very same call is
@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from recipes.toolbench.apis import Api, Item, read_apis, read_items, standard_name
+from skillvec.recipes.toolbench.apis import Api, Item, read_apis, read_items, standard_name
 
 
 class OfflineServer(ThreadingHTTPServer):
@@ -93,7 +93,7 @@ class _Request(BaseHTTPRequestHandler):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer calls until interrupted."""
-    parser = argparse.ArgumentParser("recipes.toolbench.server", description=main.__doc__)
+    parser = argparse.ArgumentParser("skillvec.recipes.toolbench.server", description=main.__doc__)
     parser.add_argument("--instructions", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--cache", type=Path, help="StableToolBench's tool_response_cache.")
     parser.add_argument("--port", type=int, default=8080)

@@ -11,14 +11,25 @@ from typing import Any
 
 import pytest
 
-from recipes.judges import Judge, JudgeError
-from recipes.toolbench import evaluate, prepare, react
-from recipes.toolbench.apis import function_name, read_api, read_apis, read_items, standard_name
-from recipes.toolbench.client import ToolServer, ToolServerError
-from recipes.toolbench.environment import OBSERVATION, classes_of, environment_class, environments
-from recipes.toolbench.judge import VERDICTS
-from recipes.toolbench.reward import has_answer, judge_dialogues, read_turns, score, tell
-from recipes.toolbench.server import OfflineServer
+from skillvec.recipes.judges import Judge, JudgeError
+from skillvec.recipes.toolbench import evaluate, prepare, react
+from skillvec.recipes.toolbench.apis import (
+    function_name,
+    read_api,
+    read_apis,
+    read_items,
+    standard_name,
+)
+from skillvec.recipes.toolbench.client import ToolServer, ToolServerError
+from skillvec.recipes.toolbench.environment import (
+    OBSERVATION,
+    classes_of,
+    environment_class,
+    environments,
+)
+from skillvec.recipes.toolbench.judge import VERDICTS
+from skillvec.recipes.toolbench.reward import has_answer, judge_dialogues, read_turns, score, tell
+from skillvec.recipes.toolbench.server import OfflineServer
 
 DATA = Path(__file__).parents[2] / "tests" / "data" / "toolbench"
 QUERIES = DATA / "G1_query.json"
@@ -286,7 +297,7 @@ def test_what_cannot_be_prepared_is_refused(
     ):
         assert prepare.main([*words, *more]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("recipes.toolbench.prepare: ")
+        assert error.startswith("skillvec.recipes.toolbench.prepare: ")
         assert message.replace("\\", "") in error
 
 
@@ -550,8 +561,9 @@ def reinforce(start: Path, tmp_path: Path, model: Path, **entries: Any) -> list[
     """Return the command line of one step of GRPO on a source part."""
     return config(
         tmp_path / "grpo.yaml", columns=["prompt", "environment", "api_list", "question"],
-        environments="recipes.toolbench.environment:environments",
-        rewards=["recipes.toolbench.test_toolbench:kept_reward"], model_name_or_path=str(model),
+        environments="skillvec.recipes.toolbench.environment:environments",
+        rewards=[f"{__name__}:kept_reward"],
+        model_name_or_path=str(model),
         output_dir=str(tmp_path / "rl"), num_generations=2, per_device_train_batch_size=2,
         max_steps=1, learning_rate=1e-2, beta=1e-3, max_tool_calling_iterations=4,
         **{"data": str(start / "data" / "source_1_questions.jsonl"),
@@ -564,7 +576,7 @@ REWARDED: list[float] = []
 
 def kept_reward(*arguments: Any, **columns: Any) -> list[float]:
     """Keep what the recipe's reward gives, for the tests."""
-    from recipes.toolbench.reward import reward
+    from skillvec.recipes.toolbench.reward import reward
 
     REWARDED.extend(reward(*arguments, **columns))
     return REWARDED[-len(columns["question"]) :]
@@ -577,7 +589,7 @@ def test_the_whole_benchmark_runs(
     """Two steps of SFT, GRPO with tools and judge, an evaluation: all for real, on a tiny model."""
     from safetensors.torch import load_file
 
-    from recipes import grpo, sft
+    from skillvec.recipes import grpo, sft
 
     monkeypatch.setenv("TOOLBENCH_URL", tools.url)
     model = start / "base"
@@ -643,7 +655,7 @@ def test_dialogues_run_through_trl_and_are_rewarded(
     import trl
     from safetensors.torch import load_file
 
-    from recipes import grpo
+    from skillvec.recipes import grpo
 
     server = serve(lambda path, asked: (200, '{"error": "", "response": "a list"}'))
     monkeypatch.setenv("TOOLBENCH_URL", server.url)
@@ -670,7 +682,7 @@ def test_a_server_that_goes_down_stops_the_training(
 ) -> None:  # fmt: skip
     import trl
 
-    from recipes import grpo
+    from skillvec.recipes import grpo
 
     server = serve(lambda path, asked: (404, "gone"))
     monkeypatch.setenv("TOOLBENCH_URL", server.url)
@@ -782,7 +794,7 @@ def test_turns_are_read_back(start: Path, text: str, message: Any) -> None:
     from transformers import AutoTokenizer
     from trl.chat_template_utils import parse_response
 
-    from recipes.toolbench.dialogue import tools_of
+    from skillvec.recipes.toolbench.dialogue import tools_of
 
     tokenizer = AutoTokenizer.from_pretrained(start / "base")
     prompt = [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]
@@ -810,7 +822,7 @@ def test_dialogues_keep_tokens_and_end_where_they_should(start: Path, tools: Off
     """What the model sees is the conversation as the template renders it, turn by turn."""
     from transformers import AutoTokenizer
 
-    from recipes.toolbench.dialogue import hold_dialogues
+    from skillvec.recipes.toolbench.dialogue import hold_dialogues
 
     tokenizer = AutoTokenizer.from_pretrained(start / "base")
     look, unknown, talk, answer, _ = TURNS
@@ -883,7 +895,7 @@ def test_a_model_that_learnt_one_dialogue_solves_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Train on whole dialogues, then evaluate greedily with the tools and the judge."""
-    from recipes import grpo, sft
+    from skillvec.recipes import grpo, sft
 
     server = serve(lambda path, asked: (200, '{"error": "", "response": "2 degrees"}'))
     rows = rows_of(start / "data" / "target_weather_questions.jsonl")

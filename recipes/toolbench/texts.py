@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.toolbench.apis import Api, Item, function_name, read_apis, standard_name
-from recipes.toolbench.react import system_text, turn_text
+from skillvec.recipes.toolbench.apis import Api, Item, function_name, read_apis, standard_name
+from skillvec.recipes.toolbench.react import system_text, turn_text
 
 BY_NAME = ("How is `{name}` called?", "What does the function `{name}` do, and what does it take?",
            "Explain `{name}` and its parameters.")  # fmt: skip

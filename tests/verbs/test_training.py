@@ -115,7 +115,7 @@ def test_a_real_trainer_calls_it(tmp_path: Path) -> None:
     import trl
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from recipes.mini.world import WorldConfig, build_tokenizer, build_world
+    from skillvec.recipes.mini.world import WorldConfig, build_tokenizer, build_world
 
     world = WorldConfig(base=8, s=4, t=4, first_names=4, values=3)
     tokenizer = build_tokenizer(build_world(world))
