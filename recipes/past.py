@@ -38,9 +38,9 @@ class Config:
     all in one process. `prepare`: modules run first, {run, out, with: options}. `training`:
     arguments of every training stage (TRL's names). `sft`: its steps, in order. `rl`: its
     arguments. `source`: K parts, {sft: one file a step, rl: file}. `targets`: name ->
-    {sft: files, evaluate: options}. `lam`: lambdas. `controls`: of random, shuffled. `evaluate`: {run, with}. `angles`: options of
-    orthogonality. `environment`: variables of every stage. `parameters`: of the base, for sizes
-    while it is not on disk.
+    {sft: files, evaluate: options}. `lam`: lambdas. `controls`: of random, shuffled.
+    `evaluate`: {run, with}. `angles`: options of orthogonality. `environment`: variables of every
+    stage. `parameters`: of the base, for sizes while it is not on disk.
     """
 
     out: str

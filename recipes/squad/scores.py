@@ -1,8 +1,8 @@
 """Scores of the arms of a single-passage run: one file an arm, and one table of all.
 
-Hides the sums; layout and rules are those of recipes/evaluate.py. Invariants: a passage is the unit of
-the standard error; answers are on the disk before a judge is asked, so a judge that fails costs no
-generation.
+Hides the sums; layout and rules are those of recipes/evaluate.py. Invariants: a passage is the unit
+of the standard error; answers are on the disk before a judge is asked, so a judge that fails costs
+no generation.
 """
 
 from __future__ import annotations
