@@ -111,7 +111,13 @@ def lambda_curve(results: Results) -> Claim:
     for lam, arm in arms.items():
         cells = [results.exact(d, arm).show() for d in DOMAINS]
         gaps = {d: _gap(results, d, "lambda 1", arm) for d in DOMAINS}
-        rows.append([f"{lam:g}", *cells, *(gap.show_interval() for gap in gaps.values())])
+        rows.append(
+            [
+                f"{lam:g}",
+                *cells,
+                *(gap.show_interval() if lam != 1 else "" for gap in gaps.values()),
+            ]
+        )
     for domain in DOMAINS:
         best = max(LAMBDAS, key=lambda lam: results.exact(domain, f"lambda {lam:g}").mean)
         gap = _gap(results, domain, "lambda 1", f"lambda {best:g}")
@@ -143,7 +149,7 @@ def rounds_help(results: Results) -> Claim:
     arms = {"K = 1": "lambda 1"} | {arm: arm for arm in ("K = 2", f"K = 1, {TWICE}",
                                                          f"K = 2, {TWICE}")}  # fmt: skip
     rows = [[title, results.exact("people", arm).show(),
-             (results.exact("people", arm) - once).show_interval()]
+             (results.exact("people", arm) - once).show_interval() if title != "K = 1" else ""]
             for title, arm in arms.items()]  # fmt: skip
     text = (
         "The source is cut into two disjoint parts. Every round begins at the base, and RL at the"

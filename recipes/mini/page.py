@@ -50,11 +50,11 @@ def _summary(judged: dict[int, tuple[Claim, list[Verdict]]]) -> str:
     """Return the table of all verdicts: of a part with several tests the one that decides."""
     rows = []
     for n, (claim, verdicts) in judged.items():
-        link = f"[{claim.title}](#{n}-{_anchor(claim.title)})"
+        link = f"[{n}](#{n}-{_anchor(claim.title)})"
         for verdict in verdicts:
             test, count = verdict.part.weakest, len(verdict.part.tests)
-            title = f"{link}, {verdict.part.name}" if verdict.part.name else link
-            rows.append([str(n), title, f"**{verdict.word}**", test.name,
+            title = f"{claim.title}, {verdict.part.name}".removesuffix(", ")
+            rows.append([link, title, f"**{verdict.word}**", test.name,
                          test.spread.show_interval(), show_p(verdict.p_for),
                          show_p(verdict.p_against), _rule(verdict.part.rule, count)])  # fmt: skip
     heads = ["", "claim", "verdict", "the number that decides", "mean [95 % interval]",
@@ -70,12 +70,13 @@ def _section(n: int, claim: Claim, verdicts: Sequence[Verdict]) -> str:
     """Return a claim's heading, verdicts, what was found, its tests and its evidence."""
     said = "; ".join(f"{v.word} {v.part.name}" if len(verdicts) > 1 else v.word for v in verdicts)
     rows = [
-        [test.name, test.spread.show_interval(), verdict.part.rule, show_p(test.p_for),
+        [f"{verdict.part.name}; {test.name}".removeprefix("; "), test.spread.show_interval(),
+         verdict.part.rule, show_p(test.p_for),
          show_p(min(1.0, min(test.p_against) * len(test.p_against)))]
         for verdict in verdicts
         for test in verdict.part.tests
     ]  # fmt: skip
-    tests = table(["test", "mean [95 % interval]", "rule", "p, holds", "p, opposite"], rows)
+    tests = table(["test", "mean [95 % interval]", "rule", "its p, holds", "its p, opposite"], rows)
     return (
         f"## {n}. {claim.title}\n\n**{said[0].upper()}{said[1:]}.** The paper: {claim.paper}."
         f" Here: {claim.found}.\n\n{tests}\n\n{claim.evidence}"

@@ -1,4 +1,4 @@
-"""The rules by which a claim holds, fails or stays open: chosen before the seeds were run.
+"""The rules by which a claim holds, fails or stays open: fixed before its seeds are looked at.
 
 A test takes one number a seed, such as the difference of two arms, and says what its mean should
 be: above `low`, below `high`, or between them. Its p-values come from all 2**n changes of signs of
