@@ -2,7 +2,7 @@
 
     python -m skillvec.recipes.mini.reproduce [--seeds 8 9 10] [--jobs 2] [--size mini]
 
-Every seed is a world, a base model and some 150 stages of its own (recipes/stages.py): the
+Every seed is a world, a base model and some 200 stages of its own (recipes/stages.py): the
 training by recipes/sft.py and recipes/grpo.py, every difference, sum and angle by
 the skillvec command line. What is finished is not run again. At the end recipes/mini/page.py writes
 the page.

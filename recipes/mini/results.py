@@ -101,10 +101,9 @@ def find_pair(report: dict[str, Any], a: str, b: str) -> dict[str, Any]:
 
 
 def find_row(pair: dict[str, Any], part: str) -> dict[str, Any]:
-    """Return the numbers of all weights, or of a part: layers, embeddings, rest."""
-    if part == "overall":
-        return dict(pair["overall"])
-    return dict(next(row for row in pair["parts"] if row["name"] == part))
+    """Return the numbers of all weights, or of a part of the model: layers, outside."""
+    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in pair["parts"]}
+    return (rows | {"overall": pair["overall"]})[part]
 
 
 NAMES = {

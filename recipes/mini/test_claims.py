@@ -174,7 +174,7 @@ def copied(domain: str) -> list[str]:
 def report(labels: list[str], cosine: float) -> dict[str, Any]:
     row = {"cosine": cosine, "p": 0.01, "control_cosine": 0.0, "density_b": 0.9, "norm_a": 2.0,
            "norm_ratio": 0.5}  # fmt: skip
-    parts = [row | {"name": "layers", "norm_a": 1.0}, row | {"name": "embeddings"}]
+    parts = [row | {"name": "layers", "norm_a": 1.0}, row | {"name": "outside"}]
     cells = [row | {"name": f"model.layers.{k}.self_attn.q_proj.weight"} for k in (0, 1)]
     layers = [row | {"name": f"model.layers.{k}"} for k in (0, 1)]
     pairs = [{"a": a, "b": b, "overall": row, "parts": parts, "layers": layers, "tensors": cells}
