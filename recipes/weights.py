@@ -32,6 +32,7 @@ def keep_whole(settings: Any, dtype: str) -> None:
     if settings.fp16:
         raise Refused("fp16: DeepSpeed would round the weights to fp16; set bf16: true instead")
     if settings.bf16:
+        settings.bf16, settings.mixed_precision = False, "no"
         plugin.deepspeed_config["bf16"] = {"enabled": False}
         plugin.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         plugin.set_deepspeed_weakref()  # what from_pretrained looks at
