@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from skillvec.recipes.launch import RESUMABLE, launch_words
+
 TRAINERS = ("skillvec.recipes.sft", "skillvec.recipes.grpo")
 
 
@@ -52,8 +54,10 @@ class Pipeline:
     out: Path
     base: str
     training: Mapping[str, Any] = field(default_factory=dict)
-    launch: Sequence[str] = ()
+    launch: str | Sequence[str] = ()
     parameters: float | None = None
+    processes: int | None = None
+    allow_no_reward: bool = False
     stages: list[Stage] = field(default_factory=list)
     scores: dict[tuple[str, str], Path] = field(default_factory=dict)
 
@@ -268,10 +272,21 @@ def _begin(line: Pipeline, stage: Stage, digests: Mapping[str, str], goes_on: bo
         shutil.rmtree(stage.output) if stage.output.is_dir() else stage.output.unlink()
     _record(line, stage, digests, finished=False)
     if stage.settings is not None:
-        whole = dict(stage.settings)
+        whole = _as_run(line, stage)
         if goes_on and (last := last_checkpoint(stage.output)) is not None:
             whole["resume_from_checkpoint"] = str(last)
         Path(stage.words[-1]).write_text(yaml.safe_dump(whole), encoding="utf-8")
+
+
+def _as_run(line: Pipeline, stage: Stage) -> dict[str, Any]:
+    """Return the settings of a training with those that say how it runs and not what it makes.
+
+    They are in no digest: a training that was made on one GPU is not made again on eight.
+    """
+    whole = {**(RESUMABLE if line.launch else {}), **(stage.settings or {})}
+    if line.allow_no_reward and "rewards" in whole:
+        whole["allow_no_reward"] = True
+    return whole
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -293,7 +308,7 @@ def _record(line: Pipeline, stage: Stage, digests: Mapping[str, str], **more: An
 def command(line: Pipeline, stage: Stage) -> list[str]:
     """Return the words of the stage's own process."""
     if stage.settings is not None and line.launch:
-        return [*line.launch, "-m", *stage.words]
+        return [*launch_words(line.launch, line.processes), "-m", *stage.words]
     return [sys.executable, "-m", *stage.words]
 
 
