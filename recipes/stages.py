@@ -281,9 +281,12 @@ def _begin(line: Pipeline, stage: Stage, digests: Mapping[str, str], goes_on: bo
 def _as_run(line: Pipeline, stage: Stage) -> dict[str, Any]:
     """Return the settings of a training with those that say how it runs and not what it makes.
 
-    They are in no digest: a training that was made on one GPU is not made again on eight.
+    They are in no digest: a training that was made on one GPU is not made again on eight. Whoever
+    says when to save says all of it.
     """
-    whole = {**(RESUMABLE if line.launch else {}), **(stage.settings or {})}
+    whole = dict(stage.settings or {})
+    if line.launch and not any(name.startswith("save_") for name in whole):
+        whole |= RESUMABLE
     if line.allow_no_reward and "rewards" in whole:
         whole["allow_no_reward"] = True
     return whole
