@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, Any
 from skillvec.errors import SkillvecError, needs
 from skillvec.recipes.dry_run import disk_of
 from skillvec.recipes.stages import TRAINERS, Pipeline, Stage, in_the_way, maker, states
-from skillvec.recipes.training import FILES, check_columns, fetch_model, load_function, load_rows
+from skillvec.recipes.training import (
+    FILES,
+    check_columns,
+    fetch_model,
+    find_missing,
+    load_function,
+    load_rows,
+)
 
 if TYPE_CHECKING:
     from skillvec.recipes.past import Config
@@ -35,7 +42,7 @@ SFT, GRPO = TRAINERS
 GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
-class Faults(ValueError):
+class FaultsError(ValueError):
     """Several things that are wrong, each a sentence."""
 
     def __init__(self, faults: Sequence[str]) -> None:
@@ -60,8 +67,11 @@ def find_faults(config: Config, line: Pipeline, processes: int) -> list[str]:
     faults = setting_faults(config, processes)
     for stage in line.stages:
         faults += _option_faults(line, stage)[0]
-        for file in _missing_files(line, stage):
-            faults.append(f"{_label(line, stage)}: {file} does not exist, and no stage makes it")
+        if missing := _missing_files(line, stage):
+            shown = ", ".join(missing[:5]) + (
+                f" and {len(missing) - 5} more" if missing[5:] else ""
+            )
+            faults.append(f"{_label(line, stage)}: no such file, and no stage makes it: {shown}")
     if maker(line, None, line.base) is None:
         faults += base_faults(line.base)
     for stage, state, changed in found:
@@ -75,7 +85,7 @@ def find_faults(config: Config, line: Pipeline, processes: int) -> list[str]:
 
 def setting_faults(config: Config, processes: int) -> list[str]:
     """Return what TRL's argument classes refuse of `training`, `sft`, `rl` and `prepare`."""
-    from skillvec.recipes.trl_arguments import classes_of, names_of
+    from skillvec.recipes.trl_arguments import classes_of, contradiction, names_of
 
     sections = [(f"sft, step {k}", SFT, step) for k, step in enumerate(config.sft, 1)]
     sections.append(("rl", GRPO, config.rl))
@@ -83,9 +93,16 @@ def setting_faults(config: Config, processes: int) -> list[str]:
         if entry["run"] in TRAINERS:
             sections.append((f"prepare {number}", entry["run"], entry.get("with", {})))
     everywhere = set().union(*(names_of(classes_of(module)) for module in TRAINERS))
-    faults = []
+    faults: list[str] = []
+    together: dict[str, list[str]] = {}
     for place, module, own in sections:
-        faults += _section_faults(place, module, own, config.training, everywhere, processes)
+        whole = {**config.training, **own}
+        found = _section_faults(place, module, own, config.training, everywhere)
+        faults += found
+        always = {"data": "rows.jsonl", "model_name_or_path": "base", "output_dir": "out"}
+        if not found and (why := contradiction(module, {**always, **whole}, processes)):
+            together.setdefault(why, []).append(place)
+    faults += [f"{'; '.join(places)}: {why}" for why, places in together.items()]
     for name in (*config.rl.get("rewards", []), config.rl.get("environments")):
         faults += _function_faults("rl", name)
     if not config.rl.get("rewards"):
@@ -99,7 +116,6 @@ def _section_faults(
     own: Mapping[str, Any],
     training: Mapping[str, Any],
     everywhere: set[str],
-    processes: int,
 ) -> list[str]:
     from skillvec.recipes import trl_arguments as arguments
 
@@ -121,11 +137,7 @@ def _section_faults(
             faults.append(f"{source}: nothing is called `{name}`{near}")
     for name, fault in arguments.value_faults(classes, whole).items():
         faults.append(f"{place if name in own else 'training'}: `{name}`: {fault}")
-    if not faults:
-        always = {"data": "rows.jsonl", "model_name_or_path": "base", "output_dir": "out"}
-        if reason := arguments.contradiction(classes, {**always, **whole}, processes):
-            faults.append(f"{place}: {reason}")
-    return faults
+    return faults + [f"{place}: {missing}" for missing in find_missing(whole)]
 
 
 def _function_faults(place: str, name: Any) -> list[str]:
@@ -180,7 +192,7 @@ def _label(line: Pipeline, stage: Stage) -> str:
     return "evaluate" if stage.output in line.scores.values() else stage.name
 
 
-# ------------------------------------------------------------------------------ files and their rows
+# ---------------------------------------------------------------------------- files and their rows
 
 
 def _missing_files(line: Pipeline, stage: Stage) -> list[str]:
@@ -264,7 +276,7 @@ def _refusal(check: Callable[[Any], None], options: Any) -> list[str]:
 
 
 def _row_faults(stage: Stage) -> list[str]:
-    """Return what is wrong with the rows of a training: its columns, its trainer's, its rewards'."""
+    """Return what is wrong with the rows of a training, for its trainer and its rewards."""
     from skillvec.recipes.trl_arguments import classes_of
 
     settings = stage.settings or {}

@@ -60,7 +60,8 @@ class Contents:
     def _digest_file(self, path: Path) -> str:
         stat = path.stat()
         seen = [stat.st_size, stat.st_mtime_ns]
-        known = self._known.get(str(path.absolute()))
+        name = str(path.resolve())
+        known = self._known.get(name)
         if known is not None and known[:2] == seen:
             return str(known[2])
         if stat.st_size > LONG:
@@ -69,7 +70,7 @@ class Contents:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 state.update(chunk)
-        self._known[str(path.absolute())] = [*seen, state.hexdigest()]
+        self._known[name] = [*seen, state.hexdigest()]
         return state.hexdigest()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from skillvec.recipes.stages import Pipeline, Stage, is_of_earlier_version, stat
 
 # bytes a parameter of a checkpoint for resuming: fp32 weights and AdamW's two moments
 CHECKPOINT, WEIGHTS = 12, 4
+INDENT = 24  # columns before what a stage reads
 
 
 @dataclass(frozen=True)
@@ -71,32 +73,31 @@ def model_nbytes(line: Pipeline) -> float | None:
 
 
 def show_stages(line: Pipeline) -> None:
-    """Print every stage with what it reads, the size of what it makes at most, and its state."""
+    """Print every stage: its state, the size of what it makes at most, its output, what it reads.
+
+    The second line of a stage names what it reads; paths are relative to the pipeline's `out`.
+    """
     from rich.console import Console
-    from rich.table import Table
 
     from skillvec.analysis.wording import human_bytes
 
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     nbytes = model_nbytes(line)
-    table = Table(title=f"{line.out}: {len(line.stages)} stages", title_justify="left", box=None)
-    table.add_column("state", no_wrap=True)
-    table.add_column("at most", justify="right", no_wrap=True)
-    table.add_column("makes", overflow="fold")
-    table.add_column("from", overflow="fold", style="dim")
+    console.print(f"{line.out}: {len(line.stages)} stages; the size is that of the output at most")
     found = states(line)
-    for stage, state, _ in found:
+    for number, (stage, state, changed) in enumerate(found, 1):
         size = "" if not stage.models else "?" if nbytes is None else human_bytes(nbytes)
+        console.print(f"{number:>4}  {state:<5}  {size:>7}  {_short(line, stage.output)}")
         sources = [_short(line, read) for read in stage.reads if Path(read).suffix or "/" in read]
-        table.add_row(state, size, _short(line, stage.output), ", ".join(dict.fromkeys(sources)))
-    console = Console(highlight=False)
-    console.print(table)
-    for stage, _, changed in found:
-        if changed:
-            console.print(tell_changed(stage, changed))
+        notes = [tell_changed(stage, changed)] if changed else []
         if is_of_earlier_version(line, stage):
-            console.print(f"{stage.name}: made by an earlier version, which recorded too little")
+            notes.append("made by an earlier version, which did not record what it made")
+        for text in (", ".join(dict.fromkeys(sources)), *notes):
+            for part in textwrap.wrap(text, console.width - INDENT, break_long_words=False):
+                console.print(" " * INDENT + part, style="dim")
     to_do = [stage for stage, state, _ in found if state != "done"]
-    console.print(_sentence(line, disk_of(line, to_do), to_do))
+    said = _sentence(line, disk_of(line, to_do), to_do)
+    console.print("\n".join(textwrap.wrap(said, console.width, break_long_words=False)))
 
 
 def _sentence(line: Pipeline, disk: Disk | None, to_do: Sequence[Stage]) -> str:
@@ -119,8 +120,8 @@ def _sentence(line: Pipeline, disk: Disk | None, to_do: Sequence[Stage]) -> str:
     spare = sum(bool(outputs) and scores >= {*outputs} for outputs in readers.values())
     spared = human_bytes(spare * (model_nbytes(line) or 0.0))
     return (
-        f"{said} - NOT ENOUGH. Of this {spared} are {spare} models that nothing needs once they are"
-        " scored; fewer targets, lambdas or controls at a time need less"
+        f"{said} - NOT ENOUGH. Models that nothing needs once they are scored are {spared} of it;"
+        " fewer targets, lambdas or controls at a time need less"
     )
 
 

@@ -317,7 +317,7 @@ def _refuse_zero(line: Pipeline, stage: Stage) -> None:
     if not line.allow_no_reward and not any(entry["changed"] for entry in deltas.values()):
         raise ValueError(
             f"{stage.output}: the skill is zero in every tensor: reinforcement learning changed no"
-            " weight, so there is nothing to inject. docs/past.md, \"RL has no reward\", says what"
+            ' weight, so there is nothing to inject. docs/past.md, "RL has no reward", says what'
             " to look at; `allow_no_reward: true` in `rl` goes on with it"
         )
 

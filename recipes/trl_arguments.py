@@ -10,17 +10,20 @@ and what a trainer refuses only when it sees the model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import enum
 import importlib
+import io
 import os
 import types
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
+
+from skillvec.recipes.training import make_parser
 
 OF_THE_PIPELINE = ("data", "model_name_or_path", "output_dir", "resume_from_checkpoint")
 OF_THE_MACHINE = ("tf32", "deepspeed")
@@ -29,6 +32,11 @@ OF_THE_MACHINE = ("tf32", "deepspeed")
 def classes_of(module: str) -> tuple[type, ...]:
     """Return the argument classes of a training module: rows, TRL's configuration, the model."""
     return tuple(importlib.import_module(module).dataclasses())
+
+
+def defaults_of(module: str) -> dict[str, Any]:
+    """Return what a training module sets in place of TRL's defaults."""
+    return dict(getattr(importlib.import_module(module), "DEFAULTS", {}))
 
 
 def names_of(classes: Sequence[type]) -> set[str]:
@@ -87,7 +95,9 @@ def _misfit(action: argparse.Action, kinds: Sequence[Any], value: Any) -> str | 
     if any(kind is type(value) for kind in scalars):
         return None
     of_text = all(kind is str or _is_enum(kind) for kind in scalars)
-    return names if (of_text and not isinstance(value, str)) or not _converts(action, value) else None
+    return (
+        names if (of_text and not isinstance(value, str)) or not _converts(action, value) else None
+    )
 
 
 def _converts(action: argparse.Action, value: Any) -> bool:
@@ -111,22 +121,19 @@ def _name(kind: Any) -> str:
     return plain.get(kind) or ("text" if _is_enum(kind) else str(getattr(kind, "__name__", kind)))
 
 
-def contradiction(
-    classes: Sequence[type], settings: Mapping[str, Any], processes: int
-) -> str | None:
-    """Return why TRL's classes refuse the settings together, for so many processes, or None.
+def contradiction(module: str, settings: Mapping[str, Any], processes: int) -> str | None:
+    """Return why the settings do not go together in a training of so many processes, or None.
 
-    The classes are built on the CPU. Whether bf16 is possible is asked of the accelerator.
+    The classes are built on the CPU. Whether there is a GPU for bf16 is asked without using it.
     """
     import torch
-    import trl
 
-    rows, config, model = classes
+    rows, config, model = classes_of(module)
     members = {"world_size": property(lambda self: processes)}
     counted = type(config.__name__, (config,), members)  # not the processes of this pipeline: one
     kept = {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}
     with _as_before():
-        parser = trl.TrlParser((rows, counted, model))
+        parser = make_parser((rows, counted, model), processes, defaults_of(module))
         parser.set_defaults_with_config(**kept | {"use_cpu": True})
         try:
             built = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)[1]
@@ -142,14 +149,14 @@ def contradiction(
     return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_before() -> Iterator[None]:
     """Take back what building a training configuration leaves in the process."""
     from accelerate.state import AcceleratorState
 
     environment = dict(os.environ)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
