@@ -68,6 +68,18 @@ def parse(
     `defaults` stand in place of TRL's. The batch is cut by `cut_batch`. Raises Refused for what
     needs a package that is not installed, and for a batch that cannot be cut.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parser = make_parser(dataclasses, processes, defaults, description=description)
+    return parser.parse_args_and_config(arguments)
+
+
+def make_parser(
+    dataclasses: Sequence[type], processes: int, defaults: Mapping[str, Any] | None, **more: Any
+) -> Any:
+    """Return TRL's parser of the arguments, which cuts the batch over so many processes.
+
+    `defaults`, errors as of `parse`.
+    """
     import trl
 
     class Parser(trl.TrlParser):  # type: ignore[misc]
@@ -75,12 +87,12 @@ def parse(
             found, rest = super().parse_known_args(*given, **more)
             if missing := find_missing(vars(found)):
                 raise Refused(missing[0])
-            cut_batch(found, int(os.environ.get("WORLD_SIZE", "1")))
+            cut_batch(found, processes)
             return found, rest
 
-    parser = Parser(dataclasses, description=description)
+    parser = Parser(dataclasses, **more)
     parser.set_defaults(gradient_accumulation_steps=None, **(defaults or {}))
-    return parser.parse_args_and_config(arguments)
+    return parser
 
 
 def cut_batch(given: Any, processes: int) -> None:
@@ -150,7 +162,7 @@ def announce(name: str) -> None:
 
 
 def run_alone(main: Callable[[], int], name: str) -> int:
-    """Return the exit code of a recipe, with a sentence in place of the trace for what it refuses."""
+    """Return the exit code of a recipe; what it refuses is a sentence in place of a trace."""
     try:
         return main()
     except Refused as error:
@@ -172,15 +184,20 @@ def load_rows(data: Data) -> Any:
         rows = datasets.load_dataset(FILES[suffix], data_files=data.data, split="train")
     else:
         rows = datasets.load_dataset(data.data, data.subset, split=data.split)
-    for column in data.columns:
+    check_columns(rows, data.columns, data.data)
+    return rows
+
+
+def check_columns(rows: Any, columns: Sequence[str], source: str) -> None:
+    """Raise Refused for a column that rows (a datasets.Dataset) lack or that one leaves empty."""
+    for column in columns:
         if column not in rows.column_names:
             found = ", ".join(rows.column_names)
-            raise Refused(f"{data.data}: no column {column!r}; found {found}")
+            raise Refused(f"{source}: no column {column!r}; found {found}")
         empty = [i for i, value in enumerate(rows[column]) if _is_empty(value)]
         if empty:
             shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-            raise Refused(f"{data.data}: {column!r} is empty in {len(empty)} rows: {shown}")
-    return rows
+            raise Refused(f"{source}: {column!r} is empty in {len(empty)} rows: {shown}")
 
 
 def _is_empty(value: Any) -> bool:
