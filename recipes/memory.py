@@ -79,7 +79,11 @@ def adapter_parameters(shapes: Mapping[str, Sequence[int]], settings: Mapping[st
     found = 0.0
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if len(shape) != 2 or module == name or re.search(r"(embed_tokens|lm_head|wte|wpe)$", module):
+        if (
+            len(shape) != 2
+            or module == name
+            or re.search(r"(embed_tokens|lm_head|wte|wpe)$", module)
+        ):
             continue
         if targets in (None, ["all-linear"]) or module.rpartition(".")[2] in targets:
             found += rank * (shape[0] + shape[1])
