@@ -109,10 +109,13 @@ def setting_faults(config: Config) -> list[str]:
         if not found and (why := contradiction(module, {**always, **whole}, processes)):
             together.setdefault(why, []).append(place)
     faults += [f"{'; '.join(places)}: {why}" for why, places in together.items()]
-    for name in (*config.rl.get("rewards", []), config.rl.get("environments")):
-        faults += _function_faults("rl", name)
-    if not config.rl.get("rewards"):
+    rewards = config.rl.get("rewards") or []
+    if not rewards:
         faults.append("rl: expected at least one reward, `rewards: [module:function]`")
+    for name in rewards if isinstance(rewards, list) else ():
+        faults += _function_faults(name, is_reward=True)
+    if config.rl.get("environments"):
+        faults += _function_faults(config.rl["environments"])
     return faults
 
 
@@ -146,14 +149,18 @@ def _section_faults(
     return faults + [f"{place}: {missing}" for missing in find_missing(whole)]
 
 
-def _function_faults(place: str, name: Any) -> list[str]:
-    if not isinstance(name, str):
-        return []  # the argument classes said so
+def _function_faults(name: Any, is_reward: bool = False) -> list[str]:
     try:
-        load_function(name)
+        parameters = _parameters(str(name))
     except Exception as error:  # whatever the module of a user raises while it is imported
-        return [f"{place}: {_text(error)}"]
+        return [f"rl: {_text(error)}"]
+    if is_reward and not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return [f"rl: {name}: expected **kwargs at its end: TRL gives it more than the columns"]
     return []
+
+
+def _parameters(name: str) -> Collection[inspect.Parameter]:
+    return inspect.signature(load_function(name)).parameters.values()
 
 
 # ---------------------------------------------------------------------------- modules and commands
@@ -252,8 +259,8 @@ class DataCheck:
             look: Callable[[], list[str]] = lambda: _row_faults(stage)  # noqa: E731
         else:
             options = _option_faults(self._line, stage)[1]
-            check = getattr(importlib.import_module(stage.words[0]), "check", None)
-            if options is None or check is None:
+            check = options and getattr(importlib.import_module(stage.words[0]), "check", None)
+            if not check:
                 return []
             given = {name: value for name, value in vars(options).items() if name != "output"}
             key = str([stage.words[0], {**given, "model": None}])
@@ -336,12 +343,9 @@ def _read_jsonl(path: str) -> Any:
 
 
 def _signature_faults(name: str, given: set[str], data: str) -> list[str]:
-    parameters = inspect.signature(load_function(name)).parameters.values()
-    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-        return [f"rl: {name}: expected **kwargs at its end: TRL gives it more than the columns"]
     needed = [
         one.name
-        for one in parameters
+        for one in _parameters(name)
         if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
     ]
     if missing := [one for one in needed if one not in given]:

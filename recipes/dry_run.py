@@ -7,6 +7,7 @@ model, and of a training the checkpoints that lie there at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shutil
 import textwrap
@@ -15,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillvec.recipes.stages import Pipeline, Stage, is_of_earlier_version, states, tell_changed
+from skillvec.recipes.stages import (
+    Pipeline,
+    Stage,
+    is_of_earlier_version,
+    maker,
+    states,
+    tell_changed,
+)
 
 # bytes a parameter of a checkpoint for resuming: fp32 weights and AdamW's two moments
 CHECKPOINT, WEIGHTS = 12, 4
@@ -64,12 +72,24 @@ def _checkpoint_nbytes(settings: Mapping[str, Any], parameters: float) -> float:
 
 def model_nbytes(line: Pipeline) -> float | None:
     """Return the size of the base model in fp32: from its headers, else from `parameters`."""
+    if Path(line.base).exists():
+        numel = _numel(line.base)
+    else:  # on the Hub, unless a stage will make it
+        numel = None if maker(line, None, line.base) else _numel_of_hub(line.base)
+    numel = numel or line.parameters
+    return None if numel is None else 4.0 * numel
+
+
+def _numel(base: str) -> float | None:
     from skillvec.checkpoints.opening import open_checkpoint
     from skillvec.errors import SkillvecError
 
-    with contextlib.suppress(SkillvecError):  # not there yet, or a Hub id
-        return 4.0 * sum(spec.numel for spec in open_checkpoint(line.base, "base").values())
-    return None if line.parameters is None else 4.0 * line.parameters
+    with contextlib.suppress(SkillvecError):
+        return float(sum(spec.numel for spec in open_checkpoint(base, "base").values()))
+    return None
+
+
+_numel_of_hub = functools.cache(_numel)  # without an answer it takes seconds
 
 
 def show_stages(line: Pipeline) -> None:
@@ -93,11 +113,15 @@ def show_stages(line: Pipeline) -> None:
         if is_of_earlier_version(line, stage):
             notes.append("made by an earlier version, which did not record what it made")
         for text in (", ".join(dict.fromkeys(sources)), *notes):
-            for part in textwrap.wrap(text, console.width - INDENT, break_long_words=False):
+            for part in _wrap(text, console.width - INDENT):
                 console.print(" " * INDENT + part, style="dim")
     to_do = [stage for stage, state, _ in found if state != "done"]
     said = _sentence(line, disk_of(line, to_do), to_do)
-    console.print("\n".join(textwrap.wrap(said, console.width, break_long_words=False)))
+    console.print("\n".join(_wrap(said, console.width)))
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)  # of paths
 
 
 def _sentence(line: Pipeline, disk: Disk | None, to_do: Sequence[Stage]) -> str:
