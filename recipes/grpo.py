@@ -15,7 +15,7 @@ from typing import Any
 
 from skillvec.recipes.training import (
     Data,
-    Refused,
+    RecipeError,
     announce,
     finish,
     ignore_deprecations,
@@ -60,7 +60,7 @@ def dataclasses() -> tuple[type, ...]:
 
 
 def check_rewards(history: Sequence[Mapping[str, Any]]) -> None:
-    """Raise Refused if no group of completions ever had two different rewards.
+    """Raise RecipeError if no group of completions ever had two different rewards.
 
     `history` is what the trainer logged: the share of groups whose rewards were all the same
     (frac_reward_zero_std) and the mean reward. Every advantage is 0 where that share is 1.
@@ -69,7 +69,7 @@ def check_rewards(history: Sequence[Mapping[str, Any]]) -> None:
     if not logged or any(float(log["frac_reward_zero_std"]) < 1 for log in logged):
         return
     rewards = sorted({f"{float(log['reward']):g}" for log in logged if log.get("reward")})
-    raise Refused(
+    raise RecipeError(
         "the completions of a prompt had the same reward at every step (mean reward"
         f" {' '.join(rewards[:5]) or 0}), so every advantage was 0 and nothing could be learnt; see"
         ' "RL has no reward to begin with" in docs/past.md. allow_no_reward: true saves the model'
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data, settings, model = parse(dataclasses(), arguments, __doc__, DEFAULTS)
     rewards = [load_function(name) for name in data.rewards]
     if not rewards:
-        raise Refused("rewards: expected at least one module:function")
+        raise RecipeError("rewards: expected at least one module:function")
     shared = trainer_arguments(data, settings, model, "grpo")
     make = load_function(data.environments) if data.environments else None
     trainer = trl.GRPOTrainer(

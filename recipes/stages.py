@@ -354,13 +354,13 @@ def _begin(
         shutil.rmtree(stage.output) if stage.output.is_dir() else stage.output.unlink()
     _record(line, stage, digests, finished=False)
     if stage.settings is not None:
-        whole = _as_run(line, stage)
+        whole = as_run(line, stage)
         if goes_on and (last := last_checkpoint(stage.output)) is not None:
             whole["resume_from_checkpoint"] = str(last)
         Path(stage.words[-1]).write_text(yaml.safe_dump(whole), encoding="utf-8")
 
 
-def _as_run(line: Pipeline, stage: Stage) -> dict[str, Any]:
+def as_run(line: Pipeline, stage: Stage) -> dict[str, Any]:
     """Return the settings of a training with those that say how it runs and not what it makes.
 
     They are in no digest: a training that was made on one GPU is not made again on eight. Whoever

@@ -25,8 +25,8 @@ REPORTERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-class Refused(ValueError):
-    """A sentence for who runs a recipe: what was found, and what to set."""
+class RecipeError(ValueError):
+    """What was found and what to set, in a sentence for who runs a recipe."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ def parse(
 ) -> Any:
     """Return an object of each dataclass from --config FILE and the command line, which goes over.
 
-    `defaults` stand in place of TRL's. The batch is cut by `cut_batch`. Raises Refused for what
+    `defaults` stand in place of TRL's. The batch is cut by `cut_batch`. Raises RecipeError for what
     needs a package that is not installed, and for a batch that cannot be cut.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,7 +86,7 @@ def make_parser(
         def parse_known_args(self, *given: Any, **more: Any) -> Any:
             found, rest = super().parse_known_args(*given, **more)
             if missing := find_missing(vars(found)):
-                raise Refused(missing[0])
+                raise RecipeError(missing[0])
             cut_batch(found, processes)
             return found, rest
 
@@ -100,7 +100,7 @@ def cut_batch(given: Any, processes: int) -> None:
 
     `given` holds parsed arguments. For GRPO all three count completions, `generation_batch_size`
     (as much as `global_batch` unless it is given) those that are sampled at once: several optimiser
-    steps are made of them. Raises Refused, naming the numbers, for what does not divide.
+    steps are made of them. Raises RecipeError, naming the numbers, for what does not divide.
     """
     batch, accumulated = given.global_batch, given.gradient_accumulation_steps
     if batch is None:
@@ -108,9 +108,9 @@ def cut_batch(given: Any, processes: int) -> None:
         return
     for name in ("gradient_accumulation_steps", "steps_per_generation"):
         if getattr(given, name, None) is not None:
-            raise Refused(f"global_batch: says what {name} says; leave one of them out")
+            raise RecipeError(f"global_batch: says what {name} says; leave one of them out")
     if batch < 1 or batch % processes:
-        raise Refused(
+        raise RecipeError(
             f"global_batch {batch}: cannot be cut into {processes} equal parts, one a process; take"
             f" a multiple of {processes}, or another number of processes"
         )
@@ -122,7 +122,7 @@ def cut_batch(given: Any, processes: int) -> None:
         sampled = given.generation_batch_size or batch
         if sampled % batch or sampled % group:
             name = "generation_batch_size" if given.generation_batch_size else "global_batch"
-            raise Refused(
+            raise RecipeError(
                 f"{name} {sampled} completions: expected a multiple of num_generations ({group}),"
                 f" the completions of one prompt, and of global_batch ({batch})"
             )
@@ -165,7 +165,7 @@ def run_alone(main: Callable[[], int], name: str) -> int:
     """Return the exit code of a recipe; what it refuses is a sentence in place of a trace."""
     try:
         return main()
-    except Refused as error:
+    except RecipeError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return 1
 
@@ -173,14 +173,14 @@ def run_alone(main: Callable[[], int], name: str) -> int:
 def load_rows(data: Data) -> Any:
     """Return the rows as a datasets.Dataset.
 
-    Raises Refused for a column that is missing, and for rows in which one is empty.
+    Raises RecipeError for a column that is missing, and for rows in which one is empty.
     """
     import datasets
 
     suffix = Path(data.data).suffix
     if suffix in FILES:
         if not Path(data.data).is_file():
-            raise Refused(f"{data.data}: no such file")
+            raise RecipeError(f"{data.data}: no such file")
         rows = datasets.load_dataset(FILES[suffix], data_files=data.data, split="train")
     else:
         rows = datasets.load_dataset(data.data, data.subset, split=data.split)
@@ -189,15 +189,15 @@ def load_rows(data: Data) -> Any:
 
 
 def check_columns(rows: Any, columns: Sequence[str], source: str) -> None:
-    """Raise Refused for a column that rows (a datasets.Dataset) lack or that one leaves empty."""
+    """Raise RecipeError for a column that a datasets.Dataset lacks or that a row leaves empty."""
     for column in columns:
         if column not in rows.column_names:
             found = ", ".join(rows.column_names)
-            raise Refused(f"{source}: no column {column!r}; found {found}")
+            raise RecipeError(f"{source}: no column {column!r}; found {found}")
         empty = [i for i, value in enumerate(rows[column]) if _is_empty(value)]
         if empty:
             shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-            raise Refused(f"{source}: {column!r} is empty in {len(empty)} rows: {shown}")
+            raise RecipeError(f"{source}: {column!r} is empty in {len(empty)} rows: {shown}")
 
 
 def _is_empty(value: Any) -> bool:
@@ -205,14 +205,14 @@ def _is_empty(value: Any) -> bool:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """Return the function that "module:function" names; Refused where there is none."""
+    """Return the function that "module:function" names; RecipeError where there is none."""
     module, colon, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function) if colon else None
     except (ImportError, AttributeError) as error:
-        raise Refused(f"{name}: {error}") from None
+        raise RecipeError(f"{name}: {error}") from None
     if not callable(found):
-        raise Refused(f"{name}: expected module:function")
+        raise RecipeError(f"{name}: expected module:function")
     return found
 
 
@@ -274,7 +274,7 @@ def trainer_arguments(data: Data, settings: Any, model: Any, method: str) -> dic
 
     hush(settings)
     if settings.n_gpu > 1:
-        raise Refused(
+        raise RecipeError(
             f"one process sees {settings.n_gpu} GPUs and would copy the model to each at every step"
             " (DataParallel): `launch: fsdp2`, or CUDA_VISIBLE_DEVICES with one of them"
         )

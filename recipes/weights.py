@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from skillvec.recipes.training import Refused
+from skillvec.recipes.training import RecipeError
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -24,13 +24,13 @@ def keep_whole(settings: Any, dtype: str) -> None:
 
     With its own `bf16` the weights become bf16 before the fp32 copies of the optimiser are made of
     them, so that training starts at a rounded model, and v holds that rounding. Its autocast leaves
-    them alone (DeepSpeed 0.17.1). Raises Refused for fp16.
+    them alone (DeepSpeed 0.17.1). Raises RecipeError for fp16.
     """
     plugin = settings.deepspeed_plugin
     if plugin is None or dtype != "float32":
         return
     if settings.fp16:
-        raise Refused("fp16: DeepSpeed would round the weights to fp16; set bf16: true instead")
+        raise RecipeError("fp16: DeepSpeed would round the weights to fp16; set bf16: true instead")
     if settings.bf16:
         settings.bf16, settings.mixed_precision = False, "no"
         plugin.deepspeed_config["bf16"] = {"enabled": False}
@@ -41,9 +41,8 @@ def keep_whole(settings: Any, dtype: str) -> None:
 def save_whole(trainer: Any, start: str, dtype: str, moves: bool = True) -> None:
     """Save a whole model into the output folder and check it; every process takes part.
 
-    `start` is the folder that training began from. An adapter is merged. Raises Refused where the
-    folder does not hold every tensor of `start` in `dtype` (a name of torch, or "auto" for that of
-    the file it came from), finite, and, if `moves`, different from `start`.
+    `start` is the folder that training began from, `dtype` a name of torch, or "auto" for that of
+    the start. An adapter is merged. Raises RecipeError as `check_saved`.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapts = hasattr(model, "peft_config")
@@ -107,7 +106,7 @@ def _merge(trainer: Any, model: Any, start: str, weights: dict[str, Any]) -> Any
     missing = whole.load_state_dict(weights, strict=False)
     trained = {name for name, weight in whole.named_parameters() if weight.requires_grad}
     if missing.unexpected_keys or trained & set(missing.missing_keys):
-        raise Refused(f"the adapter was not gathered whole: {missing}")
+        raise RecipeError(f"the adapter was not gathered whole: {missing}")
     return whole.merge_and_unload()
 
 
@@ -128,9 +127,9 @@ def _write(trainer: Any, model: Any, weights: dict[str, Any] | None, dtype: str)
 def check_saved(folder: str | Path, start: str | Path, dtype: str, moves: bool = True) -> None:
     """Open what was written, and subtract the start from it.
 
-    Raises Refused, saying what was found, where a tensor of `start` is missing or of another shape,
-    where the dtype is not the promised one, where a value is not finite, and, if `moves`, where
-    nothing differs.
+    Raises RecipeError, saying what was found, where a tensor of `start` is missing or of another
+    shape, where a dtype is not the promised one, where a value is not finite, and, if `moves`,
+    where nothing differs.
     """
     from skillvec import SkillVector
     from skillvec.checkpoints.opening import open_checkpoint
@@ -141,14 +140,14 @@ def check_saved(folder: str | Path, start: str | Path, dtype: str, moves: bool =
         before, written = open_checkpoint(start, "start"), open_checkpoint(folder, "trained")
         vector = SkillVector.between(written, before)
     except SkillvecError as error:
-        raise Refused(f"{folder}: the training left no whole model: {error}") from None
+        raise RecipeError(f"{folder}: the training left no whole model: {error}") from None
     promised = {STORED[dtype]} if dtype in STORED else {spec.dtype for spec in before.values()}
     rounded = [
         f"{spec.name}: {spec.dtype}" for spec in written.values()
         if spec.dtype in FLOATS and spec.dtype not in promised | {"F32"}
     ]  # fmt: skip
     if rounded:
-        raise Refused(
+        raise RecipeError(
             f"{folder}: {len(rounded)} tensors are not in {' or '.join(sorted(promised))}, first"
             f" {rounded[0]}: a skill vector of them would be a rounded copy of the update; `dtype`"
             " says in what a model is trained and saved"
@@ -157,12 +156,12 @@ def check_saved(folder: str | Path, start: str | Path, dtype: str, moves: bool =
         found = list(threads.map(_measure, vector.deltas.values()))
     lost = [name for name, (bad, _) in zip(vector.deltas, found, strict=True) if bad]
     if lost:
-        raise Refused(
+        raise RecipeError(
             f"{folder}: {len(lost)} tensors hold values that are not finite, first {lost[0]}: the"
             " training diverged; a smaller learning_rate or max_grad_norm helps"
         )
     if moves and not any(changed for _, changed in found):
-        raise Refused(
+        raise RecipeError(
             f"{folder}: no weight differs from {start}, so v = 0: the training moved nothing (its"
             " learning rate, its number of steps, and for RL its rewards say why; docs/past.md,"
             ' "RL has no reward to begin with")'
