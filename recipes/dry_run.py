@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skillvec.recipes.memory import Shapes, base_shapes, print_memory, stage_memory
 from skillvec.recipes.stages import (
     Pipeline,
     Stage,
+    as_run,
     is_of_earlier_version,
-    maker,
     states,
     tell_changed,
 )
