@@ -62,18 +62,19 @@ def require_training() -> None:
 
 
 def find_faults(config: Config, line: Pipeline) -> list[str]:
-    """Return everything that is wrong apart from rows."""
+    """Return everything that is wrong, apart from rows, with what there is to do."""
     found = states(line)
     to_do = [stage for stage, state, _ in found if state != "done"]
-    faults = setting_faults(config)
-    for stage in line.stages:
+    trains = any(stage.settings is not None for stage in to_do)
+    faults = setting_faults(config) if trains else []
+    for stage in to_do:
         faults += _option_faults(line, stage)[0]
         if missing := _missing_files(line, stage):
             shown = ", ".join(missing[:5]) + (
                 f" and {len(missing) - 5} more" if missing[5:] else ""
             )
             faults.append(f"{_label(line, stage)}: no such file, and no stage makes it: {shown}")
-    if maker(line, None, line.base) is None:
+    if maker(line, None, line.base) is None and any(line.base in stage.reads for stage in to_do):
         faults += base_faults(line.base)
     for stage, state, changed in found:
         if state == "to do" and (blocked := in_the_way(line, stage, changed)):
@@ -228,16 +229,17 @@ def _files_of(stage: Stage) -> Iterator[str]:
 
 
 class DataCheck:
-    """The rows of data files, each looked at once: when it is there to stay."""
+    """The rows of data files of stages to do, each looked at once: when it is there to stay."""
 
     def __init__(self, line: Pipeline) -> None:
         self._line = line
+        self._to_do = [stage for stage, state, _ in states(line) if state != "done"]
         self._seen: set[Any] = set()
 
     def faults(self, done: Collection[str]) -> list[str]:
         """Return what is wrong with the files that no stage makes, or one of `done` made."""
         faults: list[str] = []
-        for stage in self._line.stages:
+        for stage in self._to_do:
             files = [*_files_of(stage)]
             data = files if stage.settings is not None else [f for f in files if not _is_model(f)]
             makers = [maker(self._line, stage, file) for file in data]
