@@ -218,7 +218,12 @@ def test_rl_without_a_reward_stops_unless_it_is_allowed(start: Path, tmp_path: P
         grpo.main([*words, *out])
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert grpo.main([*words, *out, "--allow_no_reward", "true"]) == 0
-    assert sv.diff(tmp_path / "out", start / "model", tmp_path / "v.safetensors").report.facts["changed"] == 0
+    assert (
+        sv.diff(tmp_path / "out", start / "model", tmp_path / "v.safetensors").report.facts[
+            "changed"
+        ]
+        == 0
+    )
 
 
 @pytest.mark.slow
@@ -248,4 +253,4 @@ def nothing(completions: list[str], **_: Any) -> list[float]:
 def first_letter(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """Reward something that a model without training gives now and then."""
     REWARDED.extend(answer)
-    return [float(len(said.split()) % 2) for said in completions]
+    return [float(sum(map(ord, said)) % 3) for said in completions]
