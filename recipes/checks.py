@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillvec.errors import SkillvecError, needs
 from skillvec.recipes.dry_run import disk_of
+from skillvec.recipes.launch import count_processes, launch_words
 from skillvec.recipes.stages import TRAINERS, Pipeline, Stage, in_the_way, maker, states
 from skillvec.recipes.training import (
     FILES,
@@ -60,11 +61,11 @@ def require_training() -> None:
         import trl  # noqa: F401
 
 
-def find_faults(config: Config, line: Pipeline, processes: int) -> list[str]:
-    """Return what is wrong apart from rows; `processes` are those of a training."""
+def find_faults(config: Config, line: Pipeline) -> list[str]:
+    """Return everything that is wrong apart from rows."""
     found = states(line)
     to_do = [stage for stage, state, _ in found if state != "done"]
-    faults = setting_faults(config, processes)
+    faults = setting_faults(config)
     for stage in line.stages:
         faults += _option_faults(line, stage)[0]
         if missing := _missing_files(line, stage):
@@ -83,8 +84,13 @@ def find_faults(config: Config, line: Pipeline, processes: int) -> list[str]:
 # ------------------------------------------------------------------------------ trainings' settings
 
 
-def setting_faults(config: Config, processes: int) -> list[str]:
+def setting_faults(config: Config) -> list[str]:
     """Return what TRL's argument classes refuse of `training`, `sft`, `rl` and `prepare`."""
+    try:
+        launch_words(config.launch, config.processes)
+    except ValueError as error:
+        return [_text(error)]
+    processes = count_processes(config.launch, config.processes)
     from skillvec.recipes.trl_arguments import classes_of, contradiction, names_of
 
     sections = [(f"sft, step {k}", SFT, step) for k, step in enumerate(config.sft, 1)]
@@ -103,10 +109,13 @@ def setting_faults(config: Config, processes: int) -> list[str]:
         if not found and (why := contradiction(module, {**always, **whole}, processes)):
             together.setdefault(why, []).append(place)
     faults += [f"{'; '.join(places)}: {why}" for why, places in together.items()]
-    for name in (*config.rl.get("rewards", []), config.rl.get("environments")):
-        faults += _function_faults("rl", name)
-    if not config.rl.get("rewards"):
+    rewards = config.rl.get("rewards") or []
+    if not rewards:
         faults.append("rl: expected at least one reward, `rewards: [module:function]`")
+    for name in rewards if isinstance(rewards, list) else ():
+        faults += _function_faults(name, is_reward=True)
+    if config.rl.get("environments"):
+        faults += _function_faults(config.rl["environments"])
     return faults
 
 
@@ -140,14 +149,18 @@ def _section_faults(
     return faults + [f"{place}: {missing}" for missing in find_missing(whole)]
 
 
-def _function_faults(place: str, name: Any) -> list[str]:
-    if not isinstance(name, str):
-        return []  # the argument classes said so
+def _function_faults(name: Any, is_reward: bool = False) -> list[str]:
     try:
-        load_function(name)
+        parameters = _parameters(str(name))
     except Exception as error:  # whatever the module of a user raises while it is imported
-        return [f"{place}: {_text(error)}"]
+        return [f"rl: {_text(error)}"]
+    if is_reward and not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return [f"rl: {name}: expected **kwargs at its end: TRL gives it more than the columns"]
     return []
+
+
+def _parameters(name: str) -> Collection[inspect.Parameter]:
+    return inspect.signature(load_function(name)).parameters.values()
 
 
 # ---------------------------------------------------------------------------- modules and commands
@@ -246,8 +259,8 @@ class DataCheck:
             look: Callable[[], list[str]] = lambda: _row_faults(stage)  # noqa: E731
         else:
             options = _option_faults(self._line, stage)[1]
-            check = getattr(importlib.import_module(stage.words[0]), "check", None)
-            if options is None or check is None:
+            check = options and getattr(importlib.import_module(stage.words[0]), "check", None)
+            if not check:
                 return []
             given = {name: value for name, value in vars(options).items() if name != "output"}
             key = str([stage.words[0], {**given, "model": None}])
@@ -330,12 +343,9 @@ def _read_jsonl(path: str) -> Any:
 
 
 def _signature_faults(name: str, given: set[str], data: str) -> list[str]:
-    parameters = inspect.signature(load_function(name)).parameters.values()
-    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-        return [f"rl: {name}: expected **kwargs at its end: TRL gives it more than the columns"]
     needed = [
         one.name
-        for one in parameters
+        for one in _parameters(name)
         if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
     ]
     if missing := [one for one in needed if one not in given]:
