@@ -98,6 +98,7 @@ def test_two_processes_end_where_one_does(folder: Path, launch: str, kind: str) 
     out = folder / launch / kind
     told = train(folder, kind, out, launch_words(launch, 2))
     assert told.count("global batch 8 = 2 processes x 4 at once x 1 accumulated") == 1
+    assert told.count("2 steps in") == told.count("loading PyTorch") == 1  # not once a process
     compare(folder, alone(folder, kind), out)
 
 
