@@ -253,4 +253,4 @@ def nothing(completions: list[str], **_: Any) -> list[float]:
 def first_letter(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """Reward something that a model without training gives now and then."""
     REWARDED.extend(answer)
-    return [float(len(said.split()) % 2) for said in completions]
+    return [float(sum(map(ord, said)) % 3) for said in completions]

@@ -302,7 +302,8 @@ def train(trainer: Any, metric: str) -> None:
 
         # it would print dictionaries between the lines
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.add_callback(TrainingProgress(metric))
+        if trainer.is_world_process_zero():
+            trainer.add_callback(TrainingProgress(metric))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
 
 
