@@ -18,6 +18,7 @@ import importlib
 import inspect
 import io
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,8 +196,10 @@ def _refusal_of_command(words: Sequence[str]) -> str | None:
 
     from skillvec.cli.commands import main
 
+    # click keeps what a command takes from the context above it
+    whole = click.Context(main, info_name="skillvec", **main.context_settings)
     try:
-        main.commands[words[0]].make_context(words[0], list(words[1:]))
+        main.commands[words[0]].make_context(words[0], list(words[1:]), parent=whole)
     except click.ClickException as error:
         return error.format_message()
     return None
@@ -210,7 +213,12 @@ def _label(line: Pipeline, stage: Stage) -> str:
 
 
 def _missing_files(line: Pipeline, stage: Stage) -> list[str]:
-    """Return the files that a stage reads, that are not there and that no stage makes."""
+    """Return the files that a stage reads, that are not there and that no stage makes.
+
+    A module with a function `check` says that by itself.
+    """
+    if hasattr(sys.modules.get(stage.words[0]), "check"):
+        return []
     wanted = [read for read in _files_of(stage) if maker(line, stage, read) is None]
     return [read for read in wanted if not Path(read).exists()]
 
@@ -224,7 +232,8 @@ def _files_of(stage: Stage) -> Iterator[str]:
         for read in stage.reads:
             # a/b may be an id of the Hub; a/b/c is a path, and so is what ends like a file
             is_path = read.startswith(("/", "./", "../")) or read.count("/") > 1
-            if "://" not in read and ":" not in read and (is_path or Path(read).suffix in FILES):
+            is_other = ":" in read or " " in read  # an address, module:function, a sentence
+            if not is_other and (is_path or Path(read).suffix in FILES):
                 yield read
 
 
@@ -249,13 +258,15 @@ class DataCheck:
 
     def _look(self, stage: Stage, data: Sequence[str]) -> list[str]:
         place = _label(self._line, stage)
-        if absent := [file for file in data if not Path(file).exists()]:
-            made_by = [maker(self._line, stage, file) for file in absent]
-            return [
+        absent = [file for file in data if not Path(file).exists()]
+        if not_made := [(file, maker(self._line, stage, file)) for file in absent]:
+            faults = [
                 f"{place}: {file} does not exist: {one.name} did not make it"
-                for file, one in zip(absent, made_by, strict=True)
-                if one is not None  # the others are said already
+                for file, one in not_made
+                if one is not None
             ]
+            if faults or stage.settings is not None:
+                return faults  # where no stage makes them, that is said already
         if stage.settings is not None:
             key: Any = json.dumps([stage.words[0], _of_rows(stage.settings)], sort_keys=True)
             look: Callable[[], list[str]] = lambda: _row_faults(stage)  # noqa: E731

@@ -299,6 +299,7 @@ def test_skills_add_up_over_the_rounds(
         patched.delattr(checks, "base_faults")
         assert past.main([str(path), "--dry-run"]) == 0
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "news about t"}))
+    monkeypatch.setitem(MOVED, "t.jsonl", 5.0)
     capsys.readouterr()
     assert past.main([str(path)]) == 0
     assert [call["output_dir"] for call in trained] == [str(tmp_path / "out" / "targets/T/sft")]
