@@ -1,8 +1,6 @@
 """How trainings are spread, and the memory that they need: names, files, words, numbers by hand."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -97,11 +95,15 @@ def test_a_dry_run_says_the_memory_and_compares_it_with_the_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    line: Any = SimpleNamespace(base="org/absent", parameters=B7, launch="fsdp2", processes=8)
-    sft = SimpleNamespace(name="round-1/sft", settings={"learning_rate": 1e-5})
-    rl = SimpleNamespace(name="round-1/rl", settings={"rewards": ["a:b"], "beta": 0.001,
-                         "use_vllm": True, "vllm_gpu_memory_utilization": 0.4})  # fmt: skip
-    line.stages = [sft, rl, SimpleNamespace(name="skill", settings=None)]
+    line = Pipeline(tmp_path, str(tmp_path / "absent"), {}, "fsdp2", B7, 8)
+    sft = line.sft("round-1/sft", line.base, [{"learning_rate": 1e-5}], ["texts.jsonl"])
+    asked = {
+        "rewards": ["a:b"],
+        "beta": 0.001,
+        "use_vllm": True,
+        "vllm_gpu_memory_utilization": 0.4,
+    }
+    line.diff("skill", line.rl("round-1/rl", sft, asked, "questions.jsonl"), sft, "grpo")
     print_memory(line)
     told = capsys.readouterr().out
     assert "no GPU is visible" in told and "round-1/sft" in told and "skill" not in told

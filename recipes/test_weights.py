@@ -98,3 +98,5 @@ def test_deepspeed_computes_in_bf16_and_keeps_the_weights_that_it_starts_from() 
     assert settings.bf16 is False and settings.mixed_precision == "no"
     with pytest.raises(RecipeError, match="set bf16"):
         keep_whole(SimpleNamespace(deepspeed_plugin=plugin, bf16=False, fp16=True), "float32")
+    with pytest.raises(RecipeError, match="say float32 or bfloat16"):
+        keep_whole(settings, "auto")
