@@ -35,7 +35,7 @@ JUDGE = "judge"
 JUDGE_FROM_ENVIRONMENT = "skillvec.recipes.judges:from_environment"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skillvec.recipes.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -56,7 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--dtype", default="auto", help="auto: as stored; or float32, bfloat16")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = vars(build_parser().parse_args(arguments))
     output: Path = options.pop("output")
     here = {"JUDGE_URL": options.pop("judge_url"), "JUDGE_MODEL": options.pop("judge_model")}
     try:
@@ -94,19 +98,9 @@ def evaluate(
         ValueError: for rows, metrics or names that cannot be used; before the model is loaded.
         JudgeError: where the judge gives no verdict.
     """
-    from skillvec.recipes.training import load_function  # imports transformers: not for --help
-
-    unknown = [name for name in metrics if name not in (*METRICS, JUDGE)]
-    if unknown or not metrics:
-        raise ValueError(
-            f"metrics: expected one or more of {', '.join((*METRICS, JUDGE))}, found "
-            f"{', '.join(unknown) or 'none'}"
-        )
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
-    rows = read_questions(data, limit)
-    find_answer = load_function(answer) if answer else None
-    grader = load_function(judge)() if JUDGE in metrics else None
+    rows, find_answer, grader = _prepare(data, metrics, judge, answer, limit)
     if grader:  # a judge that is down should be found out before the model has answered for hours
         grader.score_all([_item(rows[0], _key(rows[0])[0])])
 
@@ -146,6 +140,30 @@ def evaluate(
             for i, row in enumerate(rows)
         ],
     }  # fmt: skip
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for rows, metrics, names and a judge that cannot be used; asks nobody."""
+    here = {"JUDGE_URL": options.judge_url, "JUDGE_MODEL": options.judge_model}
+    with _environment(here):
+        _prepare(options.data, options.metrics, options.judge, options.answer, options.limit)
+
+
+def _prepare(
+    data: Path, metrics: Sequence[str], judge: str, answer: str | None, limit: int | None
+) -> tuple[list[dict[str, Any]], Callable[[str], Any] | None, Any]:
+    """Return the rows, what finds the answer in a reply, and the judge, without a model."""
+    from skillvec.recipes.training import load_function  # not for --help
+
+    unknown = [name for name in metrics if name not in (*METRICS, JUDGE)]
+    if unknown or not metrics:
+        raise ValueError(
+            f"metrics: expected one or more of {', '.join((*METRICS, JUDGE))}, found "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    rows = read_questions(data, limit)
+    find_answer = load_function(answer) if answer else None
+    return rows, find_answer, load_function(judge)() if JUDGE in metrics else None
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ RECALL = (
 ANSWERED = "{evidence}\n<answer>{answer}</answer>"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skillvec.recipes.loogle.prepare",
         description=__doc__.splitlines()[0],
@@ -55,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "or before none (%(default)s)")  # fmt: skip
     parser.add_argument("--skip-empty", action="store_true",
                         help="leave out questions without text or answer")  # fmt: skip
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = vars(build_parser().parse_args(arguments))
     try:
         prepare(**options)
     except (ValueError, OSError) as error:

@@ -119,10 +119,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate a model on ToolBench questions and write the scores."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "skillvec.recipes.toolbench.evaluate", description=main.__doc__
+        "skillvec.recipes.toolbench.evaluate", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--data", type=Path, required=True, help="questions, .jsonl")
@@ -139,12 +138,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for rows and settings that cannot be used; neither server is asked."""
+    _, server = _servers(options.judge_url, options.judge_model, options.tool_url)
+    classes_of(read_rows(options.data)[: options.limit], server)
+
+
+def _servers(
+    judge_url: str | None, judge_model: str | None, tool_url: str | None
+) -> tuple[Any, ToolServer]:
+    """Return the judge and the tool server, from the options or else from the environment."""
+    asked = {"url": judge_url, "model": judge_model}
+    judge = judge_from_environment(**{name: value for name, value in asked.items() if value})
+    return judge, ToolServer.from_environment(**({"url": tool_url} if tool_url else {}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
     given = vars(parser.parse_args(arguments))
-    output, tool_url = given.pop("output"), given.pop("tool_url")
-    asked = {"url": given.pop("judge_url"), "model": given.pop("judge_model")}
+    output = given.pop("output")
+    servers = [given.pop(name) for name in ("judge_url", "judge_model", "tool_url")]
     try:
-        judge = judge_from_environment(**{name: value for name, value in asked.items() if value})
-        server = ToolServer.from_environment(**({"url": tool_url} if tool_url else {}))
+        judge, server = _servers(*servers)
         scores = evaluate(judge=judge, server=server, **given)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
