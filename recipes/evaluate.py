@@ -98,9 +98,7 @@ def evaluate(
         ValueError: for rows, metrics or names that cannot be used; before the model is loaded.
         JudgeError: where the judge gives no verdict.
     """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
-    rows, find_answer, grader = _prepare(data, metrics, judge, answer, limit)
+    rows, find_answer, grader = _prepare(data, metrics, judge, answer, limit, temperature)
     if grader:  # a judge that is down should be found out before the model has answered for hours
         grader.score_all([_item(rows[0], _key(rows[0])[0])])
 
@@ -145,12 +143,18 @@ def evaluate(
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError for rows, metrics, names and a judge that cannot be used; asks nobody."""
     here = {"JUDGE_URL": options.judge_url, "JUDGE_MODEL": options.judge_model}
+    wanted = [getattr(options, name) for name in ("data", "metrics", "judge", "answer", "limit")]
     with _environment(here):
-        _prepare(options.data, options.metrics, options.judge, options.answer, options.limit)
+        _prepare(*wanted, options.temperature)
 
 
 def _prepare(
-    data: Path, metrics: Sequence[str], judge: str, answer: str | None, limit: int | None
+    data: Path,
+    metrics: Sequence[str],
+    judge: str,
+    answer: str | None,
+    limit: int | None,
+    temperature: float,
 ) -> tuple[list[dict[str, Any]], Callable[[str], Any] | None, Any]:
     """Return the rows, what finds the answer in a reply, and the judge, without a model."""
     from skillvec.recipes.training import load_function  # not for --help
@@ -161,6 +165,8 @@ def _prepare(
             f"metrics: expected one or more of {', '.join((*METRICS, JUDGE))}, found "
             f"{', '.join(unknown) or 'none'}"
         )
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
     rows = read_questions(data, limit)
     find_answer = load_function(answer) if answer else None
     return rows, find_answer, load_function(judge)() if JUDGE in metrics else None
