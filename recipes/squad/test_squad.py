@@ -219,10 +219,12 @@ def test_prepare_writes_what_the_recipes_read(tmp_path: Path) -> None:
     assert prepare.main(prepared(out, "--expect-questions", "9")) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     chat = tmp_path / "chat"
-    assert prepare.main(prepared(chat, "--chat", "--one-answer", "--parts", "0")) == 0
+    assert prepare.main(prepared(chat, "--chat", "--all-answers", "--parts", "0")) == 0
     first = read_questions(chat / "target_questions.jsonl")[0]
     assert [message["role"] for message in first["prompt"]] == ["user"]
-    assert {len(row["answer"]) for row in read_questions(chat / "target_questions.jsonl")} == {1}
+    golds = [row["answer"] for row in read_questions(chat / "target_questions.jsonl")]
+    assert {len(answers) for answers in golds} > {1}
+    assert [row["answer"] for row in asked] == [answers[:1] for answers in golds]  # SEAL's
     assert not list(chat.glob("source_*"))
 
 
@@ -257,6 +259,22 @@ def test_prepare_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert prepare.main(prepared(tmp_path / "out", *words)) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_known_targets_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passages = read_passages(VALIDATION) * 50
+    monkeypatch.setattr(prepare, "read_passages", lambda source: passages)
+    start = ["-o", str(tmp_path / "out"), "--parts", "0"]
+    for words, expected in (([], 974), (["--documents", "0"], 10_570)):
+        assert prepare.main([*start, *words]) == 2
+        error = capsys.readouterr().err
+        assert f"rajpurkar/squad:validation: expected {expected} questions" in error
+        assert "another order of the rows, or another version of them" in error
+    assert prepare.main([*start, "--seed", "1"]) == 0  # nothing is known of another order
+    monkeypatch.setattr(prepare, "KNOWN", {(prepare.VALIDATION, 200, 42): 450})
+    assert prepare.main(start) == 0
 
 
 def test_past_yaml_fits_the_scripts_and_the_trainers() -> None:
