@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillvec.errors import SkillvecError, needs
 from skillvec.recipes.dry_run import disk_of
+from skillvec.recipes.launch import count_processes, launch_words
 from skillvec.recipes.stages import TRAINERS, Pipeline, Stage, in_the_way, maker, states
 from skillvec.recipes.training import (
     FILES,
@@ -60,11 +61,11 @@ def require_training() -> None:
         import trl  # noqa: F401
 
 
-def find_faults(config: Config, line: Pipeline, processes: int) -> list[str]:
-    """Return what is wrong apart from rows; `processes` are those of a training."""
+def find_faults(config: Config, line: Pipeline) -> list[str]:
+    """Return everything that is wrong apart from rows."""
     found = states(line)
     to_do = [stage for stage, state, _ in found if state != "done"]
-    faults = setting_faults(config, processes)
+    faults = setting_faults(config)
     for stage in line.stages:
         faults += _option_faults(line, stage)[0]
         if missing := _missing_files(line, stage):
@@ -83,8 +84,13 @@ def find_faults(config: Config, line: Pipeline, processes: int) -> list[str]:
 # ------------------------------------------------------------------------------ trainings' settings
 
 
-def setting_faults(config: Config, processes: int) -> list[str]:
+def setting_faults(config: Config) -> list[str]:
     """Return what TRL's argument classes refuse of `training`, `sft`, `rl` and `prepare`."""
+    try:
+        launch_words(config.launch, config.processes)
+    except ValueError as error:
+        return [_text(error)]
+    processes = count_processes(config.launch, config.processes)
     from skillvec.recipes.trl_arguments import classes_of, contradiction, names_of
 
     sections = [(f"sft, step {k}", SFT, step) for k, step in enumerate(config.sft, 1)]

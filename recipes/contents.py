@@ -37,7 +37,7 @@ class Contents:
             return self._digest_file(path)
         if not path.is_dir():
             return None
-        return xxhash.xxh3_128_hexdigest(json.dumps(self.files(path, skip), sort_keys=True))
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.files(path, skip)).encode())
 
     def files(self, path: Path, skip: Collection[Path] = ()) -> dict[str, str]:
         """Return name -> digest of every file below a folder, but for those below `skip`.

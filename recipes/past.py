@@ -303,22 +303,10 @@ def check(config: Config) -> tuple[Pipeline, DataCheck, list[str]]:
     os.environ.update({name: str(value) for name, value in config.environment.items()})
     require_training()
     line = plan(config, find_base(config, fetch=False))
-    faults = find_faults(config, line, _processes(config))
+    faults = find_faults(config, line)
     data = DataCheck(line)
     faults += data.faults({stage.name for stage, state, _ in states(line) if state == "done"})
-    return line, data, faults + row_faults(config)
-
-
-def _processes(config: Config) -> int:
-    """Return how many processes a training has: accelerate's choice is one a GPU."""
-    import torch
-
-    if not config.launch:
-        return 1
-    words = [config.launch] if isinstance(config.launch, str) else config.launch
-    if "--num_processes" in words[:-1]:
-        return int(words[words.index("--num_processes") + 1])
-    return config.processes or max(1, torch.cuda.device_count())
+    return line, data, list(dict.fromkeys(faults + row_faults(config)))
 
 
 def run(config: Config) -> dict[str, Any]:
