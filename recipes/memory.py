@@ -68,9 +68,12 @@ def training_memory(
     asked = size * parameters
     if level > 2 and processes > 1:
         asked = asked / processes + NBYTES[compute] * parameters
+    gradients = size * trained / (processes if level > 1 else 1)
+    if level == 0 and processes > 1:
+        gradients *= 2  # DistributedDataParallel sends them from buckets as large as they are
     return Memory(
         weights=weights,
-        gradients=size * trained / (processes if level > 1 else 1),
+        gradients=gradients,
         moments=moments * trained / (processes if level > 0 else 1),
         reference=asked * reference,
         vllm=vllm,
