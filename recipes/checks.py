@@ -18,6 +18,7 @@ import importlib
 import inspect
 import io
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,18 +63,19 @@ def require_training() -> None:
 
 
 def find_faults(config: Config, line: Pipeline) -> list[str]:
-    """Return everything that is wrong apart from rows."""
+    """Return everything that is wrong, apart from rows, with what there is to do."""
     found = states(line)
     to_do = [stage for stage, state, _ in found if state != "done"]
-    faults = setting_faults(config)
-    for stage in line.stages:
+    trains = any(stage.settings is not None for stage in to_do)
+    faults = setting_faults(config) if trains else []
+    for stage in to_do:
         faults += _option_faults(line, stage)[0]
         if missing := _missing_files(line, stage):
             shown = ", ".join(missing[:5]) + (
                 f" and {len(missing) - 5} more" if missing[5:] else ""
             )
             faults.append(f"{_label(line, stage)}: no such file, and no stage makes it: {shown}")
-    if maker(line, None, line.base) is None:
+    if maker(line, None, line.base) is None and any(line.base in stage.reads for stage in to_do):
         faults += base_faults(line.base)
     for stage, state, changed in found:
         if state == "to do" and (blocked := in_the_way(line, stage, changed)):
@@ -109,10 +111,13 @@ def setting_faults(config: Config) -> list[str]:
         if not found and (why := contradiction(module, {**always, **whole}, processes)):
             together.setdefault(why, []).append(place)
     faults += [f"{'; '.join(places)}: {why}" for why, places in together.items()]
-    for name in (*config.rl.get("rewards", []), config.rl.get("environments")):
-        faults += _function_faults("rl", name)
-    if not config.rl.get("rewards"):
+    rewards = config.rl.get("rewards") or []
+    if not rewards:
         faults.append("rl: expected at least one reward, `rewards: [module:function]`")
+    for name in rewards if isinstance(rewards, list) else ():
+        faults += _function_faults(name, is_reward=True)
+    if config.rl.get("environments"):
+        faults += _function_faults(config.rl["environments"])
     return faults
 
 
@@ -146,14 +151,18 @@ def _section_faults(
     return faults + [f"{place}: {missing}" for missing in find_missing(whole)]
 
 
-def _function_faults(place: str, name: Any) -> list[str]:
-    if not isinstance(name, str):
-        return []  # the argument classes said so
+def _function_faults(name: Any, is_reward: bool = False) -> list[str]:
     try:
-        load_function(name)
+        parameters = _parameters(str(name))
     except Exception as error:  # whatever the module of a user raises while it is imported
-        return [f"{place}: {_text(error)}"]
+        return [f"rl: {_text(error)}"]
+    if is_reward and not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return [f"rl: {name}: expected **kwargs at its end: TRL gives it more than the columns"]
     return []
+
+
+def _parameters(name: str) -> Collection[inspect.Parameter]:
+    return inspect.signature(load_function(name)).parameters.values()
 
 
 # ---------------------------------------------------------------------------- modules and commands
@@ -187,8 +196,10 @@ def _refusal_of_command(words: Sequence[str]) -> str | None:
 
     from skillvec.cli.commands import main
 
+    # click keeps what a command takes from the context above it
+    whole = click.Context(main, info_name="skillvec", **main.context_settings)
     try:
-        main.commands[words[0]].make_context(words[0], list(words[1:]))
+        main.commands[words[0]].make_context(words[0], list(words[1:]), parent=whole)
     except click.ClickException as error:
         return error.format_message()
     return None
@@ -202,7 +213,12 @@ def _label(line: Pipeline, stage: Stage) -> str:
 
 
 def _missing_files(line: Pipeline, stage: Stage) -> list[str]:
-    """Return the files that a stage reads, that are not there and that no stage makes."""
+    """Return the files that a stage reads, that are not there and that no stage makes.
+
+    A module with a function `check` says that by itself.
+    """
+    if hasattr(sys.modules.get(stage.words[0]), "check"):
+        return []
     wanted = [read for read in _files_of(stage) if maker(line, stage, read) is None]
     return [read for read in wanted if not Path(read).exists()]
 
@@ -216,21 +232,23 @@ def _files_of(stage: Stage) -> Iterator[str]:
         for read in stage.reads:
             # a/b may be an id of the Hub; a/b/c is a path, and so is what ends like a file
             is_path = read.startswith(("/", "./", "../")) or read.count("/") > 1
-            if "://" not in read and ":" not in read and (is_path or Path(read).suffix in FILES):
+            is_other = ":" in read or " " in read  # an address, module:function, a sentence
+            if not is_other and (is_path or Path(read).suffix in FILES):
                 yield read
 
 
 class DataCheck:
-    """The rows of data files, each looked at once: when it is there to stay."""
+    """The rows of data files of stages to do, each looked at once: when it is there to stay."""
 
     def __init__(self, line: Pipeline) -> None:
         self._line = line
+        self._to_do = [stage for stage, state, _ in states(line) if state != "done"]
         self._seen: set[Any] = set()
 
     def faults(self, done: Collection[str]) -> list[str]:
         """Return what is wrong with the files that no stage makes, or one of `done` made."""
         faults: list[str] = []
-        for stage in self._line.stages:
+        for stage in self._to_do:
             files = [*_files_of(stage)]
             data = files if stage.settings is not None else [f for f in files if not _is_model(f)]
             makers = [maker(self._line, stage, file) for file in data]
@@ -240,20 +258,22 @@ class DataCheck:
 
     def _look(self, stage: Stage, data: Sequence[str]) -> list[str]:
         place = _label(self._line, stage)
-        if absent := [file for file in data if not Path(file).exists()]:
-            made_by = [maker(self._line, stage, file) for file in absent]
-            return [
+        absent = [file for file in data if not Path(file).exists()]
+        if not_made := [(file, maker(self._line, stage, file)) for file in absent]:
+            faults = [
                 f"{place}: {file} does not exist: {one.name} did not make it"
-                for file, one in zip(absent, made_by, strict=True)
-                if one is not None  # the others are said already
+                for file, one in not_made
+                if one is not None
             ]
+            if faults or stage.settings is not None:
+                return faults  # where no stage makes them, that is said already
         if stage.settings is not None:
             key: Any = json.dumps([stage.words[0], _of_rows(stage.settings)], sort_keys=True)
             look: Callable[[], list[str]] = lambda: _row_faults(stage)  # noqa: E731
         else:
             options = _option_faults(self._line, stage)[1]
-            check = getattr(importlib.import_module(stage.words[0]), "check", None)
-            if options is None or check is None:
+            check = options and getattr(importlib.import_module(stage.words[0]), "check", None)
+            if not check:
                 return []
             given = {name: value for name, value in vars(options).items() if name != "output"}
             key = str([stage.words[0], {**given, "model": None}])
@@ -336,12 +356,9 @@ def _read_jsonl(path: str) -> Any:
 
 
 def _signature_faults(name: str, given: set[str], data: str) -> list[str]:
-    parameters = inspect.signature(load_function(name)).parameters.values()
-    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-        return [f"rl: {name}: expected **kwargs at its end: TRL gives it more than the columns"]
     needed = [
         one.name
-        for one in parameters
+        for one in _parameters(name)
         if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
     ]
     if missing := [one for one in needed if one not in given]:

@@ -1,12 +1,11 @@
 """What a pipeline would do: its stages, what they need on disk, what was changed by hand.
 
-Hides how sizes are estimated. They are upper bounds: whole models in fp32, a skill as large as a
-model, and of a training the checkpoints that lie there at once.
+Hides how disk is estimated: at most whole models in fp32, a skill as large as a model, and of a
+training the checkpoints that lie there at once (one, where only epochs say how many there will be).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import textwrap
@@ -15,10 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillvec.recipes.stages import Pipeline, Stage, is_of_earlier_version, states, tell_changed
+from skillvec.recipes.memory import Shapes, base_shapes, print_memory, stage_memory
+from skillvec.recipes.stages import (
+    Pipeline,
+    Stage,
+    as_run,
+    is_of_earlier_version,
+    states,
+    tell_changed,
+)
 
-# bytes a parameter of a checkpoint for resuming: fp32 weights and AdamW's two moments
-CHECKPOINT, WEIGHTS = 12, 4
 INDENT = 24  # columns before what a stage reads
 
 
@@ -37,39 +42,47 @@ class Disk:
 
 def disk_of(line: Pipeline, to_do: Sequence[Stage]) -> Disk | None:
     """Return what the stages to do need at most; None while the size of the model is unknown."""
-    nbytes = model_nbytes(line)
+    shapes, nbytes = base_shapes(line), model_nbytes(line)
     if nbytes is None:
         return None
+    kept, removed = 0.0, [0.0]
+    for stage in to_do:
+        if stage.settings is not None:
+            settings = as_run(line, stage)
+            size = _checkpoint_nbytes(settings, shapes, nbytes / 4)
+            if settings.get("remove_checkpoints"):
+                removed.append(size)  # gone before the next training begins
+            else:
+                kept += size
     free = shutil.disk_usage(_existing(line.out)).free
     need = sum(stage.models * nbytes for stage in to_do)
-    kept = [_checkpoint_nbytes(stage.settings, nbytes / 4) for stage in to_do if stage.settings]
-    return Disk(need, sum(kept), free)
+    return Disk(need, kept + max(removed), free)
 
 
-def _checkpoint_nbytes(settings: Mapping[str, Any], parameters: float) -> float:
-    """Return the bytes of the checkpoints of one training: those of adapters are not counted."""
-    if settings.get("save_strategy", "steps") == "no" or settings.get("use_peft"):
+def _checkpoint_nbytes(
+    settings: Mapping[str, Any], shapes: Shapes | None, parameters: float
+) -> float:
+    """Return the bytes of the checkpoints of one training that lie there at once."""
+    if settings.get("save_strategy", "steps") == "no":
         return 0.0
-    each = parameters * (WEIGHTS if settings.get("save_only_model") else CHECKPOINT)
-    steps = float(settings.get("max_steps", -1))
-    every = float(settings.get("save_steps", 500))
-    count = math.inf
-    if steps > 0:
-        count = 1 / every if 0 < every < 1 else math.ceil(steps / max(every, 1))
+    memory = stage_memory(settings, shapes, parameters, 1, "none", None)
+    each = memory.checkpoint - (memory.moments if settings.get("save_only_model") else 0.0)
+    steps, every = float(settings.get("max_steps", -1)), float(settings.get("save_steps", 500))
+    count = math.inf  # epochs alone do not say how many
+    if 0 < every < 1:
+        count = math.ceil(1 / every)
+    elif steps > 0:
+        count = math.ceil(steps / max(every, 1))
     if (limit := settings.get("save_total_limit")) is not None:
         count = min(count, float(limit) + 1)  # the next one is written before the oldest goes
-    # epochs alone do not say how many: one at least
     return each * (count if math.isfinite(count) else 1)
 
 
 def model_nbytes(line: Pipeline) -> float | None:
     """Return the size of the base model in fp32: from its headers, else from `parameters`."""
-    from skillvec.checkpoints.opening import open_checkpoint
-    from skillvec.errors import SkillvecError
-
-    with contextlib.suppress(SkillvecError):  # not there yet, or a Hub id
-        return 4.0 * sum(spec.numel for spec in open_checkpoint(line.base, "base").values())
-    return None if line.parameters is None else 4.0 * line.parameters
+    shapes = base_shapes(line)
+    numel = sum(map(math.prod, shapes.values())) if shapes else line.parameters
+    return None if numel is None else 4.0 * numel
 
 
 def show_stages(line: Pipeline) -> None:
@@ -93,11 +106,16 @@ def show_stages(line: Pipeline) -> None:
         if is_of_earlier_version(line, stage):
             notes.append("made by an earlier version, which did not record what it made")
         for text in (", ".join(dict.fromkeys(sources)), *notes):
-            for part in textwrap.wrap(text, console.width - INDENT, break_long_words=False):
+            for part in _wrap(text, console.width - INDENT):
                 console.print(" " * INDENT + part, style="dim")
     to_do = [stage for stage, state, _ in found if state != "done"]
     said = _sentence(line, disk_of(line, to_do), to_do)
-    console.print("\n".join(textwrap.wrap(said, console.width, break_long_words=False)))
+    console.print("\n".join(_wrap(said, console.width)))
+    print_memory(line)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)  # of paths
 
 
 def _sentence(line: Pipeline, disk: Disk | None, to_do: Sequence[Stage]) -> str:

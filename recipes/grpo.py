@@ -26,7 +26,7 @@ from skillvec.recipes.training import (
     trainer_arguments,
 )
 
-# the RL of PaST's sources runs at one learning rate; TRL's default would take it down to 0
+# as the published configurations of PaST's RL say; TRL's default goes down to 0
 DEFAULTS = {"lr_scheduler_type": "constant"}
 
 

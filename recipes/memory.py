@@ -7,13 +7,18 @@ gather for a moment are named as not included.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from skillvec.recipes.launch import count_processes, sharding, visible_gpus
+from skillvec.recipes.stages import Pipeline, maker
+
+Shapes = dict[str, tuple[int, ...]]
 
 NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # bytes of moments for each trained parameter, by the beginning of `optim`; others as AdamW
@@ -128,7 +133,7 @@ def stage_memory(
     )
 
 
-def print_memory(line: Any) -> None:
+def print_memory(line: Pipeline) -> None:
     """Print what every training stage of a pipeline needs, beside the GPUs that are visible."""
     from rich.console import Console
     from rich.table import Table
@@ -136,7 +141,7 @@ def print_memory(line: Any) -> None:
     from skillvec.analysis.wording import human_bytes
 
     stages = [stage for stage in line.stages if stage.settings is not None]
-    shapes = base_shapes(line.base)
+    shapes = base_shapes(line)
     parameters = sum(map(prod, shapes.values())) if shapes else line.parameters
     if not stages or not parameters:
         return
@@ -168,8 +173,17 @@ def print_memory(line: Any) -> None:
     console.print(f"besides activations and buffers, which depend on batch and length; {seen}")
 
 
-def base_shapes(base: str) -> dict[str, tuple[int, ...]] | None:
-    """Return the shapes of the base model's tensors from its headers, None while it is not here."""
+def base_shapes(line: Pipeline) -> Shapes | None:
+    """Return the shapes of the base model's tensors from its headers, here or on the Hub.
+
+    None while a stage has yet to make it, and where the Hub does not answer.
+    """
+    if Path(line.base).exists():
+        return _shapes(line.base)
+    return None if maker(line, None, line.base) else _shapes_of_hub(line.base)
+
+
+def _shapes(base: str) -> Shapes | None:
     from skillvec.checkpoints.opening import open_checkpoint
     from skillvec.errors import SkillvecError
 
@@ -177,3 +191,6 @@ def base_shapes(base: str) -> dict[str, tuple[int, ...]] | None:
         return {name: tuple(spec.shape) for name, spec in open_checkpoint(base, "base").items()}
     except SkillvecError:
         return None
+
+
+_shapes_of_hub = functools.cache(_shapes)  # to find that it does not answer takes seconds

@@ -250,7 +250,9 @@ def _rows(files: Sequence[str], columns: Sequence[str]) -> set[str]:
             continue
         with open(file, encoding="utf-8") as lines:
             for text in lines:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # DataCheck names those
+                with contextlib.suppress(
+                    ValueError, LookupError, TypeError
+                ):  # DataCheck names those
                     row = json.loads(text)
                     kept = {column: row[column] for column in columns or row}
                     rows.add(json.dumps(kept, sort_keys=True))

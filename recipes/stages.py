@@ -319,7 +319,7 @@ def _refuse_zero(line: Pipeline, stage: Stage) -> None:
         raise ValueError(
             f"{stage.output}: the skill is zero in every tensor: reinforcement learning changed no"
             ' weight, so there is nothing to inject. docs/past.md, "RL has no reward", says what'
-            " to look at; `allow_no_reward: true` in `rl` goes on with it"
+            " says what to look at; `allow_no_reward: true` in `rl` goes on with it"
         )
 
 

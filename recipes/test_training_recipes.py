@@ -24,6 +24,8 @@ from skillvec.recipes.training import (
     load_function,
     load_rows,
     model_arguments,
+    run_alone,
+    trainer_arguments,
 )
 
 
@@ -91,6 +93,23 @@ def test_a_batch_that_cannot_be_cut_is_refused_with_its_numbers() -> None:
     given = batch(global_batch=None, gradient_accumulation_steps=3)
     cut_batch(given, 6)
     assert given.gradient_accumulation_steps == 3  # as TRL has it, without a global batch
+
+
+def test_one_process_does_not_copy_a_model_to_every_gpu() -> None:
+    with pytest.raises(RecipeError, match="one process sees 8 GPUs"):
+        trainer_arguments(Data(data="x.jsonl"), SimpleNamespace(n_gpu=8), None, "sft")
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", "sft: nothing is there\n"), ("1", "")])
+def test_what_is_refused_is_one_sentence_and_exit_code_1(
+    rank: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> int:
+        raise RecipeError("nothing is there")
+
+    monkeypatch.setenv("RANK", rank)
+    assert run_alone(refuse, "sft") == 1
+    assert capsys.readouterr().err == told
 
 
 def test_packages_that_are_not_installed_are_named() -> None:
@@ -218,7 +237,12 @@ def test_rl_without_a_reward_stops_unless_it_is_allowed(start: Path, tmp_path: P
         grpo.main([*words, *out])
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert grpo.main([*words, *out, "--allow_no_reward", "true"]) == 0
-    assert sv.diff(tmp_path / "out", start / "model", tmp_path / "v.safetensors").report.facts["changed"] == 0
+    assert (
+        sv.diff(tmp_path / "out", start / "model", tmp_path / "v.safetensors").report.facts[
+            "changed"
+        ]
+        == 0
+    )
 
 
 @pytest.mark.slow
@@ -248,4 +272,4 @@ def nothing(completions: list[str], **_: Any) -> list[float]:
 def first_letter(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """Reward something that a model without training gives now and then."""
     REWARDED.extend(answer)
-    return [float(len(said.split()) % 2) for said in completions]
+    return [float(sum(map(ord, said)) % 3) for said in completions]

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # what an argument of TRL needs: its package
 REPORTERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard",
@@ -149,10 +149,10 @@ def find_missing(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def say(line: str) -> None:
+def say(line: str, file: TextIO | None = None) -> None:
     """Print a line on the first process, at once."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        print(line, file=file, flush=True)
 
 
 def announce(name: str) -> None:
@@ -166,7 +166,7 @@ def run_alone(main: Callable[[], int], name: str) -> int:
     try:
         return main()
     except RecipeError as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        say(f"{name}: {error}", sys.stderr)
         return 1
 
 
@@ -268,16 +268,16 @@ def hush(settings: Any) -> None:
 
 def trainer_arguments(data: Data, settings: Any, model: Any, method: str) -> dict[str, Any]:
     """Return what both of TRL's trainers take; the rows are checked, no model is loaded yet."""
-    import trl
-
-    from skillvec.recipes.weights import keep_whole
-
-    hush(settings)
     if settings.n_gpu > 1:
         raise RecipeError(
             f"one process sees {settings.n_gpu} GPUs and would copy the model to each at every step"
             " (DataParallel): `launch: fsdp2`, or CUDA_VISIBLE_DEVICES with one of them"
         )
+    import trl
+
+    from skillvec.recipes.weights import keep_whole
+
+    hush(settings)
     keep_whole(settings, model.dtype)
     rows, callbacks = load_rows(data), callbacks_for(data, model, method)
     settings.model_init_kwargs = model_arguments(model) | (settings.model_init_kwargs or {})
@@ -302,7 +302,8 @@ def train(trainer: Any, metric: str) -> None:
 
         # it would print dictionaries between the lines
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.add_callback(TrainingProgress(metric))
+        if trainer.is_world_process_zero():
+            trainer.add_callback(TrainingProgress(metric))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
 
 

@@ -24,11 +24,13 @@ def keep_whole(settings: Any, dtype: str) -> None:
 
     With its own `bf16` the weights become bf16 before the fp32 copies of the optimiser are made of
     them, so that training starts at a rounded model, and v holds that rounding. Its autocast leaves
-    them alone (DeepSpeed 0.17.1). Raises RecipeError for fp16.
+    them alone (DeepSpeed 0.17.1). Raises RecipeError for fp16, and for a dtype that is not said.
     """
     plugin = settings.deepspeed_plugin
-    if plugin is None or dtype != "float32":
+    if plugin is None or dtype in ("bfloat16", "float16"):
         return
+    if dtype != "float32":
+        raise RecipeError(f"dtype: {dtype}: with DeepSpeed, say float32 or bfloat16")
     if settings.fp16:
         raise RecipeError("fp16: DeepSpeed would round the weights to fp16; set bf16: true instead")
     if settings.bf16:
@@ -44,20 +46,42 @@ def save_whole(trainer: Any, start: str, dtype: str, moves: bool = True) -> None
     `start` is the folder that training began from, `dtype` a name of torch, or "auto" for that of
     the start. An adapter is merged. Raises RecipeError as `check_saved`.
     """
+    from accelerate.utils import broadcast_object_list
+
     model = trainer.accelerator.unwrap_model(trainer.model)
-    adapts = hasattr(model, "peft_config")
     spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    weights = gather_weights(trainer, adapts) if spread else None
+    weights = gather_weights(trainer, hasattr(model, "peft_config")) if spread else None
+    told: list[str | None] = [None]
     if trainer.is_world_process_zero():
-        if not adapts:
-            whole = model
-        elif weights is None:
-            whole = model.merge_and_unload()
-        else:
-            whole, weights = _merge(trainer, model, start, weights), None
-        _write(trainer, whole, weights, dtype)
-        check_saved(trainer.args.output_dir, start, dtype, moves)
-    trainer.accelerator.wait_for_everyone()
+        try:
+            _save(trainer, model, weights, start, dtype)
+            check_saved(trainer.args.output_dir, start, dtype, moves)
+        except RecipeError as error:
+            told = [str(error)]
+    if message := broadcast_object_list(told)[0]:  # or the others would say that they lost this one
+        raise RecipeError(message)
+
+
+def _save(trainer: Any, model: Any, weights: dict[str, Any] | None, start: str, dtype: str) -> None:
+    """Write the model, with an adapter merged, its config and its tokenizer; process 0 alone.
+
+    `weights` are those that were gathered; None where the model holds them.
+    """
+    import torch
+
+    folder = trainer.args.output_dir
+    if hasattr(model, "peft_config"):
+        whole = weights is None
+        model = model.merge_and_unload() if whole else _merge(trainer, model, start, weights)
+        weights = None
+    if weights is not None and dtype in STORED:
+        kept = getattr(torch, dtype)
+        weights = {name: value.to(kept) for name, value in weights.items()}
+    model.save_pretrained(folder, state_dict=weights)
+    if dtype in STORED:  # the weights of a trainer may have had another one
+        model.config.dtype = dtype
+        model.config.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
 
 
 def gather_weights(trainer: Any, only_trained: bool) -> dict[str, Any]:
@@ -108,20 +132,6 @@ def _merge(trainer: Any, model: Any, start: str, weights: dict[str, Any]) -> Any
     if missing.unexpected_keys or trained & set(missing.missing_keys):
         raise RecipeError(f"the adapter was not gathered whole: {missing}")
     return whole.merge_and_unload()
-
-
-def _write(trainer: Any, model: Any, weights: dict[str, Any] | None, dtype: str) -> None:
-    import torch
-
-    folder, config = trainer.args.output_dir, model.config
-    if weights is not None and dtype in STORED:
-        kept = getattr(torch, dtype)
-        weights = {name: value.to(kept) for name, value in weights.items()}
-    model.save_pretrained(folder, state_dict=weights)
-    if dtype in STORED:  # the weights of a trainer may have had another one
-        config.dtype = dtype
-        config.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
 
 
 def check_saved(folder: str | Path, start: str | Path, dtype: str, moves: bool = True) -> None:

@@ -48,7 +48,8 @@ def repeat_completions() -> None:
 
 
 if __name__ == "__main__":
-    treat_as_gpus()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        treat_as_gpus()
     if os.environ.get("REPEATABLE"):
         repeat_completions()
     sys.argv = sys.argv[1:]
