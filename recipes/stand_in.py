@@ -3,9 +3,9 @@
     python -m skillvec.recipes.stand_in --port 18081     # JUDGE_URL=http://localhost:18081/v1
 
 It speaks OpenAI's chat completions and knows the prompts of these recipes: it judges, and it writes
-LooGLE's question-answer pairs. Its rules are crude: an answer that shares a word with the gold answer
-is right. So the code is exercised, and figures that were judged by it mean nothing. Refuses (HTTP
-422) a prompt that no recipe has, and whatever is no chat completion.
+LooGLE's question-answer pairs. Its rules are crude: an answer that shares a word with the gold
+answer is right. So the code is exercised, and figures that were judged by it mean nothing. Refuses
+(HTTP 422) a prompt that no recipe has, and whatever is no chat completion.
 """
 
 from __future__ import annotations

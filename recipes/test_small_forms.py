@@ -1,5 +1,6 @@
-"""The benchmarks' configurations against the checks, and their small forms as a README starts them."""
+"""The benchmarks' configurations against the checks, and their small forms from the READMEs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -47,10 +47,15 @@ def test_a_small_form_has_the_stages_of_the_large_one_and_passes_the_checks(
     ran = [[entry["run"] for entry in config.prepare] for config in (small, large)]
     assert ran[0] == ["skillvec.recipes.tiny", *ran[1]]
     stages = [
-        {stage.name for stage in past.plan(config, config.base).stages if "targets" not in stage.name}
+        {stage.name for stage in past.plan(config, config.base).stages if "round" in stage.name}
         for config in (small, large)
     ]
-    assert {one for one in stages[1] if "round" in one} <= stages[0]
+    assert stages[0] == stages[1]
+    files = json.dumps([small.source, [*small.targets.values()]]).replace("-small", "")
+    assert set(re.findall(r"runs/[^\"]*", files)) <= set(
+        re.findall(r"runs/[^\"]*", json.dumps([large.source, [*large.targets.values()]]))
+    )
+    assert len(small.source) == len(large.source)
     assert small.rl.keys() <= large.rl.keys() and small.controls == large.controls
     assert [step.get("use_peft") for step in small.sft] == [s.get("use_peft") for s in large.sft]
     assert small.evaluate["run"] == large.evaluate["run"]
@@ -59,12 +64,12 @@ def test_a_small_form_has_the_stages_of_the_large_one_and_passes_the_checks(
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_form_passes_the_checks_for_eight_processes(name: str) -> None:
     path = RECIPES / f"{name}.yaml"
-    faults = checks.setting_faults(past.read_config(path), processes=8)
+    faults = checks.setting_faults(dataclasses.replace(past.read_config(path), processes=8))
     assert all(NO_GPU in fault for fault in faults)
     text = re.sub(r"(?m)^  # (use_vllm: true)", r"  \1", path.read_text())
-    config = past.Config(**yaml.safe_load(text))
+    config = past.Config(**yaml.safe_load(text), processes=8)
     assert config.rl["use_vllm"] is True  # the line can be taken as it stands
-    told = [f for f in checks.setting_faults(config, processes=8) if NO_GPU not in f]
+    told = [fault for fault in checks.setting_faults(config) if NO_GPU not in fault]
     assert all("needs the package vllm" in fault for fault in told)
     assert config.launch == "fsdp2" and "report_to" in config.training
     assert config.rl["lr_scheduler_type"] == "constant" and config.rl["global_batch"] == 64
@@ -157,6 +162,6 @@ def test_a_small_form_runs_from_its_readme(name: str, clone: Path) -> None:
     assert set(scores) == {"base", "SFT only", "lambda 1", "random, lambda 1"}
     assert all("judge" in metrics for metrics in scores.values())
     for number in (1, 2):
-        record: dict[str, Any] = json.loads((out / "stages" / f"round-{number}-rl.json").read_text())
+        record = json.loads((out / "stages" / f"round-{number}-rl.json").read_text())
         assert record["finished"]
     assert (out / "round-2" / "skill.safetensors").is_file()

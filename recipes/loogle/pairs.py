@@ -6,9 +6,9 @@
 Hides the wording, and how pairs are found in what a model wrote; engines, seeds and resuming are
 those of recipes/squad/implications.py. Rows (id, index, title, model, completion); prepare.py makes
 training data of them. Invariants: a pair has a question, an evidence and an answer, none empty; of
-two pairs of a passage with one question the first counts. What is no pair is left out and counted.
-Refuses completions of other passages, and files in which there is no pair at all for some passages
-(prepare.py says for how many, and stops where it is more than half).
+two pairs of a passage with one question the first counts. What is no pair is left out; the manifest
+of prepare.py counts the passages without one. Refuses completions of other passages, and files with
+no pair for more than half of the passages.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from skillvec.recipes.squad.items import Passage, first_five, read_jsonl
 from skillvec.recipes.squad.writers import CompletionError
 
 WRITE = """\
-Below is a part of a longer document. Write {count} questions that it answers. Each must be clear to \
-somebody who does not see the text: name the people, things and times it is about. Before each \
+Below is a part of a longer document. Write {count} questions that it answers. Each must be clear \
+to somebody who does not see the text: name the people, things and times it is about. Before each \
 answer quote the sentence of the text that it follows from.
 
 Use these three lines for each, with an empty line after them, and write nothing else:
@@ -89,8 +89,9 @@ def pairs_of(file: Path, passages: Sequence[Passage]) -> dict[str, list[Pair]]:
     without = [passage.title for passage in passages if not wanted[passage.id]]
     if 2 * len(without) > len(passages):
         raise ValueError(
-            f"{file}: no pair of question, evidence and answer for {first_five(without, 'passage')} "
-            f"of {len(passages)}; use a model that follows instructions, with --chat"
+            f"{file}: no pair of question, evidence and answer for "
+            f"{first_five(without, 'passage')} of {len(passages)}; use a model that follows "
+            "instructions, with --chat"
         )
     return dict(wanted)
 

@@ -48,8 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk-words", type=int, default=400, help="words a text (%(default)s)")
     parser.add_argument("--overlap-words", type=int, default=50,
                         help="words that a text shares with the next (%(default)s)")  # fmt: skip
-    parser.add_argument("--pairs", type=Path, metavar="FILE",
-                        help="what a model wrote about the passages: skillvec.recipes.loogle.pairs")
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="what a model wrote about the passages: skillvec.recipes.loogle.pairs",
+    )
     parser.add_argument("--topic", choices=("missing", "always", "never"), default="never",
                         help="put the title before questions that name no word of it, before all, "
                         "or before none (%(default)s)")  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from skillvec.recipes.judges import JudgeError
-from skillvec.recipes.loogle import reward as scoring
 from skillvec.recipes.loogle import pairs as writing
+from skillvec.recipes.loogle import reward as scoring
 from skillvec.recipes.loogle.documents import Asked, Document, group, read_documents, read_questions
 from skillvec.recipes.loogle.pairs import Pair, find_pairs
 from skillvec.recipes.loogle.prepare import RECALL, main, passages_of, prepare, question_rows
@@ -323,60 +323,6 @@ def test_with_a_judge_its_verdict_is_the_reward_and_its_failure_stops(
         )
         with pytest.raises(JudgeError, match=r"expected one of true, false.*'what\?'"):
             scoring.reward(["Piet"], **asked)
-
-
-def test_the_configuration_names_what_exists(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every flag of past.yaml must be known to what it is for; data is refused later, by name."""
-    import yaml
-
-    trl = pytest.importorskip("trl")
-    from skillvec.recipes import evaluate, past
-    from skillvec.recipes.grpo import GrpoData
-    from skillvec.recipes.training import Data, load_function
-
-    path = Path(scoring.__file__).parent / "past.yaml"
-    config = yaml.safe_load(path.read_text())
-    line = past.plan(past.read_config(path), config["base"])
-    assert any(stage.name == "round-2/rl" for stage in line.stages)
-    assert config["environment"].keys() == {"JUDGE_URL", "JUDGE_MODEL"}
-    known = {
-        kind: {field for made in classes for field in made.__dataclass_fields__}
-        for kind, classes in {
-            "sft": (Data, trl.SFTConfig, trl.ModelConfig),
-            "rl": (GrpoData, trl.GRPOConfig, trl.ModelConfig),
-        }.items()
-    }
-    for step in config["sft"]:
-        assert config["training"].keys() | step.keys() <= known["sft"]
-    assert config["training"].keys() | config["rl"].keys() <= known["rl"]
-    assert all(map(load_function, config["rl"]["rewards"]))
-
-    (made,) = config["prepare"]
-    words = ["--output", str(tmp_path / "data"), "--data", str(DATA / "new.jsonl")]
-    assert main([*words, *flags(made["with"])]) == 2
-    assert "4 documents; the first 50 and the last 10 overlap" in capsys.readouterr().err
-    parts = made["with"]["parts"]
-    files = {Path(made["out"], f"source_{k}{kind}.jsonl")
-             for k in range(1, parts + 1) for kind in ("", "_questions")}  # fmt: skip
-    assert {Path(file) for part in config["source"] for file in (*part["sft"], part["rl"])} == files
-
-    (target,) = config["targets"].values()
-    assert Path(target["sft"][0]).name == "target.jsonl"
-    words = flags(config["evaluate"]["with"] | target["evaluate"] | {"model": "absent"})
-    assert evaluate.main(["--output", str(tmp_path / "scores.json"), *words]) == 2
-    assert "target_questions.jsonl: expected an existing" in capsys.readouterr().err
-    for name in ("judge", "answer"):
-        assert callable(load_function(config["evaluate"]["with"][name]))
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        words += ["--" + name.replace("_", "-"), *map(str, values)]
-    return words
 
 
 def test_the_whole_method_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ items), NAME_questions.jsonl (prompt, answer, question, group) and NAME.jsonl (t
 manifest.json with counts and digests. Invariants: the target is the first N passages of the order
 that the seed gives (42: SEAL's); a question keeps its first answer, as in SEAL's items; the parts
 share no passage with each other nor with the target; the manifest is written last, so a folder
-without one is unfinished. Refuses a target with another number of questions than is known of it. `--style` other than passage
-takes completions from a file: of the model itself, of one trained by RL to write them (SEAL's
-self-edits), or of a larger one; the texts are made in the same way.
+without one is unfinished. Refuses a target with another number of questions than is known of it.
+`--style` other than passage takes completions from a file: of the model itself, of one trained by
+RL to write them (SEAL's self-edits), or of a larger one; the texts are made in the same way.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def prepare(options: argparse.Namespace) -> str:
     files: dict[str, list[dict[str, Any]]] = {}
     for name, passages in named.items():
         files[f"{name}_items.jsonl"] = [passage.as_row() for passage in passages]
-        files[f"{name}_questions.jsonl"] = question_rows(passages, options.chat, options.all_answers)
+        asked = question_rows(passages, options.chat, options.all_answers)
+        files[f"{name}_questions.jsonl"] = asked
         files[f"{name}.jsonl"] = text_rows(
             passages, completions, options.per_passage, options.split
         )

@@ -5,9 +5,9 @@
 Hides how an API document becomes a Python method from whose signature and docstring TRL takes the
 tool's schema. Invariants: `calls` holds every call that reached the environment, in order; a call
 whose arguments do not fit the document fails without the server being asked; a server's failure is
-kept in `failure`, because TRL turns the exception into a message, and the reward raises it; what the
-model sees of a result is its beginning, of at most OBSERVATION tokens of its own. Refuses to start
-without a judge, or with a tool server that does not answer.
+kept in `failure`, because TRL turns the exception into a message, and the reward raises it; what
+the model sees of a result is its beginning, of at most OBSERVATION tokens of its own. Refuses to
+start without a judge, or with a tool server that does not answer.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ApiEnvironment:
 
 
 def first_tokens(text: str, tokenizer: Any, limit: int) -> str:
-    """Return the longest beginning, in whole tokens and whole characters, of at most `limit` tokens.
+    """Return the longest beginning of at most `limit` tokens, all whole, and of whole characters.
 
     Tokenized anew, as it will be in a dialogue, it has the tokens that it was cut to: no merge of
     byte pairs crosses the cut.
