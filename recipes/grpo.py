@@ -43,7 +43,7 @@ class GrpoData(Data):
         default=None,
         metadata={
             "help": "module:function that makes TRL's environment factories by name from the rows, "
-            "whose column `environment` names one."
+            "whose column `environment` names one, and the model's name."
         },
     )
     allow_no_reward: bool = field(
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make = load_function(data.environments) if data.environments else None
     trainer = trl.GRPOTrainer(
         reward_funcs=rewards,
-        environment_factory=make(shared["train_dataset"]) if make else None,
+        environment_factory=make(shared["train_dataset"], shared["model"]) if make else None,
         **shared,
     )
     train(trainer, "reward")

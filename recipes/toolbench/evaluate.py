@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from skillvec.recipes.evaluate import load_model, summarize, write_scores
+from skillvec.recipes.evaluate import load_model, load_tokenizer, summarize, write_scores
 from skillvec.recipes.judges import JudgeError
 from skillvec.recipes.toolbench.client import ToolServer, ToolServerError
 from skillvec.recipes.toolbench.dialogue import hold_dialogues, speaker
@@ -56,15 +56,16 @@ def evaluate(
     if repetitions < 1 or turns < 1 or temperature < 0:
         raise ValueError("repetitions and turns: expected 1 or more; temperature: 0 or more")
     rows = read_rows(data)[:limit]
-    classes = classes_of(rows, server)
+    tokenizer = load_tokenizer(model)
+    if getattr(tokenizer, "response_template", None) is None:
+        raise ValueError(f"{model}: the tokenizer has no response_template; make the model that "
+                         "training starts from with skillvec.recipes.toolbench.react")  # fmt: skip
+    classes = classes_of(rows, server, tokenizer)
     server.check()
     judge.score("Is anything there?", "Observation: no")  # a judge that is down is found out now
     import torch
 
-    loaded, tokenizer = load_model(model, device=device)
-    if getattr(tokenizer, "response_template", None) is None:
-        raise ValueError(f"{model}: the tokenizer has no response_template; make the model that "
-                         "training starts from with skillvec.recipes.toolbench.react")  # fmt: skip
+    loaded, _ = load_model(model, device=device)
     speak = speaker(loaded, tokenizer, max_new_tokens, temperature, top_p, batch)
     room = loaded.config.max_position_embeddings - max_new_tokens
     answers: list[dict[str, Any]] = []
@@ -144,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError for rows and settings that cannot be used; neither server is asked."""
     _, server = _servers(options.judge_url, options.judge_model, options.tool_url)
-    classes_of(read_rows(options.data)[: options.limit], server)
+    classes_of(read_rows(options.data)[: options.limit], server, tokenizer=None)
 
 
 def _servers(
