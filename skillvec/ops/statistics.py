@@ -37,6 +37,7 @@ class Request(NamedTuple):
     controls: tuple[tuple[int, int, bool], ...] = ()
     seed: int = 0
     sign_flips: int = 0
+    by_weight: tuple[int, ...] = ()
 
 
 @cache
@@ -65,6 +66,7 @@ def block_sums(
     begin: int,
 ) -> Sums:  # fmt: skip
     """Return the sums of `layout` over one block of a tensor of `numel` values, flat.
+
 
     All deltas are of one length and stand at `begin` in their tensor. Beside each are the weights
     that it is a change of, or None where they are not known; they are not looked at again when the

@@ -181,6 +181,39 @@ static int64_t pair_sums(const Arg *args)
     return 0;
 }
 
+/* ----------------------------------------------------------------- supports by exponents of weights */
+
+enum { STRATA = 512, CODES = 4 * STRATA };
+
+/* Two deltas (values, dtype, positions, exact values), weights and their dtype, room for CODES int64.
+   Two tables take turns: a counter is seldom read before the write before it has arrived. */
+static int64_t count_strata(const Arg *args)
+{
+    Side x, y;
+    int64_t dtype = args[9].whole, *out = (int64_t *)args[10].data;
+    if (!opened(args, &x) || !opened(args + 4, &y) || x.size != y.size || dtype < BF16 || dtype > F32
+        || args[8].nbytes != x.size * itemsize((int)dtype) || args[10].nbytes != CODES * 8)
+        return -1;
+    uint32_t table[2][CODES] = {{0}};
+    _Alignas(64) float a[GROUP], b[GROUP], w[GROUP];
+    _Alignas(64) uint32_t codes[GROUP];
+    for (int64_t begin = 0, end; begin < x.size; begin = end) {
+        end = begin + GROUP < x.size ? begin + GROUP : x.size;
+        if (!take(&x, begin, end, a) || !take(&y, begin, end, b)) return -1;
+        widen(args[8].data, begin, end, (int)dtype, w);
+        for (int64_t i = 0; i < end - begin; i += WIDTH) {
+            vf held = from_f32(w + i), none = {0};
+            vu bits = (vu)(dtype == F32 ? rounded(held, BF16) : held);
+            vu code = (bits >> 21 & 1020) | ((vu)((bits & 0x7FFFFF) == 0) & 1024)
+                      | ((vu)(from_f32(a + i) != none) & 2) | ((vu)(from_f32(b + i) != none) & 1);
+            memcpy(codes + i, &code, sizeof code);
+        }
+        for (int64_t i = 0; i < end - begin; i++) table[i & 1][codes[i]]++;
+    }
+    for (int n = 0; n < CODES; n++) out[n] = (int64_t)table[0][n] + table[1][n];
+    return 0;
+}
+
 /* ------------------------------------------------------------------------------ a delta on its weights */
 
 enum { EDGES = 8 }; /* of the histogram of steps */

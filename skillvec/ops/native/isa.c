@@ -21,6 +21,7 @@ const Entry KERNELS[] = {
     {"subtract", "rrqqqqwwww", subtract},
     {"add", "rrrrqqqdwqqw", add},
     {"pair_sums", "rqrrrqrrrqww", pair_sums},
+    {"count_strata", "rqrrrqrrrqw", count_strata},
     {"vector_sums", "rqrrrqw", vector_sums},
     {"flipped_sums", "rrw", flipped_sums},
     {"draw", "rqw", draw},
