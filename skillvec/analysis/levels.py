@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
+from skillvec.analysis.supports import support_row, support_terms
 from skillvec.ops import statistics
 from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
 from skillvec.ops.statistics import Request
+from skillvec.ops.strata import Strata
 from skillvec.report import Rows
 
 Sums = Mapping[str, Any]
@@ -57,6 +59,7 @@ class Records:
     names: list[str]
     numel: npt.NDArray[np.int64]
     sums: Any  # of statistics.layout
+    strata: Sequence[Mapping[int, Strata]] = ()  # of pairs that were counted so
 
     @classmethod
     def of(cls, records: "Sequence[Record] | Records") -> "Records":
@@ -217,7 +220,8 @@ def pair_levels(
 ) -> PairLevels:
     """Return the numbers of the request's pair `n` at every level, and the forecast."""
     records = Records.of(records)
-    terms = pair_terms(records.numel, records.sums, request, n)
+    strata = [held.get(n) for held in records.strata]
+    terms = pair_terms(records.numel, records.sums, request, n, strata)
 
     def row(sums: Sums, members: list[int]) -> Row:
         return pair_row(sums) | weighted([subspaces[m] for m in members])
@@ -228,8 +232,13 @@ def pair_levels(
 
 
 @np.errstate(all="ignore")
-def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, Any]:
-    """Return of a tensor what adds up over tensors; of an array of records, columns of it."""
+def pair_terms(
+    numel: Any, record: Any, request: Request, n: int, strata: Sequence[Strata | None] = ()
+) -> dict[str, Any]:
+    """Return of a tensor what adds up over tensors; of an array of records, columns of it.
+
+    `strata` are those of each, where they were counted.
+    """
     i, j = request.pairs[n]
     numel = np.asarray(numel)
     a, b = record["vectors"][..., i], record["vectors"][..., j]
@@ -245,11 +254,7 @@ def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, A
     spread = pair["groups_sq"] - np.where(groups > 0, squared / groups, 0)
     few = groups < 2
     terms["variance"] = np.where(few, pair["groups_sq"], groups / (groups - 1) * spread)
-    both = a["support"] * b["support"]
-    terms["chance"] = np.where(numel > 0, both / numel, 0.0)
-    neither = (numel - a["support"]) * (numel - b["support"])
-    by_chance = both * neither / (numel.astype(np.float64) ** 2 * (numel - 1))
-    terms["chance_var"] = np.where(numel > 1, by_chance, 0.0)
+    terms |= support_terms(numel, a["support"], b["support"], strata)
     if request.controls:  # one for each pair
         held = record["controls"][..., n]
         one = record["vectors"][..., request.controls[n][0]]
@@ -266,7 +271,7 @@ def pair_row(sums: Sums) -> Row:
     squares = [max(float(sums[f"square_{side}"]), 0.0) for side in "ab"]
     norms = [sqrt(square) for square in squares]
     size = norms[0] * norms[1]
-    numel, shared, chance = int(sums["numel"]), float(sums["shared"]), float(sums["chance"])
+    numel, shared = int(sums["numel"]), float(sums["shared"])
     cosine, z, z_groups = angle(sums["product"], sums["groups_sq"], size, numel)
     union = sums["support_a"] + sums["support_b"] - shared
     flips = np.asarray(sums["flips"])
@@ -287,10 +292,7 @@ def pair_row(sums: Sums) -> Row:
         "density_a": _ratio(sums["support_a"], numel),
         "density_b": _ratio(sums["support_b"], numel),
         "jaccard": _ratio(shared, union),
-        "lift": _ratio(shared, chance),
-        "overlap_z": _ratio(shared - chance, sqrt(sums["chance_var"])),
-        "sign_agreement": _ratio(sums["agree"], shared),
-        "sign_z": (2 * float(sums["agree"]) - shared) / sqrt(shared) if shared else None,
+        **support_row(sums),
         "along": _ratio(sums["along"], squares[0]),
     }
     for side in "ab":

@@ -81,9 +81,19 @@ SUPPORT = (
               "N_ab / sum over tensors of N_a N_b / n: shared values over what chance gives. Large"
               " weights absorb small changes of both alike, so bf16 alone lifts it over 1",
               "1; at most 1 / the larger density", "page pairs rows screen"),
+    Statistic("lift_weights", "lift given weights", ".3g",
+              "N_ab / sum over tensors and exponents e of the weights of N_a,e N_b,e / n_e: what both"
+              " share beyond what rounding lets through at such weights. Where 16 bits decided and"
+              " weights are known", "1", "page pairs rows screen"),
     Statistic("overlap_z", "overlap z", "+.1f",
-              "(N_ab − chance) / √(sum of N_a N_b (n − N_a)(n − N_b) / (n² (n − 1)))",
-              "N(0, 1): hypergeometric; null for dense ones", ""),
+              "(N_ab − chance) / √(sum over tensors and exponents of N_a N_b (n − N_a)(n − N_b) /"
+              " (n² (n − 1))), chance as in lift given weights",
+              "N(0, 1); null for dense ones", "page rows"),
+    Statistic("p_overlap", "p of overlap", ".2g", "P(|overlap z| as large), two-sided", "uniform",
+              "page rows"),
+    Statistic("overlap_z_plain", "overlap z, plain", "+.1f",
+              "(N_ab − chance) / √(sum of N_a N_b (n − N_a)(n − N_b) / (n² (n − 1))), chance as in"
+              " lift", "N(0, 1), if each value changes with one probability", ""),
     Statistic("sign_agreement", "equal signs", "%", "share of N_ab with equal signs", "1/2",
               "page pairs rows screen"),
     Statistic("sign_z", "sign z", "+.1f", "(2 equal − N_ab) / √N_ab",

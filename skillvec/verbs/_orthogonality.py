@@ -262,9 +262,20 @@ def _request(asked: _Asked, inputs: _Inputs) -> Request:
     pairs, other = tuple(combinations(range(count), 2)), inputs.control is not None
     controls = tuple((count if other else i, j, not other) for i, j in pairs)
     scales = tuple(vector.scale for vector in inputs.compared)
+    by_weight = tuple(
+        n for n, pair in enumerate(pairs)
+        if all(is_thresholded(inputs.vectors[i]) for i in pair)
+    )  # fmt: skip
     return Request(
-        scales, pairs, controls if asked.control is not None else (), asked.seed, asked.sign_flips
-    )
+        scales, pairs, controls if asked.control is not None else (), asked.seed,
+        asked.sign_flips, by_weight,
+    )  # fmt: skip
+
+
+def is_thresholded(vector: SkillVector) -> bool:
+    """Return whether rounding decides what a vector changes: a tuned side of it has 16 bits."""
+    sides = [lineage.partition(" - ")[0] for lineage in vector.dtypes.split(", ")]
+    return vector.scale != 0 and any(dtype in side for side in sides for dtype in HALVES)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
@@ -281,6 +292,7 @@ def _conclude(
         [result.job.name for result in results],
         np.array([result.job.numel for result in results], np.int64),
         np.frombuffer(b"".join([result.sums.tobytes() for result in results]), form),
+        [result.found or {} for result in results],
     )
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
