@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
+from skillvec.analysis.subspaces import group_row
 from skillvec.analysis.supports import support_row, support_terms
 from skillvec.ops import statistics
 from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
@@ -25,8 +26,6 @@ from skillvec.report import Rows
 Sums = Mapping[str, Any]
 Terms = Mapping[str, npt.NDArray[Any]]  # columns: a row for each tensor
 Record = tuple[str, int, Any]  # tensor, its number of values, sums of statistics.layout
-WEIGHTS = ("energy", "energy_a", "energy_b")
-OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
 
 
 def realised(
@@ -158,7 +157,7 @@ def vector_levels(
     whole = _summed({"square": held["square"]}, [range(len(held))])[0]["square"]
 
     def row(sums: Sums, members: list[int]) -> Row:
-        return vector_row(sums, whole) | weighted([subspaces[n] for n in members])
+        return vector_row(sums, whole) | group_row([subspaces[n] for n in members])
 
     return by_level(records, terms, row)
 
@@ -182,36 +181,6 @@ def vector_row(sums: Sums, whole: float) -> Row:
     }
 
 
-def weighted(rows: Sequence[Row]) -> Row:
-    """Return the means of what is known of several matrices, weighted by their energy.
-
-    Rows hold `energy`, or `energy_a` and `energy_b`, beside the numbers. Lists belong to one matrix
-    and are left out of means; of errors the largest is taken.
-    """
-    known = [row for row in rows if row]
-    keys = [key for key in (known[0] if known else ()) if key not in WEIGHTS]
-    if len(rows) == 1:
-        return {key: known[0][key] for key in keys}
-    found: Row = {}
-    for key in keys:
-        held = [(_weight(row, key), row[key]) for row in known if row[key] is not None]
-        if any(isinstance(value, list) for _, value in held):
-            continue
-        total = sum(energy for energy, _ in held)
-        found[key] = sum(energy * value for energy, value in held) / total if total else None
-        if key.endswith("_error"):
-            found[key] = max((value for _, value in held), default=None)
-    return found
-
-
-def _weight(row: Row, key: str) -> float:
-    """Return the energy of what a number is of: a vector's, a pair's first or second, or both."""
-    if "energy" in row:
-        return float(row["energy"])
-    a, b = row["energy_a"], row["energy_b"]
-    return float(a if key in OF_A else b if key in OF_B else sqrt(a * b))
-
-
 # ---------------------------------------------------------------------------------------- pairs
 
 
@@ -224,7 +193,7 @@ def pair_levels(
     terms = pair_terms(records.numel, records.sums, request, n, strata)
 
     def row(sums: Sums, members: list[int]) -> Row:
-        return pair_row(sums) | weighted([subspaces[m] for m in members])
+        return pair_row(sums) | group_row([subspaces[m] for m in members])
 
     found = by_level(records, terms, row)
     alone = [found["tensors"][i] for i in records.layers.get(NO_LAYER, ())]

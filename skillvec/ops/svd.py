@@ -61,6 +61,7 @@ class Spectrum(NamedTuple):
     stable_rank: float  # |A|_F^2 / s_1^2; 0 for a zero matrix
     effective_rank: float  # exp(entropy of s / sum s), Roy and Vetterli, EUSIPCO 2007; 0 for zero
     effective_rank_error: float
+    every: F64Array  # singular values: all if exact, else what the Krylov space has, none too large
 
 
 class Interference(NamedTuple):
@@ -105,11 +106,12 @@ def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
             raise IncompatibleError(f"a matrix of {m} x {n} values holds NaN or infinities")
         if norm_sq == 0:
             none = np.zeros((m, 0), np.float32), np.zeros(0), np.zeros((n, 0), np.float32)
-            return Spectrum(*none, (m, n), 0.0, 0.0, True, 0.0, 0.0, 0.0)
+            return Spectrum(*none, (m, n), 0.0, 0.0, True, 0.0, 0.0, 0.0, none[1])
         tall = tall if m >= n else tall.T
         # a Krylov space of less than 8 blocks finds little, and would take as much memory
         exact = min(m, n) <= max(EXACT, 8 * (k + OVERSAMPLING))
-        left, values, right, rank = _whole(tall, k) if exact else _krylov(tall, k, seed, norm_sq)
+        left, every, right, rank = _whole(tall, k) if exact else _krylov(tall, k, seed, norm_sq)
+        values = every[: left.shape[1]]
         noise = values[0] * float(np.finfo(np.float32).eps) * max(m, n) ** 0.5
         keep = int(np.count_nonzero(values > noise))
         left, values, right = left[:, :keep], values[:keep], right[:, :keep]
@@ -118,11 +120,11 @@ def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
     sides = _host(left), _host(right)
     one, other = sides if m >= n else sides[::-1]
     stable = norm_sq / float(values[0]) ** 2
-    return Spectrum(one, values, other, (m, n), norm_sq, error, exact, stable, *rank)
+    return Spectrum(one, values, other, (m, n), norm_sq, error, exact, stable, *rank, every)
 
 
 def _whole(tall: "Tensor", k: int) -> tuple["Tensor", F64Array, "Tensor", tuple[float, float]]:
-    """Return the triplets and the effective rank from the eigenvalues of A'A in fp64.
+    """Return vectors, all values and the effective rank from the eigenvalues of A'A in fp64.
 
     Squaring loses values below 1e-8 of the largest, less than fp32 deltas carry; the leading
     triplets are then taken from A itself. A full SVD would hold A and U in fp64.
@@ -138,7 +140,8 @@ def _whole(tall: "Tensor", k: int) -> tuple["Tensor", F64Array, "Tensor", tuple[
     left, values, turn = _svd(image)
     spectrum = np.sqrt(squares.clamp(min=0).cpu().numpy())
     rank = _effective_rank(spectrum, np.ones_like(spectrum)), 0.0
-    return left.to(tall.dtype), values.cpu().numpy(), (right @ turn.T).to(tall.dtype), rank
+    every = np.append(values.cpu().numpy(), spectrum[:-k][::-1])
+    return left.to(tall.dtype), every, (right @ turn.T).to(tall.dtype), rank
 
 
 def _svd(matrix: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
@@ -183,7 +186,7 @@ def _other_drivers(matrix: F64Array) -> tuple[F64Array, F64Array, F64Array]:
 def _krylov(
     tall: "Tensor", k: int, seed: int, norm_sq: float
 ) -> tuple["Tensor", F64Array, "Tensor", tuple[float, float]]:
-    """Return the triplets and the effective rank from the Krylov space of a random block.
+    """Return vectors, values and the effective rank from the Krylov space of a random block.
 
     Randomised SVD (Halko, Martinsson, Tropp 2011) that keeps all its powers (Musco and Musco 2015):
     block Golub-Kahan, A P = U B with both bases orthogonalised in full. torch.svd_lowrank keeps the
@@ -223,7 +226,7 @@ def _krylov(
     before, _ = _quadrature(band, count // 2 * width, width, n)
     one, other = (side[:, :k].to(tall) for side in (u, v.T))
     ranks = rank, float(np.hypot(spread, rank - before))
-    return left[:, :new] @ one, values[:k], right[:, :new] @ other, ranks
+    return left[:, :new] @ one, values, right[:, :new] @ other, ranks
 
 
 def _orthonormal(image: "Tensor", basis: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:

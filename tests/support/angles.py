@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from itertools import pairwise
-from math import ceil, floor, inf, isclose, log2, sqrt
+from math import ceil, erfc, floor, inf, isclose, log2, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ class Side(NamedTuple):
 
     values: dict[str, np.ndarray]
     weights: dict[str, torch.Tensor] | None = None
+    thresholded: bool = False  # the tuned side is kept in 16 bits
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -59,7 +60,8 @@ def side(tuned: str | Path, base: str | Path) -> Side:
     """Return tuned - base over the names that both have."""
     right, left = load(tuned), load(base)
     names = [name for name in left if name in right]
-    return Side({name: difference(right[name], left[name]) for name in names}, left)
+    halves = any(right[name].dtype in GRIDS for name in names)
+    return Side({name: difference(right[name], left[name]) for name in names}, left, halves)
 
 
 # ---------------------------------------------------------------------------------- names, grids
@@ -127,10 +129,34 @@ def beta_p(cosine: float, n: int) -> float:
 # --------------------------------------------------------------------------------- pairs of them
 
 
-def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
-    """Return the row of a pair of vectors over some tensors (all but control and subspaces)."""
+def expected_overlap(in_a: np.ndarray, in_b: np.ndarray, strata: np.ndarray) -> tuple[float, float]:
+    """Return mean and variance of shared values where a's and b's are drawn in each stratum."""
+    mean = spread = 0.0
+    for stratum in np.unique(strata):
+        at = strata == stratum
+        n, a, b = int(at.sum()), int(in_a[at].sum()), int(in_b[at].sum())
+        mean += a * b / n
+        spread += a * b * (n - a) * (n - b) / (n * n * (n - 1)) if n > 1 else 0.0
+    return mean, spread
+
+
+def strata_of(w: torch.Tensor) -> np.ndarray:
+    """Return the exponent of each weight on its 16-bit grid, with .5 for a power of two."""
+    dtype = w.dtype if w.dtype in GRIDS else torch.bfloat16
+    fraction, exponent = np.frexp(to_grid(w.double().numpy().ravel(), dtype))
+    return exponent + 0.5 * (np.abs(fraction) == 0.5) + 1000.0 * (fraction == 0)
+
+
+def pair_row(
+    names: list[str], one: Side, other: Side, flips: int = 0, weights: dict | None = None
+) -> dict:
+    """Return the row of a pair of vectors over some tensors (all but control and subspaces).
+
+    By the exponents of `weights` supports are compared where rounding decided both.
+    """
     numel = shared = n_a = n_b = agree = 0
     dot = sq_a = sq_b = sum_t2 = variance = chance = overlap_var = along = 0.0
+    given, given_var, is_given = 0.0, 0.0, False
     met = {"conflict_a": 0.0, "on_support_a": 0.0, "conflict_b": 0.0, "on_support_b": 0.0}
     all_t = []
     for name in names:
@@ -150,9 +176,11 @@ def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
         both = (a != 0) & (b != 0)
         n_a, n_b, shared = n_a + in_a, n_b + in_b, shared + int(both.sum())
         agree += int((both & ((a > 0) == (b > 0))).sum())
-        chance += in_a * in_b / n
-        if n > 1:
-            overlap_var += in_a * in_b * (n - in_a) * (n - in_b) / (n * n * (n - 1))
+        plain = expected_overlap(a != 0, b != 0, np.zeros(n))
+        chance, overlap_var = chance + plain[0], overlap_var + plain[1]
+        if weights is not None and one.thresholded and other.thresholded:
+            is_given, plain = True, expected_overlap(a != 0, b != 0, strata_of(weights[name]))
+        given, given_var = given + plain[0], given_var + plain[1]
         if float(b @ b) > 0:
             along += s * s / float(b @ b)
         opposite = (a > 0) & (b < 0) | (a < 0) & (b > 0)
@@ -177,7 +205,10 @@ def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
         "density_b": n_b / numel if numel else None,
         "jaccard": shared / (n_a + n_b - shared) if n_a + n_b else None,
         "lift": shared / chance if chance else None,
-        "overlap_z": (shared - chance) / sqrt(overlap_var) if overlap_var else None,
+        "lift_weights": shared / given if is_given and given else None,
+        "overlap_z": (shared - given) / sqrt(given_var) if given_var else None,
+        "p_overlap": erfc(abs(shared - given) / sqrt(2 * given_var)) if given_var else None,
+        "overlap_z_plain": (shared - chance) / sqrt(overlap_var) if overlap_var else None,
         "sign_agreement": agree / shared if shared else None,
         "sign_z": (2 * agree - shared) / sqrt(shared) if shared else None,
         "along": along / sq_a if sq_a else None,
@@ -209,9 +240,14 @@ def pair_spectrum(a: np.ndarray, b: np.ndarray, k: int) -> dict:
     middle = np.diag(np.concatenate([sa[:k], sb[:k]]))
     clash = (left.T @ left - eye) @ middle @ (right.T @ right - eye)
     energy_a, energy_b = float((a**2).sum()), float((b**2).sum())
+    shared = [float(((one.T @ other) ** 2).sum()) for one, other in ((ua, ub), (va, vb))]
     return {
-        "overlap_left": float(((ua.T @ ub) ** 2).sum()) / k,
-        "overlap_right": float(((va.T @ vb) ** 2).sum()) / k,
+        "overlap_left": shared[0] / k,
+        "overlap_right": shared[1] / k,
+        "excess": [tr - k * k / size for tr, size in zip(shared, (m, n), strict=True)],
+        "spread": [
+            2 * k * k * (size - k) ** 2 / (size**2 * (size - 1) * (size + 2)) for size in (m, n)
+        ],
         "overlap_chance": (k / m + k / n) / 2,
         "angles_left": principal_angles(ua, ub),
         "angles_right": principal_angles(va, vb),
@@ -286,10 +322,13 @@ def vector_spectrum(v: np.ndarray, w: np.ndarray | None, k: int) -> dict:
     """Return the spectral numbers of one matrix from its full SVD."""
     k = min(k, *v.shape)
     _, s, _ = svd(v)
+    spikes = count_spikes(v)
     share = s[s > 0] / s.sum()
     row = {
         "stable_rank": float((s**2).sum() / s[0] ** 2),
         "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
+        "spikes": float(spikes),
+        "spike_energy": float((s[:spikes] ** 2).sum() / (s**2).sum()),
         "top_energy": float((s[:k] ** 2).sum() / (s**2).sum()),
         "energy_in_w": None,
     }
@@ -300,9 +339,24 @@ def vector_spectrum(v: np.ndarray, w: np.ndarray | None, k: int) -> dict:
     return row
 
 
+def count_spikes(v: np.ndarray) -> int:
+    """Return how many singular values are above the noise, which drawing all signs anew leaves."""
+    rng, beta, count = np.random.default_rng(0), min(v.shape) / max(v.shape), 0
+    best = sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + sqrt(beta**2 + 14 * beta + 1)))
+    u, s, right = svd(v)
+    while True:
+        rest = v - (u[:, :count] * s[:count]) @ right[:, :count].T
+        edge = np.linalg.norm(rest * rng.choice([-1.0, 1.0], v.shape), 2)
+        found = int((s > best / (1 + sqrt(beta)) * edge).sum())
+        if found <= count:
+            return count
+        count = found
+
+
 def mean_of(rows: list[tuple[float, dict]]) -> dict:
     """Return means of rows of numbers (not of lists), weighted by energy."""
-    keys = [key for key in (rows[0][1] if rows else {}) if not key.startswith("angles")]
+    keys = [key for key in (rows[0][1] if rows else {})
+            if not key.startswith("angles") and key not in ("excess", "spread")]  # fmt: skip
     found = {}
     for key in keys:
         held = [(weight, row[key]) for weight, row in rows if row[key] is not None]
@@ -331,7 +385,7 @@ def norms_of(vector: Side, names: list[str], against: dict | None, k: int | None
 
 
 def pair_of(one: Side, other: Side, names: list[str], k: int | None = None, flips: int = 0,
-            control: Side | None = None) -> dict:  # fmt: skip
+            control: Side | None = None, against: dict | None = None) -> dict:  # fmt: skip
     """Return (level, name) -> the expected row of a pair."""
     spectra = {}
     for name in names if k else ():
@@ -340,14 +394,17 @@ def pair_of(one: Side, other: Side, names: list[str], k: int | None = None, flip
             spectra[name] = float((a**2).sum()), float((b**2).sum()), pair_spectrum(a, b, k)
     rows = {}
     for key, members in groups_of(names).items():
-        rows[key] = pair_row(members, one, other, flips)
+        rows[key] = pair_row(members, one, other, flips, against or other.weights or one.weights)
         held = [spectra[name] for name in members if name in spectra]
         by_a, by_b = (mean_of([(h[i], h[2]) for h in held]) for i in (0, 1))
         rows[key] |= mean_of([(sqrt(h[0] * h[1]), h[2]) for h in held])  # of both alike
         rows[key] |= {column: by_a[column] for column in ("a_in_b", "sar_a") if held}
         rows[key] |= {column: by_b[column] for column in ("b_in_a", "sar_b") if held}
         if key[0] == "tensors" and held:
-            rows[key] |= held[0][2]
+            rows[key] |= {k: v for k, v in held[0][2].items() if k not in ("excess", "spread")}
+        for at, name in enumerate(("overlap_left_z", "overlap_right_z") if held else ()):
+            excess, spread = (sum(h[2][of][at] for h in held) for of in ("excess", "spread"))
+            rows[key][name] = excess / sqrt(spread) if spread else None
         if control is not None:
             instead = pair_row(members, control, other)
             rows[key] |= {f"control_{of}": instead[of] for of in ("cosine", "z", "z_groups")}
@@ -373,14 +430,14 @@ def expected(report: dict, sides: dict[str, Side], against: dict | None = None) 
     for pair in report["pairs"]:
         control = sides.get(pair["control"] or "")
         flips = FLIPS if report["sign_flips"] else 0
-        rows = pair_of(sides[pair["a"]], sides[pair["b"]], names, k, flips, control)
+        rows = pair_of(sides[pair["a"]], sides[pair["b"]], names, k, flips, control, against)
         found.append((f"{pair['a']} | {pair['b']}", rows_in(pair), rows))
     return found
 
 
-EXACT = {"numel", "steps", "density", "density_a", "density_b", "jaccard", "lift", "overlap_z",
-         "sign_agreement", "sign_z", "below_half_step", "absorbed", "overlap_chance",
-         "in_chance"}  # fmt: skip
+EXACT = {"numel", "steps", "density", "density_a", "density_b", "jaccard", "lift", "lift_weights",
+         "overlap_z", "p_overlap", "overlap_z_plain", "sign_agreement", "sign_z",
+         "below_half_step", "absorbed", "overlap_chance", "in_chance"}  # fmt: skip
 SPECTRAL = {"stable_rank", "effective_rank", "interference", "interference_share", "overlap_left",
             "overlap_right", "a_in_b", "b_in_a", "sar_a", "sar_b", "top_energy", "energy_in_w",
             "angles_left", "angles_right"}  # fmt: skip
@@ -395,8 +452,12 @@ def tolerance(key: str, row: dict, report: dict) -> float:
     size, root, flips = abs(value), sqrt(row["numel"]), report["sign_flips"] or 1
     if key in EXACT:
         return 1e-9 * (1 + size)
+    randomised = report["subspace"] and report["subspace"]["randomised"]
+    if key in ("spikes", "spike_energy"):  # a value may stand on the threshold
+        return 1.0 if key == "spikes" else 0.05
+    if key in ("overlap_left_z", "overlap_right_z"):
+        return (3.0 if randomised else 1e-3) * max(1, size)
     if key in SPECTRAL:
-        randomised = report["subspace"] and report["subspace"]["randomised"]
         degrees = 100 if key.startswith("angles") else 1
         return (2e-2 if randomised else 1e-5) * degrees * max(1, size)
     if key in ("z", "control_z"):
