@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDS = 8  # strong spikes hide weak ones until they are taken out
+DRAWN = 128  # of a smaller matrix the edge varies: the largest of this over its short side
 PASSES, WIDTH = 10, 8  # of the Krylov space in which the edge is found
 
 
@@ -36,8 +37,10 @@ class Spikes(NamedTuple):
 def find_spikes(matrix: Array, spectrum: Spectrum, device: str, seed: int) -> Spikes:
     """Count the singular values above the noise, strong ones first, until no more come to light."""
     count = kept = 0
+    draws = max(1, DRAWN // min(matrix.shape))
     for number in range(ROUNDS if spectrum.norm_sq else 0):
-        edge = noise_edge(matrix, spectrum, kept, device, f"{seed}:spikes:{number}")
+        keys = (f"{seed}:spikes:{number}:{draw}" for draw in range(draws))
+        edge = max(noise_edge(matrix, spectrum, kept, device, key) for key in keys)
         found = int(np.count_nonzero(spectrum.every > margin(matrix.shape) * edge))
         if found <= count:
             break
