@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.ops import comparison, compiled
-from skillvec.ops.comparison import Weights
+from skillvec.ops.comparison import Weights, spelt
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import HALVES, F32Array, narrow, widen
 from skillvec.ops.statistics import Request
@@ -60,8 +60,7 @@ def counting(
 def call_strata(kernel: compiled.Kernel, x: Delta, y: Delta, weights: Weights) -> Counts:
     """Return what `numpy_strata` gives, by a compiled kernel."""
     counts = np.empty((STRATA, 4), np.int64)
-    spelt = comparison.spelt(x), comparison.spelt(y), (weights[0], compiled.CODES[weights[1]])
-    kernel(*(argument for side in spelt for argument in side), counts)
+    kernel(*spelt(x), *spelt(y), weights[0], compiled.CODES[weights[1]], counts)
     return counts
 
 
@@ -82,8 +81,7 @@ def strata_of(weights: npt.NDArray[np.generic], dtype: str) -> Counts:
     wide: F32Array = widen(weights, dtype).astype(np.float32, copy=False)
     held = wide if dtype in HALVES else widen(narrow(wide, "BF16"), "BF16")
     bits = held.view(np.uint32)
-    strata: Counts = (bits >> 23 & 255).astype(np.int64) + 256 * (bits & 0x7FFFFF == 0)
-    return strata
+    return np.asarray((bits >> 23 & 255) + 256 * (bits & 0x7FFFFF == 0), np.int64)
 
 
 def pack(counts: Counts) -> Strata:

@@ -13,7 +13,7 @@ are None. Where an SVD fails or gives values that are not finite, other drivers 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,13 +62,6 @@ class Spectrum(NamedTuple):
     effective_rank: float  # exp(entropy of s / sum s), Roy and Vetterli, EUSIPCO 2007; 0 for zero
     effective_rank_error: float
     every: F64Array  # singular values: all if exact, else what the Krylov space has, none too large
-
-
-class Interference(NamedTuple):
-    """`raw` is in units of the weights, `relative` free of scale: raw over the sum of values."""
-
-    raw: float
-    relative: float | None
 
 
 def resolve_device(device: str) -> str:
@@ -308,70 +301,6 @@ def residual_sq(matrix: Array, left: Array, right: Array) -> float:
     return total
 
 
-def alignment_ratio(matrix: Array, merged: Spectrum, device: str) -> float | None:
-    """Return |U U'A|_F / |A|_F, U the left singular vectors of what A was merged into.
-
-    The subspace alignment ratio of Marczak et al., arXiv 2502.04959, eq. 5. They take the smallest
-    k that leaves 5 % of the merged matrix's norm outside; here k is the caller's, and chance is
-    sqrt(k/m). None for a zero matrix. Raises IncompatibleError if the shapes differ.
-    """
-    shares = shares_inside(matrix, merged, device)
-    return None if shares is None else shares[0] ** 0.5
-
-
-def principal_angles(one: Spectrum, other: Spectrum) -> tuple[list[float], list[float]]:
-    """Return the angles between the left and between the right subspaces, in degrees, rising.
-
-    As many as the smaller k. Small ones are good to about 1e-5 degrees, what fp32 vectors hold.
-    Raises IncompatibleError if the shapes differ.
-    """
-    _check_shape(one.shape, other.shape)
-    return _angles(one.left, other.left), _angles(one.right, other.right)
-
-
-def _angles(one: F32Array, other: F32Array) -> list[float]:
-    """Return angles from their cosines and sines (Bjorck and Golub 1973): each is flat somewhere.
-
-    scipy.linalg.subspace_angles (1.17) picks between the two in the wrong order: beside an angle
-    of 60 degrees, one of 1e-7 comes out as 0.
-    """
-    import torch
-
-    if one.shape[1] < other.shape[1]:
-        one, other = other, one
-    with settled():
-        a, b = (torch.from_numpy(side).double() for side in (one, other))
-        inner = a.T @ b
-        cosines = torch.linalg.svdvals(inner)
-        sines = torch.linalg.svdvals(torch.linalg.qr(b - a @ inner, mode="r").R).flip(0)
-        return [float(angle) for angle in torch.rad2deg(torch.arctan2(sines, cosines))]
-
-
-def interference(spectra: Sequence[Spectrum]) -> Interference:
-    """Return the singular task interference |(U'U - I) S (V'V - I)|_1 of several deltas.
-
-    Gargiulo et al., Task Singular Vectors, arXiv 2412.00081: U = [U_1 .. U_T], V likewise, S block
-    diagonal; the sum of the entries' magnitudes, not normalised. `relative` divides by the sum of
-    all values: 0 where the left or the right subspaces are orthogonal, 1 for two deltas with the
-    same singular vectors, about .8 k^1.5 / sqrt(mn) for two by chance, above 1 where many vectors
-    mix, None if all deltas are zero. Raises IncompatibleError if the shapes differ.
-    """
-    for spectrum in spectra:
-        _check_shape(spectrum.shape, spectra[0].shape)
-    import torch
-
-    values = torch.from_numpy(np.concatenate([spectrum.values for spectrum in spectra]))
-    with settled():
-        left, right = (
-            torch.from_numpy(np.hstack(sides)).double()
-            for sides in ([s.left for s in spectra], [s.right for s in spectra])
-        )
-        unit = torch.eye(len(values), dtype=torch.float64)
-        product = (left.T @ left - unit) * values @ (right.T @ right - unit)
-        raw, scale = float(product.abs().sum()), float(values.sum())
-    return Interference(raw, raw / scale if scale else None)
-
-
 @contextmanager
 def settled() -> Iterator[None]:
     """Give this thread's torch one thread of its own, and unrounded factors of fp32 products.
@@ -390,7 +319,8 @@ def settled() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise IncompatibleError where two shapes differ."""
     if found != expected:
         raise IncompatibleError(f"a matrix of shape {found} beside one of {expected}")
 
@@ -399,7 +329,7 @@ def _load(matrix: Array, device: str, shape: tuple[int, int] | None = None) -> "
     """Return the matrix on the device, without a copy on the host where it is a float already."""
     import torch
 
-    _check_shape(matrix.shape, shape or matrix.shape)
+    check_shape(matrix.shape, shape or matrix.shape)
     values = matrix if matrix.dtype == np.float64 else matrix.astype(np.float32, copy=False)
     with warnings.catch_warnings():  # torch warns of read-only arrays; nothing here writes
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)

@@ -20,7 +20,14 @@ from skillvec.ops.statistics import Request, layout
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import add_values
 from skillvec.vectors.reader import BlockReader, readers_of
-from skillvec.verbs.spikes import Spikes, both_parts, find_spikes, part_product
+from skillvec.verbs.relations import (
+    alignment_ratio,
+    both_parts,
+    interference,
+    part_product,
+    principal_angles,
+)
+from skillvec.verbs.spikes import Spikes, find_spikes
 
 
 class Spectra(NamedTuple):
@@ -155,7 +162,7 @@ def _relate(matrices: _Matrices, products: Sequence[float]) -> _Related:
                 across[m] += part_product(values, alone[other].spectrum, kept, device)
                 pair_rows[m] |= {
                     f"energy_{side}": own.spectrum.norm_sq,
-                    f"sar_{side}": svd.alignment_ratio(values, merged[m], device),
+                    f"sar_{side}": alignment_ratio(values, merged[m], device),
                     f"{side}_in_{to}": share[2] if share else None,
                 }
     for m, (row, (i, j)) in enumerate(zip(pair_rows, pairs, strict=True)):
@@ -184,11 +191,11 @@ def describe_spectrum(own: svd.Spectrum, spikes: Spikes, energy_in_w: float | No
 
 def relate_spectra(one: svd.Spectrum, other: svd.Spectrum, k: int) -> Row:
     """Return how the leading subspaces of two matrices of one shape lie to each other."""
-    angles = svd.principal_angles(one, other)
+    angles = principal_angles(one, other)
     rows, columns = one.shape
     sizes = one.values.size, other.values.size
     k = max(sizes) or min(k, rows, columns)  # fewer of low rank
-    met = svd.interference([one, other])
+    met = interference([one, other])
     sums: dict[str, float] = {}
     overlaps: list[float | None] = []
     for side, size, held in zip(("left", "right"), one.shape, angles, strict=True):

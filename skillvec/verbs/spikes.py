@@ -1,4 +1,4 @@
-"""How many singular values of a delta stand clear of its noise, and what the two parts are.
+"""How many singular values of a delta stand clear of its noise.
 
 The edge of the noise is measured: with the signs of all entries drawn anew a matrix keeps zero
 rows, sparse supports and unequal magnitudes, and loses what has low rank (Hong, Sheng and Dobriban
@@ -16,12 +16,13 @@ import numpy as np
 from skillvec.ops.kernels import Array
 from skillvec.ops.philox import draw_uint32
 from skillvec.ops.svd import PIECE, Spectrum, settled
+from skillvec.verbs.relations import leading
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDS = 8  # strong spikes hide weak ones until they are taken out
-DRAWN = 128  # of a smaller matrix the edge varies: the largest of this over its short side
+DRAWN = 64  # of a smaller matrix the edge varies: the largest of this over its short side
 PASSES, WIDTH = 10, 8  # of the Krylov space in which the edge is found
 
 
@@ -66,7 +67,7 @@ def noise_edge(matrix: Array, spectrum: Spectrum, kept: int, device: str, key: s
     m, n = matrix.shape
     with settled():
         rest = torch.from_numpy(matrix).to(device, copy=True)
-        left, right = _leading(spectrum, kept, rest)
+        left, right = leading(spectrum, kept, rest)
         rows = max(1, PIECE // n // 32 * 32)
         for at in range(0, m, rows):
             part = rest[at : at + rows]
@@ -93,29 +94,3 @@ def _norm(matrix: "Tensor", block: "Tensor") -> float:
     image = (matrix @ basis).double()
     largest = float(torch.linalg.eigvalsh(image.T @ image)[-1])
     return sqrt(max(0.0, largest))
-
-
-def _leading(spectrum: Spectrum, kept: int, like: "Tensor") -> tuple["Tensor", "Tensor"]:
-    """Return L and R with L R' the leading part of a matrix."""
-    left = spectrum.left[:, :kept] * spectrum.values[:kept]
-    return like.new_tensor(left), like.new_tensor(spectrum.right[:, :kept])
-
-
-def part_product(matrix: Array, spectrum: Spectrum, kept: int, device: str) -> float:
-    """Return the inner product of a matrix with the leading part of another."""
-    import torch
-
-    with settled():
-        values = torch.from_numpy(matrix).to(device)
-        left, right = _leading(spectrum, kept, values)
-        return float(((values.T @ left).double() * right.double()).sum())
-
-
-def both_parts(one: Spectrum, other: Spectrum, kept: tuple[int, int]) -> float:
-    """Return the inner product of the leading parts of two matrices."""
-    import torch
-
-    with settled():
-        like = torch.zeros(0, dtype=torch.float64)
-        (a, b), (c, d) = _leading(one, kept[0], like), _leading(other, kept[1], like)
-        return float(((a.T @ c) * (b.T @ d)).sum())

@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 from skillvec.errors import IncompatibleError, UsageError
 from skillvec.ops import svd
 from skillvec.ops.kernels import Array
-from skillvec.ops.svd import (
-    Spectrum,
-    alignment_ratio,
-    decompose,
-    interference,
-    principal_angles,
-    resolve_device,
-    shares_inside,
-)
+from skillvec.ops.svd import Spectrum, decompose, resolve_device, shares_inside
+from skillvec.verbs.relations import alignment_ratio, interference, principal_angles
 
 
 def normal(m: int, n: int, seed: int = 0) -> Array:
@@ -514,6 +507,6 @@ def test_angles_and_interference_do_not_depend_on_threads() -> None:
     found, before = [], torch.get_num_threads()
     for threads in (1, 4):
         torch.set_num_threads(threads)
-        found.append((svd.principal_angles(*spectra), svd.interference(spectra)))
+        found.append((principal_angles(*spectra), interference(spectra)))
     torch.set_num_threads(before)
     assert found[0] == found[1]

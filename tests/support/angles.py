@@ -482,8 +482,8 @@ EXACT = {"numel", "steps", "density", "density_a", "density_b", "jaccard", "lift
          "overlap_z", "p_overlap", "overlap_z_plain", "sign_agreement", "sign_z", "spikes",
          "below_half_step", "absorbed", "overlap_chance", "in_chance"}  # fmt: skip
 SPECTRAL = {"stable_rank", "effective_rank", "interference", "interference_share", "overlap_left",
-            "overlap_right", "a_in_b", "b_in_a", "sar_a", "sar_b", "top_energy", "energy_in_w", "spike_energy",
-            "angles_left", "angles_right"}  # fmt: skip
+            "overlap_right", "a_in_b", "b_in_a", "sar_a", "sar_b", "top_energy", "energy_in_w",
+            "spike_energy", "angles_left", "angles_right"}  # fmt: skip
 
 
 def tolerance(key: str, row: dict, report: dict) -> float:

@@ -7,7 +7,8 @@ import pytest
 
 from skillvec.ops import svd
 from skillvec.ops.svd import decompose
-from skillvec.verbs.spikes import both_parts, find_spikes, margin, noise_edge, part_product
+from skillvec.verbs.relations import both_parts, part_product
+from skillvec.verbs.spikes import find_spikes, margin, noise_edge
 
 M, N = 120, 80
 EDGE = sqrt(M) + sqrt(N)
