@@ -51,21 +51,27 @@ def support_terms(
     return found
 
 
-def support_row(sums: Mapping[str, Any]) -> Row:
-    """Return how two supports overlap, and how signs agree where they do, from summed terms."""
+def support_row(sums: Mapping[str, Any], variances: npt.NDArray[Any] | None = None) -> Row:
+    """Return how two supports overlap, and how signs agree where they do, from summed terms.
+
+    `variances` of overlap and signs are those that the structure of rows and columns gives.
+    """
     shared, chance, expected = (float(sums[k]) for k in ("shared", "chance", "chance_weights"))
-    plain = _over(shared - chance, sums["chance_var"])
+    cells = float(sums["weights_var"]), shared
+    spread = cells if variances is None else tuple(map(float, variances))
     by_weight = bool(sums["by_weight"])
-    overlap_z = _over(shared - expected, sums["weights_var"])
+    overlap_z = _over(shared - expected, spread[0]) if cells[0] > 0 else None
     balance = 2 * float(sums["agree"]) - shared
     return {
         "lift": shared / chance if chance > 0 else None,
         "lift_weights": shared / expected if by_weight and expected > 0 else None,
         "overlap_z": overlap_z,
         "p_overlap": None if overlap_z is None else erfc(abs(overlap_z) / sqrt(2)),
-        "overlap_z_plain": plain,
+        "overlap_z_weights": _over(shared - expected, cells[0]) if by_weight else None,
+        "overlap_z_plain": _over(shared - chance, sums["chance_var"]),
         "sign_agreement": float(sums["agree"]) / shared if shared else None,
-        "sign_z": _over(balance, shared),
+        "sign_z": _over(balance, spread[1]),
+        "sign_z_plain": _over(balance, shared),
     }
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from skillvec.ops import comparison, compiled
 from skillvec.ops.comparison import Weights, spelt
 from skillvec.ops.delta import STEP, Delta
-from skillvec.ops.kernels import HALVES, F32Array, narrow, widen
+from skillvec.ops.kernels import Array, F32Array, narrow, widen
 from skillvec.ops.statistics import Request
 
 STRATA = 512  # 256 exponents of fp32 as its bits have them, then the powers of two
@@ -69,17 +69,20 @@ def numpy_strata(x: Delta, y: Delta, weights: Weights) -> Counts:
     counts = np.zeros(4 * STRATA, np.int64)
     for begin in range(0, x.values.size, STEP):
         end = begin + STEP
-        codes = 4 * strata_of(weights[0][begin:end], weights[1])
+        codes = 4 * strata_of(widen(weights[0][begin:end], weights[1]), weights[1])
         codes += 2 * (x.wide(begin, end) != 0) + (y.wide(begin, end) != 0)
         counts += np.bincount(codes, minlength=counts.size)
     return counts.reshape(STRATA, 4)
 
 
 @np.errstate(all="ignore")
-def strata_of(weights: npt.NDArray[np.generic], dtype: str) -> Counts:
-    """Return the stratum of each weight as its 16-bit grid holds it: bf16's for fp32 and fp64."""
-    wide: F32Array = widen(weights, dtype).astype(np.float32, copy=False)
-    held = wide if dtype in HALVES else widen(narrow(wide, "BF16"), "BF16")
+def strata_of(weights: Array, dtype: str) -> Counts:
+    """Return the stratum of each weight, in fp32 or fp64, as the 16-bit grid of its dtype holds it.
+
+    That of bf16 for fp32 and fp64.
+    """
+    wide: F32Array = weights.astype(np.float32, copy=False)
+    held = wide if dtype == "F16" else widen(narrow(wide, "BF16"), "BF16")
     bits = held.view(np.uint32)
     return np.asarray((bits >> 23 & 255) + 256 * (bits & 0x7FFFFF == 0), np.int64)
 

@@ -22,6 +22,7 @@ const Entry KERNELS[] = {
     {"add", "rrrrqqqdwqqw", add},
     {"pair_sums", "rqrrrqrrrqww", pair_sums},
     {"count_strata", "rqrrrqrrrqw", count_strata},
+    {"support_scores", "rrrqrww", support_scores},
     {"vector_sums", "rqrrrqw", vector_sums},
     {"flipped_sums", "rrw", flipped_sums},
     {"draw", "rqw", draw},
