@@ -8,15 +8,15 @@ value in any order. `numpy_scores` says what is summed; native/compare.c gives t
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.analysis.supports import by_chance, sizes_of
 from skillvec.ops import compiled
 from skillvec.ops.kernels import Array
 from skillvec.ops.lanes import Sums
+from skillvec.ops.spreads import Seen
 from skillvec.ops.strata import STRATA, Strata, strata_of
 
 UNIT = 1 << 30
@@ -24,6 +24,24 @@ OVERLAP, IN_A, IN_B, SIGNS = range(4)  # scores of a value
 I32Array = npt.NDArray[np.int32]
 I64Array = npt.NDArray[np.int64]
 SELF_CHECK = "e702ae08ac51088b"  # of what numpy makes of the sample; a test compares
+
+
+@np.errstate(all="ignore")
+def by_chance(size: Any, in_a: Any, in_b: Any) -> tuple[Sums, Sums]:
+    """Return mean and variance of how many of `in_a` and `in_b` of `size` values are the same.
+
+    The hypergeometric law, elementwise.
+    """
+    size, in_a, in_b = (np.asarray(count, np.float64) for count in (size, in_a, in_b))
+    mean = np.where(size > 0, in_a * in_b / size, 0.0)
+    spread = mean * (size - in_a) * (size - in_b) / (size * (size - 1))
+    return mean, np.where(size > 1, spread, 0.0)
+
+
+def sizes_of(counts: npt.NDArray[Any]) -> tuple[Sums, Sums, Sums]:
+    """Return values, values that a changes and values that b changes from counts (.., 4)."""
+    _, b, a, both = np.moveaxis(counts.astype(np.float64), -1, 0)
+    return counts.sum(axis=-1).astype(np.float64), a + both, b + both
 
 
 def table_of(strata: Strata) -> I32Array:
@@ -130,14 +148,18 @@ class Clusters(NamedTuple):
             self.expected + other.expected,
         )  # fmt: skip
 
+    def closed(self) -> "Clusters":
+        """Return the same without channels, which no other tensor will be added to."""
+        own = self.own + (self.channels**2).sum(axis=0)
+        return self._replace(own=own, channels=np.zeros((0, 2)))
+
     def variances(self, whole: Sums) -> Sums:
         """Return the variances of overlap and of signs, which are `whole` without structure.
 
         Clustered by both axes (Cameron, Gelbach and Miller 2011), and at least what unequal
         densities of rows and columns give, which few shared rows do not show.
         """
-        channels = self.own + (self.channels**2).sum(axis=0)
-        both = self.across + channels - self.cells + (whole - self.expected)
+        both = self.across + self.closed().own - self.cells + (whole - self.expected)
         least = whole + np.array([self.effects, 0.0])
         return np.asarray(np.maximum(both, least))
 
@@ -145,12 +167,12 @@ class Clusters(NamedTuple):
 class RowScores:
     """Adds up the scores of a pair of deltas of one tensor, from chunks of whole rows in order."""
 
-    def __init__(self, rows: int, columns: int, strata: Strata, cycle: int = 0) -> None:
-        """Take the form of the tensor; rows are those of channels too, every `cycle`."""
-        self._rows, self._strata, self._table = rows, strata, table_of(strata)
-        self._columns = np.zeros((columns, 4), np.int64)
+    def __init__(self, seen: Seen, strata: Strata) -> None:
+        self._seen, self._strata, self._table = seen, strata, table_of(strata)
+        self._columns = np.zeros((seen.columns, 4), np.int64)
         self._squares = np.zeros(4)
-        self._cycle = np.zeros((cycle, 4), np.int64)
+        across = [axis.size for axis in seen.axes if not axis.is_last]
+        self._cycle = np.zeros((across[0] if across else 0, 4), np.int64)  # of rows as channels
 
     def add(self, first: int, a: Array, b: Array, weights: Array | None, dtype: str) -> None:
         """Take the rows from `first` on."""
@@ -159,21 +181,21 @@ class RowScores:
         if len(self._cycle):
             np.add.at(self._cycle, (first + np.arange(len(found))) % len(self._cycle), found)
 
-    def clusters(self, is_last: bool, is_shared: bool) -> Clusters:
-        """Return what was found; channels are columns if `is_last`, else the rows of a cycle."""
-        cells, expected = self._cells()
-        columns = _scores(self._columns)
+    def clusters(self) -> Clusters:
+        """Return what was found; where two axes may be that of channels, by the one that varies."""
+        columns, (cells, expected) = _scores(self._columns), self._cells()
         by_column = (columns**2).sum(axis=0)
-        pick = [OVERLAP, SIGNS]
-        channels = (columns if is_last else _scores(self._cycle))[:, pick]
-        across = (self._squares if is_last else by_column)[pick]
-        if self._rows == 1:
-            across = cells
-        effects = self._excess(self._squares, len(columns)) + self._excess(by_column, self._rows)
-        return Clusters(
-            across, np.zeros(2) if is_shared else (channels**2).sum(axis=0),
-            channels if is_shared else np.zeros((0, 2)), effects, cells, expected,
-        )  # fmt: skip
+        effects = self._excess(self._squares, len(columns))
+        effects += self._excess(by_column, self._seen.rows)
+        pick, found = [OVERLAP, SIGNS], []
+        for axis in self._seen.axes:
+            channels = (columns if axis.is_last else _scores(self._cycle))[:, pick]
+            across = (self._squares if axis.is_last else by_column)[pick]
+            if self._seen.rows == 1:
+                across = cells
+            one = Clusters(across, np.zeros(2), channels, effects, cells, expected)
+            found.append(one if axis.is_shared else one.closed())
+        return max(found, key=lambda one: float(one.closed().own[0]))
 
     def _cells(self) -> tuple[Sums, Sums]:
         """Return the squared scores of all values, and the variances of independent ones."""

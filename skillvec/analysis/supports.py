@@ -13,27 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.analysis.angle_report import Row
+from skillvec.analysis.support_rows import Clusters, by_chance, sizes_of
 from skillvec.ops.strata import Strata
 
 F64Array = npt.NDArray[np.float64]
-
-
-@np.errstate(all="ignore")
-def by_chance(size: Any, in_a: Any, in_b: Any) -> tuple[F64Array, F64Array]:
-    """Return mean and variance of how many of `in_a` and `in_b` of `size` values are the same.
-
-    The hypergeometric law, elementwise.
-    """
-    size, in_a, in_b = (np.asarray(count, np.float64) for count in (size, in_a, in_b))
-    mean = np.where(size > 0, in_a * in_b / size, 0.0)
-    spread = mean * (size - in_a) * (size - in_b) / (size * (size - 1))
-    return mean, np.where(size > 1, spread, 0.0)
-
-
-def sizes_of(counts: npt.NDArray[Any]) -> tuple[F64Array, F64Array, F64Array]:
-    """Return values, values that a changes and values that b changes from counts (.., 4)."""
-    _, b, a, both = np.moveaxis(counts.astype(np.float64), -1, 0)
-    return counts.sum(axis=-1).astype(np.float64), a + both, b + both
 
 
 def support_terms(
@@ -51,14 +34,14 @@ def support_terms(
     return found
 
 
-def support_row(sums: Mapping[str, Any], variances: npt.NDArray[Any] | None = None) -> Row:
+def support_row(sums: Mapping[str, Any], clusters: Clusters | None = None) -> Row:
     """Return how two supports overlap, and how signs agree where they do, from summed terms.
 
-    `variances` of overlap and signs are those that the structure of rows and columns gives.
+    `clusters` is what structure of rows and columns was found.
     """
-    shared, chance, expected = (float(sums[k]) for k in ("shared", "chance", "chance_weights"))
-    cells = float(sums["weights_var"]), shared
-    spread = cells if variances is None else tuple(map(float, variances))
+    shared, chance, expected = (float(sums[key]) for key in ("shared", "chance", "chance_weights"))
+    cells = np.array([sums["weights_var"], shared], np.float64)
+    spread = cells if clusters is None else clusters.variances(cells)
     by_weight = bool(sums["by_weight"])
     overlap_z = _over(shared - expected, spread[0]) if cells[0] > 0 else None
     balance = 2 * float(sums["agree"]) - shared

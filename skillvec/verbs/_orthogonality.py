@@ -21,7 +21,6 @@ from skillvec.analysis.angle_report import (
     PairEntry,
     Row,
     SharedRounding,
-    SubspaceFacts,
     VectorEntry,
 )
 from skillvec.analysis.levels import pair_levels, sentence, vector_levels
@@ -41,24 +40,24 @@ from skillvec.files.staging import staging
 from skillvec.ops.comparison import STEP_EDGES
 from skillvec.ops.kernels import HALVES
 from skillvec.ops.names import natural_order
+from skillvec.ops.spreads import Variances
 from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
 from skillvec.vectors.recipe import leaving_out
 from skillvec.vectors.vector import SkillVector
+from skillvec.verbs.chances import Supports, find_spreads, rows_nbytes
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.verbs.spectra import Spectra, find_spectra, is_matrix
 
-SCHEMA = 1
-MOST_FLIPS = 100_000
+SCHEMA = 2
 
 
 def orthogonality(
     *vectors: PathLike | SkillVector,
     against: PathLike | Checkpoint | None = None,
     control: PathLike | SkillVector | None = None,
-    sign_flips: int = 0,
     subspace: int = 0,
     device: str = "auto",
     seed: int = 0,
@@ -78,9 +77,9 @@ def orthogonality(
     Each input is a vector file, a SkillVector or "TUNED::BASE". The facts hold for every pair, and
     for every vector, the numbers that docs/orthogonality.md explains: overall, per module, kind,
     layer and tensor. `against` are weights, for rounding and for their own subspaces (a pair has
-    its base). `control` is "random" (the first of a pair with its signs drawn anew by `seed`) or a
-    vector to put in its place. `sign_flips` draws make a randomisation test. `subspace` K compares
-    the K leading singular directions of every matrix on the torch `device`. `output` is a folder
+    its base). `control` is "random" (the first of a pair with the signs of its channels drawn anew
+    by `seed`) or a vector to put in its place. `subspace` K compares the K leading singular
+    directions of every matrix on the torch `device`. `output` is a folder
     for report.json, report.csv and report.html, with `figures` as SVG and PNG beside them.
     Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. The
     same digits whatever the worker count. Raises UsageError, IncompatibleError, NonfiniteError,
@@ -91,7 +90,6 @@ def orthogonality(
     asked = _Asked(
         "orthogonality", vectors, against=against, subspace=subspace, device=device, seed=seed,
         include=include, exclude=exclude, allow_nonfinite=allow_nonfinite, control=control,
-        sign_flips=sign_flips,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     return _compare(asked, output, figures, run)
@@ -141,12 +139,9 @@ class _Asked:
     exclude: Sequence[str]
     allow_nonfinite: bool
     control: PathLike | SkillVector | None = None
-    sign_flips: int = 0
 
     def check(self) -> None:
         """Raise UsageError for what nothing can be measured by."""
-        if not 0 <= self.sign_flips <= MOST_FLIPS:
-            raise UsageError(f"sign_flips {self.sign_flips}: expected 0 to {MOST_FLIPS}")
         if self.subspace < 0:
             raise UsageError(f"subspace {self.subspace}: expected at least 1")
         if self.seed < 0:
@@ -201,21 +196,29 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
         from skillvec.analysis.page import LEAST_NBYTES  # with all figures
 
         plan = replace(plan, bound_nbytes=LEAST_NBYTES, sure_nbytes=LEAST_NBYTES)
-    at_once = _at_once(run.engine, facts["subspace"])
+    workers = _workers(run.engine)
+    at_once = 1 if facts["subspace"] and facts["subspace"]["device"] != "cpu" else workers
     sizes = [4 * job.numel for job in plan.jobs if asked.subspace and is_matrix(job)]
-    report = show_plan(plan, dict(facts), run, place, at_once_nbytes(sizes, at_once))
+    most = max(at_once_nbytes(sizes, at_once), rows_nbytes(plan, workers))
+    report = show_plan(plan, dict(facts), run, place, most)
     if run.dry_run:
         return report
-    before = fingerprints(plan.files() if asked.subspace else ())  # for what is read after the run
+    again = asked.subspace or request.pairs  # what is read after the run
+    before = fingerprints(plan.files() if again else ())
     plan = measure_plan(plan, run)
     results = run_plan(plan, run)
     refuse_nonfinite(results, asked.allow_nonfinite)
     results.sort(key=lambda result: natural_order(result.job.name))
-    spectra = Spectra.empty(request, len(results))
+    measured = _Measured(results, Spectra.empty(request, len(results)), {}, {})
+    if request.pairs:
+        redrawn = asked.control == "random"
+        spreads, supports = find_spreads(results, plan, redrawn, workers, run.watcher)
+        measured = measured._replace(spreads=spreads, supports=supports)
     if facts["subspace"]:
-        spectra = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
-        refuse_changed(before)
-    _conclude(report, results, request, inputs, spectra)
+        found = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
+        measured = measured._replace(spectra=found)
+    refuse_changed(before)
+    _conclude(report, measured, request, inputs)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
     tell_nonfinite(report, results)
     if place is not None:
@@ -245,7 +248,6 @@ def _facts(asked: _Asked, inputs: _Inputs, place: Output | None) -> AngleFacts:
         "against": inputs.weights.ref if inputs.weights else None,
         "control": control,
         "seed": asked.seed,
-        "sign_flips": asked.sign_flips,
         "subspace": None,
         "step_edges": list(STEP_EDGES),
     }
@@ -260,16 +262,13 @@ def _request(asked: _Asked, inputs: _Inputs) -> Request:
     """Return what is measured: all pairs of the vectors, and the control of each."""
     count = len(inputs.labels)
     pairs, other = tuple(combinations(range(count), 2)), inputs.control is not None
-    controls = tuple((count if other else i, j, not other) for i, j in pairs)
+    controls = tuple((count, j) for _, j in pairs) if other else ()
     scales = tuple(vector.scale for vector in inputs.compared)
     by_weight = tuple(
         n for n, pair in enumerate(pairs)
         if all(is_thresholded(inputs.vectors[i]) for i in pair)
     )  # fmt: skip
-    return Request(
-        scales, pairs, controls if asked.control is not None else (), asked.seed,
-        asked.sign_flips, by_weight,
-    )  # fmt: skip
+    return Request(scales, pairs, controls, asked.seed, by_weight)
 
 
 def is_thresholded(vector: SkillVector) -> bool:
@@ -278,21 +277,27 @@ def is_thresholded(vector: SkillVector) -> bool:
     return vector.scale != 0 and any(dtype in side for side in sides for dtype in HALVES)
 
 
+class _Measured(NamedTuple):
+    """What the passes have found of each tensor, and of each pair."""
+
+    results: list[JobResult]
+    spectra: Spectra
+    spreads: dict[tuple[int, int], dict[levels.Place, Variances]]
+    supports: Supports
+
+
 @np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
-def _conclude(
-    report: Report,
-    results: Sequence[JobResult],
-    request: Request,
-    inputs: _Inputs,
-    spectra: Spectra,
-) -> None:
+def _conclude(report: Report, measured: _Measured, request: Request, inputs: _Inputs) -> None:
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
+    results, spectra, spreads, supports = measured
+    matrices = [n for n, result in enumerate(results) if is_matrix(result.job)]
     records = levels.Records(
         [result.job.name for result in results],
         np.array([result.job.numel for result in results], np.int64),
         np.frombuffer(b"".join([result.sums.tobytes() for result in results]), form),
         [result.found or {} for result in results],
+        supports,
     )
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
@@ -301,13 +306,14 @@ def _conclude(
     ]  # fmt: skip
     pairs: list[PairEntry] = []
     for n, (i, j) in enumerate(request.pairs):
-        held = pair_levels(records, request, n, spectra.pairs[n])
+        control = spreads[request.controls[n]] if request.controls else None
+        held = pair_levels(records, request, n, spectra.pairs[n], spreads[i, j], control, matrices)
         shared = _shared_rounding(opened, (i, j), records, held["overall"])
         rounding = shared["cosine"] if shared else None
         pairs.append({
             "a": labels[i], "b": labels[j], "lineage_a": opened[i].dtypes,
             "lineage_b": opened[j].dtypes, "control": report.facts["control"],
-            "shared_rounding": shared, "sentence": sentence(held["overall"], rounding),
+            "shared_rounding": shared, "sentence": sentence(held, rounding),
             **held,
         })  # fmt: skip
     report.facts |= {"norms": vectors, "pairs": pairs}
@@ -356,10 +362,8 @@ def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
     return found
 
 
-def _at_once(runner: Engine, asked: SubspaceFacts | None) -> int:
-    """Return how many matrices are at work: one for each worker here, one on a device."""
-    if asked is None or asked["device"] != "cpu":
-        return 1
+def _workers(runner: Engine) -> int:
+    """Return how many tensors are at work in this process after the run."""
     return (runner if isinstance(runner, Threads) else choose_engine("threads", None)).in_process
 
 

@@ -24,9 +24,7 @@ class CompareJob(Job):
         assert request is not None
         tables: dict[int, strata.Counts] = {}
         sides = strata.counting(self._sides(block), request, tables)
-        task.state.sums[block.index] = block_sums(
-            sides, request, self.name, self.numel, block.begin
-        )
+        task.state.sums[block.index] = block_sums(sides, request, self.numel)
         with task.common.lock:
             held = task.state.measured
             for n, counts in tables.items():
