@@ -112,10 +112,10 @@ SUPPORT = (
               " shared beyond what rounding lets through at such weights. Where the tuned models"
               " have 16 bits and weights are known", "1", "page pairs rows screen"),
     Statistic("overlap_z", "overlap z", "+.1f",
-              "r / √(the largest of H, H + E and R + C − Q): r the excess of N_ab over the chance of"
-              " `lift_weights`, H its variance where values are independent, E what rows and columns"
-              " of unequal densities add, R and C the squares of r summed up by rows and by channels,"
-              " Q by values", "N(0, 1); null for dense ones", "page pairs rows screen"),
+              "r / √(the largest of H, H + E and R + C − Q): r the excess of N_ab over the chance"
+              " of `lift_weights`, H its variance where values are independent, E what rows and"
+              " columns of unequal densities add, R and C the squares of r summed up by rows and by"
+              " channels, Q by values", "N(0, 1); null for dense ones", "page pairs rows screen"),
     Statistic("p_overlap", "p of overlap", ".2g", "P(|overlap z| as large), two-sided", "uniform",
               "page pairs rows"),
     Statistic("overlap_z_weights", "overlap z given weights", "+.1f",

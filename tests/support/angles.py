@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import supports
 import torch
 from safetensors.torch import load_file
 
@@ -130,17 +131,6 @@ def beta_p(cosine: float, n: int) -> float:
 # --------------------------------------------------------------------------------- pairs of them
 
 
-def expected_overlap(in_a: np.ndarray, in_b: np.ndarray, strata: np.ndarray) -> tuple[float, float]:
-    """Return mean and variance of shared values where a's and b's are drawn in each stratum."""
-    mean = spread = 0.0
-    for stratum in np.unique(strata):
-        at = strata == stratum
-        n, a, b = int(at.sum()), int(in_a[at].sum()), int(in_b[at].sum())
-        mean += a * b / n
-        spread += a * b * (n - a) * (n - b) / (n * n * (n - 1)) if n > 1 else 0.0
-    return mean, spread
-
-
 def strata_of(w: torch.Tensor) -> np.ndarray:
     """Return the exponent of each weight on its 16-bit grid, with .5 for a power of two."""
     dtype = w.dtype if w.dtype in GRIDS else torch.bfloat16
@@ -149,15 +139,16 @@ def strata_of(w: torch.Tensor) -> np.ndarray:
 
 
 def pair_row(
-    names: list[str], one: Side, other: Side, flips: int = 0, weights: dict | None = None
-) -> dict:
+    names: list[str], one: Side, other: Side, flips: int = 0, weights: dict | None = None,
+    hidden: int = 0,
+) -> dict:  # fmt: skip
     """Return the row of a pair of vectors over some tensors (all but control and subspaces).
 
     By the exponents of `weights` supports are compared where rounding decided both.
     """
     numel = shared = n_a = n_b = agree = 0
     dot = sq_a = sq_b = sum_t2 = variance = chance = overlap_var = along = 0.0
-    given, given_var, is_given = 0.0, 0.0, False
+    given, given_var, is_given, overlaps = 0.0, 0.0, False, []
     met = {"conflict_a": 0.0, "on_support_a": 0.0, "conflict_b": 0.0, "on_support_b": 0.0}
     all_t = []
     for name in names:
@@ -177,11 +168,17 @@ def pair_row(
         both = (a != 0) & (b != 0)
         n_a, n_b, shared = n_a + in_a, n_b + in_b, shared + int(both.sum())
         agree += int((both & ((a > 0) == (b > 0))).sum())
-        plain = expected_overlap(a != 0, b != 0, np.zeros(n))
+        signs = both * np.where((a > 0) == (b > 0), 1, -1)
+        held = supports.Overlap(a != 0, b != 0, signs, np.zeros(n))
+        plain = supports.expected(held)
         chance, overlap_var = chance + plain[0], overlap_var + plain[1]
         if weights is not None and one.thresholded and other.thresholded:
-            is_given, plain = True, expected_overlap(a != 0, b != 0, strata_of(weights[name]))
-        given, given_var = given + plain[0], given_var + plain[1]
+            is_given, held = True, held._replace(strata=strata_of(weights[name]))
+        given, given_var = (
+            sum(of) for of in zip((given, given_var), supports.expected(held), strict=True)
+        )
+        shape = one.values[name].shape
+        overlaps.append(supports.Overlap(*(side.reshape(shape) for side in held)))
         if float(b @ b) > 0:
             along += s * s / float(b @ b)
         opposite = (a > 0) & (b < 0) | (a < 0) & (b > 0)
@@ -189,6 +186,7 @@ def pair_row(
         met["conflict_b"] += float((b[opposite] ** 2).sum())
         met["on_support_a"] += float((a[both] ** 2).sum())
         met["on_support_b"] += float((b[both] ** 2).sum())
+    spread = supports.variances(overlaps, hidden) if overlaps else np.zeros(2)
     norms = sqrt(sq_a), sqrt(sq_b)
     cosine = dot / (norms[0] * norms[1]) if sq_a and sq_b else None
     row = {
@@ -207,11 +205,13 @@ def pair_row(
         "jaccard": shared / (n_a + n_b - shared) if n_a + n_b else None,
         "lift": shared / chance if chance else None,
         "lift_weights": shared / given if is_given and given else None,
-        "overlap_z": (shared - given) / sqrt(given_var) if given_var else None,
-        "p_overlap": erfc(abs(shared - given) / sqrt(2 * given_var)) if given_var else None,
+        "overlap_z": (shared - given) / sqrt(spread[0]) if given_var else None,
+        "p_overlap": erfc(abs(shared - given) / sqrt(2 * spread[0])) if given_var else None,
+        "overlap_z_weights": (shared - given) / sqrt(given_var) if is_given and given_var else None,
         "overlap_z_plain": (shared - chance) / sqrt(overlap_var) if overlap_var else None,
         "sign_agreement": agree / shared if shared else None,
-        "sign_z": (2 * agree - shared) / sqrt(shared) if shared else None,
+        "sign_z": (2 * agree - shared) / sqrt(spread[1]) if shared else None,
+        "sign_z_plain": (2 * agree - shared) / sqrt(shared) if shared else None,
         "along": along / sq_a if sq_a else None,
     }
     for key, value in met.items():
@@ -434,8 +434,10 @@ def pair_of(one: Side, other: Side, names: list[str], k: int | None = None, flip
         if is_matrix(a) and a.any() and b.any():
             spectra[name] = float((a**2).sum()), float((b**2).sum()), pair_spectrum(a, b, k)
     rows = {}
+    hidden = supports.hidden_size([one.values[name].shape for name in names])
     for key, members in groups_of(names).items():
-        rows[key] = pair_row(members, one, other, flips, against or other.weights or one.weights)
+        known = against or other.weights or one.weights
+        rows[key] = pair_row(members, one, other, flips, known, hidden)
         held = [spectra[name] for name in members if name in spectra]
         by_a, by_b = (mean_of([(h[i], h[2]) for h in held]) for i in (0, 1))
         rows[key] |= mean_of([(sqrt(h[0] * h[1]), h[2]) for h in held])  # of both alike
@@ -479,8 +481,8 @@ def expected(report: dict, sides: dict[str, Side], against: dict | None = None) 
 
 
 EXACT = {"numel", "steps", "density", "density_a", "density_b", "jaccard", "lift", "lift_weights",
-         "overlap_z", "p_overlap", "overlap_z_plain", "sign_agreement", "sign_z", "spikes",
-         "below_half_step", "absorbed", "overlap_chance", "in_chance"}  # fmt: skip
+         "overlap_z_weights", "overlap_z_plain", "sign_agreement", "sign_z", "sign_z_plain",
+         "spikes", "below_half_step", "absorbed", "overlap_chance", "in_chance"}  # fmt: skip
 SPECTRAL = {"stable_rank", "effective_rank", "interference", "interference_share", "overlap_left",
             "overlap_right", "a_in_b", "b_in_a", "sar_a", "sar_b", "top_energy", "energy_in_w",
             "spike_energy", "angles_left", "angles_right"}  # fmt: skip
@@ -493,6 +495,8 @@ def tolerance(key: str, row: dict, report: dict) -> float:
     """
     value = row[key] if isinstance(row[key], float) else 0.0
     size, root, flips = abs(value), sqrt(row["numel"]), report["sign_flips"] or 1
+    if key in ("overlap_z", "p_overlap"):  # scores are in units of 2^-30
+        return 1e-6 * (1 + size)
     if key in EXACT:
         return 1e-9 * (1 + size)
     randomised = report["subspace"] and report["subspace"]["randomised"]
