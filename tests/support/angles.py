@@ -148,7 +148,8 @@ def pair_row(
     """
     numel = shared = n_a = n_b = agree = 0
     dot = sq_a = sq_b = sum_t2 = variance = chance = overlap_var = along = 0.0
-    given, given_var, is_given, overlaps = 0.0, 0.0, False, []
+    given, given_var, is_given, is_known, overlaps = 0.0, 0.0, False, True, []
+    is_rounded = one.thresholded and other.thresholded
     met = {"conflict_a": 0.0, "on_support_a": 0.0, "conflict_b": 0.0, "on_support_b": 0.0}
     all_t = []
     for name in names:
@@ -172,7 +173,9 @@ def pair_row(
         held = supports.Overlap(a != 0, b != 0, signs, np.zeros(n))
         plain = supports.expected(held)
         chance, overlap_var = chance + plain[0], overlap_var + plain[1]
-        if weights is not None and one.thresholded and other.thresholded:
+        if weights is None and is_rounded and plain[1]:
+            is_known = False
+        if weights is not None and is_rounded:
             is_given, held = True, held._replace(strata=strata_of(weights[name]))
         given, given_var = (
             sum(of) for of in zip((given, given_var), supports.expected(held), strict=True)
@@ -187,6 +190,7 @@ def pair_row(
         met["on_support_a"] += float((a[both] ** 2).sum())
         met["on_support_b"] += float((b[both] ** 2).sum())
     spread = supports.variances(overlaps, hidden) if overlaps else np.zeros(2)
+    is_judged = given_var and is_known
     norms = sqrt(sq_a), sqrt(sq_b)
     cosine = dot / (norms[0] * norms[1]) if sq_a and sq_b else None
     row = {
@@ -205,8 +209,8 @@ def pair_row(
         "jaccard": shared / (n_a + n_b - shared) if n_a + n_b else None,
         "lift": shared / chance if chance else None,
         "lift_weights": shared / given if is_given and given else None,
-        "overlap_z": (shared - given) / sqrt(spread[0]) if given_var else None,
-        "p_overlap": erfc(abs(shared - given) / sqrt(2 * spread[0])) if given_var else None,
+        "overlap_z": (shared - given) / sqrt(spread[0]) if is_judged else None,
+        "p_overlap": erfc(abs(shared - given) / sqrt(2 * spread[0])) if is_judged else None,
         "overlap_z_weights": (shared - given) / sqrt(given_var) if is_given and given_var else None,
         "overlap_z_plain": (shared - chance) / sqrt(overlap_var) if overlap_var else None,
         "sign_agreement": agree / shared if shared else None,
