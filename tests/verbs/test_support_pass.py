@@ -55,7 +55,7 @@ def two_updates(folder: Path, dtype: torch.dtype, base_dtype: torch.dtype) -> li
 
 def deviations(report: sv.Report, against: Path | None = None) -> dict:
     """Return how far the overlap of supports is from that of tests/support/supports.py."""
-    said = {"sign_flips": 0} | json.loads(json.dumps(report.to_dict()))
+    said = json.loads(json.dumps(report.to_dict()))
     sides = {label: angles.side(*label.split("::")) for label in said["vectors"]}
     weights = angles.load(against) if against else None
     worst = angles.deviations(said, sides, weights)
