@@ -47,7 +47,7 @@ from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
 from skillvec.vectors.recipe import leaving_out
 from skillvec.vectors.vector import SkillVector
-from skillvec.verbs.chances import find_spreads, rows_nbytes
+from skillvec.verbs.chances import Supports, find_spreads, rows_nbytes
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.verbs.spectra import Spectra, find_spectra, is_matrix
 
@@ -209,11 +209,11 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
     results = run_plan(plan, run)
     refuse_nonfinite(results, asked.allow_nonfinite)
     results.sort(key=lambda result: natural_order(result.job.name))
-    measured = _Measured(results, Spectra.empty(request, len(results)), {})
+    measured = _Measured(results, Spectra.empty(request, len(results)), {}, {})
     if request.pairs:
         redrawn = asked.control == "random"
-        spreads = find_spreads(results, plan, redrawn, workers, run.watcher)
-        measured = measured._replace(spreads=spreads)
+        spreads, supports = find_spreads(results, plan, redrawn, workers, run.watcher)
+        measured = measured._replace(spreads=spreads, supports=supports)
     if facts["subspace"]:
         found = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
         measured = measured._replace(spectra=found)
@@ -263,7 +263,18 @@ def _request(asked: _Asked, inputs: _Inputs) -> Request:
     count = len(inputs.labels)
     pairs, other = tuple(combinations(range(count), 2)), inputs.control is not None
     controls = tuple((count, j) for _, j in pairs) if other else ()
-    return Request(tuple(vector.scale for vector in inputs.compared), pairs, controls, asked.seed)
+    scales = tuple(vector.scale for vector in inputs.compared)
+    by_weight = tuple(
+        n for n, pair in enumerate(pairs)
+        if all(is_thresholded(inputs.vectors[i]) for i in pair)
+    )  # fmt: skip
+    return Request(scales, pairs, controls, asked.seed, by_weight)
+
+
+def is_thresholded(vector: SkillVector) -> bool:
+    """Return whether rounding decides what a vector changes: a tuned side of it has 16 bits."""
+    sides = [lineage.partition(" - ")[0] for lineage in vector.dtypes.split(", ")]
+    return vector.scale != 0 and any(dtype in side for side in sides for dtype in HALVES)
 
 
 class _Measured(NamedTuple):
@@ -272,18 +283,21 @@ class _Measured(NamedTuple):
     results: list[JobResult]
     spectra: Spectra
     spreads: dict[tuple[int, int], dict[levels.Place, Variances]]
+    supports: Supports
 
 
 @np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
 def _conclude(report: Report, measured: _Measured, request: Request, inputs: _Inputs) -> None:
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
-    results, spectra, spreads = measured
+    results, spectra, spreads, supports = measured
     matrices = [n for n, result in enumerate(results) if is_matrix(result.job)]
     records = levels.Records(
         [result.job.name for result in results],
         np.array([result.job.numel for result in results], np.int64),
         np.frombuffer(b"".join([result.sums.tobytes() for result in results]), form),
+        [result.found or {} for result in results],
+        supports,
     )
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
@@ -340,6 +354,12 @@ def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
                 f" ({shared['roles']}): if training went on from fp32 master weights, its"
                 f" rounding alone gives a cosine{size}"
             )
+    overall = [pair["overall"] for pair in pairs]
+    if any(row["overlap_z"] is None and row["overlap_z_plain"] is not None for row in overall):
+        found.append(
+            "rounding to 16 bits decided which values changed, by the size of their weights, which"
+            " are not known: how far supports overlap is not judged (--against BASE)"
+        )
     if any(dtype in words for words in lineage for dtype in HALVES):
         found.append(
             "inputs are 16-bit: a vector taken from bf16 or fp16 checkpoints is a thresholded copy"
