@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
+from skillvec.analysis.outputs import pair_outputs, vector_outputs
 from skillvec.ops import statistics
 from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
 from skillvec.ops.statistics import Request
@@ -143,11 +144,13 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def vector_levels(
-    records: "Sequence[Record] | Records", i: int, subspaces: Sequence[Row]
-) -> Levels:
+    records: "Sequence[Record] | Records", i: int, subspaces: Sequence[Row],
+    outputs: Sequence[Row] = (),
+) -> Levels:  # fmt: skip
     """Return the numbers of vector `i` at every level.
 
-    `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
+    `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum,
+    `outputs` of what it does to outputs, if that was asked.
     """
     records = Records.of(records)
     held = records.sums["vectors"][:, i]
@@ -155,7 +158,8 @@ def vector_levels(
     whole = _summed({"square": held["square"]}, [range(len(held))])[0]["square"]
 
     def row(sums: Sums, members: list[int]) -> Row:
-        return vector_row(sums, whole) | weighted([subspaces[n] for n in members])
+        known = vector_row(sums, whole) | weighted([subspaces[n] for n in members])
+        return known | vector_outputs([outputs[n] for n in members]) if outputs else known
 
     return by_level(records, terms, row)
 
@@ -213,14 +217,16 @@ def _weight(row: Row, key: str) -> float:
 
 
 def pair_levels(
-    records: "Sequence[Record] | Records", request: Request, n: int, subspaces: Sequence[Row]
-) -> PairLevels:
+    records: "Sequence[Record] | Records", request: Request, n: int, subspaces: Sequence[Row],
+    outputs: Sequence[Row] = (),
+) -> PairLevels:  # fmt: skip
     """Return the numbers of the request's pair `n` at every level, and the forecast."""
     records = Records.of(records)
     terms = pair_terms(records.numel, records.sums, request, n)
 
     def row(sums: Sums, members: list[int]) -> Row:
-        return pair_row(sums) | weighted([subspaces[m] for m in members])
+        known = pair_row(sums) | weighted([subspaces[m] for m in members])
+        return known | pair_outputs([outputs[m] for m in members]) if outputs else known
 
     found = by_level(records, terms, row)
     alone = [found["tensors"][i] for i in records.layers.get(NO_LAYER, ())]

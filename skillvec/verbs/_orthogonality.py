@@ -16,6 +16,7 @@ import numpy as np
 
 from skillvec.analysis import levels
 from skillvec.analysis.angle_report import (
+    ActivationFacts,
     AngleFacts,
     AngleReport,
     PairEntry,
@@ -47,6 +48,13 @@ from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
 from skillvec.vectors.recipe import leaving_out
 from skillvec.vectors.vector import SkillVector
+from skillvec.verbs.activations import (
+    Outputs,
+    find_outputs,
+    match_moments,
+    memory_nbytes,
+    open_moments,
+)
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.verbs.spectra import Spectra, find_spectra, is_matrix
 
@@ -60,6 +68,7 @@ def orthogonality(
     control: PathLike | SkillVector | None = None,
     sign_flips: int = 0,
     subspace: int = 0,
+    activations: PathLike | None = None,
     device: str = "auto",
     seed: int = 0,
     output: PathLike | None = None,
@@ -80,8 +89,10 @@ def orthogonality(
     layer and tensor. `against` are weights, for rounding and for their own subspaces (a pair has
     its base). `control` is "random" (the first of a pair with its signs drawn anew by `seed`) or a
     vector to put in its place. `sign_flips` draws make a randomisation test. `subspace` K compares
-    the K leading singular directions of every matrix on the torch `device`. `output` is a folder
-    for report.json, report.csv and report.html, with `figures` as SVG and PNG beside them.
+    the K leading singular directions of every matrix on the torch `device`. `activations` is a file
+    of second moments of the modules' inputs (recipes/calibrate.py), for the outputs of the updates,
+    on the same device. `output` is a folder for report.json, report.csv and report.html, with
+    `figures` as SVG and PNG beside them.
     Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. The
     same digits whatever the worker count. Raises UsageError, IncompatibleError, NonfiniteError,
     FormatError.
@@ -90,8 +101,8 @@ def orthogonality(
         raise UsageError(f"expected at least two vectors, found {len(vectors)}")
     asked = _Asked(
         "orthogonality", vectors, against=against, subspace=subspace, device=device, seed=seed,
-        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite, control=control,
-        sign_flips=sign_flips,
+        activations=activations, include=include, exclude=exclude,
+        allow_nonfinite=allow_nonfinite, control=control, sign_flips=sign_flips,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     return _compare(asked, output, figures, run)
@@ -102,6 +113,7 @@ def norms(
     *,
     against: PathLike | Checkpoint | None = None,
     subspace: int = 0,
+    activations: PathLike | None = None,
     device: str = "auto",
     seed: int = 0,
     output: PathLike | None = None,
@@ -121,7 +133,7 @@ def norms(
     """
     asked = _Asked(
         "norms", [vector], against=against, subspace=subspace, device=device, seed=seed,
-        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite,
+        activations=activations, include=include, exclude=exclude, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     return _compare(asked, output, figures, run)
@@ -140,8 +152,14 @@ class _Asked:
     include: Sequence[str]
     exclude: Sequence[str]
     allow_nonfinite: bool
+    activations: PathLike | None = None
     control: PathLike | SkillVector | None = None
     sign_flips: int = 0
+
+    @property
+    def reads_again(self) -> bool:
+        """Whether matrices are read after the run that gave the sums."""
+        return bool(self.subspace) or self.activations is not None
 
     def check(self) -> None:
         """Raise UsageError for what nothing can be measured by."""
@@ -201,12 +219,18 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
         from skillvec.analysis.page import LEAST_NBYTES  # with all figures
 
         plan = replace(plan, bound_nbytes=LEAST_NBYTES, sure_nbytes=LEAST_NBYTES)
-    at_once = _at_once(run.engine, facts["subspace"])
+    moments = None
+    if asked.activations is not None:
+        moments = open_moments(asked.activations)
+        facts["activations"] = match_moments(moments, plan.jobs, asked.device)
+    at_once = _at_once(run.engine, facts["subspace"] or facts["activations"])
     sizes = [4 * job.numel for job in plan.jobs if asked.subspace and is_matrix(job)]
-    report = show_plan(plan, dict(facts), run, place, at_once_nbytes(sizes, at_once))
+    held = max(at_once_nbytes(sizes, at_once), memory_nbytes(moments, plan.jobs, at_once))
+    report = show_plan(plan, dict(facts), run, place, held)
     if run.dry_run:
         return report
-    before = fingerprints(plan.files() if asked.subspace else ())  # for what is read after the run
+    again = [*plan.files(), *([moments.path] if moments else [])] if asked.reads_again else []
+    before = fingerprints(again)
     plan = measure_plan(plan, run)
     results = run_plan(plan, run)
     refuse_nonfinite(results, asked.allow_nonfinite)
@@ -214,8 +238,11 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
     spectra = Spectra.empty(request, len(results))
     if facts["subspace"]:
         spectra = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
-        refuse_changed(before)
-    _conclude(report, results, request, inputs, spectra)
+    outputs = Outputs.empty(request)
+    if moments:
+        outputs = find_outputs(results, plan, moments, asked.device, at_once, run.watcher)
+    refuse_changed(before)
+    _conclude(report, results, request, inputs, spectra, outputs)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
     tell_nonfinite(report, results)
     if place is not None:
@@ -247,6 +274,7 @@ def _facts(asked: _Asked, inputs: _Inputs, place: Output | None) -> AngleFacts:
         "seed": asked.seed,
         "sign_flips": asked.sign_flips,
         "subspace": None,
+        "activations": None,
         "step_edges": list(STEP_EDGES),
     }
     if place is not None:
@@ -274,6 +302,7 @@ def _conclude(
     request: Request,
     inputs: _Inputs,
     spectra: Spectra,
+    outputs: Outputs,
 ) -> None:
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
@@ -284,12 +313,12 @@ def _conclude(
     )
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
-         **vector_levels(records, i, spectra.vectors[i])}
+         **vector_levels(records, i, spectra.vectors[i], outputs.vectors[i])}
         for i, vector in enumerate(opened)
     ]  # fmt: skip
     pairs: list[PairEntry] = []
     for n, (i, j) in enumerate(request.pairs):
-        held = pair_levels(records, request, n, spectra.pairs[n])
+        held = pair_levels(records, request, n, spectra.pairs[n], outputs.pairs[n])
         shared = _shared_rounding(opened, (i, j), records, held["overall"])
         rounding = shared["cosine"] if shared else None
         pairs.append({
@@ -344,7 +373,7 @@ def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
     return found
 
 
-def _at_once(runner: Engine, asked: SubspaceFacts | None) -> int:
+def _at_once(runner: Engine, asked: SubspaceFacts | ActivationFacts | None) -> int:
     """Return how many matrices are at work: one for each worker here, one on a device."""
     if asked is None or asked["device"] != "cpu":
         return 1
