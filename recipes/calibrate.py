@@ -404,7 +404,7 @@ def write(taken: Inputs, about: dict[str, Any], output: Path) -> None:
     said = json.dumps(about | {"tool": f"skillvec {__version__}"}, separators=(",", ":"))
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        save_file(tensors, unfinished, metadata={"format": "pt", "skillvec": said})
+        save_file(tensors, unfinished, metadata={"skillvec": said})  # two come in any order
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)
