@@ -32,7 +32,7 @@ def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
     for letter, vector in zip(letters, facts["norms"], strict=True):
         line = wrap(f"{letter}\xa0=\xa0{_say_vector(vector)}")
         said.append(line.replace("\xa0", " "))  # a long path stays behind its letter
-    left_out = {"z", "lift"} if verbose else set()  # room for names; the report has them all
+    left_out = {"null", "lift"} if verbose else set()  # room for names; the report has them all
     left_out |= {"norm_ratio"} if facts["control"] else {"control_cosine"}
     inside = {number.key for number in PAIR_SUBSPACE + PAIR_OUTPUTS}
     shown = [n for n in select_shown(PAIRS, "screen") if n.key not in left_out | inside]
@@ -71,7 +71,9 @@ def say_norms(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
     after = 1 + [number.key for number in shown].index("rms")  # where the bars stand
     rows = []
     levels = _levels(vector) if verbose else _levels(vector)[:-1]
-    for name, level in zip(("modules", "kinds", "layers", "tensors"), levels, strict=False):
+    for name, level in zip(
+        ("parts", "modules", "kinds", "layers", "tensors"), levels, strict=False
+    ):
         most = max((row["rms"] or 0 for row in level), default=0)
         rows.append([name, *[""] * (1 + len(shown))])
         for row in level:
@@ -84,7 +86,7 @@ def say_norms(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
 
 
 def _levels(held: Levels) -> list[Sequence[Row]]:
-    return [held["modules"], held["kinds"], held["layers"], held["tensors"]]
+    return [held["parts"], held["modules"], held["kinds"], held["layers"], held["tensors"]]
 
 
 def _indent(row: Row) -> str:
@@ -109,10 +111,10 @@ def _say_vector(vector: VectorEntry) -> str:
 
 
 def _head(number: Statistic) -> str:
-    return "±" if number.key == "cosine_se" else number.title
+    return "chance ±" if number.key == "cosine_sd" else number.title
 
 
 def _write_cells(row: Row, shown: Table) -> list[str]:
     cells = write_numbers(row, shown)
-    return [write_spread(row) if number.key == "cosine_se" else cell
+    return [write_spread(row) if number.key == "cosine_sd" else cell
             for number, cell in zip(shown, cells, strict=True)]  # fmt: skip

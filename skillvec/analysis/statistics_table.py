@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-SPREAD = 1.96  # standard errors on either side: 95 %
+SPREAD = 1.96  # standard deviations on either side: 95 %
 
 
 @dataclass(frozen=True)
 class Statistic:
     """A number: `key` in report.json and report.csv, `title` for people, `form`, `meaning`.
 
-    `form` is a format specification, "%" for a share at three digits or "list" for what is no
-    single number. `meaning` is a formula or words, with a and b the values of two vectors, v those
-    of one and n their number; `chance` is what unrelated directions give. `shown` names where it
-    stands beside report.json and report.csv: "page" (with the numbers of a vector or a pair),
-    "pairs" (in the table of all pairs), "rows" (a column that is shown at first), "lines" (a figure
-    along the layers), "screen" (the terminal).
+    `form` is a format specification, "%" for a share at three digits, "word" for what is no number
+    or "list" for several. `meaning` is a formula or words, with a and b the values of two vectors,
+    v those of one and n their number; `chance` is what unrelated directions give. `shown` names
+    where it stands beside report.json and report.csv: "page" (with the numbers of a vector or a
+    pair), "pairs" (in the table of all pairs), "rows" (a column that is shown at first), "lines" (a
+    figure along the layers), "screen" (the terminal).
     """
 
     key: str
@@ -38,23 +38,49 @@ ANGLE = (
     Statistic("numel", "values", ",d", "number of values n", "", "page rows"),
     Statistic("cosine", "cosine", "+.3g", "⟨a, b⟩ / (|a| |b|): 1 same direction, −1 opposite",
               "0, spread as below", "page pairs rows screen"),
-    Statistic("cosine_se", "se", ".2g",
-              "√(sum over tensors of G/(G−1) (ΣT² − S²/G)) / (|a| |b|), T the inner product over a"
-              " group of neighbouring values, S their sum, G their number: the spread of this"
-              " cosine, not of a new training run", "the spread that the data show", "screen"),
-    Statistic("z", "z", "+.1f",
-              "cosine · √n: the cosine over its spread for unrelated isotropic directions",
-              "N(0, 1), if directions are isotropic", "page pairs rows screen"),
-    Statistic("z_groups", "z over groups", "+.1f",
-              "S / √ΣT²: holds for sparse deltas and unequal magnitudes, where z overstates",
-              "N(0, 1), if each T has an even chance of either sign", "page pairs rows screen"),
+    Statistic("cosine_sd", "by chance", ".2g",
+              "standard deviation of the cosine under the null that holds, `null`", "",
+              "page pairs screen"),
+    Statistic("z", "z", "+.1f", "cosine / cosine_sd: the cosine over its spread by that null",
+              "N(0, 1)", "page pairs rows screen"),
     Statistic("p", "p", ".2g",
-              "P(|cosine| as large), two-sided: cosine² follows Beta(1/2, (n−1)/2). With n in the"
-              " billions almost any shared structure makes it vanish: then the size of the cosine"
-              " matters", "uniform, if isotropic", "page pairs rows"),
-    Statistic("p_flips", "p, sign flips", ".2g",
-              "(1 + number of draws with |S*| ≥ |S|) / (draws + 1), S* with the sign of whole"
-              " groups drawn anew", "uniform on multiples of 1/(draws + 1)"),
+              "how often a z as far from 0 comes by chance, two-sided; with many values small"
+              " relations are clear too: then the size of the cosine matters", "uniform",
+              "page pairs rows screen"),
+    Statistic("null", "null", "word",
+              "which null holds: groups, unless another has a variance that is larger by more than"
+              " chance, and then the largest", "", "page pairs rows screen"),
+    Statistic("z_groups", "z, groups", "+.1f",
+              "S / √ΣT², T the inner product over a group of neighbouring values, S their sum:"
+              " holds for sparse deltas and unequal magnitudes",
+              "N(0, 1), if each T has an even chance of either sign", "page"),
+    Statistic("z_rows", "z, rows", "+.1f",
+              "S / √ΣT², T the inner product over a row as it is stored, or over a slice across the"
+              " hidden axis if these vary more", "N(0, 1), if each T has an even chance of either"
+              " sign", "page"),
+    Statistic("z_channels", "z, channels", "+.1f",
+              "S / √ΣT², T the inner product over a channel of the hidden axis, of all tensors"
+              " together", "N(0, 1), if each T has an even chance of either sign", "page"),
+    Statistic("z_rotation", "z, rotation", "+.1f",
+              "S √h / |M|, M the h x h sum of A'B over tensors: a is rotated at random on the"
+              " hidden axis of h channels, alike in all tensors",
+              "N(0, 1), if no direction of that axis is marked", "page"),
+    Statistic("z_isotropic", "z, isotropic", "+.1f",
+              "cosine · √n: the cosine over its spread for unrelated isotropic directions",
+              "N(0, 1), if all directions of all values are alike"),
+    Statistic("p_isotropic", "p, isotropic", ".2g",
+              "P(|cosine| as large), two-sided: cosine² follows Beta(1/2, (n−1)/2)",
+              "uniform, if isotropic"),
+    Statistic("cosine_se", "se", ".2g",
+              "√(sum over tensors of G/(G−1) (ΣT² − S²/G)) / (|a| |b|), T of groups, G their"
+              " number: its spread where groups are independent, not that of a new training run",
+              "the spread that the data show", ""),
+    Statistic("cosine_mean", "mean of matrices", "+.3g",
+              "mean of the cosines of matrices, each counting as one", "0", "page"),
+    Statistic("cosine_mean_se", "its se", ".2g",
+              "their standard deviation over the root of their number", "", "page"),
+    Statistic("rare_share", "matrices of p < .05", "%", "share of matrices with p < .05", "5 %",
+              "page"),
     Statistic("norm_a", "norm A", ".3g", "|a|", "", "rows"),
     Statistic("norm_b", "norm B", ".3g", "|b|", "", "rows"),
     Statistic("norm_ratio", "|A| / |B|", ".3g",
@@ -65,9 +91,9 @@ CONTROL = (
     Statistic("control_cosine", "control cosine", "+.3g",
               "cosine with another vector, or a random one, in place of a: a pair is worth talking"
               " about where it stands clear of its control", "", "page pairs rows screen"),
-    Statistic("control_z_groups", "control z over groups", "+.1f", "the same for z over groups", "",
-              "page pairs rows"),
-    Statistic("control_z", "control z", "+.1f", "the same for z"),
+    Statistic("control_z", "control z", "+.1f",
+              "z of another vector, by the null that holds for it; of a random one over cosine_sd",
+              "", "page pairs rows"),
 )  # fmt: skip
 SUPPORT = (
     Statistic("density_a", "density A", "%",
@@ -225,8 +251,10 @@ def pick(table: Table, *keys: str) -> list[Statistic]:
     return [by_key[key] for key in keys]
 
 
-def write_number(value: float | None, form: str) -> str:
+def write_number(value: Any, form: str) -> str:
     """Return a number as a person reads it, "-" for none."""
+    if form == "word":
+        return value or "-"
     if value is None or not isfinite(value):
         return "-"
     if form == "%":
@@ -237,13 +265,13 @@ def write_number(value: float | None, form: str) -> str:
 def write_numbers(row: Mapping[str, Any], table: Table) -> list[str]:
     """Return the numbers of a row as a person reads them; of a p that fp64 cannot hold its end."""
     return [
-        "< 1e-300" if number.key == "p" and row.get("p") == 0
+        "< 1e-300" if number.key in ("p", "p_isotropic") and row.get(number.key) == 0
         else write_number(row.get(number.key), number.form)
         for number in table
     ]  # fmt: skip
 
 
 def write_spread(row: Mapping[str, Any]) -> str:
-    """Return the half-width of the interval that holds 95 % around the cosine of a row."""
-    error = row.get("cosine_se")
-    return write_number(None if error is None else SPREAD * error, ".2g")
+    """Return the half-width of the interval that holds 95 % of what chance makes of a cosine."""
+    deviation = row.get("cosine_sd")
+    return write_number(None if deviation is None else SPREAD * deviation, ".2g")

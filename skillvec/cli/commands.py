@@ -355,10 +355,7 @@ def pull(screen: Screen, repo: str, **options: Any) -> Any:
 @click.option(
     "--control",
     metavar="random|VECTOR",
-    help="In place of the first of each pair: random signs, or a vector.",
-)
-@click.option(
-    "--sign-flips", type=int, default=0, metavar="N", help="Draws of a randomisation test."
+    help="In place of the first of each pair: random signs of its channels, or a vector.",
 )
 @_reports
 @_nonfinite

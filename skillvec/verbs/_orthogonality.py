@@ -16,13 +16,11 @@ import numpy as np
 
 from skillvec.analysis import levels
 from skillvec.analysis.angle_report import (
-    ActivationFacts,
     AngleFacts,
     AngleReport,
     PairEntry,
     Row,
     SharedRounding,
-    SubspaceFacts,
     VectorEntry,
 )
 from skillvec.analysis.levels import pair_levels, sentence, vector_levels
@@ -42,6 +40,7 @@ from skillvec.files.staging import staging
 from skillvec.ops.comparison import STEP_EDGES
 from skillvec.ops.kernels import HALVES
 from skillvec.ops.names import natural_order
+from skillvec.ops.spreads import Variances
 from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher
@@ -55,18 +54,17 @@ from skillvec.verbs.activations import (
     memory_nbytes,
     open_moments,
 )
+from skillvec.verbs.chances import find_spreads, rows_nbytes
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.verbs.spectra import Spectra, find_spectra, is_matrix
 
-SCHEMA = 1
-MOST_FLIPS = 100_000
+SCHEMA = 2
 
 
 def orthogonality(
     *vectors: PathLike | SkillVector,
     against: PathLike | Checkpoint | None = None,
     control: PathLike | SkillVector | None = None,
-    sign_flips: int = 0,
     subspace: int = 0,
     activations: PathLike | None = None,
     device: str = "auto",
@@ -87,12 +85,12 @@ def orthogonality(
     Each input is a vector file, a SkillVector or "TUNED::BASE". The facts hold for every pair, and
     for every vector, the numbers that docs/orthogonality.md explains: overall, per module, kind,
     layer and tensor. `against` are weights, for rounding and for their own subspaces (a pair has
-    its base). `control` is "random" (the first of a pair with its signs drawn anew by `seed`) or a
-    vector to put in its place. `sign_flips` draws make a randomisation test. `subspace` K compares
-    the K leading singular directions of every matrix on the torch `device`. `activations` is a file
-    of second moments of the modules' inputs (recipes/calibrate.py), for the outputs of the updates,
-    on the same device. `output` is a folder for report.json, report.csv and report.html, with
-    `figures` as SVG and PNG beside them.
+    its base). `control` is "random" (the first of a pair with the signs of its channels drawn anew
+    by `seed`) or a vector to put in its place. `subspace` K compares the K leading singular
+    directions of every matrix on the torch `device`. `activations` is a file of second moments of
+    the modules' inputs (recipes/calibrate.py), for the outputs of the updates, on the same device.
+    `output` is a folder for report.json, report.csv and report.html, with `figures` as SVG and PNG
+    beside them.
     Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. The
     same digits whatever the worker count. Raises UsageError, IncompatibleError, NonfiniteError,
     FormatError.
@@ -102,7 +100,7 @@ def orthogonality(
     asked = _Asked(
         "orthogonality", vectors, against=against, subspace=subspace, device=device, seed=seed,
         activations=activations, include=include, exclude=exclude,
-        allow_nonfinite=allow_nonfinite, control=control, sign_flips=sign_flips,
+        allow_nonfinite=allow_nonfinite, control=control,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     return _compare(asked, output, figures, run)
@@ -154,17 +152,9 @@ class _Asked:
     allow_nonfinite: bool
     activations: PathLike | None = None
     control: PathLike | SkillVector | None = None
-    sign_flips: int = 0
-
-    @property
-    def reads_again(self) -> bool:
-        """Whether matrices are read after the run that gave the sums."""
-        return bool(self.subspace) or self.activations is not None
 
     def check(self) -> None:
         """Raise UsageError for what nothing can be measured by."""
-        if not 0 <= self.sign_flips <= MOST_FLIPS:
-            raise UsageError(f"sign_flips {self.sign_flips}: expected 0 to {MOST_FLIPS}")
         if self.subspace < 0:
             raise UsageError(f"subspace {self.subspace}: expected at least 1")
         if self.seed < 0:
@@ -223,26 +213,38 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
     if asked.activations is not None:
         moments = open_moments(asked.activations)
         facts["activations"] = match_moments(moments, plan.jobs, asked.device)
-    at_once = _at_once(run.engine, facts["subspace"] or facts["activations"])
+    workers = _workers(run.engine)
+    devices = {said["device"] for said in (facts["subspace"], facts["activations"]) if said}
+    at_once = workers if devices <= {"cpu"} else 1
     sizes = [4 * job.numel for job in plan.jobs if asked.subspace and is_matrix(job)]
-    held = max(at_once_nbytes(sizes, at_once), memory_nbytes(moments, plan.jobs, at_once))
-    report = show_plan(plan, dict(facts), run, place, held)
+    most = max(
+        at_once_nbytes(sizes, at_once),
+        rows_nbytes(plan, workers),
+        memory_nbytes(moments, plan.jobs, at_once),
+    )
+    report = show_plan(plan, dict(facts), run, place, most)
     if run.dry_run:
         return report
-    again = [*plan.files(), *([moments.path] if moments else [])] if asked.reads_again else []
-    before = fingerprints(again)
+    again = asked.subspace or request.pairs or moments  # what is read after the run
+    before = fingerprints([*plan.files(), *([moments.path] if moments else [])] if again else ())
     plan = measure_plan(plan, run)
     results = run_plan(plan, run)
     refuse_nonfinite(results, asked.allow_nonfinite)
     results.sort(key=lambda result: natural_order(result.job.name))
     spectra = Spectra.empty(request, len(results))
+    measured = _Measured(results, spectra, {}, Outputs.empty(request))
+    if request.pairs:
+        redrawn = asked.control == "random"
+        spreads = find_spreads(results, plan, redrawn, workers, run.watcher)
+        measured = measured._replace(spreads=spreads)
     if facts["subspace"]:
-        spectra = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
-    outputs = Outputs.empty(request)
+        found = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
+        measured = measured._replace(spectra=found)
     if moments:
         outputs = find_outputs(results, plan, moments, asked.device, at_once, run.watcher)
+        measured = measured._replace(outputs=outputs)
     refuse_changed(before)
-    _conclude(report, results, request, inputs, spectra, outputs)
+    _conclude(report, measured, request, inputs)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
     tell_nonfinite(report, results)
     if place is not None:
@@ -272,7 +274,6 @@ def _facts(asked: _Asked, inputs: _Inputs, place: Output | None) -> AngleFacts:
         "against": inputs.weights.ref if inputs.weights else None,
         "control": control,
         "seed": asked.seed,
-        "sign_flips": asked.sign_flips,
         "subspace": None,
         "activations": None,
         "step_edges": list(STEP_EDGES),
@@ -288,24 +289,25 @@ def _request(asked: _Asked, inputs: _Inputs) -> Request:
     """Return what is measured: all pairs of the vectors, and the control of each."""
     count = len(inputs.labels)
     pairs, other = tuple(combinations(range(count), 2)), inputs.control is not None
-    controls = tuple((count if other else i, j, not other) for i, j in pairs)
-    scales = tuple(vector.scale for vector in inputs.compared)
-    return Request(
-        scales, pairs, controls if asked.control is not None else (), asked.seed, asked.sign_flips
-    )
+    controls = tuple((count, j) for _, j in pairs) if other else ()
+    return Request(tuple(vector.scale for vector in inputs.compared), pairs, controls, asked.seed)
+
+
+class _Measured(NamedTuple):
+    """What the passes have found of each tensor, and of each pair."""
+
+    results: list[JobResult]
+    spectra: Spectra
+    spreads: dict[tuple[int, int], dict[levels.Place, Variances]]
+    outputs: Outputs
 
 
 @np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
-def _conclude(
-    report: Report,
-    results: Sequence[JobResult],
-    request: Request,
-    inputs: _Inputs,
-    spectra: Spectra,
-    outputs: Outputs,
-) -> None:
+def _conclude(report: Report, measured: _Measured, request: Request, inputs: _Inputs) -> None:
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
+    results, spectra, spreads, outputs = measured
+    matrices = [n for n, result in enumerate(results) if is_matrix(result.job)]
     records = levels.Records(
         [result.job.name for result in results],
         np.array([result.job.numel for result in results], np.int64),
@@ -318,13 +320,17 @@ def _conclude(
     ]  # fmt: skip
     pairs: list[PairEntry] = []
     for n, (i, j) in enumerate(request.pairs):
-        held = pair_levels(records, request, n, spectra.pairs[n], outputs.pairs[n])
+        control = spreads[request.controls[n]] if request.controls else None
+        held = pair_levels(
+            records, request, n, spectra.pairs[n], spreads[i, j], control, matrices,
+            outputs.pairs[n],
+        )  # fmt: skip
         shared = _shared_rounding(opened, (i, j), records, held["overall"])
         rounding = shared["cosine"] if shared else None
         pairs.append({
             "a": labels[i], "b": labels[j], "lineage_a": opened[i].dtypes,
             "lineage_b": opened[j].dtypes, "control": report.facts["control"],
-            "shared_rounding": shared, "sentence": sentence(held["overall"], rounding),
+            "shared_rounding": shared, "sentence": sentence(held, rounding),
             **held,
         })  # fmt: skip
     report.facts |= {"norms": vectors, "pairs": pairs}
@@ -373,10 +379,8 @@ def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
     return found
 
 
-def _at_once(runner: Engine, asked: SubspaceFacts | ActivationFacts | None) -> int:
-    """Return how many matrices are at work: one for each worker here, one on a device."""
-    if asked is None or asked["device"] != "cpu":
-        return 1
+def _workers(runner: Engine) -> int:
+    """Return how many tensors are at work in this process after the run."""
     return (runner if isinstance(runner, Threads) else choose_engine("threads", None)).in_process
 
 

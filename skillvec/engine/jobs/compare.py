@@ -21,9 +21,7 @@ class CompareJob(Job):
     def run(self, task: Task) -> None:
         block, request = task.block, task.common.plan.request
         assert request is not None
-        task.state.sums[block.index] = block_sums(
-            self._sides(block), request, self.name, self.numel, block.begin
-        )
+        task.state.sums[block.index] = block_sums(self._sides(block), request, self.numel)
 
     def _sides(self, block: Block) -> Iterator[tuple[Delta, Weights | None]]:
         """Yield each delta and its weights: these until the next one is asked for.
