@@ -96,11 +96,10 @@ class Workers:
         self.pool = ProcessPoolExecutor(processes)
 
     def measure(
-        self, structure: str, pairs: int, cosine: float = 0.0, subspace: int = 0
+        self, structure: str, numbers: range, cosine: float = 0.0, subspace: int = 0
     ) -> list[Measured]:
-        numbers = [*range(pairs)]
         tasks = [Task(structure, tuple(numbers[at : at + AT_ONCE]), cosine, subspace)
-                 for at in range(0, pairs, AT_ONCE)]  # fmt: skip
+                 for at in range(0, len(numbers), AT_ONCE)]  # fmt: skip
         return [row for rows in self.pool.map(measure, tasks) for row in rows]
 
 
@@ -138,8 +137,12 @@ def spread(rows: Sequence[Measured], key: str) -> float | None:
 
 
 def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str, Any]:
-    """Return what is found of one structure, as it is written to the JSON file."""
-    rows = workers.measure(structure, pairs)
+    """Return what is found of one structure, as it is written to the JSON file.
+
+    `planted` pairs of each size are related; of as many independent ones subspaces are compared.
+    """
+    both = workers.measure(structure, range(planted), subspace=DIRECTIONS)
+    rows = both + workers.measure(structure, range(planted, pairs))
     cosine = spread(rows, "cosine")
     assert cosine is not None
     found: dict[str, Any] = {
@@ -153,7 +156,7 @@ def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str,
         "planted": [],
     }
     for size in SIZES:
-        held = workers.measure(structure, planted, cosine=min(size * cosine, MOST))
+        held = workers.measure(structure, range(planted), cosine=min(size * cosine, MOST))
         claimed = Share(sum(row["claimed"] for row in held), planted)
         found["planted"].append({"size": size, "p": Share.below(held, "p"), "claimed": claimed})
     if structure in SPARSE:
@@ -164,10 +167,7 @@ def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str,
             "overlap_z": spread(rows, "overlap_z"),
             "sign_z": spread(rows, "sign_z"),
         }
-    held = workers.measure(structure, planted, subspace=DIRECTIONS)
-    found["subspaces"] = {
-        key: spread(held, key) for key in ("overlap_left_z", "overlap_right_z")
-    } | {"pairs": planted}
+    found["subspaces"] = {key: spread(both, key) for key in ("overlap_left_z", "overlap_right_z")}
     return found
 
 
