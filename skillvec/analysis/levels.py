@@ -6,7 +6,7 @@ docs/orthogonality.md has every formula.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import copysign, isfinite, sqrt
 from typing import Any
@@ -17,10 +17,14 @@ import numpy.typing as npt
 from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
 from skillvec.analysis.chance import NULLS, RARE, chance_of, is_related, judge, matrix_means
 from skillvec.analysis.outputs import pair_outputs, vector_outputs
+from skillvec.analysis.subspaces import group_row
+from skillvec.analysis.support_rows import Clusters
+from skillvec.analysis.supports import support_row, support_terms
 from skillvec.ops import statistics
 from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
 from skillvec.ops.spreads import Units, Variances
 from skillvec.ops.statistics import Request
+from skillvec.ops.strata import Strata
 from skillvec.report import Rows
 
 Sums = Mapping[str, Any]
@@ -30,8 +34,6 @@ Place = tuple[str, str]  # level, and name of the row in it
 Spreads = Mapping[Place, Variances]
 OVERALL: Place = ("overall", "")
 INSIDE, OUTSIDE = "layers", "outside"  # the parts of a model: embeddings, head, last norm outside
-WEIGHTS = ("energy", "energy_a", "energy_b")
-OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
 
 
 def realised(
@@ -64,6 +66,8 @@ class Records:
     names: list[str]
     numel: npt.NDArray[np.int64]
     sums: Any  # of statistics.layout
+    strata: Sequence[Mapping[int, Strata]] = ()  # of pairs that were counted so
+    clusters: Mapping[int, Mapping[Place, Clusters]] = field(default_factory=dict)  # of pairs
 
     @classmethod
     def of(cls, records: "Sequence[Record] | Records") -> "Records":
@@ -177,7 +181,7 @@ def vector_levels(
     whole = _summed({"square": held["square"]}, [range(len(held))])[0]["square"]
 
     def row(sums: Sums, members: list[int], _: Place) -> Row:
-        known = vector_row(sums, whole) | weighted([subspaces[n] for n in members])
+        known = vector_row(sums, whole) | group_row([subspaces[n] for n in members])
         return known | vector_outputs([outputs[n] for n in members]) if outputs else known
 
     return by_level(records, terms, row)
@@ -202,36 +206,6 @@ def vector_row(sums: Sums, whole: float) -> Row:
     }
 
 
-def weighted(rows: Sequence[Row]) -> Row:
-    """Return the means of what is known of several matrices, weighted by their energy.
-
-    Rows hold `energy`, or `energy_a` and `energy_b`, beside the numbers. Lists belong to one matrix
-    and are left out of means; of errors the largest is taken.
-    """
-    known = [row for row in rows if row]
-    keys = [key for key in (known[0] if known else ()) if key not in WEIGHTS]
-    if len(rows) == 1:
-        return {key: known[0][key] for key in keys}
-    found: Row = {}
-    for key in keys:
-        held = [(_weight(row, key), row[key]) for row in known if row[key] is not None]
-        if any(isinstance(value, list) for _, value in held):
-            continue
-        total = sum(energy for energy, _ in held)
-        found[key] = sum(energy * value for energy, value in held) / total if total else None
-        if key.endswith("_error"):
-            found[key] = max((value for _, value in held), default=None)
-    return found
-
-
-def _weight(row: Row, key: str) -> float:
-    """Return the energy of what a number is of: a vector's, a pair's first or second, or both."""
-    if "energy" in row:
-        return float(row["energy"])
-    a, b = row["energy_a"], row["energy_b"]
-    return float(a if key in OF_A else b if key in OF_B else sqrt(a * b))
-
-
 # ---------------------------------------------------------------------------------------- pairs
 
 
@@ -246,10 +220,12 @@ def pair_levels(
     tensors at the positions `matrices` are those that count one by one.
     """
     records = Records.of(records)
-    terms = pair_terms(records.numel, records.sums, request, n)
+    strata, clusters = [held.get(n) for held in records.strata], records.clusters.get(n, {})
+    terms = pair_terms(records.numel, records.sums, request, n, strata)
 
     def judged(sums: Sums, place: Place) -> Row:
-        return pair_row(sums, spreads.get(place), control.get(place) if control else None)
+        other = control.get(place) if control else None
+        return pair_row(sums, spreads.get(place), other, clusters.get(place))
 
     alone = {}
     for m in matrices:
@@ -264,7 +240,7 @@ def pair_levels(
         found = judged(sums, place)
         if place[0] != "tensors":
             found |= matrix_means([alone[m] for m in members if m in alone])
-        found |= weighted([subspaces[m] for m in members])
+        found |= group_row([subspaces[m] for m in members])
         return found | pair_outputs([outputs[m] for m in members]) if outputs else found
 
     levels = by_level(records, terms, row)
@@ -273,8 +249,13 @@ def pair_levels(
 
 
 @np.errstate(all="ignore")
-def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, Any]:
-    """Return of a tensor what adds up over tensors; of an array of records, columns of it."""
+def pair_terms(
+    numel: Any, record: Any, request: Request, n: int, strata: Sequence[Strata | None] = ()
+) -> dict[str, Any]:
+    """Return of a tensor what adds up over tensors; of an array of records, columns of it.
+
+    `strata` are those of each, where they were counted.
+    """
     i, j = request.pairs[n]
     numel = np.asarray(numel)
     a, b = record["vectors"][..., i], record["vectors"][..., j]
@@ -290,11 +271,7 @@ def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, A
     spread = pair["groups_sq"] - np.where(groups > 0, squared / groups, 0)
     few, terms["groups"] = groups < 2, groups
     terms["variance"] = np.where(few, pair["groups_sq"], groups / (groups - 1) * spread)
-    both = a["support"] * b["support"]
-    terms["chance"] = np.where(numel > 0, both / numel, 0.0)
-    neither = (numel - a["support"]) * (numel - b["support"])
-    by_chance = both * neither / (numel.astype(np.float64) ** 2 * (numel - 1))
-    terms["chance_var"] = np.where(numel > 1, by_chance, 0.0)
+    terms |= support_terms(numel, a["support"], b["support"], strata)
     if request.controls:  # one for each pair
         held = record["controls"][..., n]
         one = record["vectors"][..., request.controls[n][0]]
@@ -303,15 +280,19 @@ def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, A
     return terms
 
 
-def pair_row(sums: Sums, spread: Variances | None = None, control: Variances | None = None) -> Row:
+def pair_row(
+    sums: Sums, spread: Variances | None = None, control: Variances | None = None,
+    clusters: Clusters | None = None,
+) -> Row:  # fmt: skip
     """Return angle, support and meeting of two deltas from their summed terms.
 
-    Angle and z are None where a delta is zero. `control` is of another vector in place of a.
+    Angle and z are None where a delta is zero. `control` is of another vector in place of a,
+    `clusters` what structure the supports have.
     """
     squares = [max(float(sums[f"square_{side}"]), 0.0) for side in "ab"]
     norms = [sqrt(square) for square in squares]
     size = norms[0] * norms[1]
-    numel, shared, chance = int(sums["numel"]), float(sums["shared"]), float(sums["chance"])
+    numel, shared = int(sums["numel"]), float(sums["shared"])
     product = float(sums["product"])
     cosine = max(-1.0, min(1.0, product / size)) if size > 0 else None
     judged = judge(product, groups_of(sums), spread if size > 0 else None)
@@ -331,10 +312,7 @@ def pair_row(sums: Sums, spread: Variances | None = None, control: Variances | N
         "density_a": _ratio(sums["support_a"], numel),
         "density_b": _ratio(sums["support_b"], numel),
         "jaccard": _ratio(shared, union),
-        "lift": _ratio(shared, chance),
-        "overlap_z": _ratio(shared - chance, sqrt(sums["chance_var"])),
-        "sign_agreement": _ratio(sums["agree"], shared),
-        "sign_z": (2 * float(sums["agree"]) - shared) / sqrt(shared) if shared else None,
+        **support_row(sums, clusters),
         "along": _ratio(sums["along"], squares[0]),
     }
     for side in "ab":

@@ -107,12 +107,29 @@ SUPPORT = (
               "N_ab / sum over tensors of N_a N_b / n: shared values over what chance gives. Large"
               " weights absorb small changes of both alike, so bf16 alone lifts it over 1",
               "1; at most 1 / the larger density", "page pairs rows screen"),
+    Statistic("lift_weights", "lift given weights", ".3g",
+              "N_ab / sum over tensors and exponents e of the weights of N_a,e N_b,e / n_e: what is"
+              " shared beyond what rounding lets through at such weights. Where the tuned models"
+              " have 16 bits and weights are known", "1", "page pairs rows screen"),
     Statistic("overlap_z", "overlap z", "+.1f",
-              "(N_ab − chance) / √(sum of N_a N_b (n − N_a)(n − N_b) / (n² (n − 1)))",
-              "N(0, 1): hypergeometric; null for dense ones", ""),
+              "r / √(the largest of H, H + E and R + C − Q): r the excess of N_ab over the chance"
+              " of `lift_weights`, H its variance where values are independent, E what rows and"
+              " columns of unequal densities add, R and C the squares of r summed up by rows and by"
+              " channels, Q by values", "N(0, 1); null for dense ones", "page pairs rows screen"),
+    Statistic("p_overlap", "p of overlap", ".2g", "P(|overlap z| as large), two-sided", "uniform",
+              "page pairs rows"),
+    Statistic("overlap_z_weights", "overlap z given weights", "+.1f",
+              "r / √H, H = sum over tensors and exponents of N_a N_b (n − N_a)(n − N_b) /"
+              " (n² (n − 1))", "N(0, 1), if values of one exponent change independently", ""),
+    Statistic("overlap_z_plain", "overlap z, plain", "+.1f",
+              "(N_ab − chance) / √(sum of N_a N_b (n − N_a)(n − N_b) / (n² (n − 1))), chance as in"
+              " lift", "N(0, 1), if all values change independently", ""),
     Statistic("sign_agreement", "equal signs", "%", "share of N_ab with equal signs", "1/2",
               "page pairs rows screen"),
-    Statistic("sign_z", "sign z", "+.1f", "(2 equal − N_ab) / √N_ab",
+    Statistic("sign_z", "sign z", "+.1f",
+              "(2 equal − N_ab) / √(the larger of N_ab and R + C − N_ab), R and C the squares of"
+              " equal minus opposite signs by rows and by channels", "N(0, 1)", "page rows"),
+    Statistic("sign_z_plain", "sign z, plain", "+.1f", "(2 equal − N_ab) / √N_ab",
               "N(0, 1), if values are independent", ""),
     Statistic("along", "along", "%",
               "sum over tensors t of ⟨a, b⟩_t² / |b_t|², over |a|²: share of a's energy along b's"
@@ -131,6 +148,12 @@ PAIR_SUBSPACE = (
               "mean squared cosine of the principal angles of U_a and U_b, K leading left singular"
               " vectors each: 1 the same", "K/m in an m x n matrix", "page screen"),
     Statistic("overlap_right", "overlap right", ".3g", "the same of V_a and V_b", "K/n"),
+    Statistic("overlap_left_z", "overlap left z", "+.1f",
+              "(K · overlap left − K²/m) / √(2 K² (m−K)² / (m² (m−1) (m+2))); of a group, the sum"
+              " over matrices over the root of the sum", "N(0, 1), if directions are isotropic",
+              "page rows screen"),
+    Statistic("overlap_right_z", "overlap right z", "+.1f", "the same of overlap right", "N(0, 1)",
+              "page rows"),
     Statistic("overlap_chance", "overlap by chance", ".3g", "(K/m + K/n) / 2", "", "page screen"),
     Statistic("a_in_b", "A in B", "%", "|U_bᵀ A V_b|² / |A|²: share of A's energy inside",
               "in_chance", "page screen"),
@@ -146,6 +169,17 @@ PAIR_SUBSPACE = (
               "|U_c U_cᵀ A| / |A|, U_c of a + b (subspace alignment ratio, arXiv 2502.04959, at"
               " this K)", "above √(K/m), as a is part of a + b", "page screen"),
     Statistic("sar_b", "SAR B", ".3g", "|U_c U_cᵀ B| / |B|", "", "page screen"),
+    Statistic("cosine_spikes", "cosine of spikes", "+.3g",
+              "cosine of the low-rank parts: the `spikes` of a and those of b, at most K each", "0",
+              "page screen"),
+    Statistic("cosine_rest", "cosine of rests", "+.3g",
+              "cosine of what is left of a and b without them", "0", "page screen"),
+    Statistic("spikes_share", "⟨a, b⟩ in spikes", "%",
+              "the inner product of the low-rank parts over that of the matrices: above 100 % or"
+              " below 0 where parts cancel"),
+    Statistic("rest_share", "⟨a, b⟩ in rests", "%",
+              "the same of the rests; what is missing to 1 is between a part of one and the rest of"
+              " the other"),
     Statistic("angles_left", "angles left", "list",
               "principal angles of U_a and U_b in degrees (Bjorck and Golub 1973)", "towards 90",
               ""),
@@ -188,6 +222,12 @@ VECTOR = (
 )  # fmt: skip
 VECTOR_SUBSPACE = (
     Statistic("stable_rank", "stable rank", ".3g", "|V|² / s_1²"),
+    Statistic("spikes", "spikes", ".3g",
+              "number of singular values above the noise: 1.15 (square) to 1.41 (Gavish and Donoho"
+              " 2014) times the largest one of this matrix with the signs of its values drawn anew,"
+              " which is σ (√m + √n) (Marchenko and Pastur) for independent values",
+              "0"),
+    Statistic("spike_energy", "spike energy", "%", "share of |v|² in the spikes", "0"),
     Statistic("effective_rank", "effective rank", ".3g",
               "exp(entropy of s / Σs) (Roy and Vetterli 2007), estimated where the SVD is"
               " randomised; a high rank means that a low-rank copy loses much"),

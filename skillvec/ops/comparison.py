@@ -62,7 +62,7 @@ def compare_weights(x: Delta, weights: Weights | None) -> Sums:
 def call_pair(kernel: compiled.Kernel, x: Delta, y: Delta, width: int) -> Compared:
     """Return what `numpy_pair` gives, by a compiled kernel."""
     found = Compared(np.empty(-(-x.values.size // width)), np.empty(len(PAIR)))
-    kernel(*_spelt(x), *_spelt(y), width, *found)
+    kernel(*spelt(x), *spelt(y), width, *found)
     return found
 
 
@@ -70,11 +70,12 @@ def call_weights(kernel: compiled.Kernel, x: Delta, weights: Weights | None) -> 
     """Return what `numpy_weights` gives, by a compiled kernel."""
     sums = np.empty(len(VECTOR) + len(STEP_EDGES) + 1)
     values, dtype = weights or (NO_VALUES, "F32")
-    kernel(*_spelt(x), values, compiled.CODES[dtype], sums)
+    kernel(*spelt(x), values, compiled.CODES[dtype], sums)
     return sums
 
 
-def _spelt(delta: Delta) -> tuple[Any, ...]:
+def spelt(delta: Delta) -> tuple[Any, ...]:
+    """Return a delta as kernels take it."""
     return delta.values, compiled.CODES[delta.dtype], delta.positions, delta.exact
 
 
@@ -107,6 +108,12 @@ def sample_weights(run: Callable[[Delta, Weights | None], Sums]) -> bytes:
     """Return the bytes of what fixed deltas on fixed weights give."""
     deltas, weights = _samples()
     return b"".join(run(x, held).tobytes() for x in deltas for held in (None, *weights))
+
+
+def sample_pairs_on_weights(run: Callable[[Delta, Delta, Weights], Array]) -> bytes:
+    """Return the bytes of what fixed pairs of deltas on fixed weights give."""
+    deltas, weights = _samples()
+    return b"".join(run(x, y, held).tobytes() for x in deltas for y in deltas for held in weights)
 
 
 @cache

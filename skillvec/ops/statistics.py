@@ -33,6 +33,7 @@ class Request(NamedTuple):
     pairs: tuple[tuple[int, int], ...] = ()
     controls: tuple[tuple[int, int], ...] = ()
     seed: int = 0
+    by_weight: tuple[int, ...] = ()
 
 
 @cache

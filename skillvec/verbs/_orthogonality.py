@@ -54,7 +54,7 @@ from skillvec.verbs.activations import (
     memory_nbytes,
     open_moments,
 )
-from skillvec.verbs.chances import find_spreads, rows_nbytes
+from skillvec.verbs.chances import Supports, find_spreads, rows_nbytes
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.verbs.spectra import Spectra, find_spectra, is_matrix
 
@@ -232,11 +232,11 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
     refuse_nonfinite(results, asked.allow_nonfinite)
     results.sort(key=lambda result: natural_order(result.job.name))
     spectra = Spectra.empty(request, len(results))
-    measured = _Measured(results, spectra, {}, Outputs.empty(request))
+    measured = _Measured(results, spectra, {}, {}, Outputs.empty(request))
     if request.pairs:
         redrawn = asked.control == "random"
-        spreads = find_spreads(results, plan, redrawn, workers, run.watcher)
-        measured = measured._replace(spreads=spreads)
+        spreads, supports = find_spreads(results, plan, redrawn, workers, run.watcher)
+        measured = measured._replace(spreads=spreads, supports=supports)
     if facts["subspace"]:
         found = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
         measured = measured._replace(spectra=found)
@@ -290,7 +290,18 @@ def _request(asked: _Asked, inputs: _Inputs) -> Request:
     count = len(inputs.labels)
     pairs, other = tuple(combinations(range(count), 2)), inputs.control is not None
     controls = tuple((count, j) for _, j in pairs) if other else ()
-    return Request(tuple(vector.scale for vector in inputs.compared), pairs, controls, asked.seed)
+    scales = tuple(vector.scale for vector in inputs.compared)
+    by_weight = tuple(
+        n for n, pair in enumerate(pairs)
+        if all(is_thresholded(inputs.vectors[i]) for i in pair)
+    )  # fmt: skip
+    return Request(scales, pairs, controls, asked.seed, by_weight)
+
+
+def is_thresholded(vector: SkillVector) -> bool:
+    """Return whether rounding decides what a vector changes: a tuned side of it has 16 bits."""
+    sides = [lineage.partition(" - ")[0] for lineage in vector.dtypes.split(", ")]
+    return vector.scale != 0 and any(dtype in side for side in sides for dtype in HALVES)
 
 
 class _Measured(NamedTuple):
@@ -299,6 +310,7 @@ class _Measured(NamedTuple):
     results: list[JobResult]
     spectra: Spectra
     spreads: dict[tuple[int, int], dict[levels.Place, Variances]]
+    supports: Supports
     outputs: Outputs
 
 
@@ -306,12 +318,14 @@ class _Measured(NamedTuple):
 def _conclude(report: Report, measured: _Measured, request: Request, inputs: _Inputs) -> None:
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
-    results, spectra, spreads, outputs = measured
+    results, spectra, spreads, supports, outputs = measured
     matrices = [n for n, result in enumerate(results) if is_matrix(result.job)]
     records = levels.Records(
         [result.job.name for result in results],
         np.array([result.job.numel for result in results], np.int64),
         np.frombuffer(b"".join([result.sums.tobytes() for result in results]), form),
+        [result.found or {} for result in results],
+        supports,
     )
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,

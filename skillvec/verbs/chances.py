@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from skillvec.analysis.levels import Place, places_of
+from skillvec.analysis.support_rows import Clusters
 from skillvec.engine.matrix_workers import at_once_nbytes
 from skillvec.engine.plan import JobResult, Plan
 from skillvec.ops.kernels import Array
@@ -25,22 +26,26 @@ from skillvec.ops.spreads import (
 )
 from skillvec.report import Watcher
 from skillvec.verbs.row_pass import Tensor, held_nbytes, measure_rows, view_tensor
+from skillvec.verbs.support_pass import PairSupports, SupportTotals
 
 Pair = tuple[int, int]
+Supports = dict[int, dict[Place, Clusters]]  # by number of the pair
 
 
 class _PairSpreads:
-    """The spreads of all pairs in one tensor."""
+    """The spreads of all pairs in one tensor, and the structure of their supports."""
 
-    wants_weights = False
-
-    def __init__(self, tensor: Tensor, seed: int, pairs: Sequence[Pair]) -> None:
+    def __init__(
+        self, tensor: Tensor, seed: int, pairs: Sequence[Pair], supports: PairSupports
+    ) -> None:
+        self.supports, self.wants_weights = supports, supports.wants_weights
         sketches = [_sketch(seed, axis.size) for axis in tensor.seen.axes]
         self._tensor, self._pairs = tensor, pairs
         self._sums = SpreadSums(tensor.seen, sketches, pairs)
 
     def add(self, first: int, deltas: Sequence[Array], weights: Sequence[Array] | None) -> None:
         self._sums.add(first, deltas)
+        self.supports.add(first, deltas, weights)
 
     def spreads(self) -> list[Spread]:
         factors = self._tensor.factors
@@ -69,9 +74,10 @@ def rows_nbytes(plan: Plan, at_once: int) -> int:
 
 def find_spreads(
     results: Sequence[JobResult], plan: Plan, redrawn: bool, at_once: int, watcher: Watcher | None
-) -> dict[Pair, dict[Place, Variances]]:
+) -> tuple[dict[Pair, dict[Place, Variances]], Supports]:
     """Return the variances of each pair and control of the plan, for the rows of every level.
 
+    And the structure of the supports of each pair, by its number.
     With `redrawn` also the product of the first of a pair with the signs of its channels drawn
     anew, the same for all tensors. `at_once` tensors are at work, `watcher` is told of them.
     """
@@ -83,13 +89,17 @@ def find_spreads(
     totals: dict[Pair, dict[Place, Totals]] = {pair: defaultdict(Totals) for pair in pairs}
     found: dict[Pair, dict[Place, Variances]] = {pair: {} for pair in pairs}
 
+    by_name, supports = {result.job.name: result for result in results}, SupportTotals()
+
     def make(tensor: Tensor) -> _PairSpreads:
-        return _PairSpreads(tensor, request.seed, pairs)
+        scores = PairSupports(tensor, by_name[tensor.job.name], request)
+        return _PairSpreads(tensor, request.seed, pairs, scores)
 
     for tensor, sums in zip(
         tensors, measure_rows(tensors, plan, make, at_once, watcher), strict=True
     ):
         name, places = tensor.job.name, places_of(tensor.job.name)
+        supports.add(name, sums.supports.clusters())
         for pair, spread in zip(pairs, sums.spreads(), strict=True):
             axis = spread.axis
             of = "" if axis.is_shared else name
@@ -100,4 +110,4 @@ def find_spreads(
             found[pair]["tensors", name] = alone.variances()
     for pair, held in totals.items():
         found[pair] |= {place: total.variances() for place, total in held.items()}
-    return found
+    return found, supports.closed()

@@ -12,11 +12,12 @@ import json
 import re
 import sys
 from itertools import pairwise
-from math import ceil, floor, inf, isclose, log2, sqrt
+from math import ceil, erfc, floor, inf, isclose, log2, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import supports
 import torch
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ EDGES = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
 LEVELS = ("tensors", "layers", "kinds", "modules", "overall")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 GRIDS = {torch.bfloat16: (8, -126), torch.float16: (11, -14)}  # bits, least normal exponent
+SUMS = ("excess", "spread", "parts")  # of a pair of matrices, which add up
 FLIPS = 2000  # of the sign-flip test in here
 
 
@@ -32,6 +34,7 @@ class Side(NamedTuple):
 
     values: dict[str, np.ndarray]
     weights: dict[str, torch.Tensor] | None = None
+    thresholded: bool = False  # the tuned side is kept in 16 bits
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -59,7 +62,8 @@ def side(tuned: str | Path, base: str | Path) -> Side:
     """Return tuned - base over the names that both have."""
     right, left = load(tuned), load(base)
     names = [name for name in left if name in right]
-    return Side({name: difference(right[name], left[name]) for name in names}, left)
+    halves = any(right[name].dtype in GRIDS for name in names)
+    return Side({name: difference(right[name], left[name]) for name in names}, left, halves)
 
 
 # ---------------------------------------------------------------------------------- names, grids
@@ -127,10 +131,24 @@ def beta_p(cosine: float, n: int) -> float:
 # --------------------------------------------------------------------------------- pairs of them
 
 
-def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
-    """Return the row of a pair of vectors over some tensors (all but control and subspaces)."""
+def strata_of(w: torch.Tensor) -> np.ndarray:
+    """Return the exponent of each weight on its 16-bit grid, with .5 for a power of two."""
+    dtype = w.dtype if w.dtype in GRIDS else torch.bfloat16
+    fraction, exponent = np.frexp(to_grid(w.double().numpy().ravel(), dtype))
+    return exponent + 0.5 * (np.abs(fraction) == 0.5) + 1000.0 * (fraction == 0)
+
+
+def pair_row(
+    names: list[str], one: Side, other: Side, flips: int = 0, weights: dict | None = None,
+    hidden: int = 0,
+) -> dict:  # fmt: skip
+    """Return the row of a pair of vectors over some tensors (all but control and subspaces).
+
+    By the exponents of `weights` supports are compared where rounding decided both.
+    """
     numel = shared = n_a = n_b = agree = 0
     dot = sq_a = sq_b = sum_t2 = variance = chance = overlap_var = along = 0.0
+    given, given_var, is_given, overlaps = 0.0, 0.0, False, []
     met = {"conflict_a": 0.0, "on_support_a": 0.0, "conflict_b": 0.0, "on_support_b": 0.0}
     all_t = []
     for name in names:
@@ -150,9 +168,17 @@ def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
         both = (a != 0) & (b != 0)
         n_a, n_b, shared = n_a + in_a, n_b + in_b, shared + int(both.sum())
         agree += int((both & ((a > 0) == (b > 0))).sum())
-        chance += in_a * in_b / n
-        if n > 1:
-            overlap_var += in_a * in_b * (n - in_a) * (n - in_b) / (n * n * (n - 1))
+        signs = both * np.where((a > 0) == (b > 0), 1, -1)
+        held = supports.Overlap(a != 0, b != 0, signs, np.zeros(n))
+        plain = supports.expected(held)
+        chance, overlap_var = chance + plain[0], overlap_var + plain[1]
+        if weights is not None and one.thresholded and other.thresholded:
+            is_given, held = True, held._replace(strata=strata_of(weights[name]))
+        given, given_var = (
+            sum(of) for of in zip((given, given_var), supports.expected(held), strict=True)
+        )
+        shape = one.values[name].shape
+        overlaps.append(supports.Overlap(*(side.reshape(shape) for side in held)))
         if float(b @ b) > 0:
             along += s * s / float(b @ b)
         opposite = (a > 0) & (b < 0) | (a < 0) & (b > 0)
@@ -160,6 +186,7 @@ def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
         met["conflict_b"] += float((b[opposite] ** 2).sum())
         met["on_support_a"] += float((a[both] ** 2).sum())
         met["on_support_b"] += float((b[both] ** 2).sum())
+    spread = supports.variances(overlaps, hidden) if overlaps else np.zeros(2)
     norms = sqrt(sq_a), sqrt(sq_b)
     cosine = dot / (norms[0] * norms[1]) if sq_a and sq_b else None
     row = {
@@ -177,9 +204,14 @@ def pair_row(names: list[str], one: Side, other: Side, flips: int = 0) -> dict:
         "density_b": n_b / numel if numel else None,
         "jaccard": shared / (n_a + n_b - shared) if n_a + n_b else None,
         "lift": shared / chance if chance else None,
-        "overlap_z": (shared - chance) / sqrt(overlap_var) if overlap_var else None,
+        "lift_weights": shared / given if is_given and given else None,
+        "overlap_z": (shared - given) / sqrt(spread[0]) if given_var else None,
+        "p_overlap": erfc(abs(shared - given) / sqrt(2 * spread[0])) if given_var else None,
+        "overlap_z_weights": (shared - given) / sqrt(given_var) if is_given and given_var else None,
+        "overlap_z_plain": (shared - chance) / sqrt(overlap_var) if overlap_var else None,
         "sign_agreement": agree / shared if shared else None,
-        "sign_z": (2 * agree - shared) / sqrt(shared) if shared else None,
+        "sign_z": (2 * agree - shared) / sqrt(spread[1]) if shared else None,
+        "sign_z_plain": (2 * agree - shared) / sqrt(shared) if shared else None,
         "along": along / sq_a if sq_a else None,
     }
     for key, value in met.items():
@@ -209,10 +241,16 @@ def pair_spectrum(a: np.ndarray, b: np.ndarray, k: int) -> dict:
     middle = np.diag(np.concatenate([sa[:k], sb[:k]]))
     clash = (left.T @ left - eye) @ middle @ (right.T @ right - eye)
     energy_a, energy_b = float((a**2).sum()), float((b**2).sum())
+    shared = [float(((one.T @ other) ** 2).sum()) for one, other in ((ua, ub), (va, vb))]
     return {
-        "overlap_left": float(((ua.T @ ub) ** 2).sum()) / k,
-        "overlap_right": float(((va.T @ vb) ** 2).sum()) / k,
+        "overlap_left": shared[0] / k,
+        "overlap_right": shared[1] / k,
+        "excess": [tr - k * k / size for tr, size in zip(shared, (m, n), strict=True)],
+        "spread": [
+            2 * k * k * (size - k) ** 2 / (size**2 * (size - 1) * (size + 2)) for size in (m, n)
+        ],
         "overlap_chance": (k / m + k / n) / 2,
+        "parts": parts_of(a, b, k),
         "angles_left": principal_angles(ua, ub),
         "angles_right": principal_angles(va, vb),
         "a_in_b": float(((ub.T @ a @ vb) ** 2).sum()) / energy_a,
@@ -286,6 +324,7 @@ def vector_spectrum(v: np.ndarray, w: np.ndarray | None, k: int) -> dict:
     """Return the spectral numbers of one matrix from its full SVD."""
     k = min(k, *v.shape)
     _, s, _ = svd(v)
+    spikes = count_spikes(v, k)
     share = s[s > 0] / s.sum()
     row = {
         "stable_rank": float((s**2).sum() / s[0] ** 2),
@@ -293,6 +332,8 @@ def vector_spectrum(v: np.ndarray, w: np.ndarray | None, k: int) -> dict:
         "top_energy": float((s[:k] ** 2).sum() / (s**2).sum()),
         "energy_in_w": None,
     }
+    if spikes is not None:
+        row |= {"spikes": spikes, "spike_energy": float((s[:spikes] ** 2).sum() / (s**2).sum())}
     if w is not None:
         u, _, right = svd(w)
         inside = u[:, :k].T @ v @ right[:, :k]
@@ -300,9 +341,63 @@ def vector_spectrum(v: np.ndarray, w: np.ndarray | None, k: int) -> dict:
     return row
 
 
+def count_spikes(v: np.ndarray, k: int) -> int | None:
+    """Return how many singular values are above the noise, which drawing all signs anew leaves.
+
+    The K leading ones are taken out to see weaker ones. None where one is close to the threshold.
+    """
+    rng, beta, count, short = np.random.default_rng(0), min(v.shape) / max(v.shape), 0, min(v.shape)
+    best = sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + sqrt(beta**2 + 14 * beta + 1)))
+    u, s, right = svd(v)
+    while True:
+        out = min(count, k)
+        rest = v - (u[:, :out] * s[:out]) @ right[:, :out].T
+        drawn = (rest * rng.choice([-1.0, 1.0], v.shape) for _ in range(max(1, 128 // short)))
+        edge = best / (1 + sqrt(beta)) * max(np.linalg.norm(matrix, 2) for matrix in drawn)
+        room = 0.15 if v.size < 4096 else 0.05
+        if (np.abs(s / edge - 1) < room).any():
+            return None
+        found = int((s > edge).sum())
+        if found <= count:
+            return count
+        count = found
+
+
+def parts_of(a: np.ndarray, b: np.ndarray, k: int) -> dict | None:
+    """Return what adds up of low-rank parts and of rests; None where their ranks are not clear."""
+    counts = count_spikes(a, k), count_spikes(b, k)
+    if None in counts:
+        return None
+    low = []
+    for matrix, count in zip((a, b), counts, strict=True):
+        u, s, v = svd(matrix)
+        low.append((u[:, : min(count, k)] * s[: min(count, k)]) @ v[:, : min(count, k)].T)
+    sums = {"product": float((a * b).sum())}
+    for part, (one, other) in (("spikes", low), ("rest", (a - low[0], b - low[1]))):
+        sums[part] = float((one * other).sum())
+        for side, whole, values in (("a", a, one), ("b", b, other)):
+            sums[f"{part}_{side}"] = float((values**2).sum())
+            sums[f"square_{side}"] = float((whole**2).sum())
+    return sums
+
+
+def part_numbers(held: list[dict]) -> dict:
+    """Return cosines and shares of the low-rank parts and of the rests of some matrices."""
+    sums = {key: sum(one[key] for one in held) for key in held[0]}
+    row = {}
+    for part, share in (("spikes", "spikes_share"), ("rest", "rest_share")):
+        clear = all(sums[f"{part}_{side}"] > 1e-6 * sums[f"square_{side}"] for side in "ab")
+        size = sqrt(sums[f"{part}_a"] * sums[f"{part}_b"])
+        row[f"cosine_{part}"] = sums[part] / size if clear else None
+        row[share] = sums[part] / sums["product"] if clear and sums["product"] else None
+    return row
+
+
 def mean_of(rows: list[tuple[float, dict]]) -> dict:
     """Return means of rows of numbers (not of lists), weighted by energy."""
-    keys = [key for key in (rows[0][1] if rows else {}) if not key.startswith("angles")]
+    keys = [key for key in (rows[0][1] if rows else {})
+            if not key.startswith("angles") and key not in SUMS
+            and all(key in row for _, row in rows)]  # fmt: skip
     found = {}
     for key in keys:
         held = [(weight, row[key]) for weight, row in rows if row[key] is not None]
@@ -331,7 +426,7 @@ def norms_of(vector: Side, names: list[str], against: dict | None, k: int | None
 
 
 def pair_of(one: Side, other: Side, names: list[str], k: int | None = None, flips: int = 0,
-            control: Side | None = None) -> dict:  # fmt: skip
+            control: Side | None = None, against: dict | None = None) -> dict:  # fmt: skip
     """Return (level, name) -> the expected row of a pair."""
     spectra = {}
     for name in names if k else ():
@@ -339,15 +434,22 @@ def pair_of(one: Side, other: Side, names: list[str], k: int | None = None, flip
         if is_matrix(a) and a.any() and b.any():
             spectra[name] = float((a**2).sum()), float((b**2).sum()), pair_spectrum(a, b, k)
     rows = {}
+    hidden = supports.hidden_size([one.values[name].shape for name in names])
     for key, members in groups_of(names).items():
-        rows[key] = pair_row(members, one, other, flips)
+        known = against or other.weights or one.weights
+        rows[key] = pair_row(members, one, other, flips, known, hidden)
         held = [spectra[name] for name in members if name in spectra]
         by_a, by_b = (mean_of([(h[i], h[2]) for h in held]) for i in (0, 1))
         rows[key] |= mean_of([(sqrt(h[0] * h[1]), h[2]) for h in held])  # of both alike
         rows[key] |= {column: by_a[column] for column in ("a_in_b", "sar_a") if held}
         rows[key] |= {column: by_b[column] for column in ("b_in_a", "sar_b") if held}
         if key[0] == "tensors" and held:
-            rows[key] |= held[0][2]
+            rows[key] |= {k: v for k, v in held[0][2].items() if k not in SUMS}
+        if held and all(h[2]["parts"] for h in held):
+            rows[key] |= part_numbers([h[2]["parts"] for h in held])
+        for at, name in enumerate(("overlap_left_z", "overlap_right_z") if held else ()):
+            excess, spread = (sum(h[2][of][at] for h in held) for of in ("excess", "spread"))
+            rows[key][name] = excess / sqrt(spread) if spread else None
         if control is not None:
             instead = pair_row(members, control, other)
             rows[key] |= {f"control_{of}": instead[of] for of in ("cosine", "z", "z_groups")}
@@ -373,17 +475,17 @@ def expected(report: dict, sides: dict[str, Side], against: dict | None = None) 
     for pair in report["pairs"]:
         control = sides.get(pair["control"] or "")
         flips = FLIPS if report["sign_flips"] else 0
-        rows = pair_of(sides[pair["a"]], sides[pair["b"]], names, k, flips, control)
+        rows = pair_of(sides[pair["a"]], sides[pair["b"]], names, k, flips, control, against)
         found.append((f"{pair['a']} | {pair['b']}", rows_in(pair), rows))
     return found
 
 
-EXACT = {"numel", "steps", "density", "density_a", "density_b", "jaccard", "lift", "overlap_z",
-         "sign_agreement", "sign_z", "below_half_step", "absorbed", "overlap_chance",
-         "in_chance"}  # fmt: skip
+EXACT = {"numel", "steps", "density", "density_a", "density_b", "jaccard", "lift", "lift_weights",
+         "overlap_z_weights", "overlap_z_plain", "sign_agreement", "sign_z", "sign_z_plain",
+         "spikes", "below_half_step", "absorbed", "overlap_chance", "in_chance"}  # fmt: skip
 SPECTRAL = {"stable_rank", "effective_rank", "interference", "interference_share", "overlap_left",
             "overlap_right", "a_in_b", "b_in_a", "sar_a", "sar_b", "top_energy", "energy_in_w",
-            "angles_left", "angles_right"}  # fmt: skip
+            "spike_energy", "angles_left", "angles_right"}  # fmt: skip
 
 
 def tolerance(key: str, row: dict, report: dict) -> float:
@@ -393,10 +495,16 @@ def tolerance(key: str, row: dict, report: dict) -> float:
     """
     value = row[key] if isinstance(row[key], float) else 0.0
     size, root, flips = abs(value), sqrt(row["numel"]), report["sign_flips"] or 1
+    if key in ("overlap_z", "p_overlap"):  # scores are in units of 2^-30
+        return 1e-6 * (1 + size)
     if key in EXACT:
         return 1e-9 * (1 + size)
+    randomised = report["subspace"] and report["subspace"]["randomised"]
+    if key in ("overlap_left_z", "overlap_right_z"):
+        return (3.0 if randomised else 1e-3) * max(1, size)
+    if key in ("spikes_share", "rest_share", "cosine_spikes", "cosine_rest"):
+        return (2e-2 if randomised else 1e-4) * max(1, size)
     if key in SPECTRAL:
-        randomised = report["subspace"] and report["subspace"]["randomised"]
         degrees = 100 if key.startswith("angles") else 1
         return (2e-2 if randomised else 1e-5) * degrees * max(1, size)
     if key in ("z", "control_z"):
@@ -458,7 +566,7 @@ def main(arguments: list[str]) -> int:
         tuned, _, base = places.get(label, ref).partition("::")
         made = side(tuned, base)
         scaled = {name: float(factor or 1) * v for name, v in made.values.items()}
-        sides[label] = Side(scaled, made.weights if "::" in label else None)
+        sides[label] = Side(scaled, made.weights if "::" in label else None, made.thresholded)
     against = given.against or report["against"]
     worst = deviations(report, sides, load(against) if against else None)
     for column, (ratio, where, found, value) in sorted(worst.items()):

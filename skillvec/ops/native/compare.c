@@ -169,6 +169,95 @@ static int64_t pair_sums(const Arg *args)
     return 0;
 }
 
+/* ----------------------------------------------------------------- supports by exponents of weights */
+
+enum { STRATA = 512, CODES = 4 * STRATA };
+
+ALWAYS vu strata_of(vf w, int dtype)
+{
+    vu bits = (vu)(dtype == F16 ? w : rounded(w, BF16));
+    return (bits >> 23 & 255) | ((vu)((bits & 0x7FFFFF) == 0) & 256);
+}
+
+ALWAYS vu events(vf x, vf y) /* b changes the value: 1, a does: 2, with opposite signs: 4 */
+{
+    vf none = {0};
+    vu opposed = (vu)((x > none) & (y < none)) | (vu)((x < none) & (y > none));
+    return ((vu)(y != none) & 1) | ((vu)(x != none) & 2) | (opposed & 4);
+}
+
+/* Two deltas (values, dtype, positions, exact values), weights and their dtype, room for CODES int64.
+   Two tables take turns: a counter is seldom read before the write before it has arrived. */
+static int64_t count_strata(const Arg *args)
+{
+    Side x, y;
+    int64_t dtype = args[9].whole, *out = (int64_t *)args[10].data;
+    if (!opened(args, &x) || !opened(args + 4, &y) || x.size != y.size || dtype < BF16 || dtype > F32
+        || args[8].nbytes != x.size * itemsize((int)dtype) || args[10].nbytes != CODES * 8)
+        return -1;
+    uint32_t table[2][CODES] = {{0}};
+    _Alignas(64) float a[GROUP], b[GROUP], w[GROUP];
+    _Alignas(64) uint32_t codes[GROUP];
+    for (int64_t begin = 0, end; begin < x.size; begin = end) {
+        end = begin + GROUP < x.size ? begin + GROUP : x.size;
+        if (!take(&x, begin, end, a) || !take(&y, begin, end, b)) return -1;
+        widen(args[8].data, begin, end, (int)dtype, w);
+        for (int64_t i = 0; i < end - begin; i += WIDTH) {
+            vu code = strata_of(from_f32(w + i), (int)dtype) << 2;
+            code |= events(from_f32(a + i), from_f32(b + i)) & 3;
+            memcpy(codes + i, &code, sizeof code);
+        }
+        for (int64_t i = 0; i < end - begin; i++) table[i & 1][codes[i]]++;
+    }
+    for (int n = 0; n < CODES; n++) out[n] = (int64_t)table[0][n] + table[1][n];
+    return 0;
+}
+
+typedef int32_t four32 __attribute__((vector_size(16)));
+typedef int64_t four64 __attribute__((vector_size(32)));
+
+/* Rows of two deltas in fp32, their weights in fp32 or none, the dtype of these, four scores for each
+   stratum and event, room for the sums of scores of each row, and those of the columns to add to. */
+static int64_t support_scores(const Arg *args)
+{
+    int64_t count = args[0].nbytes / 4, rows = args[5].nbytes / 32, columns = args[6].nbytes / 32;
+    int dtype = (int)args[3].whole;
+    if (args[0].nbytes % 4 || args[1].nbytes != args[0].nbytes || args[5].nbytes % 32
+        || (args[2].nbytes && args[2].nbytes != args[0].nbytes) || args[6].nbytes % 32
+        || args[4].nbytes != STRATA * 8 * 16 || rows * columns != count)
+        return -1;
+    const uint8_t *table = args[4].data;
+    _Alignas(64) uint32_t codes[GROUP];
+    for (int64_t row = 0; row < rows; row++) {
+        four64 sum = {0};
+        for (int64_t begin = 0, end; begin < columns; begin = end) {
+            end = begin + GROUP < columns ? begin + GROUP : columns;
+            int64_t first = row * columns;
+            for (int64_t i = begin; i < end; i += WIDTH) {
+                float held[3][WIDTH] = {{0}};
+                size_t nbytes = 4 * (size_t)(i + WIDTH < end ? WIDTH : end - i);
+                for (int n = 0; n < 3; n++)
+                    if (args[n].nbytes) memcpy(held[n], args[n].data + 4 * (first + i), nbytes);
+                vu code = events(from_f32(held[0]), from_f32(held[1]));
+                if (args[2].nbytes) code |= strata_of(from_f32(held[2]), dtype) << 3;
+                memcpy(codes + i - begin, &code, sizeof code);
+            }
+            for (int64_t i = begin; i < end; i++) {
+                four32 narrow;
+                four64 column;
+                memcpy(&narrow, table + 16 * codes[i - begin], sizeof narrow);
+                memcpy(&column, args[6].data + 32 * i, sizeof column);
+                four64 scores = __builtin_convertvector(narrow, four64);
+                sum += scores;
+                column += scores;
+                memcpy(args[6].data + 32 * i, &column, sizeof column);
+            }
+        }
+        memcpy(args[5].data + 32 * row, &sum, sizeof sum);
+    }
+    return 0;
+}
+
 /* ------------------------------------------------------------------------------ a delta on its weights */
 
 enum { EDGES = 8 }; /* of the histogram of steps */

@@ -21,6 +21,8 @@ const Entry KERNELS[] = {
     {"subtract", "rrqqqqwwww", subtract},
     {"add", "rrrrqqqdwqqw", add},
     {"pair_sums", "rqrrrqrrqww", pair_sums},
+    {"count_strata", "rqrrrqrrrqw", count_strata},
+    {"support_scores", "rrrqrww", support_scores},
     {"vector_sums", "rqrrrqw", vector_sums},
     {"draw", "rqw", draw},
     {"round_randomly", "rrqw", round_randomly},
