@@ -88,6 +88,17 @@ class SubspaceFacts(TypedDict):
     error: NotRequired[float]  # the largest
 
 
+class ActivationFacts(TypedDict):
+    """Second moments of inputs: whose they are, and how many matrices have them."""
+
+    path: str
+    model: str
+    tokens: int
+    device: str
+    matrices: int
+    without: int
+
+
 class AngleFacts(TypedDict):
     """What the verbs say before anything is measured."""
 
@@ -98,6 +109,7 @@ class AngleFacts(TypedDict):
     control: str | None
     seed: int
     subspace: SubspaceFacts | None
+    activations: ActivationFacts | None
     step_edges: list[float]
     output: NotRequired[str]
 

@@ -7,7 +7,9 @@ from math import inf
 from typing import Any
 
 from skillvec.analysis.angle_report import Levels, PairEntry, Row, VectorEntry
+from skillvec.analysis.outputs import say_activations
 from skillvec.analysis.statistics_table import (
+    PAIR_OUTPUTS,
     PAIR_SUBSPACE,
     PAIRS,
     VECTORS,
@@ -34,7 +36,7 @@ def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
     left_out |= {"norm_ratio"} if facts["control"] else {"control_cosine"}
     by_weight = any(pair["overall"]["lift_weights"] is not None for pair in pairs)
     left_out |= {"lift"} if by_weight else {"lift_weights"}
-    inside = {number.key for number in PAIR_SUBSPACE}
+    inside = {number.key for number in PAIR_SUBSPACE + PAIR_OUTPUTS}
     shown = [n for n in select_shown(PAIRS, "screen") if n.key not in left_out | inside]
     rows = []
     for name, pair in zip(names, pairs, strict=True):
@@ -45,12 +47,16 @@ def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
             rows += [[""] * (1 + len(shown))] if verbose else []
             rows += [[_indent(row), *_write_cells(row, shown)] for row in level]
     said.append(Grid(["", *map(_head, shown)], rows))
+    parts: list[tuple[str, Table]] = []
     if facts["subspace"]:
-        said.append(f"\ntop {facts['subspace']['k']} singular directions")
-        shown = select_shown(PAIR_SUBSPACE, "screen")
+        parts.append((f"top {facts['subspace']['k']} singular directions", PAIR_SUBSPACE))
+    if facts["activations"]:
+        parts.append((f"outputs, {say_activations(facts['activations'])}", PAIR_OUTPUTS))
+    for heading, table in parts:
+        shown = select_shown(table, "screen")
         rows = [[name, *_write_cells(pair["overall"], shown)]
                 for name, pair in zip(names, pairs, strict=True)]  # fmt: skip
-        said.append(Grid(["", *map(_head, shown)], rows))
+        said += [f"\n{wrap(heading)}", Grid(["", *map(_head, shown)], rows)]
     for name, pair in zip(names, pairs, strict=True):
         own = dict(zip("AB", name.split(", "), strict=True))
         sentence = pair["forecast"]["sentence"]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
 from skillvec.analysis.chance import NULLS, RARE, chance_of, is_related, judge, matrix_means
+from skillvec.analysis.outputs import pair_outputs, vector_outputs
 from skillvec.analysis.subspaces import group_row
 from skillvec.analysis.support_rows import Clusters
 from skillvec.analysis.supports import support_row, support_terms
@@ -166,11 +167,13 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def vector_levels(
-    records: "Sequence[Record] | Records", i: int, subspaces: Sequence[Row]
-) -> Levels:
+    records: "Sequence[Record] | Records", i: int, subspaces: Sequence[Row],
+    outputs: Sequence[Row] = (),
+) -> Levels:  # fmt: skip
     """Return the numbers of vector `i` at every level.
 
-    `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
+    `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum,
+    `outputs` of what it does to outputs, if that was asked.
     """
     records = Records.of(records)
     held = records.sums["vectors"][:, i]
@@ -178,7 +181,8 @@ def vector_levels(
     whole = _summed({"square": held["square"]}, [range(len(held))])[0]["square"]
 
     def row(sums: Sums, members: list[int], _: Place) -> Row:
-        return vector_row(sums, whole) | group_row([subspaces[n] for n in members])
+        known = vector_row(sums, whole) | group_row([subspaces[n] for n in members])
+        return known | vector_outputs([outputs[n] for n in members]) if outputs else known
 
     return by_level(records, terms, row)
 
@@ -208,6 +212,7 @@ def vector_row(sums: Sums, whole: float) -> Row:
 def pair_levels(
     records: "Sequence[Record] | Records", request: Request, n: int, subspaces: Sequence[Row],
     spreads: Spreads, control: Spreads | None = None, matrices: Sequence[int] = (),
+    outputs: Sequence[Row] = (),
 ) -> PairLevels:  # fmt: skip
     """Return the numbers of the request's pair `n` at every level, and the forecast.
 
@@ -235,7 +240,8 @@ def pair_levels(
         found = judged(sums, place)
         if place[0] != "tensors":
             found |= matrix_means([alone[m] for m in members if m in alone])
-        return found | group_row([subspaces[m] for m in members])
+        found |= group_row([subspaces[m] for m in members])
+        return found | pair_outputs([outputs[m] for m in members]) if outputs else found
 
     levels = by_level(records, terms, row)
     outside = [levels["tensors"][i] for i in records.groups["layers"].get(NO_LAYER, ())]

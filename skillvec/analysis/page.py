@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from skillvec.analysis.angle_report import AngleReport, PairEntry, Row, SubspaceFacts
 from skillvec.analysis.figures import draw_figures, is_map, look_of, name_dtypes, typeset
+from skillvec.analysis.outputs import say_activations
 from skillvec.analysis.statistics_table import (
     FORECAST,
     PAIRS,
@@ -174,6 +175,7 @@ def _list_asked(report: AngleReport) -> list[Entry]:
         asked["control"] = report["control"] or "none"
         asked["seed"] = str(report["seed"])
     asked["subspace"] = _say_subspace(report["subspace"])
+    asked["activations"] = say_activations(report["activations"]) or "none"
     asked["tensors"] = ", ".join(f"{n} {status}" for status, n in report["counts"].items())
     return [(title, "", value) for title, value in asked.items()]
 

@@ -186,6 +186,17 @@ PAIR_SUBSPACE = (
     Statistic("angles_right", "angles right", "list", "principal angles of V_a and V_b",
               "towards 90", ""),
 )  # fmt: skip
+PAIR_OUTPUTS = (
+    Statistic("cosine_outputs", "cosine of outputs", "+.3g",
+              "tr(A C B') / √(tr(A C A') tr(B C B')): the cosine of A x and B x over the inputs x"
+              " of all modules; in a group sums over its matrices are divided",
+              "0, if the updates know nothing of each other", "page pairs rows screen"),
+    Statistic("cka_outputs", "CKA of outputs", ".3g",
+              "|A K B'|² / (|A K A'| |B K B'|), K = C − E[x] E[x]' (linear CKA, arXiv 1905.00414):"
+              " 1 where A x and B x differ by a rotation and a factor; in a group the mean over"
+              " matrices, weighted by √(tr(A C A') tr(B C B'))",
+              "above 0, as a few directions hold most of K", "page rows screen"),
+)  # fmt: skip
 VECTOR = (
     Statistic("numel", "values", ",d", "number of values n", "", "page rows"),
     Statistic("norm", "norm", ".4g", "|v| = √Σv²", "", "page rows screen"),
@@ -231,6 +242,16 @@ VECTOR_SUBSPACE = (
     Statistic("svd_error", "SVD error", ".2g", "the residual of this matrix; the largest in a"
               " group", "", ""),
 )  # fmt: skip
+VECTOR_OUTPUTS = (
+    Statistic("energy_active", "energy, active", "%",
+              "share of |v|² in the leading eigenvectors of C that hold 90 % of its trace",
+              "active_chance", "page lines"),
+    Statistic("active_chance", "active by chance", "%",
+              "k / n, k the number of these eigenvectors, weighted by |v|²", "", "page"),
+    Statistic("gain_outputs", "gain of outputs", ".3g",
+              "tr(V C V') / (|V|² tr(C) / n): mean square of V x over what inputs of the same size"
+              " in every direction alike would give", "1", "page lines"),
+)  # fmt: skip
 FORECAST = (
     Statistic("along", "along B", "%", "`along` of the pair as a whole"),
     Statistic("on_support", "on B's support", "%", "`on_support_a` of it"),
@@ -240,13 +261,14 @@ FORECAST = (
               " in it", "", ""),
 )  # fmt: skip
 
-PAIRS = ANGLE + CONTROL + SUPPORT + PAIR_SUBSPACE
-VECTORS = VECTOR + VECTOR_SUBSPACE
+PAIRS = ANGLE + CONTROL + SUPPORT + PAIR_SUBSPACE + PAIR_OUTPUTS
+VECTORS = VECTOR + VECTOR_SUBSPACE + VECTOR_OUTPUTS
 SECTIONS = {  # as docs/orthogonality.md and the page part them
     "Angle and its chance level": ANGLE + CONTROL,
     "Supports, signs and energy": SUPPORT,
     "One vector": VECTOR,
     "Subspaces": PAIR_SUBSPACE + VECTOR_SUBSPACE,
+    "Outputs on calibration inputs": PAIR_OUTPUTS + VECTOR_OUTPUTS,
     "The forecast": FORECAST,
 }
 

@@ -47,6 +47,13 @@ from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
 from skillvec.vectors.recipe import leaving_out
 from skillvec.vectors.vector import SkillVector
+from skillvec.verbs.activations import (
+    Outputs,
+    find_outputs,
+    match_moments,
+    memory_nbytes,
+    open_moments,
+)
 from skillvec.verbs.chances import Supports, find_spreads, rows_nbytes
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.verbs.spectra import Spectra, find_spectra, is_matrix
@@ -59,6 +66,7 @@ def orthogonality(
     against: PathLike | Checkpoint | None = None,
     control: PathLike | SkillVector | None = None,
     subspace: int = 0,
+    activations: PathLike | None = None,
     device: str = "auto",
     seed: int = 0,
     output: PathLike | None = None,
@@ -79,8 +87,10 @@ def orthogonality(
     layer and tensor. `against` are weights, for rounding and for their own subspaces (a pair has
     its base). `control` is "random" (the first of a pair with the signs of its channels drawn anew
     by `seed`) or a vector to put in its place. `subspace` K compares the K leading singular
-    directions of every matrix on the torch `device`. `output` is a folder
-    for report.json, report.csv and report.html, with `figures` as SVG and PNG beside them.
+    directions of every matrix on the torch `device`. `activations` is a file of second moments of
+    the modules' inputs (recipes/calibrate.py), for the outputs of the updates, on the same device.
+    `output` is a folder for report.json, report.csv and report.html, with `figures` as SVG and PNG
+    beside them.
     Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. The
     same digits whatever the worker count. Raises UsageError, IncompatibleError, NonfiniteError,
     FormatError.
@@ -89,7 +99,8 @@ def orthogonality(
         raise UsageError(f"expected at least two vectors, found {len(vectors)}")
     asked = _Asked(
         "orthogonality", vectors, against=against, subspace=subspace, device=device, seed=seed,
-        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite, control=control,
+        activations=activations, include=include, exclude=exclude,
+        allow_nonfinite=allow_nonfinite, control=control,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     return _compare(asked, output, figures, run)
@@ -100,6 +111,7 @@ def norms(
     *,
     against: PathLike | Checkpoint | None = None,
     subspace: int = 0,
+    activations: PathLike | None = None,
     device: str = "auto",
     seed: int = 0,
     output: PathLike | None = None,
@@ -119,7 +131,7 @@ def norms(
     """
     asked = _Asked(
         "norms", [vector], against=against, subspace=subspace, device=device, seed=seed,
-        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite,
+        activations=activations, include=include, exclude=exclude, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     return _compare(asked, output, figures, run)
@@ -138,6 +150,7 @@ class _Asked:
     include: Sequence[str]
     exclude: Sequence[str]
     allow_nonfinite: bool
+    activations: PathLike | None = None
     control: PathLike | SkillVector | None = None
 
     def check(self) -> None:
@@ -196,20 +209,30 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
         from skillvec.analysis.page import LEAST_NBYTES  # with all figures
 
         plan = replace(plan, bound_nbytes=LEAST_NBYTES, sure_nbytes=LEAST_NBYTES)
+    moments = None
+    if asked.activations is not None:
+        moments = open_moments(asked.activations)
+        facts["activations"] = match_moments(moments, plan.jobs, asked.device)
     workers = _workers(run.engine)
-    at_once = 1 if facts["subspace"] and facts["subspace"]["device"] != "cpu" else workers
+    devices = {said["device"] for said in (facts["subspace"], facts["activations"]) if said}
+    at_once = workers if devices <= {"cpu"} else 1
     sizes = [4 * job.numel for job in plan.jobs if asked.subspace and is_matrix(job)]
-    most = max(at_once_nbytes(sizes, at_once), rows_nbytes(plan, workers))
+    most = max(
+        at_once_nbytes(sizes, at_once),
+        rows_nbytes(plan, workers),
+        memory_nbytes(moments, plan.jobs, at_once),
+    )
     report = show_plan(plan, dict(facts), run, place, most)
     if run.dry_run:
         return report
-    again = asked.subspace or request.pairs  # what is read after the run
-    before = fingerprints(plan.files() if again else ())
+    again = asked.subspace or request.pairs or moments  # what is read after the run
+    before = fingerprints([*plan.files(), *([moments.path] if moments else [])] if again else ())
     plan = measure_plan(plan, run)
     results = run_plan(plan, run)
     refuse_nonfinite(results, asked.allow_nonfinite)
     results.sort(key=lambda result: natural_order(result.job.name))
-    measured = _Measured(results, Spectra.empty(request, len(results)), {}, {})
+    spectra = Spectra.empty(request, len(results))
+    measured = _Measured(results, spectra, {}, {}, Outputs.empty(request))
     if request.pairs:
         redrawn = asked.control == "random"
         spreads, supports = find_spreads(results, plan, redrawn, workers, run.watcher)
@@ -217,6 +240,9 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
     if facts["subspace"]:
         found = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
         measured = measured._replace(spectra=found)
+    if moments:
+        outputs = find_outputs(results, plan, moments, asked.device, at_once, run.watcher)
+        measured = measured._replace(outputs=outputs)
     refuse_changed(before)
     _conclude(report, measured, request, inputs)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
@@ -249,6 +275,7 @@ def _facts(asked: _Asked, inputs: _Inputs, place: Output | None) -> AngleFacts:
         "control": control,
         "seed": asked.seed,
         "subspace": None,
+        "activations": None,
         "step_edges": list(STEP_EDGES),
     }
     if place is not None:
@@ -284,13 +311,14 @@ class _Measured(NamedTuple):
     spectra: Spectra
     spreads: dict[tuple[int, int], dict[levels.Place, Variances]]
     supports: Supports
+    outputs: Outputs
 
 
 @np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
 def _conclude(report: Report, measured: _Measured, request: Request, inputs: _Inputs) -> None:
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
-    results, spectra, spreads, supports = measured
+    results, spectra, spreads, supports, outputs = measured
     matrices = [n for n, result in enumerate(results) if is_matrix(result.job)]
     records = levels.Records(
         [result.job.name for result in results],
@@ -301,13 +329,16 @@ def _conclude(report: Report, measured: _Measured, request: Request, inputs: _In
     )
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
-         **vector_levels(records, i, spectra.vectors[i])}
+         **vector_levels(records, i, spectra.vectors[i], outputs.vectors[i])}
         for i, vector in enumerate(opened)
     ]  # fmt: skip
     pairs: list[PairEntry] = []
     for n, (i, j) in enumerate(request.pairs):
         control = spreads[request.controls[n]] if request.controls else None
-        held = pair_levels(records, request, n, spectra.pairs[n], spreads[i, j], control, matrices)
+        held = pair_levels(
+            records, request, n, spectra.pairs[n], spreads[i, j], control, matrices,
+            outputs.pairs[n],
+        )  # fmt: skip
         shared = _shared_rounding(opened, (i, j), records, held["overall"])
         rounding = shared["cosine"] if shared else None
         pairs.append({
