@@ -28,7 +28,7 @@ HOMES = {
     "ray": {"engine.ray_cluster"}, "threadpoolctl": {"engine.threads"},
     "gguf": {"checkpoints.gguf"},
     "safetensors": {"files"},
-    "torch": {"ops.svd", "checkpoints", "verbs"}, "scipy": {"ops.svd"},
+    "torch": {"ops.svd", "ops.activations", "checkpoints", "verbs"}, "scipy": {"ops.svd"},
     "transformers": {"checkpoints", "verbs"},
 }  # fmt: skip
 # Imported inside functions only: their import costs more than the work on a small model, and

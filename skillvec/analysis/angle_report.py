@@ -15,6 +15,7 @@ class Levels(TypedDict):
     """Rows of numbers: of all tensors, of groups of them, of each."""
 
     overall: Row
+    parts: list[Row]  # "layers" and "outside" of them: embeddings, head, last norm
     modules: list[Row]  # each with `name`
     kinds: list[Row]
     layers: list[Row]
@@ -42,7 +43,8 @@ class ForecastLayer(TypedDict):
     name: str
     share: float
     cosine: float | None
-    z_groups: float | None
+    z: float | None
+    p: float | None
     conflict: float | None
 
 
@@ -86,6 +88,17 @@ class SubspaceFacts(TypedDict):
     error: NotRequired[float]  # the largest
 
 
+class ActivationFacts(TypedDict):
+    """Second moments of inputs: whose they are, and how many matrices have them."""
+
+    path: str
+    model: str
+    tokens: int
+    device: str
+    matrices: int
+    without: int
+
+
 class AngleFacts(TypedDict):
     """What the verbs say before anything is measured."""
 
@@ -95,8 +108,8 @@ class AngleFacts(TypedDict):
     against: str | None
     control: str | None
     seed: int
-    sign_flips: int
     subspace: SubspaceFacts | None
+    activations: ActivationFacts | None
     step_edges: list[float]
     output: NotRequired[str]
 

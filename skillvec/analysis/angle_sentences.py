@@ -7,7 +7,9 @@ from math import inf
 from typing import Any
 
 from skillvec.analysis.angle_report import Levels, PairEntry, Row, VectorEntry
+from skillvec.analysis.outputs import say_activations
 from skillvec.analysis.statistics_table import (
+    PAIR_OUTPUTS,
     PAIR_SUBSPACE,
     PAIRS,
     VECTORS,
@@ -30,9 +32,11 @@ def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
     for letter, vector in zip(letters, facts["norms"], strict=True):
         line = wrap(f"{letter}\xa0=\xa0{_say_vector(vector)}")
         said.append(line.replace("\xa0", " "))  # a long path stays behind its letter
-    left_out = {"z", "lift"} if verbose else set()  # room for names; the report has them all
+    left_out = {"null", "lift"} if verbose else set()  # room for names; the report has them all
     left_out |= {"norm_ratio"} if facts["control"] else {"control_cosine"}
-    inside = {number.key for number in PAIR_SUBSPACE}
+    by_weight = any(pair["overall"]["lift_weights"] is not None for pair in pairs)
+    left_out |= {"lift"} if by_weight else {"lift_weights"}
+    inside = {number.key for number in PAIR_SUBSPACE + PAIR_OUTPUTS}
     shown = [n for n in select_shown(PAIRS, "screen") if n.key not in left_out | inside]
     rows = []
     for name, pair in zip(names, pairs, strict=True):
@@ -43,12 +47,16 @@ def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
             rows += [[""] * (1 + len(shown))] if verbose else []
             rows += [[_indent(row), *_write_cells(row, shown)] for row in level]
     said.append(Grid(["", *map(_head, shown)], rows))
+    parts: list[tuple[str, Table]] = []
     if facts["subspace"]:
-        said.append(f"\ntop {facts['subspace']['k']} singular directions")
-        shown = select_shown(PAIR_SUBSPACE, "screen")
+        parts.append((f"top {facts['subspace']['k']} singular directions", PAIR_SUBSPACE))
+    if facts["activations"]:
+        parts.append((f"outputs, {say_activations(facts['activations'])}", PAIR_OUTPUTS))
+    for heading, table in parts:
+        shown = select_shown(table, "screen")
         rows = [[name, *_write_cells(pair["overall"], shown)]
                 for name, pair in zip(names, pairs, strict=True)]  # fmt: skip
-        said.append(Grid(["", *map(_head, shown)], rows))
+        said += [f"\n{wrap(heading)}", Grid(["", *map(_head, shown)], rows)]
     for name, pair in zip(names, pairs, strict=True):
         own = dict(zip("AB", name.split(", "), strict=True))
         sentence = pair["forecast"]["sentence"]
@@ -65,7 +73,9 @@ def say_norms(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
     after = 1 + [number.key for number in shown].index("rms")  # where the bars stand
     rows = []
     levels = _levels(vector) if verbose else _levels(vector)[:-1]
-    for name, level in zip(("modules", "kinds", "layers", "tensors"), levels, strict=False):
+    for name, level in zip(
+        ("parts", "modules", "kinds", "layers", "tensors"), levels, strict=False
+    ):
         most = max((row["rms"] or 0 for row in level), default=0)
         rows.append([name, *[""] * (1 + len(shown))])
         for row in level:
@@ -78,7 +88,7 @@ def say_norms(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
 
 
 def _levels(held: Levels) -> list[Sequence[Row]]:
-    return [held["modules"], held["kinds"], held["layers"], held["tensors"]]
+    return [held["parts"], held["modules"], held["kinds"], held["layers"], held["tensors"]]
 
 
 def _indent(row: Row) -> str:
@@ -103,10 +113,10 @@ def _say_vector(vector: VectorEntry) -> str:
 
 
 def _head(number: Statistic) -> str:
-    return "±" if number.key == "cosine_se" else number.title
+    return "chance ±" if number.key == "cosine_sd" else number.title
 
 
 def _write_cells(row: Row, shown: Table) -> list[str]:
     cells = write_numbers(row, shown)
-    return [write_spread(row) if number.key == "cosine_se" else cell
+    return [write_spread(row) if number.key == "cosine_sd" else cell
             for number, cell in zip(shown, cells, strict=True)]  # fmt: skip

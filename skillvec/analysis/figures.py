@@ -122,19 +122,21 @@ def _root(rows: Sequence[Row], key: str) -> float:
 def _pair_maps(i: int, pair: PairEntry, head: list[str]) -> Iterator[Figure]:
     maps: dict[str, list[Row]] = {"cosine": [], "z": []}
     for place, rows in _cells(pair["tensors"]).items():
-        numel = sum(row["numel"] for row in rows)
         a, b = _root(rows, "norm_a"), _root(rows, "norm_b")
         angles = [row for row in rows if row.get("cosine") is not None]
         dot = sum(row["cosine"] * row["norm_a"] * row["norm_b"] for row in angles)
         cosine = dot / (a * b) if angles and a * b > 0 else None
-        found = {"cosine": cosine, "z": None if cosine is None else cosine * sqrt(numel)}
+        variance = sum(
+            ((row["cosine_sd"] or 0.0) * row["norm_a"] * row["norm_b"]) ** 2 for row in angles
+        )
+        found = {"cosine": cosine, "z": dot / sqrt(variance) if variance > 0 else None}
         tip = _tip(pick(PAIRS, *maps, "norm_a", "norm_b"), found | {"norm_a": a, "norm_b": b})
         tip["dtypes"] = name_dtypes(pair)
         for key, cells in maps.items():
             cells.append(_cell(place, rows, found[key], tip))
     notes = (
         "Red: same direction, blue: opposite. Small tensors reach larger cosines by chance.",
-        "The cosine over its spread for unrelated directions: comparable between tensors.",
+        "The cosine over its spread by the null that holds: comparable between tensors.",
     )
     for number, note in zip(pick(PAIRS, *maps), notes, strict=True):
         cells = maps[number.key]
@@ -279,7 +281,7 @@ def _z_histogram(name: str, pair: PairEntry, head: list[str]) -> Iterator[Figure
         layer({"type": "line", "interpolate": "step-after"}, counted(control), "control"),
         layer({"type": "line"}, curve, "chance"),
     ]  # fmt: skip
-    note = "z of every tensor; the curve is what unrelated directions give."
+    note = "z of every tensor by the null that holds; the curve is what chance gives."
     if beyond := sum(abs(z) > edge for z in zs):
         note += f" {beyond} of {len(zs)} lie beyond ±{edge} and are counted in the outermost bars."
     yield Figure(name, {"title": {"text": "z of the tensors", "subtitle": head},

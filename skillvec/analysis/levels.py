@@ -6,25 +6,34 @@ docs/orthogonality.md has every formula.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import copysign, erfc, exp, isfinite, lgamma, log, log1p, sqrt
+from math import copysign, isfinite, sqrt
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
+from skillvec.analysis.chance import NULLS, RARE, chance_of, is_related, judge, matrix_means
+from skillvec.analysis.outputs import pair_outputs, vector_outputs
+from skillvec.analysis.subspaces import group_row
+from skillvec.analysis.support_rows import Clusters
+from skillvec.analysis.supports import support_row, support_terms
 from skillvec.ops import statistics
 from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
+from skillvec.ops.spreads import Units, Variances
 from skillvec.ops.statistics import Request
+from skillvec.ops.strata import Strata
 from skillvec.report import Rows
 
 Sums = Mapping[str, Any]
 Terms = Mapping[str, npt.NDArray[Any]]  # columns: a row for each tensor
 Record = tuple[str, int, Any]  # tensor, its number of values, sums of statistics.layout
-WEIGHTS = ("energy", "energy_a", "energy_b")
-OF_A, OF_B = ("a_in_b", "sar_a"), ("b_in_a", "sar_b")  # shares of one of a pair's energy
+Place = tuple[str, str]  # level, and name of the row in it
+Spreads = Mapping[Place, Variances]
+OVERALL: Place = ("overall", "")
+INSIDE, OUTSIDE = "layers", "outside"  # the parts of a model: embeddings, head, last norm outside
 
 
 def realised(
@@ -57,6 +66,8 @@ class Records:
     names: list[str]
     numel: npt.NDArray[np.int64]
     sums: Any  # of statistics.layout
+    strata: Sequence[Mapping[int, Strata]] = ()  # of pairs that were counted so
+    clusters: Mapping[int, Mapping[Place, Clusters]] = field(default_factory=dict)  # of pairs
 
     @classmethod
     def of(cls, records: "Sequence[Record] | Records") -> "Records":
@@ -70,16 +81,9 @@ class Records:
         return zip(self.names, self.numel.tolist(), self.sums, strict=True)
 
     @cached_property
-    def modules(self) -> dict[str, list[int]]:
-        return self._grouped(module_of)
-
-    @cached_property
-    def kinds(self) -> dict[str, list[int]]:
-        return self._grouped(kind_of)
-
-    @cached_property
-    def layers(self) -> dict[str, list[int]]:
-        return self._grouped(layer_of)
+    def groups(self) -> dict[str, dict[str, list[int]]]:
+        """The positions of tensors by the names of parts, modules, kinds and layers."""
+        return {level: self._grouped(key) for level, key in GROUPS.items()}
 
     def _grouped(self, key: Callable[[str], str]) -> dict[str, list[int]]:
         groups: dict[str, list[int]] = {}
@@ -88,31 +92,51 @@ class Records:
         return groups
 
 
-def by_level(records: Records, terms: Terms, row: Callable[[Sums, list[int]], Row]) -> Levels:
-    """Return `row` of all tensors, of each module, kind and layer, and of each tensor.
+def part_of(name: str) -> str:
+    """Return whether a tensor is in a layer or outside of all."""
+    return INSIDE if layer_of(name) else OUTSIDE
+
+
+GROUPS: dict[str, Callable[[str], str]] = {
+    "parts": part_of, "modules": module_of, "kinds": kind_of, "layers": layer_of
+}  # fmt: skip
+
+
+def places_of(name: str) -> list[Place]:
+    """Return the rows above that of a tensor, which its sums are added to."""
+    return [OVERALL, *((level, key(name) or NO_LAYER) for level, key in GROUPS.items())]
+
+
+def by_level(
+    records: Records, terms: Terms, row: Callable[[Sums, list[int], Place], Row]
+) -> Levels:
+    """Return `row` of all tensors, of each part, module, kind and layer, and of each tensor.
 
     Names are in natural order; `terms` are columns of what adds up, which `row` takes the sums of
     over tensors, with their positions. Rows of tensors are made when they are looked at.
     """
     names = records.names
 
-    def grouped(groups: Mapping[str, list[int]]) -> list[Row]:
+    def grouped(level: str) -> list[Row]:
+        groups = records.groups[level]
         each = _summed(terms, list(groups.values()))
         rows = zip(groups.items(), each, strict=True)
-        return [{"name": name, **row(sums, members)} for (name, members), sums in rows]
+        return [{"name": name, **row(sums, members, (level, name))}
+                for (name, members), sums in rows]  # fmt: skip
 
     def of_tensor(i: int) -> Row:
         name, sums = names[i], {key: column[i] for key, column in terms.items()}
         said = {"name": name, "layer": layer_of(name), "kind": kind_of(name)}
         with np.errstate(over="ignore", invalid="ignore"):  # squares that leave fp64
-            return said | {"module": module_of(name), **row(sums, [i])}
+            return said | {"module": module_of(name), **row(sums, [i], ("tensors", name))}
 
     every = list(range(len(names)))
     return {
-        "overall": row(_summed(terms, [every])[0], every),
-        "modules": grouped(records.modules),
-        "kinds": grouped(records.kinds),
-        "layers": grouped(records.layers),
+        "overall": row(_summed(terms, [every])[0], every, OVERALL),
+        "parts": grouped("parts"),
+        "modules": grouped("modules"),
+        "kinds": grouped("kinds"),
+        "layers": grouped("layers"),
         "tensors": Rows(len(names), of_tensor),
     }
 
@@ -143,19 +167,22 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def vector_levels(
-    records: "Sequence[Record] | Records", i: int, subspaces: Sequence[Row]
-) -> Levels:
+    records: "Sequence[Record] | Records", i: int, subspaces: Sequence[Row],
+    outputs: Sequence[Row] = (),
+) -> Levels:  # fmt: skip
     """Return the numbers of vector `i` at every level.
 
-    `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum.
+    `records` are in natural order; `subspaces` holds what is known of each tensor's spectrum,
+    `outputs` of what it does to outputs, if that was asked.
     """
     records = Records.of(records)
     held = records.sums["vectors"][:, i]
     terms = {"numel": records.numel} | {key: held[key] for key in held.dtype.names}
     whole = _summed({"square": held["square"]}, [range(len(held))])[0]["square"]
 
-    def row(sums: Sums, members: list[int]) -> Row:
-        return vector_row(sums, whole) | weighted([subspaces[n] for n in members])
+    def row(sums: Sums, members: list[int], _: Place) -> Row:
+        known = vector_row(sums, whole) | group_row([subspaces[n] for n in members])
+        return known | vector_outputs([outputs[n] for n in members]) if outputs else known
 
     return by_level(records, terms, row)
 
@@ -179,62 +206,61 @@ def vector_row(sums: Sums, whole: float) -> Row:
     }
 
 
-def weighted(rows: Sequence[Row]) -> Row:
-    """Return the means of what is known of several matrices, weighted by their energy.
-
-    Rows hold `energy`, or `energy_a` and `energy_b`, beside the numbers. Lists belong to one matrix
-    and are left out of means; of errors the largest is taken.
-    """
-    known = [row for row in rows if row]
-    keys = [key for key in (known[0] if known else ()) if key not in WEIGHTS]
-    if len(rows) == 1:
-        return {key: known[0][key] for key in keys}
-    found: Row = {}
-    for key in keys:
-        held = [(_weight(row, key), row[key]) for row in known if row[key] is not None]
-        if any(isinstance(value, list) for _, value in held):
-            continue
-        total = sum(energy for energy, _ in held)
-        found[key] = sum(energy * value for energy, value in held) / total if total else None
-        if key.endswith("_error"):
-            found[key] = max((value for _, value in held), default=None)
-    return found
-
-
-def _weight(row: Row, key: str) -> float:
-    """Return the energy of what a number is of: a vector's, a pair's first or second, or both."""
-    if "energy" in row:
-        return float(row["energy"])
-    a, b = row["energy_a"], row["energy_b"]
-    return float(a if key in OF_A else b if key in OF_B else sqrt(a * b))
-
-
 # ---------------------------------------------------------------------------------------- pairs
 
 
 def pair_levels(
-    records: "Sequence[Record] | Records", request: Request, n: int, subspaces: Sequence[Row]
-) -> PairLevels:
-    """Return the numbers of the request's pair `n` at every level, and the forecast."""
+    records: "Sequence[Record] | Records", request: Request, n: int, subspaces: Sequence[Row],
+    spreads: Spreads, control: Spreads | None = None, matrices: Sequence[int] = (),
+    outputs: Sequence[Row] = (),
+) -> PairLevels:  # fmt: skip
+    """Return the numbers of the request's pair `n` at every level, and the forecast.
+
+    `spreads` has the variances of its inner product for each row, `control` those of its control;
+    tensors at the positions `matrices` are those that count one by one.
+    """
     records = Records.of(records)
-    terms = pair_terms(records.numel, records.sums, request, n)
+    strata, clusters = [held.get(n) for held in records.strata], records.clusters.get(n, {})
+    terms = pair_terms(records.numel, records.sums, request, n, strata)
 
-    def row(sums: Sums, members: list[int]) -> Row:
-        return pair_row(sums) | weighted([subspaces[m] for m in members])
+    def judged(sums: Sums, place: Place) -> Row:
+        other = control.get(place) if control else None
+        return pair_row(sums, spreads.get(place), other, clusters.get(place))
 
-    found = by_level(records, terms, row)
-    alone = [found["tensors"][i] for i in records.layers.get(NO_LAYER, ())]
-    return {**found, "forecast": forecast(found, alone)}
+    alone = {}
+    for m in matrices:
+        sums = {key: terms[key][m] for key in ("product", "groups_sq", "groups", "shared")}
+        size = sqrt(terms["square_a"][m]) * sqrt(terms["square_b"][m])
+        if size > 0:
+            place = "tensors", records.names[m]
+            p = judge(float(sums["product"]), groups_of(sums), spreads.get(place))["p"]
+            alone[m] = float(sums["product"]) / size, p
+
+    def row(sums: Sums, members: list[int], place: Place) -> Row:
+        found = judged(sums, place)
+        if place[0] != "tensors":
+            found |= matrix_means([alone[m] for m in members if m in alone])
+        found |= group_row([subspaces[m] for m in members])
+        return found | pair_outputs([outputs[m] for m in members]) if outputs else found
+
+    levels = by_level(records, terms, row)
+    outside = [levels["tensors"][i] for i in records.groups["layers"].get(NO_LAYER, ())]
+    return {**levels, "forecast": forecast(levels, outside)}
 
 
 @np.errstate(all="ignore")
-def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, Any]:
-    """Return of a tensor what adds up over tensors; of an array of records, columns of it."""
+def pair_terms(
+    numel: Any, record: Any, request: Request, n: int, strata: Sequence[Strata | None] = ()
+) -> dict[str, Any]:
+    """Return of a tensor what adds up over tensors; of an array of records, columns of it.
+
+    `strata` are those of each, where they were counted.
+    """
     i, j = request.pairs[n]
     numel = np.asarray(numel)
     a, b = record["vectors"][..., i], record["vectors"][..., j]
     pair = record["pairs"][..., n]
-    terms: dict[str, Any] = {"numel": numel, "flips": record["flips"][..., n, :]}
+    terms: dict[str, Any] = {"numel": numel}
     terms |= {key: pair[key] for key in statistics.PAIR}
     for side, vector in (("a", a), ("b", b)):
         terms |= {f"{key}_{side}": vector[key] for key in ("square", "support")}
@@ -243,13 +269,10 @@ def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, A
     widths = [*map(statistics.group_width, numel.ravel().tolist())]
     groups = -(-numel // np.reshape(widths, numel.shape))
     spread = pair["groups_sq"] - np.where(groups > 0, squared / groups, 0)
-    few = groups < 2
+    few, terms["groups"] = groups < 2, groups
     terms["variance"] = np.where(few, pair["groups_sq"], groups / (groups - 1) * spread)
-    both = a["support"] * b["support"]
-    terms["chance"] = np.where(numel > 0, both / numel, 0.0)
-    neither = (numel - a["support"]) * (numel - b["support"])
-    by_chance = both * neither / (numel.astype(np.float64) ** 2 * (numel - 1))
-    terms["chance_var"] = np.where(numel > 1, by_chance, 0.0)
+    by_weight = n in request.by_weight
+    terms |= support_terms(numel, a["support"], b["support"], strata, by_weight)
     if request.controls:  # one for each pair
         held = record["controls"][..., n]
         one = record["vectors"][..., request.controls[n][0]]
@@ -258,39 +281,39 @@ def pair_terms(numel: Any, record: Any, request: Request, n: int) -> dict[str, A
     return terms
 
 
-def pair_row(sums: Sums) -> Row:
+def pair_row(
+    sums: Sums, spread: Variances | None = None, control: Variances | None = None,
+    clusters: Clusters | None = None,
+) -> Row:  # fmt: skip
     """Return angle, support and meeting of two deltas from their summed terms.
 
-    Angle and z are None where a delta is zero.
+    Angle and z are None where a delta is zero. `control` is of another vector in place of a,
+    `clusters` what structure the supports have.
     """
     squares = [max(float(sums[f"square_{side}"]), 0.0) for side in "ab"]
     norms = [sqrt(square) for square in squares]
     size = norms[0] * norms[1]
-    numel, shared, chance = int(sums["numel"]), float(sums["shared"]), float(sums["chance"])
-    cosine, z, z_groups = angle(sums["product"], sums["groups_sq"], size, numel)
+    numel, shared = int(sums["numel"]), float(sums["shared"])
+    product = float(sums["product"])
+    cosine = max(-1.0, min(1.0, product / size)) if size > 0 else None
+    judged = judge(product, groups_of(sums), spread if size > 0 else None)
+    deviation = judged.pop("spread")
     union = sums["support_a"] + sums["support_b"] - shared
-    flips = np.asarray(sums["flips"])
-    reached = np.count_nonzero(np.abs(flips) >= abs(sums["product"]) * (1 - 1e-12))
     found = {
         "numel": numel,
         "cosine": cosine,
         "cosine_se": sqrt(max(float(sums["variance"]), 0.0)) / size if size > 0 else None,
-        "z": z,
-        "p": None if cosine is None else chance_of(cosine, numel),
-        "z_groups": z_groups,
-        "p_flips": (1 + reached) / (1 + flips.size)
-        if flips.size and z_groups is not None
-        else None,
+        "cosine_sd": deviation / size if deviation is not None and size > 0 else None,
+        **judged,
+        "z_isotropic": None if cosine is None else cosine * sqrt(numel),
+        "p_isotropic": None if cosine is None else chance_of(cosine, numel),
         "norm_a": norms[0],
         "norm_b": norms[1],
         "norm_ratio": _ratio(norms[0], norms[1]),
         "density_a": _ratio(sums["support_a"], numel),
         "density_b": _ratio(sums["support_b"], numel),
         "jaccard": _ratio(shared, union),
-        "lift": _ratio(shared, chance),
-        "overlap_z": _ratio(shared - chance, sqrt(sums["chance_var"])),
-        "sign_agreement": _ratio(sums["agree"], shared),
-        "sign_z": (2 * float(sums["agree"]) - shared) / sqrt(shared) if shared else None,
+        **support_row(sums, clusters),
         "along": _ratio(sums["along"], squares[0]),
     }
     for side in "ab":
@@ -298,61 +321,19 @@ def pair_row(sums: Sums) -> Row:
         found[f"conflict_{side}"] = _ratio(sums[f"clash_{side}"], sums[f"square_{side}"])
     if "control_product" in sums:
         size = sqrt(max(float(sums["control_square"]), 0.0)) * norms[1]
-        angles = angle(sums["control_product"], sums["control_groups_sq"], size, numel)
-        found |= zip(("control_cosine", "control_z", "control_z_groups"), angles, strict=True)
+        held = float(sums["control_product"])
+        units = Units(float(sums["control_groups_sq"]), int(sums["groups"]))
+        found["control_cosine"] = held / size if size > 0 else None
+        found["control_z"] = judge(held, units, control)["z"]
+    elif spread is not None and spread.control is not None:
+        found["control_cosine"] = spread.control / size if size > 0 else None
+        found["control_z"] = spread.control / deviation if deviation else None
     return found
 
 
-def angle(
-    product: float, groups_sq: float, size: float, numel: int
-) -> tuple[float | None, float | None, float | None]:
-    """Return cosine, z against isotropic directions, and z against signs flipped in groups."""
-    if not size > 0:
-        return None, None, None
-    cosine = max(-1.0, min(1.0, float(product) / size))
-    z_groups = float(product) / sqrt(groups_sq) if groups_sq > 0 else None
-    return cosine, cosine * sqrt(numel), z_groups
-
-
-def chance_of(cosine: float, numel: int) -> float:
-    """Return how often unrelated directions have a cosine as far from 0: the two-sided p.
-
-    The square of the cosine of a fixed and an isotropic direction follows
-    Beta(1/2, (numel - 1) / 2): Student's t of numel - 1 degrees. From 1,000 on by Wallace's normal
-    approximation (Annals of Mathematical Statistics 30, 1959): 3e-5 of p off where p > 1e-9.
-    """
-    if numel < 2 or abs(cosine) == 1:
-        return float(numel < 2)
-    degrees = numel - 1
-    if degrees >= 1000:  # without scipy, whose import takes longer than a small model
-        spread = sqrt(-degrees * log1p(-cosine * cosine))
-        return erfc((8 * degrees + 1) / (8 * degrees + 3) * spread / sqrt(2))
-    square = cosine * cosine
-    if 1 - square > (degrees + 2) / (degrees + 5):  # the fraction converges from the other end
-        return 1 - beta_fraction(0.5, degrees / 2, square) if square else 1.0
-    return beta_fraction(degrees / 2, 0.5, 1 - square)
-
-
-def beta_fraction(a: float, b: float, x: float) -> float:
-    """Return the regularised incomplete beta function I_x(a, b), 0 < x < (a + 1) / (a + b + 2).
-
-    By its continued fraction (Abramowitz and Stegun 26.5.8, evaluated as Lentz does), to 11 digits
-    for a and b up to 1,000. scipy has one too; its import takes longer than a small model.
-    """
-    front = exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / a
-    above, below = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    found, m, step = below, 0, 0.0
-    while abs(step - 1) > 1e-16 and m < 500:
-        m += 1
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            below = 1 / (1 + numerator * below)
-            above = 1 + numerator / above
-            step = above * below
-            found *= step
-    return front * found
+def groups_of(sums: Sums) -> Units:
+    """Return the groups of neighbours, of which no more than values that both change count."""
+    return Units(float(sums["groups_sq"]), int(min(sums["groups"], sums["shared"])))
 
 
 def hidden_product(records: Iterable[Record], i: int) -> float:
@@ -374,23 +355,20 @@ def hidden_product(records: Iterable[Record], i: int) -> float:
 # ------------------------------------------------------------------------------------ sentences
 
 
-CLEAR = 4.0  # |z| that one of some hundred tensors does not reach by chance
-
-
 def forecast(pair: Levels, alone: Sequence[Row]) -> Forecast:
     """Return what adding a to a model that holds b meets there, and the layers to look at.
 
     The layers, and tensors `alone`, which are in none, are those in which most of a's energy lies
-    along b, if that is clear of chance.
+    along b, if p is clear of chance: below .01 over the number of rows (Bonferroni).
     """
     overall = pair["overall"]
     whole = overall["norm_a"] ** 2
+    rows = [row for row in [*pair["layers"], *alone] if row["name"] != NO_LAYER]
     layers: list[ForecastLayer] = [
         {"name": row["name"], "share": row["along"] * row["norm_a"] ** 2 / whole,
-         "cosine": row["cosine"], "z_groups": row["z_groups"], "conflict": row["conflict_a"]}
-        for row in [*pair["layers"], *alone]
-        if row["name"] != NO_LAYER and row["along"] is not None
-        and abs(row["z_groups"] or 0) >= CLEAR
+         "cosine": row["cosine"], "z": row["z"], "p": row["p"], "conflict": row["conflict_a"]}
+        for row in rows
+        if row["along"] is not None and row["p"] is not None and row["p"] * len(rows) < RARE
     ]  # fmt: skip
     layers.sort(key=lambda row: -row["share"])
     return {
@@ -419,17 +397,36 @@ def say_forecast(overall: Row, names: Sequence[str]) -> str:
     return f"adding A to a model that holds B: {', '.join(words)}{look}"
 
 
-def sentence(overall: Row, rounding: float | None = None) -> str:
-    """Return what the overall numbers of a pair mean; `rounding` is a cosine that it may give."""
-    cosine, z = overall["cosine"], overall["z_groups"]
+def sentence(pair: Levels, rounding: float | None = None) -> str:
+    """Return what the numbers of a pair mean, overall and without what is outside of layers.
+
+    `rounding` is a cosine that rounding may give.
+    """
+    overall, parts = pair["overall"], {row["name"]: row for row in pair["parts"]}
+    cosine, z = overall["cosine"], overall["z"]
     if cosine is None or z is None:
         return "one of the deltas is zero, or they share no value: there is no angle to judge"
-    size = f"cosine {cosine:+.4f} \u00b1 {1.96 * overall['cosine_se']:.4f}"
-    if abs(z) < 3:
-        return f"{size}: no more than unrelated directions show (z {z:+.1f})"
+    said = f"{_say_cosine(overall)}: {_say_relation(overall, rounding)}"
+    inside = parts.get(INSIDE)
+    if len(parts) > 1 and inside and inside["z"] is not None:
+        said += f"; without embeddings, head and last norm {_say_cosine(inside)}, "
+        said += f"{_say_relation(inside)}"
+    return said
+
+
+def _say_cosine(row: Row) -> str:
+    return f"cosine {row['cosine']:+.4f}, by chance \u00b1 {1.96 * row['cosine_sd']:.4f}"
+
+
+def _say_relation(row: Row, rounding: float | None = None) -> str:
+    """Return whether the cosine of a row is chance, by the null that holds for it."""
+    by = f"z {row['z']:+.1f} by {NULLS[row['null']]}"
+    if not is_related(row):
+        return f"no more than unrelated updates of this structure show ({by})"
+    cosine = row["cosine"]
     degree = "nearly orthogonal" if abs(cosine) < 0.1 else "aligned" if cosine > 0 else "opposed"
-    known = f", of which rounding may give {rounding:+.4f}" if rounding is not None else ""
-    return f"{size}{known}: {degree}, but not by chance (z {z:+.0f})"
+    known = f", of which rounding may give {rounding:+.4f}," if rounding is not None else ""
+    return f"{degree}{known} but not by chance ({by})"
 
 
 def _percent(share: float) -> str:

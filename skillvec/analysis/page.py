@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 from skillvec.analysis.angle_report import AngleReport, PairEntry, Row, SubspaceFacts
 from skillvec.analysis.figures import draw_figures, is_map, look_of, name_dtypes, typeset
+from skillvec.analysis.outputs import say_activations
 from skillvec.analysis.statistics_table import (
     FORECAST,
     PAIRS,
     SECTIONS,
-    SPREAD,
     VECTORS,
-    Statistic,
     Table,
     pick,
     select_known,
@@ -127,27 +126,23 @@ def _round(value: Any) -> Any:
 
 
 def _write_row(row: Any, numbers: Table) -> list[str]:
-    """Return the numbers of a row, the cosine with its spread."""
+    """Return the numbers of a row, the cosine with what chance makes of it."""
     said = [typeset(text) for text in write_numbers(row, numbers)]
     for i, number in enumerate(numbers):
-        if number.key == "cosine" and None not in (row.get("cosine"), row.get("cosine_se")):
-            said[i] += f" ± {typeset(write_spread(row))}"
+        if number.key == "cosine" and None not in (row.get("cosine"), row.get("cosine_sd")):
+            said[i] += f", chance ± {typeset(write_spread(row))}"
     return said
-
-
-def _name(number: Statistic) -> str:
-    return f"{number.title} ± {SPREAD} se" if number.key == "cosine" else number.title
 
 
 def _make_grid(words: list[str], lines: Sequence[list[str]], numbers: Table) -> _Grid:
     """Return a table of lines: columns of words, then of numbers."""
-    heads = [*words, *(_name(number) for number in numbers)]
+    heads = [*words, *(number.title for number in numbers)]
     return _Grid(heads, [""] * len(words) + [number.meaning for number in numbers], list(lines))
 
 
 def _list_numbers(row: Any, numbers: Table) -> list[Entry]:
     said = _write_row(row, numbers)
-    return [(_name(n), n.meaning, value) for n, value in zip(numbers, said, strict=True)]
+    return [(n.title, n.meaning, value) for n, value in zip(numbers, said, strict=True)]
 
 
 def _list_columns(table: Table) -> list[dict[str, Any]]:
@@ -178,9 +173,9 @@ def _list_asked(report: AngleReport) -> list[Entry]:
     asked = {"weights W": report["against"] or "none given"}
     if report["verb"] != "norms":
         asked["control"] = report["control"] or "none"
-        asked["sign flips"] = str(report["sign_flips"] or "none")
         asked["seed"] = str(report["seed"])
     asked["subspace"] = _say_subspace(report["subspace"])
+    asked["activations"] = say_activations(report["activations"]) or "none"
     asked["tensors"] = ", ".join(f"{n} {status}" for status, n in report["counts"].items())
     return [(title, "", value) for title, value in asked.items()]
 
@@ -213,7 +208,7 @@ def _list_pairs(report: AngleReport) -> list[Row]:
     """Return of each pair what it means in words, its dtypes, its numbers, and the forecast."""
     rows = [pair["overall"] for pair in report["pairs"]]
     known = [n for n in select_known(select_shown(PAIRS, "page"), rows) if n.key != "numel"]
-    layer_numbers = [*pick(FORECAST, "share"), *pick(PAIRS, "cosine", "z_groups"),
+    layer_numbers = [*pick(FORECAST, "share"), *pick(PAIRS, "cosine", "z", "p"),
                      *pick(FORECAST, "conflict")]  # fmt: skip
     found = []
     for pair in report["pairs"]:

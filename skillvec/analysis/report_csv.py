@@ -62,8 +62,8 @@ def _flat_rows(content: AngleReport) -> Iterator[dict[str, Any]]:
         for entry in content["norms"]
     ]
     for sides, held in sets:
-        levels = {"overall": [{"name": "overall"} | held["overall"]], "module": held["modules"],
-                  "kind": held["kinds"], "layer": held["layers"],
+        levels = {"overall": [{"name": "overall"} | held["overall"]], "part": held["parts"],
+                  "module": held["modules"], "kind": held["kinds"], "layer": held["layers"],
                   "tensor": held["tensors"]}  # fmt: skip
         for level, rows in levels.items():
             for row in rows:

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-SPREAD = 1.96  # standard errors on either side: 95 %
+SPREAD = 1.96  # standard deviations on either side: 95 %
 
 
 @dataclass(frozen=True)
 class Statistic:
     """A number: `key` in report.json and report.csv, `title` for people, `form`, `meaning`.
 
-    `form` is a format specification, "%" for a share at three digits or "list" for what is no
-    single number. `meaning` is a formula or words, with a and b the values of two vectors, v those
-    of one and n their number; `chance` is what unrelated directions give. `shown` names where it
-    stands beside report.json and report.csv: "page" (with the numbers of a vector or a pair),
-    "pairs" (in the table of all pairs), "rows" (a column that is shown at first), "lines" (a figure
-    along the layers), "screen" (the terminal).
+    `form` is a format specification, "%" for a share at three digits, "word" for what is no number
+    or "list" for several. `meaning` is a formula or words, with a and b the values of two vectors,
+    v those of one and n their number; `chance` is what unrelated directions give. `shown` names
+    where it stands beside report.json and report.csv: "page" (with the numbers of a vector or a
+    pair), "pairs" (in the table of all pairs), "rows" (a column that is shown at first), "lines" (a
+    figure along the layers), "screen" (the terminal).
     """
 
     key: str
@@ -38,23 +38,49 @@ ANGLE = (
     Statistic("numel", "values", ",d", "number of values n", "", "page rows"),
     Statistic("cosine", "cosine", "+.3g", "⟨a, b⟩ / (|a| |b|): 1 same direction, −1 opposite",
               "0, spread as below", "page pairs rows screen"),
-    Statistic("cosine_se", "se", ".2g",
-              "√(sum over tensors of G/(G−1) (ΣT² − S²/G)) / (|a| |b|), T the inner product over a"
-              " group of neighbouring values, S their sum, G their number: the spread of this"
-              " cosine, not of a new training run", "the spread that the data show", "screen"),
-    Statistic("z", "z", "+.1f",
-              "cosine · √n: the cosine over its spread for unrelated isotropic directions",
-              "N(0, 1), if directions are isotropic", "page pairs rows screen"),
-    Statistic("z_groups", "z over groups", "+.1f",
-              "S / √ΣT²: holds for sparse deltas and unequal magnitudes, where z overstates",
-              "N(0, 1), if each T has an even chance of either sign", "page pairs rows screen"),
+    Statistic("cosine_sd", "by chance", ".2g",
+              "standard deviation of the cosine under the null that holds, `null`", "",
+              "page pairs screen"),
+    Statistic("z", "z", "+.1f", "cosine / cosine_sd: the cosine over its spread by that null",
+              "N(0, 1)", "page pairs rows screen"),
     Statistic("p", "p", ".2g",
-              "P(|cosine| as large), two-sided: cosine² follows Beta(1/2, (n−1)/2). With n in the"
-              " billions almost any shared structure makes it vanish: then the size of the cosine"
-              " matters", "uniform, if isotropic", "page pairs rows"),
-    Statistic("p_flips", "p, sign flips", ".2g",
-              "(1 + number of draws with |S*| ≥ |S|) / (draws + 1), S* with the sign of whole"
-              " groups drawn anew", "uniform on multiples of 1/(draws + 1)"),
+              "how often a z as far from 0 comes by chance, two-sided; with many values small"
+              " relations are clear too: then the size of the cosine matters", "uniform",
+              "page pairs rows screen"),
+    Statistic("null", "null", "word",
+              "which null holds: groups, unless another has a variance that is larger by more than"
+              " chance, and then the largest", "", "page pairs rows screen"),
+    Statistic("z_groups", "z, groups", "+.1f",
+              "S / √ΣT², T the inner product over a group of neighbouring values, S their sum:"
+              " holds for sparse deltas and unequal magnitudes",
+              "N(0, 1), if each T has an even chance of either sign", "page"),
+    Statistic("z_rows", "z, rows", "+.1f",
+              "S / √ΣT², T the inner product over a row as it is stored, or over a slice across the"
+              " hidden axis if these vary more", "N(0, 1), if each T has an even chance of either"
+              " sign", "page"),
+    Statistic("z_channels", "z, channels", "+.1f",
+              "S / √ΣT², T the inner product over a channel of the hidden axis, of all tensors"
+              " together", "N(0, 1), if each T has an even chance of either sign", "page"),
+    Statistic("z_rotation", "z, rotation", "+.1f",
+              "S √h / |M|, M the h x h sum of A'B over tensors: a is rotated at random on the"
+              " hidden axis of h channels, alike in all tensors",
+              "N(0, 1), if no direction of that axis is marked", "page"),
+    Statistic("z_isotropic", "z, isotropic", "+.1f",
+              "cosine · √n: the cosine over its spread for unrelated isotropic directions",
+              "N(0, 1), if all directions of all values are alike"),
+    Statistic("p_isotropic", "p, isotropic", ".2g",
+              "P(|cosine| as large), two-sided: cosine² follows Beta(1/2, (n−1)/2)",
+              "uniform, if isotropic"),
+    Statistic("cosine_se", "se", ".2g",
+              "√(sum over tensors of G/(G−1) (ΣT² − S²/G)) / (|a| |b|), T of groups, G their"
+              " number: its spread where groups are independent, not that of a new training run",
+              "the spread that the data show", ""),
+    Statistic("cosine_mean", "mean of matrices", "+.3g",
+              "mean of the cosines of matrices, each counting as one", "0", "page"),
+    Statistic("cosine_mean_se", "its se", ".2g",
+              "their standard deviation over the root of their number", "", "page"),
+    Statistic("rare_share", "matrices of p < .05", "%", "share of matrices with p < .05", "5 %",
+              "page"),
     Statistic("norm_a", "norm A", ".3g", "|a|", "", "rows"),
     Statistic("norm_b", "norm B", ".3g", "|b|", "", "rows"),
     Statistic("norm_ratio", "|A| / |B|", ".3g",
@@ -65,9 +91,9 @@ CONTROL = (
     Statistic("control_cosine", "control cosine", "+.3g",
               "cosine with another vector, or a random one, in place of a: a pair is worth talking"
               " about where it stands clear of its control", "", "page pairs rows screen"),
-    Statistic("control_z_groups", "control z over groups", "+.1f", "the same for z over groups", "",
-              "page pairs rows"),
-    Statistic("control_z", "control z", "+.1f", "the same for z"),
+    Statistic("control_z", "control z", "+.1f",
+              "z of another vector, by the null that holds for it; of a random one over cosine_sd",
+              "", "page pairs rows"),
 )  # fmt: skip
 SUPPORT = (
     Statistic("density_a", "density A", "%",
@@ -81,12 +107,29 @@ SUPPORT = (
               "N_ab / sum over tensors of N_a N_b / n: shared values over what chance gives. Large"
               " weights absorb small changes of both alike, so bf16 alone lifts it over 1",
               "1; at most 1 / the larger density", "page pairs rows screen"),
+    Statistic("lift_weights", "lift given weights", ".3g",
+              "N_ab / sum over tensors and exponents e of the weights of N_a,e N_b,e / n_e: what is"
+              " shared beyond what rounding lets through at such weights. Where the tuned models"
+              " have 16 bits and weights are known", "1", "page pairs rows screen"),
     Statistic("overlap_z", "overlap z", "+.1f",
-              "(N_ab − chance) / √(sum of N_a N_b (n − N_a)(n − N_b) / (n² (n − 1)))",
-              "N(0, 1): hypergeometric; null for dense ones", ""),
+              "r / √(the largest of H, H + E and R + C − Q): r the excess of N_ab over the chance"
+              " of `lift_weights`, H its variance where values are independent, E what rows and"
+              " columns of unequal densities add, R and C the squares of r summed up by rows and by"
+              " channels, Q by values", "N(0, 1); null for dense ones", "page pairs rows"),
+    Statistic("p_overlap", "p of overlap", ".2g", "P(|overlap z| as large), two-sided", "uniform",
+              "page pairs rows"),
+    Statistic("overlap_z_weights", "overlap z given weights", "+.1f",
+              "r / √H, H = sum over tensors and exponents of N_a N_b (n − N_a)(n − N_b) /"
+              " (n² (n − 1))", "N(0, 1), if values of one exponent change independently", ""),
+    Statistic("overlap_z_plain", "overlap z, plain", "+.1f",
+              "(N_ab − chance) / √(sum of N_a N_b (n − N_a)(n − N_b) / (n² (n − 1))), chance as in"
+              " lift", "N(0, 1), if all values change independently", ""),
     Statistic("sign_agreement", "equal signs", "%", "share of N_ab with equal signs", "1/2",
               "page pairs rows screen"),
-    Statistic("sign_z", "sign z", "+.1f", "(2 equal − N_ab) / √N_ab",
+    Statistic("sign_z", "sign z", "+.1f",
+              "(2 equal − N_ab) / √(the larger of N_ab and R + C − N_ab), R and C the squares of"
+              " equal minus opposite signs by rows and by channels", "N(0, 1)", "page rows"),
+    Statistic("sign_z_plain", "sign z, plain", "+.1f", "(2 equal − N_ab) / √N_ab",
               "N(0, 1), if values are independent", ""),
     Statistic("along", "along", "%",
               "sum over tensors t of ⟨a, b⟩_t² / |b_t|², over |a|²: share of a's energy along b's"
@@ -105,6 +148,12 @@ PAIR_SUBSPACE = (
               "mean squared cosine of the principal angles of U_a and U_b, K leading left singular"
               " vectors each: 1 the same", "K/m in an m x n matrix", "page screen"),
     Statistic("overlap_right", "overlap right", ".3g", "the same of V_a and V_b", "K/n"),
+    Statistic("overlap_left_z", "overlap left z", "+.1f",
+              "(K · overlap left − K²/m) / √(2 K² (m−K)² / (m² (m−1) (m+2))); of a group, the sum"
+              " over matrices over the root of the sum", "N(0, 1), if directions are isotropic",
+              "page rows screen"),
+    Statistic("overlap_right_z", "overlap right z", "+.1f", "the same of overlap right", "N(0, 1)",
+              "page rows"),
     Statistic("overlap_chance", "overlap by chance", ".3g", "(K/m + K/n) / 2", "", "page screen"),
     Statistic("a_in_b", "A in B", "%", "|U_bᵀ A V_b|² / |A|²: share of A's energy inside",
               "in_chance", "page screen"),
@@ -120,11 +169,33 @@ PAIR_SUBSPACE = (
               "|U_c U_cᵀ A| / |A|, U_c of a + b (subspace alignment ratio, arXiv 2502.04959, at"
               " this K)", "above √(K/m), as a is part of a + b", "page screen"),
     Statistic("sar_b", "SAR B", ".3g", "|U_c U_cᵀ B| / |B|", "", "page screen"),
+    Statistic("cosine_spikes", "cosine of spikes", "+.3g",
+              "cosine of the low-rank parts: the `spikes` of a and those of b, at most K each", "0",
+              "page screen"),
+    Statistic("cosine_rest", "cosine of rests", "+.3g",
+              "cosine of what is left of a and b without them", "0", "page screen"),
+    Statistic("spikes_share", "⟨a, b⟩ in spikes", "%",
+              "the inner product of the low-rank parts over that of the matrices: above 100 % or"
+              " below 0 where parts cancel"),
+    Statistic("rest_share", "⟨a, b⟩ in rests", "%",
+              "the same of the rests; what is missing to 1 is between a part of one and the rest of"
+              " the other"),
     Statistic("angles_left", "angles left", "list",
               "principal angles of U_a and U_b in degrees (Bjorck and Golub 1973)", "towards 90",
               ""),
     Statistic("angles_right", "angles right", "list", "principal angles of V_a and V_b",
               "towards 90", ""),
+)  # fmt: skip
+PAIR_OUTPUTS = (
+    Statistic("cosine_outputs", "cosine of outputs", "+.3g",
+              "tr(A C B') / √(tr(A C A') tr(B C B')): the cosine of A x and B x over the inputs x"
+              " of all modules; in a group sums over its matrices are divided",
+              "0, if the updates know nothing of each other", "page pairs rows screen"),
+    Statistic("cka_outputs", "CKA of outputs", ".3g",
+              "|A K B'|² / (|A K A'| |B K B'|), K = C − E[x] E[x]' (linear CKA, arXiv 1905.00414):"
+              " 1 where A x and B x differ by a rotation and a factor; in a group the mean over"
+              " matrices, weighted by √(tr(A C A') tr(B C B'))",
+              "above 0, as a few directions hold most of K", "page rows screen"),
 )  # fmt: skip
 VECTOR = (
     Statistic("numel", "values", ",d", "number of values n", "", "page rows"),
@@ -151,6 +222,12 @@ VECTOR = (
 )  # fmt: skip
 VECTOR_SUBSPACE = (
     Statistic("stable_rank", "stable rank", ".3g", "|V|² / s_1²"),
+    Statistic("spikes", "spikes", ".3g",
+              "number of singular values above the noise: 1.15 (square) to 1.41 (Gavish and Donoho"
+              " 2014) times the largest one of this matrix with the signs of its values drawn anew,"
+              " which is σ (√m + √n) (Marchenko and Pastur) for independent values",
+              "0"),
+    Statistic("spike_energy", "spike energy", "%", "share of |v|² in the spikes", "0"),
     Statistic("effective_rank", "effective rank", ".3g",
               "exp(entropy of s / Σs) (Roy and Vetterli 2007), estimated where the SVD is"
               " randomised; a high rank means that a low-rank copy loses much"),
@@ -165,6 +242,16 @@ VECTOR_SUBSPACE = (
     Statistic("svd_error", "SVD error", ".2g", "the residual of this matrix; the largest in a"
               " group", "", ""),
 )  # fmt: skip
+VECTOR_OUTPUTS = (
+    Statistic("energy_active", "energy, active", "%",
+              "share of |v|² in the leading eigenvectors of C that hold 90 % of its trace",
+              "active_chance", "page lines"),
+    Statistic("active_chance", "active by chance", "%",
+              "k / n, k the number of these eigenvectors, weighted by |v|²", "", "page"),
+    Statistic("gain_outputs", "gain of outputs", ".3g",
+              "tr(V C V') / (|V|² tr(C) / n): mean square of V x over what inputs of the same size"
+              " in every direction alike would give", "1", "page lines"),
+)  # fmt: skip
 FORECAST = (
     Statistic("along", "along B", "%", "`along` of the pair as a whole"),
     Statistic("on_support", "on B's support", "%", "`on_support_a` of it"),
@@ -174,13 +261,14 @@ FORECAST = (
               " in it", "", ""),
 )  # fmt: skip
 
-PAIRS = ANGLE + CONTROL + SUPPORT + PAIR_SUBSPACE
-VECTORS = VECTOR + VECTOR_SUBSPACE
+PAIRS = ANGLE + CONTROL + SUPPORT + PAIR_SUBSPACE + PAIR_OUTPUTS
+VECTORS = VECTOR + VECTOR_SUBSPACE + VECTOR_OUTPUTS
 SECTIONS = {  # as docs/orthogonality.md and the page part them
     "Angle and its chance level": ANGLE + CONTROL,
     "Supports, signs and energy": SUPPORT,
     "One vector": VECTOR,
     "Subspaces": PAIR_SUBSPACE + VECTOR_SUBSPACE,
+    "Outputs on calibration inputs": PAIR_OUTPUTS + VECTOR_OUTPUTS,
     "The forecast": FORECAST,
 }
 
@@ -203,8 +291,10 @@ def pick(table: Table, *keys: str) -> list[Statistic]:
     return [by_key[key] for key in keys]
 
 
-def write_number(value: float | None, form: str) -> str:
+def write_number(value: Any, form: str) -> str:
     """Return a number as a person reads it, "-" for none."""
+    if form == "word":
+        return value or "-"
     if value is None or not isfinite(value):
         return "-"
     if form == "%":
@@ -215,13 +305,13 @@ def write_number(value: float | None, form: str) -> str:
 def write_numbers(row: Mapping[str, Any], table: Table) -> list[str]:
     """Return the numbers of a row as a person reads them; of a p that fp64 cannot hold its end."""
     return [
-        "< 1e-300" if number.key == "p" and row.get("p") == 0
+        "< 1e-300" if number.key in ("p", "p_isotropic") and row.get(number.key) == 0
         else write_number(row.get(number.key), number.form)
         for number in table
     ]  # fmt: skip
 
 
 def write_spread(row: Mapping[str, Any]) -> str:
-    """Return the half-width of the interval that holds 95 % around the cosine of a row."""
-    error = row.get("cosine_se")
-    return write_number(None if error is None else SPREAD * error, ".2g")
+    """Return the half-width of the interval that holds 95 % of what chance makes of a cosine."""
+    deviation = row.get("cosine_sd")
+    return write_number(None if deviation is None else SPREAD * deviation, ".2g")

@@ -83,8 +83,10 @@ _reports = add_option(  # of a command that measures vectors
     click.option("--against", metavar="W", help="Weights: for rounding, and their subspaces."),
     click.option("--subspace", type=int, default=0, metavar="K",
                  help="Compare the K leading singular directions."),
+    click.option("--activations", type=click.Path(), metavar="FILE",
+                 help="Second moments of inputs, for the outputs of updates."),
     click.option("--device", default="auto", show_default=True,
-                 help="Of --subspace: cpu, cuda or cuda:N."),
+                 help="Of --subspace and --activations: cpu, cuda or cuda:N."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of anything random."),
     click.option("-o", "--output", type=click.Path(),
                  help="Folder for report.json, report.csv and report.html."),
@@ -353,10 +355,7 @@ def pull(screen: Screen, repo: str, **options: Any) -> Any:
 @click.option(
     "--control",
     metavar="random|VECTOR",
-    help="In place of the first of each pair: random signs, or a vector.",
-)
-@click.option(
-    "--sign-flips", type=int, default=0, metavar="N", help="Draws of a randomisation test."
+    help="In place of the first of each pair: random signs of its channels, or a vector.",
 )
 @_reports
 @_nonfinite

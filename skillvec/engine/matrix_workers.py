@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
 from skillvec.files.output_file import available_memory_nbytes
@@ -25,13 +26,13 @@ def at_once_nbytes(sizes: Iterable[int], workers: int) -> int:
 
 def in_turn(
     work: Callable[[Item], Result], items: Iterable[Item], nbytes_of: Callable[[Item], int],
-    workers: int,
+    workers: int, around: Callable[[], AbstractContextManager[object]] = settled, ahead: int = 2,
 ) -> Generator[Result, None, None]:  # fmt: skip
     """Yield work(item) in the order of the items: up to `workers` at a time, one thread each.
 
     `nbytes_of` is the size of an item's matrix: several are at work while their copies fit into a
-    quarter of the memory that is free. What is done waits for its turn, two for each worker at
-    most. The first error ends it.
+    quarter of the memory that is free. What is done waits for its turn, `ahead` for each worker at
+    most. `around` is entered by every thread. The first error ends it.
     """
     from concurrent.futures import ThreadPoolExecutor, wait  # with logging
 
@@ -41,9 +42,13 @@ def in_turn(
     def is_full(more: int) -> bool:
         taken = [nbytes for future, nbytes in waiting if not future.done()]
         busy = len(taken) >= workers or (taken and COPIES * (sum(taken) + more) > room)
-        return bool(busy) or len(waiting) >= 2 * workers
+        return bool(busy) or len(waiting) >= ahead * workers
 
-    with settled(), ThreadPoolExecutor(workers) as pool:
+    def alone(item: Item) -> Result:
+        with around():
+            return work(item)
+
+    with around(), ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
                 nbytes = nbytes_of(item)
@@ -52,14 +57,9 @@ def in_turn(
                         yield waiting.popleft()[0].result()
                     else:
                         wait([f for f, _ in waiting if not f.done()], return_when="FIRST_COMPLETED")
-                waiting.append((pool.submit(_alone, work, item), nbytes))
+                waiting.append((pool.submit(alone, item), nbytes))
             while waiting:
                 yield waiting.popleft()[0].result()
         finally:
             for future, _ in waiting:
                 future.cancel()
-
-
-def _alone(work: Callable[[Item], Result], item: Item) -> Result:
-    with settled():
-        return work(item)

@@ -213,7 +213,7 @@ class State:
     leaves: dict[str, bytearray] = field(default_factory=dict)
     assumed: dict[int, Array] = field(default_factory=dict)  # blocks that a guess decided: counts
     first_mismatch: dict[int, int] = field(default_factory=dict)  # by block
-    measured: dict[int, Array] = field(default_factory=dict)  # by block
+    measured: dict[int, Array] = field(default_factory=dict)  # by block, or by pair
 
 
 @dataclass(slots=True, eq=False, repr=False)

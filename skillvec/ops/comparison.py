@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.ops import compiled, lanes
-from skillvec.ops.delta import STEP, Delta
+from skillvec.ops.delta import NO_VALUES, STEP, Delta
 from skillvec.ops.kernels import HALVES, Array, F32Array, narrow, widen
 from skillvec.ops.lanes import Sums
 
@@ -27,7 +27,6 @@ VECTOR = ("square", "support", "kept_dot", "kept_sq", "absorbed", "step_sq")  # 
 SUPPORT_A = PAIR.index("support_a")  # the first of the counts
 GRIDS = {"BF16": (7, 1), "F16": (10, 113)}  # bits of a fraction; least biased fp32 exponent
 EXPONENT = np.int32(0x7F800000)  # of fp32
-NO_SIGNS = np.zeros(0, np.uint8)
 Weights = tuple[Array, str]  # and their dtype
 
 
@@ -38,16 +37,15 @@ class Compared(NamedTuple):
     sums: Sums
 
 
-def compare_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compared:
+def compare_pair(x: Delta, y: Delta, width: int) -> Compared:
     """Return the sums of two deltas of one length, by groups of `width` neighbours.
 
-    `width` is a power of two, 1,024 at most. Bits of `signs`, bytes with the highest bit first and
-    32 for each 32 values begun, turn the signs of x.
+    `width` is a power of two, 1,024 at most.
     """
     kernel = _kernels()[0]
     if kernel is None or "F64" in (x.dtype, y.dtype):
-        return numpy_pair(x, y, width, signs)
-    return call_pair(kernel, x, y, width, signs)
+        return numpy_pair(x, y, width)
+    return call_pair(kernel, x, y, width)
 
 
 def compare_weights(x: Delta, weights: Weights | None) -> Sums:
@@ -58,48 +56,31 @@ def compare_weights(x: Delta, weights: Weights | None) -> Sums:
     return call_weights(kernel, x, weights)
 
 
-def flip(groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
-    """Return the sums of groups with signs: plus where the bit is 1, a row of `signs` each.
-
-    Bits stand in bytes, the highest first; a row has 32 for each 32 groups begun.
-    """
-    kernel = _kernels()[2]
-    return numpy_flip(groups, signs) if kernel is None else call_flip(kernel, groups, signs)
-
-
 # -------------------------------------------------------------------------------------- by kernels
 
 
-def call_pair(
-    kernel: compiled.Kernel, x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS
-) -> Compared:
+def call_pair(kernel: compiled.Kernel, x: Delta, y: Delta, width: int) -> Compared:
     """Return what `numpy_pair` gives, by a compiled kernel."""
     found = Compared(np.empty(-(-x.values.size // width)), np.empty(len(PAIR)))
-    kernel(*_spelt(x), *_spelt(y), signs, width, *found)
+    kernel(*spelt(x), *spelt(y), width, *found)
     return found
 
 
 def call_weights(kernel: compiled.Kernel, x: Delta, weights: Weights | None) -> Sums:
     """Return what `numpy_weights` gives, by a compiled kernel."""
     sums = np.empty(len(VECTOR) + len(STEP_EDGES) + 1)
-    values, dtype = weights or (NO_SIGNS, "F32")
-    kernel(*_spelt(x), values, compiled.CODES[dtype], sums)
+    values, dtype = weights or (NO_VALUES, "F32")
+    kernel(*spelt(x), values, compiled.CODES[dtype], sums)
     return sums
 
 
-def call_flip(kernel: compiled.Kernel, groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
-    """Return what `numpy_flip` gives, by a compiled kernel."""
-    sums = np.empty(len(signs))
-    kernel(groups, signs, sums)
-    return sums
-
-
-def _spelt(delta: Delta) -> tuple[Any, ...]:
+def spelt(delta: Delta) -> tuple[Any, ...]:
+    """Return a delta as kernels take it."""
     return delta.values, compiled.CODES[delta.dtype], delta.positions, delta.exact
 
 
 # of what numpy makes of the samples; a test compares
-SELF_CHECKS = "17a5a7e5cf72bba0", "27de10204a38e186", "c09690eda56dc60a"
+SELF_CHECKS = "7873ab9e006e4d84", "27de10204a38e186"
 
 
 def _samples() -> tuple[list[Delta], list[Weights]]:
@@ -116,12 +97,10 @@ def _samples() -> tuple[list[Delta], list[Weights]]:
     return deltas, weights
 
 
-def sample_pairs(run: Callable[[Delta, Delta, int, Array], Compared]) -> bytes:
+def sample_pairs(run: Callable[[Delta, Delta, int], Compared]) -> bytes:
     """Return the bytes of what fixed pairs of deltas give."""
     deltas, _ = _samples()
-    signs = (np.arange(376, dtype=np.uint32) * 40503 >> 3).astype(np.uint8)
-    found = [run(x, y, width, signs[: 376 * turned]) for x in deltas for y in deltas
-             for width, turned in ((1024, 1), (8, 0))]  # fmt: skip
+    found = [run(x, y, width) for x in deltas for y in deltas for width in (1024, 8)]
     return b"".join(part.tobytes() for one in found for part in one)
 
 
@@ -131,10 +110,10 @@ def sample_weights(run: Callable[[Delta, Weights | None], Sums]) -> bytes:
     return b"".join(run(x, held).tobytes() for x in deltas for held in (None, *weights))
 
 
-def sample_flips(run: Callable[[Sums, npt.NDArray[np.uint8]], Sums]) -> bytes:
-    """Return the bytes of what fixed groups give."""
-    groups = np.arange(1, 74) / 3.0
-    return run(groups, (np.arange(60, dtype=np.uint8) * 37).reshape(5, 12)).tobytes()
+def sample_pairs_on_weights(run: Callable[[Delta, Delta, Weights], Array]) -> bytes:
+    """Return the bytes of what fixed pairs of deltas on fixed weights give."""
+    deltas, weights = _samples()
+    return b"".join(run(x, y, held).tobytes() for x in deltas for y in deltas for held in weights)
 
 
 @cache
@@ -145,10 +124,7 @@ def _kernels() -> tuple[compiled.Kernel | None, ...]:
     def weights(kernel: compiled.Kernel) -> bytes:
         return sample_weights(lambda *of: call_weights(kernel, *of))
 
-    def flips(kernel: compiled.Kernel) -> bytes:
-        return sample_flips(lambda *of: call_flip(kernel, *of))
-
-    names = ("pair_sums", pairs), ("vector_sums", weights), ("flipped_sums", flips)
+    names = ("pair_sums", pairs), ("vector_sums", weights)
     return tuple(
         compiled.kernel(*of, digest) for of, digest in zip(names, SELF_CHECKS, strict=True)
     )
@@ -158,7 +134,7 @@ def _kernels() -> tuple[compiled.Kernel | None, ...]:
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
-def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compared:
+def numpy_pair(x: Delta, y: Delta, width: int) -> Compared:
     """Return the sums of two deltas, by numpy.
 
     Met is the energy of one where the other is not 0, clash where their signs differ.
@@ -166,8 +142,6 @@ def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compa
     parts, counts = _Parts(SUPPORT_A + 1), np.zeros(4, np.int64)
     for begin in range(0, x.values.size, STEP):
         one, two = x.wide(begin, begin + STEP), y.wide(begin, begin + STEP)
-        if signs.size:
-            one = _turned(one, signs[begin // 8 :])
         a, b = lanes.by_rows(one), lanes.by_rows(two)
         in_a, in_b = a != 0, b != 0
         shared = in_a & in_b
@@ -197,14 +171,6 @@ def numpy_pair(x: Delta, y: Delta, width: int, signs: Array = NO_SIGNS) -> Compa
                 parts.add(4 + 2 * n + place, some)
     sums = np.array([*(lanes.in_order(parts.whole(n)) for n in range(SUPPORT_A)), *counts])
     return Compared(parts.whole(-1), sums)
-
-
-def _turned(values: Array, signs: Array) -> Array:
-    """Return values with the signs turned where bits are 1."""
-    bits = values.view(np.dtype(f"<u{values.itemsize}"))
-    turn = np.unpackbits(signs, count=values.size).astype(bits.dtype)
-    turned: Array = bits ^ turn << bits.dtype.type(8 * values.itemsize - 1)
-    return turned.view(values.dtype)
 
 
 @np.errstate(all="ignore")
@@ -264,15 +230,6 @@ def _round(
     distance += fraction + 3
     distance *= changed
     return kept, step, distance
-
-
-def numpy_flip(groups: Sums, signs: npt.NDArray[np.uint8]) -> Sums:
-    """Return the sums of groups with signs, by numpy: 16 lanes in fp64, as one group."""
-    terms = np.unpackbits(signs, axis=1).astype(np.float64)  # zeros behind the last group
-    terms -= 0.5
-    terms[:, : groups.size] *= 2 * groups
-    terms[:, groups.size :] = 0
-    return lanes.sum_rows(lanes.by_rows(terms.ravel(), terms.shape[1]))
 
 
 class _Parts:

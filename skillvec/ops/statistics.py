@@ -12,31 +12,28 @@ import numpy as np
 import numpy.typing as npt
 
 from skillvec.ops import comparison
-from skillvec.ops.comparison import NO_SIGNS, STEP_EDGES, Compared, Weights
+from skillvec.ops.comparison import STEP_EDGES, Compared, Weights
 from skillvec.ops.delta import Delta
 from skillvec.ops.lanes import GROUP, Sums
-from skillvec.ops.philox import draw_uint32
 
 # of a vector: square, support, kept_dot, kept_sq, absorbed, step_sq, then
 VECTOR = (*comparison.VECTOR, "moved")  # the support where the weights are known, else 0
 PAIR = ("product", "groups_sq", "shared", "agree", "met_a", "met_b", "clash_a", "clash_b")
 CONTROL = ("product", "groups_sq")
-SIGNS = 1 << 18  # drawn at once for flips: numpy makes a double of each
 
 
 class Request(NamedTuple):
     """What is measured in one pass over deltas, each taken times its factor in `scales`.
 
-    `pairs` are compared in everything; `controls` (i, j, redrawn), none or one for each pair, in
-    their angle alone, where `redrawn` means that the signs of i are drawn anew. `sign_flips` is the
-    number of draws.
+    `pairs` are compared in everything; `controls` (i, j), none or one for each pair, in their angle
+    alone.
     """
 
     scales: tuple[float, ...]
     pairs: tuple[tuple[int, int], ...] = ()
-    controls: tuple[tuple[int, int, bool], ...] = ()
+    controls: tuple[tuple[int, int], ...] = ()
     seed: int = 0
-    sign_flips: int = 0
+    by_weight: tuple[int, ...] = ()
 
 
 @cache
@@ -49,7 +46,6 @@ def layout(request: Request) -> np.dtype[np.void]:
             ("vectors", [*vector, steps, ("moved", "f8")], (len(request.scales),)),
             ("pairs", [(name, "f8") for name in PAIR], (len(request.pairs),)),
             ("controls", [(name, "f8") for name in CONTROL], (len(request.controls),)),
-            ("flips", "f8", (len(request.pairs), request.sign_flips)),
         ]
     )
 
@@ -60,15 +56,11 @@ def group_width(numel: int) -> int:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # sums that leave fp64 are None in the end
-def block_sums(
-    sides: Iterable[tuple[Delta, Weights | None]], request: Request, name: str, numel: int,
-    begin: int,
-) -> Sums:  # fmt: skip
+def block_sums(sides: Iterable[tuple[Delta, Weights | None]], request: Request, numel: int) -> Sums:
     """Return the sums of `layout` over one block of a tensor of `numel` values, flat.
 
-    All deltas are of one length and stand at `begin` in their tensor. Beside each are the weights
-    that it is a change of, or None where they are not known; they are not looked at again when the
-    next delta is taken.
+    All deltas are of one length. Beside each are the weights that it is a change of, or None where
+    they are not known; they are not looked at again when the next delta is taken.
     """
     record = np.zeros(1, layout(request))
     vectors, pairs, controls = (record[key][0] for key in ("vectors", "pairs", "controls"))
@@ -83,15 +75,8 @@ def block_sums(
     for n, (i, j) in enumerate(request.pairs):
         found = comparison.compare_pair(deltas[i], deltas[j], width)
         _add_pair(pairs[n : n + 1], vectors, i, j, found)
-        if request.sign_flips:
-            key = f"{request.seed}:flips:{name}:{begin}"
-            record["flips"][0, n] = flipped_sums(found.groups, request.sign_flips, key)
-    for n, (i, j, redrawn) in enumerate(request.controls):
-        signs = NO_SIGNS
-        if redrawn:
-            signs = draw_signs(f"{request.seed}:control:{name}", begin, deltas[i].values.size)
-        found = comparison.compare_pair(deltas[i], deltas[j], width, signs)
-        controls[n] = tuple(found.sums[:2])
+    for n, (i, j) in enumerate(request.controls):
+        controls[n] = tuple(comparison.compare_pair(deltas[i], deltas[j], width).sums[:2])
     return record.view(np.float64)
 
 
@@ -116,28 +101,3 @@ def _scaled(delta: Delta, factor: float) -> Delta:
         return delta
     values = delta.wide(0, delta.values.size) * np.float64(factor)
     return Delta(values, "F64")
-
-
-def flipped_sums(groups: Sums, draws: int, key: str) -> Sums:
-    """Return the sum of `groups` with the sign of each drawn anew, `draws` times.
-
-    The null of a randomisation test (Fisher 1935): addressed by `key`, so it is the same whatever
-    runs beside it.
-    """
-    words = -(-groups.size // 32)  # of 32 signs, a draw
-    sums = np.empty(draws)
-    most = max(1, SIGNS // (32 * words or 1))
-    for first in range(0, draws, most):
-        count = min(most, draws - first)
-        signs = draw_uint32(key, first * words, count * words).view(np.uint8)
-        sums[first : first + count] = comparison.flip(groups, signs.reshape(count, 4 * words))
-    return sums
-
-
-def draw_signs(key: str, begin: int, numel: int) -> npt.NDArray[np.uint8]:
-    """Return a random bit for each position from `begin` on, the highest of a byte first.
-
-    With them turned, a delta keeps its magnitudes, hence its support and norm. `begin` is a
-    multiple of 32, and 32 bits are drawn for each 32 values begun.
-    """
-    return draw_uint32(key, begin // 32, -(-numel // 32)).view(np.uint8)

@@ -13,7 +13,7 @@ are None. Where an SVD fails or gives values that are not finite, other drivers 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,13 +61,7 @@ class Spectrum(NamedTuple):
     stable_rank: float  # |A|_F^2 / s_1^2; 0 for a zero matrix
     effective_rank: float  # exp(entropy of s / sum s), Roy and Vetterli, EUSIPCO 2007; 0 for zero
     effective_rank_error: float
-
-
-class Interference(NamedTuple):
-    """`raw` is in units of the weights, `relative` free of scale: raw over the sum of values."""
-
-    raw: float
-    relative: float | None
+    every: F64Array  # singular values: all if exact, else what the Krylov space has, none too large
 
 
 def resolve_device(device: str) -> str:
@@ -105,11 +99,12 @@ def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
             raise IncompatibleError(f"a matrix of {m} x {n} values holds NaN or infinities")
         if norm_sq == 0:
             none = np.zeros((m, 0), np.float32), np.zeros(0), np.zeros((n, 0), np.float32)
-            return Spectrum(*none, (m, n), 0.0, 0.0, True, 0.0, 0.0, 0.0)
+            return Spectrum(*none, (m, n), 0.0, 0.0, True, 0.0, 0.0, 0.0, none[1])
         tall = tall if m >= n else tall.T
         # a Krylov space of less than 8 blocks finds little, and would take as much memory
         exact = min(m, n) <= max(EXACT, 8 * (k + OVERSAMPLING))
-        left, values, right, rank = _whole(tall, k) if exact else _krylov(tall, k, seed, norm_sq)
+        left, every, right, rank = _whole(tall, k) if exact else _krylov(tall, k, seed, norm_sq)
+        values = every[: left.shape[1]]
         noise = values[0] * float(np.finfo(np.float32).eps) * max(m, n) ** 0.5
         keep = int(np.count_nonzero(values > noise))
         left, values, right = left[:, :keep], values[:keep], right[:, :keep]
@@ -118,11 +113,11 @@ def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
     sides = _host(left), _host(right)
     one, other = sides if m >= n else sides[::-1]
     stable = norm_sq / float(values[0]) ** 2
-    return Spectrum(one, values, other, (m, n), norm_sq, error, exact, stable, *rank)
+    return Spectrum(one, values, other, (m, n), norm_sq, error, exact, stable, *rank, every)
 
 
 def _whole(tall: "Tensor", k: int) -> tuple["Tensor", F64Array, "Tensor", tuple[float, float]]:
-    """Return the triplets and the effective rank from the eigenvalues of A'A in fp64.
+    """Return vectors, all values and the effective rank from the eigenvalues of A'A in fp64.
 
     Squaring loses values below 1e-8 of the largest, less than fp32 deltas carry; the leading
     triplets are then taken from A itself. A full SVD would hold A and U in fp64.
@@ -138,7 +133,8 @@ def _whole(tall: "Tensor", k: int) -> tuple["Tensor", F64Array, "Tensor", tuple[
     left, values, turn = _svd(image)
     spectrum = np.sqrt(squares.clamp(min=0).cpu().numpy())
     rank = _effective_rank(spectrum, np.ones_like(spectrum)), 0.0
-    return left.to(tall.dtype), values.cpu().numpy(), (right @ turn.T).to(tall.dtype), rank
+    every = np.append(values.cpu().numpy(), spectrum[:-k][::-1])
+    return left.to(tall.dtype), every, (right @ turn.T).to(tall.dtype), rank
 
 
 def _svd(matrix: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
@@ -183,7 +179,7 @@ def _other_drivers(matrix: F64Array) -> tuple[F64Array, F64Array, F64Array]:
 def _krylov(
     tall: "Tensor", k: int, seed: int, norm_sq: float
 ) -> tuple["Tensor", F64Array, "Tensor", tuple[float, float]]:
-    """Return the triplets and the effective rank from the Krylov space of a random block.
+    """Return vectors, values and the effective rank from the Krylov space of a random block.
 
     Randomised SVD (Halko, Martinsson, Tropp 2011) that keeps all its powers (Musco and Musco 2015):
     block Golub-Kahan, A P = U B with both bases orthogonalised in full. torch.svd_lowrank keeps the
@@ -223,7 +219,7 @@ def _krylov(
     before, _ = _quadrature(band, count // 2 * width, width, n)
     one, other = (side[:, :k].to(tall) for side in (u, v.T))
     ranks = rank, float(np.hypot(spread, rank - before))
-    return left[:, :new] @ one, values[:k], right[:, :new] @ other, ranks
+    return left[:, :new] @ one, values, right[:, :new] @ other, ranks
 
 
 def _orthonormal(image: "Tensor", basis: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
@@ -305,70 +301,6 @@ def residual_sq(matrix: Array, left: Array, right: Array) -> float:
     return total
 
 
-def alignment_ratio(matrix: Array, merged: Spectrum, device: str) -> float | None:
-    """Return |U U'A|_F / |A|_F, U the left singular vectors of what A was merged into.
-
-    The subspace alignment ratio of Marczak et al., arXiv 2502.04959, eq. 5. They take the smallest
-    k that leaves 5 % of the merged matrix's norm outside; here k is the caller's, and chance is
-    sqrt(k/m). None for a zero matrix. Raises IncompatibleError if the shapes differ.
-    """
-    shares = shares_inside(matrix, merged, device)
-    return None if shares is None else shares[0] ** 0.5
-
-
-def principal_angles(one: Spectrum, other: Spectrum) -> tuple[list[float], list[float]]:
-    """Return the angles between the left and between the right subspaces, in degrees, rising.
-
-    As many as the smaller k. Small ones are good to about 1e-5 degrees, what fp32 vectors hold.
-    Raises IncompatibleError if the shapes differ.
-    """
-    _check_shape(one.shape, other.shape)
-    return _angles(one.left, other.left), _angles(one.right, other.right)
-
-
-def _angles(one: F32Array, other: F32Array) -> list[float]:
-    """Return angles from their cosines and sines (Bjorck and Golub 1973): each is flat somewhere.
-
-    scipy.linalg.subspace_angles (1.17) picks between the two in the wrong order: beside an angle
-    of 60 degrees, one of 1e-7 comes out as 0.
-    """
-    import torch
-
-    if one.shape[1] < other.shape[1]:
-        one, other = other, one
-    with settled():
-        a, b = (torch.from_numpy(side).double() for side in (one, other))
-        inner = a.T @ b
-        cosines = torch.linalg.svdvals(inner)
-        sines = torch.linalg.svdvals(torch.linalg.qr(b - a @ inner, mode="r").R).flip(0)
-        return [float(angle) for angle in torch.rad2deg(torch.arctan2(sines, cosines))]
-
-
-def interference(spectra: Sequence[Spectrum]) -> Interference:
-    """Return the singular task interference |(U'U - I) S (V'V - I)|_1 of several deltas.
-
-    Gargiulo et al., Task Singular Vectors, arXiv 2412.00081: U = [U_1 .. U_T], V likewise, S block
-    diagonal; the sum of the entries' magnitudes, not normalised. `relative` divides by the sum of
-    all values: 0 where the left or the right subspaces are orthogonal, 1 for two deltas with the
-    same singular vectors, about .8 k^1.5 / sqrt(mn) for two by chance, above 1 where many vectors
-    mix, None if all deltas are zero. Raises IncompatibleError if the shapes differ.
-    """
-    for spectrum in spectra:
-        _check_shape(spectrum.shape, spectra[0].shape)
-    import torch
-
-    values = torch.from_numpy(np.concatenate([spectrum.values for spectrum in spectra]))
-    with settled():
-        left, right = (
-            torch.from_numpy(np.hstack(sides)).double()
-            for sides in ([s.left for s in spectra], [s.right for s in spectra])
-        )
-        unit = torch.eye(len(values), dtype=torch.float64)
-        product = (left.T @ left - unit) * values @ (right.T @ right - unit)
-        raw, scale = float(product.abs().sum()), float(values.sum())
-    return Interference(raw, raw / scale if scale else None)
-
-
 @contextmanager
 def settled() -> Iterator[None]:
     """Give this thread's torch one thread of its own, and unrounded factors of fp32 products.
@@ -387,7 +319,8 @@ def settled() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise IncompatibleError where two shapes differ."""
     if found != expected:
         raise IncompatibleError(f"a matrix of shape {found} beside one of {expected}")
 
@@ -396,7 +329,7 @@ def _load(matrix: Array, device: str, shape: tuple[int, int] | None = None) -> "
     """Return the matrix on the device, without a copy on the host where it is a float already."""
     import torch
 
-    _check_shape(matrix.shape, shape or matrix.shape)
+    check_shape(matrix.shape, shape or matrix.shape)
     values = matrix if matrix.dtype == np.float64 else matrix.astype(np.float32, copy=False)
     with warnings.catch_warnings():  # torch warns of read-only arrays; nothing here writes
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)

@@ -21,7 +21,6 @@ from skillvec.analysis.angle_report import (
     PairEntry,
     Row,
     SharedRounding,
-    SubspaceFacts,
     VectorEntry,
 )
 from skillvec.analysis.levels import pair_levels, sentence, vector_levels
@@ -41,25 +40,33 @@ from skillvec.files.staging import staging
 from skillvec.ops.comparison import STEP_EDGES
 from skillvec.ops.kernels import HALVES
 from skillvec.ops.names import natural_order
+from skillvec.ops.spreads import Variances
 from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
 from skillvec.vectors.recipe import leaving_out
 from skillvec.vectors.vector import SkillVector
+from skillvec.verbs.activations import (
+    Outputs,
+    find_outputs,
+    match_moments,
+    memory_nbytes,
+    open_moments,
+)
+from skillvec.verbs.chances import Supports, find_spreads, rows_nbytes
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite
 from skillvec.verbs.spectra import Spectra, find_spectra, is_matrix
 
-SCHEMA = 1
-MOST_FLIPS = 100_000
+SCHEMA = 2
 
 
 def orthogonality(
     *vectors: PathLike | SkillVector,
     against: PathLike | Checkpoint | None = None,
     control: PathLike | SkillVector | None = None,
-    sign_flips: int = 0,
     subspace: int = 0,
+    activations: PathLike | None = None,
     device: str = "auto",
     seed: int = 0,
     output: PathLike | None = None,
@@ -78,10 +85,12 @@ def orthogonality(
     Each input is a vector file, a SkillVector or "TUNED::BASE". The facts hold for every pair, and
     for every vector, the numbers that docs/orthogonality.md explains: overall, per module, kind,
     layer and tensor. `against` are weights, for rounding and for their own subspaces (a pair has
-    its base). `control` is "random" (the first of a pair with its signs drawn anew by `seed`) or a
-    vector to put in its place. `sign_flips` draws make a randomisation test. `subspace` K compares
-    the K leading singular directions of every matrix on the torch `device`. `output` is a folder
-    for report.json, report.csv and report.html, with `figures` as SVG and PNG beside them.
+    its base). `control` is "random" (the first of a pair with the signs of its channels drawn anew
+    by `seed`) or a vector to put in its place. `subspace` K compares the K leading singular
+    directions of every matrix on the torch `device`. `activations` is a file of second moments of
+    the modules' inputs (recipes/calibrate.py), for the outputs of the updates, on the same device.
+    `output` is a folder for report.json, report.csv and report.html, with `figures` as SVG and PNG
+    beside them.
     Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. The
     same digits whatever the worker count. Raises UsageError, IncompatibleError, NonfiniteError,
     FormatError.
@@ -90,8 +99,8 @@ def orthogonality(
         raise UsageError(f"expected at least two vectors, found {len(vectors)}")
     asked = _Asked(
         "orthogonality", vectors, against=against, subspace=subspace, device=device, seed=seed,
-        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite, control=control,
-        sign_flips=sign_flips,
+        activations=activations, include=include, exclude=exclude,
+        allow_nonfinite=allow_nonfinite, control=control,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     return _compare(asked, output, figures, run)
@@ -102,6 +111,7 @@ def norms(
     *,
     against: PathLike | Checkpoint | None = None,
     subspace: int = 0,
+    activations: PathLike | None = None,
     device: str = "auto",
     seed: int = 0,
     output: PathLike | None = None,
@@ -121,7 +131,7 @@ def norms(
     """
     asked = _Asked(
         "norms", [vector], against=against, subspace=subspace, device=device, seed=seed,
-        include=include, exclude=exclude, allow_nonfinite=allow_nonfinite,
+        activations=activations, include=include, exclude=exclude, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     return _compare(asked, output, figures, run)
@@ -140,13 +150,11 @@ class _Asked:
     include: Sequence[str]
     exclude: Sequence[str]
     allow_nonfinite: bool
+    activations: PathLike | None = None
     control: PathLike | SkillVector | None = None
-    sign_flips: int = 0
 
     def check(self) -> None:
         """Raise UsageError for what nothing can be measured by."""
-        if not 0 <= self.sign_flips <= MOST_FLIPS:
-            raise UsageError(f"sign_flips {self.sign_flips}: expected 0 to {MOST_FLIPS}")
         if self.subspace < 0:
             raise UsageError(f"subspace {self.subspace}: expected at least 1")
         if self.seed < 0:
@@ -201,21 +209,42 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
         from skillvec.analysis.page import LEAST_NBYTES  # with all figures
 
         plan = replace(plan, bound_nbytes=LEAST_NBYTES, sure_nbytes=LEAST_NBYTES)
-    at_once = _at_once(run.engine, facts["subspace"])
+    moments = None
+    if asked.activations is not None:
+        moments = open_moments(asked.activations)
+        facts["activations"] = match_moments(moments, plan.jobs, asked.device)
+    workers = _workers(run.engine)
+    devices = {said["device"] for said in (facts["subspace"], facts["activations"]) if said}
+    at_once = workers if devices <= {"cpu"} else 1
     sizes = [4 * job.numel for job in plan.jobs if asked.subspace and is_matrix(job)]
-    report = show_plan(plan, dict(facts), run, place, at_once_nbytes(sizes, at_once))
+    most = max(
+        at_once_nbytes(sizes, at_once),
+        rows_nbytes(plan, workers),
+        memory_nbytes(moments, plan.jobs, at_once),
+    )
+    report = show_plan(plan, dict(facts), run, place, most)
     if run.dry_run:
         return report
-    before = fingerprints(plan.files() if asked.subspace else ())  # for what is read after the run
+    again = asked.subspace or request.pairs or moments  # what is read after the run
+    before = fingerprints([*plan.files(), *([moments.path] if moments else [])] if again else ())
     plan = measure_plan(plan, run)
     results = run_plan(plan, run)
     refuse_nonfinite(results, asked.allow_nonfinite)
     results.sort(key=lambda result: natural_order(result.job.name))
     spectra = Spectra.empty(request, len(results))
+    measured = _Measured(results, spectra, {}, {}, Outputs.empty(request))
+    if request.pairs:
+        redrawn = asked.control == "random"
+        spreads, supports = find_spreads(results, plan, redrawn, workers, run.watcher)
+        measured = measured._replace(spreads=spreads, supports=supports)
     if facts["subspace"]:
-        spectra = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
-        refuse_changed(before)
-    _conclude(report, results, request, inputs, spectra)
+        found = find_spectra(results, plan, report.facts["subspace"], at_once, run.watcher)
+        measured = measured._replace(spectra=found)
+    if moments:
+        outputs = find_outputs(results, plan, moments, asked.device, at_once, run.watcher)
+        measured = measured._replace(outputs=outputs)
+    refuse_changed(before)
+    _conclude(report, measured, request, inputs)
     report.ledger = [job_line(result.job, "compared") for result in results] + plan.ledger
     tell_nonfinite(report, results)
     if place is not None:
@@ -245,8 +274,8 @@ def _facts(asked: _Asked, inputs: _Inputs, place: Output | None) -> AngleFacts:
         "against": inputs.weights.ref if inputs.weights else None,
         "control": control,
         "seed": asked.seed,
-        "sign_flips": asked.sign_flips,
         "subspace": None,
+        "activations": None,
         "step_edges": list(STEP_EDGES),
     }
     if place is not None:
@@ -260,42 +289,62 @@ def _request(asked: _Asked, inputs: _Inputs) -> Request:
     """Return what is measured: all pairs of the vectors, and the control of each."""
     count = len(inputs.labels)
     pairs, other = tuple(combinations(range(count), 2)), inputs.control is not None
-    controls = tuple((count if other else i, j, not other) for i, j in pairs)
+    controls = tuple((count, j) for _, j in pairs) if other else ()
     scales = tuple(vector.scale for vector in inputs.compared)
-    return Request(
-        scales, pairs, controls if asked.control is not None else (), asked.seed, asked.sign_flips
-    )
+    by_weight = tuple(
+        n for n, pair in enumerate(pairs)
+        if all(is_thresholded(inputs.vectors[i]) for i in pair)
+    )  # fmt: skip
+    return Request(scales, pairs, controls, asked.seed, by_weight)
+
+
+def is_thresholded(vector: SkillVector) -> bool:
+    """Return whether rounding decides what a vector changes: a tuned side of it has 16 bits."""
+    sides = [lineage.partition(" - ")[0] for lineage in vector.dtypes.split(", ")]
+    return vector.scale != 0 and any(dtype in side for side in sides for dtype in HALVES)
+
+
+class _Measured(NamedTuple):
+    """What the passes have found of each tensor, and of each pair."""
+
+    results: list[JobResult]
+    spectra: Spectra
+    spreads: dict[tuple[int, int], dict[levels.Place, Variances]]
+    supports: Supports
+    outputs: Outputs
 
 
 @np.errstate(over="ignore", invalid="ignore")  # squares that leave fp64
-def _conclude(
-    report: Report,
-    results: Sequence[JobResult],
-    request: Request,
-    inputs: _Inputs,
-    spectra: Spectra,
-) -> None:
+def _conclude(report: Report, measured: _Measured, request: Request, inputs: _Inputs) -> None:
     """Turn sums into the facts of the report."""
     form, opened, labels = layout(request), inputs.vectors, inputs.labels
+    results, spectra, spreads, supports, outputs = measured
+    matrices = [n for n, result in enumerate(results) if is_matrix(result.job)]
     records = levels.Records(
         [result.job.name for result in results],
         np.array([result.job.numel for result in results], np.int64),
         np.frombuffer(b"".join([result.sums.tobytes() for result in results]), form),
+        [result.found or {} for result in results],
+        supports,
     )
     vectors: list[VectorEntry] = [
         {"label": labels[i], "lineage": vector.dtypes,
-         **vector_levels(records, i, spectra.vectors[i])}
+         **vector_levels(records, i, spectra.vectors[i], outputs.vectors[i])}
         for i, vector in enumerate(opened)
     ]  # fmt: skip
     pairs: list[PairEntry] = []
     for n, (i, j) in enumerate(request.pairs):
-        held = pair_levels(records, request, n, spectra.pairs[n])
+        control = spreads[request.controls[n]] if request.controls else None
+        held = pair_levels(
+            records, request, n, spectra.pairs[n], spreads[i, j], control, matrices,
+            outputs.pairs[n],
+        )  # fmt: skip
         shared = _shared_rounding(opened, (i, j), records, held["overall"])
         rounding = shared["cosine"] if shared else None
         pairs.append({
             "a": labels[i], "b": labels[j], "lineage_a": opened[i].dtypes,
             "lineage_b": opened[j].dtypes, "control": report.facts["control"],
-            "shared_rounding": shared, "sentence": sentence(held["overall"], rounding),
+            "shared_rounding": shared, "sentence": sentence(held, rounding),
             **held,
         })  # fmt: skip
     report.facts |= {"norms": vectors, "pairs": pairs}
@@ -336,6 +385,12 @@ def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
                 f" ({shared['roles']}): if training went on from fp32 master weights, its"
                 f" rounding alone gives a cosine{size}"
             )
+    overall = [pair["overall"] for pair in pairs]
+    if any(row["overlap_z"] is None and row["overlap_z_plain"] is not None for row in overall):
+        found.append(
+            "rounding to 16 bits decided which values changed, by the size of their weights, which"
+            " are not known: how far supports overlap is not judged (--against BASE)"
+        )
     if any(dtype in words for words in lineage for dtype in HALVES):
         found.append(
             "inputs are 16-bit: a vector taken from bf16 or fp16 checkpoints is a thresholded copy"
@@ -344,10 +399,8 @@ def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
     return found
 
 
-def _at_once(runner: Engine, asked: SubspaceFacts | None) -> int:
-    """Return how many matrices are at work: one for each worker here, one on a device."""
-    if asked is None or asked["device"] != "cpu":
-        return 1
+def _workers(runner: Engine) -> int:
+    """Return how many tensors are at work in this process after the run."""
     return (runner if isinstance(runner, Threads) else choose_engine("threads", None)).in_process
 
 

@@ -10,15 +10,24 @@ from typing import NamedTuple
 import numpy as np
 
 from skillvec.analysis.angle_report import Row, SubspaceFacts
+from skillvec.analysis.subspaces import overlap_by_chance
 from skillvec.engine.matrix_workers import in_turn
 from skillvec.engine.plan import Job, JobResult, Plan
 from skillvec.files.file import forget_open_files
 from skillvec.ops import svd
 from skillvec.ops.kernels import Array
-from skillvec.ops.statistics import Request
+from skillvec.ops.statistics import Request, layout
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import add_values
 from skillvec.vectors.reader import BlockReader, readers_of
+from skillvec.verbs.relations import (
+    alignment_ratio,
+    both_parts,
+    interference,
+    part_product,
+    principal_angles,
+)
+from skillvec.verbs.spikes import Spikes, find_spikes
 
 
 class Spectra(NamedTuple):
@@ -58,7 +67,9 @@ def find_spectra(
     done = 0
 
     def relate(n: int) -> _Related:
-        return _relate(_Matrices(results[n].job, request, said, readers))
+        sums = results[n].sums.view(layout(request))[0]
+        products = sums["pairs"]["product"].tolist()
+        return _relate(_Matrices(results[n].job, request, said, readers), products)
 
     def nbytes_of(n: int) -> int:
         return 4 * results[n].job.numel
@@ -78,6 +89,13 @@ def find_spectra(
     finally:
         forget_open_files()
     return spectra
+
+
+class Own(NamedTuple):
+    """What is known of one matrix: its leading triplets, and which of them are spikes."""
+
+    spectrum: svd.Spectrum
+    spikes: Spikes
 
 
 class _Related(NamedTuple):
@@ -119,42 +137,53 @@ class _Matrices(NamedTuple):
         return self.decompose(values.reshape(self.job.deltas[0].spec.shape))
 
 
-def _relate(matrices: _Matrices) -> _Related:
-    """Return what the singular subspaces of one tensor's deltas say."""
-    pairs, device = matrices.request.pairs, matrices.asked["device"]
-    wanted = range(1 + max((j for _, j in pairs), default=0))  # not the control
-    alone = [matrices.decompose(matrices.read(i)) for i in wanted]
+def _relate(matrices: _Matrices, products: Sequence[float]) -> _Related:
+    """Return what the singular subspaces of one tensor's deltas say; `products` are the pairs'."""
+    request, device = matrices.request, matrices.asked["device"]
+    pairs = request.pairs
+    alone: list[Own] = []
+    for i in range(1 + max((j for _, j in pairs), default=0)):  # not the control
+        values = matrices.read(i)
+        found = matrices.decompose(values)
+        alone.append(Own(found, find_spikes(values, found, device, request.seed)))
     merged = [matrices.decompose(matrices.read(i, j)) for i, j in pairs]
     weights = matrices.decompose_weights()
     vector_rows, pair_rows = [], [Row() for _ in pairs]
+    across = [0.0] * len(pairs)  # inner products of each whole with the spikes of the other
     for i, own in enumerate(alone):
         values = matrices.read(i)
         within = svd.shares_inside(values, weights, device) if weights is not None else None
-        vector_rows.append(describe_spectrum(own, within[2] if within else None))
+        vector_rows.append(describe_spectrum(*own, within[2] if within else None))
         for m, pair in enumerate(pairs):
             if i in pair:
-                side, across, other = ("a", "b", pair[1]) if i == pair[0] else ("b", "a", pair[0])
-                share = svd.shares_inside(values, alone[other], device)
+                side, to, other = ("a", "b", pair[1]) if i == pair[0] else ("b", "a", pair[0])
+                share = svd.shares_inside(values, alone[other].spectrum, device)
+                kept = alone[other].spikes.kept
+                across[m] += part_product(values, alone[other].spectrum, kept, device)
                 pair_rows[m] |= {
-                    f"energy_{side}": own.norm_sq,
-                    f"sar_{side}": svd.alignment_ratio(values, merged[m], device),
-                    f"{side}_in_{across}": share[2] if share else None,
+                    f"energy_{side}": own.spectrum.norm_sq,
+                    f"sar_{side}": alignment_ratio(values, merged[m], device),
+                    f"{side}_in_{to}": share[2] if share else None,
                 }
-    for row, (i, j) in zip(pair_rows, pairs, strict=True):
-        row |= relate_spectra(alone[i], alone[j], matrices.asked["k"])
-    spectra = [*alone, *merged, *([weights] if weights is not None else [])]
-    error = max(spectrum.error for spectrum in spectra)
-    return _Related(vector_rows, pair_rows, alone[0].exact, error)
+    for m, (row, (i, j)) in enumerate(zip(pair_rows, pairs, strict=True)):
+        row |= relate_spectra(alone[i].spectrum, alone[j].spectrum, matrices.asked["k"])
+        row["sums"] |= relate_parts(alone[i], alone[j], products[m], across[m])
+    spectra = [*(own.spectrum for own in alone), *merged]
+    error = max(s.error for s in [*spectra, *([weights] if weights is not None else [])])
+    return _Related(vector_rows, pair_rows, spectra[0].exact, error)
 
 
-def describe_spectrum(own: svd.Spectrum, energy_in_w: float | None) -> Row:
+def describe_spectrum(own: svd.Spectrum, spikes: Spikes, energy_in_w: float | None) -> Row:
     """Return the numbers of one vector's matrix."""
+    whole = own.norm_sq
     return {
-        "energy": own.norm_sq,
+        "energy": whole,
         "stable_rank": own.stable_rank,
+        "spikes": spikes.number,
+        "spike_energy": spikes.energy / whole if whole else None,
         "effective_rank": own.effective_rank,
         "effective_rank_error": own.effective_rank_error,
-        "top_energy": float((own.values**2).sum()) / own.norm_sq if own.norm_sq else None,
+        "top_energy": float((own.values**2).sum()) / whole if whole else None,
         "energy_in_w": energy_in_w,
         "svd_error": own.error,
     }
@@ -162,12 +191,18 @@ def describe_spectrum(own: svd.Spectrum, energy_in_w: float | None) -> Row:
 
 def relate_spectra(one: svd.Spectrum, other: svd.Spectrum, k: int) -> Row:
     """Return how the leading subspaces of two matrices of one shape lie to each other."""
-    left, right = svd.principal_angles(one, other)
+    angles = principal_angles(one, other)
     rows, columns = one.shape
-    k = max(one.values.size, other.values.size) or min(k, rows, columns)  # fewer of low rank
-    met = svd.interference([one, other])
-    overlaps = [float(np.mean(np.cos(np.radians(angles)) ** 2)) if angles else None
-                for angles in (left, right)]  # fmt: skip
+    sizes = one.values.size, other.values.size
+    k = max(sizes) or min(k, rows, columns)  # fewer of low rank
+    met = interference([one, other])
+    sums: dict[str, float] = {}
+    overlaps: list[float | None] = []
+    for side, size, held in zip(("left", "right"), one.shape, angles, strict=True):
+        squares = np.cos(np.radians(held)) ** 2
+        overlaps.append(float(squares.mean()) if held else None)
+        expected, sums[f"{side}_var"] = overlap_by_chance(size, *sizes)
+        sums[side] = float(squares.sum()) - expected
     return {
         "overlap_left": overlaps[0],
         "overlap_right": overlaps[1],
@@ -175,6 +210,22 @@ def relate_spectra(one: svd.Spectrum, other: svd.Spectrum, k: int) -> Row:
         "in_chance": k * k / (rows * columns),
         "interference": met.raw,
         "interference_share": met.relative,
-        "angles_left": left,
-        "angles_right": right,
+        "angles_left": angles[0],
+        "angles_right": angles[1],
+        "sums": sums,
     }
+
+
+def relate_parts(one: Own, other: Own, product: float, across: float) -> dict[str, float]:
+    """Return what adds up of the parts of two matrices: spikes and the rests.
+
+    `product` is their inner product, `across` that of each whole with the spikes of the other.
+    """
+    (a, in_a), (b, in_b) = one, other
+    both = both_parts(a, b, (in_a.kept, in_b.kept))
+    return {
+        "product": product, "spikes": both, "rest": product - across + both,
+        "square_a": a.norm_sq, "square_b": b.norm_sq,
+        "spikes_a": in_a.kept_energy, "spikes_b": in_b.kept_energy,
+        "rest_a": a.norm_sq - in_a.kept_energy, "rest_b": b.norm_sq - in_b.kept_energy,
+    }  # fmt: skip

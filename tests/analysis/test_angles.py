@@ -341,8 +341,8 @@ def test_factors_and_sums_of_vectors(family, tmp_path: Path) -> None:
     b = sv.diff(family.sft, family.base, tmp_path / "b.safetensors")
     report = sv.orthogonality(3 * a, a - b, against=family.base, subspace=2)
     one, other = (angles.side(side, family.base).values for side in (family.tuned, family.sft))
-    scaled = Side({name: 3 * x for name, x in one.items()})
-    difference = Side({name: x - other[name] for name, x in one.items()})
+    scaled = Side({name: 3 * x for name, x in one.items()}, None, True)
+    difference = Side({name: x - other[name] for name, x in one.items()}, None, True)
     labels = report.to_dict()["vectors"]
     assert labels[0] == f"3*{a.ref}"
     check(report, dict(zip(labels, (scaled, difference), strict=True)), family.base)

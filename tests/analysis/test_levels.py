@@ -14,7 +14,6 @@ from skillvec.analysis.levels import (
     realised,
     sentence,
     vector_row,
-    weighted,
 )
 from skillvec.ops.names import MOST_DIGITS, kind_of, layer_of, module_of, natural_order
 from skillvec.ops.statistics import Request, layout
@@ -263,18 +262,6 @@ def test_what_rounding_keeps_by_hand() -> None:
     unknown = vector_row(sums | {"moved": 0, "steps": np.zeros(9)}, 80.0)
     for key in ("steps", "below_half_step", "kept_gain", "kept_cosine", "absorbed"):
         assert unknown[key] is None
-
-
-def test_numbers_of_matrices_are_weighted_by_energy() -> None:
-    rows = [{"energy": 3.0, "stable_rank": 2.0, "svd_error": 0.1, "list": [1]}, {},
-            {"energy": 1.0, "stable_rank": 6.0, "svd_error": 0.3, "list": [2]}]  # fmt: skip
-    assert weighted(rows) == {"stable_rank": 3.0, "svd_error": 0.3}
-    assert weighted(rows[:1]) == {"stable_rank": 2.0, "svd_error": 0.1, "list": [1]}
-    assert weighted([{}]) == {} == weighted([{}, {}])
-    pairs = [{"energy_a": 4.0, "energy_b": 1.0, "a_in_b": 1.0, "b_in_a": 1.0, "sti": 1.0},
-             {"energy_a": 1.0, "energy_b": 4.0, "a_in_b": 0.0, "b_in_a": 0.0,
-              "sti": 0.0}]  # fmt: skip
-    assert weighted(pairs) == {"a_in_b": 0.8, "b_in_a": 0.2, "sti": 0.5}
 
 
 @pytest.mark.parametrize("numel", [2, 3, 4, 11, 101, 500, 1000])

@@ -27,7 +27,8 @@ from skillvec.analysis.statistics_table import (
 )
 from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import decompose
-from skillvec.verbs.spectra import describe_spectrum, relate_spectra
+from skillvec.verbs.spectra import Own, describe_spectrum, relate_parts, relate_spectra
+from skillvec.verbs.spikes import find_spikes
 
 PAGE = Path(__file__).parents[2] / "docs" / "orthogonality.md"
 PLACES = {"page", "pairs", "rows", "lines", "screen"}
@@ -75,9 +76,11 @@ def test_every_number_has_one_row() -> None:
     one = decompose(matrix, 2, "cpu", 0)
     pair = {"energy_a": 1.0, "sar_a": 1.0, "a_in_b": 1.0}
     pair |= {"energy_b": 1.0, "sar_b": 1.0, "b_in_a": 1.0} | relate_spectra(one, one, 2)
+    own = Own(one, find_spikes(matrix, one, "cpu", 0))
+    pair["sums"] |= relate_parts(own, own, 4.0, 8.0)
     records = [("w", 24, sums)]
     levels = pair_levels(records, request, 0, [pair])
-    vector = vector_levels(records, 0, [describe_spectrum(one, 0.5)])
+    vector = vector_levels(records, 0, [describe_spectrum(*own, 0.5)])
     for found, table in ((levels, PAIRS), (vector, VECTORS)):
         assert set(found["overall"]) == {number.key for number in table}
         assert len({number.key for number in table}) == len(table)

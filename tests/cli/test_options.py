@@ -71,6 +71,11 @@ def make_models() -> None:
         save(name, tensors, config=LLAMA)
     for name in ("target", "gone_target"):
         save(name, perturbed(base, 3, size=0.02), shards=2, config=LLAMA)
+    weight = "model.layers.0.mlp.up_proj.weight"
+    about = {"kind": "moments", "schema": 1, "tokens": 9,
+             "weights": {weight: {"entry": "x", "input": "columns"}}}  # fmt: skip
+    save("moments.safetensors", {"x.moment": torch.eye(16), "x.mean": torch.zeros(16)},
+         {"skillvec": json.dumps(about)})  # fmt: skip
     wide = toy(0, width=80, layers=1)
     save("wide_base", wide, config=WIDE | {"vocab_size": 40})
     save("wide", perturbed(wide, 1), config=WIDE | {"vocab_size": 40})
@@ -397,6 +402,9 @@ def measures(words: str) -> dict[str, Case]:
             a.norms["steps"] is None and b.norms["steps"] and sum(b.norms["steps"]) > 0)),
         "--subspace": Case(json_of, "--subspace 2", lambda a, b: (
             "stable_rank" not in a.norms and b.norms.get("stable_rank", 0) > 1)),
+        "--activations": Case(f"{json_of} --device cpu", "--activations moments.safetensors",
+                              lambda a, b: "gain_outputs" not in a.norms
+                              and b.norms.get("gain_outputs", 0) > 0),
         "--device": Case(f"{words} --subspace 2", "--device cuda:99", refuses("cuda:99")),
         "--figures": Case(f"{words} -o OUT", "--figures", lambda a, b: (
             {Path(file).suffix for file in b.files - a.files} == {".svg", ".png"})),

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-from skillvec.engine.plan import Job, Task
+from skillvec.engine.plan import Common, Job, State, Task
+from skillvec.ops import strata
 from skillvec.ops.comparison import Weights
 from skillvec.ops.delta import Delta
 from skillvec.ops.statistics import Request, block_sums, layout
@@ -21,9 +22,17 @@ class CompareJob(Job):
     def run(self, task: Task) -> None:
         block, request = task.block, task.common.plan.request
         assert request is not None
-        task.state.sums[block.index] = block_sums(
-            self._sides(block), request, self.name, self.numel, block.begin
-        )
+        tables: dict[int, strata.Counts] = {}
+        sides = strata.counting(self._sides(block), request, tables)
+        task.state.sums[block.index] = block_sums(sides, request, self.numel)
+        with task.common.lock:
+            held = task.state.measured
+            for n, counts in tables.items():
+                held[n] = held[n] + counts if n in held else counts
+
+    def settle(self, common: Common, state: State) -> dict[int, strata.Strata]:
+        """Return the strata of its pairs."""
+        return {n: strata.pack(counts) for n, counts in state.measured.items()}
 
     def _sides(self, block: Block) -> Iterator[tuple[Delta, Weights | None]]:
         """Yield each delta and its weights: these until the next one is asked for.

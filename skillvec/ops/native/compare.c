@@ -80,17 +80,6 @@ static int take(Side *side, int64_t begin, int64_t end, float *out) /* 0: except
 
 enum { PRODUCT, SQUARE_A, SQUARE_B, MET_A, MET_B, CLASH_A, CLASH_B, SUMS };
 
-static void turn(float *values, int64_t rows, const uint8_t *signs) /* by bits, highest first */
-{
-    static const uint32_t PLACES[ROW] = {16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    for (int64_t i = 0; i < rows * ROW; i += WIDTH) {
-        const uint8_t *at = signs + i / ROW * 2;
-        vu places, bits = (vu){0} + ((uint32_t)at[0] << 8 | at[1]);
-        memcpy(&places, PLACES + i % ROW, sizeof places);
-        put_f32((vf)((vu)from_f32(values + i) ^ (bits << places & 0x80000000)), values + i);
-    }
-}
-
 static void meet(const float *a, const float *b, int64_t rows, double *sums, int64_t *counts)
 {
     Bits in_a[WORDS] = {0}, in_b[WORDS] = {0}, opposed[WORDS] = {0};
@@ -148,24 +137,23 @@ static void narrow_groups(const float *a, const float *b, int64_t size, int64_t 
     }
 }
 
-/* Two deltas (values, dtype, positions, exact values), bits that turn signs of the first or none,
-   the width of a group, room for a double a group, and for comparison.PAIR. */
+/* Two deltas (values, dtype, positions, exact values), the width of a group, room for a double a
+   group, and for comparison.PAIR. */
 static int64_t pair_sums(const Arg *args)
 {
     Side x, y;
-    int64_t width = args[9].whole, counts[4], all[4] = {0};
+    int64_t width = args[8].whole, counts[4], all[4] = {0};
     if (!opened(args, &x) || !opened(args + 4, &y) || x.size != y.size || width < 1 || width > GROUP
-        || (width & (width - 1)) || args[10].nbytes != (x.size + width - 1) / width * 8
-        || args[11].nbytes != 12 * 8 || (args[8].nbytes && args[8].nbytes < (x.size + 31) / 32 * 4))
+        || (width & (width - 1)) || args[9].nbytes != (x.size + width - 1) / width * 8
+        || args[10].nbytes != 12 * 8)
         return -1;
-    double *groups = (double *)args[10].data, *out = (double *)args[11].data, sums[SUMS];
+    double *groups = (double *)args[9].data, *out = (double *)args[10].data, sums[SUMS];
     _Alignas(64) float a[GROUP], b[GROUP];
     memset(out, 0, 12 * 8);
     for (int64_t begin = 0, end; begin < x.size; begin = end) {
         end = begin + GROUP < x.size ? begin + GROUP : x.size;
         int64_t rows = (end - begin + ROW - 1) / ROW;
         if (!take(&x, begin, end, a) || !take(&y, begin, end, b)) return -1;
-        if (args[8].nbytes) turn(a, rows, args[8].data + begin / 8);
         meet(a, b, rows, sums, counts);
         if (width == GROUP) *groups = sums[PRODUCT];
         else if (width < ROW) narrow_groups(a, b, end - begin, width, groups);
@@ -178,6 +166,95 @@ static int64_t pair_sums(const Arg *args)
         for (int n = 0; n < 4; n++) all[n] += counts[n];
     }
     for (int n = 0; n < 4; n++) out[8 + n] = (double)all[n];
+    return 0;
+}
+
+/* ----------------------------------------------------------------- supports by exponents of weights */
+
+enum { STRATA = 512, CODES = 4 * STRATA };
+
+ALWAYS vu strata_of(vf w, int dtype)
+{
+    vu bits = (vu)(dtype == F16 ? w : rounded(w, BF16));
+    return (bits >> 23 & 255) | ((vu)((bits & 0x7FFFFF) == 0) & 256);
+}
+
+ALWAYS vu events(vf x, vf y) /* b changes the value: 1, a does: 2, with opposite signs: 4 */
+{
+    vf none = {0};
+    vu opposed = (vu)((x > none) & (y < none)) | (vu)((x < none) & (y > none));
+    return ((vu)(y != none) & 1) | ((vu)(x != none) & 2) | (opposed & 4);
+}
+
+/* Two deltas (values, dtype, positions, exact values), weights and their dtype, room for CODES int64.
+   Two tables take turns: a counter is seldom read before the write before it has arrived. */
+static int64_t count_strata(const Arg *args)
+{
+    Side x, y;
+    int64_t dtype = args[9].whole, *out = (int64_t *)args[10].data;
+    if (!opened(args, &x) || !opened(args + 4, &y) || x.size != y.size || dtype < BF16 || dtype > F32
+        || args[8].nbytes != x.size * itemsize((int)dtype) || args[10].nbytes != CODES * 8)
+        return -1;
+    uint32_t table[2][CODES] = {{0}};
+    _Alignas(64) float a[GROUP], b[GROUP], w[GROUP];
+    _Alignas(64) uint32_t codes[GROUP];
+    for (int64_t begin = 0, end; begin < x.size; begin = end) {
+        end = begin + GROUP < x.size ? begin + GROUP : x.size;
+        if (!take(&x, begin, end, a) || !take(&y, begin, end, b)) return -1;
+        widen(args[8].data, begin, end, (int)dtype, w);
+        for (int64_t i = 0; i < end - begin; i += WIDTH) {
+            vu code = strata_of(from_f32(w + i), (int)dtype) << 2;
+            code |= events(from_f32(a + i), from_f32(b + i)) & 3;
+            memcpy(codes + i, &code, sizeof code);
+        }
+        for (int64_t i = 0; i < end - begin; i++) table[i & 1][codes[i]]++;
+    }
+    for (int n = 0; n < CODES; n++) out[n] = (int64_t)table[0][n] + table[1][n];
+    return 0;
+}
+
+typedef int32_t four32 __attribute__((vector_size(16)));
+typedef int64_t four64 __attribute__((vector_size(32)));
+
+/* Rows of two deltas in fp32, their weights in fp32 or none, the dtype of these, four scores for each
+   stratum and event, room for the sums of scores of each row, and those of the columns to add to. */
+static int64_t support_scores(const Arg *args)
+{
+    int64_t count = args[0].nbytes / 4, rows = args[5].nbytes / 32, columns = args[6].nbytes / 32;
+    int dtype = (int)args[3].whole;
+    if (args[0].nbytes % 4 || args[1].nbytes != args[0].nbytes || args[5].nbytes % 32
+        || (args[2].nbytes && args[2].nbytes != args[0].nbytes) || args[6].nbytes % 32
+        || args[4].nbytes != STRATA * 8 * 16 || rows * columns != count)
+        return -1;
+    const uint8_t *table = args[4].data;
+    _Alignas(64) uint32_t codes[GROUP];
+    for (int64_t row = 0; row < rows; row++) {
+        four64 sum = {0};
+        for (int64_t begin = 0, end; begin < columns; begin = end) {
+            end = begin + GROUP < columns ? begin + GROUP : columns;
+            int64_t first = row * columns;
+            for (int64_t i = begin; i < end; i += WIDTH) {
+                float held[3][WIDTH] = {{0}};
+                size_t nbytes = 4 * (size_t)(i + WIDTH < end ? WIDTH : end - i);
+                for (int n = 0; n < 3; n++)
+                    if (args[n].nbytes) memcpy(held[n], args[n].data + 4 * (first + i), nbytes);
+                vu code = events(from_f32(held[0]), from_f32(held[1]));
+                if (args[2].nbytes) code |= strata_of(from_f32(held[2]), dtype) << 3;
+                memcpy(codes + i - begin, &code, sizeof code);
+            }
+            for (int64_t i = begin; i < end; i++) {
+                four32 narrow;
+                four64 column;
+                memcpy(&narrow, table + 16 * codes[i - begin], sizeof narrow);
+                memcpy(&column, args[6].data + 32 * i, sizeof column);
+                four64 scores = __builtin_convertvector(narrow, four64);
+                sum += scores;
+                column += scores;
+                memcpy(args[6].data + 32 * i, &column, sizeof column);
+            }
+        }
+        memcpy(args[5].data + 32 * row, &sum, sizeof sum);
+    }
     return 0;
 }
 
@@ -281,29 +358,5 @@ static int64_t vector_sums(const Arg *args)
             out[7 + n] += steps[n][i];
             out[6] -= steps[n][i];
         }
-    return 0;
-}
-
-/* ------------------------------------------------------------------------------------ signs of groups */
-
-/* Doubles, bits for each draw (32 for each 32 doubles begun, highest first), room for a sum a draw:
-   plus where the bit is 1. */
-static int64_t flipped_sums(const Arg *args)
-{
-    int64_t size = args[0].nbytes / 8, stride = (size + 31) / 32 * 4, draws = args[2].nbytes / 8;
-    if (args[0].nbytes % 8 || args[2].nbytes % 8 || args[1].nbytes != draws * stride) return -1;
-    const uint8_t *bits = args[1].data;
-    for (int64_t draw = 0; draw < draws; draw++, bits += stride) {
-        double lane[ROW] = {0};
-        for (int64_t i = 0; i < size; i += ROW) {
-            uint64_t held[ROW] = {0}, minus = ~((uint64_t)bits[i / 8] << 8 | bits[i / 8 + 1]);
-            memcpy(held, args[0].data + 8 * i, 8 * (i + ROW < size ? ROW : size - i));
-            for (int n = 0; n < ROW; n++) held[n] ^= minus << (48 + n) & (uint64_t)1 << 63;
-            for (int n = 0; n < ROW; n++) { double x; memcpy(&x, held + n, 8); lane[n] += x; }
-        }
-        row64 sum;
-        memcpy(&sum, lane, sizeof sum);
-        ((double *)args[2].data)[draw] = folded64(sum);
-    }
     return 0;
 }
