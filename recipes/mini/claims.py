@@ -269,7 +269,7 @@ def target_rl(results: Results) -> Claim:
             text += (
                 f"Injection passes RL on the target by more than the margin for {domain} in seed"
                 f" {', '.join(passed)}. Where theta_sft_T answers"
-                " nothing, GRPO has no reward to begin with.\n\n"
+                " nothing, GRPO may never meet a reward.\n\n"
             )
     tests = {f"{d}: RL on the target less + v": gap for d, gap in gaps.items()}
     return Claim("RL on the target is the upper bound", "not stated", (no_worse("", tests),),
