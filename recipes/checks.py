@@ -1,8 +1,9 @@
 """Everything that can be found wrong before the first stage runs, all of it in one answer.
 
 Hides where each fault would have shown itself: in a training that starts after hours, or at the end
-of it. Nothing is written, no model is loaded, no accelerator is touched and no judge is asked. What
-a stage of `prepare` makes is looked at as soon as it is there, before anything is trained on it.
+of it. Nothing is written (but for the Hub's caches), no model is loaded, no accelerator is touched,
+no judge is asked. What a stage of `prepare` makes is looked at as soon as it is there, before
+anything is trained on it.
 Not covered: what only the model can tell (memory, prompts too long for it), data sets and models
 that a module fetches from the Hub by itself, and whether a judge or a tool server answers.
 
@@ -230,10 +231,10 @@ def _files_of(stage: Stage) -> Iterator[str]:
             yield str(stage.settings["data"])
     elif stage.words[0] != "skillvec":
         for read in stage.reads:
-            # a/b may be an id of the Hub; a/b/c is a path, and so is what ends like a file
+            # a/b may be an id of the Hub, a:b a function, and a sentence may hold a stroke
             is_path = read.startswith(("/", "./", "../")) or read.count("/") > 1
-            is_other = ":" in read or " " in read  # an address, module:function, a sentence
-            if not is_other and (is_path or Path(read).suffix in FILES):
+            is_folder = is_path and not {":", " "} & {*read}
+            if "://" not in read and (is_folder or Path(read).suffix in FILES):
                 yield read
 
 
@@ -306,6 +307,8 @@ def _row_faults(stage: Stage) -> list[str]:
     from skillvec.recipes.trl_arguments import classes_of
 
     settings = stage.settings or {}
+    if not isinstance(settings.get("columns", []), list):
+        return []  # the argument classes said so
     data, module = str(settings["data"]), stage.words[0]
     kept = {name: settings[name] for name in ("subset", "split", "columns") if name in settings}
     rows_class = classes_of(module)[0]

@@ -55,6 +55,7 @@ def test_a_good_configuration_has_no_faults(tmp_path: Path) -> None:
         ({"training": {"save_strategy": False}},
          "training: `save_strategy`: expected no or steps or epoch or best, found False (YAML reads"
          " yes, no, on and off so: put it in quotation marks)"),
+        ({"rl": {"columns": "prompt"}}, "rl: `columns`: expected a list, found 'prompt'"),
         ({"rl": {"rewards": "a:b"}}, "rl: `rewards`: expected a list, found 'a:b'"),
         ({"rl": {"rewards": []}}, "rl: expected at least one reward, `rewards: [module:function]`"),
         ({"rl": {"rewards": ["nowhere:f"]}}, "rl: nowhere:f: No module named 'nowhere'"),
@@ -199,8 +200,9 @@ def test_files_that_nothing_makes_must_be_there(tmp_path: Path) -> None:
     prepare = "skillvec.recipes.toolbench.prepare"
     settings["prepare"] = [
         {"run": "skillvec.recipes.mini.prepare", "out": "made"},
-        {"run": prepare, "out": "other", "with": reads},
+        {"run": prepare, "out": "the other", "with": reads},
     ]
+    settings["targets"]["T"]["evaluate"] = {"data": "the other/questions.jsonl"}  # not there yet
     write_base(tmp_path / "base")
     assert past.check(Config(**settings))[2] == [
         "prepare-2: no such file, and no stage makes it: some/where/queries, a.json",
