@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from skillvec.recipes import checks, judges, past, stand_in
+from skillvec.recipes import checks, judges, past, stand_in, tiny
 from skillvec.recipes.loogle import reward
 from skillvec.recipes.squad import judge as squad
 from skillvec.recipes.toolbench import judge as toolbench
@@ -134,6 +134,31 @@ def test_rules_grade_dialogues_and_refuse_other_prompts() -> None:
         assert stand_in.answer(shown(toolbench.TEMPLATE, question="q", said=dialogue)) == verdict
     with pytest.raises(ValueError, match="no recipe asks this: 'Hello'"):
         stand_in.answer("Hello")
+
+
+def test_a_tiny_model_is_the_same_each_time_and_reads_chatml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (tmp_path / "texts").write_text("The harbour of Veldt was dug in 1871.")
+    for name in ("a", "b"):
+        words = ["--texts", str(tmp_path / "texts"), "--output", str(tmp_path / name)]
+        assert tiny.main(words) == 0
+    for file in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    said = [{"role": "user", "content": "harbour"}, {"role": "assistant", "content": "1871"}]
+    text = "<|im_start|>user\nharbour<|im_end|>\n<|im_start|>assistant\n"
+    asked = tokenizer.apply_chat_template(said[:1], tokenize=False, add_generation_prompt=True)
+    assert asked == text
+    assert tokenizer.apply_chat_template(said, tokenize=False) == f"{text}1871<|im_end|>\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert str(model.dtype) == "torch.float32" and model.config.vocab_size == len(tokenizer)
+    assert tiny.main(["--texts", str(tmp_path / "absent"), "-o", str(tmp_path / "c")]) == 2
+    assert "absent" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------- from the README
