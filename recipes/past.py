@@ -37,7 +37,7 @@ from skillvec.recipes.checks import (
     require_training,
 )
 from skillvec.recipes.dry_run import show_stages
-from skillvec.recipes.stages import TRAINERS, Pipeline, flat, run_stages, states
+from skillvec.recipes.stages import TRAINERS, Pipeline, flat, maker, run_stages, states
 from skillvec.recipes.training import fetch_model
 from skillvec.recipes.trl_arguments import nearest
 
@@ -320,6 +320,7 @@ def run(config: Config) -> dict[str, Any]:
     if faults:
         raise FaultsError(faults)
     folder = find_base(config, fetch=True)
+    is_new = folder != line.base or maker(line, None, folder) is not None
     if folder != line.base:  # it was on the Hub alone
         line = plan(config, folder)
         data = DataCheck(line)
@@ -329,7 +330,7 @@ def run(config: Config) -> dict[str, Any]:
         made = [stage.name for stage in line.stages[: number + 1]]
         if faults := data.faults(made) + row_faults(config):
             raise FaultsError(faults)
-    if prepared and (faults := base_faults(folder)):
+    if is_new and (faults := base_faults(folder)):
         raise FaultsError(faults)
     run_stages(line, first=prepared)
     scores = report(config, line)

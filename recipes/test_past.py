@@ -353,8 +353,10 @@ def test_files_of_others_are_never_removed(
     mine = tmp_path / "out" / "round-1" / "sft" / "thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    assert past.main([str(written(tmp_path, whole(tmp_path)))]) == 2
-    assert "round-1/sft: exists and was not made by this pipeline" in capsys.readouterr().err
+    for words in ([], ["--dry-run"]):
+        assert past.main([str(written(tmp_path, whole(tmp_path))), *words]) == 2
+        said = capsys.readouterr().err
+        assert "to mend" in said and "round-1/sft: exists and was not made by this pipeline" in said
     assert mine.read_text() == "mine" and trained == []
 
 
