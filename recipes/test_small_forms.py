@@ -1,5 +1,6 @@
 """The benchmarks' configurations against the checks, and their small forms from the READMEs."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -174,14 +175,15 @@ def test_a_small_form_runs_from_its_readme(name: str, clone: Path) -> None:
     folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
                                 "OMP_NUM_THREADS": "1"}  # fmt: skip
-    shell = subprocess.Popen(["bash", "-ec", code], env=environment, start_new_session=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    with (clone / "log").open("wb") as log:  # not a pipe: servers that are left would hold it
+        shell = subprocess.Popen(["bash", "-ec", code], env=environment, start_new_session=True,
+                                 stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
     try:
-        said = shell.communicate(timeout=1800)[0].decode()
+        code_of_exit = shell.wait(timeout=1800)
     finally:
-        if shell.poll() is None:
-            os.killpg(shell.pid, signal.SIGKILL)
-    assert shell.returncode == 0, said[-3000:]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)  # with -e, a failure leaves the servers
+    assert code_of_exit == 0, (clone / "log").read_text()[-3000:]
     out = clone / "runs" / f"{name}-small"
     (scores,) = json.loads((out / "scores.json").read_text()).values()
     assert set(scores) == {"base", "SFT only", "lambda 1", "random, lambda 1"}
