@@ -618,7 +618,7 @@ def tolerance(key: str, row: dict, report: dict) -> float:
     value = row[key] if isinstance(row[key], float) else 0.0
     size, root = abs(value), sqrt(row["numel"])
     if key in ("overlap_z", "p_overlap"):  # scores are in units of 2^-30
-        return 1e-6 * (1 + size)
+        return 1e-8 * (1 + size)
     if key in EXACT:
         return 1e-9 * (1 + size)
     randomised = report["subspace"] and report["subspace"]["randomised"]
