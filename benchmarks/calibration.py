@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from structures import REAL, SPARSE, STRUCTURES, Pairs
+from structures import BF16, REAL, SPARSE, STRUCTURES, Pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "calibration.md"
@@ -61,18 +61,20 @@ Measured = dict[str, Any]  # numbers of one pair
 
 def measure(task: Task) -> list[Measured]:
     """Compare the pairs of a task; return the overall numbers of each, and its sentence."""
-    from safetensors.numpy import save_file
+    import torch
+    from safetensors.torch import save_file
 
     import skillvec
 
     pairs, found = draws(task.structure, task.miniature), []
+    dtype = torch.bfloat16 if task.structure == BF16 else torch.float32
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{name}.safetensors" for name in ("base", "one", "other")]
         for number in task.numbers:
             seed = [zlib.crc32(task.structure.encode()), number]
             models = pairs.draw(np.random.default_rng(seed), task.cosine)
             for path, model in zip(paths, models, strict=True):
-                save_file(model, path)
+                save_file({n: torch.from_numpy(t).to(dtype) for n, t in model.items()}, path)
             report = skillvec.orthogonality(
                 f"{paths[1]}::{paths[0]}", f"{paths[2]}::{paths[0]}",
                 engine="serial", subspace=task.subspace,
@@ -163,6 +165,9 @@ def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str,
         found["supports"] = {
             "lift": float(np.mean([row["lift"] for row in rows])),
             "density": float(np.mean([row["density_a"] for row in rows])),
+            "lift_weights": [row.get("lift_weights") for row in rows][0] and float(
+                np.mean([row["lift_weights"] for row in rows])
+            ),
             "p_overlap": Share.below(rows, "p_overlap"),
             "overlap_z": spread(rows, "overlap_z"),
             "sign_z": spread(rows, "sign_z"),
