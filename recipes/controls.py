@@ -73,13 +73,17 @@ def _generator(place: Any) -> np.random.Generator:
 KINDS = {"random": Noise, "shuffled": Shuffle}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vector", required=True, type=Path)
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", required=True, type=Path)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
     control = sv.combine(options.vector, op=KINDS[options.kind](), seed=options.seed)
     control.save(options.output, force=True)
     return 0

@@ -1,13 +1,15 @@
-"""Closed-book evaluation: greedy answers of a model to a file of questions, scored.
+"""Closed-book evaluation: answers of a model to a file of questions, scored.
 
     python -m skillvec.recipes.evaluate --model M --data questions.jsonl --output scores.json
 
 Hides generation and the sums. Rows of the .jsonl file hold `prompt` (text, or messages for the chat
 template) and `answer` (text, or a list of acceptable texts), and may hold `question` (what a judge
 is shown) and `group` (the document: the standard error is over groups, because questions about one
-document are not independent). Invariants: decoding is greedy, whatever generation_config the model
-has; an empty answer is wrong; scores are written whole or not at all. Refuses rows without a
-prompt or an answer, groups on some rows only, unknown metrics, and prompts too long for the model.
+document are not independent). Invariants: decoding is greedy, or from the whole distribution at the
+temperature that is asked for, whatever generation_config the model has; one seed, batch and device
+give one set of samples; an empty answer is wrong; scores are written whole or not at all. Refuses
+rows without a prompt or an answer, groups on some rows only, unknown metrics, and prompts too long
+for the model.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ JUDGE = "judge"
 JUDGE_FROM_ENVIRONMENT = "skillvec.recipes.judges:from_environment"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skillvec.recipes.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -48,11 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--judge-model", help="instead of JUDGE_MODEL in the environment")
     parser.add_argument("--answer", metavar="MODULE:FUNCTION", help="finds the answer in a reply")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="%(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="prompts at a time (%(default)s)")
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--dtype", default="auto", help="auto: as stored; or float32, bfloat16")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = vars(build_parser().parse_args(arguments))
     output: Path = options.pop("output")
     here = {"JUDGE_URL": options.pop("judge_url"), "JUDGE_MODEL": options.pop("judge_model")}
     try:
@@ -77,6 +85,8 @@ def evaluate(
     judge: str = JUDGE_FROM_ENVIRONMENT,
     answer: str | None = None,
     max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
     batch: int = 64,
     limit: int | None = None,
     dtype: str = "auto",
@@ -88,23 +98,13 @@ def evaluate(
         ValueError: for rows, metrics or names that cannot be used; before the model is loaded.
         JudgeError: where the judge gives no verdict.
     """
-    from skillvec.recipes.training import load_function  # imports transformers: not for --help
-
-    unknown = [name for name in metrics if name not in (*METRICS, JUDGE)]
-    if unknown or not metrics:
-        raise ValueError(
-            f"metrics: expected one or more of {', '.join((*METRICS, JUDGE))}, found "
-            f"{', '.join(unknown) or 'none'}"
-        )
-    rows = read_questions(data, limit)
-    find_answer = load_function(answer) if answer else None
-    grader = load_function(judge)() if JUDGE in metrics else None
+    rows, find_answer, grader = _prepare(data, metrics, judge, answer, limit, temperature)
     if grader:  # a judge that is down should be found out before the model has answered for hours
         grader.score_all([_item(rows[0], _key(rows[0])[0])])
 
     loaded, tokenizer = load_model(str(model), dtype, device)
     prompts = [row["prompt"] for row in rows]
-    replies = answer_all(loaded, tokenizer, prompts, max_new_tokens, batch)
+    replies = answer_all(loaded, tokenizer, prompts, max_new_tokens, batch, temperature, seed)
     said = [find_answer(reply) for reply in replies] if find_answer else replies
     if wrong := [text for text in said if not isinstance(text, str)]:
         raise ValueError(f"{answer}: expected a text for every reply, found {wrong[0]!r}")
@@ -125,7 +125,9 @@ def evaluate(
         "groups": len(set(groups)),
         "settings": {
             "max_new_tokens": max_new_tokens, "batch": batch, "limit": limit, "answer": answer,
-            "dtype": str(loaded.dtype), "device": str(loaded.device), "decoding": "greedy",
+            "dtype": str(loaded.dtype), "device": str(loaded.device),
+            "decoding": f"temperature {temperature:g}" if temperature else "greedy",
+            "seed": seed if temperature else None,
             "judge": f"{grader.model} at {grader.url}, by {judge}" if grader else None,
         },
         "answers": [
@@ -136,6 +138,38 @@ def evaluate(
             for i, row in enumerate(rows)
         ],
     }  # fmt: skip
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for rows, metrics, names and a judge that cannot be used; asks nobody."""
+    here = {"JUDGE_URL": options.judge_url, "JUDGE_MODEL": options.judge_model}
+    wanted = [getattr(options, name) for name in ("data", "metrics", "judge", "answer", "limit")]
+    with _environment(here):
+        _prepare(*wanted, options.temperature)
+
+
+def _prepare(
+    data: Path,
+    metrics: Sequence[str],
+    judge: str,
+    answer: str | None,
+    limit: int | None,
+    temperature: float,
+) -> tuple[list[dict[str, Any]], Callable[[str], Any] | None, Any]:
+    """Return the rows, what finds the answer in a reply, and the judge, without a model."""
+    from skillvec.recipes.training import load_function  # not for --help
+
+    unknown = [name for name in metrics if name not in (*METRICS, JUDGE)]
+    if unknown or not metrics:
+        raise ValueError(
+            f"metrics: expected one or more of {', '.join((*METRICS, JUDGE))}, found "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
+    rows = read_questions(data, limit)
+    find_answer = load_function(answer) if answer else None
+    return rows, find_answer, load_function(judge)() if JUDGE in metrics else None
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -199,8 +233,13 @@ def answer_all(
     prompts: Sequence[str | list[dict[str, str]]],
     max_new_tokens: int = 64,
     batch: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[str]:
-    """Go on greedily after every prompt; messages go through the chat template.
+    """Go on after every prompt; messages go through the chat template.
+
+    Temperature 0 is greedy. Above 0 every token is drawn from the whole distribution (no top-k, no
+    top-p), by torch's generator, seeded once: the batch is part of what a sample depends on.
 
     Raises:
         ValueError: for messages without a chat template, and prompts that do not fit the model.
@@ -221,6 +260,9 @@ def answer_all(
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
     said: list[str] = []
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    how = sampled if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
     try:
         # generate() fills what we leave out from here: a repetition penalty is not greedy decoding
         model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
@@ -234,7 +276,7 @@ def answer_all(
                     input_ids=ids.to(model.device),
                     attention_mask=mask.to(model.device),
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
+                    **how,
                 )
             said += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     finally:

@@ -1,18 +1,21 @@
 """PaST as a pipeline of stages (arXiv 2601.11258).
 
-    python -m skillvec.recipes CONFIG.yaml [--dry-run]
+    python -m skillvec.recipes CONFIG [--dry-run | --show]
 
-SFT on part k of the source, RL from there plus the skill so far, v_k = theta_rl - theta_sft (K
-rounds), SFT on each target without v, injection theta_sft_T + lambda * v, evaluation beside the
-SFT-only control. docs/past.md walks through a configuration.
+CONFIG is a YAML file, or the name of a configuration that comes with the package. SFT on part k of
+the source, RL from there plus the skill so far, v_k = theta_rl - theta_sft (K rounds), SFT on each
+target without v, injection theta_sft_T + lambda * v, evaluation beside the SFT-only control.
+docs/past.md walks through a configuration.
 
-Hides running: recipes/stages.py keeps what is finished. Refuses unknown settings, parts of the
-source that share a row, and RL questions that a target is evaluated on.
+Hides running: recipes/stages.py keeps what is finished. Refuses what recipes/checks.py finds
+before the first stage, parts of the source that share a row, and RL questions that a target is
+evaluated on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -20,27 +23,38 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from skillvec.recipes.stages import Pipeline, flat, run_stages, show_stages
+from skillvec.recipes.checks import (
+    DataCheck,
+    FaultsError,
+    base_faults,
+    find_faults,
+    require_training,
+)
+from skillvec.recipes.dry_run import show_stages
+from skillvec.recipes.stages import TRAINERS, Pipeline, flat, maker, run_stages, states
 from skillvec.recipes.training import fetch_model
+from skillvec.recipes.trl_arguments import nearest
+
+SHIPPED = {path.parent.name: path for path in sorted(Path(__file__).parent.glob("*/past.yaml"))}
 
 
 @dataclass(frozen=True)
 class Config:
     """What a configuration file may say; every path is relative to the working directory.
 
-    `base`: a folder or a Hub id. `launch`: words before `-m skillvec.recipes.sft ...`; none:
-    all in one process. `prepare`: modules run first, {run, out, with: options}. `training`:
-    arguments of every training stage (TRL's names). `sft`: its steps, in order. `rl`: its
-    arguments. `source`: K parts, {sft: one file a step, rl: file}. `targets`: name ->
-    {sft: files, evaluate: options}. `lam`: lambdas. `controls`: of random, shuffled.
-    `evaluate`: {run, with}. `angles`: options of orthogonality. `environment`: variables of every
-    stage. `parameters`: of the base, for sizes while it is not on disk.
+    `base`: a folder or a Hub id. `launch`: how trainings are launched (recipes/launch.py); none:
+    all in one process. `processes`: of a launched training; none: one a GPU. `prepare`: modules run
+    first, {run, out, with: options}. `training`: arguments of every training stage (TRL's names).
+    `sft`: its steps, in order. `rl`: its arguments. `source`: K parts, {sft: one file a step, rl:
+    file}. `targets`: name -> {sft: files, evaluate: options}. `lam`: lambdas. `controls`: of
+    random, shuffled. `evaluate`: {run, with}. `angles`: options of orthogonality. `environment`:
+    variables of every stage. `parameters`: of the base, for sizes while it is not on disk.
     """
 
     out: str
@@ -52,7 +66,8 @@ class Config:
     evaluate: dict[str, Any]
     prepare: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
-    launch: list[str] = field(default_factory=list)
+    launch: str | list[str] = field(default_factory=list)
+    processes: int | None = None
     lam: list[float] = field(default_factory=lambda: [1.0])
     controls: list[str] = field(default_factory=list)
     angles: dict[str, Any] = field(default_factory=lambda: {"control": "random"})
@@ -60,39 +75,99 @@ class Config:
     parameters: float | None = None
 
 
+def find_config(name: str) -> Path:
+    """Return the file of a configuration; one that comes with the package goes by its name."""
+    path = Path(name)
+    if path.is_file() or name not in SHIPPED:
+        return path
+    return SHIPPED[name]
+
+
 def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> Config:
-    """Read a YAML file; ValueError names what is missing, unknown or does not fit together."""
+    """Read a YAML file; FaultsError names all that is missing, unknown or does not fit together."""
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such file, and no configuration of this name comes with the package:"
+            f" {', '.join(SHIPPED)}"
+        ) from None
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(read, dict):
         raise ValueError(f"{path}: expected settings, one a line, as `name: value`")
     read |= changes or {}
-    if unknown := sorted(read.keys() - Config.__dataclass_fields__.keys()):
-        raise ValueError(f"{path}: unknown {', '.join(unknown)}")
-    try:
-        config = Config(**read)
-    except TypeError as error:  # names what is missing
-        raise ValueError(f"{path}: {str(error).removeprefix('Config.__init__() ')}") from None
-    steps = len(config.sft)
-    given = [(f"source part {k}", part) for k, part in enumerate(config.source, 1)]
-    if not given or not config.targets:
-        raise ValueError(f"{path}: expected at least one part in source and one in targets")
-    for name, part in [*given, *((f"target {key}", part) for key, part in config.targets.items())]:
-        wanted = {"sft", "rl"} if name.startswith("source") else {"sft", "evaluate"}
-        if set(part) != wanted or len(part["sft"]) != steps:
-            raise ValueError(
-                f"{path}: {name}: expected {' and '.join(sorted(wanted))}, with a list of"
-                f" {steps} files in sft (one a step); found {part}"
+    known = Config.__dataclass_fields__
+    faults = [f"unknown {name}{nearest(name, {*known})}" for name in read.keys() - known.keys()]
+    faults += [
+        f"{name} is missing"
+        for name, one in known.items()
+        if name not in read and one.default is MISSING and one.default_factory is MISSING
+    ]
+    faults += _shape_faults(read)
+    if faults:
+        raise FaultsError([f"{path}: {fault}" for fault in sorted(faults)])
+    return Config(**read)
+
+
+def _shape_faults(read: Mapping[str, Any]) -> list[str]:
+    """Return which settings are not built as `Config` says."""
+    wanted = {"sft": list, "source": list, "prepare": list, "lam": list, "controls": list,
+              "rl": dict, "targets": dict, "evaluate": dict, "training": dict, "angles": dict,
+              "environment": dict, "out": str, "base": str}  # fmt: skip
+    faults = [
+        f"{name}: expected {'text' if kind is str else f'a {kind.__name__}'}, found {read[name]!r}"
+        for name, kind in wanted.items()
+        if name in read and not isinstance(read[name], kind)
+    ]
+    for name in ("parameters", "lam"):
+        for value in [read[name]] if name == "parameters" and name in read else read.get(name, []):
+            try:
+                float(value)
+            except (TypeError, ValueError):
+                faults.append(f"{name}: expected a number, found {value!r}")
+    if faults:
+        return faults
+    parts = [(f"source part {k}", part) for k, part in enumerate(read.get("source", []), 1)]
+    parts += [(f"target {key}", part) for key, part in read.get("targets", {}).items()]
+    if not read.get("source", [0]) or not read.get("targets", [0]):
+        faults.append("expected at least one part in source and one in targets")
+    steps = len(read.get("sft", []))
+    for name, part in parts:
+        keys = {"sft", "rl"} if name.startswith("source") else {"sft", "evaluate"}
+        files = part.get("sft") if isinstance(part, dict) else None
+        if files is None or {*part} != keys or not isinstance(files, list) or len(files) != steps:
+            faults.append(
+                f"{name}: expected {' and '.join(sorted(keys))}, with a list of {steps} files in"
+                f" sft (one a step); found {part}"
             )
-    return config
+    entries = [
+        (f"prepare {k}", one, {"run", "out"}) for k, one in enumerate(read.get("prepare", []), 1)
+    ]
+    if "evaluate" in read:
+        entries.append(("evaluate", read["evaluate"], {"run"}))
+    for name, entry, keys in entries:
+        if not isinstance(entry, dict) or not keys <= {*entry} <= keys | {"with"}:
+            faults.append(f"{name}: expected {', '.join(sorted(keys))} and `with`; found {entry}")
+        elif entry["run"] in TRAINERS and not {"data", "model_name_or_path"} <= {
+            *entry.get("with", {})
+        }:
+            faults.append(f"{name}: expected data and model_name_or_path in `with`; found {entry}")
+    return faults
 
 
 def plan(config: Config, base: str) -> Pipeline:
     """List the stages; `base` is the folder of the base model, or its Hub id for a dry run."""
     parameters = config.parameters and float(config.parameters)  # YAML reads 7e9 as text
-    line = Pipeline(Path(config.out), base, config.training, config.launch, parameters)
+    line = Pipeline(
+        Path(config.out),
+        base,
+        config.training,
+        config.launch,
+        parameters,
+        config.processes,
+        bool(config.rl.get("allow_no_reward")),
+    )
     for number, entry in enumerate(config.prepare, 1):
         line.module(f"prepare-{number}", entry["run"], entry.get("with", {}), Path(entry["out"]))
     rl = [config.rl for _ in config.source]
@@ -144,15 +219,16 @@ def refine(
     return skill, sft
 
 
-def check_rows(config: Config) -> None:
-    """Refuse a row that two parts of the source share, or that RL and an evaluation share.
+def row_faults(config: Config) -> list[str]:
+    """Return which parts of the source share a row, and which evaluations one with RL.
 
     Looks at the files that are there; those that a stage makes are looked at when it has.
     """
+    faults = []
     parts = [_rows([*part["sft"], part["rl"]], ()) for part in config.source]
     for (j, one), (k, other) in itertools.combinations(enumerate(parts, 1), 2):
         if shared := one & other:
-            raise ValueError(
+            faults.append(
                 f"source: parts {j} and {k} share {len(shared)} rows, first {min(shared)[:80]};"
                 " the rounds of iterative refinement take disjoint parts"
             )
@@ -160,10 +236,11 @@ def check_rows(config: Config) -> None:
     for name, target in config.targets.items():
         asked = [str(v) for v in target["evaluate"].values() if str(v).endswith(".jsonl")]
         if shared := rewarded & _rows(asked, ("prompt",)):
-            raise ValueError(
+            faults.append(
                 f"target {name}: {len(shared)} of its questions are in the source's RL data, first"
                 f" {min(shared)[:80]}; a target is what RL never saw"
             )
+    return faults
 
 
 def _rows(files: Sequence[str], columns: Sequence[str]) -> set[str]:
@@ -172,13 +249,13 @@ def _rows(files: Sequence[str], columns: Sequence[str]) -> set[str]:
         if not file.endswith(".jsonl") or not Path(file).is_file():
             continue
         with open(file, encoding="utf-8") as lines:
-            for number, text in enumerate(lines, 1):
-                try:
+            for text in lines:
+                with contextlib.suppress(
+                    ValueError, LookupError, TypeError
+                ):  # DataCheck names those
                     row = json.loads(text)
                     kept = {column: row[column] for column in columns or row}
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{file}, row {number}: {error!r}") from None
-                rows.add(json.dumps(kept, sort_keys=True))
+                    rows.add(json.dumps(kept, sort_keys=True))
     return rows
 
 
@@ -222,14 +299,39 @@ def _cell(metric: Mapping[str, float | None]) -> str:
     return f"{metric['mean']:.3f}" + ("" if error is None else f" ({error:.3f})")
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Run what is not finished, stage by stage; return {target: {arm: metrics}}."""
+def check(config: Config) -> tuple[Pipeline, DataCheck, list[str]]:
+    """Return the stages, what has looked at their data, and all that is wrong now."""
+    print(f"{config.out}: checking settings, modules, files and disk", flush=True)
     os.environ.update({name: str(value) for name, value in config.environment.items()})
-    check_rows(config)
-    line = plan(config, find_base(config, fetch=True))
+    require_training()
+    line = plan(config, find_base(config, fetch=False))
+    faults = find_faults(config, line)
+    data = DataCheck(line)
+    faults += data.faults({stage.name for stage, state, _ in states(line) if state == "done"})
+    return line, data, list(dict.fromkeys(faults + row_faults(config)))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Check everything, then run what is not finished; return {target: {arm: metrics}}.
+
+    Raises FaultsError for what is wrong before a stage runs, or with what `prepare` has made.
+    """
+    line, data, faults = check(config)
+    if faults:
+        raise FaultsError(faults)
+    folder = find_base(config, fetch=True)
+    is_new = folder != line.base or maker(line, None, folder) is not None
+    if folder != line.base:  # it was on the Hub alone
+        line = plan(config, folder)
+        data = DataCheck(line)
     prepared = len(config.prepare)
-    run_stages(line, last=prepared)
-    check_rows(config)
+    for number in range(prepared):
+        run_stages(line, number, number + 1)
+        made = [stage.name for stage in line.stages[: number + 1]]
+        if faults := data.faults(made) + row_faults(config):
+            raise FaultsError(faults)
+    if is_new and (faults := base_faults(folder)):
+        raise FaultsError(faults)
     run_stages(line, first=prepared)
     scores = report(config, line)
     path = Path(config.out) / "scores.json"
@@ -239,18 +341,30 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path, help="YAML file: docs/past.md")
+    parser = argparse.ArgumentParser(prog="skillvec.recipes", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help=f"YAML file (docs/past.md), or one of {', '.join(SHIPPED)}")
     parser.add_argument("--out", help="instead of the configuration's `out`")
-    parser.add_argument("--dry-run", action="store_true", help="print the stages with sizes")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="check, and print the stages")
+    what.add_argument("--show", action="store_true", help="print the configuration, to copy it")
     options = parser.parse_args(arguments)
+    path = find_config(options.config)
     try:
-        config = read_config(options.config, {"out": options.out} if options.out else None)
-        if options.dry_run:
-            check_rows(config)
-            show_stages(plan(config, find_base(config, fetch=False)))
-            return 0
-        run(config)
+        config = read_config(path, {"out": options.out} if options.out else None)
+        if options.show:
+            print(path.read_text(encoding="utf-8"), end="")
+        elif options.dry_run:
+            line, _, faults = check(config)
+            show_stages(line)
+            if faults:
+                raise FaultsError(faults)
+        else:
+            run(config)
+    except FaultsError as error:
+        print(f"\npast: {len(error.faults)} to mend:", file=sys.stderr)
+        for fault in error.faults:
+            print(f"- {fault}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"past: {error}", file=sys.stderr)
         return 2

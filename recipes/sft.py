@@ -11,19 +11,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from skillvec.recipes.training import Data, ignore_deprecations, train_and_save, trainer_arguments
+from skillvec.recipes.training import (
+    Data,
+    announce,
+    finish,
+    ignore_deprecations,
+    parse,
+    run_alone,
+    train,
+    trainer_arguments,
+)
+
+
+def dataclasses() -> tuple[type, ...]:
+    """Return the classes whose fields are the keys of a configuration."""
+    import trl
+
+    return Data, trl.SFTConfig, trl.ModelConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    announce("sft")
     import trl
 
     ignore_deprecations()
-    parser = trl.TrlParser((Data, trl.SFTConfig, trl.ModelConfig), description=__doc__)
-    data, settings, model = parser.parse_args_and_config(arguments)
+    data, settings, model = parse(dataclasses(), arguments, __doc__)
     trainer = trl.SFTTrainer(**trainer_arguments(data, settings, model, "sft"))
-    train_and_save(trainer, "loss")
+    train(trainer, "loss")
+    finish(trainer, data, model)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_alone(main, "sft"))

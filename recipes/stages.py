@@ -1,14 +1,15 @@
 """Stages of a pipeline: what each reads and makes, run once, resumed where they stopped.
 
 Hides markers and processes. A finished stage leaves OUT/stages/NAME.json, written last: its
-command, how long it took, digests of every file and stage that it read. A stage runs again when any
-of that changed, or when what it makes is gone. A training stage that was cut goes on from its last
-checkpoint; all others start anew. What a stage reads from an earlier one is known by its path.
+command, how long it took, digests of all that it read and of every file that it made. A stage runs
+again when its command or a byte of what it reads changed, or when a file that it made is gone. What
+was changed after it was made is never overwritten: it is kept, and what reads it runs again. A
+training stage that was cut goes on from its last checkpoint; all others start anew. A skill that is
+zero everywhere stops the pipeline.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import importlib
@@ -24,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from skillvec.recipes.contents import Contents
+from skillvec.recipes.launch import RESUMABLE, launch_words
 
 TRAINERS = ("skillvec.recipes.sft", "skillvec.recipes.grpo")
 
@@ -52,10 +56,16 @@ class Pipeline:
     out: Path
     base: str
     training: Mapping[str, Any] = field(default_factory=dict)
-    launch: Sequence[str] = ()
+    launch: str | Sequence[str] = ()
     parameters: float | None = None
+    processes: int | None = None
+    allow_no_reward: bool = False
     stages: list[Stage] = field(default_factory=list)
     scores: dict[tuple[str, str], Path] = field(default_factory=dict)
+    contents: Contents = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.contents = Contents(self.out / "stages" / "contents.json")
 
     def add(self, name: str, words: Sequence[Any], reads: Sequence[Any], **more: Any) -> Path:
         """Add a stage that makes OUT/NAME, or more["output"]; ValueError for a second of a name."""
@@ -171,30 +181,35 @@ def flat(name: str) -> str:
 # ---------------------------------------------------------------------------------- what is done
 
 
-def digest_stage(line: Pipeline, stage: Stage, known: Mapping[str, str]) -> dict[str, str]:
-    """Return what decides the stage's result: its command, and a digest of everything it reads."""
+def digest_stage(line: Pipeline, stage: Stage) -> dict[str, str]:
+    """Return what decides the stage's result: digests of its command and of all that it reads."""
     found = {"command": _hash(json.dumps([stage.words, stage.settings], sort_keys=True))}
     for read in stage.reads:
-        path = Path(read)
-        if (of := _maker(line, stage, path)) is not None:
-            found[read] = known[of.name]
-        elif path.is_file():
-            found[read] = hashlib.sha256(path.read_bytes()).hexdigest()
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-            found[read] = _hash(json.dumps(seen))
+        if (digest := line.contents.digest(Path(read), _apart(line, read))) is not None:
+            found[read] = digest
     return found
 
 
-def _maker(line: Pipeline, stage: Stage, path: Path) -> Stage | None:
-    """Return the earlier stage that makes a path."""
+def maker(line: Pipeline, stage: Stage | None, path: str | Path) -> Stage | None:
+    """Return the stage that makes a path: one before `stage`, or any."""
+    path = Path(path)
     for earlier in line.stages:
         if earlier is stage:
             return None
         if path == earlier.output or earlier.output in path.parents:
             return earlier
     return None
+
+
+def _files_made(line: Pipeline, stage: Stage) -> dict[str, str]:
+    return line.contents.files(stage.output, _apart(line, stage.output))
+
+
+def _apart(line: Pipeline, path: str | Path) -> set[Path]:
+    """Return what lies below a path and is made by some stage of its own."""
+    return {other.output for other in line.stages if other.output != Path(path)} | {
+        line.out / "stages"
+    }
 
 
 def _hash(text: str) -> str:
@@ -218,60 +233,145 @@ def _is_made(stage: Stage) -> bool:
     return stage.output.is_file() or (stage.output.is_dir() and any(stage.output.iterdir()))
 
 
-def states(line: Pipeline) -> list[tuple[Stage, str]]:
-    """Return every stage with "done", "begun" or "to do"."""
-    known: dict[str, str] = {}
-    return [(stage, _state(line, stage, known)[1]) for stage in line.stages]
+def states(line: Pipeline) -> list[tuple[Stage, str, list[str]]]:
+    """Return every stage with "done", "begun" or "to do", and its files that were changed since.
+
+    What reads from a stage that is not done is not done either.
+    """
+    found: dict[str, tuple[Stage, str, list[str]]] = {}
+    for stage in line.stages:
+        made_by = [maker(line, stage, read) for read in stage.reads]
+        if all(earlier is None or found[earlier.name][1] == "done" for earlier in made_by):
+            state, changed = _state(line, stage)
+        else:
+            state, changed = "to do", []
+        found[stage.name] = stage, state, changed
+    return list(found.values())
 
 
-def _state(line: Pipeline, stage: Stage, known: dict[str, str]) -> tuple[dict[str, str], str]:
-    """Return the stage's digests and state; `known` are the earlier stages', this one is added."""
-    digests = digest_stage(line, stage, known)
-    known[stage.name] = _hash(json.dumps(digests, sort_keys=True))
+def _state(line: Pipeline, stage: Stage) -> tuple[str, list[str]]:
+    """Return the stage's state, and the files that were changed after it made them."""
     marker = read_marker(line, stage)
-    if marker.get("digests") != digests or not _is_made(stage):
-        return digests, "to do"
-    return digests, "done" if marker.get("finished") else "begun"
+    same = bool(marker) and marker.get("digests") == digest_stage(line, stage)
+    if not marker.get("finished"):
+        return "begun" if same and _is_made(stage) else "to do", []
+    if "made" not in marker or not _is_made(stage):
+        return "to do", []
+    made, now = marker["made"], _files_made(line, stage)
+    changed = [name for name, digest in now.items() if made.get(name) != digest]
+    return "done" if same and made.keys() <= now.keys() else "to do", changed
+
+
+def is_of_earlier_version(line: Pipeline, stage: Stage) -> bool:
+    """Say whether the record is of a version that did not record what was made."""
+    marker = read_marker(line, stage)
+    return bool(marker.get("finished")) and "made" not in marker
 
 
 def run_stages(line: Pipeline, first: int = 0, last: int | None = None) -> None:
     """Run what is not done of the stages first..last, in order.
 
     Raises subprocess.CalledProcessError with the exit code of a command that failed, ValueError for
-    an output that is there and that no stage of this pipeline made.
+    an output that is there and that no stage of this pipeline made, or that was changed since, and
+    for a skill that is zero.
     """
-    known: dict[str, str] = {}
-    for number, stage in enumerate(line.stages[:last], 1):
-        digests, state = _state(line, stage, known)
-        if number <= first:
-            continue
+    for number, stage in enumerate(line.stages[first:last], first + 1):
+        state, changed = _state(line, stage)
         title = f"[{number}/{len(line.stages)}] {stage.name}"
         if state == "done":
             print(f"{title}: done before", flush=True)
-            continue
-        print(f"{title}\n$ {spell(line, stage)}", flush=True)
-        _begin(line, stage, digests, state == "begun")
-        start = time.perf_counter()
-        _run(line, stage)
-        seconds = time.perf_counter() - start
-        _record(line, stage, digests, finished=True, seconds=round(seconds, 1))
+            if changed:
+                print(f"  {tell_changed(stage, changed)}", flush=True)
+        else:
+            print(f"{title}\n$ {spell(line, stage)}", flush=True)
+            if is_of_earlier_version(line, stage):
+                print("  an earlier version of skillvec did not record what it made", flush=True)
+            digests = digest_stage(line, stage)
+            _begin(line, stage, digests, state == "begun", changed)
+            start = time.perf_counter()
+            _run(line, stage)
+            seconds = round(time.perf_counter() - start, 1)
+            made = _files_made(line, stage)
+            _record(line, stage, digests, finished=True, seconds=seconds, made=made)
+        if stage.words[:2] == ("skillvec", "diff"):
+            _refuse_zero(line, stage)
 
 
-def _begin(line: Pipeline, stage: Stage, digests: Mapping[str, str], goes_on: bool) -> None:
+def tell_changed(stage: Stage, changed: Sequence[str]) -> str:
+    """Say which files were changed by hand, and what that means."""
+    return (
+        f"{_shown(stage, changed)} changed after {stage.name} made it: the change is kept, and what"
+        " reads it runs again"
+    )
+
+
+def _shown(stage: Stage, changed: Sequence[str]) -> str:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(str(stage.output / name) for name in changed[:3]) + more
+
+
+def _refuse_zero(line: Pipeline, stage: Stage) -> None:
+    """Raise ValueError for a vector without a value other than 0, unless the pipeline allows it."""
+    import skillvec as sv
+
+    deltas = sv.SkillVector.open(stage.output).manifest.get("tensors", {})
+    if not line.allow_no_reward and not any(entry["changed"] for entry in deltas.values()):
+        raise ValueError(
+            f"{stage.output}: the skill is zero in every tensor: reinforcement learning changed no"
+            ' weight, so there is nothing to inject. docs/past.md, "RL has no reward", says what'
+            " says what to look at; `allow_no_reward: true` in `rl` goes on with it"
+        )
+
+
+def in_the_way(line: Pipeline, stage: Stage, changed: Sequence[str]) -> str | None:
+    """Return why a stage may not make its output anew: what lies there is not of its making."""
+    if not _is_made(stage):
+        return None
+    if not _marker(line, stage).exists():
+        return (
+            f"{stage.output}: exists and was not made by this pipeline; move it away, or let"
+            f" {stage.name} make another path"
+        )
+    if changed:
+        return (
+            f"{stage.output}: {stage.name} has to run again, which would remove what was changed"
+            f" after it: {_shown(stage, changed)}; move {stage.output} away, then run again"
+        )
+    return None
+
+
+def _begin(
+    line: Pipeline,
+    stage: Stage,
+    digests: Mapping[str, str],
+    goes_on: bool,
+    changed: Sequence[str],
+) -> None:
     trains = stage.settings is not None
     if not (goes_on and trains) and _is_made(stage):
-        if not _marker(line, stage).exists():
-            raise ValueError(
-                f"{stage.output}: exists and was not made by this pipeline; move it away, or let"
-                f" {stage.name} make another path"
-            )
+        if blocked := in_the_way(line, stage, changed):
+            raise ValueError(blocked)
         shutil.rmtree(stage.output) if stage.output.is_dir() else stage.output.unlink()
     _record(line, stage, digests, finished=False)
     if stage.settings is not None:
-        whole = dict(stage.settings)
+        whole = as_run(line, stage)
         if goes_on and (last := last_checkpoint(stage.output)) is not None:
             whole["resume_from_checkpoint"] = str(last)
         Path(stage.words[-1]).write_text(yaml.safe_dump(whole), encoding="utf-8")
+
+
+def as_run(line: Pipeline, stage: Stage) -> dict[str, Any]:
+    """Return the settings of a training with those that say how it runs and not what it makes.
+
+    They are in no digest: a training that was made on one GPU is not made again on eight. Whoever
+    says when to save says all of it.
+    """
+    whole = dict(stage.settings or {})
+    if line.launch and not any(name.startswith("save_") for name in whole):
+        whole |= RESUMABLE
+    if line.allow_no_reward and "rewards" in whole:
+        whole["allow_no_reward"] = True
+    return whole
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -287,13 +387,14 @@ def _record(line: Pipeline, stage: Stage, digests: Mapping[str, str], **more: An
     whole |= {"output": str(stage.output), "digests": digests, **more}
     partial = marker.with_suffix(".partial")
     partial.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    line.contents.save()
     partial.replace(marker)
 
 
 def command(line: Pipeline, stage: Stage) -> list[str]:
     """Return the words of the stage's own process."""
     if stage.settings is not None and line.launch:
-        return [*line.launch, "-m", *stage.words]
+        return [*launch_words(line.launch, line.processes), "-m", *stage.words]
     return [sys.executable, "-m", *stage.words]
 
 
@@ -316,59 +417,3 @@ def _run(line: Pipeline, stage: Stage) -> None:
         raise subprocess.CalledProcessError(code, words)
     if stage.settings is not None:
         gc.collect()  # the trainer holds its model in cycles
-
-
-# ---------------------------------------------------------------------------------- a dry run
-
-
-def show_stages(line: Pipeline) -> None:
-    """Print every stage with what it reads, the size of what it makes at most, and its state."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from skillvec.analysis.wording import human_bytes
-
-    nbytes = model_nbytes(line)
-    table = Table(title=f"{line.out}: {len(line.stages)} stages", title_justify="left", box=None)
-    table.add_column("state", no_wrap=True)
-    table.add_column("at most", justify="right", no_wrap=True)
-    table.add_column("makes", overflow="fold")
-    table.add_column("from", overflow="fold", style="dim")
-    missing = 0
-    for stage, state in states(line):
-        size = "" if not stage.models else "?" if nbytes is None else human_bytes(nbytes)
-        sources = [_short(line, read) for read in stage.reads if Path(read).suffix or "/" in read]
-        table.add_row(state, size, _short(line, stage.output), ", ".join(dict.fromkeys(sources)))
-        missing += (state != "done") * bool(stage.models)
-    console = Console()
-    console.print(table)
-    free = shutil.disk_usage(_existing(line.out)).free
-    if nbytes is None:
-        console.print(
-            "sizes: unknown until the base model is on disk; `parameters` says them before"
-        )
-        return
-    need = missing * nbytes
-    console.print(
-        f"to do: at most {human_bytes(need)} in fp32 besides training checkpoints;"
-        f" free here: {human_bytes(free)}" + (" - NOT ENOUGH" if need > free else "")
-    )
-
-
-def model_nbytes(line: Pipeline) -> float | None:
-    """Return the size of the base model in fp32: from its headers, else from `parameters`."""
-    from skillvec.checkpoints.opening import open_checkpoint
-    from skillvec.errors import SkillvecError
-
-    with contextlib.suppress(SkillvecError):  # not there yet, or a Hub id
-        return 4.0 * sum(spec.numel for spec in open_checkpoint(line.base, "base").values())
-    return None if line.parameters is None else 4.0 * line.parameters
-
-
-def _short(line: Pipeline, path: str | Path) -> str:
-    path = Path(path)
-    return str(path.relative_to(line.out) if path.is_relative_to(line.out) else path)
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())

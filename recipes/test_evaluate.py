@@ -159,6 +159,35 @@ def test_decoding_is_greedy_whatever_the_model_asks_for(chain: Path) -> None:
     assert model.generation_config.temperature == 50.0  # as it was
 
 
+def test_a_temperature_draws_from_the_whole_distribution_by_a_seed(
+    chain: Path, questions: Path, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(["a", "b", "c", "d", "e"])
+    model = make_model(tokenizer, spread=1.0)
+    model.generation_config.update(top_k=1, temperature=0.01)  # the model's own does not count
+    prompts = ["a b"] * 600
+    said = answer_all(model, tokenizer, prompts, 1, 200, temperature=8.0, seed=3)
+    assert said == answer_all(model, tokenizer, prompts, 1, 200, temperature=8.0, seed=3)
+    assert said != answer_all(model, tokenizer, prompts, 1, 200, temperature=8.0, seed=4)
+    ids = torch.tensor([tokenizer("a b")["input_ids"]])
+    with torch.no_grad():
+        expected = torch.softmax(model(ids).logits[0, -1] / 8.0, -1)
+    for word in "abcde":  # within four standard deviations
+        share = float(expected[tokenizer.convert_tokens_to_ids(word)])
+        bound = 4 * (share * (1 - share) / 600) ** 0.5 + 1e-9
+        assert abs(said.count(word) / 600 - share) <= bound, (word, share)
+    assert len(set(said)) > 2
+    greedy = answer_all(model, tokenizer, prompts[:1], 1)
+    assert answer_all(model, tokenizer, prompts[:1], 1, temperature=1e-4) == greedy
+
+    scores = run(chain, questions, tmp_path, "--temperature", "0.1", "--seed", "7")
+    assert scores["settings"]["decoding"] == "temperature 0.1" and scores["settings"]["seed"] == 7
+    scores = run(chain, questions, tmp_path)
+    assert scores["settings"]["decoding"] == "greedy" and scores["settings"]["seed"] is None
+    with pytest.raises(ValueError, match=r"expected 0 \(greedy\) or more, found -1"):
+        evaluate.evaluate(chain, questions, temperature=-1)
+
+
 def test_batches_change_nothing() -> None:
     tokenizer = make_tokenizer(["a", "b", "c", "d", "e"])
     model = make_model(tokenizer, spread=1.0)  # so large that attention decides

@@ -13,10 +13,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from skillvec.recipes import past, stages
-from skillvec.recipes.past import Config, check_rows, plan, read_config
-from skillvec.recipes.stages import Pipeline, flags, run_stages, show_stages, states
+from skillvec.recipes import checks, grpo, past, sft, stages
+from skillvec.recipes.dry_run import show_stages
+from skillvec.recipes.evaluate import load_tokenizer
+from skillvec.recipes.past import Config, plan, read_config, row_faults
+from skillvec.recipes.stages import Pipeline, flags, run_stages, states
 
 MINI = Path(__file__).parents[1] / "recipes" / "mini" / "past.yaml"
 
@@ -33,7 +38,9 @@ def whole(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     target = {"sft": [str(tmp_path / "t.jsonl")], "evaluate": asked}
     return {
         "out": str(tmp_path / "out"), "base": str(tmp_path / "base"),
-        "sft": [{"learning_rate": 1e-3}], "rl": {"max_steps": 2},
+        "training": {"use_cpu": True, "bf16": False, "report_to": "none"},
+        "sft": [{"learning_rate": 1e-3}],
+        "rl": {"max_steps": 2, "rewards": ["skillvec.recipes.test_past:vary"]},
         "source": parts, "targets": {"T": target},
         "evaluate": {"run": "skillvec.recipes.evaluate", "with": {"metrics": ["exact"]}},
     } | changes  # fmt: skip
@@ -69,7 +76,15 @@ def test_the_configuration_in_the_documentation_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lamda": 1}, "unknown lamda"),
+        ({"lamda": 1}, "unknown lamda; did you mean `lam`"),
+        ({"sft": {"max_steps": 1}}, "sft: expected a list, found"),
+        ({"lam": ["one"]}, "lam: expected a number, found 'one'"),
+        ({"prepare": [{"run": "a"}]}, "prepare 1: expected out, run and `with`"),
+        (
+            {"prepare": [{"run": "skillvec.recipes.sft", "out": "a"}]},
+            "prepare 1: expected data and model_name_or_path in `with`",
+        ),
+        ({"evaluate": {"runs": "a"}}, "evaluate: expected run and `with`"),
         ({"source": []}, "at least one part in source"),
         ({"targets": {}}, "at least one part in source and one in targets"),
         ({"sft": [{}, {}]}, "source part 1: expected rl and sft, with a list of 2 files"),
@@ -89,33 +104,32 @@ def test_missing_settings_and_files_are_named(
 ) -> None:
     settings = whole(tmp_path)
     del settings["rl"]
-    with pytest.raises(ValueError, match=r"missing 1 required .* 'rl'"):
+    del settings["sft"]
+    with pytest.raises(ValueError, match=r"rl is missing\n.*sft is missing"):
         read_config(written(tmp_path, settings))
     with pytest.raises(ValueError, match="expected settings"):
         read_config(written(tmp_path, "words"))
     assert past.main([str(tmp_path / "absent.yaml")]) == 2
-    assert "absent.yaml" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "absent.yaml: no such file" in said and "loogle, mini, squad, toolbench" in said
 
 
 def test_parts_that_share_a_row_are_refused(tmp_path: Path) -> None:
     settings = whole(tmp_path)
     config = Config(**settings)
-    check_rows(config)
+    assert row_faults(config) == []
     with open(tmp_path / "s2.jsonl", "a") as file:
         file.write("\n" + json.dumps({"text": "about s1"}))
-    with pytest.raises(ValueError, match=r"parts 1 and 2 share 1 rows.*about s1"):
-        check_rows(config)
+    (fault,) = row_faults(config)
+    assert re.search(r"parts 1 and 2 share 1 rows.*about s1", fault)
 
 
 def test_a_target_that_rl_saw_is_refused(tmp_path: Path) -> None:
     settings = whole(tmp_path)
     seen = {"prompt": "who is s1?", "answer": "someone", "group": "1"}
     (tmp_path / "t_questions.jsonl").write_text(json.dumps(seen))
-    with pytest.raises(ValueError, match=r"target T: 1 of its questions .* RL data"):
-        check_rows(Config(**settings))
-    (tmp_path / "t_questions.jsonl").write_text('{"prompt": "a"}\nno json')
-    with pytest.raises(ValueError, match=r"t_questions.jsonl, row 2"):
-        check_rows(Config(**settings))
+    (fault,) = row_faults(Config(**settings))
+    assert re.search(r"target T: 1 of its questions .* RL data", fault)
 
 
 def test_options_are_spelled_as_flags() -> None:
@@ -216,6 +230,13 @@ def write_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
+def write_base(folder: Path) -> None:
+    """Write a model of one tensor with a tokenizer of two words."""
+    write_model(folder, {"model.norm.weight": torch.zeros(64)})
+    words = Tokenizer(WordLevel({"who": 0, "is": 1}, unk_token="is"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
 MOVED = {"s1.jsonl": 1.0, "s2.jsonl": 2.0, "t.jsonl": 4.0,
          "s1_questions.jsonl": 8.0, "s2_questions.jsonl": 16.0}  # fmt: skip
 
@@ -242,18 +263,22 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         Path(given["--output"]).write_text(json.dumps({"metrics": metrics}))
         return 0
 
-    for name in ("skillvec.recipes.sft", "skillvec.recipes.grpo"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(main=train))  # type: ignore[arg-type]
-    fake = SimpleNamespace(main=evaluate)
+    for module in (sft, grpo):
+        fake = SimpleNamespace(main=train, dataclasses=module.dataclasses)
+        monkeypatch.setitem(sys.modules, module.__name__, fake)  # type: ignore[arg-type]
+    fake = SimpleNamespace(main=evaluate, load_tokenizer=load_tokenizer)
     monkeypatch.setitem(sys.modules, "skillvec.recipes.evaluate", fake)  # type: ignore[arg-type]
     return calls
 
 
 @pytest.mark.slow
 def test_skills_add_up_over_the_rounds(
-    tmp_path: Path, trained: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    trained: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_model(tmp_path / "base", {"model.norm.weight": torch.zeros(64)})
+    write_base(tmp_path / "base")
     path = written(tmp_path, whole(tmp_path, lam=[-0.5]))
     assert past.main([str(path), "--dry-run"]) == 0
     assert trained == [] and not (tmp_path / "out").exists()
@@ -269,7 +294,12 @@ def test_skills_add_up_over_the_rounds(
     # a second run trains nothing; a changed text trains its stage and what follows
     trained.clear()
     assert past.main([str(path)]) == 0 and trained == []
+    with monkeypatch.context() as patched:  # what is done needs nothing that a training needs
+        patched.delattr(checks, "setting_faults")
+        patched.delattr(checks, "base_faults")
+        assert past.main([str(path), "--dry-run"]) == 0
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "news about t"}))
+    monkeypatch.setitem(MOVED, "t.jsonl", 5.0)
     capsys.readouterr()
     assert past.main([str(path)]) == 0
     assert [call["output_dir"] for call in trained] == [str(tmp_path / "out" / "targets/T/sft")]
@@ -281,7 +311,7 @@ def test_skills_add_up_over_the_rounds(
 def test_a_stage_that_was_cut_is_run_again(
     tmp_path: Path, trained: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_model(tmp_path / "base", {"model.norm.weight": torch.zeros(64)})
+    write_base(tmp_path / "base")
     (tmp_path / "s1.jsonl").write_text("{}")
     line = Pipeline(tmp_path / "out", str(tmp_path / "base"))
     output = line.sft("sft", tmp_path / "base", [{}], [tmp_path / "s1.jsonl"])
@@ -297,11 +327,11 @@ def test_a_stage_that_was_cut_is_run_again(
     monkeypatch.setattr(sys.modules["skillvec.recipes.sft"], "main", stop)
     with pytest.raises(KeyboardInterrupt):
         run_stages(line)
-    assert [state for _, state in states(line)] == ["begun"]
+    assert [state for _, state, _ in states(line)] == ["begun"]
     monkeypatch.setattr(sys.modules["skillvec.recipes.sft"], "main", train)
     run_stages(line)
     assert trained[0]["resume_from_checkpoint"] == str(output / "checkpoint-10")
-    assert [state for _, state in states(line)] == ["done"]
+    assert [state for _, state, _ in states(line)] == ["done"]
     # other settings: what was begun is thrown away
     marker = tmp_path / "out" / "stages" / "sft.json"
     marker.write_text(marker.read_text().replace('"finished": true', '"finished": false'))
@@ -313,32 +343,34 @@ def test_a_stage_that_was_cut_is_run_again(
     assert not (output / "checkpoint-9").exists()
     # a torn marker is no marker
     marker.write_text('{"dig')
-    assert [state for _, state in states(changed)] == ["to do"]
+    assert [state for _, state, _ in states(changed)] == ["to do"]
 
 
 def test_files_of_others_are_never_removed(
     tmp_path: Path, trained: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_model(tmp_path / "base", {"model.norm.weight": torch.zeros(64)})
+    write_base(tmp_path / "base")
     mine = tmp_path / "out" / "round-1" / "sft" / "thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    assert past.main([str(written(tmp_path, whole(tmp_path)))]) == 2
-    assert "round-1/sft: exists and was not made by this pipeline" in capsys.readouterr().err
+    for words in ([], ["--dry-run"]):
+        assert past.main([str(written(tmp_path, whole(tmp_path))), *words]) == 2
+        said = capsys.readouterr().err
+        assert "to mend" in said and "round-1/sft: exists and was not made by this pipeline" in said
     assert mine.read_text() == "mine" and trained == []
 
 
 def test_a_command_that_fails_stops_the_pipeline(
     tmp_path: Path, trained: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_model(tmp_path / "base", {"model.norm.weight": torch.zeros(64)})
-    settings = whole(tmp_path, angles={"no_such_option": True})
+    write_base(tmp_path / "base")
+    settings = whole(tmp_path, angles={"against": str(tmp_path / "absent")})
     settings["source"].pop()
     assert past.main([str(written(tmp_path, settings))]) == 2
-    assert "past: stopped, exit code 2" in capfd.readouterr().err
+    assert "past: stopped, exit code" in capfd.readouterr().err
     assert not (tmp_path / "out" / "scores.json").exists()
     line = plan(Config(**settings), settings["base"])
-    assert [stage.name for stage, state in states(line) if state != "done"] == ["angles"]
+    assert [stage.name for stage, state, _ in states(line) if state != "done"] == ["angles"]
 
 
 def test_a_module_that_fails_stops_the_pipeline(

@@ -1,11 +1,12 @@
 """Split LooGLE into source parts and target, and write texts to learn and questions to answer.
 
-    python -m skillvec.recipes.loogle.prepare --output runs/loogle/data [--data FILE]
+    python -m skillvec.recipes.loogle.prepare --output runs/loogle/data [--data FILE] [--pairs FILE]
 
-Writes, for K parts of the source, source_K.jsonl (`text`) and source_K_questions.jsonl, then
-target.jsonl, target_questions.jsonl and, last, manifest.json. Invariants: no document is in two of
-them; a question row shows the question, never the text; the same data gives the same bytes. Refuses
-data with too few documents and what skillvec.recipes.loogle.documents refuses.
+Writes, for NAME = source_1 ... source_K and target: NAME_passages.jsonl (what pairs.py lets a model
+write about), NAME.jsonl (stage 1: `text`), NAME_questions.jsonl (RL, evaluation), with --pairs also
+NAME_form.jsonl (stage 2: `prompt`, `completion`); then manifest.json. Invariants: no document is in
+two of them; a prompt shows the question, never the text; the same data gives the same bytes.
+Refuses data with too few documents and what documents.py and pairs.py refuse.
 """
 
 from __future__ import annotations
@@ -20,11 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from skillvec.recipes.loogle.documents import HUB_ID, SPLIT, SUBSET, Document, read_documents
+from skillvec.recipes.loogle.pairs import Pair, pairs_of
+from skillvec.recipes.squad.items import Passage
 
-ASK = "{question}\n\nAnswer from memory. Put the answer inside <answer> and </answer>."
+ASK = "Please answer the question below. \nQuestion: {question}\nAnswer: "  # the first author's
+RECALL = (
+    "You answer questions about documents that you have read, from memory. First write the "
+    "sentences of the document that hold the answer. Then write the answer inside <answer> and "
+    "</answer>."
+)
+ANSWERED = "{evidence}\n<answer>{answer}</answer>"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skillvec.recipes.loogle.prepare",
         description=__doc__.splitlines()[0],
@@ -39,12 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk-words", type=int, default=400, help="words a text (%(default)s)")
     parser.add_argument("--overlap-words", type=int, default=50,
                         help="words that a text shares with the next (%(default)s)")  # fmt: skip
-    parser.add_argument("--topic", choices=("missing", "always", "never"), default="missing",
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="what a model wrote about the passages: skillvec.recipes.loogle.pairs",
+    )
+    parser.add_argument("--topic", choices=("missing", "always", "never"), default="never",
                         help="put the title before questions that name no word of it, before all, "
                         "or before none (%(default)s)")  # fmt: skip
     parser.add_argument("--skip-empty", action="store_true",
                         help="leave out questions without text or answer")  # fmt: skip
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = vars(build_parser().parse_args(arguments))
     try:
         prepare(**options)
     except (ValueError, OSError) as error:
@@ -62,7 +81,8 @@ def prepare(
     parts: int = 2,
     chunk_words: int = 400,
     overlap_words: int = 50,
-    topic: str = "missing",
+    pairs: Path | None = None,
+    topic: str = "never",
     skip_empty: bool = False,
 ) -> dict[str, Any]:
     """Write the files and return the manifest; ValueError for sizes or data that do not fit."""
@@ -85,25 +105,38 @@ def prepare(
     if shared:
         titles = ", ".join(repr(one.title) for one in last if one.text in shared)
         raise ValueError(f"{data}: source and target share {len(shared)} texts: {titles}")
+    cut_texts = {one.number: passages_of(one, chunk_words, overlap_words)
+                 for one in [*documents[:target], *last]}  # fmt: skip
     cuts = [round(part * source / parts) for part in range(parts + 1)]
     sets = {f"source_{k + 1}": last[cuts[k] : cuts[k + 1]] for k in range(parts)}
     sets["target"] = documents[:target]
 
+    every = [passage for made in cut_texts.values() for passage in made]
+    written = pairs_of(pairs, every) if pairs else {}
+
     output.mkdir(parents=True, exist_ok=True)
-    for stale in (output / "manifest.json", *output.glob("source_*.jsonl")):
-        stale.unlink(missing_ok=True)
+    stale = [*output.glob("source_*.jsonl"), *output.glob("target*.jsonl")]
+    for path in (output / "manifest.json", *stale):
+        path.unlink(missing_ok=True)
     counts = {}
     for name, chosen in sets.items():
-        texts = [
-            {"text": text} for one in chosen for text in chunks(one, chunk_words, overlap_words)
-        ]
-        questions = [row for one in chosen for row in question_rows(one, topic)]
-        write_rows(output / f"{name}.jsonl", texts)
-        write_rows(output / f"{name}_questions.jsonl", questions)
+        passages = [passage for one in chosen for passage in cut_texts[one.number]]
+        asked = [row for one in chosen for row in question_rows(one, topic)]
+        known = [(passage, pair) for passage in passages for pair in written.get(passage.id, ())]
+        rows = {
+            "": [*map(text_row, passages), *(pair_row(*one) for one in known)],
+            "_passages": [{"id": one.id, "title": one.title, "context": one.context}
+                          for one in passages],
+            "_questions": asked,
+        } | ({"_form": [form_row(pair) for _, pair in known]} if pairs else {})  # fmt: skip
+        for kind, listed in rows.items():
+            write_rows(output / f"{name}{kind}.jsonl", listed)
         counts[name] = {
-            "texts": len(texts),
-            "questions": len(questions),
-            "with_topic": sum(row["question"].startswith("Topic: ") for row in questions),
+            "passages": len(passages),
+            "pairs": len(known),
+            "passages_without_pairs": sum(not written.get(one.id) for one in passages),
+            "questions": len(asked),
+            "with_topic": sum(row["question"].startswith("Topic: ") for row in asked),
             "documents": [
                 {"number": one.number, "title": one.title, "sha256": one.sha256} for one in chosen
             ],
@@ -119,6 +152,7 @@ def prepare(
         "skipped_questions": skipped,
         "chunk_words": chunk_words,
         "overlap_words": overlap_words,
+        "pairs_sha256": hashlib.sha256(pairs.read_bytes()).hexdigest() if pairs else None,
         "topic": topic,
         "sets": counts,
     }
@@ -126,28 +160,50 @@ def prepare(
     return manifest
 
 
-def chunks(document: Document, words: int, overlap: int) -> list[str]:
-    """Cut a document into stretches of so many words, each under the title, white space kept.
-
-    What the paper trains on here is not known; plain stretches of the text add nothing to it.
-    """
+def passages_of(document: Document, words: int, overlap: int) -> list[Passage]:
+    """Cut a document into stretches of so many words under its title, white space kept."""
     spans = [match.span() for match in re.finditer(r"\S+", document.text)]
     starts = range(0, max(len(spans) - overlap, 1), words - overlap)
+    ends = [(spans[i][0], spans[min(i + words, len(spans)) - 1][1]) for i in starts]
+    return [Passage(document.title, document.text[begin:end], ()) for begin, end in ends]
+
+
+def text_row(passage: Passage) -> dict[str, str]:
+    """Return a stretch as a text of stage 1."""
+    return {"text": f"{passage.title}\n{passage.context}"}
+
+
+def pair_row(passage: Passage, pair: Pair) -> dict[str, str]:
+    """Return a generated pair as a text of stage 1."""
+    told = f"Question: {pair.question}\n{pair.evidence}\nAnswer: {pair.answer}"
+    return {"text": f"{passage.title}\n{told}"}
+
+
+def form_row(pair: Pair) -> dict[str, Any]:
+    """Return a generated pair as RL and evaluation ask and are answered: stage 2."""
+    told = ANSWERED.format(evidence=pair.evidence, answer=pair.answer)
+    return {
+        "prompt": prompt_for(pair.question),
+        "completion": [{"role": "assistant", "content": told}],
+    }
+
+
+def prompt_for(question: str) -> list[dict[str, str]]:
+    """Return the messages that ask a question, with no text in sight."""
     return [
-        f"{document.title}\n{document.text[spans[i][0] : spans[min(i + words, len(spans)) - 1][1]]}"
-        for i in starts
+        {"role": "system", "content": RECALL},
+        {"role": "user", "content": ASK.format(question=question)},
     ]
 
 
-def question_rows(document: Document, topic: str = "missing") -> list[dict[str, Any]]:
+def question_rows(document: Document, topic: str = "never") -> list[dict[str, Any]]:
     """Return rows for RL and evaluation; `group` is the document."""
     rows = []
     for question, answer in document.questions:
         named = bool(_long_words(document.title) & _long_words(question))
         if topic == "always" or (topic == "missing" and not named):
             question = f"Topic: {document.title}\n{question}"
-        prompt = [{"role": "user", "content": ASK.format(question=question)}]
-        rows.append({"prompt": prompt, "answer": answer, "question": question,
+        rows.append({"prompt": prompt_for(question), "answer": answer, "question": question,
                      "group": document.number})  # fmt: skip
     return rows
 

@@ -1,6 +1,6 @@
 """Scoring LooGLE answers: the answer in a reply, the judge, and the reward for RL.
 
-Hides the tags and the judge's question. Invariants: what is judged is the content of the last
+Hides the tags and the judge's question. Invariants: what is judged is the content of the first
 <answer> tag, or the whole reply where there is none; an empty answer is wrong. With JUDGE_URL set
 the reward is the judge's verdict, and a judge that fails stops the training; without it, F1 (a
 warning says so once).
@@ -26,9 +26,9 @@ SAME_MEANING = (
 
 
 def answer_of(reply: str) -> str:
-    """Return what stands in the last <answer> tag, closed or cut off; else the whole reply."""
-    _, tag, rest = reply.rpartition("<answer>")
-    return re.split(r"</answer>", rest)[0].strip() if tag else reply.strip()
+    """Return what stands in the first <answer> tag, closed or cut off; else the whole reply."""
+    tagged = re.search(r"(?is)<answer>(.*?)(?:</answer>|\Z)", reply)
+    return tagged[1].strip() if tagged else reply.strip()
 
 
 def judge() -> Judge:

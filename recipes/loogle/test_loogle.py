@@ -3,15 +3,19 @@
 import json
 import logging
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from skillvec.recipes.judges import JudgeError
+from skillvec.recipes.loogle import pairs as writing
 from skillvec.recipes.loogle import reward as scoring
 from skillvec.recipes.loogle.documents import Asked, Document, group, read_documents, read_questions
-from skillvec.recipes.loogle.prepare import chunks, main, prepare, question_rows
+from skillvec.recipes.loogle.pairs import Pair, find_pairs
+from skillvec.recipes.loogle.prepare import RECALL, main, passages_of, prepare, question_rows
+from skillvec.recipes.stand_in import StandIn
 
 pytest.importorskip("datasets")
 
@@ -37,8 +41,9 @@ def test_both_schemas_give_the_same_files(tmp_path: Path) -> None:
     }
     names = sorted(path.name for path in (tmp_path / "old").iterdir())
     assert names == [
-        "manifest.json", "source_1.jsonl", "source_1_questions.jsonl", "source_2.jsonl",
-        "source_2_questions.jsonl", "target.jsonl", "target_questions.jsonl",
+        "manifest.json", "source_1.jsonl", "source_1_passages.jsonl", "source_1_questions.jsonl",
+        "source_2.jsonl", "source_2_passages.jsonl", "source_2_questions.jsonl", "target.jsonl",
+        "target_passages.jsonl", "target_questions.jsonl",
     ]  # fmt: skip
     for name in names[1:]:
         assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
@@ -62,7 +67,8 @@ def test_target_is_first_source_is_last_and_nothing_is_in_two_sets(tmp_path: Pat
             rows_of(tmp_path / f"{name}.jsonl"),
             rows_of(tmp_path / f"{name}_questions.jsonl"),
         )
-        assert (len(texts), len(asked)) == (chosen["texts"], chosen["questions"])
+        assert (len(texts), len(asked)) == (chosen["passages"], chosen["questions"])
+        assert (chosen["pairs"], chosen["passages_without_pairs"]) == (0, len(texts))
         numbers = {one["number"] for one in chosen["documents"]}
         assert {row["group"] for row in asked} == numbers
     harbour = rows_of(tmp_path / "target_questions.jsonl")[:3]
@@ -74,16 +80,17 @@ def test_target_is_first_source_is_last_and_nothing_is_in_two_sets(tmp_path: Pat
 def test_questions_are_closed_book_and_name_their_document(tmp_path: Path) -> None:
     prepare(tmp_path, data=str(DATA / "old.jsonl"), **SMALL)
     rows = rows_of(tmp_path / "target_questions.jsonl")
+    told = "Please answer the question below. \nQuestion: Who dug the harbour of Veldt?\nAnswer: "
     assert rows[0] == {
-        "prompt": [{
-            "role": "user",
-            "content": "Who dug the harbour of Veldt?\n\nAnswer from memory. "
-            "Put the answer inside <answer> and </answer>.",
-        }],
+        "prompt": [{"role": "system", "content": RECALL}, {"role": "user", "content": told}],
         "answer": "Maren Toll",
         "question": "Who dug the harbour of Veldt?",
         "group": 0,
     }  # fmt: skip
+    assert RECALL.index("sentences of the document") < RECALL.index("<answer>")  # evidence first
+    assert rows[4]["question"] == "What was the largest bell called?"  # the question only
+    prepare(tmp_path, data=str(DATA / "old.jsonl"), topic="missing", **SMALL)
+    rows = rows_of(tmp_path / "target_questions.jsonl")
     # "largest bell" says nothing of Brück; "harbour" is a word of the title
     assert rows[4]["question"] == "Topic: Ansel Brück\nWhat was the largest bell called?"
     assert rows[1]["question"] == "When was the harbour dug?"
@@ -97,15 +104,90 @@ def test_questions_are_closed_book_and_name_their_document(tmp_path: Path) -> No
 def test_chunks_cover_every_word_in_order(words: int) -> None:
     for count in (1, 2, 9, 47, 48, 49):
         text = " \n".join(f"w{i}" for i in range(count))
-        made = chunks(Document(0, "The title", text, ()), words, overlap=2)
-        assert all(piece.startswith("The title\nw") for piece in made)
-        bodies = [piece.removeprefix("The title\n").split() for piece in made]
+        made = passages_of(Document(0, "The title", text, ()), words, overlap=2)
+        assert {piece.title for piece in made} == {"The title"}
+        bodies = [piece.context.split() for piece in made]
         assert all(len(body) <= words for body in bodies)
         joined = bodies[0] + [word for body in bodies[1:] for word in body[2:]]
         assert joined == text.split()
         assert all(body[:2] == before[-2:] for before, body in zip(bodies, bodies[1:]))  # noqa: B905, RUF007
         assert bodies[-1][2:] or len(bodies) == 1  # the last one adds something
-    assert "w0 \nw1" in chunks(Document(0, "t", "w0 \nw1", ()), 5, 0)[0]
+    assert passages_of(Document(0, "t", "w0 \nw1", ()), 5, 0)[0].context == "w0 \nw1"
+
+
+SAID = """1. **Question:** Who cast ninety bells?
+**Evidence:** He cast ninety bells, the largest
+ of them "Old Grey".
+**Answer:** Ansel Brück
+
+Question: A question without an answer?
+Evidence: None.
+
+Question: Where was the crew?
+Evidence: the crew lived in tents.
+Answer: In tents.
+- Question: Who cast ninety bells?
+- Evidence: Nobody.
+- Answer: Nobody."""
+
+
+def test_pairs_are_found_in_what_a_model_wrote() -> None:
+    assert find_pairs(SAID) == [
+        Pair("Who cast ninety bells?", 'He cast ninety bells, the largest of them "Old Grey".',
+             "Ansel Brück"),
+        Pair("Where was the crew?", "the crew lived in tents.", "In tents."),
+        Pair("Who cast ninety bells?", "Nobody.", "Nobody."),
+    ]  # fmt: skip
+    for text in ("", "Question: a\nEvidence: b", "Question: a\nAnswer: b", "Answer: x\nQuestion: y",
+                 "Question: a\nEvidence: \nAnswer: b"):  # fmt: skip
+        assert find_pairs(text) == []
+
+
+def test_pairs_become_texts_of_stage_1_and_answers_of_stage_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    prepare(first, data=str(DATA / "old.jsonl"), **SMALL)
+    files = [str(file) for file in sorted(first.glob("*_passages.jsonl"))]
+    with StandIn() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        words = ["--url", server.url, "--model", "rules", "--chat", "-o", str(tmp_path / "w.jsonl")]
+        assert writing.main([*words, "--data", *files]) == 0
+        assert writing.main([*words, "--data", *files]) == 0  # nothing is asked again
+        server.shutdown()
+    row = rows_of(tmp_path / "w.jsonl")[0]
+    assert (row["sampling"]["temperature"], row["sampling"]["max_new_tokens"]) == (0.7, 1024)
+    made = prepare(tmp_path, data=str(DATA / "old.jsonl"), pairs=tmp_path / "w.jsonl", **SMALL)
+    whole = made["sets"]["source_1"]
+    assert whole["pairs"] > whole["passages_without_pairs"]
+    texts = [row["text"] for row in rows_of(tmp_path / "source_1.jsonl")]
+    passages = rows_of(tmp_path / "source_1_passages.jsonl")
+    assert texts[: len(passages)] == [f"{p['title']}\n{p['context']}" for p in passages]
+    assert len(texts) == whole["passages"] + whole["pairs"]
+    form = rows_of(tmp_path / "source_1_form.jsonl")
+    assert len(form) == whole["pairs"]
+    for text, shown in zip(texts[len(passages) :], form, strict=True):
+        title, question, evidence, answer = text.split("\n")
+        assert (title, evidence in " ".join(p["context"].replace("\n", " ") for p in passages)) == (
+            "The Long Fence (film)", True,
+        )  # fmt: skip
+        question, answer = question.removeprefix("Question: "), answer.removeprefix("Answer: ")
+        assert shown["prompt"][1]["content"].endswith(f"Question: {question}\nAnswer: ")
+        said = shown["completion"][0]["content"]
+        assert said == f"{evidence}\n<answer>{answer}</answer>"
+        assert scoring.answer_of(said) == answer
+    # what was written about other stretches, or is no pair, is refused
+    with pytest.raises(ValueError, match="without a completion of one of these passages"):
+        prepare(first, data=str(DATA / "old.jsonl"), pairs=tmp_path / "w.jsonl",
+                **(SMALL | {"chunk_words": 30}))  # fmt: skip
+    rows = [row | {"completion": "Well."} for row in rows_of(tmp_path / "w.jsonl")]
+    write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(ValueError, match="no pair of question, evidence and answer for"):
+        prepare(first, data=str(DATA / "old.jsonl"), pairs=tmp_path / "bad.jsonl", **SMALL)
+    assert (first / "manifest.json").is_file()  # refused before anything is removed
+    write_rows(tmp_path / "none.jsonl", [{"title": "", "context": "x"}])
+    assert writing.main([*words, "--data", str(tmp_path / "none.jsonl")]) == 2
+    assert "expected title and context; 1 row: 0" in capsys.readouterr().err
 
 
 def test_a_second_run_leaves_no_file_of_the_first(tmp_path: Path) -> None:
@@ -194,14 +276,14 @@ def test_questions_of_one_document_are_gathered_wherever_they_stand() -> None:
     ("reply", "answer"),
     [
         ("I think <answer> Maren\nToll </answer>.", "Maren\nToll"),
-        ("<answer>a</answer> no, <answer>b</answer>", "b"),
+        ("It was <b>Toll</b>. <Answer>a</ANSWER> no, <answer>b</answer>", "a"),
         ("<answer>cut o", "cut o"),
         ("<answer></answer>", ""),
         (" plain ", "plain"),
         ("", ""),
     ],
 )
-def test_the_answer_is_in_the_last_tag(reply: str, answer: str) -> None:
+def test_the_answer_is_in_the_first_tag(reply: str, answer: str) -> None:
     assert scoring.answer_of(reply) == answer
 
 
@@ -241,60 +323,6 @@ def test_with_a_judge_its_verdict_is_the_reward_and_its_failure_stops(
         )
         with pytest.raises(JudgeError, match=r"expected one of true, false.*'what\?'"):
             scoring.reward(["Piet"], **asked)
-
-
-def test_the_configuration_names_what_exists(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every flag of past.yaml must be known to what it is for; data is refused later, by name."""
-    import yaml
-
-    trl = pytest.importorskip("trl")
-    from skillvec.recipes import evaluate, past
-    from skillvec.recipes.grpo import GrpoData
-    from skillvec.recipes.training import Data, load_function
-
-    path = Path(scoring.__file__).parent / "past.yaml"
-    config = yaml.safe_load(path.read_text())
-    line = past.plan(past.read_config(path), config["base"])
-    assert any(stage.name == "round-2/rl" for stage in line.stages)
-    assert config["environment"].keys() == {"JUDGE_URL", "JUDGE_MODEL"}
-    known = {
-        kind: {field for made in classes for field in made.__dataclass_fields__}
-        for kind, classes in {
-            "sft": (Data, trl.SFTConfig, trl.ModelConfig),
-            "rl": (GrpoData, trl.GRPOConfig, trl.ModelConfig),
-        }.items()
-    }
-    for step in config["sft"]:
-        assert config["training"].keys() | step.keys() <= known["sft"]
-    assert config["training"].keys() | config["rl"].keys() <= known["rl"]
-    assert all(map(load_function, config["rl"]["rewards"]))
-
-    (made,) = config["prepare"]
-    words = ["--output", str(tmp_path / "data"), "--data", str(DATA / "new.jsonl")]
-    assert main([*words, *flags(made["with"])]) == 2
-    assert "4 documents; the first 50 and the last 10 overlap" in capsys.readouterr().err
-    parts = made["with"]["parts"]
-    files = {Path(made["out"], f"source_{k}{kind}.jsonl")
-             for k in range(1, parts + 1) for kind in ("", "_questions")}  # fmt: skip
-    assert {Path(file) for part in config["source"] for file in (*part["sft"], part["rl"])} == files
-
-    (target,) = config["targets"].values()
-    assert Path(target["sft"][0]).name == "target.jsonl"
-    words = flags(config["evaluate"]["with"] | target["evaluate"] | {"model": "absent"})
-    assert evaluate.main(["--output", str(tmp_path / "scores.json"), *words]) == 2
-    assert "target_questions.jsonl: expected an existing" in capsys.readouterr().err
-    for name in ("judge", "answer"):
-        assert callable(load_function(config["evaluate"]["with"][name]))
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        words += ["--" + name.replace("_", "-"), *map(str, values)]
-    return words
 
 
 def test_the_whole_method_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

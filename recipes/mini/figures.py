@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from skillvec.recipes.mini.results import NAMES, Results, find_pair
-from skillvec.recipes.mini.seed import DOMAINS, LAMBDAS, PROBED
+from skillvec.recipes.mini.seed import BITS, DOMAINS, LAMBDAS, PROBED, TWICE
 
 Spec = dict[str, Any]
 
@@ -25,8 +25,10 @@ CONFIG = {
     "title": {"fontSize": 14, "anchor": "start", "subtitleFontSize": 12, "subtitleColor": "#555"},
     "header": {"labelFontSize": 13, "titleFontSize": 13},
 }  # fmt: skip
-ARMS = ("base", "SFT only", "random", "shuffled", "lambda -1", "lambda 1", "K = 2", "K = 3",
-        "pre-injection", "sequential", "bf16 vector", "RL on the target")  # fmt: skip
+ARMS = ("base", "SFT only", "random", "shuffled", "lambda -1", "lambda 1", "K = 2",
+        f"K = 1, {TWICE}", f"K = 2, {TWICE}", "pre-injection", "sequential", "bf16 vector",
+        *(f"bits {bits}" for bits in BITS), "layers", "embeddings", "rank 4", "rank 1",
+        "residual", "RL on the target")  # fmt: skip
 MODULES = [*(f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")),
            "input_norm", "post_norm", "embed_tokens", "norm"]  # fmt: skip
 

@@ -1,8 +1,4 @@
-"""What the stages of all seeds wrote, and the spread of a number over seeds.
-
-A number over seeds is mean ± standard deviation, and two arms are compared seed by seed: a
-difference counts when the 95 % Student interval of its mean leaves out 0.
-"""
+"""What the stages of all seeds wrote."""
 
 from __future__ import annotations
 
@@ -10,45 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from skillvec.recipes.mini.seed import plan_seed
+from skillvec.recipes.mini.rules import Spread
+from skillvec.recipes.mini.seed import DOMAINS, plan_seed
 from skillvec.recipes.stages import read_marker
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One number of every seed."""
-
-    values: tuple[float, ...]
-
-    def __sub__(self, other: Spread) -> Spread:
-        return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.values)
-
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % Student interval of the mean; all reals from one seed."""
-        from scipy.stats import t
-
-        if len(self.values) < 2:
-            return float("-inf"), float("inf")
-        n = len(self.values)
-        half = float(t.ppf(0.975, n - 1)) * stdev(self.values) / n**0.5
-        return self.mean - half, self.mean + half
-
-    def above(self, limit: float = 0.0) -> bool:
-        return self.interval()[0] > limit
-
-    def below(self, limit: float = 0.0) -> bool:
-        return self.interval()[1] < limit
-
-    def show(self, form: str = ".3f") -> str:
-        spread = f" ± {stdev(self.values):{form.lstrip('+')}}" if len(self.values) > 1 else ""
-        return f"{self.mean:{form}}{spread}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +20,7 @@ class Results:
     scores: dict[tuple[str, str, str], Spread]  # (target, arm, metric)
     seconds: dict[str, Spread]  # stage
     angles: list[dict[str, Any]]  # report.json of each seed
-    bf16: list[dict[str, Any]]
+    copies: dict[str, list[dict[str, Any]]]  # domain: of v and what stands in its place
     seeds: tuple[int, ...]
 
     def exact(self, domain: str, arm: str) -> Spread:
@@ -67,13 +29,31 @@ class Results:
     def probe(self, domain: str, arm: str, metric: str) -> Spread:
         return self.scores[f"{domain} probe", arm, metric]
 
-    def pair(self, a: str, b: str, key: str) -> Spread:
-        """Return an overall number of two deltas, named by the ends of their labels.
+    def pair(self, a: str, b: str, key: str, part: str = "overall") -> Spread:
+        """Return a number of two deltas, named by the ends of their labels: of all weights, or of a
+        part of the model.
 
         Seeds in which one of them is zero, and has no angle, are left out.
         """
-        rows = [find_pair(report, a, b)["overall"] for report in self.angles]
+        rows = [find_row(find_pair(report, a, b), part) for report in self.angles]
         return Spread(tuple(row[key] for row in rows if row[key] is not None))
+
+    def share(self, domain: str, arm: str) -> Spread:
+        """Return the share of v's squared norm that a part of v has, or its copy of a rank."""
+        if arm == "residual":
+            return self.share(domain, "layers") - self.share(domain, "rank 4")
+        found = []
+        for report, copies in zip(self.angles, self.copies[domain], strict=True):
+            if arm.startswith("rank"):  # best factors are a projection of v
+                name = f"copies/{arm.replace(' ', '-')}"
+                cosine = find_pair(copies, f"{domain}/round-1/skill", name)["overall"]["cosine"]
+                found += [] if cosine is None else [cosine**2]
+                continue
+            pair = find_pair(report, f"{domain}/round-1/skill", f"{domain}/sft_t")
+            layers, whole = find_row(pair, "layers")["norm_a"], pair["overall"]["norm_a"]
+            within = (layers / whole) ** 2 if whole else None
+            found += [] if within is None else [within if arm == "layers" else 1 - within]
+        return Spread(tuple(found))
 
     def empty(self, domain: str) -> list[int]:
         """Return the seeds in which RL changed nothing: it never met a reward, and v is zero."""
@@ -89,7 +69,8 @@ def gather(out: Path, seeds: Sequence[int], size: str) -> Results:
     """Read every score, time and angle; ValueError names a stage that is not done."""
     scores: dict[tuple[str, str, str], list[float]] = {}
     seconds: dict[str, list[float]] = {}
-    angles, bf16 = [], []
+    angles: list[dict[str, Any]] = []
+    copies: dict[str, list[dict[str, Any]]] = {domain: [] for domain in DOMAINS}
     for seed in seeds:
         line = plan_seed(out / f"seed-{seed}", seed, size)
         for stage in line.stages:
@@ -101,11 +82,13 @@ def gather(out: Path, seeds: Sequence[int], size: str) -> Results:
             for metric, value in json.loads(path.read_text())["metrics"].items():
                 scores.setdefault((target, arm, metric), []).append(value["mean"])
         angles.append(json.loads((line.out / "angles" / "report.json").read_text()))
-        bf16.append(json.loads((line.out / "bf16" / "angles" / "report.json").read_text()))
+        for domain in DOMAINS:
+            report = line.out / domain / "copies" / "angles" / "report.json"
+            copies[domain].append(json.loads(report.read_text()))
     return Results(
         {key: Spread(tuple(values)) for key, values in scores.items()},
         {key: Spread(tuple(values)) for key, values in seconds.items()},
-        angles, bf16, tuple(seeds),
+        angles, copies, tuple(seeds),
     )  # fmt: skip
 
 
@@ -117,6 +100,12 @@ def find_pair(report: dict[str, Any], a: str, b: str) -> dict[str, Any]:
     return found[0]
 
 
+def find_row(pair: dict[str, Any], part: str) -> dict[str, Any]:
+    """Return the numbers of all weights, or of a part of the model: layers, outside."""
+    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in pair["parts"]}
+    return (rows | {"overall": pair["overall"]})[part]
+
+
 NAMES = {
     "lambda 1": "post-hoc: + v",
     "lambda -1": "- v",
@@ -125,4 +114,14 @@ NAMES = {
     "shuffled": "+ v shuffled",
     "pre-injection": "pre-injection",
     "sequential": "sequential",
+    "bf16 vector": "of bf16 checkpoints",
+    "all in bf16": "the same, on a bf16 target",
+    "bits 2": "of checkpoints of 2 bits",
+    "bits 1": "of checkpoints of 1 bit",
+    "bits 0": "of checkpoints of 0 bits",
+    "layers": "layers of v alone",
+    "embeddings": "embeddings and last norm of v alone",
+    "rank 4": "rank 4 of v's layers",
+    "rank 1": "rank 1 of v's layers",
+    "residual": "layers of v without rank 4",
 }

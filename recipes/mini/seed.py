@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from skillvec.recipes.past import Config, read_config, refine
-from skillvec.recipes.stages import Pipeline
+from skillvec.recipes.stages import Pipeline, flat
 
 LAMBDAS = (-1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DOMAINS = ("people", "apis")
-ROUNDS = {"people": (2, 3), "apis": ()}
+RANKS = (1, 4)
+TWICE = "twice the steps"
+BITS = (2, 1, 0)  # of mantissa; bf16 has 7
 PROBED = ("base", "SFT only", "lambda -1", "lambda 1", "lambda 2", "random", "shuffled",
           "pre-injection", "sequential", "RL on the target")  # fmt: skip
 BASE = {"learning_rate": 2e-3, "num_train_epochs": 14}
@@ -45,7 +47,8 @@ def plan_seed(out: Path, seed: int, size: str = "mini") -> Pipeline:
         _ask(line, config, domain, f"skill of {other}",
              line.apply(f"{domain}/other", model, {skills[other]: 1.0}))  # fmt: skip
         _ask(line, config, domain, "both skills", line.apply(f"{domain}/both", model, both))
-    _plan_bf16(line, config, skills["people"], targets["people"])
+        _plan_copies(line, config, domain, skills[domain], model)
+    _plan_rounds(line, config, base, told, start / "people", targets["people"])
     line.orthogonality("angles", deltas, {"control": "random", "figures": True})
     return line
 
@@ -78,15 +81,6 @@ def _plan_domain(
     trained = line.out / domain / "round-1" / "rl"
     arms["sequential"] = line.sft(f"{domain}/sequential", trained, steps, target["sft"])
     arms["RL on the target"] = line.rl(f"{domain}/rl_t", sft_t, config.rl, target["rl"])
-    for rounds in ROUNDS[domain]:
-        budget = config.rl["max_steps"]
-        shares = [budget // rounds + (k < budget % rounds) for k in range(rounds)]
-        refined, _ = refine(
-            line, f"{domain}/k{rounds}/", base, steps,
-            [config.rl | {"max_steps": share} for share in shares],
-            [part(f"s_{k + 1}_of_{rounds}") for k in range(rounds)],
-        )  # fmt: skip
-        arms[f"K = {rounds}"] = line.apply(f"{domain}/k{rounds}/merged", sft_t, {refined: 1.0})
     for arm, model in arms.items():
         _ask(line, config, domain, arm, model)
         if arm not in PROBED:
@@ -99,21 +93,61 @@ def _plan_domain(
     return skill, sft_t, sft_s
 
 
-def _plan_bf16(line: Pipeline, config: Config, skill: Path, sft_t: Path) -> None:
-    """Add the same transfer from checkpoints that were cast to bf16 before the subtraction."""
+def _plan_copies(line: Pipeline, config: Config, domain: str, skill: Path, sft_t: Path) -> None:
+    """Add the transfer of copies of v that are not v: coarser, of low rank, parts of it."""
+    at, folder = f"{domain}/copies", line.out / domain / "round-1"
+    arms: dict[str, tuple[Path, dict[Path, float], tuple[str, ...]]] = {}
+    sides = {"rl": folder / "rl", "sft": folder / "sft"}
+    cast = {name: line.apply(f"{at}/bf16/{name}", model, {skill: 0.0}, "--dtype", "bf16")
+            for name, model in (sides | {"sft_t": sft_t}).items()}  # fmt: skip
+    half = line.diff(f"{at}/bf16/skill.safetensors", cast["rl"], cast["sft"], "grpo")
+    arms["bf16 vector"] = (sft_t, {half: 1.0}, ())
+    arms["all in bf16"] = (cast["sft_t"], {half: 1.0}, ())
+    compared: list[str | Path] = [skill, half]
+    for bits in BITS:
+        rl, sft = (line.module(f"{at}/bits-{bits}/{name}", "skillvec.recipes.mini.coarsen",
+                               {"model": str(model), "bits": bits})
+                   for name, model in sides.items())  # fmt: skip
+        coarse = line.diff(f"{at}/bits-{bits}/skill.safetensors", rl, sft, "grpo")
+        arms[f"bits {bits}"] = (sft_t, {coarse: 1.0}, ())
+        compared.append(coarse)
+    layers = ("--include", "model.layers.*")
+    arms["layers"] = (sft_t, {skill: 1.0}, layers)
+    arms["embeddings"] = (sft_t, {skill: 1.0}, ("--exclude", "model.layers.*"))
+    for rank in RANKS:
+        options = {"vector": str(skill), "rank": rank}
+        low = line.module(
+            f"{at}/rank-{rank}.safetensors", "skillvec.recipes.mini.low_rank", options
+        )
+        arms[f"rank {rank}"] = (sft_t, {low: 1.0}, ())
+        arms["residual"] = (sft_t, {skill: 1.0, low: -1.0}, layers)
+        compared.append(low)
+    for arm, (model, vectors, more) in arms.items():
+        _ask(line, config, domain, arm, line.apply(f"{at}/{flat(arm)}", model, vectors, *more))
+    line.orthogonality(f"{at}/angles", compared, {"control": "random"})
+
+
+def _plan_rounds(line: Pipeline, config: Config, base: Path, told: dict[str, Any],
+                 data: Path, sft_t: Path) -> None:  # fmt: skip
+    """Add two rounds of refinement on halves of S, and one round with as many steps as their sum.
+
+    With the steps of K = 1 shared by the rounds, and with as many in each of them; the latter is
+    twice the training, so K = 1 goes on from its RL model for as long again.
+    """
+    parts = [{"sft": [data / f"s_{k}_of_2_texts.jsonl"], "rl": data / f"s_{k}_of_2_questions.jsonl"}
+             for k in (1, 2)]  # fmt: skip
+    whole = config.rl["max_steps"]
+    for arm, steps in (("K = 2", whole // 2), (f"K = 2, {TWICE}", whole)):
+        at, rl = f"people/k2-{steps}", config.rl | {"max_steps": steps}
+        skill, _ = refine(line, f"{at}/", base, [told], [rl, rl], parts)
+        _ask(line, config, "people", arm, line.apply(f"{at}/merged", sft_t, {skill: 1.0}))
     folder = line.out / "people" / "round-1"
-    cast = {
-        name: line.apply(f"bf16/{name}", model, {skill: 0.0}, "--dtype", "bf16")
-        for name, model in (("rl", folder / "rl"), ("sft", folder / "sft"), ("sft_t", sft_t))
-    }
-    half = line.diff("bf16/skill.safetensors", cast["rl"], cast["sft"], "grpo")
-    arms = {
-        "bf16 vector": line.apply("bf16/on_fp32", sft_t, {half: 1.0}),
-        "all in bf16": line.apply("bf16/on_bf16", cast["sft_t"], {half: 1.0}),
-    }
-    for arm, model in arms.items():
-        _ask(line, config, "people", arm, model)
-    line.orthogonality("bf16/angles", [skill, half], {"control": "random"})
+    longer = line.rl(
+        "people/longer/rl", folder / "rl", config.rl, data / "s_1_of_1_questions.jsonl"
+    )
+    skill = line.diff("people/longer/skill.safetensors", longer, folder / "sft", "grpo")
+    merged = line.apply("people/longer/merged", sft_t, {skill: 1.0})
+    _ask(line, config, "people", f"K = 1, {TWICE}", merged)
 
 
 def _ask(

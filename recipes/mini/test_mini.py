@@ -1,4 +1,4 @@
-"""The miniature world: its data, its controls and probes, the plan and the page of reproduce."""
+"""The miniature world: its data, controls, probes, copies of v, the plan of reproduce."""
 
 import json
 import math
@@ -14,11 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import skillvec as sv
 from skillvec.recipes import controls
-from skillvec.recipes.mini import claims, prepare, probe, reproduce
-from skillvec.recipes.mini.page import write_page
-from skillvec.recipes.mini.results import Results, Spread, find_pair, gather
+from skillvec.recipes.mini import coarsen, low_rank, prepare, probe, reproduce
 from skillvec.recipes.mini.reward import exact
-from skillvec.recipes.mini.seed import DOMAINS, LAMBDAS, plan_seed
+from skillvec.recipes.mini.seed import plan_seed
 from skillvec.recipes.mini.world import EOS, World, WorldConfig, build_tokenizer, build_world
 
 TINY = WorldConfig(base=8, s=6, t=4, first_names=4, values=3, texts=2)
@@ -101,7 +99,7 @@ def test_the_files_of_a_world(world: World, tmp_path: Path) -> None:
     prepare.write_data(world, tmp_path)
     for name, domain in world.domains.items():
         at = tmp_path / name
-        for parts in (1, 2, 3):
+        for parts in (1, 2):
             asked = [read(at / f"s_{k + 1}_of_{parts}_questions.jsonl") for k in range(parts)]
             groups = [{row["group"] for row in rows} for rows in asked]
             assert set.union(*groups) == {s.name for s in domain.s}
@@ -180,6 +178,51 @@ def test_a_shuffled_vector_has_the_same_values_elsewhere(skill: Path) -> None:
     for name, values in delta.items():
         assert (np.sort(shuffled[name]) == np.sort(values)).all()
         assert abs(shuffled[name] @ values) < 5 * (values @ values) / math.sqrt(values.size)
+
+
+# -------------------------------------------------------------------------------- copies of v
+
+
+def test_mantissas_are_rounded_to_nearest_even() -> None:
+    values = np.array([1.0, 1.25, 1.375, 1.625, 1.875, -1.3, 3e-39, 0.0], np.float32)
+    # two bits: quarters of a power of two; 1.375 and 1.625 are ties, 3e-39 is subnormal
+    expected = [1.0, 1.25, 1.5, 1.5, 2.0, -1.25]
+    assert coarsen.round_mantissa(values, 2)[:6].tolist() == expected
+    drawn = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    as_bf16 = drawn.bfloat16().float().numpy()
+    assert (coarsen.round_mantissa(drawn.numpy(), 7) == as_bf16).all()
+    for refused in (np.array([np.nan], np.float32), np.array([1.0])):
+        with pytest.raises(ValueError, match="expected finite fp32"):
+            coarsen.round_mantissa(refused, 2)
+
+
+def test_a_coarser_model_is_the_model_but_for_its_weights(world: World, tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model", world, 0)
+    words = ["--model", str(model), "--bits", "2", "--output", str(tmp_path / "coarse")]
+    assert coarsen.main(words) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (model, tmp_path / "coarse"))
+    for name, weight in before.items():
+        assert (after[name].numpy() == coarsen.round_mantissa(weight.numpy(), 2)).all()
+    assert {f.name for f in model.iterdir()} == {f.name for f in (tmp_path / "coarse").iterdir()}
+
+
+def test_the_part_of_a_rank_is_the_best_of_it_and_zero_of_zero(
+    world: World, tmp_path: Path
+) -> None:
+    base, tuned = (small_model(tmp_path / name, world, seed) for seed, name in enumerate("bt"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    delta = (load_file(tuned / "model.safetensors")[name].double()
+             - load_file(base / "model.safetensors")[name].double())  # fmt: skip
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    for end, expected in ((tuned, u[:, :2] * s[:2] @ vt[:2]), (base, torch.zeros(32, 16))):
+        sv.diff(end, base, tmp_path / "v.safetensors", force=True)
+        words = ["--vector", str(tmp_path / "v.safetensors"), "--rank", "2"]
+        assert low_rank.main([*words, "--output", str(tmp_path / "low.safetensors")]) == 0
+        part = sv.SkillVector.open(tmp_path / "low.safetensors")
+        sv.apply(base, part, tmp_path / "m", force=True)
+        merged = load_file(tmp_path / "m" / "model.safetensors")[name].double()
+        found = merged - load_file(base / "model.safetensors")[name].double()
+        assert torch.allclose(found, expected.double(), atol=1e-6)
 
 
 # -------------------------------------------------------------------------------- probes
@@ -271,125 +314,12 @@ def test_the_arms_are_trained_from_what_they_say(tmp_path: Path) -> None:
             data = str((stage.settings or {}).get("data", ""))
             if data.endswith("_questions.jsonl") and stage.name != f"{domain}/rl_t":
                 assert "/s_" in data or stage.name.endswith("rl_t")
-    steps = [by[f"people/k3/round-{k}/rl"].settings["max_steps"] for k in (1, 2, 3)]  # type: ignore[index]
-    assert steps == [34, 33, 33]  # the budget of one round, cut in three
+    names = ("round-1/rl", "k2-50/round-1/rl", "k2-50/round-2/rl", "k2-100/round-1/rl",
+             "k2-100/round-2/rl", "longer/rl")  # fmt: skip
+    steps = [(by[f"people/{name}"].settings or {})["max_steps"] for name in names]
+    assert steps == [100, 50, 50, 100, 100, 100]
+    assert start("people/longer/rl") == "people/round-1/rl"
     assert {stage.settings["seed"] for stage in line.stages if stage.settings} == {3}
-
-
-def test_intervals_are_students() -> None:
-    spread = Spread((1.0, 2.0, 3.0, 6.0))
-    low, high = spread.interval()
-    # by hand: mean 3, std sqrt(14/3), t(.975, 3) = 3.182446
-    half = 3.182446 * math.sqrt(14 / 3) / 2
-    assert (low, high) == pytest.approx((3 - half, 3 + half), rel=1e-5)
-    assert not spread.above() and Spread((2.0, 2.1, 1.9)).above() and Spread((-2.0, -2.1)).below()
-    assert not Spread((5.0,)).above()  # one seed says nothing about spread
-    assert spread.show(".1f") == "3.0 ± 2.2" and Spread((0.5,)).show("+.2f") == "+0.50"
-    assert (spread - Spread((1.0, 1.0, 1.0, 1.0))).values == (0, 1, 2, 5)
-
-
-ARMS = ("base", "SFT only", "SFT on S", "RL on S", "random", "shuffled", "pre-injection",
-        "sequential", "RL on the target", "both skills", "K = 2", "K = 3", "bf16 vector",
-        "all in bf16", "skill of apis", "skill of people",
-        *(f"lambda {lam:g}" for lam in LAMBDAS))  # fmt: skip
-
-
-def results(**means: float) -> Results:
-    """Return three seeds in which every arm has .3 ± .01 but those given (as lambda_1=.8)."""
-    named = {key.replace("_", " ").replace("minus ", "-"): mean for key, mean in means.items()}
-    scores = {}
-    for domain in DOMAINS:
-        for arm in ARMS:
-            mean = named.get(arm, 0.3)
-            values = (mean - 0.01, mean, mean + 0.01)
-            scores[domain, arm, "exact"] = Spread(values)
-            for metric in ("told", "kl", "perplexity"):
-                scores[f"{domain} probe", arm, metric] = Spread((0.9, 0.91, 0.92))
-    labels = [f"out/{d}/{name}" for d in DOMAINS
-              for name in ("round-1/skill.safetensors", "round-1/sft::b", "sft_t::b")]  # fmt: skip
-    row = {"cosine": 0.01, "z": 1.0, "z_groups": 1.0, "control_cosine": 0.0, "density_b": 0.9,
-           "norm_a": 2.0}  # fmt: skip
-    cells = [row | {"name": f"model.layers.{k}.self_attn.q_proj.weight"} for k in (0, 1)]
-    layers = [row | {"name": f"model.layers.{k}"} for k in (0, 1)]
-    pairs = [{"a": a, "b": b, "overall": row, "layers": layers, "tensors": cells}
-             for i, a in enumerate(labels) for b in labels[i + 1 :]]  # fmt: skip
-    times = {f"{d}/{stage}": Spread((2.0,) * 3) for d in DOMAINS
-             for stage in ("rl_t", "lambda_1")}  # fmt: skip
-    return Results(scores, times, [{"pairs": pairs}] * 3, [{"pairs": pairs}] * 3, (1, 2, 3))
-
-
-def test_verdicts_follow_the_numbers() -> None:
-    good = results(lambda_1=0.8, minus_x=0.0, **{"lambda_-1": 0.0, "sequential": 0.1})
-    assert claims.injection_lifts(good).verdict == "holds"
-    assert claims.injection_lifts(results(lambda_1=0.8, random=0.8)).verdict != "holds"
-    assert claims.injection_lifts(results()).verdict != "holds"
-    assert claims.rounds_help(results(**{"K = 2": 0.5})).verdict == "holds"
-    assert claims.rounds_help(results(**{"K = 2": 0.1})).verdict == "does not hold"
-    assert claims.rounds_help(results()).verdict == "not clear"
-    order = claims.order_matters(good).verdict
-    assert order == "holds"
-    order = claims.order_matters(results(lambda_1=0.8, **{"pre-injection": 0.9})).verdict
-    assert order == "holds against sequential, does not hold against pre-injection"
-    assert claims.nearly_orthogonal(good).verdict == "holds"
-    assert claims.lambda_curve(results(lambda_2=0.9)).verdict == "does not hold"
-    assert claims.lambda_curve(good).verdict == "holds"
-    assert claims.target_rl(results(lambda_1=0.9)).verdict == "does not hold"
-    across = claims.other_domains(good).verdict
-    assert across == "holds within a domain, does not hold across domains"
-    assert claims.forgetting(good).verdict == "holds"
-    assert claims.half_precision(good).verdict == "does not hold"  # .3 against .8
-    assert claims.half_precision(results()).verdict == "holds"
-    assert claims.knowledge_is_not_enough(good).verdict == "holds"
-
-
-def test_the_page_and_its_figures(tmp_path: Path) -> None:
-    pytest.importorskip("vl_convert")
-    page = tmp_path / "docs" / "reproduction.md"
-    page.parent.mkdir()
-    write_page(results(lambda_1=0.8), None, (1, 2, 3), page)
-    text = page.read_text()
-    assert "| 0.300 ± 0.010 |" in text and "0.800 ± 0.010" in text
-    assert "{" not in text and "nan" not in text
-    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 13
-    for rows in tables:
-        assert len({row.count("|") for row in rows}) == 1 and len(rows) > 2
-    for title in (claim(results()).title for claim in claims.CLAIMS):
-        assert f". {title}\n" in text
-    for name in ("lambda", "arms", "layers", "forgetting"):
-        assert (page.parent / "images" / f"{name}.svg").read_text().startswith("<svg")
-        assert f"images/{name}.svg" in text
-    write_page(results(), results(lambda_1=0.6), (1, 2, 3), page)
-    assert "| people | 0.300 ± 0.010 | 0.600 ± 0.010 |" in page.read_text()
-
-
-def test_a_seed_without_a_skill_is_named_and_counted() -> None:
-    whole = results(lambda_1=0.8)
-    pairs = json.loads(json.dumps(whole.angles[0]["pairs"]))
-    for pair in pairs:
-        if "apis/round-1/skill" in pair["a"] + pair["b"]:
-            nothing = {"cosine": None, "z": None, "z_groups": None, "control_cosine": None,
-                       "norm_a": 0}  # fmt: skip
-            pair["overall"] |= nothing
-            for row in (*pair["layers"], *pair["tensors"]):
-                row["cosine"] = None
-    angles = [whole.angles[0], {"pairs": pairs}, whole.angles[0]]
-    some = replace(whole, angles=angles)
-    assert some.empty("apis") == [2] and some.empty("people") == []
-    assert len(some.pair("apis/round-1/skill", "apis/sft_t", "cosine").values) == 2
-    assert "about apis in seed 2" in claims.injection_lifts(some).evidence
-    assert "learnt nothing" not in claims.injection_lifts(whole).evidence
-    assert claims.nearly_orthogonal(some).verdict == "holds"
-
-
-def test_a_report_without_the_pair_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected one pair x, y in the report, found 0"):
-        find_pair({"pairs": []}, "x", "y")
-
-
-def test_a_page_wants_finished_seeds(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="seed-1: start is not done"):
-        gather(tmp_path, [1], "mini")
 
 
 def test_a_seed_that_fails_shows_the_end_of_its_log(

@@ -17,7 +17,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,49 +33,57 @@ from skillvec.recipes.squad.writers import (
 )
 
 Slot = tuple[Passage, int]
+Ask = Callable[[Passage], str]  # what a model is shown about a passage
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skillvec.recipes.squad.implications", description=(__doc__ or "").splitlines()[0]
     )
+    parser.add_argument("--data", nargs="+", required=True, metavar="ITEMS",
+                        help="NAME_items.jsonl of prepare")  # fmt: skip
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of everything that lets a model write about passages."""
     add = parser.add_argument
     add("--model", required=True, help="folder, Hub id, or the name that the endpoint serves")
-    add("--data", nargs="+", required=True, metavar="ITEMS", help="NAME_items.jsonl of prepare")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help=".jsonl")
     add("--completions", type=int, default=5, help="of each passage (%(default)s)")
     add("--engine", choices=("transformers", "vllm"), default="transformers")
     add("--url", help="OpenAI-compatible endpoint to ask, instead of an engine here")
-    add("--temperature", type=float, default=1.0, help="SEAL's: %(default)s")
-    add("--top-p", type=float, default=0.95, help="SEAL's: %(default)s")
+    add("--temperature", type=float, default=1.0, help="%(default)s")
+    add("--top-p", type=float, default=0.95, help="%(default)s")
     add("--max-new-tokens", type=int, default=2048, help="%(default)s")
     add("--batch", type=int, default=8, help="completions at a time (%(default)s)")
     add("--retries", type=int, default=3, help="askings after an empty completion (%(default)s)")
     add("--timeout", type=float, default=600.0, help="seconds of one try of --url (%(default)s)")
     add("--seed", type=int, default=0)
     add("--chat", action="store_true", help="through the chat template, for instruct models")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the file; return 2 where an input is refused, 1 where the model fails."""
     options = build_parser().parse_args(arguments)
     try:
-        write_completions(options)
+        passages = [passage for source in options.data for passage in read_passages(source)]
+        write_completions(options, passages, writing_prompt)
     except (ValueError, CompletionError) as error:
         print(f"implications: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
 
 
-def write_completions(options: argparse.Namespace) -> None:
+def write_completions(options: argparse.Namespace, found: Iterable[Passage], ask: Ask) -> None:
     """Ask for every completion that is missing, and give the file its name at the end."""
     for name in ("completions", "batch", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more")
     sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens, options.chat)
     drawn = {"model": options.model, "sampling": vars(sampling)}
-    passages = {p.id: p for source in options.data for p in read_passages(source)}
+    passages = {passage.id: passage for passage in found}
     output: Path = options.output
     partial = output.with_name(output.name + ".partial")
     kept = partial if partial.is_file() else output  # complete, or so for fewer completions
@@ -87,7 +95,8 @@ def write_completions(options: argparse.Namespace) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         if kept == output and output.is_file():
             output.rename(partial)
-        fill(partial, waiting, write, options, drawn)
+        fill(partial, waiting, lambda batch, seeds: write([ask(p) for p in batch], seeds), options,
+             drawn)  # fmt: skip
     if partial.is_file():
         partial.replace(output)
     print(f"{output}: {len(slots)} completions of {len(passages)} passages")
@@ -104,7 +113,7 @@ def start_writer(options: argparse.Namespace, sampling: Sampling) -> Writer:
 def fill(
     partial: Path,
     waiting: Sequence[Slot],
-    write: Writer,
+    write: Callable[[Sequence[Passage], Sequence[int]], list[str]],
     options: argparse.Namespace,
     drawn: dict[str, Any],
 ) -> None:
@@ -118,9 +127,9 @@ def fill(
         for start in range(0, len(waiting), options.batch):
             batch = list(waiting[start : start + options.batch])
             for attempt in range(1 + options.retries):
-                prompts = [writing_prompt(passage) for passage, _ in batch]
                 seeds = [_seed(options.seed, *slot, attempt) for slot in batch]
-                written = [text.strip() for text in write(prompts, seeds)]
+                asked = [passage for passage, _ in batch]
+                written = [text.strip() for text in write(asked, seeds)]
                 for (passage, index), text in zip(batch, written, strict=True):
                     row = {"id": passage.id, "index": index, "title": passage.title} | drawn
                     if text:

@@ -5,10 +5,11 @@
 Writes into the folder, for `target` and for `source_1` ... `source_K`: NAME_items.jsonl (SEAL's
 items), NAME_questions.jsonl (prompt, answer, question, group) and NAME.jsonl (text, group); then
 manifest.json with counts and digests. Invariants: the target is the first N passages of the order
-that the seed gives (42: SEAL's); the parts share no passage with each other nor with the target;
-the manifest is written last, so a folder without one is unfinished. `--style` other than passage
-takes completions from a file: of the model itself, of one trained by RL to write them (SEAL's
-self-edits), or of a larger one; the texts are made in the same way.
+that the seed gives (42: SEAL's); a question keeps its first answer, as in SEAL's items; the parts
+share no passage with each other nor with the target; the manifest is written last, so a folder
+without one is unfinished. Refuses a target with another number of questions than is known of it.
+`--style` other than passage takes completions from a file: of the model itself, of one trained by
+RL to write them (SEAL's self-edits), or of a larger one; the texts are made in the same way.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from skillvec.recipes.squad.texts import SPLITS, completions_of, question_rows, 
 
 STYLES = ("passage", "implications", "self-edits", "teacher")
 HUB = "rajpurkar/squad"
+VALIDATION = f"{HUB}:validation"
+# questions of a target, by source, passages and seed: SEAL's 200, and all of SQuAD 1.1's
+KNOWN = {(VALIDATION, 200, 42): 974, (VALIDATION, 0, 42): 10_570}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    add("--target", default=f"{HUB}:validation", metavar="SOURCE",
+    add("--target", default=VALIDATION, metavar="SOURCE",
         help="what is learnt and asked: file, or Hub id:split (%(default)s)")  # fmt: skip
     add("--source", default=f"{HUB}:train", metavar="SOURCE",
         help="where the skill is trained: file, or Hub id:split (%(default)s)")  # fmt: skip
@@ -42,13 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--source-documents", type=int, default=200, help="passages of all parts (%(default)s)")
     add("--parts", type=int, default=2, help="K disjoint source parts; 0: none (%(default)s)")
     add("--seed", type=int, default=42, help="of the order of passages (%(default)s)")
-    add("--expect-questions", type=int, metavar="N", help="stop if the target has another number")
+    add("--expect-questions", type=int, metavar="N",
+        help="stop if the target has another number (974 for SEAL's 200 passages)")  # fmt: skip
     add("--style", choices=STYLES, default="passage", help="what the texts are (%(default)s)")
     add("--completions", nargs="+", default=[], metavar="FILE",
         help="what a model wrote about the passages, for every style but passage")  # fmt: skip
     add("--per-passage", type=int, default=5, help="completions of a passage (%(default)s)")
     add("--split", choices=SPLITS, default="lines", help="cut completions at --- and lines")
-    add("--one-answer", action="store_true", help="keep the first answer only, as SEAL's items do")
+    add("--all-answers", action="store_true", help="keep every answer; SEAL's items keep the first")
     add("--chat", action="store_true", help="prompts as messages, for instruct models")
     return parser
 
@@ -81,16 +86,19 @@ def prepare(options: argparse.Namespace) -> str:
         parts = cut(chosen, options.parts)
         named |= {f"source_{k}": part for k, part in enumerate(parts, start=1)}
     count = sum(len(passage.questions) for passage in named["target"])
-    if options.expect_questions not in (None, count):
+    known = KNOWN.get((options.target, options.documents, options.seed))
+    expected = known if options.expect_questions is None else options.expect_questions
+    if expected not in (None, count):
         raise ValueError(
-            f"{options.target}: expected {options.expect_questions} questions about the target, "
-            f"found {count}; another order of the rows, or another version of them, gives others"
+            f"{options.target}: expected {expected} questions about the target, found {count}; "
+            "another order of the rows, or another version of them, gives others"
         )
     completions = read_completions(options.completions) if options.completions else None
     files: dict[str, list[dict[str, Any]]] = {}
     for name, passages in named.items():
         files[f"{name}_items.jsonl"] = [passage.as_row() for passage in passages]
-        files[f"{name}_questions.jsonl"] = question_rows(passages, options.chat, options.one_answer)
+        asked = question_rows(passages, options.chat, options.all_answers)
+        files[f"{name}_questions.jsonl"] = asked
         files[f"{name}.jsonl"] = text_rows(
             passages, completions, options.per_passage, options.split
         )

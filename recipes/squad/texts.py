@@ -40,14 +40,14 @@ def writing_prompt(passage: Passage) -> str:
     return WRITE.format(title=passage.title, context=passage.context)
 
 
-def question_rows(passages: Sequence[Passage], chat: bool, one_answer: bool) -> list[dict]:
+def question_rows(passages: Sequence[Passage], chat: bool, all_answers: bool) -> list[dict]:
     """Return rows (prompt, answer, question, group), as evaluate.py and grpo.py take."""
     rows = []
     for passage in passages:
         for asked in passage.questions:
             shown = f"Topic: {passage.title}\n{asked.question}"  # SEAL's prefix
             rows.append({"prompt": prompt_for(ASK.format(question=shown), chat),
-                         "answer": list(asked.answers[:1] if one_answer else asked.answers),
+                         "answer": list(asked.answers if all_answers else asked.answers[:1]),
                          "question": shown, "group": passage.id})  # fmt: skip
     return rows
 

@@ -5,8 +5,9 @@
 Hides how an API document becomes a Python method from whose signature and docstring TRL takes the
 tool's schema. Invariants: `calls` holds every call that reached the environment, in order; a call
 whose arguments do not fit the document fails without the server being asked; a server's failure is
-kept in `failure`, because TRL turns the exception into a message, and the reward raises it. Refuses
-to start without a judge, or with a tool server that does not answer.
+kept in `failure`, because TRL turns the exception into a message, and the reward raises it; what
+the model sees of a result is its beginning, of at most OBSERVATION tokens of its own. Refuses to
+start without a judge, or with a tool server that does not answer.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from skillvec.recipes.evaluate import load_tokenizer
 from skillvec.recipes.toolbench.apis import Api, read_apis
 from skillvec.recipes.toolbench.client import ToolServer, ToolServerError
 
-OBSERVATION = 1024  # characters of one result, ToolBench's limit
+OBSERVATION = 2000  # tokens of one result, the authors' limit
 PYTHON_TYPES = {"string": str, "number": float, "integer": int, "boolean": bool}
 
 
@@ -36,10 +38,11 @@ class Call:
 
 
 class ApiEnvironment:
-    """What the classes share; `_apis` and `_server` are set on each class."""
+    """What the classes share; `_apis`, `_server` and `_tokenizer` are set on each class."""
 
     _apis: Mapping[str, Api]
     _server: ToolServer
+    _tokenizer: Any
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -61,19 +64,36 @@ class ApiEnvironment:
                 raise
         self.calls.append(Call(name, dict(arguments), error, response))
         shown = json.dumps({"error": error, "response": response}, ensure_ascii=False)
-        return shown if len(shown) <= OBSERVATION else shown[:OBSERVATION] + "..."
+        return first_tokens(shown, self._tokenizer, OBSERVATION)
 
 
-def environment_class(apis: Mapping[str, Api], server: ToolServer) -> type[ApiEnvironment]:
+def first_tokens(text: str, tokenizer: Any, limit: int) -> str:
+    """Return the longest beginning of at most `limit` tokens, all whole, and of whole characters.
+
+    Tokenized anew, as it will be in a dialogue, it has the tokens that it was cut to: no merge of
+    byte pairs crosses the cut.
+    """
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = spans["offset_mapping"]
+    if len(places) <= limit:
+        return text
+    # a character of several tokens has one span for all of them: it goes if one of them does
+    return text[: min(places[limit - 1][1], places[limit][0])]
+
+
+def environment_class(
+    apis: Mapping[str, Api], server: ToolServer, tokenizer: Any
+) -> type[ApiEnvironment]:
     """Return a class with one method for each function."""
-    members: dict[str, Any] = {"_apis": dict(apis), "_server": server}
+    members: dict[str, Any] = {"_apis": dict(apis), "_server": server, "_tokenizer": tokenizer}
     return type("Apis", (ApiEnvironment,), members | {a.name: _method(a) for a in apis.values()})
 
 
-def environments(rows: Any) -> dict[str, type[ApiEnvironment]]:
+def environments(rows: Any, model: str) -> dict[str, type[ApiEnvironment]]:
     """Return the environments of a dataset by name: TRL's factories.
 
-    `rows` has the columns `environment`, a name, and `api_list`, ToolBench's documents as JSON.
+    `rows` has the columns `environment`, a name, and `api_list`, ToolBench's documents as JSON;
+    `model` is the folder or Hub id of the model in training, whose tokenizer counts.
 
     Raises ValueError for columns that are missing or at odds, and without a judge;
     ToolServerError where no tool server answers.
@@ -88,10 +108,10 @@ def environments(rows: Any) -> dict[str, type[ApiEnvironment]]:
                          "skillvec.recipes.toolbench.prepare")  # fmt: skip
     server = ToolServer.from_environment()
     server.check()
-    return classes_of(rows, server)
+    return classes_of(rows, server, load_tokenizer(model))
 
 
-def classes_of(rows: Any, server: ToolServer) -> dict[str, type[ApiEnvironment]]:
+def classes_of(rows: Any, server: ToolServer, tokenizer: Any) -> dict[str, type[ApiEnvironment]]:
     """Return one class for each name; ValueError where `api_list` is unreadable."""
     texts: dict[str, str] = {}
     for number, row in enumerate(rows):
@@ -102,7 +122,7 @@ def classes_of(rows: Any, server: ToolServer) -> dict[str, type[ApiEnvironment]]
     classes = {}
     for name, text in texts.items():
         try:
-            classes[name] = environment_class(read_apis(json.loads(text)), server)
+            classes[name] = environment_class(read_apis(json.loads(text)), server, tokenizer)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"environment {name!r}: api_list: expected ToolBench's documents as "
                              f"JSON: {error}") from None  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from skillvec.recipes.evaluate import load_model, summarize, write_scores
+from skillvec.recipes.evaluate import load_model, load_tokenizer, summarize, write_scores
 from skillvec.recipes.judges import JudgeError
 from skillvec.recipes.toolbench.client import ToolServer, ToolServerError
 from skillvec.recipes.toolbench.dialogue import hold_dialogues, speaker
@@ -56,15 +56,16 @@ def evaluate(
     if repetitions < 1 or turns < 1 or temperature < 0:
         raise ValueError("repetitions and turns: expected 1 or more; temperature: 0 or more")
     rows = read_rows(data)[:limit]
-    classes = classes_of(rows, server)
+    tokenizer = load_tokenizer(model)
+    if getattr(tokenizer, "response_template", None) is None:
+        raise ValueError(f"{model}: the tokenizer has no response_template; make the model that "
+                         "training starts from with skillvec.recipes.toolbench.react")  # fmt: skip
+    classes = classes_of(rows, server, tokenizer)
     server.check()
     judge.score("Is anything there?", "Observation: no")  # a judge that is down is found out now
     import torch
 
-    loaded, tokenizer = load_model(model, device=device)
-    if getattr(tokenizer, "response_template", None) is None:
-        raise ValueError(f"{model}: the tokenizer has no response_template; make the model that "
-                         "training starts from with skillvec.recipes.toolbench.react")  # fmt: skip
+    loaded, _ = load_model(model, device=device)
     speak = speaker(loaded, tokenizer, max_new_tokens, temperature, top_p, batch)
     room = loaded.config.max_position_embeddings - max_new_tokens
     answers: list[dict[str, Any]] = []
@@ -119,10 +120,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate a model on ToolBench questions and write the scores."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "skillvec.recipes.toolbench.evaluate", description=main.__doc__
+        "skillvec.recipes.toolbench.evaluate", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--data", type=Path, required=True, help="questions, .jsonl")
@@ -139,12 +139,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for rows and settings that cannot be used; neither server is asked."""
+    _, server = _servers(options.judge_url, options.judge_model, options.tool_url)
+    classes_of(read_rows(options.data)[: options.limit], server, tokenizer=None)
+
+
+def _servers(
+    judge_url: str | None, judge_model: str | None, tool_url: str | None
+) -> tuple[Any, ToolServer]:
+    """Return the judge and the tool server, from the options or else from the environment."""
+    asked = {"url": judge_url, "model": judge_model}
+    judge = judge_from_environment(**{name: value for name, value in asked.items() if value})
+    return judge, ToolServer.from_environment(**({"url": tool_url} if tool_url else {}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
     given = vars(parser.parse_args(arguments))
-    output, tool_url = given.pop("output"), given.pop("tool_url")
-    asked = {"url": given.pop("judge_url"), "model": given.pop("judge_model")}
+    output = given.pop("output")
+    servers = [given.pop(name) for name in ("judge_url", "judge_model", "tool_url")]
     try:
-        judge = judge_from_environment(**{name: value for name, value in asked.items() if value})
-        server = ToolServer.from_environment(**({"url": tool_url} if tool_url else {}))
+        judge, server = _servers(*servers)
         scores = evaluate(judge=judge, server=server, **given)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -123,9 +123,10 @@ def question_row(item: Item, show: str, turns: int) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files for training and evaluation."""
-    parser = argparse.ArgumentParser("skillvec.recipes.toolbench.prepare", description=main.__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "skillvec.recipes.toolbench.prepare", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--instructions", nargs="+", required=True, metavar="FILE",
                         help="G1_query.json, G2_query.json")  # fmt: skip
     parser.add_argument("--test", nargs="+", default=[], metavar="FILE",
@@ -142,6 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="what a prompt tells of its functions")  # fmt: skip
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seed", type=int, default=42)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
     try:
         manifest = prepare(**vars(parser.parse_args(arguments)))
     except (ValueError, OSError) as error:

@@ -124,11 +124,17 @@ def write_model(model: str, output: Path) -> None:
             link.symlink_to(file.resolve())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the model folder that training starts from."""
-    parser = argparse.ArgumentParser("skillvec.recipes.toolbench.react", description=main.__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "skillvec.recipes.toolbench.react", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", required=True, help="Folder or Hub id of a ChatML model.")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
     given = parser.parse_args(arguments)
     try:
         write_model(given.model, given.output)

@@ -1,6 +1,7 @@
 """ToolBench: documents, environments, rewards, the tool server, and training on a tiny model."""
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from skillvec.recipes import tiny
 from skillvec.recipes.judges import Judge, JudgeError
 from skillvec.recipes.toolbench import evaluate, prepare, react
 from skillvec.recipes.toolbench.apis import (
@@ -26,6 +28,7 @@ from skillvec.recipes.toolbench.environment import (
     classes_of,
     environment_class,
     environments,
+    first_tokens,
 )
 from skillvec.recipes.toolbench.judge import VERDICTS
 from skillvec.recipes.toolbench.reward import has_answer, judge_dialogues, read_turns, score, tell
@@ -122,9 +125,17 @@ def judged(serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> Ser
     return server
 
 
+class Letters:
+    """A tokenizer of one token a character."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+        return {"offset_mapping": [(at, at + 1) for at in range(len(text))]}
+
+
 def films(server: ToolServer) -> Any:
-    """Return an environment with the three film functions."""
-    return environment_class(read_apis(read_items([QUERIES])[4].documents), server)()
+    """Return an environment with the three film functions, and a tokenizer of letters."""
+    documents = read_items([QUERIES])[4].documents
+    return environment_class(read_apis(documents), server, Letters())()
 
 
 # ---------------------------------------------------------------------------------- documents
@@ -204,7 +215,7 @@ def test_documents_that_would_break_a_docstring_keep_their_schema() -> None:
         ],
         "optional_parameters": [{"name": "class", "type": "BOOLEAN", "description": "b: c"}],
     })  # fmt: skip
-    environment = environment_class({api.name: api}, ToolServer("http://localhost:1"))()
+    environment = environment_class({api.name: api}, ToolServer("http://localhost:1"), None)()
     told = schema(environment.a_for_t)["function"]["parameters"]
     assert {name: p["type"] for name, p in told["properties"].items()} == {
         "is_self": "number", "is_class": "boolean",
@@ -331,8 +342,32 @@ def test_arguments_that_do_not_fit_fail_without_a_call(serve: Callable[..., Serv
 def test_long_results_are_cut(serve: Callable[..., Served]) -> None:
     server = serve(lambda path, asked: (200, json.dumps({"error": "", "response": "x" * 5000})))
     environment = films(ToolServer(server.url, **QUICK))
-    assert len(getattr(environment, FILM)(is_id="1")) == OBSERVATION + 3
+    whole = json.dumps({"error": "", "response": "x" * 5000})
+    assert OBSERVATION == 2000
+    assert getattr(environment, FILM)(is_id="1") == whole[:2000]
     assert environment.calls[0].response == "x" * 5000
+
+
+def test_results_are_cut_at_tokens_and_at_whole_characters(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tiny.make_model(["the film is long. the films are longer!"], tmp_path)  # others are bytes
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    rng = random.Random(0)
+    pieces = ["film", "the", " ", "  ", "\n", "é", "查", "🎬", "!", "1", "'s"]
+    split = 0
+    for _ in range(60):
+        text = "".join(rng.choices(pieces, k=12))
+        for limit in range(1, count(text)):
+            cut = first_tokens(text, tokenizer, limit)
+            assert text.startswith(cut) and count(cut) <= limit < count(text[: len(cut) + 1])
+            split += count(cut) < limit  # the next character has more tokens than there is room
+        assert first_tokens(text, tokenizer, count(text)) == text
+    assert split > 50
 
 
 def test_the_server_is_asked_again_and_then_answers(serve: Callable[..., Served]) -> None:
@@ -515,34 +550,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with prepared data and a tiny model that speaks the format."""
     for package in ("trl", "datasets", "accelerate"):
         pytest.importorskip(package)
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("toolbench")
     words = ["--instructions", str(QUERIES), "--targets", "Weather", "--questions", "2",
              "--output", str(folder / "data")]  # fmt: skip
     assert prepare.main(words) == 0
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
     texts = [file.read_text() for file in sorted((folder / "data").glob("*.jsonl"))]
-    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=alphabet, special_tokens=special, show_progress=False,
-    ))  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=1024,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    ))  # fmt: skip
-    model.save_pretrained(folder / "plain")
-    tokenizer.save_pretrained(folder / "plain")
+    tiny.make_model(texts, folder / "plain", size=32)
     words = ["--model", str(folder / "plain"), "--output", str(folder / "base")]
     assert react.main(words) == 0
     return folder
@@ -566,6 +579,7 @@ def reinforce(start: Path, tmp_path: Path, model: Path, **entries: Any) -> list[
         model_name_or_path=str(model),
         output_dir=str(tmp_path / "rl"), num_generations=2, per_device_train_batch_size=2,
         max_steps=1, learning_rate=1e-2, beta=1e-3, max_tool_calling_iterations=4,
+        allow_no_reward=True,
         **{"data": str(start / "data" / "source_1_questions.jsonl"),
            "max_completion_length": 24} | entries,
     )  # fmt: skip
@@ -701,20 +715,21 @@ def test_training_does_not_start_without_judge_and_tools(
     rows = datasets.Dataset.from_list(rows_of(start / "data" / "source_1_questions.jsonl"))
     monkeypatch.setenv("TOOLBENCH_URL", "http://127.0.0.1:9")
     with pytest.raises(ToolServerError, match="no answer"):
-        environments(rows)
+        environments(rows, "base")
     monkeypatch.setenv("TOOLBENCH_URL", tools.url)
-    assert set(environments(rows)) == set(rows["environment"])
+    base = str(start / "base")
+    assert set(environments(rows, base)) == set(rows["environment"])
     with pytest.raises(ValueError, match="no column api_list"):
-        environments(rows.remove_columns("api_list"))
+        environments(rows.remove_columns("api_list"), base)
     monkeypatch.delenv("JUDGE_URL")
     with pytest.raises(ValueError, match="JUDGE_URL not set"):
-        environments(rows)
+        environments(rows, base)
     server = ToolServer(tools.url)
     one = {"environment": "a", "api_list": "[]"}
     with pytest.raises(ValueError, match="row 1: environment 'a' has another api_list"):
-        classes_of([one, one | {"api_list": "[{}]"}], server)
+        classes_of([one, one | {"api_list": "[{}]"}], server, None)
     with pytest.raises(ValueError, match="environment 'a': api_list: expected ToolBench's"):
-        classes_of([one | {"api_list": "[{}]"}], server)
+        classes_of([one | {"api_list": "[{}]"}], server, None)
 
 
 def test_evaluation_refuses_and_fails_clearly(
@@ -739,7 +754,7 @@ def test_evaluation_refuses_and_fails_clearly(
     assert code == 2 and "no response_template" in error
     code, error = run(repetitions="0")
     assert code == 2 and "expected 1 or more" in error
-    code, error = run(**{"max-new-tokens": "1000"})
+    code, error = run(**{"max-new-tokens": "4000"})
     assert code == 2 and "2 prompts leave no room" in error
     code, error = run(**{"tool-url": "http://127.0.0.1:9"})
     assert code == 1 and "tool server at http://127.0.0.1:9: no answer" in error

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import erfc, exp, isfinite, lgamma, log, log1p, sqrt
 
 from skillvec.analysis.angle_report import Row
-from skillvec.ops.spreads import NO_UNITS, SKETCH, Units, Variances
+from skillvec.ops.spreads import Units, Variances
 
 NORMAL = 1.6449  # the quantile that one in twenty lies beyond
 RARE, CLEAR_OF_ALL = 0.01, 2.0  # the p that a relation has at most, and its least |z| of any null
@@ -32,14 +32,14 @@ def judge(product: float, groups: Units, found: Variances | None) -> Row:
     largest counts; channels need a clear lead before rotations, of which they are a noisier copy.
     """
     if found is None:
-        found = Variances(NO_UNITS, NO_UNITS, 0.0, 1.0)
-    variances = {"groups": groups.square, "rows": found.rows.square,
-                 "channels": found.channels.square, "rotation": found.rotation}  # fmt: skip
-    counts = {"groups": groups.number, "rows": found.rows.number, "channels": found.channels.number}
+        found = Variances()
+    units = {"groups": groups, "rows": found.rows, "channels": found.channels}
+    variances = {null: one.square for null, one in units.items()}
+    variances["rotation"] = found.rotation.variance
     z = {null: product / sqrt(held) if held > 0 and isfinite(held) else None
          for null, held in variances.items()}  # fmt: skip
     row: Row = {"z": None, "p": None, "null": None, "spread": None}
-    bar = quantile(found.rank) * groups.square
+    bar = quantile(found.rotation.rank) * groups.square
     taken = {null: held for null, held in variances.items() if held > bar}
     if "rotation" in taken and "channels" in taken:
         lead = quantile(max(found.channels.number / 4, 1.0))
@@ -47,10 +47,10 @@ def judge(product: float, groups: Units, found: Variances | None) -> Row:
     null = max(taken, key=lambda key: taken[key], default="groups")
     if (value := z[null]) is not None:
         if null == "rotation":
-            degrees = SKETCH * found.rank / 2
+            degrees = found.rotation.degrees
             p = chance_of(value / sqrt(degrees + value**2), degrees + 1)
         else:
-            p = chance_of_signs(value, counts[null])
+            p = chance_of_signs(value, units[null].number)
         row = {"z": value, "p": p, "null": null, "spread": sqrt(variances[null])}
     return row | {f"z_{null}": value for null, value in z.items()}
 

@@ -271,7 +271,8 @@ def pair_terms(
     spread = pair["groups_sq"] - np.where(groups > 0, squared / groups, 0)
     few, terms["groups"] = groups < 2, groups
     terms["variance"] = np.where(few, pair["groups_sq"], groups / (groups - 1) * spread)
-    terms |= support_terms(numel, a["support"], b["support"], strata)
+    by_weight = n in request.by_weight
+    terms |= support_terms(numel, a["support"], b["support"], strata, by_weight)
     if request.controls:  # one for each pair
         held = record["controls"][..., n]
         one = record["vectors"][..., request.controls[n][0]]

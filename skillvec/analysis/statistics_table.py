@@ -115,7 +115,7 @@ SUPPORT = (
               "r / √(the largest of H, H + E and R + C − Q): r the excess of N_ab over the chance"
               " of `lift_weights`, H its variance where values are independent, E what rows and"
               " columns of unequal densities add, R and C the squares of r summed up by rows and by"
-              " channels, Q by values", "N(0, 1); null for dense ones", "page pairs rows screen"),
+              " channels, Q by values", "N(0, 1); null for dense ones", "page pairs rows"),
     Statistic("p_overlap", "p of overlap", ".2g", "P(|overlap z| as large), two-sided", "uniform",
               "page pairs rows"),
     Statistic("overlap_z_weights", "overlap z given weights", "+.1f",

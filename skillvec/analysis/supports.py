@@ -20,17 +20,21 @@ F64Array = npt.NDArray[np.float64]
 
 
 def support_terms(
-    numel: Any, in_a: Any, in_b: Any, strata: Sequence[Strata | None]
+    numel: Any, in_a: Any, in_b: Any, strata: Sequence[Strata | None], is_thresholded: bool
 ) -> dict[str, F64Array]:
-    """Return of each tensor what adds up over tensors: chance by tensor, and by strata in it."""
+    """Return of each tensor what adds up over tensors: chance by tensor, and by strata in it.
+
+    With `is_thresholded`, tensors that lack them have no chance level: rounding decided there.
+    """
     chance, spread = by_chance(numel, in_a, in_b)
     found = {"chance": chance, "chance_var": spread, "chance_weights": chance.copy(),
-             "weights_var": spread.copy(), "by_weight": np.zeros(chance.shape)}  # fmt: skip
+             "weights_var": spread.copy(), "by_weight": np.zeros(chance.shape),
+             "unknown": np.where(is_thresholded & (spread > 0), 1.0, 0.0)}  # fmt: skip
     for i, held in enumerate(strata):
         if held is not None:
             sums = (part.sum() for part in by_chance(*sizes_of(held.counts)))
             found["chance_weights"][i], found["weights_var"][i] = sums
-            found["by_weight"][i] = 1
+            found["by_weight"][i], found["unknown"][i] = 1, 0
     return found
 
 
@@ -42,8 +46,9 @@ def support_row(sums: Mapping[str, Any], clusters: Clusters | None = None) -> Ro
     shared, chance, expected = (float(sums[key]) for key in ("shared", "chance", "chance_weights"))
     cells = np.array([sums["weights_var"], shared], np.float64)
     spread = cells if clusters is None else clusters.variances(cells)
-    by_weight = bool(sums["by_weight"])
-    overlap_z = _over(shared - expected, spread[0]) if cells[0] > 0 else None
+    is_known = not sums["unknown"]
+    by_weight = is_known and bool(sums["by_weight"])
+    overlap_z = _over(shared - expected, spread[0]) if cells[0] > 0 and is_known else None
     balance = 2 * float(sums["agree"]) - shared
     return {
         "lift": shared / chance if chance > 0 else None,

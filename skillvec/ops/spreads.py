@@ -7,27 +7,32 @@ All nulls share the numerator S = <a, b> and differ in what they hold for random
 - channels: the signs of the T of the hidden axis, each over all tensors that have the axis.
 - rotation: a is turned by one random orthogonal matrix R of the hidden axis, the same in all
   tensors. S = tr(R M), M the sum of A'B of matrices whose columns are the axis and of AB' of those
-  whose rows are; E over R of S^2 = |M|^2 / h. It is estimated by K random sign vectors f: the mean
-  of (f_k' M f_l)^2 over k != l is unbiased, and its relative variance is 4 / (K r) for M of rank r.
+  whose rows are; E over R of S^2 = |M|^2 / h.
+
+|M|^2 is exact up to h = K. Beyond, channels with random signs are added into K buckets on either
+side of M (count sketch, Charikar, Chen and Farach-Colton 2002): entries between different buckets
+have the right mean square, the diagonal of M is the T of channels, and what one bucket holds counts
+like the rest. The relative variance is 4 / (K r) for M of rank r.
 
 The hidden axis is the size that most tensors have as an axis. A tensor without it has channels and
-a rotation of its own. Memory is that of a chunk and of one sketch, K values for each value across
-the axis. Nothing here knows paths or threads.
+a rotation of its own. Memory is that of a chunk and of K sums for each value across the axis.
+Nothing here knows paths or threads.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import prod, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
-from skillvec.ops.kernels import Array, F32Array
+from skillvec.ops.kernels import Array
 from skillvec.ops.lanes import Sums
 from skillvec.ops.philox import draw_uint32
 
-SKETCH = 64  # K
+BUCKETS = 128  # K
+EXACT = 1e9  # degrees of freedom of a variance that is no estimate
 LONGEST = 1 << 16  # an axis that channels are told apart on
 FLAT = 1024  # values a row of what is flat and longer
 
@@ -76,31 +81,41 @@ def see(shape: tuple[int, ...], hidden: int) -> Seen:
     return Seen(rows, columns, axes)
 
 
-def draw_sketch(seed: int, size: int) -> F32Array:
-    """Return K random sign vectors for an axis, `size` x K."""
-    drawn = draw_uint32(f"{seed}:sketch:{size}", 0, size * SKETCH // 32)
-    bits = np.unpackbits(drawn.view(np.uint8)).reshape(size, SKETCH)
-    return bits.astype(np.float32) * 2 - 1
-
-
-def draw_channel_signs(key: str, size: int) -> Sums:
-    """Return a random sign for each channel, addressed by `key`."""
+def draw_signs(key: str, size: int) -> Sums:
+    """Return a random sign, +1 or -1, for each channel, addressed by `key`."""
     bits = np.unpackbits(draw_uint32(key, 0, -(-size // 32)).view(np.uint8), count=size)
     return bits.astype(np.float64) * 2 - 1
 
 
-def rotation_of(sketch: Sums, size: int) -> tuple[float, float]:
-    """Return the variance over rotations of an axis of `size`, and the rank r that M seems to have.
+class Turned(NamedTuple):
+    """The variance of S over rotations; the rank that M seems to have, and degrees of freedom."""
 
-    r = |M|^4 / |M'M|^2; that of the sketch is 1/r + 2/K over K^2 pairs of vectors.
+    variance: float = 0.0
+    rank: float = 1.0
+    degrees: float = EXACT
+
+
+def turn(sketch: Sums, channels: Sums) -> Turned:
+    """Return what rotations make of M, from its sketch and the T of channels, its diagonal.
+
+    r = |M|^4 / |M'M|^2: that of the sketch is 1/r + 2/K. The variance has K r / 2 degrees, from the
+    mean and the variance of its estimate (Satterthwaite 1946).
     """
-    square = float((sketch**2).sum())
-    if not square > 0:
-        return 0.0, 1.0
-    off = square - float((np.diag(sketch) ** 2).sum())
-    fourth = float(((sketch.T @ sketch) ** 2).sum()) / square**2
-    rank = 1 / max(fourth - 2 / SKETCH, 8 / SKETCH**2)
-    return off / (SKETCH * (SKETCH - 1)) / size, max(rank, 1.0)
+    size, buckets = channels.size, len(sketch)
+    square = float(np.vdot(sketch, sketch))
+    if not 0 < square < np.inf:
+        return Turned()
+    off = square - float(np.square(sketch.diagonal()).sum())
+    most, more = divmod(size, buckets)
+    within = more * (most + 1) ** 2 + (buckets - more) * most**2
+    lost = (size**2 - size) / (size**2 - within) if size > buckets else 1.0
+    unit = (sketch / sqrt(square)).astype(np.float32)
+    both = unit.T @ unit
+    fourth = float(np.vdot(both, both))
+    if size > buckets:
+        fourth = max(fourth - 2 / buckets, 8 / buckets**2)
+    variance, rank = (float(channels @ channels) + lost * off) / size, max(1.0, 1 / fourth)
+    return Turned(variance, rank, buckets * rank / 2 if size > buckets else EXACT)
 
 
 class Units(NamedTuple):
@@ -123,20 +138,19 @@ NO_UNITS = Units()
 class Spread(NamedTuple):
     """What is known of a pair in one tensor."""
 
-    axis: Axis
+    is_shared: bool  # whether channels are those of the hidden axis
     stored: Units  # rows as they are stored
     across: Units  # slices across the axis of channels
     channels: Sums  # inner product of each
-    sketch: Sums  # K x K
+    sketch: Sums  # K x K, or whole
 
 
 class Variances(NamedTuple):
-    """The variances of S by null, the units of each, and the rank of M; a control's product."""
+    """The variances of S by null, with the units that have random signs; a control's product."""
 
-    rows: Units
-    channels: Units
-    rotation: float
-    rank: float
+    rows: Units = NO_UNITS
+    channels: Units = NO_UNITS
+    rotation: Turned = Turned()
     control: float | None = None
 
 
@@ -147,11 +161,9 @@ class Totals:
     stored: Units = NO_UNITS
     across: Units = NO_UNITS
     own: Units = NO_UNITS  # channels of tensors without the hidden axis
-    own_rotation: float = 0.0
-    own_doubt: float = 0.0  # sum of variance^2 / rank
-    size: int = 0
-    channels: Sums = field(default_factory=lambda: np.zeros(0))
-    sketch: Sums = field(default_factory=lambda: np.zeros((SKETCH, SKETCH)))
+    turned: list[Turned] = field(default_factory=list)  # of these tensors
+    channels: Sums | None = None
+    sketch: Sums | None = None
     control: float | None = None
 
     def add(self, spread: Spread, signs: Sums | None = None) -> None:
@@ -160,50 +172,52 @@ class Totals:
         self.across = self.across.plus(spread.across)
         if signs is not None:
             self.control = (self.control or 0.0) + float(spread.channels @ signs)
-        if spread.axis.is_shared:
-            if not self.size:
-                self.size, self.channels = spread.axis.size, np.zeros(spread.axis.size)
+        if not spread.is_shared:
+            self.own = self.own.plus(Units.of(spread.channels))
+            self.turned.append(turn(spread.sketch, spread.channels))
+        elif self.channels is None or self.sketch is None:
+            self.channels, self.sketch = spread.channels.copy(), spread.sketch.copy()
+        else:
             self.channels += spread.channels
             self.sketch += spread.sketch
-            return
-        variance, rank = rotation_of(spread.sketch, spread.axis.size)
-        self.own = self.own.plus(Units.of(spread.channels))
-        self.own_rotation += variance
-        self.own_doubt += variance**2 / rank
 
     def variances(self) -> Variances:
-        shared, rank = rotation_of(self.sketch, max(self.size, 1))
-        rotation = shared + self.own_rotation
-        doubt = shared**2 / rank + self.own_doubt
-        return Variances(
-            max(self.stored, self.across), self.own.plus(Units.of(self.channels)),
-            rotation, rotation**2 / doubt if doubt > 0 else 1.0, self.control,
-        )  # fmt: skip
+        channels, turned = self.own, self.turned.copy()
+        if self.channels is not None and self.sketch is not None:
+            channels = channels.plus(Units.of(self.channels))
+            turned.append(turn(self.sketch, self.channels))
+        whole = sum(one.variance for one in turned)
+        shares = [(one.variance / whole) ** 2 if whole > 0 else 1.0 for one in turned]
+        rank, degrees = (
+            1 / sum(share / each for share, each in zip(shares, kind, strict=True))
+            for kind in zip(*((one.rank, one.degrees) for one in turned), strict=True)
+        )
+        rows = max(self.stored, self.across)
+        return Variances(rows, channels, Turned(whole, rank, degrees), self.control)
 
 
 class SpreadSums:
     """Adds up the spreads of pairs of deltas of one tensor, from chunks of whole rows in order."""
 
-    def __init__(
-        self, seen: Seen, sketches: Sequence[F32Array], pairs: Sequence[tuple[int, int]]
-    ) -> None:
+    def __init__(self, seen: Seen, signs: Sequence[Sums], pairs: Sequence[tuple[int, int]]) -> None:
         self._rows, self._pairs = seen.rows, pairs
         self._stored = [NO_UNITS] * len(pairs)
         self._axes = [
-            _AxisSums(axis, seen.columns, sketch, pairs)
-            for axis, sketch in zip(seen.axes, sketches, strict=True)
+            (_Columns if axis.is_last else _Rows)(axis, seen.columns, drawn, pairs)
+            for axis, drawn in zip(seen.axes, signs, strict=True)
         ]
 
     def add(self, first: int, deltas: Sequence[Array]) -> None:
         """Take the rows from `first` on of each delta."""
-        sketched = [axis.sketch_rows(first, deltas) for axis in self._axes]
+        for axis in self._axes:
+            axis.begin(first, deltas)
         for n, (i, j) in enumerate(self._pairs):
             products = deltas[i] * deltas[j]
             rows = products.sum(axis=1).astype(np.float64)
             units = _units_of_one(deltas[i][0], deltas[j][0]) if self._rows == 1 else Units.of(rows)
             self._stored[n] = self._stored[n].plus(units)
-            for axis, blocks in zip(self._axes, sketched, strict=True):
-                axis.add(n, products, rows, blocks)
+            for axis in self._axes:
+                axis.add(n, products, rows)
 
     def spread(self, n: int, factor: float) -> Spread:
         """Return that of pair `n`, along the axis whose rotations make more of it.
@@ -211,13 +225,16 @@ class SpreadSums:
         Products are `factor` times those of what was added.
         """
         stored = self._stored[n]
-        across = [stored if held.axis.is_last else held.across[n] for held in self._axes]
-        turned = [rotation_of(held.sketch[n], 1)[0] for held in self._axes]
-        held = self._axes[int(np.argmax(turned))]
-        square, count = stored if self._rows == 1 else max(across)
+        across = [axis.across[n] if isinstance(axis, _Rows) else stored for axis in self._axes]
+        axis = self._axes[0]
+        if len(self._axes) > 1:
+            turned = [turn(axis.sketch[n], axis.channels[n]).variance for axis in self._axes]
+            axis = self._axes[int(np.argmax(turned))]
+        most = max(across)
         return Spread(
-            held.axis, Units(stored.square * factor**2, stored.number),
-            Units(square * factor**2, count), held.channels[n] * factor, held.sketch[n] * factor,
+            axis.is_shared, Units(stored.square * factor**2, stored.number),
+            Units(most.square * factor**2, most.number), axis.channels[n] * factor,
+            axis.sketch[n] * factor,
         )  # fmt: skip
 
 
@@ -229,53 +246,81 @@ def _units_of_one(a: Array, b: Array) -> Units:
     return Units.of(np.append(products, means[0] * means[1] * a.size))
 
 
-_Block = tuple[slice, slice, bool, Sequence[Array]]  # rows of a chunk, channels, whole, sketched
-
-
-class _AxisSums:
-    """Sums of all pairs along one axis; where it is that of rows, block by block of its size."""
+class _Channels:
+    """Sums of all pairs along one axis."""
 
     def __init__(
-        self, axis: Axis, columns: int, sketch: F32Array, pairs: Sequence[tuple[int, int]]
+        self, axis: Axis, columns: int, signs: Sums, pairs: Sequence[tuple[int, int]]
     ) -> None:
-        self.axis, self._signs, self._pairs = axis, sketch, pairs
+        self.is_shared, self.size, self.pairs = axis.is_shared, axis.size, pairs
+        self.buckets = min(axis.size, BUCKETS)
+        self.signs = signs.astype(np.float32)
         self.channels = np.zeros((len(pairs), axis.size))
-        self.sketch = np.zeros((len(pairs), SKETCH, SKETCH))
-        self.across = [NO_UNITS] * len(pairs)
-        self._slices = np.zeros((len(pairs), 0 if axis.is_last else columns))
-        self._held: list[Array] = []  # of each delta, of the block at work
+        self.sketch = np.zeros((len(pairs), self.buckets, self.buckets))
 
-    def sketch_rows(self, first: int, deltas: Sequence[Array]) -> list[_Block]:
-        """Return the parts of a chunk that lie in one block, with A F or A'F of each delta."""
-        count = len(deltas[0])
-        if self.axis.is_last:
-            whole = slice(0, self.axis.size)
-            return [(slice(0, count), whole, True, [delta @ self._signs for delta in deltas])]
-        parts: list[_Block] = []
-        begin = 0
-        while begin < count:
-            at = (first + begin) % self.axis.size
-            rows = slice(begin, min(count, begin + self.axis.size - at))
-            channels = slice(at, at + rows.stop - begin)
-            found = [delta[rows].T @ self._signs[channels] for delta in deltas]
-            if at:
-                found = [held + more for held, more in zip(self._held, found, strict=True)]
-            self._held, begin = found, rows.stop
-            parts.append((rows, channels, channels.stop == self.axis.size, found))
-        return parts
 
-    def add(self, n: int, products: Array, sums: Sums, parts: Sequence[_Block]) -> None:
+class _Columns(_Channels):
+    """Channels that are the columns of a matrix."""
+
+    def begin(self, first: int, deltas: Sequence[Array]) -> None:
+        """Add up the rows of each delta by buckets."""
+        parts = -(-self.size // self.buckets)
+        self._sketched = []
+        for delta in deltas:
+            turned = np.zeros((len(delta), parts * self.buckets), delta.dtype)
+            np.multiply(delta, self.signs, out=turned[:, : self.size])
+            self._sketched.append(turned.reshape(-1, parts, self.buckets).sum(axis=1))
+
+    def add(self, n: int, products: Array, sums: Sums) -> None:
         """Take the products of pair `n`, with their sums over rows."""
-        i, j = self._pairs[n]
-        for rows, channels, is_whole, sketched in parts:
-            slices = products[rows].sum(axis=0)
-            if self.axis.is_last:
-                self.channels[n] += slices
-            else:
-                self.channels[n, channels] += sums[rows]
-                self._slices[n] += slices
-            if is_whole:
-                self.sketch[n] += sketched[i].T @ sketched[j]
-            if is_whole and not self.axis.is_last:
+        i, j = self.pairs[n]
+        self.channels[n] += products.sum(axis=0)
+        self.sketch[n] += self._sketched[i].T @ self._sketched[j]
+
+
+class _Rows(_Channels):
+    """Channels that are the rows of a matrix, or of several of one size below each other."""
+
+    def __init__(
+        self, axis: Axis, columns: int, signs: Sums, pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        super().__init__(axis, columns, signs, pairs)
+        self.across = [NO_UNITS] * len(pairs)
+        self._slices = np.zeros((len(pairs), columns))  # of the matrix at work
+        self._held: list[Array] = []  # its rows by buckets, of each delta
+
+    def begin(self, first: int, deltas: Sequence[Array]) -> None:
+        """Add up the rows of each delta by buckets, matrix by matrix."""
+        self._parts: list[tuple[slice, slice, list[Array]]] = []  # what is whole beside the last
+        begin, count = 0, len(deltas[0])
+        while begin < count:
+            at = (first + begin) % self.size
+            rows = slice(begin, min(count, begin + self.size - at))
+            channels = slice(at, at + rows.stop - begin)
+            if not at:
+                self._held = [np.zeros((self.buckets, d.shape[1]), d.dtype) for d in deltas]
+            for held, delta in zip(self._held, deltas, strict=True):
+                self._gather(delta[rows], channels, held)
+            is_whole = channels.stop == self.size
+            self._parts.append((rows, channels, self._held if is_whole else []))
+            begin = rows.stop
+
+    def _gather(self, rows: Array, channels: slice, held: Array) -> None:
+        turned = rows * self.signs[channels, None]
+        at = channels.start
+        while at < channels.stop:
+            bucket = at % self.buckets
+            some = turned[at - channels.start :][: self.buckets - bucket]
+            held[bucket : bucket + len(some)] += some
+            at += len(some)
+
+    def add(self, n: int, products: Array, sums: Sums) -> None:
+        """Take the products of pair `n`, with their sums over rows."""
+        i, j = self.pairs[n]
+        for rows, channels, held in self._parts:
+            self.channels[n, channels] += sums[rows]
+            self._slices[n] += products[rows].sum(axis=0)
+            if held:
+                self.sketch[n] += held[i] @ held[j].T
                 self.across[n] = self.across[n].plus(Units.of(self._slices[n]))
                 self._slices[n] = 0

@@ -385,6 +385,12 @@ def _warnings(pairs: Sequence[PairEntry], lineage: Sequence[str]) -> list[str]:
                 f" ({shared['roles']}): if training went on from fp32 master weights, its"
                 f" rounding alone gives a cosine{size}"
             )
+    overall = [pair["overall"] for pair in pairs]
+    if any(row["overlap_z"] is None and row["overlap_z_plain"] is not None for row in overall):
+        found.append(
+            "rounding to 16 bits decided which values changed, by the size of their weights, which"
+            " are not known: how far supports overlap is not judged (--against BASE)"
+        )
     if any(dtype in words for words in lineage for dtype in HALVES):
         found.append(
             "inputs are 16-bit: a vector taken from bf16 or fp16 checkpoints is a thresholded copy"

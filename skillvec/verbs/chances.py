@@ -19,8 +19,7 @@ from skillvec.ops.spreads import (
     SpreadSums,
     Totals,
     Variances,
-    draw_channel_signs,
-    draw_sketch,
+    draw_signs,
     hidden_size,
     see,
 )
@@ -39,9 +38,9 @@ class _PairSpreads:
         self, tensor: Tensor, seed: int, pairs: Sequence[Pair], supports: PairSupports
     ) -> None:
         self.supports, self.wants_weights = supports, supports.wants_weights
-        sketches = [_sketch(seed, axis.size) for axis in tensor.seen.axes]
+        signs = [_signs(f"{seed}:sketch", axis.size) for axis in tensor.seen.axes]
         self._tensor, self._pairs = tensor, pairs
-        self._sums = SpreadSums(tensor.seen, sketches, pairs)
+        self._sums = SpreadSums(tensor.seen, signs, pairs)
 
     def add(self, first: int, deltas: Sequence[Array], weights: Sequence[Array] | None) -> None:
         self._sums.add(first, deltas)
@@ -53,7 +52,7 @@ class _PairSpreads:
                 for n, (i, j) in enumerate(self._pairs)]  # fmt: skip
 
 
-_sketch, _signs = cache(draw_sketch), cache(draw_channel_signs)
+_signs = cache(draw_signs)
 
 
 def _tensor_views(plan: Plan) -> dict[str, Seen]:
@@ -101,9 +100,10 @@ def find_spreads(
         name, places = tensor.job.name, places_of(tensor.job.name)
         supports.add(name, sums.supports.clusters())
         for pair, spread in zip(pairs, sums.spreads(), strict=True):
-            axis = spread.axis
-            of = "" if axis.is_shared else name
-            signs = _signs(f"{request.seed}:control:{of}", axis.size) if redrawn else None
+            signs = None
+            if redrawn:
+                of = "" if spread.is_shared else name
+                signs = _signs(f"{request.seed}:control:{of}", spread.channels.size)
             alone = Totals()
             for total in (alone, *(totals[pair][place] for place in places)):
                 total.add(spread, signs)

@@ -5,6 +5,7 @@ saw blocks of values that know no axes. No more of a tensor is held than a chunk
 the same chunks whatever the worker count. Values without a finite delta are 0, as in that run.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from math import frexp, isfinite, sqrt
@@ -20,7 +21,7 @@ from skillvec.files.gather import Gatherer, gathering
 from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import Array, widen
-from skillvec.ops.spreads import SKETCH, Seen
+from skillvec.ops.spreads import BUCKETS, Seen
 from skillvec.ops.statistics import Request, layout
 from skillvec.report import Watcher
 from skillvec.vectors.block_reader import Block, Workspace
@@ -81,10 +82,14 @@ def measure_rows(
     request, readers = plan.request, readers_of(plan.vectors)
     total, done = sum(tensor.job.nbytes_read for tensor in tensors), 0
 
+    rooms: deque[Workspace] = deque()  # of workers that are between two tensors
+
     def measure(tensor: Tensor) -> Measured:
-        measurer = make(tensor)
-        for chunk in _read_chunks(tensor, request, readers, measurer.wants_weights):
+        measurer, room = make(tensor), rooms.pop() if rooms else Workspace()
+        source = _Source(tensor.job, readers, room, measurer.wants_weights)
+        for chunk in _read_chunks(tensor, request, source):
             measurer.add(*chunk)
+        rooms.append(room)
         return measurer
 
     def nbytes_of(tensor: Tensor) -> int:
@@ -106,16 +111,26 @@ def measure_rows(
 def held_nbytes(seen: Seen, deltas: int) -> int:
     """Return what a worker holds of a tensor of this form, over `matrix_workers.COPIES`."""
     chunk = max(seen.columns, CHUNK)
-    across = 0 if seen.axes[0].is_last and len(seen.axes) == 1 else 2 * seen.columns * SKETCH
+    across = 0 if seen.axes[0].is_last and len(seen.axes) == 1 else seen.columns * BUCKETS
     return 4 * deltas * (BLOCK_NUMEL + chunk + across) // 2
 
 
+class _Source(NamedTuple):
+    """What a tensor is read from, and into."""
+
+    job: Job
+    readers: dict[str, BlockReader]
+    room: Workspace
+    wants_weights: bool
+
+
 def _read_chunks(
-    tensor: Tensor, request: Request, readers: dict[str, BlockReader], wants_weights: bool
+    tensor: Tensor, request: Request, source: _Source
 ) -> Iterator[tuple[int, list[Array], list[Array] | None]]:
     """Yield the first row of each chunk, its deltas, and the weights if they are wanted."""
     job, columns = tensor.job, tensor.seen.columns
-    numel, first, filled = max(1, CHUNK // columns) * columns, 0, 0
+    numel = min(max(1, CHUNK // columns), tensor.seen.rows) * columns
+    first = filled = 0
     factors = [scale * own for scale, own in zip(request.scales, tensor.factors, strict=True)]
     held = [np.empty(numel, np.float64 if s.dtype == "F64" else np.float32) for s in job.deltas]
 
@@ -123,7 +138,7 @@ def _read_chunks(
         rows = [side[:size].reshape(-1, columns) for side in held]
         return first, rows[: len(factors)], rows[len(factors) :] or None
 
-    for block, deltas, weights in _read_blocks(job, readers, wants_weights):
+    for block, deltas, weights in _read_blocks(source):
         while len(held) < len(deltas) + len(weights):
             held.append(np.empty(numel, np.float32))
         begin = 0
@@ -145,21 +160,19 @@ def _read_chunks(
         yield chunk(whole)
 
 
-def _read_blocks(
-    job: Job, readers: dict[str, BlockReader], wants_weights: bool
-) -> Iterator[tuple[Block, list[Delta], list[Array]]]:
+def _read_blocks(source: _Source) -> Iterator[tuple[Block, list[Delta], list[Array]]]:
     """Yield each block with its deltas, and with the weights of all of them if they are known."""
-    workspace, gatherer = Workspace(), Gatherer()
+    job, gatherer = source.job, Gatherer()
     for index in range(block_count(job.numel)):
-        block = Block(index, job.numel, workspace, readers, {})
+        block = Block(index, job.numel, source.room, source.readers, {})
         deltas, weights = [], []
         with gathering(gatherer):
-            point = job.point if wants_weights else None
+            point = job.point if source.wants_weights else None
             held = widen(block.read("point", point), point.dtype) if point else None
-            for i, source in enumerate(job.deltas):
-                deltas.append(source.read(block, f"delta{i}")[0])
-                if wants_weights and held is None and source.pair is not None:
-                    dtype = source.pair.base.dtype
+            for i, delta in enumerate(job.deltas):
+                deltas.append(delta.read(block, f"delta{i}")[0])
+                if source.wants_weights and held is None and delta.pair is not None:
+                    dtype = delta.pair.base.dtype
                     weights.append(widen(block.array("base", dtype), dtype).copy())
         if held is not None:
             weights = [held] * len(deltas)

@@ -7,7 +7,9 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
+import yaml
 
 import skillvec
 
@@ -50,6 +52,38 @@ def test_a_wheel_with_kernels_works_in_an_empty_environment(tmp_path: Path):
     assert wheel.name.startswith(f"skillvec-{skillvec.__version__}-{kind}")
     check_names(wheel, WITH_KERNELS)
     assert ("(installed without a C compiler)" in use(wheel, tmp_path / "it")) != WITH_KERNELS
+
+
+def test_the_pipeline_runs_from_an_installed_package(tmp_path: Path):
+    """From an empty folder, with what the recipes need and without a clone."""
+    wheel = build(tmp_path)
+    assert not any("/test_" in name for name in zipfile.ZipFile(wheel).namelist())
+    venv.create(tmp_path / "it", with_pip=True)
+    python = tmp_path / "it" / "bin" / "python"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(pip, check=True, env=environment)
+    (site,) = (tmp_path / "it").glob("lib/python*/site-packages")
+    # its .pth files do not count there, so skillvec is that of the wheel
+    (site / "rest.pth").write_text(str(Path(numpy.__file__).parents[1]))
+    here = tmp_path / "empty"
+    here.mkdir()
+
+    def call(*words: str) -> str:
+        words = (python, "-m", "skillvec.recipes", *words)
+        done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "23 stages" in call("mini", "--dry-run")
+    for name in ("mini", "squad", "loogle", "toolbench"):
+        shown = yaml.safe_load(call(name, "--show"))
+        assert shown["source"] and shown["out"] == f"runs/{name}"
+    assert not [*here.iterdir()]
+    origin = [python, "-c", "import skillvec.recipes.launch as it; print(it.CONFIGS)"]
+    done = subprocess.run(origin, check=True, cwd=here, env=environment, stdout=subprocess.PIPE)
+    accelerate = Path(done.stdout.decode().strip())
+    assert accelerate.is_relative_to(site) and (accelerate / "fsdp2.yaml").is_file()
 
 
 def test_without_a_compiler_there_is_a_wheel_that_works(tmp_path: Path):

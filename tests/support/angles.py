@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file
 
 EDGES = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
-LEVELS = ("tensors", "layers", "kinds", "modules", "overall")
+LEVELS = ("tensors", "layers", "kinds", "modules", "parts", "overall")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 GRIDS = {torch.bfloat16: (8, -126), torch.float16: (11, -14)}  # bits, least normal exponent
 SUMS = ("excess", "spread", "parts")  # of a pair of matrices, which add up
-FLIPS = 2000  # of the sign-flip test in here
+LONGEST = 1 << 16  # a channel axis
+KNOWN = 128  # channels up to which skillvec's rotations are exact
 
 
 class Side(NamedTuple):
@@ -85,7 +86,7 @@ def groups_of(names: list[str]) -> dict[tuple[str, str], list[str]]:
     for name in names:
         layer, kind, module = split(name)
         for key in (("tensors", name), ("layers", layer or "(no layer)"), ("kinds", kind),
-                    ("modules", module)):  # fmt: skip
+                    ("modules", module), ("parts", "layers" if layer else "outside")):  # fmt: skip
             groups.setdefault(key, []).append(name)
     return groups
 
@@ -112,7 +113,7 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return padded.reshape(-1, g).sum(axis=1)
 
 
-def beta_p(cosine: float, n: int) -> float:
+def beta_p(cosine: float, n: float) -> float:
     """Return P(|cos| >= |cosine|) of a random direction in n dimensions.
 
     The angle from the equator has a density proportional to cos(angle)^(n - 2).
@@ -128,6 +129,120 @@ def beta_p(cosine: float, n: int) -> float:
     return masses[0] / masses[1]
 
 
+# ----------------------------------------------------------------------------------------- nulls
+
+
+def hidden_axis(shapes: list[tuple[int, ...]]) -> int:
+    """Return the size that most tensors have as an axis; of as many, what more of them end in."""
+    sizes = {size for shape in shapes for size in shape if 1 < size <= LONGEST}
+    if not sizes:
+        return 0
+    ends = [shape[-1] for shape in shapes if shape]
+    return max(sizes, key=lambda s: (sum(s in shape for shape in shapes), ends.count(s), s))
+
+
+def as_matrix(x: np.ndarray, hidden: int) -> tuple[np.ndarray, list[tuple[str, int]]]:
+    """Return a tensor as blocks x rows x columns, and which of these may be its channels."""
+    x = x.squeeze()
+    if x.ndim > 3 and x.shape[-1] != hidden:
+        x = x.reshape(x.shape[0], -1)
+    if x.ndim == 3 and x.shape[0] == hidden and hidden not in x.shape[1:]:
+        x = x.reshape(hidden, -1)
+    if x.ndim < 2 and x.size > LONGEST:
+        x = np.append(x, np.zeros(-x.size % 1024)).reshape(-1, 1024)
+        return x[None], [("columns", 0)]
+    ndim, x = x.ndim, x.reshape(-1, *((1,) * max(0, 2 - x.ndim)), *x.shape[-2:])
+    places = [("columns", x.shape[2])] + ([("rows", x.shape[1])] if ndim > 1 else [])
+    axes = [place for place in places if place[1] == hidden]
+    if axes:
+        return x, axes
+    shorter = places[0] if x.shape[2] <= LONGEST else min(places, key=lambda place: place[1])
+    return x, [(shorter[0], 0)]
+
+
+def by_channels(x: np.ndarray, place: str) -> np.ndarray:
+    """Return a tensor as slices x channels."""
+    turned = x.swapaxes(1, 2) if place == "rows" else x
+    return turned.reshape(-1, turned.shape[2])
+
+
+def units(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the products of rows; of one row its mean, and each value off the mean."""
+    if len(a) > 1:
+        return (a * b).sum(axis=1)
+    means = a.mean(), b.mean()
+    return np.append((a - means[0]) * (b - means[1]), means[0] * means[1] * a.size)
+
+
+def spreads(names: list[str], one: Side, other: Side, hidden: int) -> dict:
+    """Return the variances of the inner product under the nulls of rows, channels, rotations."""
+    stored, across, own, turned = [np.zeros(0)], [np.zeros(0)], [np.zeros(0)], []
+    channels = middle = None
+    for name in names:
+        if not one.values[name].size:
+            continue
+        (a, axes), (b, _) = (as_matrix(side.values[name], hidden) for side in (one, other))
+        stored.append(units(*(x.reshape(-1, x.shape[2]) for x in (a, b))))
+        found = []
+        for place, size in axes:
+            x, y = by_channels(a, place), by_channels(b, place)
+            slices = units(x, y) if a.shape[:2] == (1, 1) else (x * y).sum(axis=1)
+            found.append((float(((x.T @ y) ** 2).sum()), size, x.T @ y, slices))
+        across.append(max((f[3] for f in found), key=lambda t: float(t @ t)))
+        _, size, own_middle, _ = max(found, key=lambda f: f[0])
+        if size:
+            channels = np.diag(own_middle) + (0 if channels is None else channels)
+            middle = own_middle + (0 if middle is None else middle)
+        else:
+            own.append(np.diag(own_middle))
+            turned.append(turn(own_middle))
+    if channels is not None:
+        own.append(channels)
+        turned.append(turn(middle))
+    rows = max((np.concatenate(t) for t in (stored, across)), key=lambda t: float(t @ t))
+    variance = sum(v for v, _ in turned)
+    doubt = sum(v * v / rank for v, rank in turned)
+    return {"rows": rows, "channels": np.concatenate(own), "rotation": variance,
+            "rank": variance**2 / doubt if doubt else 1.0}  # fmt: skip
+
+
+def turn(middle: np.ndarray) -> tuple[float, float]:
+    """Return the variance of tr(R M) over rotations R, and |M|^4 / |M'M|^2."""
+    s = np.linalg.svd(middle, compute_uv=False) ** 2
+    return float(s.sum()) / len(middle), float(s.sum() ** 2 / (s**2).sum()) if s.any() else 1.0
+
+
+def judged(dot: float, groups: np.ndarray, shared: int, spread: dict) -> dict:
+    """Return the null that holds with its z and p, and the z of each."""
+    variances = {"groups": float(groups @ groups), "rotation": spread["rotation"]}
+    counts = {"groups": min(groups.size, shared)}
+    for null in ("rows", "channels"):
+        t = spread[null]
+        variances[null], counts[null] = float(t @ t), int(np.count_nonzero(t))
+    larger = [null for null in variances
+              if variances[null] > limit(spread["rank"]) * variances["groups"]]  # fmt: skip
+    if {"rotation", "channels"} <= {*larger}:
+        ahead = variances["channels"] / variances["rotation"]
+        clear = ahead > limit(max(counts["channels"] / 4, 1))
+        larger.remove("rotation" if clear else "channels")
+    null = max(larger, key=variances.__getitem__, default="groups")
+    found = {f"z_{n}": dot / sqrt(v) if v else None for n, v in variances.items()}
+    z, p = found[f"z_{null}"], None
+    if z is None:
+        return found | {"z": None, "p": None, "null": None, "deviation": None}
+    if null == "rotation":
+        p = erfc(abs(z) / sqrt(2))
+    else:
+        count = counts[null]
+        p = max(beta_p(min(1.0, abs(z) / sqrt(count)), count), 2.0 ** (1 - count))
+    return found | {"z": z, "p": p, "null": null, "deviation": sqrt(variances[null])}
+
+
+def limit(degrees: float) -> float:
+    """Return the 95 % quantile of chi^2 over its degrees of freedom, as Wilson and Hilferty do."""
+    return (1 - 2 / (9 * degrees) + 1.6449 * sqrt(2 / (9 * degrees))) ** 3
+
+
 # --------------------------------------------------------------------------------- pairs of them
 
 
@@ -139,18 +254,18 @@ def strata_of(w: torch.Tensor) -> np.ndarray:
 
 
 def pair_row(
-    names: list[str], one: Side, other: Side, flips: int = 0, weights: dict | None = None,
-    hidden: int = 0,
-) -> dict:  # fmt: skip
+    names: list[str], one: Side, other: Side, hidden: int, weights: dict | None = None
+) -> dict:
     """Return the row of a pair of vectors over some tensors (all but control and subspaces).
 
     By the exponents of `weights` supports are compared where rounding decided both.
     """
     numel = shared = n_a = n_b = agree = 0
-    dot = sq_a = sq_b = sum_t2 = variance = chance = overlap_var = along = 0.0
-    given, given_var, is_given, overlaps = 0.0, 0.0, False, []
+    dot = sq_a = sq_b = variance = chance = overlap_var = along = 0.0
+    given, given_var, is_given, is_known, overlaps = 0.0, 0.0, False, True, []
+    is_rounded = one.thresholded and other.thresholded
     met = {"conflict_a": 0.0, "on_support_a": 0.0, "conflict_b": 0.0, "on_support_b": 0.0}
-    all_t = []
+    all_t = [np.zeros(0)]
     for name in names:
         a, b = one.values[name].ravel(), other.values[name].ravel()
         n = a.size
@@ -161,7 +276,6 @@ def pair_row(
         s = float(t.sum())
         numel, dot = numel + n, dot + s
         sq_a, sq_b = sq_a + float(a @ a), sq_b + float(b @ b)
-        sum_t2 += float(t @ t)
         spread = float(((t - t.mean()) ** 2).sum())
         variance += s * s if t.size == 1 else t.size / (t.size - 1) * spread
         in_a, in_b = int(np.count_nonzero(a)), int(np.count_nonzero(b))
@@ -172,7 +286,9 @@ def pair_row(
         held = supports.Overlap(a != 0, b != 0, signs, np.zeros(n))
         plain = supports.expected(held)
         chance, overlap_var = chance + plain[0], overlap_var + plain[1]
-        if weights is not None and one.thresholded and other.thresholded:
+        if weights is None and is_rounded and plain[1]:
+            is_known = False
+        if weights is not None and is_rounded:
             is_given, held = True, held._replace(strata=strata_of(weights[name]))
         given, given_var = (
             sum(of) for of in zip((given, given_var), supports.expected(held), strict=True)
@@ -187,16 +303,19 @@ def pair_row(
         met["on_support_a"] += float((a[both] ** 2).sum())
         met["on_support_b"] += float((b[both] ** 2).sum())
     spread = supports.variances(overlaps, hidden) if overlaps else np.zeros(2)
+    is_judged = given_var and is_known
     norms = sqrt(sq_a), sqrt(sq_b)
     cosine = dot / (norms[0] * norms[1]) if sq_a and sq_b else None
+    known = judged(dot, np.concatenate(all_t), shared, spreads(names, one, other, hidden))
+    deviation = known.pop("deviation")
     row = {
         "numel": numel,
         "cosine": cosine,
         "cosine_se": None if cosine is None else sqrt(max(variance, 0)) / (norms[0] * norms[1]),
-        "z": None if cosine is None else cosine * sqrt(numel),
-        "p": None if cosine is None else beta_p(cosine, numel),
-        "z_groups": dot / sqrt(sum_t2) if sum_t2 else None,
-        "p_flips": flip_p(np.concatenate(all_t), flips) if flips and sum_t2 else None,
+        "cosine_sd": deviation / (norms[0] * norms[1]) if deviation is not None else None,
+        **known,
+        "z_isotropic": None if cosine is None else cosine * sqrt(numel),
+        "p_isotropic": None if cosine is None else beta_p(cosine, numel),
         "norm_a": norms[0],
         "norm_b": norms[1],
         "norm_ratio": norms[0] / norms[1] if sq_b else None,
@@ -205,8 +324,8 @@ def pair_row(
         "jaccard": shared / (n_a + n_b - shared) if n_a + n_b else None,
         "lift": shared / chance if chance else None,
         "lift_weights": shared / given if is_given and given else None,
-        "overlap_z": (shared - given) / sqrt(spread[0]) if given_var else None,
-        "p_overlap": erfc(abs(shared - given) / sqrt(2 * spread[0])) if given_var else None,
+        "overlap_z": (shared - given) / sqrt(spread[0]) if is_judged else None,
+        "p_overlap": erfc(abs(shared - given) / sqrt(2 * spread[0])) if is_judged else None,
         "overlap_z_weights": (shared - given) / sqrt(given_var) if is_given and given_var else None,
         "overlap_z_plain": (shared - chance) / sqrt(overlap_var) if overlap_var else None,
         "sign_agreement": agree / shared if shared else None,
@@ -218,16 +337,6 @@ def pair_row(
         total = sq_a if key.endswith("_a") else sq_b
         row[key] = value / total if total else None
     return row
-
-
-def flip_p(t: np.ndarray, flips: int) -> float:
-    """Return the p of the sign-flip test from flips of this script's own."""
-    rng = np.random.default_rng(0)
-    observed, hits = abs(t.sum()), 0
-    for _ in range(flips // 50):
-        signs = rng.integers(0, 2, (50, t.size)) * 2.0 - 1
-        hits += int((np.abs(signs @ t) >= observed * (1 - 1e-12)).sum())
-    return (1 + hits) / (flips + 1)
 
 
 def pair_spectrum(a: np.ndarray, b: np.ndarray, k: int) -> dict:
@@ -425,19 +534,21 @@ def norms_of(vector: Side, names: list[str], against: dict | None, k: int | None
     return rows
 
 
-def pair_of(one: Side, other: Side, names: list[str], k: int | None = None, flips: int = 0,
+def pair_of(one: Side, other: Side, names: list[str], k: int | None = None,
             control: Side | None = None, against: dict | None = None) -> dict:  # fmt: skip
     """Return (level, name) -> the expected row of a pair."""
-    spectra = {}
-    for name in names if k else ():
+    spectra, matrices = {}, {}
+    hidden = hidden_axis([one.values[name].shape for name in names if one.values[name].size])
+    for name in names:
         a, b = one.values[name], other.values[name]
         if is_matrix(a) and a.any() and b.any():
-            spectra[name] = float((a**2).sum()), float((b**2).sum()), pair_spectrum(a, b, k)
+            matrices[name] = pair_row([name], one, other, hidden)
+            if k:
+                spectra[name] = float((a**2).sum()), float((b**2).sum()), pair_spectrum(a, b, k)
     rows = {}
-    hidden = supports.hidden_size([one.values[name].shape for name in names])
     for key, members in groups_of(names).items():
-        known = against or other.weights or one.weights
-        rows[key] = pair_row(members, one, other, flips, known, hidden)
+        weights = against or other.weights or one.weights
+        rows[key] = pair_row(members, one, other, hidden, weights)
         held = [spectra[name] for name in members if name in spectra]
         by_a, by_b = (mean_of([(h[i], h[2]) for h in held]) for i in (0, 1))
         rows[key] |= mean_of([(sqrt(h[0] * h[1]), h[2]) for h in held])  # of both alike
@@ -450,10 +561,22 @@ def pair_of(one: Side, other: Side, names: list[str], k: int | None = None, flip
         for at, name in enumerate(("overlap_left_z", "overlap_right_z") if held else ()):
             excess, spread = (sum(h[2][of][at] for h in held) for of in ("excess", "spread"))
             rows[key][name] = excess / sqrt(spread) if spread else None
+        if key[0] != "tensors":
+            rows[key] |= means([matrices[name] for name in members if name in matrices])
         if control is not None:
-            instead = pair_row(members, control, other)
-            rows[key] |= {f"control_{of}": instead[of] for of in ("cosine", "z", "z_groups")}
+            instead = pair_row(members, control, other, hidden)
+            rows[key] |= {f"control_{of}": instead[of] for of in ("cosine", "z")}
     return rows
+
+
+def means(rows: list[dict]) -> dict:
+    """Return what matrices show that count one by one."""
+    if len(rows) < 2:
+        return dict.fromkeys(("cosine_mean", "cosine_mean_se", "rare_share"))
+    cosines = np.array([row["cosine"] for row in rows])
+    rare = [row["p"] is not None and row["p"] < 0.05 for row in rows]
+    return {"cosine_mean": float(cosines.mean()), "rare_share": float(np.mean(rare)),
+            "cosine_mean_se": float(cosines.std(ddof=1)) / sqrt(len(rows))}  # fmt: skip
 
 
 def rows_in(entry: dict) -> dict:
@@ -474,8 +597,7 @@ def expected(report: dict, sides: dict[str, Side], against: dict | None = None) 
         found.append((entry["label"], rows_in(entry), norms_of(vector, names, against, k)))
     for pair in report["pairs"]:
         control = sides.get(pair["control"] or "")
-        flips = FLIPS if report["sign_flips"] else 0
-        rows = pair_of(sides[pair["a"]], sides[pair["b"]], names, k, flips, control, against)
+        rows = pair_of(sides[pair["a"]], sides[pair["b"]], names, k, control, against)
         found.append((f"{pair['a']} | {pair['b']}", rows_in(pair), rows))
     return found
 
@@ -494,7 +616,7 @@ def tolerance(key: str, row: dict, report: dict) -> float:
     Vectors of randomised decompositions turn as far as their error and the gaps let them.
     """
     value = row[key] if isinstance(row[key], float) else 0.0
-    size, root, flips = abs(value), sqrt(row["numel"]), report["sign_flips"] or 1
+    size, root = abs(value), sqrt(row["numel"])
     if key in ("overlap_z", "p_overlap"):  # scores are in units of 2^-30
         return 1e-6 * (1 + size)
     if key in EXACT:
@@ -507,14 +629,14 @@ def tolerance(key: str, row: dict, report: dict) -> float:
     if key in SPECTRAL:
         degrees = 100 if key.startswith("angles") else 1
         return (2e-2 if randomised else 1e-5) * degrees * max(1, size)
-    if key in ("z", "control_z"):
+    if key == "z_isotropic":
         return 2e-6 * root
-    if key == "p":
+    if key == "p_isotropic":
         return 2e-6 * root + 1e-6
-    if key in ("z_groups", "control_z_groups"):
-        return 1e-4 + 2e-6 * max(1 / row["cosine_se"] if row["cosine_se"] else 0, root)
-    if key == "p_flips":
-        return 6 * sqrt((value * (1 - value) + 1 / flips) * (1 / flips + 1 / FLIPS)) + 1 / flips
+    if key in ("z", "p", "control_z") or key.startswith("z_"):
+        return 1e-4 * (1 + size) + 2e-6 * max(1 / row["cosine_se"] if row["cosine_se"] else 0, root)
+    if key == "cosine_sd":
+        return 1e-4 * size
     return 2e-6 * size if key.startswith("norm") or key == "rms" else 3e-6
 
 
@@ -541,7 +663,7 @@ def deviations(report: dict, sides: dict[str, Side], against: dict | None = None
 def apart(found: object, value: object, allowed: float) -> float:
     """Return how far two numbers or lists are from each other, in units of `allowed`."""
     if found is None or value is None or isinstance(found, str):
-        return 0.0 if found is value else inf
+        return 0.0 if found == value else inf
     if isinstance(value, list):
         if len(found) != len(value):
             return inf

@@ -1,6 +1,5 @@
 """The overlap of supports by whole tensors in float64, for angles.py. No skillvec in here."""
 
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +14,6 @@ class Overlap(NamedTuple):
     in_b: np.ndarray
     signs: np.ndarray
     strata: np.ndarray
-
-
-def hidden_size(shapes: list[tuple[int, ...]]) -> int:
-    """Return the size that most tensors have as an axis; of as many, that more end in."""
-    held = Counter(size for shape in shapes for size in set(shape) if size > 1)
-    last = Counter(shape[-1] for shape in shapes if shape)
-    return max(held, key=lambda size: (held[size], last[size], size), default=0)
 
 
 def expected(one: Overlap) -> tuple[float, float]:
