@@ -138,6 +138,11 @@ def spread(rows: Sequence[Measured], key: str) -> float | None:
     return float(np.sqrt(np.mean(np.square(known)))) if known else None
 
 
+def mean(rows: Sequence[Measured], key: str) -> float | None:
+    known = [row[key] for row in rows if row.get(key) is not None]
+    return float(np.mean(known)) if known else None
+
+
 def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str, Any]:
     """Return what is found of one structure, as it is written to the JSON file.
 
@@ -163,11 +168,8 @@ def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str,
         found["planted"].append({"size": size, "p": Share.below(held, "p"), "claimed": claimed})
     if structure in SPARSE:
         found["supports"] = {
-            "lift": float(np.mean([row["lift"] for row in rows])),
-            "density": float(np.mean([row["density_a"] for row in rows])),
-            "lift_weights": [row.get("lift_weights") for row in rows][0] and float(
-                np.mean([row["lift_weights"] for row in rows])
-            ),
+            key: mean(rows, key) for key in ("density_a", "lift", "lift_weights")
+        } | {
             "p_overlap": Share.below(rows, "p_overlap"),
             "overlap_z": spread(rows, "overlap_z"),
             "sign_z": spread(rows, "sign_z"),
@@ -229,7 +231,8 @@ def nulls(structures: dict[str, Any]) -> str:
 
 def supports(structures: dict[str, Any]) -> str:
     rows = [
-        [name, f"{100 * held['density']:.0f} %", number(held["lift"]), share(held["p_overlap"]),
+        [name, f"{100 * held['density_a']:.0f} %", number(held["lift"]),
+         number(held["lift_weights"]), share(held["p_overlap"]),
          number(held["overlap_z"]), number(held["sign_z"])]
         for name, held in ((n, s["supports"]) for n, s in structures.items() if "supports" in s)
     ]  # fmt: skip
@@ -237,6 +240,7 @@ def supports(structures: dict[str, Any]) -> str:
         "structure",
         "density",
         "lift",
+        "given weights",
         "`p_overlap` < .05",
         "sd of `overlap_z`",
         "sd of `sign_z`",
