@@ -41,8 +41,8 @@ SIZES = (2, 4, 6)  # planted cosines, in standard deviations of the structure
 NULLS = ("z_isotropic", "z_groups", "z_rows", "z_channels", "z_rotation")
 MOST = 0.95  # of a planted cosine
 LEVEL = 0.05
-DIRECTIONS = 4  # singular directions that are compared
-AT_ONCE = 20  # pairs a task
+DIRECTIONS, DECOMPOSED = 4, 40  # singular directions that are compared, of so many pairs
+AT_ONCE = 10  # pairs a task
 CLAIM = "not by chance"  # in the sentence of a pair that is related
 
 
@@ -146,10 +146,11 @@ def mean(rows: Sequence[Measured], key: str) -> float | None:
 def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str, Any]:
     """Return what is found of one structure, as it is written to the JSON file.
 
-    `planted` pairs of each size are related; of as many independent ones subspaces are compared.
+    `planted` pairs of each size are related.
     """
-    both = workers.measure(structure, range(planted), subspace=DIRECTIONS)
-    rows = both + workers.measure(structure, range(planted, pairs))
+    most = min(DECOMPOSED, pairs)
+    both = workers.measure(structure, range(most), subspace=DIRECTIONS)
+    rows = both + workers.measure(structure, range(most, pairs))
     cosine = spread(rows, "cosine")
     assert cosine is not None
     found: dict[str, Any] = {
@@ -262,6 +263,7 @@ def page(results: dict[str, Any]) -> str:
     return template.format(
         facts="; ".join(f"{key} {value}" for key, value in results["facts"].items()),
         pairs=results["pairs"], planted=results["planted"], directions=DIRECTIONS,
+        decomposed=min(DECOMPOSED, results["pairs"]),
         alarms=alarms(held), power=power(held), nulls=nulls(held), supports=supports(held),
         subspaces=subspaces(held),
     )  # fmt: skip
