@@ -9,13 +9,17 @@ ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 KERNELS := skillvec/ops/_native.abi3.so
 READY := $(VENV)/.ready $(KERNELS)
 
-.PHONY: demo reproduce test slow torture fuzz sanitize check bench dist clean
+.PHONY: demo reproduce calibration test slow torture fuzz sanitize check bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m skillvec.recipes recipes/mini/past.yaml
 
 reproduce: $(READY)
 	$(BIN)/python -m skillvec.recipes.mini.reproduce
+
+# after `make demo`, whose updates it rotates
+calibration: $(READY)
+	$(BIN)/python benchmarks/calibration.py
 
 # a file's tests in one process: what they share is made once
 test: $(READY)

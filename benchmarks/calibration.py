@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from structures import REAL, SPARSE, STRUCTURES, Pairs
+from structures import BF16, REAL, SPARSE, STRUCTURES, Pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "calibration.md"
@@ -41,8 +41,8 @@ SIZES = (2, 4, 6)  # planted cosines, in standard deviations of the structure
 NULLS = ("z_isotropic", "z_groups", "z_rows", "z_channels", "z_rotation")
 MOST = 0.95  # of a planted cosine
 LEVEL = 0.05
-DIRECTIONS = 4  # singular directions that are compared
-AT_ONCE = 20  # pairs a task
+DIRECTIONS, DECOMPOSED = 4, 40  # singular directions that are compared, of so many pairs
+AT_ONCE = 10  # pairs a task
 CLAIM = "not by chance"  # in the sentence of a pair that is related
 
 
@@ -61,18 +61,20 @@ Measured = dict[str, Any]  # numbers of one pair
 
 def measure(task: Task) -> list[Measured]:
     """Compare the pairs of a task; return the overall numbers of each, and its sentence."""
-    from safetensors.numpy import save_file
+    import torch
+    from safetensors.torch import save_file
 
     import skillvec
 
     pairs, found = draws(task.structure, task.miniature), []
+    dtype = torch.bfloat16 if task.structure == BF16 else torch.float32
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{name}.safetensors" for name in ("base", "one", "other")]
         for number in task.numbers:
             seed = [zlib.crc32(task.structure.encode()), number]
             models = pairs.draw(np.random.default_rng(seed), task.cosine)
             for path, model in zip(paths, models, strict=True):
-                save_file(model, path)
+                save_file({n: torch.from_numpy(t).to(dtype) for n, t in model.items()}, path)
             report = skillvec.orthogonality(
                 f"{paths[1]}::{paths[0]}", f"{paths[2]}::{paths[0]}",
                 engine="serial", subspace=task.subspace,
@@ -136,13 +138,19 @@ def spread(rows: Sequence[Measured], key: str) -> float | None:
     return float(np.sqrt(np.mean(np.square(known)))) if known else None
 
 
+def mean(rows: Sequence[Measured], key: str) -> float | None:
+    known = [row[key] for row in rows if row.get(key) is not None]
+    return float(np.mean(known)) if known else None
+
+
 def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str, Any]:
     """Return what is found of one structure, as it is written to the JSON file.
 
-    `planted` pairs of each size are related; of as many independent ones subspaces are compared.
+    `planted` pairs of each size are related.
     """
-    both = workers.measure(structure, range(planted), subspace=DIRECTIONS)
-    rows = both + workers.measure(structure, range(planted, pairs))
+    most = min(DECOMPOSED, pairs)
+    both = workers.measure(structure, range(most), subspace=DIRECTIONS)
+    rows = both + workers.measure(structure, range(most, pairs))
     cosine = spread(rows, "cosine")
     assert cosine is not None
     found: dict[str, Any] = {
@@ -161,8 +169,8 @@ def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str,
         found["planted"].append({"size": size, "p": Share.below(held, "p"), "claimed": claimed})
     if structure in SPARSE:
         found["supports"] = {
-            "lift": float(np.mean([row["lift"] for row in rows])),
-            "density": float(np.mean([row["density_a"] for row in rows])),
+            key: mean(rows, key) for key in ("density_a", "lift", "lift_weights")
+        } | {
             "p_overlap": Share.below(rows, "p_overlap"),
             "overlap_z": spread(rows, "overlap_z"),
             "sign_z": spread(rows, "sign_z"),
@@ -224,7 +232,8 @@ def nulls(structures: dict[str, Any]) -> str:
 
 def supports(structures: dict[str, Any]) -> str:
     rows = [
-        [name, f"{100 * held['density']:.0f} %", number(held["lift"]), share(held["p_overlap"]),
+        [name, f"{100 * held['density_a']:.0f} %", number(held["lift"]),
+         number(held["lift_weights"]), share(held["p_overlap"]),
          number(held["overlap_z"]), number(held["sign_z"])]
         for name, held in ((n, s["supports"]) for n, s in structures.items() if "supports" in s)
     ]  # fmt: skip
@@ -232,6 +241,7 @@ def supports(structures: dict[str, Any]) -> str:
         "structure",
         "density",
         "lift",
+        "given weights",
         "`p_overlap` < .05",
         "sd of `overlap_z`",
         "sd of `sign_z`",
@@ -253,6 +263,7 @@ def page(results: dict[str, Any]) -> str:
     return template.format(
         facts="; ".join(f"{key} {value}" for key, value in results["facts"].items()),
         pairs=results["pairs"], planted=results["planted"], directions=DIRECTIONS,
+        decomposed=min(DECOMPOSED, results["pairs"]),
         alarms=alarms(held), power=power(held), nulls=nulls(held), supports=supports(held),
         subspaces=subspaces(held),
     )  # fmt: skip

@@ -129,13 +129,13 @@ def tied_supports(rng: Generator, base: Model) -> Model:
 def of_one_size(one: Callable[[Generator, Model], Model]) -> Draw:
     """Return what draws two updates and gives their rows and channels the same magnitudes.
 
-    Lognormal ones; four channels of the residual axis are ten times as large in every tensor.
+    Lognormal ones; four channels of the residual axis are three times as large in every tensor.
     """
 
     def draw(rng: Generator, base: Model) -> tuple[Model, Model]:
-        channels = rng.permutation(np.where(np.arange(HIDDEN) < 4, 10.0, 1.0))
-        channels *= rng.lognormal(0, 0.5, HIDDEN)
-        sizes = {name: along(name, value, channels, rng.lognormal(0, 1, value.size // HIDDEN))
+        channels = rng.permutation(np.where(np.arange(HIDDEN) < 4, 3.0, 1.0))
+        channels *= rng.lognormal(0, 0.2, HIDDEN)
+        sizes = {name: along(name, value, channels, rng.lognormal(0, 0.5, value.size // HIDDEN))
                  for name, value in base.items()}  # fmt: skip
         first, second = one(rng, base), one(rng, base)
         return ({name: sizes[name] * first[name] for name in base},
@@ -199,6 +199,7 @@ STRUCTURES: dict[str, Draw] = {
 }
 BF16 = "bf16"  # updates that are rounded with the weights
 BF16_SIZE = 2e-5  # about a quarter of the bf16 weights change
+BF16_KEPT = 0.65  # of a cosine of a hundredth, when both updates are rounded
 REAL = "real, rotated"
 SPARSE = ("sparse", "tied supports", BF16)  # whose supports say something
 
@@ -217,7 +218,10 @@ class Pairs:
             self.base, self.tuned, self.skilled = read_miniature(folder)
 
     def draw(self, rng: Generator, cosine: float = 0.0) -> tuple[Model, Model, Model]:
-        """Return base, base + A and base + B, where B holds so much of A as gives the cosine."""
+        """Return base, base + A and base + B, where B holds so much of A as gives the cosine.
+
+        All are fp32, in the structure BF16 with values that bf16 has.
+        """
         if self.structure == REAL:
             base = self.base
             other = {name: self.tuned[name] - base[name] for name in base}
@@ -227,7 +231,7 @@ class Pairs:
             return base, added(base, one), added(base, other)
         base = weights(rng)
         one, other = STRUCTURES[self.structure](rng, base)
-        one, other = planted(one, other, cosine)
+        one, other = planted(one, other, cosine / (BF16_KEPT if self.structure == BF16 else 1))
         size = BF16_SIZE if self.structure == BF16 else SIZE
         numel = sum(value.size for value in base.values())
         models = [added(base, model, size * np.sqrt(numel) / norm(model)) for model in (one, other)]
