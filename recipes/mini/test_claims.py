@@ -70,6 +70,14 @@ def test_holm_multiplies_by_what_is_left() -> None:
     assert rules.holm([0.9, 0.8]) == [1, 1]
 
 
+def test_a_part_needs_every_test_and_fails_by_one_of_many() -> None:
+    above, around = Spread((0.1, 0.2, 0.3, 0.4)), Spread((0.1, -0.1, 0.2, -0.2))
+    part = better("", {"a": above, "b": around})
+    assert part.p_for == brute(around.values, 0) and part.weakest.name == "b"
+    assert part.p_against == min(1, 2 * brute(around.values, 0))  # mirrored, it is itself
+    assert equal("", {"a": above}).p_against == 2 * brute(above.values, rules.MARGIN)
+
+
 # -------------------------------------------------------------------------------- verdicts
 
 SEEDS, DRAWS = 12, 100
@@ -263,7 +271,7 @@ def test_seeds_of_either_sign_do_not_cancel() -> None:
 
 
 def test_seeds_in_which_injection_passes_rl_are_named() -> None:
-    found = results(**GOOD)
+    found = results(**GOOD | {"RL_on_the_target": 0.82})
     upper = found.exact("apis", "RL on the target").values
     found.scores["apis", "RL on the target", "exact"] = Spread((0.0, *upper[1:]))
     evidence = claims.target_rl(found).evidence
@@ -287,14 +295,17 @@ def test_the_page_and_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert len({row.count("|") for row in rows}) == 1 and len(rows) > 2
     assert len(tables) == 24
     parts = [part for make in claims.CLAIMS for part in make(found).parts]
-    assert [row.split(" | ")[2] for row in tables[0][2:]] == [
-        f"**{verdict.word}**" for verdict in judge(parts)
+    shown = [row.split(" | ") for row in tables[0][2:]]
+    assert [(row[2], row[5], row[6]) for row in shown] == [
+        (f"**{verdict.word}**", rules.show_p(verdict.p_for), rules.show_p(verdict.p_against))
+        for verdict in judge(parts)
     ]
     for title in (make(found).title for make in claims.CLAIMS):
         assert f". {title}\n" in text
     # rank 4 gives .7 where v gives .8 and SFT only .3
     assert "| rank 4 of v's layers | 64% / 64% | 0.700 ± 0.007 | 80% |" in text
     assert "| layers of v alone | 25% / 25% |" in text
+    assert "| outside of the layers alone | 75% / 75% |" in text
     for name in ("lambda", "arms", "layers", "forgetting"):
         assert (page.parent / "images" / f"{name}.svg").read_text().startswith("<svg")
         assert f"images/{name}.svg" in text
