@@ -1,5 +1,6 @@
 """The benchmarks' configurations against the checks, and their small forms from the READMEs."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from skillvec.recipes import checks, judges, past, stand_in
+from skillvec.recipes import checks, judges, past, stand_in, tiny
 from skillvec.recipes.loogle import reward
 from skillvec.recipes.squad import judge as squad
 from skillvec.recipes.toolbench import judge as toolbench
@@ -136,6 +137,31 @@ def test_rules_grade_dialogues_and_refuse_other_prompts() -> None:
         stand_in.answer("Hello")
 
 
+def test_a_tiny_model_is_the_same_each_time_and_reads_chatml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (tmp_path / "texts").write_text("The harbour of Veldt was dug in 1871.")
+    for name in ("a", "b"):
+        words = ["--texts", str(tmp_path / "texts"), "--output", str(tmp_path / name)]
+        assert tiny.main(words) == 0
+    for file in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    said = [{"role": "user", "content": "harbour"}, {"role": "assistant", "content": "1871"}]
+    text = "<|im_start|>user\nharbour<|im_end|>\n<|im_start|>assistant\n"
+    asked = tokenizer.apply_chat_template(said[:1], tokenize=False, add_generation_prompt=True)
+    assert asked == text
+    assert tokenizer.apply_chat_template(said, tokenize=False) == f"{text}1871<|im_end|>\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert str(model.dtype) == "torch.float32" and model.config.vocab_size == len(tokenizer)
+    assert tiny.main(["--texts", str(tmp_path / "absent"), "-o", str(tmp_path / "c")]) == 2
+    assert "absent" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------- from the README
 
 
@@ -149,14 +175,15 @@ def test_a_small_form_runs_from_its_readme(name: str, clone: Path) -> None:
     folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
                                 "OMP_NUM_THREADS": "1"}  # fmt: skip
-    shell = subprocess.Popen(["bash", "-ec", code], env=environment, start_new_session=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    with (clone / "log").open("wb") as log:  # not a pipe: servers that are left would hold it
+        shell = subprocess.Popen(["bash", "-ec", code], env=environment, start_new_session=True,
+                                 stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
     try:
-        said = shell.communicate(timeout=1800)[0].decode()
+        code_of_exit = shell.wait(timeout=1800)
     finally:
-        if shell.poll() is None:
-            os.killpg(shell.pid, signal.SIGKILL)
-    assert shell.returncode == 0, said[-3000:]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)  # with -e, a failure leaves the servers
+    assert code_of_exit == 0, (clone / "log").read_text()[-3000:]
     out = clone / "runs" / f"{name}-small"
     (scores,) = json.loads((out / "scores.json").read_text()).values()
     assert set(scores) == {"base", "SFT only", "lambda 1", "random, lambda 1"}

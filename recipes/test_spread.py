@@ -93,13 +93,18 @@ def compare(folder: Path, one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("launch", ["multi_gpu", *SPREAD])
+@pytest.mark.parametrize("launch", SPREAD)
 def test_two_processes_end_where_one_does(folder: Path, launch: str, kind: str) -> None:
     out = folder / launch / kind
     told = train(folder, kind, out, launch_words(launch, 2))
     assert told.count("global batch 8 = 2 processes x 4 at once x 1 accumulated") == 1
     assert told.count("2 steps in") == 1  # and not once a process
     compare(folder, alone(folder, kind), out)
+
+
+@pytest.mark.parametrize("kind", ["sft-lora", "grpo"])
+def test_two_copies_end_where_one_does(folder: Path, kind: str) -> None:
+    test_two_processes_end_where_one_does(folder, "multi_gpu", kind)
 
 
 @pytest.mark.parametrize("launch", SPREAD)

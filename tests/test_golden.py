@@ -105,7 +105,7 @@ export-patch bf16_auto.safetensors -o patch.safetensors
 import-patch patch.safetensors bf16_base -o of_patch.safetensors
 extract-lora bf16_far.safetensors -o lora --rank 4 --exclude *layers.1*
 orthogonality bf16_auto.safetensors bf16_far.safetensors --against bf16_base -o angles
-orthogonality bf16_far.safetensors fp32_auto.safetensors --control random --sign-flips 50 -o nulls
+orthogonality bf16_far.safetensors fp32_auto.safetensors --control random -o nulls
 norms bf16_auto.safetensors -o norms
 inspect bf16_auto.safetensors --json
 inspect bf16_base --json

@@ -77,10 +77,9 @@ def pairs_of(file: Path, passages: Sequence[Passage]) -> dict[str, list[Pair]]:
             other.append(number)
             continue
         kept = wanted[row["id"]]
-        kept += [
-            pair for pair in find_pairs(row["completion"])
-            if pair.question not in {one.question for one in kept}
-        ]  # fmt: skip
+        for pair in find_pairs(row["completion"]):
+            if pair.question not in {one.question for one in kept}:
+                kept.append(pair)
     if other:
         raise ValueError(
             f"{file}: {first_five(other, 'row')} without a completion of one of these passages; "

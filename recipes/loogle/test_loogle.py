@@ -15,6 +15,7 @@ from skillvec.recipes.loogle import reward as scoring
 from skillvec.recipes.loogle.documents import Asked, Document, group, read_documents, read_questions
 from skillvec.recipes.loogle.pairs import Pair, find_pairs
 from skillvec.recipes.loogle.prepare import RECALL, main, passages_of, prepare, question_rows
+from skillvec.recipes.squad.items import Passage
 from skillvec.recipes.stand_in import StandIn
 
 pytest.importorskip("datasets")
@@ -141,6 +142,16 @@ def test_pairs_are_found_in_what_a_model_wrote() -> None:
     for text in ("", "Question: a\nEvidence: b", "Question: a\nAnswer: b", "Answer: x\nQuestion: y",
                  "Question: a\nEvidence: \nAnswer: b"):  # fmt: skip
         assert find_pairs(text) == []
+
+
+def test_a_question_counts_once_in_a_passage(tmp_path: Path) -> None:
+    passages = [Passage("T", f"Text {i}.", ()) for i in range(2)]
+    rows = [{"id": passages[0].id, "completion": SAID}] * 2
+    found = writing.pairs_of(Path(write_rows(tmp_path / "w.jsonl", rows)), passages)
+    asked = [pair.question for pair in found[passages[0].id]]
+    assert asked == ["Who cast ninety bells?", "Where was the crew?"]
+    assert found[passages[0].id][0].answer == "Ansel Brück"  # the first counts
+    assert found[passages[1].id] == []  # half of the passages may have none
 
 
 def test_pairs_become_texts_of_stage_1_and_answers_of_stage_2(

@@ -211,8 +211,8 @@ def nearly_orthogonal(results: Results) -> Claim:
     text = (
         "A pair's size is the mean of |cosine| over seeds: a mean with signs would let a seed of"
         " +.1 cancel one of -.1. *Layers*: without embeddings and the last norm. *Control*: a"
-        " random vector in place of the first. *p < .05*: the seeds in which the cosine is more than chance"
-        " gives, by the null that holds for the structure of the two deltas"
+        " random vector in place of the first. *p < .05*: the seeds in which the cosine is more than"
+        " chance gives, by the null that holds for the structure of the two deltas"
         " ([docs/orthogonality.md](orthogonality.md)); small, and no more than chance, are two"
         " questions. The SFT-SFT rows are the control for what two trainings from one base share"
         " anyway.\n\n"

@@ -30,7 +30,8 @@ def plan_seed(out: Path, seed: int, size: str = "mini") -> Pipeline:
     """List the stages of one seed below `out`."""
     config = read_config(SETTINGS)
     training = {**config.training, "seed": seed, "use_cpu": size == "mini"}
-    line = Pipeline(out, str(out / "base"), training)
+    # a seed in which RL never meets a reward counts: it is one of what a method may come to
+    line = Pipeline(out, str(out / "base"), training, allow_no_reward=True)
     start = line.module("start", "skillvec.recipes.mini.prepare", {"seed": seed, "size": size})
     told = config.sft[0]
     base = line.sft("base", start / "model", [told | BASE], [start / "base.jsonl"])

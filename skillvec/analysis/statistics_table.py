@@ -305,7 +305,7 @@ def write_number(value: Any, form: str) -> str:
 def write_numbers(row: Mapping[str, Any], table: Table) -> list[str]:
     """Return the numbers of a row as a person reads them; of a p that fp64 cannot hold its end."""
     return [
-        "< 1e-300" if number.key in ("p", "p_isotropic") and row.get(number.key) == 0
+        "< 1e-300" if number.key in ("p", "p_isotropic", "p_overlap") and row.get(number.key) == 0
         else write_number(row.get(number.key), number.form)
         for number in table
     ]  # fmt: skip

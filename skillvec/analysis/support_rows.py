@@ -40,8 +40,9 @@ def by_chance(size: Any, in_a: Any, in_b: Any) -> tuple[Sums, Sums]:
 
 def sizes_of(counts: npt.NDArray[Any]) -> tuple[Sums, Sums, Sums]:
     """Return values, values that a changes and values that b changes from counts (.., 4)."""
-    _, b, a, both = np.moveaxis(counts.astype(np.float64), -1, 0)
-    return counts.sum(axis=-1).astype(np.float64), a + both, b + both
+    held = counts.astype(np.float64)
+    b, a, both = held[..., 1], held[..., 2], held[..., 3]
+    return held.sum(axis=-1), a + both, b + both
 
 
 def table_of(strata: Strata) -> I32Array:
@@ -49,16 +50,14 @@ def table_of(strata: Strata) -> I32Array:
 
     Bit 0 of what happens: b changes the value, bit 1: a does, bit 2: with opposite signs.
     """
-    counts = strata.counts.astype(np.float64)
-    size = counts.sum(axis=1)
-    p, q = (counts[:, 2] + counts[:, 3]) / size, (counts[:, 1] + counts[:, 3]) / size
+    size, in_a, in_b = (side[:, None] for side in sizes_of(strata.counts))
+    events = np.arange(8)
+    x, y, opposed = events >> 1 & 1, events & 1, events >> 2
+    in_a, in_b = (x - in_a / size) * UNIT, y - in_b / size
+    scores = np.stack([in_a * in_b, in_a, in_b * UNIT], axis=-1)
     table = np.zeros((STRATA, 8, 4), np.int32)
-    for event in range(8):
-        x, y, opposed = event >> 1 & 1, event & 1, event >> 2
-        scores = (x - p) * (y - q), x - p, y - q
-        for place, score in enumerate(scores):
-            table[strata.numbers, event, place] = np.rint(score * UNIT)
-        table[strata.numbers, event, SIGNS] = (x & y) * (1 - 2 * opposed)
+    table[strata.numbers, :, :SIGNS] = np.rint(scores)
+    table[..., SIGNS] = (x & y) * (1 - 2 * opposed)
     return table
 
 

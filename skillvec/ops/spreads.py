@@ -35,6 +35,7 @@ BUCKETS = 128  # K
 EXACT = 1e9  # degrees of freedom of a variance that is no estimate
 LONGEST = 1 << 16  # an axis that channels are told apart on
 FLAT = 1024  # values a row of what is flat and longer
+CLEAR = 1.001  # both axes of a square are alike where a delta meets itself
 
 
 class Axis(NamedTuple):
@@ -229,7 +230,7 @@ class SpreadSums:
         axis = self._axes[0]
         if len(self._axes) > 1:
             turned = [turn(axis.sketch[n], axis.channels[n]).variance for axis in self._axes]
-            axis = self._axes[int(np.argmax(turned))]
+            axis = self._axes[turned[1] > CLEAR * turned[0]]
         most = max(across)
         return Spread(
             axis.is_shared, Units(stored.square * factor**2, stored.number),

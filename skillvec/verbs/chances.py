@@ -24,7 +24,7 @@ from skillvec.ops.spreads import (
     see,
 )
 from skillvec.report import Watcher
-from skillvec.verbs.row_pass import Tensor, held_nbytes, measure_rows, view_tensor
+from skillvec.verbs.row_pass import Tensor, arrays_held, held_nbytes, measure_rows, view_tensor
 from skillvec.verbs.support_pass import PairSupports, SupportTotals
 
 Pair = tuple[int, int]
@@ -67,7 +67,7 @@ def rows_nbytes(plan: Plan, at_once: int) -> int:
     assert plan.request is not None
     if not plan.request.pairs:
         return 0
-    count = len(plan.request.scales)
+    count = arrays_held(plan.request)
     return at_once_nbytes([held_nbytes(s, count) for s in _tensor_views(plan).values()], at_once)
 
 

@@ -93,7 +93,7 @@ def measure_rows(
         return measurer
 
     def nbytes_of(tensor: Tensor) -> int:
-        return held_nbytes(tensor.seen, len(tensor.job.deltas))
+        return held_nbytes(tensor.seen, arrays_held(request))
 
     try:
         with one_blas_thread(), closing(
@@ -108,11 +108,16 @@ def measure_rows(
         forget_open_files()
 
 
-def held_nbytes(seen: Seen, deltas: int) -> int:
+def arrays_held(request: Request) -> int:
+    """Return how many arrays stand side by side: deltas, and their weights if a pair asks."""
+    return len(request.scales) * (2 if request.by_weight else 1)
+
+
+def held_nbytes(seen: Seen, arrays: int) -> int:
     """Return what a worker holds of a tensor of this form, over `matrix_workers.COPIES`."""
     chunk = max(seen.columns, CHUNK)
     across = 0 if seen.axes[0].is_last and len(seen.axes) == 1 else seen.columns * BUCKETS
-    return 4 * deltas * (BLOCK_NUMEL + chunk + across) // 2
+    return 4 * arrays * (BLOCK_NUMEL + chunk + across) // 2
 
 
 class _Source(NamedTuple):

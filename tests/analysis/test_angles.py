@@ -79,7 +79,7 @@ def small(seed: int) -> Deltas:
 def test_every_number_of_a_family(form: str, family, tmp_path: Path) -> None:
     """RL against SFT delta, with everything that can be asked for."""
     given = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
-    options = {"subspace": 4, "sign_flips": 200, "control": f"{family.target}::{family.base}"}
+    options = {"subspace": 4, "control": f"{family.target}::{family.base}"}
     made = {ref: angles.side(*ref.split("::")) for ref in (*given, options["control"])}
     refs: list = given
     if form == "stored":
@@ -114,7 +114,7 @@ def test_the_script_finds_what_is_wrong(family) -> None:
 
 def test_the_script_as_a_command(family, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
-    report = sv.orthogonality(*refs, against=family.base, subspace=2, sign_flips=20)
+    report = sv.orthogonality(*refs, against=family.base, subspace=2)
     file = tmp_path / "report.json"
     file.write_text(json.dumps(report.to_dict()))
     assert angles.main([str(file)]) == 0
@@ -253,7 +253,7 @@ def test_numbers_are_those_of_every_value(long: list[str]) -> None:
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_no_digit_depends_on_the_workers(workers: int, long: list[str]) -> None:
-    options = {"sign_flips": 20, "control": "random", "seed": 3}
+    options = {"control": "random", "seed": 3}
     one, many = (sv.orthogonality(*long, workers=n, **options).to_dict() for n in (1, workers))
     assert (one["pairs"], one["norms"]) == (many["pairs"], many["norms"])
 
@@ -272,7 +272,7 @@ def test_forms_of_one_delta_give_the_same_numbers(family, tmp_path: Path) -> Non
     """Dense, sparse, packed and the pair itself; the random control too."""
     pair = f"{family.tuned}::{family.base}"
     other = f"{family.sft}::{family.base}"
-    options = {"control": "random", "against": family.base, "subspace": 2, "sign_flips": 9}
+    options = {"control": "random", "against": family.base, "subspace": 2}
     found = []
     for codec in ("dense", "sparse", "packed", None):
         ref: object = pair
@@ -291,7 +291,7 @@ def rows_in_full(entry: dict) -> dict:
 
 def test_three_vectors_make_three_pairs_as_if_alone(family) -> None:
     refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft, family.target)]
-    options = {"subspace": 2, "sign_flips": 9, "control": "random"}
+    options = {"subspace": 2, "control": "random"}
     report = sv.orthogonality(*refs, **options)
     check(report)
     pairs = report.to_dict()["pairs"]
@@ -325,13 +325,13 @@ def test_a_factor_scales_norms_and_nothing_else(factor: float, family) -> None:
                 assert found == value
             elif column in ("norm_a", "norm_ratio"):
                 assert found == pytest.approx(abs(factor) * value, rel=1e-6)
-            elif column in ("cosine", "z", "z_groups", "sign_z"):
+            elif column in ("cosine", "sign_z", "cosine_mean") or column.startswith("z"):
                 assert found == pytest.approx(sign * value, rel=1e-5, abs=1e-6), column
             elif column == "sign_agreement":
                 assert found == pytest.approx(value if sign > 0 else 1 - value)
-            elif column in ("cosine_se", "p", "density_a", "jaccard", "lift", "overlap_z",
-                            "on_support_a", "on_support_b", "along", "overlap_left",
-                            "overlap_right", "a_in_b", "b_in_a"):  # fmt: skip
+            elif column in ("cosine_se", "cosine_sd", "p", "rare_share", "density_a", "jaccard",
+                            "lift", "overlap_z", "on_support_a", "on_support_b", "along",
+                            "overlap_left", "overlap_right", "a_in_b", "b_in_a"):  # fmt: skip
                 assert found == pytest.approx(value, rel=1e-5, abs=1e-6), column
 
 
@@ -385,11 +385,11 @@ def test_disjoint_supports(tmp_path: Path) -> None:
         a[name].reshape(-1)[::2] = 0
         b[name].reshape(-1)[1::2] = 0
     for row in rows_of(tmp_path, a, b, control="random").values():
-        assert (row["cosine"], row["z"], row["p"]) == (0, 0, pytest.approx(1))
+        assert (row["cosine"], row["z_isotropic"], row["p_isotropic"]) == (0, 0, pytest.approx(1))
         assert (row["jaccard"], row["lift"], row["along"]) == (0, 0, 0)
         assert (row["conflict_a"], row["conflict_b"]) == (0, 0)
         assert (row["on_support_a"], row["on_support_b"]) == (0, 0)
-        assert (row["sign_agreement"], row["sign_z"], row["z_groups"]) == (None, None, None)
+        assert (row["sign_agreement"], row["sign_z"], row["z_groups"]) == (None, None, None), row
         assert row["overlap_z"] < -3
         # the control has a's support, so it meets b nowhere either
         assert row["control_cosine"] == 0
@@ -397,12 +397,13 @@ def test_disjoint_supports(tmp_path: Path) -> None:
 
 def test_a_zero_delta_has_no_angle(tmp_path: Path) -> None:
     a, b = {"x": np.ones((4, 4)), "y": np.ones(5)}, {"x": np.zeros((4, 4)), "y": np.ones(5)}
-    report = sv.orthogonality(*refs_of(tmp_path, a, b), subspace=2, sign_flips=5, control="random")
+    report = sv.orthogonality(*refs_of(tmp_path, a, b), subspace=2, control="random")
     found = rows(report)
     row = found["tensors", "x"]
-    for column in ("cosine", "cosine_se", "z", "p", "z_groups", "norm_ratio", "lift", "overlap_z",
-                   "sign_agreement", "sign_z", "conflict_b", "on_support_b", "p_flips",
-                   "control_cosine", "control_z", "overlap_left", "b_in_a"):  # fmt: skip
+    for column in ("cosine", "cosine_se", "cosine_sd", "z", "p", "null", "z_groups", "z_rotation",
+                   "p_isotropic", "norm_ratio", "lift", "overlap_z", "sign_agreement", "sign_z",
+                   "conflict_b", "on_support_b", "control_cosine", "control_z", "overlap_left",
+                   "b_in_a"):  # fmt: skip
         assert row[column] is None, column
     assert row["a_in_b"] == 0  # b has no direction
     assert (row["jaccard"], row["conflict_a"], row["along"]) == (0, 0, 0)
@@ -483,14 +484,14 @@ def test_planted_layers_come_first(tmp_path: Path) -> None:
     for found in forecast["layers"]:
         row, size = layers[found["name"]], planted[found["name"]]
         assert found["cosine"] == row["cosine"] == pytest.approx(size / sqrt(1 + size**2), abs=0.05)
-        assert found["z_groups"] == row["z_groups"] > 4
+        assert (found["z"], found["p"]) == (row["z"], row["p"]) and row["z"] > 4
         assert found["conflict"] == row["conflict_a"] < 0.45
         assert found["share"] == pytest.approx(row["along"] * row["norm_a"] ** 2 / whole)
         # two of nine tensors
         assert found["share"] == pytest.approx(found["cosine"] ** 2 * 2 / 9, rel=0.1)
         assert found["name"] in forecast["sentence"]
     for name, row in layers.items():
-        assert name in planted or (abs(row["z"]) < 4 and abs(row["z_groups"]) < 4)
+        assert name in planted or abs(row["z"]) < 4
     for row in pair["tensors"]:  # the cells of the heat map
         assert (row["cosine"] > 0.15) == (row["layer"] in planted), row["name"]
     for number, column in (("along", "along"), ("on_support", "on_support_a"),
@@ -522,13 +523,11 @@ def draws(folder: Path, a: np.ndarray, b: np.ndarray, **options) -> list[dict]:
 def test_pure_noise_is_standard_normal(tmp_path: Path) -> None:
     rng = np.random.default_rng(11)
     a, b = normal(rng, 200, 2500), normal(rng, 200, 2500)
-    found = draws(tmp_path, a, b, sign_flips=199, control="random")
-    for column in ("z", "z_groups", "sign_z", "control_z"):
+    found = draws(tmp_path, a, b)
+    for column in ("z", "z_groups", "z_rows", "z_channels", "z_rotation", "z_isotropic", "sign_z"):
         follows([row[column] for row in found])
-    for column in ("p", "p_flips"):
+    for column in ("p", "p_isotropic"):
         follows([row[column] for row in found], "uniform", 0.5, sqrt(1 / 12))
-    steps = np.array([row["p_flips"] for row in found]) * 200
-    assert np.abs(steps - np.rint(steps)).max() < 1e-9 and steps.min() >= 1
     scaled = [row["cosine"] / row["cosine_se"] for row in found]
     follows(scaled)
     assert all(row["overlap_z"] is None for row in found)
@@ -557,14 +556,15 @@ def runs_of_eight(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", [common_support, runs_of_eight])
-def test_where_z_is_wrong_z_groups_is_not(kind, tmp_path: Path) -> None:
-    """Unequal magnitudes in common places, or dependent neighbours: z is far too wide."""
-    found = draws(tmp_path, *kind(np.random.default_rng(13)), sign_flips=99, control="random")
-    assert np.std([row["z"] for row in found]) > 2
-    assert stats.kstest([row["p"] for row in found], "uniform").pvalue < 1e-6
-    follows([row["z_groups"] for row in found])
+def test_where_directions_are_marked_z_is_right(kind, tmp_path: Path) -> None:
+    """Unequal magnitudes in common places, or dependent neighbours: the isotropic z is too wide."""
+    found = draws(tmp_path, *kind(np.random.default_rng(13)))
+    assert np.std([row["z_isotropic"] for row in found]) > 2
+    assert stats.kstest([row["p_isotropic"] for row in found], "uniform").pvalue < 1e-6
+    for column in ("z", "z_groups"):
+        follows([row[column] for row in found])
     follows([row["cosine"] / row["cosine_se"] for row in found])
-    follows([row["p_flips"] for row in found], "uniform", 0.5, sqrt(1 / 12))
+    follows([row["p"] for row in found], "uniform", 0.5, sqrt(1 / 12))
 
 
 def test_small_tensors_have_the_exact_p(tmp_path: Path) -> None:
@@ -574,9 +574,9 @@ def test_small_tensors_have_the_exact_p(tmp_path: Path) -> None:
         found = draws(tmp_path / str(i), normal(rng, 200, size), normal(rng, 200, size))
         for row in found:
             expected = 1 - abs(row["cosine"]) if size == 3 else 1.0
-            assert row["p"] == pytest.approx(expected, abs=1e-6)
+            assert row["p_isotropic"] == pytest.approx(expected, abs=1e-6)
         if size == 3:
-            follows([row["p"] for row in found], "uniform", 0.5, sqrt(1 / 12))
+            follows([row["p_isotropic"] for row in found], "uniform", 0.5, sqrt(1 / 12))
 
 
 def test_groups_add_up_over_tensors(tmp_path: Path) -> None:
@@ -594,7 +594,7 @@ def test_groups_add_up_over_tensors(tmp_path: Path) -> None:
     follows([row["sign_z"] for row in overall])
 
 
-# --------------------------------------------------------------------------- controls and flips
+# ------------------------------------------------------------------------------------- controls
 
 
 def test_the_random_control_sees_no_planted_alignment(tmp_path: Path) -> None:
@@ -603,12 +603,12 @@ def test_the_random_control_sees_no_planted_alignment(tmp_path: Path) -> None:
     a = normal(rng, 200, 3000) * (rng.random((200, 3000)) < 0.5)
     found = draws(tmp_path, a, a, control="random")
     assert all(row["cosine"] == pytest.approx(1) for row in found)
-    # the magnitudes are common, so z spreads wider by sqrt(mean a^4) / mean a^2 = sqrt(3 / .5)
-    follows([row["control_z"] / sqrt(6) for row in found])
+    # the magnitudes are common, so the cosine spreads wider by sqrt(mean a^4) / mean a^2
+    follows([row["control_cosine"] * sqrt(3000 / 6) for row in found])
 
 
 def test_the_random_control_has_the_same_support_and_norms(tmp_path: Path) -> None:
-    """With one value a tensor nothing is left to draw but signs."""
+    """With one value a tensor nothing is left to draw but the sign of its channel."""
     a = {f"t{i}": np.eye(1, 50, i)[0] * (i + 1.0) for i in range(12)}
     b = {f"t{i}": np.eye(1, 50, i)[0] * 2.0 for i in range(12)}
     found = rows_of(tmp_path, a, b, control="random")
@@ -620,30 +620,35 @@ def test_the_random_control_has_the_same_support_and_norms(tmp_path: Path) -> No
     assert found["overall", ""]["control_cosine"] == pytest.approx(total)
 
 
-def test_the_random_control_of_bf16_values_and_exceptions(long: list[str]) -> None:
-    """Signs of stored values and of their exact differences are drawn, in every block."""
-    for seed in (0, 1):
-        found = rows(sv.orthogonality(long[0], long[0], control="random", seed=seed))
-        for key, row in found.items():
-            assert row["cosine"] == pytest.approx(1, abs=1e-6)
-            assert 0 < abs(row["control_z_groups"]) < 4.5, key
+def test_the_signs_of_the_control_are_those_of_channels(tmp_path: Path) -> None:
+    """A hidden channel has one sign, in rows that read from it and in columns that write to it."""
+    channel, other = np.zeros((16, 1)), np.ones((1, 40))
+    for at in (2, 7):
+        channel[:] = 0
+        channel[at] = 1.0
+        delta = {"l.0.up.w": (channel * other).T, "l.0.down.w": channel * other, "n": channel[:, 0],
+                 "embed": np.ones((30, 1)) * channel.T, "l.0.own": np.eye(1, 24, at)}  # fmt: skip
+        found = rows_of(tmp_path / str(at), delta, delta, control="random")
+        shared = {
+            round(found["tensors", name]["control_cosine"]) for name in delta if name != "l.0.own"
+        }
+        assert shared in ({1}, {-1})
+        assert abs(found["tensors", "l.0.own"]["control_cosine"]) == pytest.approx(1)
 
 
-def test_controls_and_flips_are_addressed_by_the_seed(tmp_path: Path) -> None:
+def test_controls_are_addressed_by_the_seed(tmp_path: Path) -> None:
     refs = refs_of(tmp_path, small(17), small(18))
-    options = {"control": "random", "sign_flips": 99}
     found = [
-        rows(sv.orthogonality(*refs, seed=seed, **options))["overall", ""] for seed in (0, 0, 1)
+        rows(sv.orthogonality(*refs, seed=seed, control="random"))["overall", ""]["control_cosine"]
+        for seed in (0, 0, 1)
     ]
-    for column in ("control_cosine", "p_flips"):
-        values = [row[column] for row in found]
-        assert values[0] == values[1] != values[2], column
-    report = sv.orthogonality(*refs, seed=7, **options).to_dict()
-    assert (report["seed"], report["sign_flips"], report["control"]) == (7, 99, "random")
+    assert found[0] == found[1] != found[2]
+    report = sv.orthogonality(*refs, seed=7, control="random").to_dict()
+    assert (report["seed"], report["control"]) == (7, "random")
     plain = sv.orthogonality(*refs).to_dict()
-    assert (plain["control"], plain["sign_flips"]) == (None, 0)
+    assert plain["control"] is None
     row = plain["pairs"][0]["overall"]
-    assert [row.get(c) for c in ("p_flips", "control_cosine", "control_z")] == [None] * 3
+    assert [row.get(c) for c in ("control_cosine", "control_z")] == [None] * 2
 
 
 def test_a_third_vector_as_control(family) -> None:

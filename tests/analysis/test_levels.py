@@ -7,7 +7,6 @@ import pytest
 from harm import DIGITS, lowered
 
 from skillvec.analysis.levels import (
-    chance_of,
     pair_levels,
     pair_row,
     pair_terms,
@@ -16,6 +15,7 @@ from skillvec.analysis.levels import (
     vector_row,
 )
 from skillvec.ops.names import MOST_DIGITS, kind_of, layer_of, module_of, natural_order
+from skillvec.ops.spreads import Units, Variances
 from skillvec.ops.statistics import Request, layout
 
 
@@ -112,7 +112,7 @@ def test_gain_and_cosine_at_the_ends_of_fp64() -> None:
     assert realised((1.0, -(1 + 1e-9), 1.0), -1.0) == (1 + 1e-9, 1.0)  # fp32 lanes round
 
 
-REQUEST = Request((1.0, 1.0), ((0, 1),), ((0, 1, True),), sign_flips=3)
+REQUEST = Request((1.0, 1.0), ((0, 1),), ((0, 1),))
 
 
 def record(numel: int, **given: object) -> tuple[str, int, np.void]:
@@ -137,11 +137,11 @@ def test_pair_row_by_hand() -> None:
         pairs_met_b=8, pairs_clash_a=5, pairs_clash_b=2, controls_product=-2,
         controls_groups_sq=4,
     )  # fmt: skip
-    one[1]["flips"][0] = [12, -13, 5]
     row = pair_row(terms(one))
-    assert row["cosine"] == pytest.approx(0.6) and row["z"] == pytest.approx(6.0)
+    assert row["cosine"] == pytest.approx(0.6) and row["z_isotropic"] == pytest.approx(6.0)
     assert (row["norm_a"], row["norm_b"], row["norm_ratio"]) == (5.0, 4.0, 1.25)
-    assert row["z_groups"] == pytest.approx(12 / 3)
+    assert (row["null"], row["z"], row["z_groups"]) == ("groups", 4.0, 4.0)  # nothing else is known
+    assert row["cosine_sd"] == pytest.approx(3 / 20) and row["z_rotation"] is None
     assert row["cosine_se"] == pytest.approx(sqrt(100 / 99 * (9 - 144 / 100)) / 20)
     assert (row["density_a"], row["density_b"]) == (0.1, 0.2)
     assert row["jaccard"] == pytest.approx(8 / 22) and row["lift"] == pytest.approx(4.0)
@@ -151,10 +151,15 @@ def test_pair_row_by_hand() -> None:
     assert (row["on_support_a"], row["on_support_b"]) == (0.8, 0.5)
     assert (row["conflict_a"], row["conflict_b"]) == (0.2, 0.125)
     assert row["along"] == pytest.approx(144 / 16 / 25)
-    assert row["p_flips"] == 3 / 4  # two of three draws reach 12
     assert row["control_cosine"] == pytest.approx(-0.1)
     assert row["control_z"] == pytest.approx(-1.0)
-    assert row["control_z_groups"] == pytest.approx(-1.0)
+    rows = Variances(rows=Units(16.0, 30))
+    assert pair_row(terms(one), None, rows)["control_z"] == pytest.approx(-0.5)
+    drawn = pair_row(terms(one) | {"control_product": 0.0}, Variances(control=-6.0))
+    assert drawn["control_cosine"] == 0.0  # the measured control goes before a drawn one
+    plain = {key: of for key, of in terms(one).items() if not key.startswith("control")}
+    drawn = pair_row(plain, Variances(control=-6.0))
+    assert (drawn["control_cosine"], drawn["control_z"]) == (pytest.approx(-0.3), -2.0)
 
 
 def test_groups_of_tensors_add_sums_not_cosines() -> None:
@@ -162,13 +167,20 @@ def test_groups_of_tensors_add_sums_not_cosines() -> None:
     one = record(4, vectors_square=[9, 9], pairs_product=-9, pairs_groups_sq=27,
                  vectors_support=[4, 4], pairs_shared=4, pairs_agree=0)  # fmt: skip
     two = record(6, vectors_square=[1, 1], pairs_product=1, pairs_groups_sq=1,
-                 vectors_support=[0, 6], pairs_shared=0)  # fmt: skip
+                 vectors_support=[1, 6], pairs_shared=1)  # fmt: skip
     row = pair_row(terms(one, two))
     assert row["numel"] == 10 and row["cosine"] == pytest.approx(-8 / 10)
     assert row["z_groups"] == pytest.approx(-8 / sqrt(28))
     assert row["lift"] == 1.0 and row["overlap_z"] is None  # all that chance allows
     assert row["along"] == pytest.approx((81 / 9 + 1) / 10)
-    levels = pair_levels([("l.0.w", *one), ("l.1.w", *two)], REQUEST, 0, [{}, {}])
+    records = [("l.0.w", *one), ("l.1.w", *two)]
+    levels = pair_levels(records, REQUEST, 0, [{}, {}], {}, matrices=[0, 1])
+    (part,) = levels["parts"]
+    assert (part["name"], part["cosine"]) == ("layers", levels["overall"]["cosine"])
+    assert part["cosine_mean"] == 0.0 and part["cosine_mean_se"] == pytest.approx(1.0)
+    assert part["rare_share"] == 0.0 and "cosine_mean" not in levels["tensors"][0]
+    outside = pair_levels([("embed.w", *one), ("l.1.w", *two)], REQUEST, 0, [{}, {}], {})
+    assert {row["name"]: row["cosine"] for row in outside["parts"]} == {"outside": -1, "layers": 1}
     assert [row["name"] for row in levels["layers"]] == ["l.0", "l.1"]
     assert [row["cosine"] for row in levels["layers"]] == [-1.0, 1.0]
     assert levels["kinds"][0]["cosine"] == levels["overall"]["cosine"] == pytest.approx(-0.8)
@@ -180,66 +192,54 @@ def test_groups_of_tensors_add_sums_not_cosines() -> None:
 
 def test_a_zero_delta_has_no_angle() -> None:
     row = pair_row(terms(record(100, vectors_square=[25, 0], vectors_support=[3, 0])))
-    for key in ("cosine", "cosine_se", "z", "p", "z_groups", "p_flips", "norm_ratio", "sign_z",
+    for key in ("cosine", "cosine_se", "z", "p", "z_groups", "null", "norm_ratio", "sign_z",
                 "lift", "overlap_z", "sign_agreement", "control_cosine"):  # fmt: skip
         assert row[key] is None, key
     assert row["jaccard"] == 0.0 and row["along"] == 0.0
-    assert "there is no angle" in sentence(row)
+    assert "there is no angle" in sentence({"overall": row, "parts": []})
 
 
-@pytest.mark.parametrize("numel", [2, 3, 5, 50, 10**5, 10**10])
-def test_p_is_the_share_of_the_sphere(numel: int) -> None:
-    """In 2 dimensions angles are uniform, in 3 cosines (Archimedes); far out z is normal."""
-    from math import acos, erfc, pi
-
-    for cosine in (0.0, 1e-3, -0.3, 0.9, -1.0):
-        p = chance_of(cosine, numel)
-        if numel == 2:
-            assert p == pytest.approx(acos(abs(cosine)) / (pi / 2))
-        elif numel == 3:
-            assert p == pytest.approx(1 - abs(cosine))
-    for z in (0.1, 1.0, 3.0):
-        if numel >= 10**5:
-            p = chance_of(z / sqrt(numel), numel)
-            assert p == pytest.approx(erfc(z / sqrt(2)), rel=1e-3)
-    assert chance_of(1.0, 1) == 1.0 and chance_of(-1.0, numel) == 0.0
-
-
-@pytest.mark.parametrize("numel", [1000, 1001, 4096, 10**6, 10**9])
-def test_p_of_many_values_is_the_beta_law(numel: int) -> None:
-    from scipy.special import betainc
-
-    for z in (0.01, 0.5, 2.0, 4.0, 6.0):
-        cosine = z / sqrt(numel)
-        expected = betainc((numel - 1) / 2, 0.5, 1 - cosine**2)
-        assert chance_of(-cosine, numel) == pytest.approx(expected, rel=3e-5)
+def judged(cosine: float, z: float, p: float, null: str = "rotation", **others: float) -> dict:
+    row = {"cosine": cosine, "cosine_sd": abs(cosine / z), "z": z, "p": p, "null": null}
+    zs = dict.fromkeys(("z_groups", "z_rows", "z_channels", "z_rotation"), z) | others
+    return {"name": "layers"} | row | zs
 
 
 def test_what_the_sentences_say() -> None:
-    row = {"cosine": 0.02, "cosine_se": 0.001, "z_groups": 20.0}
-    assert sentence(row) == (
-        "cosine +0.0200 \u00b1 0.0020: nearly orthogonal, but not by chance (z +20)"
+    clear = judged(0.02, 20.0, 1e-80)
+    pair: dict = {"overall": clear, "parts": [clear]}
+    assert sentence(pair) == (
+        "cosine +0.0200, by chance \u00b1 0.0020: nearly orthogonal but not by chance"
+        " (z +20.0 by the spread of random rotations of the hidden axis)"
     )
-    assert "\u00b1 0.0020, of which rounding may give -0.0100:" in sentence(row, -0.01)
-    assert "aligned" in sentence(row | {"cosine": 0.5})
-    assert "opposed" in sentence(row | {"cosine": -0.5})
-    assert "no more than unrelated directions show (z -2.9)" in sentence(row | {"z_groups": -2.9})
+    assert "orthogonal, of which rounding may give -0.0100, but not" in sentence(pair, -0.01)
+    assert "aligned" in sentence(pair | {"overall": judged(0.5, 20, 1e-80)})
+    assert "opposed" in sentence(pair | {"overall": judged(-0.5, -20, 1e-80)})
+    for row in (judged(0.02, 2.5, 0.012), judged(0.02, 4.0, 1e-4, "groups", z_rotation=1.9)):
+        said = sentence(pair | {"overall": row})
+        assert "no more than unrelated updates of this structure show (z +" in said
+        assert "not by chance" not in said
+    parts = [clear | {"name": "outside"}, judged(-0.3, -1.0, 0.3, "rows")]
+    assert sentence(pair | {"parts": parts}).endswith(
+        "; without embeddings, head and last norm cosine -0.3000, by chance \u00b1 0.5880, no more"
+        " than unrelated updates of this structure show (z -1.0 by the spread of random signs of"
+        " whole rows)"
+    )
 
 
 def test_the_forecast_names_the_layers_that_stand_out() -> None:
     """Half of a's energy is in layer 1, half of that along b; layer 0 is within chance."""
     quiet = record(10**6, vectors_square=[50, 50], pairs_product=0.05, pairs_groups_sq=0.0025,
-                   pairs_clash_a=25)  # fmt: skip
+                   pairs_clash_a=25, pairs_shared=10**5)  # fmt: skip
     loud = record(10**6, vectors_square=[50, 50], pairs_product=sqrt(0.5) * 50,
-                  pairs_groups_sq=25)  # fmt: skip
+                  pairs_groups_sq=25, pairs_shared=10**5)  # fmt: skip
     names = ["l.0.w", "l.1.w"]
     pair = pair_levels(
         [(name, *sums) for name, sums in zip(names, (quiet, loud), strict=True)],
-        REQUEST, 0, [{}, {}],
+        REQUEST, 0, [{}, {}], {},
     )  # fmt: skip
-    outside = pair_levels(
-        [("norm", *loud), ("other", *quiet)], REQUEST, 0, [{}, {}]
-    )  # fmt: skip
+    records = [("norm", *loud), ("other", *quiet)]
+    outside = pair_levels(records, REQUEST, 0, [{}, {}], {})
     assert [layer["name"] for layer in outside["forecast"]["layers"]] == ["norm"]
     (layer,) = pair["forecast"]["layers"]
     assert layer["name"] == "l.1" and layer["share"] == pytest.approx(0.25)
@@ -262,12 +262,3 @@ def test_what_rounding_keeps_by_hand() -> None:
     unknown = vector_row(sums | {"moved": 0, "steps": np.zeros(9)}, 80.0)
     for key in ("steps", "below_half_step", "kept_gain", "kept_cosine", "absorbed"):
         assert unknown[key] is None
-
-
-@pytest.mark.parametrize("numel", [2, 3, 4, 11, 101, 500, 1000])
-def test_chance_is_the_law_of_beta(numel: int) -> None:
-    from scipy.special import betainc
-
-    for cosine in (0.0, 1e-4, 0.01, 0.03, 0.05, 0.1, -0.3, 0.7, -0.99, 0.999999, 1.0):
-        expected = float(betainc((numel - 1) / 2, 0.5, 1 - cosine * cosine))
-        assert chance_of(cosine, numel) == pytest.approx(expected, rel=1e-11, abs=1e-300)

@@ -64,13 +64,13 @@ def pair_row(draw: random.Random, head: Row, centre: float, subspace: bool) -> R
     scale = 1 / sqrt(head["numel"])
     cosine, control = draw.gauss(centre, 1.4) * scale, draw.gauss(0, 1) * scale
     row = head | {
-        "cosine": cosine, "cosine_se": 1.2 * scale, "z": cosine / scale, "p": 0.0021,
-        "z_groups": 0.8 * cosine / scale, "p_flips": None, "norm_a": 0.4, "norm_b": 11.0,
-        "norm_ratio": 0.4 / 11, "density_a": 0.12, "density_b": 0.93, "jaccard": 0.12,
+        "cosine": cosine, "cosine_se": 1.2 * scale, "cosine_sd": scale, "z": cosine / scale,
+        "p": 0.0021, "null": "rotation", "z_groups": 1.8 * cosine / scale, "norm_a": 0.4,
+        "norm_b": 11.0, "norm_ratio": 0.4 / 11, "density_a": 0.12, "density_b": 0.93,
+        "jaccard": 0.12,
         "lift": 1.04, "overlap_z": 21.0, "sign_agreement": 0.503, "sign_z": 3.1,
         "conflict_a": 0.44, "conflict_b": 0.05, "on_support_a": 0.93, "on_support_b": 0.12,
         "along": cosine**2, "control_cosine": control, "control_z": control / scale,
-        "control_z_groups": 0.9 * control / scale,
     }  # fmt: skip
     numbers = (0.031, 0.044, 0.0039, 0.002, 0.001, 1.5e-5)
     return row | {
@@ -82,6 +82,7 @@ def pair_row(draw: random.Random, head: Row, centre: float, subspace: bool) -> R
 def levels(draw: random.Random, tensors: list[Row], make: Any) -> Row:
     """Return rows at every level; those of groups are drawn, not summed: only shape matters."""
     groups: Row = {"tensors": [make(row) for row in tensors]}
+    groups["parts"] = [make({"name": name, "numel": 10**6}) for name in ("layers", "outside")]
     for level, key in (("modules", "module"), ("kinds", "kind"), ("layers", "layer")):
         names = dict.fromkeys(row[key] or "(no layer)" for row in tensors)
         groups[level] = [make({"name": name, "numel": 10**6}) for name in names]
@@ -113,9 +114,15 @@ def fake_report(
             return pair_row(draw, head, centre, subspace)
 
         rows = levels(draw, heads, pair)
-        rows["tensors"][3] |= {"cosine": None, "z": None, "norm_a": 0.0, "control_z": None}
-        top = [{"name": "model.layers.1", "share": 0.31, "cosine": 1e-3, "z_groups": 2.5,
-                "conflict": 0.4}]  # fmt: skip
+        rows["tensors"][3] |= {
+            "cosine": None,
+            "cosine_sd": None,
+            "z": None,
+            "norm_a": 0.0,
+            "control_z": None,
+        }
+        top = [{"name": "model.layers.1", "share": 0.31, "cosine": 1e-3, "z": 2.5,
+                "p": 0.01, "conflict": 0.4}]  # fmt: skip
         pairs.append({
             "a": labels[i], "b": labels[j], "lineage_a": lineage[i], "lineage_b": lineage[j],
             "control": "random", **rows,
@@ -127,8 +134,8 @@ def fake_report(
         })  # fmt: skip
     asked = {"k": 16, "device": "cpu", "exact": 120, "randomised": 9, "left_out": 4, "error": 2e-3}
     return {
-        "verb": verb, "schema": 1, "vectors": list(labels), "lineage": lineage,
-        "against": "Qwen/Qwen2.5-7B", "control": "random", "seed": 0, "sign_flips": 0,
+        "verb": verb, "schema": 2, "vectors": list(labels), "lineage": lineage,
+        "against": "Qwen/Qwen2.5-7B", "control": "random", "seed": 0,
         "subspace": asked if subspace else None, "step_edges": STEP_EDGES, "norms": norms,
         "pairs": pairs, "counts": {"compared": len(heads)}, "tensors": [{"name": "ledger"}],
         "warnings": ["rl-math was taken between 16-bit checkpoints: 88 % of its values are 0."],

@@ -70,7 +70,7 @@ def test_the_tables_of_the_page_are_those_of_the_module() -> None:
 
 def test_every_number_has_one_row() -> None:
     """What is computed and what has a row are the same: nothing is shown that has no meaning."""
-    request = Request((1.0, 1.0), ((0, 1),), ((0, 1, True),), 0, 9)
+    request = Request((1.0, 1.0), ((0, 1),), ((0, 1),))
     sums = np.zeros(1, layout(request))[0]
     matrix = np.eye(6, 4, dtype=np.float32)
     one = decompose(matrix, 2, "cpu", 0)
@@ -79,7 +79,7 @@ def test_every_number_has_one_row() -> None:
     own = Own(one, find_spikes(matrix, one, "cpu", 0))
     pair["sums"] |= relate_parts(own, own, 4.0, 8.0)
     records = [("w", 24, sums)]
-    levels = pair_levels(records, request, 0, [pair])
+    levels = pair_levels(records, request, 0, [pair], {}, None, [0])
     vector = vector_levels(records, 0, [describe_spectrum(*own, 0.5)])
     for found, table in ((levels, PAIRS), (vector, VECTORS)):
         assert set(found["overall"]) == {number.key for number in table}

@@ -905,7 +905,7 @@ NARROW = {
     "export-patch": ["export-patch", "v.safetensors", "-o", "w.safetensors"],
     "orthogonality": ["orthogonality", "v.safetensors", "t::b", "c.safetensors"],
     "orthogonality of two": ["orthogonality", "v.safetensors", "c.safetensors", "--control",
-                             "random", "--subspace", "2", "--sign-flips", "9"],
+                             "random", "--subspace", "2"],
     "norms": ["norms", "v.safetensors", "--subspace", "2"],
     "inspect": ["inspect", "v.safetensors"],
     "inspect combination": ["inspect", "c.safetensors", "--target", "b"],

@@ -154,11 +154,6 @@ class Seen:
         return first
 
     @property
-    def flips(self) -> list[float | None]:
-        """What the randomisation test gives for each kind of tensor."""
-        return [kind["p_flips"] for kind in self.report["pairs"][0]["kinds"]]
-
-    @property
     def norms(self) -> dict[str, Any]:
         first: dict[str, Any] = self.report["norms"][0]["overall"]
         return first
@@ -502,8 +497,6 @@ CASES: dict[str, dict[str, Case]] = {
         "--control": Case(f"{BOTH} --json", "--control random", lambda a, b: (
             "control_cosine" not in a.measured
             and abs(b.measured.get("control_cosine", 1)) < 1)),
-        "--sign-flips": Case(f"{BOTH} --json", "--sign-flips 20", lambda a, b: (
-            a.measured["p_flips"] is None and 0 < (b.measured["p_flips"] or 0) <= 1)),
         "--seed": Case(f"{BOTH} --control random --json", "--seed 1", lambda a, b: (
             a.measured["control_cosine"] != b.measured["control_cosine"])),
     },
@@ -535,8 +528,6 @@ OPTIONS = [
 
 ALSO = [  # what else an option decides
     ("apply", "--seed", Case(f"target {BOTH} -o OUT --op dare_linear", "--seed 1", values_differ)),
-    ("orthogonality", "--seed", Case(f"{BOTH} --sign-flips 20 --json", "--seed 1", lambda a, b: (
-        a.flips != b.flips))),
     ("orthogonality", "--control", Case(f"{BOTH} --json", "--control moved.safetensors",
         lambda a, b: "control_cosine" in b.measured.keys() - a.measured.keys())),
     ("norms", "--against", Case("skill.safetensors --subspace 2 --json", "--against base",

@@ -59,9 +59,7 @@ def made_here(world: Path, engine: dict[str, Any]) -> list[Any]:
         reports.append(sv.apply(world / side, "v.safetensors", side, lam=lam, **engine))
     reports.append(sv.verify("target", **engine))
     reports.append(sv.export_patch("v.safetensors", "p.safetensors", **engine))
-    reports.append(
-        sv.orthogonality("v.safetensors", world / "v.safetensors", sign_flips=3, **engine)
-    )
+    reports.append(sv.orthogonality("v.safetensors", world / "v.safetensors", **engine))
     said = json.dumps([report.to_dict()["tensors"] for report in reports])
     said += json.dumps(reports[-1].to_dict()["pairs"])
     names = ("v.safetensors", "s.safetensors", "base", "target", "p.safetensors")

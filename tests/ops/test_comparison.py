@@ -11,10 +11,8 @@ from skillvec.ops import comparison, lanes
 from skillvec.ops.comparison import (
     PAIR,
     VECTOR,
-    call_flip,
     call_pair,
     call_weights,
-    numpy_flip,
     numpy_pair,
     numpy_weights,
 )
@@ -146,18 +144,8 @@ def test_squares_beyond_fp64_that_nothing_meets() -> None:
 
 
 @pytest.mark.parametrize("isa", BUILDS)
-@pytest.mark.parametrize("size", [1, 16, 33, 1024])
-def test_kernels_flip_as_numpy(isa: str, size: int) -> None:
-    rng = np.random.default_rng(size)
-    groups = rng.normal(size=size) * 2.0 ** rng.integers(-40, 40, size)
-    signs = rng.integers(0, 256, (7, -(-size // 32) * 4)).astype(np.uint8)
-    assert call_flip(BUILDS[isa]["flipped_sums"], groups, signs).tobytes() == numpy_flip(
-        groups, signs).tobytes()  # fmt: skip
-
-
-@pytest.mark.parametrize("isa", BUILDS)
 def test_what_does_not_fit_is_refused(isa: str) -> None:
-    pair, vector, flips = (BUILDS[isa][f"{n}_sums"] for n in ("pair", "vector", "flipped"))
+    pair, vector = (BUILDS[isa][f"{n}_sums"] for n in ("pair", "vector"))
     x = Delta(np.ones(2000, np.float32), "F32")
     three = np.uint32([5, 1999, 7]), np.ones(3, np.float32)
     for wrong in (
@@ -173,18 +161,13 @@ def test_what_does_not_fit_is_refused(isa: str) -> None:
     for width in (0, -1, 3, 2048):
         with pytest.raises(ValueError):
             pair(x.values, 2, NO_POSITIONS, NO_VALUES, x.values, 2, NO_POSITIONS, NO_VALUES,
-                 b"", width, np.empty(-(-2000 // max(width, 1))), np.empty(12))  # fmt: skip
-    with pytest.raises(ValueError):
-        call_pair(pair, x, x, 1024, np.zeros(8, np.uint8))
+                 width, np.empty(-(-2000 // max(width, 1))), np.empty(12))  # fmt: skip
     with pytest.raises(ValueError):
         call_weights(vector, x, (np.zeros(1999, np.uint16), "BF16"))
-    with pytest.raises(ValueError):
-        flips(np.zeros(33), np.zeros(7, np.uint8), np.empty(1))
 
 
 def test_digests_of_the_self_checks() -> None:
-    found = (comparison.sample_pairs(numpy_pair), comparison.sample_weights(numpy_weights),
-             comparison.sample_flips(numpy_flip))  # fmt: skip
+    found = comparison.sample_pairs(numpy_pair), comparison.sample_weights(numpy_weights)
     assert tuple(map(xxh3_64_hexdigest, found)) == comparison.SELF_CHECKS
 
 

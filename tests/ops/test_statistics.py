@@ -1,11 +1,11 @@
-"""Sums of blocks by hand: groups, steps, redrawn and flipped signs."""
+"""Sums of blocks by hand: groups, steps, controls."""
 
 import numpy as np
 import pytest
 
 from skillvec.ops import statistics
 from skillvec.ops.delta import Delta
-from skillvec.ops.statistics import Request, block_sums, draw_signs, flipped_sums, layout
+from skillvec.ops.statistics import Request, block_sums, layout
 
 BLOCK = 1 << 20
 
@@ -29,7 +29,7 @@ def sums_of(
         at = slice(begin, begin + BLOCK)
         held = None if weights is None else (weights[at].copy(), "BF16")
         sides = [(Delta(part[at].copy(), "F32"), held) for part in values]
-        total += block_sums(sides, request, "w", numel, begin)
+        total += block_sums(sides, request, numel)
     return total.view(layout(request))[0]
 
 
@@ -60,7 +60,7 @@ def test_weights_are_looked_at_before_the_next_delta_is_taken() -> None:
             buffer[:] = pattern
             yield delta, (buffer, "BF16")
 
-    one, other = block_sums(sides(), request, "w", 8, 0).view(layout(request))[0]["vectors"]
+    one, other = block_sums(sides(), request, 8).view(layout(request))[0]["vectors"]
     assert one["steps"].tolist() == [0, 0, 0, 8, 0, 0, 0, 0, 0]
     assert other["steps"].tolist() == [0, 0, 8, 0, 0, 0, 0, 0, 0]
 
@@ -68,55 +68,18 @@ def test_weights_are_looked_at_before_the_next_delta_is_taken() -> None:
 def test_a_vector_alone_and_a_control_have_their_squares_too() -> None:
     """Neither is in a pair; weights that are not known leave what is kept at 0."""
     deltas = [Delta(np.full(6, size, np.float32), "F32") for size in (1, 2, 3)]
-    request = Request((1.0,) * 3, ((0, 1),), ((2, 1, False),))
-    found = block_sums([(d, None) for d in deltas], request, "w", 6, 0).view(layout(request))[0]
+    request = Request((1.0,) * 3, ((0, 1),), ((2, 1),))
+    found = block_sums([(d, None) for d in deltas], request, 6).view(layout(request))[0]
     assert found["vectors"]["square"].tolist() == [6, 24, 54]
     assert found["vectors"]["support"].tolist() == [6] * 3
     assert not found["vectors"]["moved"].any()
     assert found["controls"]["product"].tolist() == [36]
 
 
-def test_signs_go_on_from_block_to_block() -> None:
-    whole = draw_signs("k", 0, 2 * BLOCK)
-    assert np.array_equal(draw_signs("k", BLOCK, BLOCK), whole[BLOCK // 8 :])
-    assert np.array_equal(draw_signs("k", 0, 33), whole[:8])
-    assert not np.array_equal(draw_signs("other", 0, 2 * BLOCK), whole)
-    assert abs(np.unpackbits(whole).mean() - 0.5) < 0.002
-
-
-def test_redrawn_signs_keep_magnitudes() -> None:
-    """Of all 20 values with the same signs, the product is that of the turned ones."""
-    signs = draw_signs("0:control:w", 0, 20)
-    turned = np.where(np.unpackbits(signs, count=20), -1, 1)
-    values = np.arange(1, 21, dtype=np.float32)
-    request = Request((1.0, 1.0), ((0, 1),), ((0, 1, True),))
-    (control,) = sums_of([values, values], request)["controls"]
-    assert control["product"] == turned @ values**2
-    assert control["groups_sq"] == (values**4).sum()  # groups of one
-
-
-def test_flipped_sums_have_the_variance_of_the_groups() -> None:
-    groups = np.random.default_rng(2).normal(size=300)
-    found = flipped_sums(groups, 4000, "key")
-    spread = np.sqrt(groups @ groups)
-    assert abs(found.mean()) < 4 * spread / np.sqrt(4000)
-    assert found.std() == pytest.approx(spread, rel=0.05)
-    assert np.array_equal(found[:700], flipped_sums(groups, 700, "key"))
-    (one,) = flipped_sums(np.array([3.0]), 1, "key")
-    assert abs(one) == 3.0
-
-
-def test_flips_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = np.random.default_rng(4).normal(size=70)
-    whole = flipped_sums(groups, 50, "key")
-    monkeypatch.setattr(statistics, "SIGNS", 7 * 96)
-    assert np.array_equal(flipped_sums(groups, 50, "key"), whole)
-
-
 def test_a_factor_is_taken_before_anything_is_measured() -> None:
     rng = np.random.default_rng(3)
     a, b = (rng.normal(size=3000).astype(np.float32) for _ in "ab")
-    request = Request((-2.0, 0.5), ((0, 1),), ((0, 1, True),))
+    request = Request((-2.0, 0.5), ((0, 1),), ((0, 1),))
     found, plain = sums_of([a, b], request), sums_of([-2 * a, b / 2], request._replace(
         scales=(1.0, 1.0)))  # fmt: skip
     for group in ("vectors", "pairs", "controls"):

@@ -189,7 +189,8 @@ def spreads(names: list[str], one: Side, other: Side, hidden: int) -> dict:
             slices = units(x, y) if a.shape[:2] == (1, 1) else (x * y).sum(axis=1)
             found.append((float(((x.T @ y) ** 2).sum()), size, x.T @ y, slices))
         across.append(max((f[3] for f in found), key=lambda t: float(t @ t)))
-        _, size, own_middle, _ = max(found, key=lambda f: f[0])
+        rows_have_more = len(found) > 1 and found[1][0] > 1.001 * found[0][0]
+        _, size, own_middle, _ = found[rows_have_more]
         if size:
             channels = np.diag(own_middle) + (0 if channels is None else channels)
             middle = own_middle + (0 if middle is None else middle)
@@ -618,7 +619,7 @@ def tolerance(key: str, row: dict, report: dict) -> float:
     value = row[key] if isinstance(row[key], float) else 0.0
     size, root = abs(value), sqrt(row["numel"])
     if key in ("overlap_z", "p_overlap"):  # scores are in units of 2^-30
-        return 1e-6 * (1 + size)
+        return 1e-8 * (1 + size)
     if key in EXACT:
         return 1e-9 * (1 + size)
     randomised = report["subspace"] and report["subspace"]["randomised"]

@@ -242,10 +242,10 @@ def test_csv_holds_every_number_of_every_row(family) -> None:
 
 def test_command_line_says_the_same(family) -> None:
     refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
-    words = ("--control", "random", "--sign-flips", "9", "--subspace", "2", "--seed", "3")
+    words = ("--control", "random", "--subspace", "2", "--seed", "3")
     result = CliRunner().invoke(main, ["orthogonality", *refs, *words, "--json"])
     assert result.exit_code == 0, result.output
-    report = sv.orthogonality(*refs, control="random", sign_flips=9, subspace=2, seed=3).to_dict()
+    report = sv.orthogonality(*refs, control="random", subspace=2, seed=3).to_dict()
     assert json.loads(result.stdout) == report
 
 
@@ -256,8 +256,9 @@ def test_one_screen_says_what_it_means(family) -> None:
     plain = CliRunner(env=env).invoke(main, ["orthogonality", *refs]).stdout
     shown = CliRunner(env=env).invoke(main, ["orthogonality", *refs, "--control", "random"]).stdout
     first = next(line for line in shown.splitlines() if line.startswith("A, B "))
-    for number in (f"{overall['cosine']:+.3g}", f"{1.96 * overall['cosine_se']:.2g}",
-                   f"{overall['z_groups']:+.1f}", f"{overall['control_cosine']:+.3g}"):  # fmt: skip
+    for number in (f"{overall['cosine']:+.3g}", f"{1.96 * overall['cosine_sd']:.2g}",
+                   f"{overall['z']:+.1f}", overall["null"],
+                   f"{overall['control_cosine']:+.3g}"):  # fmt: skip
         assert number in first
     assert " control " in shown and " control " not in plain
     for text in (plain, shown):
@@ -331,7 +332,6 @@ def test_chance_levels_are_those_of_the_rank_that_there_is(tmp_path: Path) -> No
 def test_what_cannot_be_asked(family, tmp_path: Path) -> None:
     ref = f"{family.tuned}::{family.base}"
     for error, words, options in (
-        (sv.UsageError, "sign_flips -1: expected 0", {"sign_flips": -1}),
         (sv.UsageError, "subspace -1", {"subspace": -1}),
         (sv.UsageError, "seed -1: expected at least 0", {"seed": -1}),
         (sv.UsageError, "figures need an output", {"figures": True}),
@@ -413,7 +413,7 @@ def test_the_trap_of_an_fp32_master_is_foreseen(update: float, tmp_path: Path) -
         report = sv.orthogonality(*vectors)
         (pair,) = report.facts["pairs"]
         assert pair["shared_rounding"]["roles"] == roles
-        assert pair["overall"]["z_groups"] < -5
+        assert pair["overall"]["z"] < -5
         found, foreseen = pair["overall"]["cosine"], pair["shared_rounding"]["cosine"]
         assert 0.6 < foreseen / found < 1.6
         assert any("fp32 master" in w and f"{foreseen:+.2g}" in w for w in report.warnings)
