@@ -287,7 +287,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=400, help="Independent pairs a structure.")
     parser.add_argument("--planted", type=int, default=100, help="Related pairs a size.")
     parser.add_argument("--decomposed", type=int, default=40,
-                        help="Independent pairs a structure whose subspaces are compared.")  # fmt: skip
+                        help="Independent pairs of which subspaces are compared.")  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--page", action="store_true", help="From the JSON file of the last run.")
     given = parser.parse_args()
