@@ -75,7 +75,7 @@ def _lambda_curve(results: Results) -> Spec:
         },
         "width": 420, "height": 240,
         "layer": [
-            {**base, "mark": {"type": "errorband", "extent": "stdev", "opacity": 0.2},
+            {**base, "mark": {"type": "errorband", "extent": "stdev", "opacity": 0.2, "clip": True},
              "encoding": {"x": x, "y": y, "color": _colour()}},
             {**base, "mark": {"type": "line", "point": True},
              "encoding": {"x": x, "y": {**y, "aggregate": "mean"}, "color": _colour()}},

@@ -75,11 +75,16 @@ class Spread:
         spread = f" ± {stdev(self.values):{form.lstrip('+')}}" if len(self.values) > 1 else ""
         return f"{self.mean:{form}}{spread}"
 
-    def show_interval(self, form: str = "+.3f") -> str:
+    def show_interval(self) -> str:
         """Return the mean and its interval, in words where the interval has no ends."""
         low, high = self.interval()
-        ends = f"{low:{form}}, {high:{form}}" if math.isfinite(low) else "too few seeds"
-        return f"{self.mean:{form}} [{ends}]"
+        ends = f"{signed(low)}, {signed(high)}" if math.isfinite(low) else "too few seeds"
+        return f"{signed(self.mean)} [{ends}]"
+
+
+def signed(value: float) -> str:
+    """Return three digits with a sign, which a zero has not from rounding."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 @lru_cache(maxsize=4)
@@ -214,4 +219,4 @@ def less(name: str, tests: dict[str, Spread], limit: float) -> Part:
 
 
 def show_p(p: float) -> str:
-    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+    return "< .001" if p < 0.001 else "1" if p > 0.9995 else f"{p:.3f}".lstrip("0")

@@ -60,7 +60,8 @@ def test_spread_is_shown() -> None:
     assert Spread((1.0, 2.0, 3.0, 6.0)).show(".1f") == "3.0 ± 2.2"
     assert Spread((0.5,)).show("+.2f") == "+0.50"
     assert (Spread((1.0, 2.0)) - Spread((1.0, 1.5))).values == (0, 0.5)
-    assert [rules.show_p(p) for p in (1, 0.25, 0.0004)] == ["1", ".250", "< .001"]
+    assert [rules.show_p(p) for p in (0.9996, 0.25, 0.0004)] == ["1", ".250", "< .001"]
+    assert [rules.signed(x) for x in (-0.0004, 0.0126)] == ["+0.000", "+0.013"]
 
 
 def test_holm_multiplies_by_what_is_left() -> None:
@@ -259,6 +260,14 @@ def test_seeds_of_either_sign_do_not_cancel() -> None:
     claim = claims.nearly_orthogonal(results(cosine=0.12))
     assert "largest cosine of v and an SFT update is 0.120 in size" in claim.found
     assert "| +0.000 ± 0.125 | 0.120 | 0.120 |" in claim.evidence
+
+
+def test_seeds_in_which_injection_passes_rl_are_named() -> None:
+    found = results(**GOOD)
+    upper = found.exact("apis", "RL on the target").values
+    found.scores["apis", "RL on the target", "exact"] = Spread((0.0, *upper[1:]))
+    evidence = claims.target_rl(found).evidence
+    assert "more than the margin for apis in seed 8. Where" in evidence
 
 
 # -------------------------------------------------------------------------------- the page

@@ -230,7 +230,8 @@ VECTOR_SUBSPACE = (
     Statistic("spike_energy", "spike energy", "%", "share of |v|² in the spikes", "0"),
     Statistic("effective_rank", "effective rank", ".3g",
               "exp(entropy of s / Σs) (Roy and Vetterli 2007), estimated where the SVD is"
-              " randomised; a high rank means that a low-rank copy loses much"),
+              " randomised; of a high rank a low-rank copy keeps little of the squared norm, which"
+              " need not be little of the effect"),
     Statistic("effective_rank_error", "effective rank error", ".2g",
               "0 where exact, else the standard error of that estimate; the largest in a group",
               "", ""),
