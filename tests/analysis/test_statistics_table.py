@@ -69,14 +69,14 @@ def test_the_tables_of_the_page_are_those_of_the_module() -> None:
 
 def test_every_number_has_one_row() -> None:
     """What is computed and what has a row are the same: nothing is shown that has no meaning."""
-    request = Request((1.0, 1.0), ((0, 1),), ((0, 1, True),), 0, 9)
+    request = Request((1.0, 1.0), ((0, 1),), ((0, 1),))
     sums = np.zeros(1, layout(request))[0]
     matrix = np.eye(6, 4, dtype=np.float32)
     one = decompose(matrix, 2, "cpu", 0)
     pair = {"energy_a": 1.0, "sar_a": 1.0, "a_in_b": 1.0}
     pair |= {"energy_b": 1.0, "sar_b": 1.0, "b_in_a": 1.0} | relate_spectra(one, one, 2)
     records = [("w", 24, sums)]
-    levels = pair_levels(records, request, 0, [pair])
+    levels = pair_levels(records, request, 0, [pair], {})
     vector = vector_levels(records, 0, [describe_spectrum(one, 0.5)])
     for found, table in ((levels, PAIRS), (vector, VECTORS)):
         assert set(found["overall"]) == {number.key for number in table}
@@ -86,7 +86,7 @@ def test_every_number_has_one_row() -> None:
     for number in (*PAIRS, *VECTORS, *FORECAST):
         assert set(number.shown.split()) <= PLACES, number.key
         if number.form != "list":
-            write_number(0.5, number.form)
+            write_number("w" if number.form == "word" else 0.5, number.form)
 
 
 def test_a_new_row_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
