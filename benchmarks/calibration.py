@@ -41,7 +41,7 @@ SIZES = (2, 4, 6)  # planted cosines, in standard deviations of the structure
 NULLS = ("z_isotropic", "z_groups", "z_rows", "z_channels", "z_rotation")
 MOST = 0.95  # of a planted cosine
 LEVEL = 0.05
-DIRECTIONS, DECOMPOSED = 4, 40  # singular directions that are compared, of so many pairs
+DIRECTIONS = 4  # singular directions that are compared
 AT_ONCE = 10  # pairs a task
 CLAIM = "not by chance"  # in the sentence of a pair that is related
 
@@ -143,14 +143,16 @@ def mean(rows: Sequence[Measured], key: str) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def run(structure: str, pairs: int, planted: int, workers: Workers) -> dict[str, Any]:
+def run(
+    structure: str, pairs: int, planted: int, decomposed: int, workers: Workers
+) -> dict[str, Any]:
     """Return what is found of one structure, as it is written to the JSON file.
 
-    `planted` pairs of each size are related.
+    Of `pairs` independent pairs `decomposed` have their subspaces compared; `planted` pairs of
+    each size are related.
     """
-    most = min(DECOMPOSED, pairs)
-    both = workers.measure(structure, range(most), subspace=DIRECTIONS)
-    rows = both + workers.measure(structure, range(most, pairs))
+    both = workers.measure(structure, range(decomposed), subspace=DIRECTIONS)
+    rows = both + workers.measure(structure, range(decomposed, pairs))
     cosine = spread(rows, "cosine")
     assert cosine is not None
     found: dict[str, Any] = {
@@ -263,7 +265,7 @@ def page(results: dict[str, Any]) -> str:
     return template.format(
         facts="; ".join(f"{key} {value}" for key, value in results["facts"].items()),
         pairs=results["pairs"], planted=results["planted"], directions=DIRECTIONS,
-        decomposed=min(DECOMPOSED, results["pairs"]),
+        decomposed=results["decomposed"],
         alarms=alarms(held), power=power(held), nulls=nulls(held), supports=supports(held),
         subspaces=subspaces(held),
     )  # fmt: skip
@@ -284,6 +286,8 @@ def main() -> int:
                         help="Only this one, which writes no page.")  # fmt: skip
     parser.add_argument("--pairs", type=int, default=400, help="Independent pairs a structure.")
     parser.add_argument("--planted", type=int, default=100, help="Related pairs a size.")
+    parser.add_argument("--decomposed", type=int, default=40,
+                        help="Independent pairs of which subspaces are compared.")  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--page", action="store_true", help="From the JSON file of the last run.")
     given = parser.parse_args()
@@ -299,17 +303,13 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of the processes
     workers, found = Workers(given.processes), {}
     for structure in given.structure or [*STRUCTURES, REAL]:
-        found[structure] = run(structure, given.pairs, given.planted, workers)
+        found[structure] = run(structure, given.pairs, given.planted, given.decomposed, workers)
         held = found[structure]
         spreads = " ".join(f"{key} {number(value)}" for key, value in held["nulls"].items())
         print(f"{structure:24} p < .05 {share(held['p'])}, sd of z {number(held['z'])}; {spreads}",
               flush=True)  # fmt: skip
-    results = {
-        "facts": facts(),
-        "pairs": given.pairs,
-        "planted": given.planted,
-        "structures": found,
-    }
+    counts = {key: getattr(given, key) for key in ("pairs", "planted", "decomposed")}
+    results = {"facts": facts(), **counts, "structures": found}
     written = json.loads(json.dumps(results))
     print(
         "", alarms(found), power(found), nulls(found), supports(found), subspaces(found), sep="\n\n"

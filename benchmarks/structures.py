@@ -129,11 +129,11 @@ def tied_supports(rng: Generator, base: Model) -> Model:
 def of_one_size(one: Callable[[Generator, Model], Model]) -> Draw:
     """Return what draws two updates and gives their rows and channels the same magnitudes.
 
-    Lognormal ones; four channels of the residual axis are three times as large in every tensor.
+    Lognormal ones; four channels of the residual axis are twice as large in every tensor.
     """
 
     def draw(rng: Generator, base: Model) -> tuple[Model, Model]:
-        channels = rng.permutation(np.where(np.arange(HIDDEN) < 4, 3.0, 1.0))
+        channels = rng.permutation(np.where(np.arange(HIDDEN) < 4, 2.0, 1.0))
         channels *= rng.lognormal(0, 0.2, HIDDEN)
         sizes = {name: along(name, value, channels, rng.lognormal(0, 0.5, value.size // HIDDEN))
                  for name, value in base.items()}  # fmt: skip

@@ -67,7 +67,7 @@ def train(folder: Path, kind: str, out: Path, words: list[str], **more: Any) -> 
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "REPEATABLE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,7 +1,7 @@
 """Which of several nulls a pair is judged by, and how rare what it shows is under it.
 
-Pure arithmetic on variances that `ops.spreads` and the run bring back. Every null is measured with
-the same numerator; which one holds is told by the data. docs/orthogonality.md has the formulas and
+Pure arithmetic on variances that `spreads` and the run bring back. Every null is measured with the
+same numerator; which one holds is told by the data. docs/orthogonality.md has the formulas and
 docs/calibration.md what false-alarm rates they have.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import erfc, exp, isfinite, lgamma, log, log1p, sqrt
 
 from skillvec.analysis.angle_report import Row
-from skillvec.ops.spreads import Units, Variances
+from skillvec.analysis.spreads import Units, Variances
 
 NORMAL = 1.6449  # the quantile that one in twenty lies beyond
 RARE, CLEAR_OF_ALL = 0.01, 2.0  # the p that a relation has at most, and its least |z| of any null

@@ -17,12 +17,12 @@ import numpy.typing as npt
 from skillvec.analysis.angle_report import Forecast, ForecastLayer, Levels, PairLevels, Row
 from skillvec.analysis.chance import NULLS, RARE, chance_of, is_related, judge, matrix_means
 from skillvec.analysis.outputs import pair_outputs, vector_outputs
+from skillvec.analysis.spreads import Units, Variances
 from skillvec.analysis.subspaces import group_row
 from skillvec.analysis.support_rows import Clusters
 from skillvec.analysis.supports import support_row, support_terms
 from skillvec.ops import statistics
 from skillvec.ops.names import NO_LAYER, kind_of, layer_of, module_of
-from skillvec.ops.spreads import Units, Variances
 from skillvec.ops.statistics import Request
 from skillvec.ops.strata import Strata
 from skillvec.report import Rows

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from skillvec.analysis.spreads import Seen
 from skillvec.ops import compiled
 from skillvec.ops.kernels import Array
 from skillvec.ops.lanes import Sums
-from skillvec.ops.spreads import Seen
 from skillvec.ops.strata import STRATA, Strata, strata_of
 
 UNIT = 1 << 30

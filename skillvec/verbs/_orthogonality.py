@@ -24,6 +24,7 @@ from skillvec.analysis.angle_report import (
     VectorEntry,
 )
 from skillvec.analysis.levels import pair_levels, sentence, vector_levels
+from skillvec.analysis.spreads import Variances
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.engine.matrix_workers import at_once_nbytes
@@ -40,7 +41,6 @@ from skillvec.files.staging import staging
 from skillvec.ops.comparison import STEP_EDGES
 from skillvec.ops.kernels import HALVES
 from skillvec.ops.names import natural_order
-from skillvec.ops.spreads import Variances
 from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher

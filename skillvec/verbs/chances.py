@@ -1,7 +1,7 @@
 """What chance makes of the inner products of pairs, at every level, by a second pass over the rows.
 
-The rows of every tensor are read again after the run that gave the sums; `ops.spreads` says what
-is made of them.
+The rows of every tensor are read again after the run that gave the sums; `analysis.spreads`
+says what is made of them.
 """
 
 from collections import defaultdict
@@ -9,11 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from skillvec.analysis.levels import Place, places_of
-from skillvec.analysis.support_rows import Clusters
-from skillvec.engine.matrix_workers import at_once_nbytes
-from skillvec.engine.plan import JobResult, Plan
-from skillvec.ops.kernels import Array
-from skillvec.ops.spreads import (
+from skillvec.analysis.spreads import (
     Seen,
     Spread,
     SpreadSums,
@@ -23,6 +19,10 @@ from skillvec.ops.spreads import (
     hidden_size,
     see,
 )
+from skillvec.analysis.support_rows import Clusters
+from skillvec.engine.matrix_workers import at_once_nbytes
+from skillvec.engine.plan import JobResult, Plan
+from skillvec.ops.kernels import Array
 from skillvec.report import Watcher
 from skillvec.verbs.row_pass import Tensor, arrays_held, held_nbytes, measure_rows, view_tensor
 from skillvec.verbs.support_pass import PairSupports, SupportTotals

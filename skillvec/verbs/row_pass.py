@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from skillvec.analysis.spreads import BUCKETS, Seen
 from skillvec.engine.matrix_workers import in_turn
 from skillvec.engine.plan import Job, JobResult, Plan
 from skillvec.engine.threads import one_blas_thread
@@ -21,7 +22,6 @@ from skillvec.files.gather import Gatherer, gathering
 from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import Array, widen
-from skillvec.ops.spreads import BUCKETS, Seen
 from skillvec.ops.statistics import Request, layout
 from skillvec.report import Watcher
 from skillvec.vectors.block_reader import Block, Workspace

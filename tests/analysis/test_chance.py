@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from skillvec.analysis.chance import chance_of, chance_of_signs, is_related, judge, quantile
-from skillvec.ops.spreads import EXACT, Turned, Units, Variances
+from skillvec.analysis.spreads import EXACT, Turned, Units, Variances
 
 
 def found(rows: float = 1.0, channels: float = 1.0, rotation: float = 1.0, rank: float = 4.0,

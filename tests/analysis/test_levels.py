@@ -14,8 +14,8 @@ from skillvec.analysis.levels import (
     sentence,
     vector_row,
 )
+from skillvec.analysis.spreads import Units, Variances
 from skillvec.ops.names import MOST_DIGITS, kind_of, layer_of, module_of, natural_order
-from skillvec.ops.spreads import Units, Variances
 from skillvec.ops.statistics import Request, layout
 
 

@@ -136,8 +136,9 @@ def fake_report(
     return {
         "verb": verb, "schema": 2, "vectors": list(labels), "lineage": lineage,
         "against": "Qwen/Qwen2.5-7B", "control": "random", "seed": 0,
-        "subspace": asked if subspace else None, "step_edges": STEP_EDGES, "norms": norms,
-        "pairs": pairs, "counts": {"compared": len(heads)}, "tensors": [{"name": "ledger"}],
+        "subspace": asked if subspace else None, "activations": None, "step_edges": STEP_EDGES,
+        "norms": norms, "pairs": pairs, "counts": {"compared": len(heads)},
+        "tensors": [{"name": "ledger"}],
         "warnings": ["rl-math was taken between 16-bit checkpoints: 88 % of its values are 0."],
     }  # fmt: skip
 

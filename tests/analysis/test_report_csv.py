@@ -11,7 +11,15 @@ def entry(number: float, **names: Any) -> dict[str, Any]:
     """Return a vector or a pair with one tensor and no groups."""
     row = {"numel": 4, "rms": number, "steps": [1, 2], "of_nobody": 1}
     tensor = {"name": "w", "layer": "", "kind": "w", "module": "w", **row}
-    return {**names, "overall": row, "modules": [], "kinds": [], "layers": [], "tensors": [tensor]}
+    return {
+        **names,
+        "overall": row,
+        "parts": [],
+        "modules": [],
+        "kinds": [],
+        "layers": [],
+        "tensors": [tensor],
+    }
 
 
 def report(*labels: str) -> Any:

@@ -79,8 +79,8 @@ def test_every_number_has_one_row() -> None:
     own = Own(one, find_spikes(matrix, one, "cpu", 0))
     pair["sums"] |= relate_parts(own, own, 4.0, 8.0)
     records = [("w", 24, sums)]
-    levels = pair_levels(records, request, 0, [pair], {}, None, [0])
-    vector = vector_levels(records, 0, [describe_spectrum(*own, 0.5)])
+    levels = pair_levels(records, request, 0, [pair], {}, None, [0], [{}])
+    vector = vector_levels(records, 0, [describe_spectrum(*own, 0.5)], [{}])
     for found, table in ((levels, PAIRS), (vector, VECTORS)):
         assert set(found["overall"]) == {number.key for number in table}
         assert len({number.key for number in table}) == len(table)
@@ -89,7 +89,7 @@ def test_every_number_has_one_row() -> None:
     for number in (*PAIRS, *VECTORS, *FORECAST):
         assert set(number.shown.split()) <= PLACES, number.key
         if number.form != "list":
-            write_number(0.5, number.form)
+            write_number("w" if number.form == "word" else 0.5, number.form)
 
 
 def test_a_new_row_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

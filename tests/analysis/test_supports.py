@@ -8,6 +8,7 @@ from builds import BUILDS
 from xxhash import xxh3_64_hexdigest
 
 from skillvec.analysis import support_rows
+from skillvec.analysis.spreads import Seen, see
 from skillvec.analysis.support_rows import (
     OVERLAP,
     SIGNS,
@@ -24,7 +25,6 @@ from skillvec.analysis.support_rows import (
 from skillvec.analysis.supports import support_row, support_terms
 from skillvec.ops.delta import Delta
 from skillvec.ops.kernels import Array, narrow, widen
-from skillvec.ops.spreads import Seen, see
 from skillvec.ops.strata import STRATA, Strata, numpy_strata, pack
 
 HIDDEN = 32

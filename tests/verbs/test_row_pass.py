@@ -9,8 +9,8 @@ import torch
 from families import save
 
 import skillvec as sv
+from skillvec.analysis.spreads import see
 from skillvec.engine.plan_checks import plan_compare
-from skillvec.ops.spreads import see
 from skillvec.ops.statistics import Request
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs import row_pass

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from skillvec.ops.spreads import (
+from skillvec.analysis.spreads import (
     BUCKETS,
     EXACT,
     FLAT,
