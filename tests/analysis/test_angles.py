@@ -359,7 +359,9 @@ def test_identical_scaled_and_negated(tmp_path: Path) -> None:
         for row in found.values():
             assert row["cosine"] == pytest.approx(sign, abs=1e-7)  # fp32 sums
             assert row["z_isotropic"] == pytest.approx(sign * sqrt(row["numel"]))
-            assert row["p_isotropic"] == pytest.approx(0, abs=1e-6)  # 1e-12 off 1 is not 0 in 24 dimensions
+            assert row["p_isotropic"] == pytest.approx(
+                0, abs=1e-6
+            )  # 1e-12 off 1 is not 0 in 24 dimensions
             assert row["norm_ratio"] == pytest.approx(1 / abs(factor), rel=1e-7)
             assert row["along"] == pytest.approx(1)
             assert (row["jaccard"], row["sign_agreement"]) == (1.0, (1 + sign) / 2)
