@@ -358,8 +358,10 @@ def test_identical_scaled_and_negated(tmp_path: Path) -> None:
         found = rows_of(tmp_path / str(i), a, {n: factor * x for n, x in a.items()}, subspace=3)
         for row in found.values():
             assert row["cosine"] == pytest.approx(sign, abs=1e-7)  # fp32 sums
-            assert row["z"] == pytest.approx(sign * sqrt(row["numel"]))
-            assert row["p"] == pytest.approx(0, abs=1e-6)  # 1e-12 off 1 is not 0 in 24 dimensions
+            assert row["z_isotropic"] == pytest.approx(sign * sqrt(row["numel"]))
+            assert row["p_isotropic"] == pytest.approx(
+                0, abs=1e-6
+            )  # 1e-12 off 1 is not 0 in 24 dimensions
             assert row["norm_ratio"] == pytest.approx(1 / abs(factor), rel=1e-7)
             assert row["along"] == pytest.approx(1)
             assert (row["jaccard"], row["sign_agreement"]) == (1.0, (1 + sign) / 2)
@@ -423,7 +425,7 @@ def test_a_shared_subspace(tmp_path: Path) -> None:
     """Both live in the same two left and right directions, at right angles to each other."""
     rng = np.random.default_rng(6)
     u, v, *_ = turned(rng, 30, 20, 2, [0, 0])
-    middle = np.array([[3.0, 0], [0, 2]]), np.array([[0, 2.0], [-3, 0]])
+    middle = np.array([[3.0, 0], [0, 2]]), np.array([[0, 2.5], [-3, 0]])
     a, b = (u @ m @ v.T for m in middle)
     report = sv.orthogonality(*refs_of(tmp_path, {"w": a}, {"w": b}), subspace=2)
     check(report)
@@ -600,11 +602,12 @@ def test_groups_add_up_over_tensors(tmp_path: Path) -> None:
 def test_the_random_control_sees_no_planted_alignment(tmp_path: Path) -> None:
     """A against itself: cosine 1, while the control with A's magnitudes is lost in chance."""
     rng = np.random.default_rng(16)
-    a = normal(rng, 200, 3000) * (rng.random((200, 3000)) < 0.5)
-    found = draws(tmp_path, a, a, control="random")
-    assert all(row["cosine"] == pytest.approx(1) for row in found)
+    a = {f"t{i}": normal(rng, 3000 + i) * (rng.random(3000 + i) < 0.5) for i in range(200)}
+    found = rows_of(tmp_path, a, a, control="random")  # of axes of their own, each
+    each = [found["tensors", name] for name in a]
+    assert all(row["cosine"] == pytest.approx(1) for row in each)
     # the magnitudes are common, so the cosine spreads wider by sqrt(mean a^4) / mean a^2
-    follows([row["control_cosine"] * sqrt(3000 / 6) for row in found])
+    follows([row["control_cosine"] * sqrt(row["numel"] / 6) for row in each])
 
 
 def test_the_random_control_has_the_same_support_and_norms(tmp_path: Path) -> None:

@@ -288,15 +288,15 @@ def test_experts_of_a_layer_are_one_cell() -> None:
     report = fake_report(tensors=[*heads, *tensors_of(1)])
     pair, norms = report["pairs"][0], report["norms"][0]
     first, second = pair["tensors"][:2]
-    first |= {"cosine": 0.5, "norm_a": 3.0, "norm_b": 4.0}
-    second |= {"cosine": -1.0, "norm_a": 4.0, "norm_b": 3.0}
+    first |= {"cosine": 0.5, "cosine_sd": 0.25, "norm_a": 3.0, "norm_b": 4.0}
+    second |= {"cosine": -1.0, "cosine_sd": 1 / 3, "norm_a": 4.0, "norm_b": 3.0}
     norms["tensors"][0] |= {"norm": 3.0, "density": 0.5}
     norms["tensors"][1] |= {"norm": 4.0, "density": 0.1}
     specs = drawn(report)
     place = "0", kind.removesuffix(".weight")
-    # <a, b> = 0.5 * 12 - 12 = -6, |a| = |b| = 5, 400 values.
+    # <a, b> = 0.5 * 12 - 12 = -6 with a spread of (3^2 + 4^2)^.5, |a| = |b| = 5, 400 values.
     assert cells(specs["cosine-1"])[place]["value"] == pytest.approx(-6 / 25)
-    assert cells(specs["z-1"])[place]["value"] == pytest.approx(-6 / 25 * 20)
+    assert cells(specs["z-1"])[place]["value"] == pytest.approx(-6 / 5)
     assert cells(specs["rms-1"])[place]["value"] == pytest.approx(5 / 20)
     assert cells(specs["density-1"])[place]["value"] == pytest.approx(0.2)
     tip = cells(specs["cosine-1"])[place]
@@ -397,9 +397,9 @@ def test_dtypes_stand_beside_the_numbers() -> None:
 
 def test_numbers_are_read_as_a_person_does() -> None:
     report = fake_report(labels=("a", "b"))
-    report["pairs"][0]["overall"] |= {"cosine": -0.0123456, "cosine_se": 0.001, "p": 0.0}
+    report["pairs"][0]["overall"] |= {"cosine": -0.0123456, "cosine_sd": 0.001, "p": 0.0}
     text = Parsed(page.html(report)).text
-    assert "−0.0123 ± 0.002" in text and "< 1e−300" in text
+    assert "−0.0123, chance ± 0.002" in text and "< 1e−300" in text
     report["pairs"][0]["overall"]["cosine"] = None
     assert "−0.0123" not in Parsed(page.html(report)).text
 

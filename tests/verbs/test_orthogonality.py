@@ -20,7 +20,7 @@ from skillvec.analysis.report_csv import csv_text
 from skillvec.cli.commands import main
 from skillvec.cli.screen import Screen
 
-NUMBERS = ("cosine", "z", "norm_a", "norm_b", "norm_ratio")
+NUMBERS = ("cosine", "z_isotropic", "norm_a", "norm_b", "norm_ratio")
 
 
 def script(tuned_a: dict, base_a: dict, tuned_b: dict, base_b: dict) -> dict[str, dict]:
@@ -41,7 +41,7 @@ def script(tuned_a: dict, base_a: dict, tuned_b: dict, base_b: dict) -> dict[str
         rows[key] = {"numel": a.size, "norm_a": norms[0], "norm_b": norms[1]}
         if all(norms):
             cosine = a @ b / (norms[0] * norms[1])
-            rows[key] |= {"cosine": cosine, "z": cosine * sqrt(a.size)}
+            rows[key] |= {"cosine": cosine, "z_isotropic": cosine * sqrt(a.size)}
         rows[key]["norm_ratio"] = norms[0] / norms[1] if norms[1] else None
     return rows
 
@@ -56,7 +56,8 @@ def check_pair(pair: dict, expected: dict) -> None:
         # fp32 sums within a step: 1e-6 of the norms, so absolute for a cosine
         if "cosine" in row:
             assert found[key]["cosine"] == pytest.approx(row["cosine"], abs=2e-6), key
-            assert found[key]["z"] == pytest.approx(row["z"], abs=2e-6 * sqrt(row["numel"])), key
+            z = pytest.approx(row["z_isotropic"], abs=2e-6 * sqrt(row["numel"]))
+            assert found[key]["z_isotropic"] == z, key
         else:
             assert (found[key]["cosine"], found[key]["z"]) == (None, None), key
         for number in ("norm_a", "norm_b", "norm_ratio"):
@@ -115,7 +116,7 @@ def test_identical_negated_and_scaled_vectors(family, tmp_path: Path) -> None:
         overall = sv.orthogonality(vector, other).facts["pairs"][0]["overall"]
         near = 1e-12 if other is vector else 1e-7  # sums in fp32 groups against sums in fp64
         assert overall["cosine"] == pytest.approx(sign, abs=near)
-        assert overall["z"] == pytest.approx(sign * sqrt(overall["numel"]), rel=1e-6)
+        assert overall["z_isotropic"] == pytest.approx(sign * sqrt(overall["numel"]), rel=1e-6)
         assert overall["norm_ratio"] == pytest.approx(ratio, rel=1e-7)
     swapped = f"{family.base}::{family.sft}"
     overall = sv.orthogonality(vector, swapped).facts["pairs"][0]["overall"]
@@ -223,7 +224,7 @@ def test_csv_holds_every_number_of_every_row(family) -> None:
         *(([ref, ""], n) for ref, n in zip(refs, report["norms"], strict=True)),
     ]
     for (a, b), entry in sets:
-        for level in ("overall", "modules", "kinds", "layers", "tensors"):
+        for level in ("overall", "parts", "modules", "kinds", "layers", "tensors"):
             held = entry[level] if level != "overall" else [entry[level] | {"name": "overall"}]
             sides = {"a": a, "b": b} | lineage | ({} if b else {"lineage_b": ""})
             expected += [sides | {"level": level.removesuffix("s")} | row for row in held]
