@@ -167,6 +167,7 @@ class RowScores:
     """Adds up the scores of a pair of deltas of one tensor, from chunks of whole rows in order."""
 
     def __init__(self, seen: Seen, strata: Strata) -> None:
+        self._numel = int(strata.counts.sum())
         self._seen, self._strata, self._table = seen, strata, table_of(strata)
         self._columns = np.zeros((seen.columns, 4), np.int64)
         self._squares = np.zeros(4)
@@ -174,11 +175,24 @@ class RowScores:
         self._cycle = np.zeros((across[0] if across else 0, 4), np.int64)  # of rows as channels
 
     def add(self, first: int, a: Array, b: Array, weights: Array | None, dtype: str) -> None:
-        """Take the rows from `first` on."""
-        found = add_scores(a, b, weights, dtype, self._table, self._columns)
+        """Take the rows from `first` on; what fills up the last row of a flat tensor is left out."""
+        columns = self._seen.columns
+        whole = min(len(a), (self._numel - first * columns) // columns)
+        rest = self._numel - (first + whole) * columns if whole < len(a) else 0
+        found = self._score(a, b, weights, dtype, slice(whole), columns)
+        if rest:
+            last = self._score(a, b, weights, dtype, slice(whole, whole + 1), rest)
+            found = np.concatenate([found, last])
         self._squares += (_scores(found) ** 2).sum(axis=0)
         if len(self._cycle):
             np.add.at(self._cycle, (first + np.arange(len(found))) % len(self._cycle), found)
+
+    def _score(
+        self, a: Array, b: Array, weights: Array | None, dtype: str, rows: slice, columns: int
+    ) -> I64Array:
+        sides = [side if side is None else np.ascontiguousarray(side[rows, :columns])
+                 for side in (a, b, weights)]  # fmt: skip
+        return add_scores(*sides, dtype, self._table, self._columns[:columns])
 
     def clusters(self) -> Clusters:
         """Return what was found; where two axes may be that of channels, by the one that varies."""

@@ -69,7 +69,8 @@ def test_verbs_import_and_start_no_more_than_they_use(made):
         threads, modules = run(*words)
         assert f"skillvec.verbs._{verb}" in modules  # that is what was run
         idle = {f"skillvec.{name}" for name in IDLE}
-        assert not modules & (HEAVY | idle), verb
+        pool = {"concurrent", "logging"} if verb == "orthogonality" else set()  # its second pass
+        assert not modules & (HEAVY | idle) - pool, verb
         assert threads == 1, f"{verb}: BLAS, or the engine, left {threads - 1} threads"
 
 

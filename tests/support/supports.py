@@ -36,10 +36,19 @@ def centred(values: np.ndarray, strata: np.ndarray) -> np.ndarray:
     return found
 
 
+def in_rows(values: np.ndarray) -> np.ndarray:
+    """Return a long flat tensor (1, n, ...) in rows of 1,024, filled up with zeros."""
+    if len(values) > 1 or values.shape[1] <= 65536:
+        return values
+    missing = -values.shape[1] % 1024
+    filled = np.concatenate([values[0], np.zeros((missing, *values.shape[2:]))])
+    return filled.reshape(-1, 1024, *values.shape[2:])
+
+
 def excess(values: np.ndarray, axis: int, strata: np.ndarray) -> float:
     """Return how much larger the squared sums over an axis are than of independent values."""
     single = sum(float(values[strata == s].var() * (strata == s).sum()) for s in np.unique(strata))
-    return max(0.0, float((centred(values, strata).sum(axis=axis) ** 2).sum()) - single)
+    return max(0.0, float((in_rows(centred(values, strata)).sum(axis=axis) ** 2).sum()) - single)
 
 
 def variances(tensors: list[Overlap], hidden: int) -> np.ndarray:
@@ -53,10 +62,10 @@ def variances(tensors: list[Overlap], hidden: int) -> np.ndarray:
         shape = one.in_a.shape or (1,)
         matrix = Overlap(*(side.reshape(-1, shape[-1]) for side in one))
         scores = centred(matrix.in_a, matrix.strata) * centred(matrix.in_b, matrix.strata)
-        stacked = np.stack([scores, matrix.signs], axis=-1).astype(np.float64)
+        stacked = in_rows(np.stack([scores, matrix.signs], axis=-1).astype(np.float64))
         both -= [expected(one)[1], np.abs(one.signs).sum()]
         both -= (stacked**2).sum(axis=(0, 1))
-        rows, columns = matrix.in_a.shape
+        rows, columns = stacked.shape[:2]
         for axis, length in ((1, columns), (0, rows)):
             if length > 1:
                 found = [excess(side, axis, matrix.strata) for side in (matrix.in_a, matrix.in_b)]
