@@ -175,7 +175,7 @@ class RowScores:
         self._cycle = np.zeros((across[0] if across else 0, 4), np.int64)  # of rows as channels
 
     def add(self, first: int, a: Array, b: Array, weights: Array | None, dtype: str) -> None:
-        """Take the rows from `first` on; what fills up the last row of a flat tensor is left out."""
+        """Take the rows from `first` on, without what fills up the last one of a flat tensor."""
         columns = self._seen.columns
         whole = min(len(a), (self._numel - first * columns) // columns)
         rest = self._numel - (first + whole) * columns if whole < len(a) else 0
@@ -190,9 +190,11 @@ class RowScores:
     def _score(
         self, a: Array, b: Array, weights: Array | None, dtype: str, rows: slice, columns: int
     ) -> I64Array:
-        sides = [side if side is None else np.ascontiguousarray(side[rows, :columns])
-                 for side in (a, b, weights)]  # fmt: skip
-        return add_scores(*sides, dtype, self._table, self._columns[:columns])
+        def part(side: Array) -> Array:
+            return np.ascontiguousarray(side[rows, :columns])
+
+        held = None if weights is None else part(weights)
+        return add_scores(part(a), part(b), held, dtype, self._table, self._columns[:columns])
 
     def clusters(self) -> Clusters:
         """Return what was found; where two axes may be that of channels, by the one that varies."""
