@@ -33,7 +33,7 @@ def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
         line = wrap(f"{letter}\xa0=\xa0{_say_vector(vector)}")
         said.append(line.replace("\xa0", " "))  # a long path stays behind its letter
     left_out = {"null", "lift"} if verbose else set()  # room for names; the report has them all
-    left_out |= {"norm_ratio"} if facts["control"] else {"control_cosine"}
+    left_out |= {"norm_ratio", "sign_agreement"} if facts["control"] else {"control_cosine"}
     by_weight = any(pair["overall"]["lift_weights"] is not None for pair in pairs)
     left_out |= {"lift"} if by_weight else {"lift_weights"}
     inside = {number.key for number in PAIR_SUBSPACE + PAIR_OUTPUTS}

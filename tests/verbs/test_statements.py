@@ -257,7 +257,7 @@ def test_a_control_leaves_room_for_all_columns(tmp_path: Path) -> None:
     ]
     above, below = (line.rstrip() for line in head[-2:])
     assert "control" in above and "lift" in "".join(head)
-    assert below.endswith("signs") and len(below) <= 80
+    assert below.endswith("weights") and len(below) <= 80
 
 
 @pytest.mark.parametrize(("count", "said"), [(12, "12 values, where"), (0, "integer tensors")])
