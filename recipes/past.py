@@ -18,8 +18,11 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -120,14 +123,28 @@ def _shape_faults(read: Mapping[str, Any]) -> list[str]:
         for name, kind in wanted.items()
         if name in read and not isinstance(read[name], kind)
     ]
-    for name in ("parameters", "lam"):
-        for value in [read[name]] if name == "parameters" and name in read else read.get(name, []):
-            try:
-                float(value)
-            except (TypeError, ValueError):
-                faults.append(f"{name}: expected a number, found {value!r}")
     if faults:
         return faults
+    numbers = [("lam", value) for value in read.get("lam", [])]
+    numbers += [("parameters", read["parameters"])] if read.get("parameters") is not None else []
+    for name, value in numbers:
+        try:
+            fits = math.isfinite(float(value)) and (name == "lam" or float(value) > 0)
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            faults.append(f"{name}: expected a finite number, found {value!r}")
+    faults += _launch_faults(read.get("launch", []), read.get("processes"))
+    if Path(read.get("out", "runs")).is_file():
+        faults.append(f"out: {read['out']} is a file, expected a folder")
+    steps = read.get("sft", [])
+    faults += [f"sft: expected settings, found {one!r}" for one in steps if type(one) is not dict]
+    for name in read.get("targets", {}):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=,-]{0,99}", name):
+            faults.append(
+                f"target {name!r}: its name becomes a folder; expected a text of letters, digits"
+                " and . _ + = , - that begins with a letter or a digit"
+            )
     parts = [(f"source part {k}", part) for k, part in enumerate(read.get("source", []), 1)]
     parts += [(f"target {key}", part) for key, part in read.get("targets", {}).items()]
     if not read.get("source", [0]) or not read.get("targets", [0]):
@@ -136,7 +153,13 @@ def _shape_faults(read: Mapping[str, Any]) -> list[str]:
     for name, part in parts:
         keys = {"sft", "rl"} if name.startswith("source") else {"sft", "evaluate"}
         files = part.get("sft") if isinstance(part, dict) else None
-        if files is None or {*part} != keys or not isinstance(files, list) or len(files) != steps:
+        if (
+            not isinstance(files, list)
+            or {*part} != keys
+            or len(files) != steps
+            or not all(isinstance(file, str) for file in [*files, part.get("rl", "")])
+            or not isinstance(part.get("evaluate", {}), dict)
+        ):
             faults.append(
                 f"{name}: expected {' and '.join(sorted(keys))}, with a list of {steps} files in"
                 f" sft (one a step); found {part}"
@@ -147,12 +170,25 @@ def _shape_faults(read: Mapping[str, Any]) -> list[str]:
     if "evaluate" in read:
         entries.append(("evaluate", read["evaluate"], {"run"}))
     for name, entry, keys in entries:
-        if not isinstance(entry, dict) or not keys <= {*entry} <= keys | {"with"}:
+        fits = isinstance(entry, dict) and keys <= {*entry} <= keys | {"with"}
+        if not fits or not isinstance(entry.get("with", {}), dict):
             faults.append(f"{name}: expected {', '.join(sorted(keys))} and `with`; found {entry}")
         elif entry["run"] in TRAINERS and not {"data", "model_name_or_path"} <= {
             *entry.get("with", {})
         }:
             faults.append(f"{name}: expected data and model_name_or_path in `with`; found {entry}")
+    return faults
+
+
+def _launch_faults(launch: Any, processes: Any) -> list[str]:
+    faults = []
+    if processes is not None and (type(processes) is not int or processes < 1):
+        faults.append(f"processes: expected a whole number of at least 1, found {processes!r}")
+    if not isinstance(launch, str):
+        if not isinstance(launch, list) or not all(isinstance(word, str) for word in launch):
+            faults.append(f"launch: expected a name, a file or a list of words, found {launch!r}")
+        elif launch and shutil.which(launch[0]) is None:
+            faults.append(f"launch: no command {launch[0]} here")
     return faults
 
 

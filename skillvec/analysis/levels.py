@@ -234,7 +234,7 @@ def pair_levels(
         if size > 0:
             place = "tensors", records.names[m]
             p = judge(float(sums["product"]), groups_of(sums), spreads.get(place))["p"]
-            alone[m] = float(sums["product"]) / size, p
+            alone[m] = max(-1.0, min(1.0, float(sums["product"]) / size)), p
 
     def row(sums: Sums, members: list[int], place: Place) -> Row:
         found = judged(sums, place)
@@ -384,7 +384,9 @@ def forecast(pair: Levels, alone: Sequence[Row]) -> Forecast:
 def say_forecast(overall: Row, names: Sequence[str]) -> str:
     """Return in words what adding a to a model that holds b meets; look at the layers `names`."""
     if overall["along"] is None:
-        return "A is zero: nothing would be added"
+        return "A is zero or not known: nothing can be said of adding it"
+    if not isfinite(overall["along"]):
+        return "squares of A or B leave fp64: nothing can be said of adding A"
     words = [f"{_percent(overall['along'])} of A's energy lies along B"]
     inside, chance, conflict = (overall.get(k) for k in ("a_in_b", "in_chance", "conflict_a"))
     if inside is not None and chance is not None:
@@ -404,6 +406,8 @@ def sentence(pair: Levels, rounding: float | None = None) -> str:
     """
     overall, parts = pair["overall"], {row["name"]: row for row in pair["parts"]}
     cosine, z = overall["cosine"], overall["z"]
+    if cosine and z is None:
+        return f"cosine {cosine:+.4f}; squares of the sums leave fp64: no null can judge it"
     if cosine is None or z is None:
         return "one of the deltas is zero, or they share no value: there is no angle to judge"
     said = f"{_say_cosine(overall)}: {_say_relation(overall, rounding)}"
@@ -415,7 +419,7 @@ def sentence(pair: Levels, rounding: float | None = None) -> str:
 
 
 def _say_cosine(row: Row) -> str:
-    return f"cosine {row['cosine']:+.4f}, by chance \u00b1 {1.96 * row['cosine_sd']:.4f}"
+    return f"cosine {row['cosine']:+.4f}, by chance \u00b1 {min(1.0, 1.96 * row['cosine_sd']):.4f}"
 
 
 def _say_relation(row: Row, rounding: float | None = None) -> str:
@@ -426,7 +430,8 @@ def _say_relation(row: Row, rounding: float | None = None) -> str:
     cosine = row["cosine"]
     degree = "nearly orthogonal" if abs(cosine) < 0.1 else "aligned" if cosine > 0 else "opposed"
     known = f", of which rounding may give {rounding:+.4f}," if rounding is not None else ""
-    return f"{degree}{known} but not by chance ({by})"
+    link = "but" if degree == "nearly orthogonal" else "and"
+    return f"{degree}{known} {link} not by chance ({by})"
 
 
 def _percent(share: float) -> str:

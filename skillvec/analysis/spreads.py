@@ -96,6 +96,7 @@ class Turned(NamedTuple):
     degrees: float = EXACT
 
 
+@np.errstate(over="ignore", under="ignore", invalid="ignore")  # None in the end
 def turn(sketch: Sums, channels: Sums) -> Turned:
     """Return what rotations make of M, from its sketch and the T of channels, its diagonal.
 

@@ -8,7 +8,7 @@ sigma (sqrt(m) + sqrt(n)); a spike has to be as far above it as the threshold of
 unequal entries for spikes.
 """
 
-from math import sqrt
+from math import frexp, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -60,11 +60,12 @@ def margin(shape: tuple[int, ...]) -> float:
 def noise_edge(matrix: Array, spectrum: Spectrum, kept: int, device: str, key: str) -> float:
     """Return the largest singular value of a matrix without its leading part, signs drawn anew.
 
-    By a block Krylov space of a random start, from below.
+    By a block Krylov space of a random start, from below; of values near 1, whose squares fit fp32.
     """
     import torch
 
     m, n = matrix.shape
+    scale = 2.0 ** -max(-120, min(120, frexp(float(spectrum.every.max()))[1]))
     with settled():
         rest = torch.from_numpy(matrix).to(device, copy=True)
         left, right = leading(spectrum, kept, rest)
@@ -74,10 +75,10 @@ def noise_edge(matrix: Array, spectrum: Spectrum, kept: int, device: str, key: s
             part -= left[at : at + rows] @ right.T
             bits = draw_uint32(key, at * n // 32, -(-part.numel() // 32)).view(np.uint8)
             signs = np.unpackbits(bits, count=part.numel()).reshape(part.shape)
-            part *= 1 - 2 * torch.from_numpy(signs.view(np.int8)).to(device)
+            part *= scale * (1 - 2 * torch.from_numpy(signs.view(np.int8)).to(device))
         random = np.random.Generator(np.random.Philox(key=0))
         start = random.standard_normal((n, min(WIDTH, n)), dtype=np.float32)
-        return _norm(rest, rest.new_tensor(start))
+        return _norm(rest, rest.new_tensor(start)) / scale
 
 
 def _norm(matrix: "Tensor", block: "Tensor") -> float:

@@ -262,3 +262,11 @@ def test_what_rounding_keeps_by_hand() -> None:
     unknown = vector_row(sums | {"moved": 0, "steps": np.zeros(9)}, 80.0)
     for key in ("steps", "below_half_step", "kept_gain", "kept_cosine", "absorbed"):
         assert unknown[key] is None
+
+
+def test_what_no_null_can_judge_is_said() -> None:
+    """Squares of sums beyond fp64: there is a cosine, and no spread to hold it against."""
+    pair = {"overall": {"cosine": 0.06, "z": None}, "parts": []}
+    assert sentence(pair) == "cosine +0.0600; squares of the sums leave fp64: no null can judge it"
+    nothing = {"overall": {"cosine": 0.0, "z": None}, "parts": []}
+    assert "one of the deltas is zero" in sentence(nothing)

@@ -91,3 +91,14 @@ def test_products_of_parts() -> None:
         assert found == pytest.approx(float((a * wanted).sum()), abs=size)
     found = both_parts(one, other, (2, 3))
     assert found == pytest.approx(float((part(a, 2) * part(b, 3)).sum()), abs=size)
+
+
+@pytest.mark.parametrize("power", [60, -80])
+def test_spikes_do_not_depend_on_the_unit(power: int) -> None:
+    """Squares of fp32 that leave its range, above and below."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((60, 40)).astype(np.float32)
+    matrix += 4 * np.outer(rng.standard_normal(60), rng.standard_normal(40)).astype(np.float32)
+    units = [matrix, matrix * np.float32(2.0**power)]
+    one, other = (find_spikes(m, decompose(m, 4, "cpu", 0), "cpu", 0) for m in units)
+    assert one.number == other.number == 1
