@@ -164,10 +164,15 @@ def announce(name: str) -> None:
 def run_alone(main: Callable[[], int], name: str) -> int:
     """Return the exit code of a recipe; what it refuses is a sentence in place of a trace."""
     try:
-        return main()
+        code = main()
     except RecipeError as error:
         say(f"{name}: {error}", sys.stderr)
         return 1
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads may abort a process that ends before
+    return code
 
 
 def load_rows(data: Data) -> Any:
