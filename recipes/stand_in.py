@@ -11,14 +11,14 @@ answer is right. So the code is exercised, and figures that were judged by it me
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 from skillvec.recipes import judges
+from skillvec.recipes.local_server import JsonRequest, serve
 from skillvec.recipes.loogle import pairs, reward
 from skillvec.recipes.squad import judge as squad
 from skillvec.recipes.toolbench import judge as toolbench
@@ -88,10 +88,10 @@ class StandIn(ThreadingHTTPServer):
         return f"http://localhost:{self.server_address[1]}/v1"
 
 
-class _Request(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
+class _Request(JsonRequest):
+    def do_POST(self) -> None:  # noqa: N802
         try:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = self.read_json()
             said = answer(asked["messages"][-1]["content"])
         except (KeyError, TypeError, IndexError, ValueError) as error:
             self.send_error(422, f"expected a chat completion of a recipe: {error}")
@@ -100,15 +100,7 @@ class _Request(BaseHTTPRequestHandler):
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         whole: dict[str, Any] = {"id": "-", "object": "chat.completion", "created": 0,
                                  "model": str(asked.get("model")), "choices": [choice]}  # fmt: skip
-        data = json.dumps(whole).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Stay quiet: one line a question would fill a training's log."""
+        self.send_json(whole)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,12 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{parser.prog}: port {given.port}: {error}", file=sys.stderr)
         return 2
-    with server:
-        print(f"answers by rules, not by a model, at {server.url}", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+    serve(server, f"answers by rules, not by a model, at {server.url}")
     return 0
 
 

@@ -14,10 +14,11 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from skillvec.recipes.local_server import JsonRequest, serve
 from skillvec.recipes.toolbench.apis import Api, Item, read_apis, read_items, standard_name
 
 
@@ -67,28 +68,19 @@ class OfflineServer(ThreadingHTTPServer):
         return dict(kept)
 
 
-class _Request(BaseHTTPRequestHandler):
+class _Request(JsonRequest):
     server: OfflineServer
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802
         if self.path != "/virtual":
             self.send_error(404)
             return
         try:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            answer = self.server.respond(json.loads(body))
+            answer = self.server.respond(self.read_json())
         except (KeyError, TypeError, ValueError) as error:
             self.send_error(422, f"expected the fields of a call: {error!r}")
             return
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Stay quiet: one line a call would fill a training's log."""
+        self.send_json(answer)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,12 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    with server:
-        print(f"{len(server.apis)} APIs at {server.url}; TOOLBENCH_URL={server.url}", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+    serve(server, f"{len(server.apis)} APIs at {server.url}; TOOLBENCH_URL={server.url}")
     return 0
 
 
