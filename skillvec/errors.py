@@ -46,7 +46,8 @@ class NonfiniteError(IncompatibleError):
     """Values that are not finite where they are not expected, or that no finite delta carries."""
 
 
-EXTRAS = ("gcs", "gguf", "hf", "ray", "report", "s3", "torch", "train")  # of pyproject.toml
+# of pyproject.toml
+EXTRAS = ("eval", "gcs", "gguf", "hf", "ray", "report", "s3", "search", "torch", "train")
 
 
 @contextmanager

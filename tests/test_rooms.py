@@ -21,15 +21,17 @@ HOMES = {
     "rich": {"cli"},
     "zstandard": {"ops.codecs"},
     "xxhash": {"ops", "files", "vectors", "engine"},
-    "numpy": {"ops", "files", "checkpoints", "vectors", "engine", "analysis", "verbs"},
+    "numpy": {"ops", "files", "checkpoints", "vectors", "engine", "analysis", "verbs",
+              "trials"},
     "yaml": {"vectors.recipe"}, "vl_convert": {"analysis"},
     "jinja2": {"analysis.page"}, "markupsafe": {"analysis.page"},
     "fsspec": {"remote.object_store"}, "huggingface_hub": {"remote", "verbs"},
     "ray": {"engine.ray_cluster"}, "threadpoolctl": {"engine.threads"},
     "gguf": {"checkpoints.gguf"},
     "safetensors": {"files"},
-    "torch": {"ops.svd", "ops.activations", "checkpoints", "verbs"}, "scipy": {"ops.svd"},
-    "transformers": {"checkpoints", "verbs"},
+    "torch": {"ops.svd", "ops.activations", "checkpoints", "verbs", "trials"}, "scipy": {"ops.svd"},
+    "transformers": {"checkpoints", "verbs", "trials"},
+    "lm_eval": {"trials"}, "optuna": {"trials"},
 }  # fmt: skip
 # Imported inside functions only: their import costs more than the work on a small model, and
 # rich is not wanted by a quiet run.
