@@ -177,6 +177,7 @@ class Method:
     measured: tuple[Pass, ...] = ()
     sparsify: Callable[..., Array] = keep
     merge: Callable[..., Array] = add
+    of_matrices: bool = False  # t_i are parts of whole matrices, taken before pieces come here
 
     @property
     def random(self) -> bool:
@@ -307,6 +308,28 @@ METHODS = (
         "none: least squares", "not in mergekit",
         {"scope": "tensor"}, (Pass(gram, find_coefficients, joint=True),), merge=project_out,
     ),
+    Method(  # rank 1 is what arXiv 2510.00553 looks at
+        "spectral",
+        "A_i = the k leading singular triplets of v_i, matrix by matrix; "
+        f"t_i = A_i (part head) or v_i - A_i (part residual); {ADD}",
+        "rank-1 dominance of RL updates, arXiv 2510.00553, and ResMerge's head and residual, "
+        "arXiv 2606.02252",
+        "not in mergekit; 2510.00553 scales the head to the norm of v_i (rescale), ResMerge's code "
+        "leaves embeddings and heads of the model whole (a rule with part whole), and how it "
+        "weighs heads and residuals of several vectors is not here",
+        {"rank": 1, "energy": 0.0, "part": "head", "rescale": False, "others": "keep"},
+        of_matrices=True,
+    ),
+    Method(
+        "project",
+        "U_i = the k leading eigenvectors of E[x x'], x what the module of the weight is given; "
+        f"t_i = v_i - v_i U_i U_i' (of weights that lie turned v_i - U_i U_i' v_i); {ADD}",
+        "the idea: null-space projection of RAIN-Merging, arXiv 2602.22538",
+        "not in mergekit; the authors solve for what keeps a few tokens' queries, keys, values and "
+        "gates with a ridge, head by head; here the subspace of all inputs of a module is left "
+        "alone, and its attention-guided coefficients are not here",
+        {"moments": "", "moments_digest": "", "rank": 0, "energy": 0.9}, of_matrices=True,
+    ),
 )  # fmt: skip
 OPERATORS: dict[str, Method] = {method.name: method for method in METHODS}
 PARAMETERS = {  # what each does, and the values it takes
@@ -320,8 +343,20 @@ PARAMETERS = {  # what each does, and the values it takes
               "tensor or vector, the same for all vectors"),
     "normalize": ("divide by the sum of |w_i|; only the ratios of the weights matter then",
                   "true or false, the same for all vectors"),
+    "rank": ("how many directions of each matrix; it is that of the energy where this is above 0",
+             "a whole number; of spectral at least 1, unless energy is above 0"),
+    "energy": ("the fewest directions that hold this share of the squared norm (spectral) or of the"
+               " trace (project); given a rank alone it is 0", "at least 0, at most 1"),
+    "part": ("what is taken of each matrix", "head, residual or whole"),
+    "rescale": ("give each part the norm of the matrix it was taken from", "true or false"),
+    "others": ("what is done with tensors of one dimension: keep, drop, or split, which is all of"
+               " them in the head and nothing in the residual", "keep, drop or split"),
+    "moments": ("the file of second moments of inputs", "a path, from where skillvec runs"),
+    "moments_digest": ("which file that is; filled in, and where given what it must be",
+                       "32 hex digits, or nothing"),
 }  # fmt: skip
-CHOICES = {"density_of": ("nonzero", "all"), "scope": ("tensor", "vector")}
+CHOICES = {"density_of": ("nonzero", "all"), "scope": ("tensor", "vector"),
+           "part": ("head", "residual", "whole"), "others": ("keep", "drop", "split")}  # fmt: skip
 
 
 def check_parameters(operator_name: str, given: Parameters) -> dict[str, Any]:
@@ -337,10 +372,19 @@ def check_parameters(operator_name: str, given: Parameters) -> dict[str, Any]:
             takes = ", ".join(defaults) or "none"
             raise UsageError(f"{operator_name} has no parameter {name!r}; it takes {takes}")
     found = {**defaults, **given}
+    if "rank" in given and "energy" in defaults and not given.get("energy"):
+        found["energy"] = 0.0
+    if given.get("rank") and found.get("energy"):
+        raise UsageError(
+            f"{operator_name}: rank {given['rank']} and energy {given['energy']}: expected one of"
+            " them, the other 0"
+        )
     for name, value in found.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(defaults[name], float) and number:
             found[name] = float(value)
+        if type(defaults[name]) is int and number and float(value).is_integer():
+            found[name] = int(value)
         if type(found[name]) is not type(defaults[name]) or not _accepts(name, found):
             allowed = PARAMETERS[name][1]
             raise UsageError(f"{operator_name}: {name} = {value!r}, expected {allowed}")
@@ -350,6 +394,12 @@ def check_parameters(operator_name: str, given: Parameters) -> dict[str, Any]:
 def _accepts(name: str, found: Parameters) -> bool:
     """Return whether a value of the right type is in its range; density comes before the others."""
     value = found[name]
+    if name == "rank":
+        return bool(value >= (0 if found["energy"] or "moments" in found else 1))
+    if name == "energy":
+        return bool(0 <= value <= 1)
+    if name == "moments":
+        return bool(value)
     if not isinstance(value, float):
         return value in CHOICES.get(name, (value,))
     density = found["density"]

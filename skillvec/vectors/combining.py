@@ -20,12 +20,14 @@ from skillvec.files.tensors import Source
 from skillvec.files.views import View, whole
 from skillvec.ops.merge_methods import OPERATORS, Operator, check_parameters
 from skillvec.vectors.deltas.base import DeltaSource
+from skillvec.vectors.deltas.low_rank import low_rank_in
 from skillvec.vectors.deltas.mix import MixDelta
 from skillvec.vectors.deltas.stored import zero_delta
 from skillvec.vectors.deltas.view import ViewDelta
 from skillvec.vectors.displacement import Displacement
 from skillvec.vectors.idle import is_idle_buffer
 from skillvec.vectors.manifest import CHOSEN, SCHEMA, Manifest, Parent, TensorEntry
+from skillvec.vectors.matrix_parts import MatrixParts, without_places
 from skillvec.vectors.recipe import Recipe, resolve
 
 AnyVector = TypeVar("AnyVector", bound=Displacement)
@@ -39,6 +41,8 @@ def mix(
     shares = resolve(recipe, names)
     deltas: dict[str, DeltaSource] = {}
     known = recipe.op in OPERATORS and operator is OPERATORS[recipe.op]
+    origins = tuple(part.digest or part.ref for part in parts)
+    taken = MatrixParts() if getattr(operator, "of_matrices", False) else None
     for name in names:
         held = [part.deltas.get(name) for part in parts]
         shape = next(delta.spec.shape for delta in held if delta is not None)
@@ -48,6 +52,9 @@ def mix(
         if known:
             parameters = tuple(check_parameters(recipe.op, given) for given in parameters)
         wide = any(source.dtype == "F64" for source in sources)
+        if taken is not None:
+            each = zip(sources, parameters, origins, strict=True)
+            sources, parameters = zip(*(taken.take(name, *one) for one in each), strict=True)
         deltas[name] = MixDelta(
             TensorSpec(name, "F64" if wide else "F32", shape, "", 0, 0),
             sources,
@@ -55,9 +62,11 @@ def mix(
             parameters,
             operator,
             tuple(part.manifest["identity"] for part in parts),
-            tuple(part.digest or part.ref for part in parts),
+            origins,
             recipe.seed,
         )
+    if taken is not None:
+        taken.check()
     return deltas
 
 
@@ -159,7 +168,7 @@ def viewed_delta(name: str, view: View, vector: Displacement) -> ViewDelta:
     Raises IncompatibleError where that vector has to be measured first.
     """
     boxes = tuple(box._replace(source=vector.deltas[box.source]) for box in view.boxes)
-    if any(box.source.passes for box in boxes):
+    if any(b.source.passes or any(low_rank_in([b.source])) for b in boxes):
         raise IncompatibleError(
             f"{name}: the target has another layout, and {vector.ref} must be measured in its own:"
             " store the combination first (skillvec combine -o)"
@@ -216,7 +225,7 @@ def announce_combination(parts: Sequence[Displacement], recipe: Recipe) -> Manif
         "kind": "vector",
         "schema": SCHEMA,
         "formula": f"{recipe.op}({weights})",
-        "identity": digest_bytes(json.dumps(said).encode()),
+        "identity": digest_bytes(json.dumps(without_places(said)).encode()),
         "base": base,
         "tuned": None,
         "parents": list(map(_parent, parts)),

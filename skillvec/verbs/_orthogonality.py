@@ -45,6 +45,7 @@ from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
+from skillvec.vectors.input_moments import open_moments
 from skillvec.vectors.recipe import leaving_out
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs.activations import (
@@ -52,7 +53,6 @@ from skillvec.verbs.activations import (
     find_outputs,
     match_moments,
     memory_nbytes,
-    open_moments,
 )
 from skillvec.verbs.chances import Supports, find_spreads, rows_nbytes
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite

@@ -13,6 +13,7 @@ from families import load, perturbed, save, toy
 import skillvec as sv
 from skillvec.cli.commands import main
 from skillvec.errors import FormatError, IncompatibleError
+from skillvec.vectors.input_moments import open_moments
 from skillvec.verbs import activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -240,7 +241,7 @@ def test_moments_of_16_bits_are_refused(case: Case, tmp_path: Path) -> None:
     about = {"kind": "moments", "schema": 1, "tokens": 1, "weights": case.weights}
     save(tmp_path / "m.safetensors", tensors, {"skillvec": json.dumps(about)})
     with pytest.raises(FormatError, match="expected F32"):
-        activations.open_moments(tmp_path / "m.safetensors")
+        open_moments(tmp_path / "m.safetensors")
 
 
 def test_tensors_that_are_left_out_are_no_matrices_without_inputs(case: Case) -> None:

@@ -1,0 +1,126 @@
+"""Operators on whole matrices: each vector's deltas as what such an operator takes of them.
+
+`spectral` and `project` differ in the product that is taken out of a matrix, and add up what is
+left of each vector. A file of moments is named by path, as vectors are, and known by its digest,
+which goes into the recipe: a combination is not made again with another one.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from skillvec.errors import IncompatibleError, UsageError, up_to_five
+from skillvec.files.header import TensorSpec
+from skillvec.vectors.deltas.base import DeltaSource
+from skillvec.vectors.deltas.low_rank import LowRankDelta, Subspace, low_rank_in
+from skillvec.vectors.deltas.stored import zero_delta
+from skillvec.vectors.input_moments import Moments, open_moments
+from skillvec.vectors.recipe import Recipe
+
+PATH, DIGEST = "moments", "moments_digest"
+
+
+class MatrixParts:
+    """What an operator on matrices takes of each delta; files of moments are opened once."""
+
+    def __init__(self) -> None:
+        self._moments: dict[str, tuple[Moments, str]] = {}  # with their digests
+        self._wrong: list[str] = []
+
+    def take(
+        self, name: str, source: DeltaSource, given: Mapping[str, Any], origin: str
+    ) -> tuple[DeltaSource, dict[str, Any]]:
+        """Return what is taken of a vector's delta, and what tells this from other tensors."""
+        shape = source.spec.shape
+        inside, subspace, said = given.get("part") == "head", None, dict(given)
+        if source.is_zero or given.get("part") == "whole":
+            return source, said
+        if PATH in given:
+            moments = self._opened(given)
+            if name not in moments.weights or not (given["rank"] or given["energy"]):
+                return source, said
+            if wrong := moments.misfit(name, shape):
+                self._wrong.append(f"{wrong}, by {moments.path}")
+                return source, said
+            entry, side = moments.weights[name]
+            subspace = Subspace(moments.path, moments.inputs[entry].second, side)
+            said["input"] = entry
+        elif len(shape) < 2:
+            drops = given["others"] == "drop" or (given["others"] == "split" and not inside)
+            return zero_delta(name, shape) if drops else source, said
+        spec = TensorSpec(name, "F64", shape, "", 0, 0)
+        rank, energy, rescale = given["rank"], given["energy"], given.get("rescale", False)
+        return LowRankDelta(source, spec, origin, rank, energy, inside, rescale, subspace), said
+
+    def check(self) -> None:
+        """Raise IncompatibleError where a file of moments is that of another model."""
+        if self._wrong:
+            raise IncompatibleError(
+                f"moments of other shapes than the vectors:\n{up_to_five(self._wrong)}"
+            )
+
+    def _opened(self, given: Mapping[str, Any]) -> Moments:
+        path = given[PATH]
+        if path not in self._moments:
+            opened = _open(path)
+            self._moments[path] = opened, opened.digest
+        found, digest = self._moments[path]
+        if given[DIGEST] not in ("", digest):
+            raise IncompatibleError(
+                f"moments {path}: digest {digest}, expected {given[DIGEST]}: it is another file"
+                " than the one that this combination was made with"
+            )
+        return found
+
+
+def _open(path: str) -> Moments:
+    place = os.path.expanduser(path)
+    if not os.path.isfile(place):
+        raise UsageError(
+            f"moments {path}: no such file. It is named as vectors are: from the folder in which"
+            " skillvec runs, wherever a recipe lies"
+        )
+    return open_moments(place)
+
+
+def with_digests(recipe: Recipe) -> Recipe:
+    """Return a recipe that says of each file of moments which one is meant."""
+    digests: dict[str, str] = {}
+
+    def told(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        path = given.get(PATH)
+        if not isinstance(path, str) or not path or given.get(DIGEST):
+            return given
+        if path not in digests:
+            digests[path] = _open(path).digest
+        return {**given, DIGEST: digests[path]}
+
+    shares = tuple(
+        replace(
+            share,
+            parameters=told(share.parameters),
+            rules=tuple(replace(rule, parameters=told(rule.parameters)) for rule in share.rules),
+        )
+        for share in recipe.shares
+    )
+    return replace(recipe, parameters=told(recipe.parameters), shares=shares)
+
+
+def without_places(said: Any) -> Any:
+    """Return what a recipe says short of where files of moments lie, which their digests name."""
+    if isinstance(said, Mapping):
+        return {k: without_places(v) for k, v in said.items() if k != PATH or DIGEST not in said}
+    return [without_places(item) for item in said] if isinstance(said, list) else said
+
+
+def list_unprojected(deltas: Mapping[str, DeltaSource], recipe: Recipe) -> list[str]:
+    """Return a warning that names the matrices of a projection that no moments are known of."""
+    matrices = [name for name, delta in deltas.items() if len(delta.spec.shape) > 1]
+    whole = [name for name in matrices if not any(low_rank_in([deltas[name]]))]
+    if recipe.op != "project" or not whole:
+        return []
+    return [
+        f"nothing is known of the inputs of {len(whole)} of {len(matrices)} matrices, which are"
+        f" kept whole:\n{up_to_five(whole)}"
+    ]
