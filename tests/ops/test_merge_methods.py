@@ -36,7 +36,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "operators.md"
 MERGEKIT = ROOT / ".venv-mergekit" / "bin" / "python"
 STREAMS = tuple(f"{i:032x}" for i in range(1, 9))
-NAMES = tuple(OPERATORS)
+# those of whole matrices are tried in tests/verbs/test_matrix_operators.py
+NAMES = tuple(name for name, method in OPERATORS.items() if not method.of_matrices)
 # that see density through `density_of`; dare decides by position alone
 RANKED = ("ties", "della", "breadcrumbs", "sparsify")
 DENSE = {"ties": {"density": 1}, "dare_linear": {"density": 1}, "dare_ties": {"density": 1},
@@ -732,7 +733,7 @@ def test_defaults_are_filled_in_and_numbers_are_floats():
 @pytest.mark.parametrize(
     ("operator", "given", "said"),
     [
-        ("tie", {}, ["'tie'", *NAMES]),
+        ("tie", {}, ["'tie'", *OPERATORS]),
         ("ties", {"densty": 0.5}, ["'densty'", "density, density_of, scope, normalize"]),
         ("linear", {"density": 0.5}, ["'density'", "takes none"]),
         ("dare_ties", {"scope": "tensor"}, ["'scope'", "density, normalize"]),
@@ -753,6 +754,14 @@ def test_defaults_are_filled_in_and_numbers_are_floats():
         ("della", {"epsilon": 0.4}, ["epsilon = 0.4", "at most 1"]),
         ("della", {"density": 0.05}, ["epsilon = 0.07", "above 0"]),
         ("della", {"density": 0.25, "epsilon": 0.25}, ["epsilon = 0.25", "above 0"]),
+        ("spectral", {"rank": 0}, ["rank = 0", "at least 1"]),
+        ("spectral", {"rank": 1.5}, ["rank = 1.5", "a whole number"]),
+        ("spectral", {"energy": 1.01}, ["energy = 1.01", "at most 1"]),
+        ("spectral", {"rank": 2, "energy": 0.5}, ["rank 2 and energy 0.5", "the other 0"]),
+        ("spectral", {"part": "tail"}, ["part = 'tail'", "head, residual or whole"]),
+        ("spectral", {"others": True}, ["others = True", "keep, drop or split"]),
+        ("project", {}, ["moments = ''", "a path"]),
+        ("project", {"moments": "m", "rank": -1}, ["rank = -1", "a whole number"]),
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_refused(operator: str, given: dict[str, Any], said: list[str]):
@@ -767,6 +776,13 @@ def test_limits_that_are_allowed():
     check_parameters("breadcrumbs", {"density": 1, "gamma": 0})
     check_parameters("della", {"density": 0.9, "epsilon": 0.1})
     check_parameters("della", {"density": 1})
+    assert check_parameters("spectral", {"rank": 4.0, "energy": 0}) == (
+        OPERATORS["spectral"].defaults | {"rank": 4})  # fmt: skip
+    assert check_parameters("spectral", {"energy": 1})["energy"] == 1.0
+    # a rank alone is not passed over for the default energy; neither leaves the matrix alone
+    assert check_parameters("project", {"moments": "m", "rank": 3})["energy"] == 0
+    assert check_parameters("project", {"moments": "m"})["energy"] == 0.9
+    check_parameters("project", {"moments": "m", "rank": 0, "energy": 0})
 
 
 @pytest.mark.parametrize(("name", "values"), [("scope", ("tensor", "vector")),
@@ -952,6 +968,40 @@ script, DELLA's example command, the point where the search of Breadcrumbs begin
 """
 
 
+MATRICES = """
+## Whole matrices
+
+`spectral` and `project` take each vector's matrices apart and add up the parts: of several vectors
+it is the sum of their heads, not the head of their sum (store a `linear` sum first for that), and
+each vector may have its own rank, part or moments in a recipe. Embeddings and heads of the model
+are matrices as any other; a rule `{match: "*embed*", part: whole}` leaves them alone, for `project`
+`{match: ..., rank: 0, energy: 0}`. Of tensors with more dimensions, such as fused experts, each
+matrix of the last two is taken apart on its own. Where a matrix has no more directions than are
+wanted, the head is the vector itself, bit for bit, and the residual 0; head + residual is the
+vector within the roundings of the two.
+
+Before the run each matrix is looked at once, whole: one for each worker at a time (the line
+"memory" of the plan counts them, three copies each; with `project` the second moments of an input
+and their eigenvectors too, 36 n^2 bytes for n values). What is found, k (m + n) fp32 values of an
+m x n matrix, waits in a file in the folder for temporary files (`TMPDIR`), so that no rank fills
+the memory, and goes with the run. With `--engine ray` the other machines have to see that folder.
+Neither seed nor workers change a byte; singular values come from LAPACK on the processor, so
+another machine, or another version of torch, may differ in the last bits, and `verify` there then
+says that values differ. A target in another layout than the vectors wants the combination stored.
+
+The report has, for each tensor and vector, the rank and the share of the squared norm that is kept
+(`ranks`, `kept_energies`), and the shares of all (`matrices`), before `rescale`.
+
+`project` leaves alone what `python -m skillvec.recipes.calibrate` has seen a module be given:
+`--param moments=moments.safetensors`, energy .9 of the trace of E[x x'] by default, as `energy
+inside` of `orthogonality --activations` measures it. The path is taken from the folder in which
+skillvec runs, as those of vectors are; the file's digest (what it says, and samples of its values)
+goes into the recipe, and another file is refused. Matrices that the file does not know, such as
+embeddings, norms and biases are kept as they are; a warning names the matrices. A file of other
+shapes is refused.
+"""
+
+
 RECIPES = """
 ## Recipes
 
@@ -996,21 +1046,23 @@ def operators_page() -> str:
     for method in OPERATORS.values():
         paper = re.sub(r"arXiv ([\d.]+\d)", r"[arXiv \1](https://arxiv.org/abs/\1)", method.paper)
         defaults = ", ".join(f"{name} {shown(v)}" for name, v in method.defaults.items())
+        passes = "one over whole matrices" if method.of_matrices else len(method.measured)
         parts.append(
             f"## {method.name}\n\n```text\n" + method.formula.replace("; ", "\n") + "\n```\n\n"
             f"- paper: {paper}\n- parameters and their defaults: {defaults or 'none'}\n"
-            f"- measuring passes: {len(method.measured)}\n- against mergekit: {method.differs}"
+            f"- measuring passes: {passes}\n- against mergekit: {method.differs}"
         )
     rows = ["## Parameters\n", "| name | what it does | values |", "|---|---|---|"]
     for name, (meaning, allowed) in PARAMETERS.items():
         rows.append(f"| {name} | {meaning} | {allowed} |".replace("|w_i|", r"\|w_i\|"))
     parts.append("\n".join(rows))
+    parts.append(MATRICES.strip())
     parts.append(RECIPES.strip())
     return "\n\n".join(parts) + "\n"
 
 
 def shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value) or "(none)"
 
 
 def test_the_page_of_operators_is_what_the_table_says():
