@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from skillvec.checkpoints.input_moments import read_part
 from skillvec.engine.matrix_workers import at_once_nbytes, in_turn
 from skillvec.engine.plan import Plan
 from skillvec.engine.threads import one_blas_thread
@@ -22,7 +23,6 @@ from skillvec.ops.low_rank import Product, find_inside, find_leading, working_nb
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import DeltaSource, pieces_of
 from skillvec.vectors.deltas.low_rank import Factors, LowRankDelta, low_rank_in
-from skillvec.vectors.input_moments import read_part
 from skillvec.vectors.reader import BlockReader, readers_of
 
 READING_NBYTES = 32 << 20  # a worker: values of a block in fp64, and the product beside them
@@ -44,7 +44,10 @@ def find_factors(plan: Plan, at_once: int, watcher: Watcher | None) -> Plan:
         if subspace is not None:
             second = read_part(subspace.second)
             directions = find_directions(second, group[0].rank, group[0].energy)
-        return [Factors.of(_products(delta, directions, readers), scratch) for delta in group]
+        return [
+            Factors(scratch, tuple(_products(delta, directions, readers, scratch)))
+            for delta in group
+        ]
 
     with one_blas_thread(), closing(in_turn(work, groups, _nbytes_of, at_once)) as found:
         for group, factors in zip(groups, found, strict=True):
@@ -81,15 +84,22 @@ def _nbytes_of(group: Group) -> int:
 
 
 def _products(
-    delta: LowRankDelta, directions: Array | None, readers: Mapping[str, BlockReader]
-) -> Iterator[Product]:
-    """Yield the product of each matrix of a delta."""
+    delta: LowRankDelta, directions: Array | None, readers: Mapping[str, BlockReader],
+    scratch: Scratch,
+) -> Iterator[Product]:  # fmt: skip
+    """Yield the product of each matrix of a delta, put into the scratch file."""
     for matrix in _matrices(delta.source, delta.shape, readers):
-        if directions is None:
-            yield find_leading(matrix, delta.rank, delta.energy)
+        if delta.subspace is None or directions is None:
+            found = find_leading(matrix, delta.rank, delta.energy)
         else:
-            assert delta.subspace is not None
-            yield find_inside(matrix, directions, delta.subspace.side)
+            found = find_inside(matrix, directions, delta.subspace.side)
+        if found.left is not None:
+            left, right = (
+                scratch.add(np.ascontiguousarray(side).view(np.uint8).reshape(-1).data)
+                for side in (found.left, found.right)
+            )
+            found = found._replace(left=left, right=right)
+        yield found
 
 
 def _matrices(

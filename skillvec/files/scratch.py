@@ -16,12 +16,12 @@ class Scratch:
     Other processes and, where the folder is shared, other machines read it by what pickle says.
     """
 
-    def __init__(self, path: str | None = None) -> None:
-        self.path, self._end, self._lock = path or "", 0, threading.Lock()
-        if path is None:
-            fd, self.path = tempfile.mkstemp(prefix="skillvec-")
-            self._fd = fd
-            weakref.finalize(self, _discard, fd, self.path)
+    def __init__(self, path: str = "") -> None:
+        self.path, self._lock = path, threading.Lock()
+        if not path:
+            self._file = tempfile.NamedTemporaryFile(prefix="skillvec-")  # noqa: SIM115
+            self.path = self._file.name
+            weakref.finalize(self, self._file.close)  # which deletes it
 
     def __reduce__(self) -> Any:
         return Scratch, (self.path,)
@@ -29,25 +29,17 @@ class Scratch:
     def add(self, content: memoryview) -> int:
         """Append bytes, from any thread, and return where they lie; OutputError without room."""
         with self._lock:
-            begin, self._end = self._end, self._end + len(content)
-        done = 0
-        try:
-            while done < len(content):
-                done += os.pwrite(self._fd, content[done:], begin + done)
-        except OSError as error:
-            folder = os.path.dirname(self.path)
-            raise OutputError(
-                f"{folder}: no room for what is found of matrices ({error.strerror}): TMPDIR names"
-                " another folder"
-            ) from None
+            begin = self._file.tell()
+            try:
+                self._file.write(content)
+                self._file.flush()
+            except OSError as error:
+                raise OutputError(
+                    f"{os.path.dirname(self.path)}: no room for what is found of matrices"
+                    f" ({error.strerror}): TMPDIR names another folder"
+                ) from None
         return begin
 
     def read(self, begin: int, out: memoryview) -> None:
         """Fill `out` from where `add` has put it."""
         read_into(self.path, begin, out)
-
-
-def _discard(fd: int, path: str) -> None:
-    os.close(fd)
-    if os.path.exists(path):
-        os.unlink(path)

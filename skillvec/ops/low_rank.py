@@ -6,22 +6,24 @@ say, whatever found them. LAPACK finds them, on the processor and with one threa
 the same machine gives the same bytes, another may differ in the last bits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from skillvec.ops import svd
-from skillvec.ops.kernels import Array, F32Array
+from skillvec.ops.kernels import Array
 
 
 class Product(NamedTuple):
     """L (m x k) and R (n x k) of an m x n matrix, its squared norm and that of what is left.
 
-    Without L and R all of the matrix belongs to the product.
+    L and R are arrays, or where they were put; both are None where all of the matrix belongs to
+    the product.
     """
 
-    left: F32Array | None
-    right: F32Array | None
+    rank: int
+    left: Any
+    right: Any
     norm_sq: float
     rest_sq: float
 
@@ -32,17 +34,17 @@ def find_leading(matrix: Array, rank: int, energy: float) -> Product:
     With an `energy` above 0 the fewest that hold this share of its squared norm. Where the matrix
     has no more than are wanted, beyond rounding, it is all of it. The caller holds `svd.settled`.
     """
-    if energy == 1 or (not energy and rank >= min(matrix.shape)):
-        return Product(None, None, _squared(matrix), 0.0)
+    most = min(matrix.shape)
+    if energy == 1 or (not energy and rank >= most):
+        return Product(most, None, None, svd.squared(matrix), 0.0)
     found, count = svd.lead(matrix, None if energy else rank, energy or None, "cpu", 0)
     held = float(np.square(found.values[:count]).sum())
-    fewer = held < energy * found.norm_sq if energy else count < rank
-    if fewer or count >= min(matrix.shape):
-        return Product(None, None, found.norm_sq, 0.0)
+    if (held < energy * found.norm_sq if energy else count < rank) or count == most:
+        return Product(count, None, None, found.norm_sq, 0.0)
     left = (found.left[:, :count] * found.values[:count]).astype(np.float32)
     right = np.ascontiguousarray(found.right[:, :count])
     sides = (side.astype(matrix.dtype, copy=False) for side in (left, right))
-    return Product(left, right, found.norm_sq, svd.residual_sq(matrix, *sides))
+    return Product(count, left, right, found.norm_sq, svd.residual_sq(matrix, *sides))
 
 
 def find_inside(matrix: Array, directions: Array, side: int) -> Product:
@@ -51,20 +53,14 @@ def find_inside(matrix: Array, directions: Array, side: int) -> Product:
     `directions` (fp64) has k orthonormal columns: the product is A U U', or U U' A of a matrix that
     its module keeps turned (side 0).
     """
-    wide = matrix.astype(np.float64)
+    wide, (width, rank) = matrix.astype(np.float64), directions.shape
     norm_sq = float(np.vdot(wide, wide))
-    if directions.shape[0] == directions.shape[1]:
-        return Product(None, None, norm_sq, 0.0)
+    if rank == width:
+        return Product(rank, None, None, norm_sq, 0.0)
     image = (wide if side else wide.T) @ directions
     rest_sq = max(0.0, norm_sq - float(np.vdot(image, image)))
-    one, other = image.astype(np.float32), directions.astype(np.float32)
-    return Product(*((one, other) if side else (other, one)), norm_sq, rest_sq)
-
-
-def multiply(left: Array, right: Array) -> Array:
-    """Return L R' in fp64."""
-    product: Array = left.astype(np.float64) @ right.astype(np.float64).T
-    return product
+    sides = image.astype(np.float32), directions.astype(np.float32)
+    return Product(rank, *(sides if side else sides[::-1]), norm_sq, rest_sq)
 
 
 def working_nbytes(shape: tuple[int, int], rank: int, itemsize: int) -> int:
@@ -72,10 +68,5 @@ def working_nbytes(shape: tuple[int, int], rank: int, itemsize: int) -> int:
 
     A rank of 0 is one that an energy decides, of which the most is taken.
     """
-    m, n = shape
-    gram = 8 * min(m, n) ** 2 if not rank or svd.is_whole((m, n), rank) else 0
-    return itemsize * m * n + gram
-
-
-def _squared(matrix: Array) -> float:
-    return float(sum(float(np.square(row, dtype=np.float64).sum()) for row in matrix))
+    gram = 8 * min(shape) ** 2 if not rank or svd.is_whole(shape, rank) else 0
+    return itemsize * shape[0] * shape[1] + gram

@@ -371,6 +371,11 @@ def _pieces(matrix: "Tensor") -> Iterator["Tensor"]:
     return (matrix[at : at + rows].double() for at in range(0, matrix.shape[0], rows))
 
 
+def squared(matrix: Array) -> float:
+    """Return |A|^2, added in fp64."""
+    return _squared(_load(matrix, "cpu"))
+
+
 def _squared(matrix: "Tensor") -> float:
     return float(sum(float(piece.square().sum()) for piece in _pieces(matrix)))
 

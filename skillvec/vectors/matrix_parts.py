@@ -7,16 +7,15 @@ which goes into the recipe: a combination is not made again with another one.
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from skillvec.checkpoints.input_moments import Moments, open_moments
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.files.header import TensorSpec
 from skillvec.vectors.deltas.base import DeltaSource
 from skillvec.vectors.deltas.low_rank import LowRankDelta, Subspace, low_rank_in
 from skillvec.vectors.deltas.stored import zero_delta
-from skillvec.vectors.input_moments import Moments, open_moments
-from skillvec.vectors.recipe import Recipe
+from skillvec.vectors.recipe import Recipe, parse_recipe
 
 PATH, DIGEST = "moments", "moments_digest"
 
@@ -86,25 +85,18 @@ def _open(path: str) -> Moments:
 
 def with_digests(recipe: Recipe) -> Recipe:
     """Return a recipe that says of each file of moments which one is meant."""
-    digests: dict[str, str] = {}
 
-    def told(given: Mapping[str, Any]) -> Mapping[str, Any]:
-        path = given.get(PATH)
-        if not isinstance(path, str) or not path or given.get(DIGEST):
-            return given
-        if path not in digests:
-            digests[path] = _open(path).digest
-        return {**given, DIGEST: digests[path]}
+    def told(said: Any) -> Any:
+        if isinstance(said, list):
+            return [told(item) for item in said]
+        if not isinstance(said, dict):
+            return said
+        path = said.get(PATH)
+        known = not (path and isinstance(path, str)) or said.get(DIGEST)
+        more = {} if known else {DIGEST: _open(said[PATH]).digest}
+        return {key: told(value) for key, value in said.items()} | more
 
-    shares = tuple(
-        replace(
-            share,
-            parameters=told(share.parameters),
-            rules=tuple(replace(rule, parameters=told(rule.parameters)) for rule in share.rules),
-        )
-        for share in recipe.shares
-    )
-    return replace(recipe, parameters=told(recipe.parameters), shares=shares)
+    return parse_recipe(told(recipe.to_dict())) if recipe.op == "project" else recipe
 
 
 def without_places(said: Any) -> Any:

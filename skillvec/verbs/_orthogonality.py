@@ -26,6 +26,7 @@ from skillvec.analysis.angle_report import (
 from skillvec.analysis.levels import pair_levels, sentence, vector_levels
 from skillvec.analysis.spreads import Variances
 from skillvec.checkpoints.checkpoint import Checkpoint
+from skillvec.checkpoints.input_moments import open_moments
 from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.engine.matrix_workers import at_once_nbytes
 from skillvec.engine.outputs import Output, PathLike, output_report
@@ -45,7 +46,6 @@ from skillvec.ops.statistics import Request, layout
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Report, Watcher
 from skillvec.vectors.combining import align_vectors, seen_like
-from skillvec.vectors.input_moments import open_moments
 from skillvec.vectors.recipe import leaving_out
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs.activations import (

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from skillvec.analysis.angle_report import ActivationFacts, Row
+from skillvec.checkpoints.input_moments import Moments, read_part
 from skillvec.engine.matrix_workers import at_once_nbytes, in_turn
 from skillvec.engine.plan import Job, JobResult, Plan
 from skillvec.errors import FormatError, IncompatibleError, up_to_five
@@ -22,7 +23,6 @@ from skillvec.ops.statistics import Request
 from skillvec.ops.svd import resolve_device
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import add_values
-from skillvec.vectors.input_moments import Moments, read_part
 from skillvec.vectors.reader import BlockReader, readers_of
 
 

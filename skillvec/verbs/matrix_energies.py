@@ -45,8 +45,8 @@ def _tell(source: DeltaSource) -> tuple[int, float, float] | None:
     """Return the largest rank, and squared norms: what is kept, and of all."""
     if not isinstance(source, LowRankDelta) or source.known is None:
         return None
-    matrices = source.known.matrices
-    rank = max((min(source.shape) if one.rank is None else one.rank for one in matrices), default=0)
+    matrices = source.known.products
+    rank = max((one.rank for one in matrices), default=0)
     norm_sq, rest_sq = sum(one.norm_sq for one in matrices), sum(one.rest_sq for one in matrices)
     return rank, norm_sq - rest_sq if source.inside else rest_sq, norm_sq
 

@@ -152,8 +152,7 @@ def say_applied(facts: Facts, counts: str) -> str:
         f"{counts}; verdict {say_verdict(facts)}\n"
         f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values"
         f" changed; realised gain {write_optional(facts['gain'])},"
-        f" cosine {write_optional(facts['cosine'])}{finite}"
-        + f"\n{say_energies(facts)}".rstrip()
+        f" cosine {write_optional(facts['cosine'])}{finite}" + f"\n{say_energies(facts)}".rstrip()
     )
 
 

@@ -11,10 +11,9 @@ from click.testing import CliRunner
 from families import load, perturbed, save, toy
 
 import skillvec as sv
+from skillvec.checkpoints.input_moments import open_moments
 from skillvec.cli.commands import main
 from skillvec.errors import FormatError, IncompatibleError
-from skillvec.vectors.input_moments import open_moments
-from skillvec.verbs import activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from skillvec.files.scratch import Scratch
 from skillvec.ops.block import BLOCK_NUMEL
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import Array
-from skillvec.ops.low_rank import Product, multiply
+from skillvec.ops.low_rank import Product
 from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.deltas.base import Decoded, DeltaSource, InFile
 
@@ -25,45 +25,18 @@ class Subspace(NamedTuple):
     side: int  # the dimension of the weight that meets the inputs
 
 
-class Kept(NamedTuple):
-    """Where the product of one matrix lies, its rank, and squared norms: all, what is left.
-
-    A rank of None: all of the matrix belongs to the product, and nothing is kept.
-    """
-
-    rank: int | None
-    left: int
-    right: int
-    norm_sq: float
-    rest_sq: float
-
-
 class Factors(NamedTuple):
-    """The products of a tensor's matrices, in their order."""
+    """The products of a tensor's matrices, in their order; L and R lie in a scratch file, fp32."""
 
     scratch: Scratch
-    matrices: tuple[Kept, ...]
+    products: tuple[Product, ...]
 
-    @staticmethod
-    def of(products: Iterable[Product], scratch: Scratch) -> "Factors":
-        """Return products as they are kept: written as they come."""
-
-        def put(values: Array) -> int:
-            return scratch.add(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
-
-        kept = []
-        for left, right, norm_sq, rest_sq in products:
-            if left is None or right is None:
-                kept.append(Kept(None, 0, 0, norm_sq, 0.0))
-            else:
-                kept.append(Kept(left.shape[1], put(left), put(right), norm_sq, rest_sq))
-        return Factors(scratch, tuple(kept))
-
-    def read(self, begin: int, rows: int, rank: int) -> Array:
-        """Return rows of L or R, of `rank` values each, from where they lie."""
-        values = np.empty((rows, rank), np.float32)
-        self.scratch.read(begin, values.view(np.uint8).reshape(-1).data)
-        return values
+    def rows(self, begin: int, first: int, count: int, rank: int) -> Array:
+        """Return rows of L or R, which begins there, in fp64."""
+        values = np.empty((count, rank), np.float32)
+        out = values.view(np.uint8).reshape(-1).data
+        self.scratch.read(begin + first * rank * values.itemsize, out)
+        return values.astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -81,8 +54,8 @@ class LowRankDelta(DeltaSource):
     rank: int
     energy: float
     inside: bool
-    rescale: bool = False
-    subspace: Subspace | None = None
+    rescale: bool
+    subspace: Subspace | None
     known: Factors | None = None
 
     @property
@@ -127,33 +100,27 @@ class LowRankDelta(DeltaSource):
         while at < end:
             number, inside = divmod(at, m * n)
             stop = min(end, at - inside + m * n)
-            self._part(number, inside, values[at - block.begin : stop - block.begin])
+            self._part(self.known, number, inside, values[at - block.begin : stop - block.begin])
             at = stop
         return Delta(values, "F64"), NO_RECORDS
 
-    def _part(self, number: int, begin: int, values: Array) -> None:
+    def _part(self, known: Factors, number: int, begin: int, values: Array) -> None:
         """Turn values of one matrix, from its position `begin` on, into those of this delta."""
-        assert self.known is not None
-        kept, n = self.known.matrices[number], self.shape[1]
-        if kept.rank is None:
-            if not self.inside:
-                values[:] = 0
+        (rank, left, right, norm_sq, rest_sq), n = known.products[number], self.shape[1]
+        if left is None:
+            values *= self.inside
             return
         first, last = begin // n, -(-(begin + values.size) // n)
-        left = self.known.read(kept.left + 4 * first * kept.rank, last - first, kept.rank)
-        found, step = np.empty((last - first, n)), max(1, BLOCK_NUMEL // kept.rank)
-        for column in range(0, n, step):  # as many as keep R within a block
-            count = min(step, n - column)
-            right = self.known.read(kept.right + 4 * column * kept.rank, count, kept.rank)
-            found[:, column : column + count] = multiply(left, right)
+        rows, found = known.rows(left, first, last - first, rank), np.empty((last - first, n))
+        step = max(1, BLOCK_NUMEL // rank)  # columns that keep R within a block
+        for at in range(0, n, step):
+            count = min(step, n - at)
+            found[:, at : at + count] = rows @ known.rows(right, at, count, rank).T
         product = found.reshape(-1)[begin - first * n :][: values.size]
-        if self.inside:
-            values[:] = product
-        else:
-            values -= product
+        values[:] = product if self.inside else values - product
         if self.rescale:
-            held_sq = kept.norm_sq - kept.rest_sq if self.inside else kept.rest_sq
-            values *= (kept.norm_sq / held_sq) ** 0.5 if held_sq > 0 else 1.0
+            held_sq = norm_sq - rest_sq if self.inside else rest_sq
+            values *= (norm_sq / held_sq) ** 0.5 if held_sq > 0 else 1.0
 
 
 def low_rank_in(deltas: Iterable[DeltaSource]) -> Iterator[LowRankDelta]:

@@ -17,8 +17,8 @@ from skillvec.checkpoints.opening import kind_of_file
 from skillvec.errors import FormatError
 from skillvec.files.file import digest_bytes
 from skillvec.files.header import TensorSpec, read_header
+from skillvec.files.tensors import values_of
 from skillvec.ops.kernels import Array
-from skillvec.vectors.deltas.base import add_values
 
 SCHEMA = 1
 SIDES = {"columns": 1, "rows": 0}  # the dimension of a weight that its module's input meets
@@ -85,8 +85,7 @@ def open_moments(path: str | os.PathLike[str]) -> Moments:
 
 def read_part(spec: TensorSpec) -> Array:
     """Return a tensor of such a file, fp32; FormatError for values that no inputs have."""
-    values = np.zeros(spec.numel, np.float32)
-    add_values(spec, {}, values)
+    values = values_of(spec, 0, spec.numel)
     if not np.isfinite(values).all():
         raise FormatError(f"{spec.path}: {spec.name} holds NaN or infinities")
     return values.reshape(spec.shape)
