@@ -39,7 +39,8 @@ def find_leading(matrix: Array, rank: int, energy: float) -> Product:
         return Product(most, None, None, svd.squared(matrix), 0.0)
     found, count = svd.lead(matrix, None if energy else rank, energy or None, "cpu", 0)
     held = float(np.square(found.values[:count]).sum())
-    if (held < energy * found.norm_sq if energy else count < rank) or count == most:
+    fewer = held < energy * found.norm_sq if energy else count < rank
+    if fewer or count in (0, most):
         return Product(count, None, None, found.norm_sq, 0.0)
     left = (found.left[:, :count] * found.values[:count]).astype(np.float32)
     right = np.ascontiguousarray(found.right[:, :count])

@@ -108,7 +108,8 @@ def without_places(said: Any) -> Any:
 
 def list_unprojected(deltas: Mapping[str, DeltaSource], recipe: Recipe) -> list[str]:
     """Return a warning that names the matrices of a projection that no moments are known of."""
-    matrices = [name for name, delta in deltas.items() if len(delta.spec.shape) > 1]
+    specs = (delta.spec for delta in deltas.values())
+    matrices = [spec.name for spec in specs if len(spec.shape) > 1 and spec.numel]
     whole = [name for name in matrices if not any(low_rank_in([deltas[name]]))]
     if recipe.op != "project" or not whole:
         return []
