@@ -15,7 +15,6 @@ import numpy as np
 from skillvec.checkpoints.input_moments import read_part
 from skillvec.engine.matrix_workers import at_once_nbytes, in_turn
 from skillvec.engine.plan import Plan
-from skillvec.engine.threads import one_blas_thread
 from skillvec.files.scratch import Scratch
 from skillvec.ops.activations import find_directions
 from skillvec.ops.kernels import Array
@@ -49,7 +48,7 @@ def find_factors(plan: Plan, at_once: int, watcher: Watcher | None) -> Plan:
             for delta in group
         ]
 
-    with one_blas_thread(), closing(in_turn(work, groups, _nbytes_of, at_once)) as found:
+    with closing(in_turn(work, groups, _nbytes_of, at_once)) as found:
         for group, factors in zip(groups, found, strict=True):
             known |= {delta.wanted: kept for delta, kept in zip(group, factors, strict=True)}
             done += sum(delta.nbytes for delta in group)
