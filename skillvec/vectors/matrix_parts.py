@@ -13,7 +13,8 @@ from skillvec.checkpoints.input_moments import Moments, open_moments
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.files.header import TensorSpec
 from skillvec.vectors.deltas.base import DeltaSource
-from skillvec.vectors.deltas.low_rank import LowRankDelta, Subspace, low_rank_in
+from skillvec.vectors.deltas.low_rank import LowRankDelta, Subspace
+from skillvec.vectors.deltas.mix import mixes_in
 from skillvec.vectors.deltas.stored import zero_delta
 from skillvec.vectors.recipe import Recipe, parse_recipe
 
@@ -31,25 +32,24 @@ class MatrixParts:
         self, name: str, source: DeltaSource, given: Mapping[str, Any], origin: str
     ) -> tuple[DeltaSource, dict[str, Any]]:
         """Return what is taken of a vector's delta, and what tells this from other tensors."""
-        shape = source.spec.shape
-        inside, subspace, said = given.get("part") == "head", None, dict(given)
-        if source.is_zero or given.get("part") == "whole":
-            return source, said
+        shape, said = source.spec.shape, dict(given)
+        inside, subspace = given.get("part") == "head", None
         if PATH in given:
             moments = self._opened(given)
-            if name not in moments.weights or not (given["rank"] or given["energy"]):
+            if name not in moments.weights:
                 return source, said
+            said["input"], side = moments.weights[name]
             if wrong := moments.misfit(name, shape):
                 self._wrong.append(f"{wrong}, by {moments.path}")
                 return source, said
-            entry, side = moments.weights[name]
-            subspace = Subspace(moments.path, moments.inputs[entry].second, side)
-            said["input"] = entry
+            subspace = Subspace(moments.path, moments.inputs[said["input"]].second, side)
         elif len(shape) < 2:
             drops = given["others"] == "drop" or (given["others"] == "split" and not inside)
             return zero_delta(name, shape) if drops else source, said
-        spec = TensorSpec(name, "F64", shape, "", 0, 0)
         rank, energy, rescale = given["rank"], given["energy"], given.get("rescale", False)
+        if source.is_zero or given.get("part") == "whole" or not (rank or energy):
+            return source, said
+        spec = TensorSpec(name, "F64", shape, "", 0, 0)
         return LowRankDelta(source, spec, origin, rank, energy, inside, rescale, subspace), said
 
     def check(self) -> None:
@@ -107,13 +107,17 @@ def without_places(said: Any) -> Any:
 
 
 def list_unprojected(deltas: Mapping[str, DeltaSource], recipe: Recipe) -> list[str]:
-    """Return a warning that names the matrices of a projection that no moments are known of."""
-    specs = (delta.spec for delta in deltas.values())
-    matrices = [spec.name for spec in specs if len(spec.shape) > 1 and spec.numel]
-    whole = [name for name in matrices if not any(low_rank_in([deltas[name]]))]
-    if recipe.op != "project" or not whole:
-        return []
-    return [
-        f"nothing is known of the inputs of {len(whole)} of {len(matrices)} matrices, which are"
-        f" kept whole:\n{up_to_five(whole)}"
+    """Return a warning that names the matrices of a projection that no moments are known of.
+
+    Raises IncompatibleError where they are all.
+    """
+    mixes = [mix for mix in mixes_in(deltas.values()) if len(mix.spec.shape) > 1 and mix.spec.numel]
+    unknown = [
+        mix.spec.name for mix in mixes if not any("input" in given for given in mix.parameters)
     ]
+    if recipe.op != "project" or not unknown:
+        return []
+    said = f"nothing is known of the inputs of {len(unknown)} of {len(mixes)} matrices"
+    if len(unknown) == len(mixes):
+        raise IncompatibleError(f"{said}: are the moments of this model?\n{up_to_five(unknown)}")
+    return [f"{said}, which are kept whole:\n{up_to_five(unknown)}"]

@@ -285,7 +285,11 @@ def test_what_moments_do_not_know_is_named(world: World, tmp_path: Path) -> None
     (warning,) = report.warnings
     assert "of 6 of 9 matrices, which are kept whole" in warning and EMBED in warning
     assert BIAS not in warning
-    assert project(world, rank=0, energy=0).warnings
+    assert warning in project(world, rank=0, energy=0).warnings
+    alien = {f"model.{name}": said for name, said in world.said.items()}
+    other = write_moments(tmp_path / "other.safetensors", world.inputs, alien)
+    with pytest.raises(IncompatibleError, match="of 9 of 9 matrices: are the moments"):
+        project(world, moments=str(other))
 
 
 def test_moments_of_another_model_or_file_are_refused(world: World, tmp_path: Path) -> None:
@@ -411,6 +415,9 @@ def test_on_the_screen(world: World, tmp_path: Path) -> None:
              "rank=2", "--param", "part=residual", "-o", tmp_path / "out"]  # fmt: skip
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert "of the squared norm of 9 matrices (rank 2)" in " ".join(result.output.split())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| combined by | spectral, rank 2, part residual |" in card
+    assert "--op spectral --param rank=2.0 --param part=residual" in card
 
 
 def test_memory_of_whole_matrices_is_in_the_plan(world: World, tmp_path: Path) -> None:
