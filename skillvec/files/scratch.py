@@ -21,7 +21,9 @@ class Scratch:
         if not path:
             self._file = tempfile.NamedTemporaryFile(prefix="skillvec-")  # noqa: SIM115
             self.path = self._file.name
-            weakref.finalize(self, self._file.close)  # which deletes it
+            weakref.finalize(
+                self, self._file.close
+            )  # Python 3.12 warns of files that nobody closes
 
     def __reduce__(self) -> Any:
         return Scratch, (self.path,)

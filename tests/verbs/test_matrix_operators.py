@@ -292,6 +292,40 @@ def test_what_moments_do_not_know_is_named(world: World, tmp_path: Path) -> None
         project(world, moments=str(other))
 
 
+def test_each_vector_has_its_own_subspace(world: World, tmp_path: Path) -> None:
+    vectors = [{"vector": str(file), "parameters": {"rank": rank, "moments": str(world.moments)}}
+               for file, rank in zip(world.files, (1, 5), strict=True)]  # fmt: skip
+    vector = sv.combine(recipe={"op": "project", "vectors": vectors})
+    made, basis = values_of(vector, tmp_path), directions(world, "up", 1 - 1e-9)
+    one, two = (deltas[UP] for deltas in world.deltas)
+    expected = one + two - one @ basis[:, :1] @ basis[:, :1].T - two @ basis[:, :5] @ basis[:, :5].T
+    assert_near({UP: made[UP]}, {UP: expected})
+    told = [share.parameters["moments_digest"] for share in vector.recipe.shares]
+    assert told == [project(world).recipe.parameters["moments_digest"]] * 2
+
+
+def test_a_head_is_no_copy_of_an_embedding_whose_inputs_are_others(
+    world: World, tmp_path: Path
+) -> None:
+    """Tied weights need one delta: a part of the one and all of the other are two."""
+    said = world.said | {"lm_head.weight": {"entry": "up", "input": "columns"}}
+    other = write_moments(tmp_path / "other.safetensors", world.inputs, said)
+    for moments, same in ((world.moments, True), (other, False)):
+        ways = [project(world, moments=str(moments)).deltas[name].way for name in
+                (EMBED, "lm_head.weight")]  # fmt: skip
+        assert (ways[0] == ways[1]) == same
+
+
+def test_an_altered_vector_is_noticed(world: World, tmp_path: Path) -> None:
+    file = tmp_path / "altered.safetensors"
+    content = bytearray(world.files[0].read_bytes())
+    spec = sv.SkillVector.open(world.files[0]).deltas[UP].spec
+    content[spec.start + spec.nbytes // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(sv.FormatError, match=UP):
+        sv.combine(file, op="spectral", output=tmp_path / "v.safetensors")
+
+
 def test_moments_of_another_model_or_file_are_refused(world: World, tmp_path: Path) -> None:
     said = world.said | {EXPERTS: {"entry": "up", "input": "columns"},
                          "lm_head.weight": {"entry": "up", "input": "rows"}}  # fmt: skip
