@@ -23,7 +23,7 @@ class Scratch:
             self.path = self._file.name
             weakref.finalize(
                 self, self._file.close
-            )  # Python 3.12 warns of files that nobody closes
+            )  # a file that nobody closes is warned of
 
     def __reduce__(self) -> Any:
         return Scratch, (self.path,)
