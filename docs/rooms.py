@@ -22,7 +22,8 @@ PACKAGE = HERE.parent / "skillvec"
 PICTURE = HERE / "images" / "rooms.svg"
 # Top to bottom: a file may import files of its own room and of the rooms below.
 ROOMS = (
-    "cli", "trials", "verbs", "analysis", "engine", "vectors", "checkpoints", "remote", "files", "ops",
+    "cli", "trials", "verbs", "analysis", "engine", "vectors", "checkpoints", "remote", "files",
+    "ops",
 )  # fmt: skip
 # What everything may import: what can go wrong, what happened, the version.
 GROUND = ("report", "errors", "__init__")
