@@ -328,7 +328,7 @@ METHODS = (
         "t_i = v_i where |v_i| > threshold, else 0; "
         "sum_i w_i t_i / max(1, number of w_i t_i != 0)",
         "RAM, arXiv 2601.13572",
-        "mergekit calls the threshold epsilon; it and the authors have no weights; RAM+ is not here",
+        "mergekit calls it epsilon; it and the authors have no weights; RAM+ is not here",
         {"threshold": 1e-5}, sparsify=drop_small, merge=average_shared,
     ),
     Method(  # the authors' code keeps .3
@@ -352,14 +352,14 @@ METHODS = (
     Method(
         "nuslerp", f"{ARC}, or s_i where sin(angle) <= 1e-8", "none: spherical interpolation",
         "mergekit takes s_i = .5 where |w_0 + w_1| < 1e-6 (refused here where it is 0); "
-        "nuslerp_row_wise and nuslerp_flatten false, an angle for each row or column, are not here: "
-        "pieces of a tensor know no rows",
+        "nuslerp_row_wise and nuslerp_flatten false, an angle for each column or row, are not "
+        "here: pieces of a tensor know no rows",
         {"scope": "tensor"}, (Pass(gram, find_small_angle, joint=True),), merge=follow_arc, count=2,
     ),
     Method(
         "fisher",
-        "f_i = max(F_i, floor), F_i from a file; sum_i w_i f_i v_i / sum_i |w_i| f_i, or where that "
-        "divides by 0 sum_i w_i v_i / sum_i |w_i|",
+        "f_i = max(F_i, floor), F_i from a file, or 1 where all are 0; "
+        "sum_i w_i f_i v_i / sum_i |w_i| f_i",
         "Fisher merging, arXiv 2111.09832 and 2606.18521",
         "not in mergekit; the authors' code divides each file by its L2 norm (here by weights) and "
         "has a floor of 1e-6 on the first model alone",

@@ -114,8 +114,11 @@ def test_what_is_no_change_is_the_same_for_both(isa: str, threshold: float):
     near = np.abs(np.float32(threshold)) if threshold < 1e38 else np.float32(3e38)
     bits = int(near.view(np.uint32)) + np.arange(-3, 4)
     values = np.maximum(bits, 0).astype(np.uint32).view(np.float32)
-    parts = [Delta(values, "F32"), Delta(-values[::-1].copy(), "F32"),
-             Delta(np.zeros(7, np.uint16), "BF16", np.arange(7, dtype=np.uint32), values)]
+    parts = [
+        Delta(values, "F32"),
+        Delta(-values[::-1].copy(), "F32"),
+        Delta(np.zeros(7, np.uint16), "BF16", np.arange(7, dtype=np.uint32), values),
+    ]
     given = [{"threshold": threshold}, {"threshold": 0.0}, {"threshold": threshold}]
     for weights in ([0.7, -1.1, 1.0], [1.0, 1.0, 1.0]):
         check_merge(isa, "ram", parts, weights, given)

@@ -327,8 +327,8 @@ def test_fisher_by_hand():
 
     def merged(weights: list[float], floor: float = 0.0) -> list[float]:
         chosen = [p | {"floor": floor} for p in given]
-        found: list[float] = fisher.combine([*values, *fishers], weights, chosen, place, None).tolist()
-        return found
+        found = fisher.combine([*values, *fishers], weights, chosen, place, None)
+        return [float(value) for value in found]
 
     assert merged([1, 1]) == [5, 4, 6, 4.5]
     assert merged([2, 1]) == [float(np.float32((6 * 4 + 8) / 7)), 4, float(np.float32(16 / 3)), 5]
@@ -343,9 +343,8 @@ def test_fisher_by_hand():
 def test_fisher_is_the_papers_formula(kind: str):
     rng = np.random.default_rng(len(kind))
     vectors = [make_random(rng, 500, kind) for _ in range(3)]
-    fishers = [np.float32(rng.exponential(size=500) * 10.0 ** rng.integers(-12, 1)) for _ in vectors]
-    for fisher in fishers:
-        fisher[rng.random(500) < 0.5] = 0
+    fishers = np.float32(rng.exponential(size=(3, 500)) * 10.0 ** rng.integers(-12, 1, (3, 1)))
+    fishers[rng.random((3, 500)) < 0.5] = 0
     given, weights = [check_parameters("fisher", needed("fisher"))] * 3, [1.0, 0.5, 2.0]
     place = Position("w", 0, 0, STREAMS[:3])
     found = OPERATORS["fisher"].combine([*vectors, *fishers], weights, given, place, None)
@@ -484,7 +483,8 @@ def oracle_fisher(
     values: tuple[float, ...], weights: list[float], parameters: list[dict[str, Any]]
 ) -> float:
     """Return sum w f v / sum |w| f, where f is the magnitude of v in fp32 (`with_fisher`)."""
-    f = [max(abs(float(np.float32(v))), p["floor"]) for v, p in zip(values, parameters, strict=True)]
+    sizes = [abs(float(np.float32(v))) for v in values]
+    f = [max(size, p["floor"]) for size, p in zip(sizes, parameters, strict=True)]
     below = math.fsum(abs(w) * x for w, x in zip(weights, f, strict=True))
     return math.fsum(w * x * v for w, x, v in zip(weights, f, values, strict=True)) / (below or 1)
 
@@ -580,7 +580,7 @@ def test_operators_agree_with_plain_loops(name: str, kind: str):
             elif name in ("slerp", "nuslerp"):  # nor are its sine and cosine
                 largest = max(float(np.abs(v).max()) for v in vectors)
                 np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * largest)
-            elif name in ("sparsify", "della", "fisher"):  # a scale, a probability: computed otherwise
+            elif name in ("sparsify", "della", "fisher"):  # a scale, a share: computed otherwise
                 rtol = 1e-12 if "fp64" in kind else 2e-7
                 np.testing.assert_allclose(found, expected, rtol=rtol, atol=0)
             else:
@@ -1044,7 +1044,7 @@ def test_mergekit_agrees_where_the_definitions_do(tmp_path: Path):
         found = one(ours, list(deltas), given, chosen)
         # fp32 at each step there, fp64 and one rounding here: a few 2^-24 of the terms
         assert np.count_nonzero(expected) > 500
-        assert theirs != "ram" or deltas is steps or 100 < np.sum(np.abs(deltas) <= 1e-5)
+        assert theirs != "ram" or deltas is steps or np.sum(np.abs(deltas) <= 1e-5) > 100
         np.testing.assert_allclose(found, expected, rtol=0, atol=4e-7 * np.abs(deltas).max())
         rounded = theirs in ("task_arithmetic", "ram", "nuslerp")
         assert np.array_equal(found != 0, expected != 0) or rounded
@@ -1079,7 +1079,8 @@ def test_mergekit_differs_where_the_table_says_so(tmp_path: Path):
         ({"sparsify": "della_magprune", "parameters": della, "draws": draws}, values),
         ({"method": "dare_linear", "parameters": {"weight": [1.0], "density": 0.3}},
          np.float32(rng.normal(size=(1, 200_000)))),
-        ({"method": "nuslerp", "parameters": {"weight": [1.0, -1.0]}}, np.float32([[1, 0], [0, 1]])),
+        ({"method": "nuslerp", "parameters": {"weight": [1.0, -1.0]}},
+         np.float32([[1, 0], [0, 1]])),
         ({"method": "breadcrumbs", "parameters": {"weight": [1.0], "density": 0.9, "gamma": 0.5}},
          np.float32(np.arange(1, 11))[None]),
         ({"signs": "sum"}, plain_signs := np.float32(rng.normal(size=(3, 500)))),
