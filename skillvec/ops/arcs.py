@@ -12,12 +12,9 @@ from skillvec.ops.merge_counts import Counts, exact_total
 
 
 def find_angle(sums: Counts) -> list[float]:
-    """Return cosine and sine between two vectors, nothing where |cosine| exceeds .9995 (slerp).
-
-    `sums` are those of `gram`. With a vector of zeros the cosine is 0.
-    """
-    cosine, sine = _angle(sums)
-    return [] if abs(cosine) > 0.9995 else [cosine, sine]
+    """Return cosine and sine between two vectors, nothing where |cosine| exceeds .9995 (slerp)."""
+    angle = find_small_angle(sums)
+    return angle if angle and abs(angle[0]) <= 0.9995 else []
 
 
 def find_small_angle(sums: Counts) -> list[float]:
@@ -25,22 +22,15 @@ def find_small_angle(sums: Counts) -> list[float]:
 
     `sums` are those of `gram`. With a vector of zeros the cosine is 0.
     """
-    cosine, sine = _angle(sums)
-    return [] if sine <= 1e-8 else [cosine, sine]
-
-
-def _angle(sums: Counts) -> tuple[float, float]:
     first, product, second = map(exact_total, sums)
-    norms = first * second
-    if not norms:
-        return 0.0, 1.0
+    norms = first * second or 1
     square = min(product**2, norms)  # products of fp64 are rounded
     cosine, sine = math.sqrt(square / norms), math.sqrt((norms - square) / norms)
-    return (-cosine if product < 0 else cosine), sine
+    return [-cosine if product < 0 else cosine, sine] if sine > 1e-8 else []
 
 
 @lru_cache(maxsize=1024)  # asked for every piece
-def arc_shares(weights: tuple[float, ...], angle: tuple[float, ...]) -> tuple[float, float]:
+def arc_shares(weights: tuple[float, ...], angle: tuple[float, ...]) -> tuple[float, ...]:
     """Return sin(s_i angle) / sin(angle) with s_i = w_i / (w_0 + w_1), without an angle s_i.
 
     `angle` is its cosine and sine. Weights of 0 give 0.
@@ -50,33 +40,19 @@ def arc_shares(weights: tuple[float, ...], angle: tuple[float, ...]) -> tuple[fl
     with localcontext() as context:
         context.prec = 100
         one, other = map(Decimal, weights)
-        if not (total := one + other):
-            return 0.0, 0.0
-        shares = [one / total, other / total]
-        if angle:
-            whole = _find_arc(*map(Decimal, angle))
-            turn = 2 * _find_arc(Decimal(-1), Decimal(0))
-            sines = [_sine_cosine(share * whole % turn)[0] for share in shares]
-            shares = [sine / _sine_cosine(whole)[0] for sine in sines]
-        return float(shares[0]), float(shares[1])
+        shares = [one / (one + other), other / (one + other)] if one + other else [one, other]
+        if angle and any(shares):
+            arc, half = Decimal(math.atan2(*reversed(angle))), Decimal(math.pi)
+            for _ in range(4):  # each time three times as exact
+                arc += Decimal(angle[1]) * _turn(arc)[0] - Decimal(angle[0]) * _turn(arc)[1]
+                half += _turn(half)[1]
+            shares = [_turn(share * arc % (2 * half))[1] / _turn(arc)[1] for share in shares]
+        return tuple(map(float, shares))
 
 
-def _find_arc(cosine: Any, sine: Any) -> Any:
-    """Return the angle from 0 to pi, by steps from what math finds, each three times as exact."""
-    arc = type(sine)(math.atan2(sine, cosine))
-    for _ in range(4):
-        found = _sine_cosine(arc)
-        arc += sine * found[1] - cosine * found[0]
-    return arc
-
-
-def _sine_cosine(arc: Any) -> tuple[Any, Any]:
-    """Return sine and cosine by their series, to 1e-60."""
-    power, term = 0, arc * 0 + 1
-    sine, cosine = arc * 0, term
-    while abs(term) > 1e-60:
-        power += 2
-        sine += term * arc / (power - 1)
-        term *= -arc * arc / (power * (power - 1))
-        cosine += term
-    return sine, cosine
+def _turn(arc: Any) -> tuple[Any, Any]:
+    """Return cosine and sine of at most a whole turn, by their series, to 1e-60."""
+    terms = [arc * 0 + 1]
+    for power in range(1, 90):
+        terms.append(terms[-1] * arc / power)
+    return sum(terms[::4]) - sum(terms[2::4]), sum(terms[1::4]) - sum(terms[3::4])

@@ -129,8 +129,7 @@ def _limits(thresholds: Sequence[int]) -> tuple[int, int]:
 
 def _above(threshold: float) -> int:
     """Return the bits of the smallest fp32 magnitude that exceeds a threshold."""
-    with np.errstate(over="ignore", under="ignore"):
-        nearest = np.float32(threshold)
+    nearest = np.float32(min(threshold, np.finfo(np.float32).max))
     return int(nearest.view(np.uint32)) + (float(nearest) <= threshold)
 
 

@@ -162,16 +162,14 @@ def weigh(parts: list[Array], weights: Weights, parameters: Given, known: Any) -
 
     Weights count by their size in what is divided by, as in an election.
     """
-    vectors, fishers = parts[: len(weights)], parts[len(weights) :]
-    each = [np.maximum(f, given["floor"]) for f, given in zip(fishers, parameters, strict=True)]
-    sizes = list(map(abs, weights))
-    mass = add(each, sizes, parameters, None)
-    idle = mass == 0
-    mass[idle] = sum(sizes) or 1
-    for strength in each:
-        strength[idle] = 1
-    shares = [weight * f / mass for f, weight in zip(each, weights, strict=True)]
-    return sum((s * part for s, part in zip(shares, vectors, strict=True)), np.zeros(idle.size))
+    count, sizes = len(weights), list(map(abs, weights))
+    pairs = zip(parts[count:], parameters, strict=True)
+    each = [np.maximum(fisher, given["floor"]) for fisher, given in pairs]
+    idle = add(each, sizes, parameters, None) == 0
+    each = [np.where(idle, 1, strength) for strength in each]
+    mass = add(each, sizes, parameters, None) if any(sizes) else 1
+    shared = [part * (f / mass) for part, f in zip(parts[:count], each, strict=True)]
+    return add(shared, weights, parameters, None)
 
 
 def project_out(parts: list[Array], weights: Weights, parameters: Given, known: Any) -> Array:
@@ -209,8 +207,8 @@ class Method:
 
     @property
     def random(self) -> bool:
-        """Whether the result depends on random numbers, and so on the tensor's name."""
-        return self.sparsify in (drop, magprune)
+        """Whether the result depends on random numbers or files, and so on the tensor's name."""
+        return self.sparsify in (drop, magprune) or self.merge is weigh
 
     def passes(self, parameters: Given) -> int:
         """Return the number of measuring passes: none where all densities are 1."""
@@ -324,10 +322,8 @@ METHODS = (
         {"density": 0.15, "gamma": 0.006, **NONZERO}, THRESHOLDS, trim,
     ),
     Method(
-        "ram",
-        "t_i = v_i where |v_i| > threshold, else 0; "
-        "sum_i w_i t_i / max(1, number of w_i t_i != 0)",
-        "RAM, arXiv 2601.13572",
+        "ram", "t_i = v_i where |v_i| > threshold, else 0; "
+        "sum_i w_i t_i / max(1, number of w_i t_i != 0)", "RAM, arXiv 2601.13572",
         "mergekit calls it epsilon; it and the authors have no weights; RAM+ is not here",
         {"threshold": 1e-5}, sparsify=drop_small, merge=average_shared,
     ),
@@ -357,10 +353,8 @@ METHODS = (
         {"scope": "tensor"}, (Pass(gram, find_small_angle, joint=True),), merge=follow_arc, count=2,
     ),
     Method(
-        "fisher",
-        "f_i = max(F_i, floor), F_i from a file, or 1 where all are 0; "
-        "sum_i w_i f_i v_i / sum_i |w_i| f_i",
-        "Fisher merging, arXiv 2111.09832 and 2606.18521",
+        "fisher", "f_i = max(F_i, floor), F_i from a file, or 1 where all are 0; "
+        "sum_i w_i f_i v_i / sum_i |w_i| f_i", "Fisher merging, arXiv 2111.09832 and 2606.18521",
         "not in mergekit; the authors' code divides each file by its L2 norm (here by weights) and "
         "has a floor of 1e-6 on the first model alone",
         {"fisher": "", "fisher_digest": "", "floor": 0.0}, merge=weigh,
@@ -376,11 +370,9 @@ PARAMETERS = {  # what each does, and the values it takes
                 "at least 0, density - epsilon above 0 and density + epsilon at most 1"),
     "scope": ("what has one threshold or one projection: each tensor, or the whole vector",
               "tensor or vector, the same for all vectors"),
-    "threshold": ("the largest magnitude that counts as no change, in units of the weights",
-                  "at least 0"),
+    "threshold": ("the largest |v_i| that counts as no change", "at least 0"),
     "fisher": ("where the F_i of a vector are", "a file for each vector"),
-    "fisher_digest": ("what a stored combination says of that file: another one is refused",
-                      "text"),
+    "fisher_digest": ("how a stored combination knows that file; another one is refused", "text"),
     "floor": ("what F_i is at least", "at least 0"),
     "normalize": ("divide by the sum of |w_i|; only the ratios of the weights matter then",
                   "true or false, the same for all vectors"),
@@ -413,25 +405,18 @@ def check_parameters(operator_name: str, given: Parameters) -> dict[str, Any]:
 
 def check_weights(operator_name: str, weights: Weights) -> None:
     """Raise UsageError for weights, one a vector, that an operator makes nothing of."""
-    method = OPERATORS[operator_name]
+    method, said = OPERATORS[operator_name], " and ".join(f"{weight:g}" for weight in weights)
     if method.count not in (None, len(weights)):
-        raise UsageError(
-            f"{operator_name} takes exactly {method.count} vectors, found {len(weights)}"
-        )
+        raise UsageError(f"{operator_name} takes {method.count} vectors, found {len(weights)}")
     if method.merge is follow_arc and any(weights) and not sum(weights):
-        raise UsageError(
-            f"{operator_name}: weights {weights[0]:g} and {weights[1]:g} add up to 0, which is no"
-            " place on the arc between two vectors; linear takes any weights"
-        )
+        raise UsageError(f"{operator_name}: the weights {said} add up to 0: no place on an arc")
 
 
 def _accepts(name: str, found: Parameters) -> bool:
     """Return whether a value of the right type is in its range; density comes before the others."""
     value = found[name]
-    if name == "fisher":
-        return bool(value)
     if not isinstance(value, float):
-        return value in CHOICES.get(name, (value,))
+        return value != "" if name == "fisher" else value in CHOICES.get(name, (value,))
     if name in ("threshold", "floor"):
         return value >= 0
     density = found["density"]

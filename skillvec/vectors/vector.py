@@ -236,17 +236,12 @@ class SkillVector(Displacement):
         """
         recipe = replace(recipe, shares=tuple(map(_scaled, recipe.shares, parts)))
         parts = lend_heads(align_vectors([replace(part, scale=1.0) for part in parts]))
-        fishers: list[Checkpoint] = []
-        if recipe.op == "fisher":
-            fishers, recipe = open_fishers(recipe)
+        files, recipe = open_fishers(recipe) if recipe.op == "fisher" else ((), recipe)
         deltas = mix(parts, recipe, operator or OPERATORS[recipe.op])
-        if fishers:
-            deltas = weigh_by(fishers, parts, deltas)
+        deltas = weigh_by(files, parts, deltas) if files else deltas
         manifest = announce_combination(parts, recipe)
-        return CombinedVector(
-            manifest["formula"], deltas, manifest, parts=tuple(parts), recipe=recipe,
-            fishers=tuple(fishers),
-        )  # fmt: skip
+        ref, made_of = manifest["formula"], tuple(parts)
+        return CombinedVector(ref, deltas, manifest, parts=made_of, recipe=recipe, beside=files)
 
     def __mul__(self, factor: object) -> Self:
         if not isinstance(factor, Real) or not isfinite(factor):

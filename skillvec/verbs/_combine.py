@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -28,8 +27,8 @@ def combine(
     """Merge vectors by an operator of docs/operators.md, or by an Operator of your own.
 
     `weights` are 1 if not given. `recipe`, a YAML or JSON file or its content, names vectors,
-    weights per tensor and layer, and operator instead; a stored combination gives its own. A
-    parameter that is a list of text, as the files of fisher are, is one for each vector. Without
+    weights per tensor and layer, and operator instead; a stored combination gives its own. The
+    parameter `fisher` of that operator is a list of files, one for each vector. Without
     `output` the result is computed where it is used; with, it is stored (options as of `save`).
     Raises UsageError for parameters out of range, IncompatibleError where names or shapes differ.
     """
@@ -40,7 +39,7 @@ def combine(
     else:
         parts = [SkillVector.open(vector) for vector in vectors]
         name = op if isinstance(op, str) else op.name
-        made = _spread(Recipe(name, _weighted(parts, weights), dict(parameters or {}), seed))
+        made = Recipe(name, _weighted(parts, weights), dict(parameters or {}), seed)
     operator = _operator_of(op, made)
     first = made.shares[0]
     plain = made.op == "linear" and isinstance(first.weight, float) and not first.rules
@@ -76,27 +75,6 @@ def _weighted(parts: Sequence[SkillVector], weights: Sequence[float] | None) -> 
     if len(weights) != len(parts):
         raise UsageError(f"{len(parts)} vectors, but {len(weights)} weights")
     return tuple(Share(p.ref, float(w)) for p, w in zip(parts, weights, strict=True))
-
-
-def _spread(recipe: Recipe) -> Recipe:
-    """Return a recipe whose lists of text among the parameters are given one to each vector."""
-    shares = recipe.shares
-    spread = {name: value for name, value in recipe.parameters.items() if _is_of_texts(value)}
-    for name, value in spread.items():
-        if len(value) != len(shares):
-            raise UsageError(f"{name}: {len(shares)} vectors, but {len(value)} values")
-        shares = tuple(
-            replace(share, parameters={**share.parameters, name: os.fspath(text)})
-            for share, text in zip(shares, value, strict=True)
-        )
-    rest = {name: value for name, value in recipe.parameters.items() if name not in spread}
-    return replace(recipe, shares=shares, parameters=rest)
-
-
-def _is_of_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(
-        isinstance(item, str | os.PathLike) for item in value
-    )
 
 
 def _operator_of(op: str | Operator, recipe: Recipe) -> Operator | None:

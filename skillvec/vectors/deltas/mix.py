@@ -9,7 +9,6 @@ import numpy as np
 
 from skillvec.errors import FormatError
 from skillvec.files.header import TensorSpec
-from skillvec.files.tensors import Source, files_of
 from skillvec.ops import merge_kernels
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import Array
@@ -31,17 +30,10 @@ class MixDelta(DeltaSource):
     origins: tuple[str, ...]  # what tells these vectors from others in one run
     seed: int
     known: Any = None
-    fishers: tuple[Source, ...] = ()  # what weighs the values of each source, read behind them
 
     @property
     def nbytes(self) -> int:
-        return sum(source.nbytes for source in (*self.sources, *self.fishers))
-
-    def files(self) -> Iterator[str]:
-        for part in self.sources:
-            yield from part.files()
-        for fisher in self.fishers:
-            yield from files_of(fisher)
+        return sum(source.nbytes for source in self.sources)
 
     @property
     def parts(self) -> tuple[DeltaSource, ...]:
@@ -61,7 +53,7 @@ class MixDelta(DeltaSource):
 
     @property
     def way(self) -> Any:
-        if getattr(self.operator, "random", True) or self.fishers:  # other numbers by the name
+        if getattr(self.operator, "random", True):  # other numbers for tensors of other names
             return None
         return self.weights, self.parameters, self.spec.shape
 
@@ -103,10 +95,6 @@ class MixDelta(DeltaSource):
     def read(self, block: Block, role: str) -> Decoded:
         values = block.array(role, self.spec.dtype)
         parts = self._read_parts(block, role)
-        parts += [
-            Delta(block.read(f"{role}.fisher{i}", fisher), fisher.dtype)
-            for i, fisher in enumerate(self.fishers)
-        ]
         if not merge_kernels.combine(
             self.operator, parts, self.weights, self.parameters, self._place(block.begin),
             self.known, values,
@@ -130,15 +118,6 @@ class MixDelta(DeltaSource):
         """Yield the parts piece by piece, widened, with their place."""
         for begin in range(0, block.size, STEP):
             wide = [part.wide(begin, begin + STEP) for part in parts]
-            for fisher, values in zip(self.fishers, wide[len(self.sources) :], strict=True):
-                wrong = values.size - np.count_nonzero((values >= 0) & (values < np.inf))
-                if wrong:
-                    first, last = block.begin + begin, block.begin + begin + values.size - 1
-                    raise FormatError(
-                        f"fisher {next(files_of(fisher))}: {self.spec.name}: {wrong} of the values"
-                        f" {first} to {last} are negative or not finite: Fisher information is a"
-                        " mean of squares"
-                    )
             yield self._place(block.begin + begin), wide
 
 
