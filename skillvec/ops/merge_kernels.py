@@ -129,7 +129,7 @@ def _limits(thresholds: Sequence[int]) -> tuple[int, int]:
 
 def _above(threshold: float) -> int:
     """Return the bits of the smallest fp32 magnitude that exceeds a threshold."""
-    nearest = np.float32(min(threshold, np.finfo(np.float32).max))
+    nearest = np.float32(min(threshold, float(np.finfo(np.float32).max)))
     return int(nearest.view(np.uint32)) + (float(nearest) <= threshold)
 
 

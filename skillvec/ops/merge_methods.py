@@ -417,9 +417,7 @@ def _accepts(name: str, found: Parameters) -> bool:
     value = found[name]
     if not isinstance(value, float):
         return value != "" if name == "fisher" else value in CHOICES.get(name, (value,))
-    if name in ("threshold", "floor"):
-        return value >= 0
-    density = found["density"]
+    density = found.get("density", 1)
     if name == "density":
         return 0 < value <= 1
     if name == "gamma":
