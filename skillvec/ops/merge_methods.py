@@ -276,7 +276,7 @@ DARE = "t_i = v_i / density with probability density, else 0"
 ADD = "sum_i w_i t_i"
 ELECT = "s = sign(sum_i w_i t_i); sum of the w_i t_i of sign s, / sum of their |w_i|"
 ARC = ("s_i = w_i / (w_0 + w_1); a_0 v_0 + a_1 v_1 with a_i = sin(s_i angle) / sin(angle), the "
-       "angle between v_0 and v_1 over the tensor")  # fmt: skip
+       "angle between v_0 and v_1")  # fmt: skip
 NONZERO: dict[str, Any] = {"density_of": "nonzero"}
 MEAN: dict[str, Any] = {"normalize": True}
 THRESHOLDS = Pass(count_upper, find_bins), Pass(count_lower, find_thresholds)
@@ -341,8 +341,7 @@ METHODS = (
     ),
     Method(
         "slerp", f"{ARC}, or s_i where |cos(angle)| > .9995", "none: spherical interpolation",
-        "mergekit turns whole models, of two that are nearly the same by their sum, and t is given "
-        "(here w_1 / (w_0 + w_1)); as there, the cosine with zeros is 0",
+        "mergekit turns whole models, and s_1 is given as t; as there, the cosine with zeros is 0",
         {"scope": "tensor"}, (Pass(gram, find_angle, joint=True),), merge=follow_arc, count=2,
     ),
     Method(
@@ -354,7 +353,7 @@ METHODS = (
     ),
     Method(
         "fisher", "f_i = max(F_i, floor), F_i from a file, or 1 where all are 0; "
-        "sum_i w_i f_i v_i / sum_i |w_i| f_i", "Fisher merging, arXiv 2111.09832 and 2606.18521",
+        "sum_i w_i f_i v_i / sum_i |w_i| f_i", "Fisher merging, arXiv 2111.09832, arXiv 2606.18521",
         "not in mergekit; the authors' code divides each file by its L2 norm (here by weights) and "
         "has a floor of 1e-6 on the first model alone",
         {"fisher": "", "fisher_digest": "", "floor": 0.0}, merge=weigh,
@@ -368,7 +367,7 @@ PARAMETERS = {  # what each does, and the values it takes
     "gamma": ("the fraction of the largest to drop", "at least 0, and with density at most 1"),
     "epsilon": ("half the range of the probabilities; no effect at density 1",
                 "at least 0, density - epsilon above 0 and density + epsilon at most 1"),
-    "scope": ("what has one threshold or one projection: each tensor, or the whole vector",
+    "scope": ("what has one threshold, projection or angle: each tensor, or the whole vector",
               "tensor or vector, the same for all vectors"),
     "threshold": ("the largest |v_i| that counts as no change", "at least 0"),
     "fisher": ("where the F_i of a vector are", "a file for each vector"),

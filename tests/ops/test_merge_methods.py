@@ -1157,7 +1157,17 @@ byte of a result depends on the number of threads or on how tensors are cut into
 
 The lines "against mergekit" speak of mergekit 0.1.5, which the slow tests run. The defaults are the
 papers' or, where those give none, those of the authors' code: the drop rate .1 of DARE's merging
-script, DELLA's example command, the point where the search of Breadcrumbs begins, and .3 of DoTS.
+script, DELLA's example command, the point where the search of Breadcrumbs begins, .3 of DoTS, and
+1e-5 of RAM.
+
+RAM's threshold is in units of the weights, and what does not exceed it is dropped: a training whose
+changes are small as a whole wants a lower one. Without one, an fp32 vector has hardly a value that
+is exactly 0, and `ram` is a plain average. For bf16 vectors it hardly matters: one step of bf16 is
+below 1e-5 only for weights below 2^-9, about .002.
+
+slerp and nuslerp go from one vector to another along an arc, whose angle is measured over the
+tensor, or with `scope` vector over all of them; where both are of one length, so is the result.
+They take two vectors. Only the ratio of the weights matters; how far to go is what lam says.
 """
 
 
@@ -1186,6 +1196,36 @@ vectors:
 A glob that matches no tensor is an error, and so is a gradient that reaches tensors outside every
 layer. In scope vector, tensors with the same parameters share a threshold; those to which a rule
 gives another density have one of their own.
+
+## Files of Fisher information
+
+`fisher` reads a file beside each vector:
+
+```sh
+python -m skillvec.recipes.fisher --model MATH --data math.jsonl -o math_fisher.safetensors
+python -m skillvec.recipes.fisher --model TOOLS --data tools.jsonl -o tools_fisher.safetensors
+skillvec combine math.safetensors tools.safetensors --op fisher -o both.safetensors \\
+    --param fisher=math_fisher.safetensors --param fisher=tools_fisher.safetensors
+```
+
+`--param fisher=` stands once for each vector, in their order; in Python the parameter is a list of
+files, in a recipe the key `fisher` of the `parameters` of each vector, which no rule changes. A
+file is any safetensors file, or folder of shards, with a tensor of floats for each tensor of the
+vector, under its name and in its shape, or in a layout that can be brought to it. What no vector
+has is passed over; a tensor that no vector changes needs none, and a head that a vector unties goes
+by the information of its embedding. What is negative, NaN or infinite is refused when it is read,
+with the tensor's name. The files are read block by block as the vectors are: they take the memory
+of as many vectors more.
+
+Only the ratio of the F_i at a place matters, so files must have one scale: the same kind of texts,
+or weights that make up for it (the recipe prints the L2 norm by which the authors' code divides).
+The recipe writes the mean over the texts of the squared gradient of log p(text), one backward pass
+a text; with `--sample` the tokens are drawn from the model, as the definition of Fisher information
+has them, and without it they are the text's own.
+
+The manifest of a stored combination, and the header of a model that one was added to, keep place
+and digest of each file, and `verify` refuses another. The digest is that of samples, as for models;
+a change between them is found by the values, which `verify` computes again.
 """
 
 
@@ -1212,14 +1252,15 @@ def operators_page() -> str:
         )
     rows = ["## Parameters\n", "| name | what it does | values |", "|---|---|---|"]
     for name, (meaning, allowed) in PARAMETERS.items():
-        rows.append(f"| {name} | {meaning} | {allowed} |".replace("|w_i|", r"\|w_i\|"))
+        row = re.sub(r"\|(\w_i)\|", r"\\|\1\\|", f"{meaning} | {allowed}")
+        rows.append(f"| {name} | {row} |")
     parts.append("\n".join(rows))
     parts.append(RECIPES.strip())
     return "\n\n".join(parts) + "\n"
 
 
 def shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value) or "none"
 
 
 def test_the_page_of_operators_is_what_the_table_says():
