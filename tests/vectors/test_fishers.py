@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from families import load, perturbed, save, toy
 
 import skillvec as sv
+from skillvec.checkpoints.fisher_files import match_fishers, open_fisher
 from skillvec.cli.commands import main
 
 LONG = "model.layers.1.mlp.up_proj.weight"  # more than a block of 2^20
@@ -86,6 +87,9 @@ def test_values_are_those_of_the_formula(world: World, tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
     check(world, files[0], weights)
     some = expected(world, LONG, weights)
+    assert all(delta.way is None for delta in made.deltas.values())  # equal values, other weights
+    with pytest.raises(sv.SkillvecError, match="inside the input"):
+        made.save(world.fishers[0], force=True)
     plain = sum(w * v[LONG] for w, v in zip(weights, world.values, strict=True)) / 1.9
     assert (some - plain).abs().max() > 1e-3  # it is no plain mean
 
@@ -171,6 +175,22 @@ def test_a_file_of_another_layout_is_brought_over(world: World, tmp_path: Path) 
     files = {"fisher": [fisher, world.fishers[1]]}
     sv.combine(*world.vectors, op="fisher", parameters=files, output=out, codec="dense")
     check(world, out, [1, 1])
+
+
+def test_a_head_goes_by_its_embedding_where_a_file_has_no_other(tmp_path: Path) -> None:
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    held = {embedding: torch.ones(4, 3)}
+    (tied, _), (both, _) = (
+        open_fisher(save(tmp_path / f"{n}.safetensors", tensors))
+        for n, tensors in enumerate((held, held | {head: torch.ones(4, 3)}))
+    )
+    wanted = {head: (4, 3), embedding: (4, 3)}
+    found = match_fishers([tied, both], wanted, {head: embedding}, ())
+    names = {name: [source.name for source in sources] for name, sources in found.items()}
+    assert names == {head: [embedding, head], embedding: [embedding, embedding]}
+    with pytest.raises(sv.IncompatibleError, match=r"lm_head.weight \[4, 3\]: not in"):
+        match_fishers([tied, both], wanted, {}, ())
+    assert match_fishers([tied, both], wanted, {}, {head}).keys() == {embedding}
 
 
 def refusal(world: World, held: dict[str, torch.Tensor], folder: Path) -> str:
