@@ -314,6 +314,10 @@ def test_shares_of_an_arc_are_rounded_once():
             expected = [math.sin(x) / math.sin(angle) for x in turned]
             assert found == pytest.approx(expected, rel=1e-12)
             assert arc_shares(weights[::-1], (math.cos(angle), math.sin(angle))) == found[::-1]
+    # many times around: shares of 1000
+    turned = [1 / (1 - 0.999) * 2.2, -0.999 / (1 - 0.999) * 2.2]
+    found = arc_shares((1.0, -0.999), (math.cos(2.2), math.sin(2.2)))
+    assert found == pytest.approx([math.sin(x) / math.sin(2.2) for x in turned], rel=1e-8)
     # 1 / sqrt(3) is .577350269189625764509..., which 1 / math.sqrt(3) rounds twice, to ...258
     assert arc_shares((1.0, 1.0), (0.5, math.sqrt(0.75))) == (0.5773502691896257,) * 2
 
