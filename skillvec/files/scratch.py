@@ -21,9 +21,7 @@ class Scratch:
         if not path:
             self._file = tempfile.NamedTemporaryFile(prefix="skillvec-")  # noqa: SIM115
             self.path = self._file.name
-            weakref.finalize(
-                self, self._file.close
-            )  # a file that nobody closes is warned of
+            weakref.finalize(self, self._file.close)  # a file that nobody closes is warned of
 
     def __reduce__(self) -> Any:
         return Scratch, (self.path,)

@@ -18,7 +18,7 @@ from skillvec.files.file import digest_bytes
 from skillvec.files.header import TensorSpec
 from skillvec.files.tensors import Source
 from skillvec.files.views import View, whole
-from skillvec.ops.merge_methods import OPERATORS, Operator, check_parameters
+from skillvec.ops.merge_methods import OPERATORS, Operator, check_parameters, check_weights
 from skillvec.vectors.deltas.base import DeltaSource
 from skillvec.vectors.deltas.low_rank import low_rank_in
 from skillvec.vectors.deltas.mix import MixDelta
@@ -28,18 +28,16 @@ from skillvec.vectors.displacement import Displacement
 from skillvec.vectors.idle import is_idle_buffer
 from skillvec.vectors.manifest import CHOSEN, SCHEMA, Manifest, Parent, TensorEntry
 from skillvec.vectors.matrix_parts import MatrixParts, without_places
-from skillvec.vectors.recipe import Recipe, resolve
+from skillvec.vectors.recipe import Recipe, resolve, unplaced
 
 AnyVector = TypeVar("AnyVector", bound=Displacement)
 
 
-def mix(
-    parts: Sequence[Displacement], recipe: Recipe, operator: Operator
-) -> dict[str, DeltaSource]:
+def mix(parts: Sequence[Displacement], recipe: Recipe, operator: Operator) -> dict[str, MixDelta]:
     """Return the deltas of vectors of one layout, merged by an operator, by name."""
     names = _common_names(parts)
     shares = resolve(recipe, names)
-    deltas: dict[str, DeltaSource] = {}
+    deltas: dict[str, MixDelta] = {}
     known = recipe.op in OPERATORS and operator is OPERATORS[recipe.op]
     origins = tuple(part.digest or part.ref for part in parts)
     taken = MatrixParts() if getattr(operator, "of_matrices", False) else None
@@ -50,6 +48,7 @@ def mix(
         sources = tuple(delta or absent for delta in held)
         weights, parameters = zip(*shares[name], strict=True)
         if known:
+            check_weights(recipe.op, weights)
             parameters = tuple(check_parameters(recipe.op, given) for given in parameters)
         wide = any(source.dtype == "F64" for source in sources)
         if taken is not None:
@@ -215,7 +214,7 @@ def announce_combination(parts: Sequence[Displacement], recipe: Recipe) -> Manif
         base["probe"] = None  # no model is the base of them all
     words = recipe.to_dict()
     shares = zip(words["vectors"], manifests, strict=True)
-    said = words | {"vectors": [share | {"vector": m["identity"]} for share, m in shares]}
+    said = words | {"vectors": [unplaced(share, m["identity"]) for share, m in shares]}
     licenses = {m["license"] for m in manifests}
     weights = " ".join(
         f"{share.vector}={share.weight:g}" if isinstance(share.weight, float) else share.vector

@@ -14,7 +14,7 @@ from math import hypot, prod
 from typing import Any, NamedTuple
 
 from skillvec.errors import printable
-from skillvec.ops.merge_methods import CHOICES
+from skillvec.ops.merge_parameters import CHOICES
 from skillvec.ops.names import kind_of, layer_of, natural_order
 from skillvec.vectors.kinds import TAKEN
 from skillvec.verbs.card_file import (
