@@ -53,7 +53,7 @@ DENSE = {"ties": {"density": 1}, "dare_linear": {"density": 1}, "dare_ties": {"d
          "sparsify": {"density": 1}, "ram": {"threshold": 0}}  # fmt: skip
 
 # that take any number of vectors
-ANY_NUMBER = tuple(name for name, method in OPERATORS.items() if method.count is None)
+ANY_NUMBER = tuple(name for name in NAMES if OPERATORS[name].count is None)
 
 Tensors = dict[str, list[np.ndarray]]  # name -> one array a vector
 
