@@ -42,6 +42,7 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "Report": "report",
     "SkillVector": "vectors.vector",
     "SkillVectorCallback": "verbs.training",
+    "measure": "verbs",  # of vector["name"]
     "open_checkpoint": "checkpoints.opening",
     "save": "verbs",  # of SkillVector.save
 }
