@@ -1,6 +1,7 @@
 """The values of a vector by name: every kind, rows, scale, streaming, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -130,14 +131,18 @@ def test_rows_are_read_alone_and_the_whole_is_held_against_its_digest(tmp_path: 
     assert vector[NAME, 1024:].tobytes() == tuned[1024:].tobytes()
     with pytest.raises(sv.FormatError, match=r"altered"):
         _ = vector[NAME]
-    dense = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "d.safetensors",
-                    codec="dense")  # fmt: skip
-    with (tmp_path / "d.safetensors").open("r+b") as opened:
+    file = tmp_path / "d.safetensors"
+    dense = sv.diff(tmp_path / "tuned", tmp_path / "base", file, codec="dense")
+    with file.open("r+b") as opened:
         opened.seek(dense.deltas[NAME].spec.start)
         opened.write(b"\x01")
     assert dense[NAME, 1:].tobytes() == tuned[1:].tobytes()
     with pytest.raises(sv.FormatError, match="differs from its digest"):
         list(dense.items())
+    os.truncate(file, dense.deltas[NAME].spec.start + 5 * BLOCK_NUMEL)  # bytes: a block and more
+    assert dense[NAME, 1:1024].tobytes() == tuned[1:1024].tobytes()
+    with pytest.raises(sv.FormatError, match="the file ends"):
+        _ = dense[NAME, 1:1025]
 
 
 def test_unknown_names_and_keys_of_other_types_are_refused(folder: Path) -> None:
