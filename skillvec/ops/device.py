@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from skillvec.ops import lanes
 from skillvec.ops.delta import Delta
-from skillvec.ops.kernels import HALVES, Array
+from skillvec.ops.kernels import HALVES, STORAGE_DTYPE, Array
 from skillvec.ops.moments import Moments
 from skillvec.ops.special import INFINITY
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+CHECKSUM_NBYTES = 8
+SPREAD = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number
 SIGNED = {"BF16": "int16", "F16": "int16", "F32": "int32", "F64": "int64"}
 
 
@@ -49,7 +51,7 @@ def add(
     still = ((asked == 0) | (lam == 0)) & (wide == 0)
     total = _to_odd(wide, asked, lam) if single else asked.double() * lam + wide.double()
     if random16 is not None and dtype in HALVES:
-        random = _from_numpy(random16.view(np.int16), target.device).to(torch.int32) & 0xFFFF
+        random = from_host(random16, target.device).to(torch.int32) & 0xFFFF
         out = _round_randomly(total.to(torch.float32), dtype, random)
     else:
         out = _narrow(total.to(torch.float32) if single else total, dtype)
@@ -57,10 +59,35 @@ def add(
     return Added(out, _moments(target, wide, asked, out, dtype, measure))
 
 
-def xor_pattern(one: "Tensor", other: "Tensor", dtype: str) -> Array:
-    """Return in what bits two tensors of a dtype differ, as unsigned integers on the host."""
-    found: Array = (_bits(one, dtype) ^ _bits(other, dtype)).cpu().numpy()
-    return found.view(found.dtype.str.replace("i", "u"))
+def as_floats(patterns: "Tensor", dtype: str) -> "Tensor":
+    """Return signed integers as the floats of a dtype that have these bits."""
+    return patterns.view(_torch_dtype(TORCH_NAMES[dtype]))
+
+
+def to_host(values: "Tensor", dtype: str) -> Array:
+    """Return floats of a dtype, or their bits, as numpy holds it."""
+    found: Array = _bits(values, dtype).cpu().numpy()
+    return found.view(STORAGE_DTYPE[dtype])
+
+
+def from_host(values: Array, device: Any) -> "Tensor":
+    """Return the bits of numpy's values as signed integers on a device."""
+    import torch
+
+    held = np.ascontiguousarray(values)
+    return torch.from_numpy(held.view(f"<i{held.itemsize}")).to(device)
+
+
+def checksum(patterns: "Tensor") -> bytes:
+    """Return 8 bytes that another value anywhere changes, the same on every device.
+
+    The sum of all patterns times odd numbers, mod 2^64: in whatever order it is added up.
+    """
+    import torch
+
+    at = torch.arange(patterns.numel(), device=patterns.device)
+    total = (patterns.to(torch.int64) * (at * SPREAD | 1)).sum()
+    return int(total).to_bytes(CHECKSUM_NBYTES, "little", signed=True)
 
 
 def _torch_dtype(name: str) -> Any:
@@ -69,22 +96,16 @@ def _torch_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _from_numpy(values: Array, device: Any) -> "Tensor":
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-
 def _wide(delta: Delta, device: Any) -> "Tensor":
     """Return a delta on a device in fp32 (fp64 for F64), exceptions in place."""
     import torch
 
-    held = _from_numpy(delta.values.view(SIGNED[delta.dtype]), device)
-    values = held.view(_torch_dtype(TORCH_NAMES[delta.dtype]))
+    values = as_floats(from_host(delta.values, device), delta.dtype)
     wide = values if delta.dtype == "F64" else values.to(torch.float32)
     if delta.positions.size:
-        at = _from_numpy(delta.positions.astype(np.int64), device)
-        wide = wide.index_put((at,), _from_numpy(delta.exact, device).to(wide.dtype))
+        at = from_host(delta.positions.astype(np.int64), device)
+        exact = as_floats(from_host(delta.exact, device), "F32")
+        wide = wide.index_put((at,), exact.to(wide.dtype))
     return wide
 
 

@@ -43,9 +43,8 @@ def delta_of(target: np.ndarray, dtype: str, value_dtype: str, seed: int) -> Del
     return Delta(values, value_dtype, at, near[at].astype(np.float32))
 
 
-def as_torch(values: np.ndarray, dtype: str) -> torch.Tensor:
-    signed = torch.from_numpy(values.view(f"<i{values.itemsize}").copy())
-    return signed.view(getattr(torch, device.TORCH_NAMES[dtype]))
+def as_torch(values: np.ndarray, dtype: str, place: str = "cpu") -> torch.Tensor:
+    return device.as_floats(device.from_host(values.copy(), place), dtype)
 
 
 def compare(
@@ -55,15 +54,13 @@ def compare(
     """Add here and there: bytes of the weights, counts and digits of the sums are the same."""
     out = np.empty_like(target)
     expected = arithmetic.add(target, dtype, delta, lam, dtype, out, random16)
-    there = as_torch(target, dtype).to(place)
-    given = there.clone()
+    there = as_torch(target, dtype, place)
     found = device.add(there, dtype, delta, lam, random16)
-    wrong = np.flatnonzero(device.xor_pattern(found.out, as_torch(out, dtype).to(place), dtype))
+    written = bit_pattern(device.to_host(found.out, dtype))
+    wrong = np.flatnonzero(written != bit_pattern(out))
     assert not wrong.size, (lam, wrong[:5], target[wrong[:5]], delta.wide(0, NUMEL)[wrong[:5]])
     assert repr(found.moments) == repr(expected)
-    assert not device.xor_pattern(there, given, dtype).any()
-    pattern = device.xor_pattern(there, found.out, dtype)
-    assert (pattern == (bit_pattern(target) ^ bit_pattern(out))).all()
+    assert device.to_host(there, dtype).tobytes() == target.tobytes()
     unmeasured = device.add(there, dtype, delta, lam, random16, measure=False)
     assert unmeasured.moments == arithmetic.add(
         target, dtype, delta, lam, dtype, out, random16, measure=False
@@ -101,9 +98,25 @@ def test_ties_go_to_even_and_what_is_all_but_a_tie_does_not(dtype: str, place: s
 def test_a_delta_of_zero_leaves_every_bit_alone(place: str) -> None:
     for dtype in DTYPES:
         target, zero = patterns(dtype, 4), np.zeros(NUMEL, np.float32)
-        moved = device.add(as_torch(target, dtype).to(place), dtype, Delta(zero, "F32"), 0.7)
-        there = moved.out.cpu().view(getattr(torch, device.SIGNED[dtype])).numpy()
-        assert there.tobytes() == target.tobytes() and moved.moments.changed == 0
+        moved = device.add(as_torch(target, dtype, place), dtype, Delta(zero, "F32"), 0.7)
+        assert device.to_host(moved.out, dtype).tobytes() == target.tobytes()
+        assert moved.moments.changed == 0
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_checksum_tells_one_changed_bit_and_two_that_changed_places(place: str) -> None:
+    patterns = np.random.default_rng(5).integers(-(1 << 15), 1 << 15, NUMEL).astype(np.int16)
+    first = device.checksum(device.from_host(patterns, place))
+    factors = (np.arange(NUMEL, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
+    total = (patterns.astype(np.int64).view(np.uint64) * factors).sum(dtype=np.uint64)
+    assert first == total.tobytes()
+    others = {first}
+    for at, bit in ((0, 1), (1, 1), (NUMEL - 1, 1 << 14)):
+        changed = patterns.copy()
+        changed[at] ^= bit
+        others.add(device.checksum(device.from_host(changed, place)))
+    others.add(device.checksum(device.from_host(patterns[::-1], place)))
+    assert len(others) == 5
 
 
 @pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025])
