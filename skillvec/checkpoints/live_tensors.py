@@ -27,10 +27,13 @@ SAMPLE_NBYTES = 4096  # reads of at most so many bytes are remembered: they are 
 
 
 class Spot:
-    """A parameter or buffer of a module; where it lies is asked anew each time, for models move."""
+    """A parameter or buffer of a module; where it lies is asked anew each time, for models move.
 
-    def __init__(self, name: str, module: Any, leaf: str) -> None:
-        self.name, self._module, self._leaf = name, module, leaf
+    `why` says why it cannot be changed where it lies, "" where it can.
+    """
+
+    def __init__(self, name: str, module: Any, leaf: str, why: str) -> None:
+        self.name, self._module, self._leaf, self.why = name, module, leaf, why
         held = self.tensor()
         self.shape: Index = tuple(held.shape)
         self._dtype = held.dtype
