@@ -23,7 +23,7 @@ from skillvec.ops.codecs import Encoded, decode_block, encode_block
 from skillvec.ops.kernels import STORAGE_DTYPE, Array, Bytes
 from skillvec.ops.special import bit_pattern
 
-SAMPLE_NBYTES = 4096  # reads of at most so many bytes are remembered: they are those of samples
+SAMPLE_NBYTES = 4096  # reads of at most so many bytes of a block are of samples: remembered
 
 
 class Spot:
@@ -140,16 +140,14 @@ class LiveTensor(Derived):
 
     def read(self, begin: int, out: Array) -> None:
         """Fill `out` with the original values begin..; VerificationError where they are lost."""
-        key = begin, out.size
-        if out.nbytes <= SAMPLE_NBYTES and self.kept.records:
-            if key not in self.kept.samples:
-                self.kept.samples[key] = np.empty_like(out)
-                self._read_original(begin, self.kept.samples[key])
-            out[:] = self.kept.samples[key]
+        samples = self.kept.samples
+        if out.nbytes > SAMPLE_NBYTES or out.size >= self._size_of(begin // BLOCK_NUMEL):
+            self._read_original(begin, out)
             return
-        self._read_original(begin, out)
-        if out.nbytes <= SAMPLE_NBYTES:
-            self.kept.samples[key] = out.copy()
+        if (begin, out.size) not in samples:
+            self._read_original(begin, out)
+            samples[begin, out.size] = out.copy()
+        out[:] = samples[begin, out.size]
 
     def _read_original(self, begin: int, out: Array) -> None:
         self._read_now(begin, out)

@@ -142,11 +142,14 @@ class Live:
                 "rounding": self._rounding if rounding is None else rounding,
                 "seed": self._seed if seed is None else seed,
             }  # fmt: skip
-            plan, report = self._plan(model, vector, request)
+            begun = False
             try:
+                plan, report = self._plan(model, vector, request)
+                begun = True
                 self._change(model, plan, report)
-            except BaseException:
-                self._put_back()
+            except BaseException as error:
+                if begun or isinstance(error, VerificationError):
+                    self._put_back()
                 raise
             self._vectors, self._lam = opened, lam
             self._rounding, self._seed = request["rounding"], request["seed"]
