@@ -208,7 +208,7 @@ def _steps(tensor: Any) -> Iterator[tuple[int, int]]:
 
 def _memory_of(tensor: Any) -> Any:
     """Return what is the same of two tensors that are one."""
-    if tensor.is_meta or not tensor.numel() or _problem(tensor):
+    if _problem(tensor) or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
@@ -221,7 +221,7 @@ def _once(held: Held, model: Any) -> Held:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     kept = set()
     for names in groups.values():
-        own = [n for n in sorted(names) if not any(re.search(pattern, n) for pattern in tied)]
+        own = [n for n in names if not any(re.search(pattern, n) for pattern in tied)]
         kept.add([*own, max(names)][0])
     return {name: held[name] for name in held if name in kept}
 
@@ -230,7 +230,7 @@ def _overlapping(tensors: Mapping[str, Any]) -> set[str]:
     """Return the names of tensors some of whose memory is that of others too."""
     by_storage: dict[Any, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
-        if tensor.numel() and not _problem(tensor):
+        if not _problem(tensor) and tensor.numel():
             key = tensor.device, tensor.untyped_storage().data_ptr()
             by_storage[key].append(name)
     found: set[str] = set()
@@ -269,13 +269,10 @@ def _saved(model: Any, memory: Mapping[str, Index]) -> dict[str, View] | None:
     None where it is none of its models. What its mappings do to a tensor that no view can say
     (values in another order) stays under its name in memory.
     """
-    try:
-        import transformers
+    if not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
+        return None
+    with needs("hf", "naming the parameters of a model as files do"):
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return None
-    if not isinstance(model, transformers.PreTrainedModel):
-        return None
     import torch
 
     meta = {name: torch.empty(shape, device="meta") for name, shape in memory.items()}

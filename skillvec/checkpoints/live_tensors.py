@@ -35,7 +35,7 @@ class Spot:
     def __init__(self, name: str, module: Any, leaf: str, why: str) -> None:
         self.name, self._module, self._leaf, self.why = name, module, leaf, why
         held = self.tensor()
-        self.shape: Index = tuple(held.shape)
+        self.shape: Index = () if hasattr(held, "materialize") else tuple(held.shape)  # lazy: none
         self._dtype = held.dtype
 
     def tensor(self) -> Any:
