@@ -25,16 +25,19 @@ from skillvec.ops.kernels import STORAGE_DTYPE, Array, Bytes
 from skillvec.ops.special import bit_pattern
 
 COMPUTING = {"cuda"}  # types of devices that do the arithmetic on what lies there; others lack fp64
-SAMPLE_NBYTES = 4096  # reads of at most so many bytes are remembered: they are those of samples
+SAMPLE_NBYTES = 4096  # reads of at most so many bytes of a block are of samples: remembered
 
 
 class Spot:
-    """A parameter or buffer of a module; where it lies is asked anew each time, for models move."""
+    """A parameter or buffer of a module; where it lies is asked anew each time, for models move.
 
-    def __init__(self, name: str, module: Any, leaf: str) -> None:
-        self.name, self._module, self._leaf = name, module, leaf
+    `why` says why it cannot be changed where it lies, "" where it can.
+    """
+
+    def __init__(self, name: str, module: Any, leaf: str, why: str) -> None:
+        self.name, self._module, self._leaf, self.why = name, module, leaf, why
         held = self.tensor()
-        self.shape: Index = tuple(held.shape)
+        self.shape: Index = () if hasattr(held, "materialize") else tuple(held.shape)  # lazy: none
         self._dtype = held.dtype
 
     def tensor(self) -> Any:
@@ -144,16 +147,14 @@ class LiveTensor(Derived):
 
     def read(self, begin: int, out: Array) -> None:
         """Fill `out` with the original values begin..; VerificationError where they are lost."""
-        key = begin, out.size
-        if out.nbytes <= SAMPLE_NBYTES and self.kept.records:
-            if key not in self.kept.samples:
-                self.kept.samples[key] = np.empty_like(out)
-                self._read_original(begin, self.kept.samples[key])
-            out[:] = self.kept.samples[key]
+        samples = self.kept.samples
+        if out.nbytes > SAMPLE_NBYTES or out.size >= self._size_of(begin // BLOCK_NUMEL):
+            self._read_original(begin, out)
             return
-        self._read_original(begin, out)
-        if out.nbytes <= SAMPLE_NBYTES:
-            self.kept.samples[key] = out.copy()
+        if (begin, out.size) not in samples:
+            self._read_original(begin, out)
+            samples[begin, out.size] = out.copy()
+        out[:] = samples[begin, out.size]
 
     def _read_original(self, begin: int, out: Array) -> None:
         self._read_now(begin, out)
