@@ -231,8 +231,8 @@ def test_a_vector_that_does_not_fit_is_refused_before_the_first_step(
         trainer.train()
     assert trainer.state.global_step == 0
     trainer.model.peft_config = {}
-    with pytest.raises(sv.IncompatibleError, match="through an adapter of PEFT"):
-        sv.SkillVectorEvaluation(trainer, other)
+    with pytest.raises(sv.IncompatibleError, match="with an adapter of PEFT in it"):
+        trainer.train()
     with pytest.raises(sv.UsageError, match="no such"):
         sv.SkillVectorEvaluation(SimpleNamespace(model=None), tmp_path / "absent")
 
