@@ -269,5 +269,5 @@ def put_all_back(tensors: Sequence[LiveTensor], workers: int) -> list[str]:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        done = pool.map(LiveTensor.put_back, tensors)
-        return [held.name for held, whole in zip(tensors, done, strict=True) if not whole]
+        done = [pool.submit(LiveTensor.put_back, tensor) for tensor in tensors]
+    return [held.name for held, found in zip(tensors, done, strict=True) if not found.result()]
