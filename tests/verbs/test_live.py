@@ -171,6 +171,21 @@ def test_every_kind_of_vector(folder: Path, model: nn.Module, tmp_path: Path) ->
     assert_holds(model, folder / "base.safetensors")
 
 
+def test_a_vector_of_fewer_tensors_after_one_of_more(folder: Path, tmp_path: Path) -> None:
+    base = load(folder / "base.safetensors")
+    model = module_of(base)
+    sides = folder / "tuned.safetensors", folder / "base.safetensors"
+    less = sv.diff(*sides, tmp_path / "less.safetensors", exclude=["*layers*", "*norm*"])
+    sv.apply(folder / "base.safetensors", less, tmp_path / "out.safetensors")
+    live = sv.attach(model, folder / "v.safetensors")
+    live.set(less)
+    assert_holds(model, tmp_path / "out.safetensors")
+    live.set(folder / "v.safetensors")
+    assert_holds(model, folder / "tuned.safetensors")
+    live.detach()
+    assert_holds(model, base)
+
+
 def test_options_are_those_of_apply(folder: Path, model: nn.Module, tmp_path: Path) -> None:
     options = {"exclude": ["*embed*"], "include": ["*layers.0*", "*embed*"]}
     sv.apply(
