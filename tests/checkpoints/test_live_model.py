@@ -204,6 +204,11 @@ def halves_of(values: torch.Tensor) -> LiveTensor:
     return LiveTensor("w", "F32", concatenate(views, 0), Kept())
 
 
+def change(held: LiveTensor, *sides: np.ndarray) -> None:
+    old, new = (side.view("<u4") for side in sides)
+    held.change(0, old ^ new, old, new, leaf_digests(new.view("u1").data))
+
+
 def test_a_write_that_fails_leaves_the_original_of_the_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -221,7 +226,7 @@ def test_a_write_that_fails_leaves_the_original_of_the_block(
     monkeypatch.setattr(Spot, "patterns", fail_once)
     after = before + 1
     with pytest.raises(MemoryError):
-        held.change(0, before, after, leaf_digests(after.view("u1").data))
+        change(held, before, after)
     assert calls == ["a", "b", "a", "b"] and not held.kept.records
     assert np.array_equal(values_of(held, 0, 8), before)
 
@@ -231,12 +236,12 @@ def test_nothing_is_written_once_originals_were_put_back() -> None:
     before = np.arange(8, dtype=np.float32)
     held = halves_of(torch.from_numpy(before.copy()))
     after = before + 1
-    held.change(0, before, after, leaf_digests(after.view("u1").data))
+    change(held, before, after)
     assert [int(spot.tensor()[0]) for spot in held.view.sources] == [1, 5]
     assert np.array_equal(values_of(held, 2, 4), before[2:6])
     assert held.put_back()
     with pytest.raises(sv.SkillvecError, match="written to after"):
-        held.change(0, before, after, leaf_digests(after.view("u1").data))
+        change(held, before, after)
     assert [int(spot.tensor()[0]) for spot in held.view.sources] == [0, 4]
 
 
