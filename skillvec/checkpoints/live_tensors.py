@@ -275,8 +275,6 @@ class LiveTensor(Derived):
                 else:
                     self._write(begin, original)
                 del self.kept.records[index]
-            self.kept.samples.clear()
-            self.kept.leaves.clear()
         return whole
 
     def _read_now(self, begin: int, out: Array) -> None:
