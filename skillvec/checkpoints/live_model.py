@@ -180,15 +180,15 @@ def _problem(tensor: Any) -> str:
 
     kind, home = type(tensor), type(tensor).__module__
     if any(home == name or home.startswith(f"{name}.") for name in QUANTISERS):
-        return f"quantised: a {kind.__name__} of {home.partition('.')[0]}"
+        return f"quantised by {home.partition('.')[0]} ({kind.__name__})"
     if kind.__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
         return "a DTensor, of which every process holds a part"
     if hasattr(tensor, "ds_status"):
         return "of ZeRO-3, of which every process holds a part"
-    if kind.__name__ == "FlatParameter":
+    if getattr(tensor, "_is_flat_param", False):
         return "flattened by FullyShardedDataParallel"
     if kind.__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
-        return f"a {kind.__name__} of {home}, which keeps its values elsewhere"
+        return f"a tensor of class {home}.{kind.__name__}, which keeps its values elsewhere"
     if torch.nn.parameter.is_lazy(tensor):
         return "not initialised yet"
     if tensor.is_meta:

@@ -70,6 +70,8 @@ class Spot:
             )
         widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         raw = held.detach().view(widths[held.element_size()])
+        if raw.is_contiguous():
+            return torch.as_strided(raw, box.sizes, box.strides, raw.storage_offset() + box.start)
         steps = row_major(self.shape)
         offset, rest = raw.storage_offset(), box.start
         for step, stride in zip(steps, raw.stride(), strict=True):
@@ -172,6 +174,13 @@ class LiveTensor(Derived):
                 raise VerificationError(self._lost())
             piece ^= self._changed_bits(index, record)[low - first : high - first]
 
+    @property
+    def _is_run(self) -> bool:
+        """Whether its values are neighbours, in order, in one parameter if that is contiguous."""
+        (first, *others), steps = self.view.boxes, row_major(self.shape)
+        same = (n == 1 or a == b for n, a, b in zip(self.shape, first.strides, steps, strict=True))
+        return not others and all(same)
+
     def _size_of(self, index: int) -> int:
         return min(BLOCK_NUMEL, self.numel - index * BLOCK_NUMEL)
 
@@ -266,8 +275,6 @@ class LiveTensor(Derived):
                 else:
                     self._write(begin, original)
                 del self.kept.records[index]
-            self.kept.samples.clear()
-            self.kept.leaves.clear()
         return whole
 
     def _read_now(self, begin: int, out: Array) -> None:
@@ -296,6 +303,11 @@ class LiveTensor(Derived):
 
     def _boxes(self, begin: int, out: Any) -> Iterator[tuple[Any, Any]]:
         """Yield the torch tensors that values begin.. lie in, each with its place in `out`."""
+        first = self.view.boxes[0]
+        if self._is_run and first.source.tensor().is_contiguous():
+            run = Box((0,), (len(out),), first.source, first.start + begin, (1,))
+            yield run.source.patterns(run), out
+            return
         for box, room in self.view.parts(begin, out):
             yield box.source.patterns(box), room
 
@@ -321,5 +333,5 @@ def put_all_back(tensors: Sequence[LiveTensor], workers: int) -> list[str]:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        done = pool.map(LiveTensor.put_back, tensors)
-        return [held.name for held, whole in zip(tensors, done, strict=True) if not whole]
+        done = [pool.submit(LiveTensor.put_back, tensor) for tensor in tensors]
+    return [held.name for held, found in zip(tensors, done, strict=True) if not found.result()]

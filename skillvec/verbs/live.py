@@ -98,7 +98,7 @@ class Live:
         self.detach()
 
     def __reduce__(self) -> Any:
-        """A copy of the model, which comes along with its modules' mark, knows nothing of it."""
+        """Stand for nothing in copies of the model, whose modules are marked with it."""
         return type(None), ()
 
     @property
@@ -224,12 +224,13 @@ class Live:
 
     def _put_back(self) -> list[str]:
         """Put all original values back and forget the tensors; return those that are lost."""
-        lost = put_all_back(self._tensors(), self._run.engine.workers)
-        self._model = None
-        for module in self._module.modules():
-            if module.__dict__.get(MARK) is self:
-                del module.__dict__[MARK]
-        return lost
+        try:
+            return put_all_back(self._tensors(), self._run.engine.workers)
+        finally:  # after Ctrl-C as well: threads finish what they were given
+            self._model = None
+            for module in self._module.modules():
+                if module.__dict__.get(MARK) is self:
+                    del module.__dict__[MARK]
 
 
 def _moving(plan: Plan) -> list[LiveJob]:
@@ -238,7 +239,7 @@ def _moving(plan: Plan) -> list[LiveJob]:
 
 def _each(lam: Lam, count: int) -> list[float]:
     """Return the lambda of each of so many vectors."""
-    each = [float(lam)] * count if isinstance(lam, int | float) else [float(one) for one in lam]
+    each = [*map(float, lam)] if isinstance(lam, Sequence) else [float(lam)] * count
     if len(each) != count:
         raise UsageError(f"lam: {len(each)} numbers for {count} vectors, expected one or {count}")
     return each
@@ -249,8 +250,8 @@ def _as_one(vectors: Sequence[SkillVector], lam: Lam) -> tuple[SkillVector, floa
     each = _each(lam, len(vectors))
     if len(vectors) == 1:
         return vectors[0], each[0]
-    if isinstance(lam, int | float):
-        return sum(vectors[1:], vectors[0]), float(lam)
+    if not isinstance(lam, Sequence):
+        return sum(vectors[1:], vectors[0]), each[0]
     terms = [one * vector for one, vector in zip(each, vectors, strict=True)]
     return sum(terms[1:], terms[0]), 1.0
 

@@ -83,24 +83,25 @@ def test_parameters_are_what_apply_writes_in_every_dtype(dtype: str, tmp_path: P
     base["special"] = special.to(TORCH_DTYPE[dtype])
     tuned = perturbed(base, 1, 0.01, density=0.4)
     model = module_of(base)
-    for codec in ("dense", "sparse", "packed"):
-        vector = make(tmp_path, base, tuned, codec=codec, force=True)
+    expected = {}
+    vectors = {
+        codec: make(tmp_path / codec, base, tuned, codec=codec)
+        for codec in ("dense", "sparse", "packed")
+    }
+    target = tmp_path / "dense" / "base.safetensors"
+    for lam, rounding in product((1.0, 0.5, -1.0), ("nearest", "stochastic")):
+        out = {"lam": lam, "rounding": rounding, "seed": 3}
+        report = sv.apply(target, vectors["dense"], tmp_path / "o.safetensors", force=True, **out)
+        expected[lam, rounding] = out, report.facts, load(tmp_path / "o.safetensors")
+    for vector in vectors.values():
         live = sv.Live(model)
-        for lam, rounding in product((1.0, 0.5, -1.0), ("nearest", "stochastic")):
-            out = {"lam": lam, "rounding": rounding, "seed": 3}
-            applied = sv.apply(
-                tmp_path / "base.safetensors",
-                vector,
-                tmp_path / "out.safetensors",
-                force=True,
-                **out,
-            )
-            report = live.set(vector, **out)
-            assert_holds(model, tmp_path / "out.safetensors")
+        for out, facts, held in expected.values():
+            found = live.set(vector, **out).facts
+            assert_holds(model, held)
             for key in ("lam", "changed", "numel", "verdict", "nonfinite"):
-                assert report.facts[key] == applied.facts[key], key
+                assert found[key] == facts[key], key
             for key in ("gain", "cosine"):  # sums of tensors in another order
-                assert report.facts[key] == pytest.approx(applied.facts[key], rel=1e-12), key
+                assert found[key] == pytest.approx(facts[key], rel=1e-12), key
         live.detach()
         assert_holds(model, base)
 
@@ -168,6 +169,21 @@ def test_every_kind_of_vector(folder: Path, model: nn.Module, tmp_path: Path) ->
     live.detach()
     assert live.weights() == {}
     assert_holds(model, folder / "base.safetensors")
+
+
+def test_a_vector_of_fewer_tensors_after_one_of_more(folder: Path, tmp_path: Path) -> None:
+    base = load(folder / "base.safetensors")
+    model = module_of(base)
+    sides = folder / "tuned.safetensors", folder / "base.safetensors"
+    less = sv.diff(*sides, tmp_path / "less.safetensors", exclude=["*layers*", "*norm*"])
+    sv.apply(folder / "base.safetensors", less, tmp_path / "out.safetensors")
+    live = sv.attach(model, folder / "v.safetensors")
+    live.set(less)
+    assert_holds(model, tmp_path / "out.safetensors")
+    live.set(folder / "v.safetensors")
+    assert_holds(model, folder / "tuned.safetensors")
+    live.detach()
+    assert_holds(model, base)
 
 
 def test_options_are_those_of_apply(folder: Path, model: nn.Module, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import threading
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import numpy as np
+
 from skillvec.checkpoints.live_tensors import LiveTensor
 from skillvec.engine.jobs.add import AddJob
 from skillvec.engine.plan import CHANGED, Task
@@ -63,7 +65,8 @@ class LiveJob(AddJob):
         digest = leaf_digests(out.view("u1").data)
         block.keep("output", out.itemsize, digest)
         old, new = (bit_pattern(side) for side in (block.array("point", self.point.dtype), out))
-        self.point.change(block.begin, old ^ new, old, new, digest, self._room(task))
+        changed = np.bitwise_xor(old, new, out=bit_pattern(block.array("changed", self.out_dtype)))
+        self.point.change(block.begin, changed, old, new, digest, self._room(task))
 
     def _room(self, task: Task) -> Bytes:
         values = task.block.array("point", self.point.dtype)
