@@ -21,7 +21,10 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "skillvec"
 PICTURE = HERE / "images" / "rooms.svg"
 # Top to bottom: a file may import files of its own room and of the rooms below.
-ROOMS = ("cli", "trials", "verbs", "analysis", "engine", "vectors", "checkpoints", "remote", "files", "ops")
+ROOMS = (
+    "cli", "trials", "verbs", "analysis", "engine", "vectors", "checkpoints", "remote", "files",
+    "ops",
+)  # fmt: skip
 # What everything may import: what can go wrong, what happened, the version.
 GROUND = ("report", "errors", "__init__")
 CORE = ("ops", "files", "vectors", "engine")

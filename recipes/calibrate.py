@@ -85,10 +85,7 @@ def calibrate(
     Raises ValueError for data, names and places that cannot be used, SkillvecError for checkpoints
     that cannot be read.
     """
-    if output.exists() and not force:
-        raise ValueError(f"{output} exists; --force overwrites it")
-    if output.suffix != ".safetensors" or not output.parent.is_dir():
-        raise ValueError(f"{output}: expected a .safetensors file in a folder that is there")
+    check_place(output, force)
     if min(max_length, batch) < 1 or (limit is not None and limit < 1):
         raise ValueError("max_length, batch and limit are at least 1")
     prompts = read_prompts(data, limit)
@@ -114,6 +111,14 @@ def calibrate(
     write(taken, about, output)
     print(f"written: {output}, {about['tokens']:,} tokens of {len(prompts)} prompts", flush=True)
     return about
+
+
+def check_place(output: Path, force: bool) -> None:
+    """Raise ValueError for an output that is there already, or can be none."""
+    if output.exists() and not force:
+        raise ValueError(f"{output} exists; --force overwrites it")
+    if output.suffix != ".safetensors" or not output.parent.is_dir():
+        raise ValueError(f"{output}: expected a .safetensors file in a folder that is there")
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[tuple[str, Any]]:
@@ -359,19 +364,24 @@ def run(model: Any, taken: Inputs, batches: Sequence[Any], pad: int) -> None:
 
 def check_room(taken: Inputs, output: Path) -> None:
     """Say what is made, and raise ValueError where disk or memory have no room for it."""
+    numel = sum(sums.width * (sums.width + 1) for sums in taken.sums.values())
+    print(f"{len(taken.layers)} layers, {len(taken.sums)} inputs: ", end="")
+    advice = "take fewer layers at a time (--include, --exclude)"
+    refuse_full(4 * numel, 8 * numel, taken.layers[0].module.weight.device, output, advice)
+
+
+def refuse_full(disk: int, memory: int, device: Any, output: Path, advice: str) -> None:
+    """Say how many bytes are wanted; raise ValueError where they are not free on disk or device."""
     import torch
 
     from skillvec.analysis.wording import human_bytes
     from skillvec.files.output_file import available_memory_nbytes
 
-    numel = sum(sums.width * (sums.width + 1) for sums in taken.sums.values())
-    free, device = shutil.disk_usage(output.parent).free, taken.layers[0].module.weight.device
     on_host = device.type != "cuda"
-    memory = available_memory_nbytes() if on_host else torch.cuda.mem_get_info(device)[0]
-    wanted = {"the disk": (4 * numel, free), "memory": (8 * numel, memory)}
+    free = available_memory_nbytes() if on_host else torch.cuda.mem_get_info(device)[0]
+    wanted = {"the disk": (disk, shutil.disk_usage(output.parent).free), "memory": (memory, free)}
     print(
-        f"{len(taken.layers)} layers, {len(taken.sums)} inputs: "
-        + ", ".join(
+        ", ".join(
             f"{human_bytes(size)} of {what} ({human_bytes(room)} free)"
             for what, (size, room) in wanted.items()
         ),
@@ -380,24 +390,28 @@ def check_room(taken: Inputs, output: Path) -> None:
     for what, (size, room) in wanted.items():
         if size > room:
             raise ValueError(
-                f"{human_bytes(size)} of {what} wanted, {human_bytes(room)} free: take fewer"
-                " layers at a time (--include, --exclude)"
+                f"{human_bytes(size)} of {what} wanted, {human_bytes(room)} free: {advice}"
             )
 
 
 def write(taken: Inputs, about: dict[str, Any], output: Path) -> None:
-    """Write the file under a temporary name and rename it; ValueError for what is not finite."""
-    import torch
-    from safetensors.torch import save_file
-
-    from skillvec import __version__
-
+    """Write what was summed up, divided by the tokens."""
     tensors = {}
     for entry in list(taken.sums):
         sums = taken.sums.pop(entry)  # halves what is held, one by one
         second, mean = sums.second / sums.tokens, sums.first / sums.tokens
         tensors[f"{entry}.moment"] = ((second + second.T) / 2).float().cpu().contiguous()
         tensors[f"{entry}.mean"] = mean.float().cpu()
+    write_tensors(tensors, about, output)
+
+
+def write_tensors(tensors: dict[str, Any], about: dict[str, Any], output: Path) -> None:
+    """Write the file under a temporary name and rename it; ValueError for what is not finite."""
+    import torch
+    from safetensors.torch import save_file
+
+    from skillvec import __version__
+
     wrong = [name for name, values in tensors.items() if not torch.isfinite(values).all()]
     if wrong:
         raise ValueError(f"{len(wrong)} sums are not finite, such as {wrong[0]}; try float32")

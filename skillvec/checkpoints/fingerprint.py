@@ -110,7 +110,7 @@ def relatedness(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) ->
     return sum(a * b for a, b in shared) / sqrt(norms) if norms else None
 
 
-def _probed_bytes(checkpoint: Checkpoint) -> list[tuple[Source, int, int]]:
+def _probed_bytes(checkpoint: Mapping[str, Source]) -> list[tuple[Source, int, int]]:
     """Return tensors with the byte range from their middle that the probe digests."""
     names = sorted(checkpoint)
     specs = [checkpoint[n] for n in names[:: max(1, len(names) // PROBE_TENSORS)][:PROBE_TENSORS]]
@@ -118,7 +118,7 @@ def _probed_bytes(checkpoint: Checkpoint) -> list[tuple[Source, int, int]]:
     return [(s, (s.nbytes - n) // 2, n) for s, n in zip(specs, sizes, strict=True)]
 
 
-def probe_digest(checkpoint: Checkpoint) -> str:
+def probe_digest(checkpoint: Mapping[str, Source]) -> str:
     """Return a digest of 4 KiB from the middle of up to 256 tensors.
 
     Tells two checkpoints apart in milliseconds; full digests, taken while tensors are read anyway,

@@ -87,7 +87,9 @@ def read_weights(words: tuple[str, ...]) -> tuple[list[str], list[float] | None]
 
 
 def read_parameters(params: tuple[str, ...]) -> dict[str, Any]:
+    """Return parameters by name: numbers, booleans, text, or of text that is repeated a list."""
     found: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
     for word in params:
         name, equals, text = word.partition("=")
         if not equals or not name:
@@ -96,5 +98,6 @@ def read_parameters(params: tuple[str, ...]) -> dict[str, Any]:
             found[name] = {"true": True, "false": False}.get(text.lower())
             found[name] = float(text) if found[name] is None else found[name]
         except ValueError:
-            found[name] = text
+            found[name] = text if name not in texts else [*texts[name], text]
+            texts[name] = [*texts.get(name, ()), text]
     return found

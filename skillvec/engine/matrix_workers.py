@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
+from skillvec.engine.threads import one_blas_thread
 from skillvec.files.output_file import available_memory_nbytes
 from skillvec.ops.svd import settled
 
@@ -32,7 +33,8 @@ def in_turn(
 
     `nbytes_of` is the size of an item's matrix: several are at work while their copies fit into a
     quarter of the memory that is free. What is done waits for its turn, `ahead` for each worker at
-    most. `around` is entered by every thread. The first error ends it.
+    most. `around` is entered by every thread, and numpy's products have one thread each: with more
+    they round otherwise. The first error ends it.
     """
     from concurrent.futures import ThreadPoolExecutor, wait  # with logging
 
@@ -48,7 +50,7 @@ def in_turn(
         with around():
             return work(item)
 
-    with around(), ThreadPoolExecutor(workers) as pool:
+    with one_blas_thread(), around(), ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
                 nbytes = nbytes_of(item)

@@ -10,7 +10,7 @@ nothing else, so that a new kind is a new class.
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -179,6 +179,14 @@ class Plan:
     def least_nbytes(self) -> int:
         """The least that is written."""
         return self.nbytes_written - self.bound_nbytes + self.sure_nbytes
+
+    def informed(self, known: Mapping[Any, Any]) -> "Plan":
+        """Return it with what measuring passes have found by now."""
+        told = [
+            replace(job, deltas=tuple(delta.informed(known) for delta in job.deltas))
+            for job in self.jobs
+        ]
+        return replace(self, jobs=told, mixes=[mix.informed(known) for mix in self.mixes])
 
     def files(self) -> list[str]:
         """Return every file that is read, each once: vectors, tensors, side files."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from skillvec.checkpoints.folder import is_away
+from skillvec.engine.factors import factors_nbytes, find_factors
 from skillvec.engine.outputs import Output, free_nbytes
 from skillvec.engine.plan import Job, JobResult, Plan, from_line, job_line, to_line
 from skillvec.engine.run import Run
@@ -22,6 +23,7 @@ from skillvec.files.rows import RowWriter, Segment
 from skillvec.files.staging import Staging
 from skillvec.ops import compiled
 from skillvec.report import Report, Watcher
+from skillvec.vectors.deltas.low_rank import low_rank_in
 from skillvec.vectors.reader import readers_of
 
 CLAIM_SECONDS = 10.0  # between the lines of a journal: what a killed run has to do again
@@ -45,7 +47,8 @@ def show_plan(
 ) -> Report:
     """Return the report as far as headers can tell, and show it to the watcher.
 
-    `matrices_nbytes` is memory that whole matrices take beside the blocks of the workers.
+    `matrices_nbytes` is memory that whole matrices take beside the blocks of the workers, and what
+    operators look at in the pass before.
     Raises OutputError where what is sure to be written does not fit on the disk of `place`. What is
     free there, only the report of a dry run keeps.
     """
@@ -58,7 +61,8 @@ def show_plan(
         "side_files": [name for _, name in plan.copies],
         "engine": run.engine.name,
         "workers": max(run.engine.workers, 1),
-        "memory_nbytes": ((64 + run.engine.in_process * each) << 20) + matrices_nbytes,
+        "memory_nbytes": ((64 + run.engine.in_process * each) << 20)
+        + max(matrices_nbytes, factors_nbytes(plan, run.engine.in_process)),
         "kernels": compiled.in_use(),
     }
     away = [file for file in plan.files() if is_away(file)]
@@ -93,12 +97,13 @@ def show_plan(
 def measure_plan(plan: Plan, run: Run) -> Plan:
     """Run the measuring passes of the plan's operators, if they have any."""
     passes = max((mix.passes for mix in plan.mixes), default=0)
-    if passes and run.stream:
+    whole = any(low_rank_in(delta for job in plan.jobs for delta in job.deltas))
+    if (passes or whole) and run.stream:
         raise UsageError(
             f"stream reads every shard once, but {plan.mixes[0].operator.name} has to measure"
             " before: store its vectors first"
         )
-    if passes:
+    if passes or whole:
         fetch(plan.files(), run.watcher)
     total = sum(mix.nbytes for mix in plan.mixes)
 
@@ -107,6 +112,7 @@ def measure_plan(plan: Plan, run: Run) -> Plan:
             run.watcher.advanced(done_nbytes, total)
 
     try:
+        plan = find_factors(plan, run.engine.in_process, run.watcher)
         for number in range(passes):
             plan = measure(plan, number, run.engine, progress)
     finally:

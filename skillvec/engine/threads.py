@@ -157,11 +157,7 @@ def measure(
     for mix in mixes:
         if mix.scope in totals:
             known[mix.scope] = mix.settle(number, totals.pop(mix.scope))
-    told = [
-        replace(job, deltas=tuple(delta.informed(known) for delta in job.deltas))
-        for job in plan.jobs
-    ]
-    return replace(plan, jobs=told, mixes=[mix.informed(known) for mix in plan.mixes])
+    return plan.informed(known)
 
 
 class _ThreadedRun:

@@ -49,9 +49,29 @@ def find_moment(second: Array, mean: Array, device: str) -> Moment:
 
     full, middle = (torch.from_numpy(side).to(resolve_device(device)) for side in (second, mean))
     values, vectors = torch.linalg.eigh(full)
+    count, trace = _holding(values, ACTIVE)
+    return Moment(full, full - torch.outer(middle, middle), vectors[:, -count:], trace)
+
+
+def find_directions(second: Array, rank: int, energy: float) -> Array:
+    """Return the leading eigenvectors of C (n x n, fp32) as columns, in fp64: `rank`, or n.
+
+    With an `energy` above 0 the fewest that hold this share of its trace; all for a share of 1.
+    """
+    with needs("torch", "the directions of inputs"):
+        import torch
+
+    values, vectors = torch.linalg.eigh(torch.from_numpy(second).double())
+    count = min(rank, len(values)) if not energy else _holding(values, energy)[0]
+    count = len(values) if energy == 1 else count
+    found: Array = np.ascontiguousarray(vectors[:, len(values) - count :].numpy())
+    return found
+
+
+def _holding(values: "Tensor", share: float) -> tuple[int, float]:
+    """Return how many of the largest eigenvalues hold a share of their sum, and the sum."""
     held = values.clamp(min=0).double().flip(0).cumsum(0)
-    count = int((held < ACTIVE * held[-1]).sum()) + 1
-    return Moment(full, full - torch.outer(middle, middle), vectors[:, -count:], float(held[-1]))
+    return int((held < share * held[-1]).sum()) + 1, float(held[-1])
 
 
 def respond(matrix: Array, moment: Moment) -> Response:

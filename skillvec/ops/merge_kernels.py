@@ -14,6 +14,7 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from skillvec.ops import merge_methods as methods
+from skillvec.ops.arcs import arc_shares
 from skillvec.ops.compiled import CODES, Kernel, kernel
 from skillvec.ops.delta import Delta
 from skillvec.ops.kernels import Array
@@ -38,9 +39,10 @@ PART = np.dtype([
 MOST_PARTS = 6
 KEEP, TRIM, DROP, MAGPRUNE = range(4)
 KINDS = {methods.keep: KEEP, methods.trim: TRIM, methods.trim_to_norm: TRIM, methods.drop: DROP,
-         methods.magprune: KEEP}  # fmt: skip
+         methods.drop_small: TRIM, methods.magprune: KEEP}  # fmt: skip
 SCALES = {methods.trim_to_norm: TRIM, methods.drop: DROP, methods.magprune: MAGPRUNE}
-MERGES = {methods.add: 0, methods.elect: 1, methods.average_shared: 3, methods.project_out: 4}
+MERGES = {methods.add: 0, methods.follow_arc: 0, methods.elect: 1, methods.average_shared: 3,
+          methods.project_out: 4}  # fmt: skip
 LARGEST = 0x7FFFFFFF
 NONE = b"", b"", b""
 
@@ -88,7 +90,10 @@ def _combine(
     how = MERGES[method.merge]
     if method.merge is methods.elect:
         how += bool(methods.common(parameters, "normalize", True))
-    weights = [weights[0], *known] if method.merge is methods.project_out else weights
+    if method.merge is methods.project_out:
+        weights = [weights[0], *known]
+    elif method.merge is methods.follow_arc:
+        weights = arc_shares(tuple(weights), tuple(known or ()))
     for i, (part, given) in enumerate(zip(parts, parameters, strict=True)):
         packed[i]["weight"], packed[i]["dtype"] = weights[i], CODES[part.dtype]
         packed[i]["factor"], packed[i]["high"] = 1, LARGEST
@@ -102,6 +107,8 @@ def _combine(
         elif method.sparsify is methods.trim_to_norm:
             thresholds, packed[i]["factor"] = known[i]
             packed[i]["low"], packed[i]["high"] = _limits(thresholds)
+        elif method.sparsify is methods.drop_small:
+            packed[i]["low"] = _above(given["threshold"])
         elif method.sparsify is methods.drop:
             # below a limit that is no integer is at most the integer below it
             packed[i]["factor"] = given["density"]
@@ -118,6 +125,12 @@ def _combine(
 
 def _limits(thresholds: Sequence[int]) -> tuple[int, int]:
     return thresholds[0], thresholds[1] if len(thresholds) > 1 else LARGEST
+
+
+def _above(threshold: float) -> int:
+    """Return the bits of the smallest fp32 magnitude that exceeds a threshold."""
+    nearest = np.float32(min(threshold, float(np.finfo(np.float32).max)))
+    return int(nearest.view(np.uint32)) + (float(nearest) <= threshold)
 
 
 _tables: dict[tuple[int, tuple[bool, ...]], tuple[Any, Array]] = {}
@@ -179,11 +192,12 @@ MEASURES: Mapping[Any, str] = {count_upper: "count_magnitudes", count_lower: "co
 KNOWN: dict[str, Any] = {
     "ties": [[0x3B000000]] * 2, "breadcrumbs": [[0x3A800000, 0x3C000000]] * 2,
     "della": [[list(range(0x3800, 0x3E00)), np.linspace(0.1, 1, 0x600).tolist()]] * 2,
-    "sparsify": [[[0x3B000000], 1.7]] * 2, "orthogonal": [0.3],
+    "sparsify": [[[0x3B000000], 1.7]] * 2, "orthogonal": [0.3], "slerp": [-0.6, 0.8],
+    "nuslerp": [0.28, 0.96],
 }  # fmt: skip
 WEIGHTS, SEEN_AT = (0.7, -1.1), Position("w", 16, 5, ("a", "b"))
 DIGESTS = {
-    "merge": "095c1294bedadf99",
+    "merge": "d4de362e6cf8df96",
     "count_magnitudes": "405738e8af215c82",
     "count_within": "c1f86d0438dfac49",
     "sum_products": "12327d93871c8b85",
@@ -205,6 +219,8 @@ def sample_merge(run: Kernel | None) -> bytes:
     parts, found = fixed_parts(), b""
     wide = [part.wide(0, 1100) for part in parts]
     for method in methods.METHODS:
+        if method.of_matrices or method.merge not in MERGES:
+            continue
         given = [{**method.defaults}] * 2
         known = KNOWN.get(method.name)
         out = np.zeros(1100, np.float32)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from skillvec.errors import UsageError
+from skillvec.ops.arcs import arc_shares, find_angle, find_small_angle
 from skillvec.ops.kernels import Array
 from skillvec.ops.merge_counts import (
     STEP,
@@ -41,6 +42,7 @@ from skillvec.ops.merge_counts import (
     mark_between,
     sum_squares,
 )
+from skillvec.ops.merge_parameters import PARAMETERS, accepts
 from skillvec.ops.philox import draw_uint32
 
 
@@ -91,6 +93,11 @@ def trim_to_norm(values: Array, given: Parameters, known: Any, key: str, begin: 
     thresholds, scale = known
     scaled: Array = trim(values, given, thresholds, key, begin) * scale
     return scaled
+
+
+def drop_small(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
+    """Keep what exceeds the threshold (RAM)."""
+    return np.where(np.abs(values) > np.float64(given["threshold"]), values, np.float64(0))
 
 
 def drop(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
@@ -146,6 +153,26 @@ def average_shared(parts: list[Array], weights: Weights, parameters: Given, know
     return add(parts, weights, parameters, known) / np.maximum(count, 1)
 
 
+def follow_arc(parts: list[Array], weights: Weights, parameters: Given, known: Any) -> Array:
+    """Return the sum in the shares of an arc from v_0 to v_1 (slerp)."""
+    return add(parts, arc_shares(tuple(weights), tuple(known or ())), parameters, None)
+
+
+def weigh(parts: list[Array], weights: Weights, parameters: Given, known: Any) -> Array:
+    """Return the mean that weighs values by the second half of the parts, where not all are 0.
+
+    Weights count by their size in what is divided by, as in an election.
+    """
+    count, sizes = len(weights), list(map(abs, weights))
+    pairs = zip(parts[count:], parameters, strict=True)
+    each = [np.maximum(fisher, given["floor"]) for fisher, given in pairs]
+    idle = add(each, sizes, parameters, None) == 0
+    each = [np.where(idle, 1, strength) for strength in each]
+    mass = add(each, sizes, parameters, None) if any(sizes) else 1
+    shared = [part * (f / mass) for part, f in zip(parts[:count], each, strict=True)]
+    return add(shared, weights, parameters, None)
+
+
 def project_out(parts: list[Array], weights: Weights, parameters: Given, known: Any) -> Array:
     """Return w_0 (v_0 - sum_j c_j v_j); the other weights play no part."""
     residual = parts[0]
@@ -177,11 +204,13 @@ class Method:
     measured: tuple[Pass, ...] = ()
     sparsify: Callable[..., Array] = keep
     merge: Callable[..., Array] = add
+    of_matrices: bool = False  # t_i are parts of whole matrices, taken before pieces come here
+    count: int | None = None  # of vectors, where it is not any
 
     @property
     def random(self) -> bool:
-        """Whether the result depends on random numbers, and so on the tensor's name."""
-        return self.sparsify in (drop, magprune)
+        """Whether the result depends on random numbers or files, and so on the tensor's name."""
+        return self.sparsify in (drop, magprune) or self.merge is weigh
 
     def passes(self, parameters: Given) -> int:
         """Return the number of measuring passes: none where all densities are 1."""
@@ -211,7 +240,8 @@ class Method:
 
     def combine(self, values: Blocks, weights: Weights, parameters: Given, place: Position,
                 known: Any) -> Array:  # fmt: skip
-        """Return the combined piece."""
+        """Return the combined piece; what is one item a vector stands behind all `values`."""
+        values, beside = values[: len(weights)], values[len(weights) :]
         out = np.empty(values[0].size, np.result_type(np.float32, *values))
         keys = [f"{place.seed}:{stream}:{place.name}" for stream in place.streams]
         facts = [None] * len(values) if known is None or self.sparsify is keep else known
@@ -225,6 +255,7 @@ class Method:
                     )
                     for block, given, fact, key in each
                 ]
+                parts += [block[begin:end].astype(np.float64) for block in beside]
                 out[begin:end] = self.merge(parts, weights, parameters, known)
         out += 0.0  # no negative zeros
         return out
@@ -246,6 +277,8 @@ ABOVE = "t_i = v_i where |v_i| >= the ceil(density * count)-th largest, else 0"
 DARE = "t_i = v_i / density with probability density, else 0"
 ADD = "sum_i w_i t_i"
 ELECT = "s = sign(sum_i w_i t_i); sum of the w_i t_i of sign s, / sum of their |w_i|"
+ARC = ("s_i = w_i / (w_0 + w_1); a_0 v_0 + a_1 v_1 with a_i = sin(s_i angle) / sin(angle), the "
+       "angle between v_0 and v_1")  # fmt: skip
 NONZERO: dict[str, Any] = {"density_of": "nonzero"}
 MEAN: dict[str, Any] = {"normalize": True}
 THRESHOLDS = Pass(count_upper, find_bins), Pass(count_lower, find_thresholds)
@@ -291,9 +324,10 @@ METHODS = (
         {"density": 0.15, "gamma": 0.006, **NONZERO}, THRESHOLDS, trim,
     ),
     Method(
-        "ram", "sum_i w_i v_i / max(1, number of w_i v_i != 0)", "RAM, arXiv 2601.13572",
-        "mergekit and the authors take |v_i| <= 1e-5 for 0 and have no weights; RAM+ is not here",
-        merge=average_shared,
+        "ram", "t_i = v_i where |v_i| > threshold, else 0; "
+        "sum_i w_i t_i / max(1, number of w_i t_i != 0)", "RAM, arXiv 2601.13572",
+        "mergekit calls it epsilon; it and the authors have no weights; RAM+ is not here",
+        {"threshold": 1e-5}, sparsify=drop_small, merge=average_shared,
     ),
     Method(  # the authors' code keeps .3
         "sparsify", f"{ABOVE}; sum_i w_i t_i |v_i| / |t_i|, norms over the tensor",
@@ -307,21 +341,49 @@ METHODS = (
         "none: least squares", "not in mergekit",
         {"scope": "tensor"}, (Pass(gram, find_coefficients, joint=True),), merge=project_out,
     ),
+    Method(
+        "slerp", f"{ARC}, or s_i where |cos(angle)| > .9995", "none: spherical interpolation",
+        "mergekit turns whole models, and s_1 is given as t; as there, the cosine with zeros is 0",
+        {"scope": "tensor"}, (Pass(gram, find_angle, joint=True),), merge=follow_arc, count=2,
+    ),
+    Method(
+        "nuslerp", f"{ARC}, or s_i where sin(angle) <= 1e-8", "none: spherical interpolation",
+        "mergekit takes s_i = .5 where |w_0 + w_1| < 1e-6 (refused here where it is 0); "
+        "nuslerp_row_wise and nuslerp_flatten false, an angle for each column or row, are not "
+        "here: pieces of a tensor know no rows",
+        {"scope": "tensor"}, (Pass(gram, find_small_angle, joint=True),), merge=follow_arc, count=2,
+    ),
+    Method(
+        "fisher", "f_i = max(F_i, floor), F_i from a file, or 1 where all are 0; "
+        "sum_i w_i f_i v_i / sum_i |w_i| f_i", "Fisher merging, arXiv 2111.09832, arXiv 2606.18521",
+        "not in mergekit; the authors' code divides each file by its L2 norm (here by weights) and "
+        "has a floor of 1e-6 on the first model alone",
+        {"fisher": "", "fisher_digest": "", "floor": 0.0}, merge=weigh,
+    ),
+    Method(  # rank 1 is what arXiv 2510.00553 looks at
+        "spectral",
+        "A_i = the k leading singular triplets of v_i, matrix by matrix; "
+        f"t_i = A_i (part head) or v_i - A_i (part residual); {ADD}",
+        "rank-1 dominance of RL updates, arXiv 2510.00553, and ResMerge's head and residual, "
+        "arXiv 2606.02252",
+        "not in mergekit; 2510.00553 scales the head to the norm of v_i (rescale), ResMerge's code "
+        "leaves embeddings and heads of the model whole (a rule with part whole), and how it "
+        "weighs heads and residuals of several vectors is not here",
+        {"rank": 1, "energy": 0.0, "part": "head", "rescale": False, "others": "keep"},
+        of_matrices=True,
+    ),
+    Method(
+        "project",
+        "U_i = the k leading eigenvectors of E[x x'], x what the module of the weight is given; "
+        f"t_i = v_i - v_i U_i U_i' (of weights that lie turned v_i - U_i U_i' v_i); {ADD}",
+        "the idea: null-space projection of RAIN-Merging, arXiv 2602.22538",
+        "not in mergekit; the authors solve for what keeps a few tokens' queries, keys, values and "
+        "gates with a ridge, head by head; here the subspace of all inputs of a module is left "
+        "alone, and its attention-guided coefficients are not here",
+        {"moments": "", "moments_digest": "", "rank": 0, "energy": 0.9}, of_matrices=True,
+    ),
 )  # fmt: skip
 OPERATORS: dict[str, Method] = {method.name: method for method in METHODS}
-PARAMETERS = {  # what each does, and the values it takes
-    "density": ("the fraction to keep; 1 keeps everything", "above 0, at most 1"),
-    "density_of": ("of which values density and gamma are fractions, and which are ranked",
-                   "nonzero or all"),
-    "gamma": ("the fraction of the largest to drop", "at least 0, and with density at most 1"),
-    "epsilon": ("half the range of the probabilities; no effect at density 1",
-                "at least 0, density - epsilon above 0 and density + epsilon at most 1"),
-    "scope": ("what has one threshold or one projection: each tensor, or the whole vector",
-              "tensor or vector, the same for all vectors"),
-    "normalize": ("divide by the sum of |w_i|; only the ratios of the weights matter then",
-                  "true or false, the same for all vectors"),
-}  # fmt: skip
-CHOICES = {"density_of": ("nonzero", "all"), "scope": ("tensor", "vector")}
 
 
 def check_parameters(operator_name: str, given: Parameters) -> dict[str, Any]:
@@ -337,24 +399,29 @@ def check_parameters(operator_name: str, given: Parameters) -> dict[str, Any]:
             takes = ", ".join(defaults) or "none"
             raise UsageError(f"{operator_name} has no parameter {name!r}; it takes {takes}")
     found = {**defaults, **given}
+    if "rank" in given and "energy" in defaults and not given.get("energy"):
+        found["energy"] = 0.0
+    if given.get("rank") and found.get("energy"):
+        raise UsageError(
+            f"{operator_name}: rank {given['rank']} and energy {given['energy']}: expected one of"
+            " them, the other 0"
+        )
     for name, value in found.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(defaults[name], float) and number:
             found[name] = float(value)
-        if type(found[name]) is not type(defaults[name]) or not _accepts(name, found):
+        if type(defaults[name]) is int and number and float(value).is_integer():
+            found[name] = int(value)
+        if type(found[name]) is not type(defaults[name]) or not accepts(name, found):
             allowed = PARAMETERS[name][1]
             raise UsageError(f"{operator_name}: {name} = {value!r}, expected {allowed}")
     return found
 
 
-def _accepts(name: str, found: Parameters) -> bool:
-    """Return whether a value of the right type is in its range; density comes before the others."""
-    value = found[name]
-    if not isinstance(value, float):
-        return value in CHOICES.get(name, (value,))
-    density = found["density"]
-    if name == "density":
-        return 0 < value <= 1
-    if name == "gamma":
-        return value >= 0 and bool(density + value <= 1)
-    return value >= 0 and (density == 1 or (value < density and density + value <= 1))
+def check_weights(operator_name: str, weights: Weights) -> None:
+    """Raise UsageError for weights, one a vector, that an operator makes nothing of."""
+    method, said = OPERATORS[operator_name], " and ".join(f"{weight:g}" for weight in weights)
+    if method.count not in (None, len(weights)):
+        raise UsageError(f"{operator_name} takes {method.count} vectors, found {len(weights)}")
+    if method.merge is follow_arc and any(weights) and not sum(weights):
+        raise UsageError(f"{operator_name}: the weights {said} add up to 0: no place on an arc")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 F64Array = npt.NDArray[np.float64]
 EXACT = 1024  # .3 s on two cores, and as the cube: 1.8 s at 2048
 OVERSAMPLING = 8
+FIRST_RANK = 16  # tried for an energy, then doubled
 PASSES = (12, 16, 20, 24)  # when to look whether to stop; effective ranks want 12
 TOLERANCE = 1e-3  # of residuals, over the largest value
 PIECE = 1 << 20  # values turned to fp64 at a time
@@ -101,8 +102,7 @@ def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
             none = np.zeros((m, 0), np.float32), np.zeros(0), np.zeros((n, 0), np.float32)
             return Spectrum(*none, (m, n), 0.0, 0.0, True, 0.0, 0.0, 0.0, none[1])
         tall = tall if m >= n else tall.T
-        # a Krylov space of less than 8 blocks finds little, and would take as much memory
-        exact = min(m, n) <= max(EXACT, 8 * (k + OVERSAMPLING))
+        exact = is_whole((m, n), k)
         left, every, right, rank = _whole(tall, k) if exact else _krylov(tall, k, seed, norm_sq)
         values = every[: left.shape[1]]
         noise = values[0] * float(np.finfo(np.float32).eps) * max(m, n) ** 0.5
@@ -114,6 +114,36 @@ def decompose(matrix: Array, k: int, device: str, seed: int) -> Spectrum:
     one, other = sides if m >= n else sides[::-1]
     stable = norm_sq / float(values[0]) ** 2
     return Spectrum(one, values, other, (m, n), norm_sq, error, exact, stable, *rank, every)
+
+
+def lead(
+    matrix: Array, rank: int | None, energy: float | None, device: str, seed: int
+) -> tuple[Spectrum, int]:
+    """Return the leading triplets, and how many are wanted: `rank`, no more than there are.
+
+    Without a rank as many as hold the share `energy` of the squared norm, or all that there are.
+    """
+    most = min(matrix.shape)
+    if rank is not None:
+        found = decompose(matrix, min(rank, most), device, seed)
+        return found, found.values.size
+    wanted = FIRST_RANK
+    while True:
+        found = decompose(matrix, min(wanted, most), device, seed)
+        enough = np.cumsum(found.values**2) >= (energy or 0) * found.norm_sq
+        if enough.any():
+            return found, int(np.argmax(enough)) + 1
+        if found.values.size < wanted:  # the rank of the matrix
+            return found, found.values.size
+        wanted *= 2
+
+
+def is_whole(shape: tuple[int, int], k: int) -> bool:
+    """Return whether `decompose` takes the whole spectrum.
+
+    A Krylov space of less than 8 blocks finds little, and would take as much memory.
+    """
+    return min(shape) <= max(EXACT, 8 * (k + OVERSAMPLING))
 
 
 def _whole(tall: "Tensor", k: int) -> tuple["Tensor", F64Array, "Tensor", tuple[float, float]]:
@@ -339,6 +369,11 @@ def _load(matrix: Array, device: str, shape: tuple[int, int] | None = None) -> "
 def _pieces(matrix: "Tensor") -> Iterator["Tensor"]:
     rows = max(1, PIECE // max(1, matrix.shape[1]))
     return (matrix[at : at + rows].double() for at in range(0, matrix.shape[0], rows))
+
+
+def squared(matrix: Array) -> float:
+    """Return |A|^2, added in fp64."""
+    return _squared(_load(matrix, "cpu"))
 
 
 def _squared(matrix: "Tensor") -> float:

@@ -18,27 +18,29 @@ from skillvec.files.file import digest_bytes
 from skillvec.files.header import TensorSpec
 from skillvec.files.tensors import Source
 from skillvec.files.views import View, whole
-from skillvec.ops.merge_methods import OPERATORS, Operator, check_parameters
+from skillvec.ops.merge_methods import OPERATORS, Operator, check_parameters, check_weights
 from skillvec.vectors.deltas.base import DeltaSource
+from skillvec.vectors.deltas.low_rank import low_rank_in
 from skillvec.vectors.deltas.mix import MixDelta
 from skillvec.vectors.deltas.stored import zero_delta
 from skillvec.vectors.deltas.view import ViewDelta
 from skillvec.vectors.displacement import Displacement
 from skillvec.vectors.idle import is_idle_buffer
 from skillvec.vectors.manifest import CHOSEN, SCHEMA, Manifest, Parent, TensorEntry
-from skillvec.vectors.recipe import Recipe, resolve
+from skillvec.vectors.matrix_parts import MatrixParts, without_places
+from skillvec.vectors.recipe import Recipe, resolve, unplaced
 
 AnyVector = TypeVar("AnyVector", bound=Displacement)
 
 
-def mix(
-    parts: Sequence[Displacement], recipe: Recipe, operator: Operator
-) -> dict[str, DeltaSource]:
+def mix(parts: Sequence[Displacement], recipe: Recipe, operator: Operator) -> dict[str, MixDelta]:
     """Return the deltas of vectors of one layout, merged by an operator, by name."""
     names = _common_names(parts)
     shares = resolve(recipe, names)
-    deltas: dict[str, DeltaSource] = {}
+    deltas: dict[str, MixDelta] = {}
     known = recipe.op in OPERATORS and operator is OPERATORS[recipe.op]
+    origins = tuple(part.digest or part.ref for part in parts)
+    taken = MatrixParts() if getattr(operator, "of_matrices", False) else None
     for name in names:
         held = [part.deltas.get(name) for part in parts]
         shape = next(delta.spec.shape for delta in held if delta is not None)
@@ -46,8 +48,12 @@ def mix(
         sources = tuple(delta or absent for delta in held)
         weights, parameters = zip(*shares[name], strict=True)
         if known:
+            check_weights(recipe.op, weights)
             parameters = tuple(check_parameters(recipe.op, given) for given in parameters)
         wide = any(source.dtype == "F64" for source in sources)
+        if taken is not None:
+            each = zip(sources, parameters, origins, strict=True)
+            sources, parameters = zip(*(taken.take(name, *one) for one in each), strict=True)
         deltas[name] = MixDelta(
             TensorSpec(name, "F64" if wide else "F32", shape, "", 0, 0),
             sources,
@@ -55,9 +61,11 @@ def mix(
             parameters,
             operator,
             tuple(part.manifest["identity"] for part in parts),
-            tuple(part.digest or part.ref for part in parts),
+            origins,
             recipe.seed,
         )
+    if taken is not None:
+        taken.check()
     return deltas
 
 
@@ -159,7 +167,7 @@ def viewed_delta(name: str, view: View, vector: Displacement) -> ViewDelta:
     Raises IncompatibleError where that vector has to be measured first.
     """
     boxes = tuple(box._replace(source=vector.deltas[box.source]) for box in view.boxes)
-    if any(box.source.passes for box in boxes):
+    if any(b.source.passes or any(low_rank_in([b.source])) for b in boxes):
         raise IncompatibleError(
             f"{name}: the target has another layout, and {vector.ref} must be measured in its own:"
             " store the combination first (skillvec combine -o)"
@@ -206,7 +214,7 @@ def announce_combination(parts: Sequence[Displacement], recipe: Recipe) -> Manif
         base["probe"] = None  # no model is the base of them all
     words = recipe.to_dict()
     shares = zip(words["vectors"], manifests, strict=True)
-    said = words | {"vectors": [share | {"vector": m["identity"]} for share, m in shares]}
+    said = words | {"vectors": [unplaced(share, m["identity"]) for share, m in shares]}
     licenses = {m["license"] for m in manifests}
     weights = " ".join(
         f"{share.vector}={share.weight:g}" if isinstance(share.weight, float) else share.vector
@@ -216,7 +224,7 @@ def announce_combination(parts: Sequence[Displacement], recipe: Recipe) -> Manif
         "kind": "vector",
         "schema": SCHEMA,
         "formula": f"{recipe.op}({weights})",
-        "identity": digest_bytes(json.dumps(said).encode()),
+        "identity": digest_bytes(json.dumps(without_places(said)).encode()),
         "base": base,
         "tuned": None,
         "parents": list(map(_parent, parts)),

@@ -221,6 +221,10 @@ class Combined(Displacement):
     """Several vectors merged by an operator as they are read."""
 
     recipe: Recipe
+    beside: tuple[Checkpoint, ...] = ()  # what else it is read from
+
+    def inputs(self) -> list[Checkpoint | VectorFile]:
+        return [*super().inputs(), *self.beside]
 
     def terms(self) -> list[tuple[Displacement, float]]:
         shares = self.recipe.shares

@@ -18,7 +18,7 @@ from skillvec.ops.merge_methods import OPERATORS
 from skillvec.remote.references import may_be
 from skillvec.vectors.kinds import TAKEN
 from skillvec.vectors.manifest import Manifest, Selection
-from skillvec.vectors.recipe import Recipe, parse_recipe
+from skillvec.vectors.recipe import Recipe, parse_recipe, unplaced
 from skillvec.vectors.vector import SkillVector
 
 
@@ -63,7 +63,7 @@ def _found(
 def digests_of(said: dict[str, Any]) -> Any:
     """Return what makes two descriptions of a vector the same, wherever its files lie."""
     if "recipe" in said:
-        vectors = [share | {"vector": ""} for share in said["recipe"]["vectors"]]
+        vectors = [unplaced(share) for share in said["recipe"]["vectors"]]
         return said["recipe"] | {"vectors": vectors}, [digests_of(part) for part in said["parts"]]
     return said.get("digest")
 

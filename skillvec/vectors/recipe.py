@@ -30,6 +30,7 @@ from skillvec.vectors.manifest import Selection
 
 MAX_NBYTES = 1_000_000  # a recipe is written by hand
 FLOAT_1_2 = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")  # YAML 1.1 takes 1e-3 for text
+FISHER, FISHER_DIGEST = "fisher", "fisher_digest"  # parameters: a file, and how it is known
 Curve = float | tuple[float, ...]  # a number, or the points of a gradient from first to last layer
 
 
@@ -161,6 +162,16 @@ def resolve(recipe: Recipe, names: Sequence[str]) -> dict[str, list[tuple[float,
             f" number for:\n{up_to_five(list(adrift.values()))}"
         )
     return resolved
+
+
+def unplaced(share: Mapping[str, Any], vector: str = "") -> dict[str, Any]:
+    """Return a share, as `to_dict` has it, without the places of its files.
+
+    `vector` stands for the vector; of a Fisher file the digest remains.
+    """
+    given = share.get("parameters", {})
+    kept = {"parameters": {key: given[key] for key in given if key != FISHER}} if given else {}
+    return {**share, "vector": vector, **kept}
 
 
 # ------------------------------------------------------------------------------------ gradients

@@ -38,6 +38,8 @@ from skillvec.vectors.combining import align_vectors, announce_combination, lend
 from skillvec.vectors.deltas.base import DeltaSource, dtype_of
 from skillvec.vectors.deltas.pair import PairDelta, value_dtype
 from skillvec.vectors.displacement import Displacement
+from skillvec.vectors.fishers import open_fishers, weigh_by
+from skillvec.vectors.matrix_parts import list_unprojected, with_digests
 from skillvec.vectors.pairs import Sorted, announce_pair, sort_names
 from skillvec.vectors.reader import VectorFile, find_vector
 from skillvec.vectors.recipe import Recipe, Share, leaving_out, selection
@@ -235,11 +237,17 @@ class SkillVector(Readable):
         some of the vectors have, unless they were left out there on purpose.
         """
         recipe = replace(recipe, shares=tuple(map(_scaled, recipe.shares, parts)))
+        recipe = with_digests(recipe)
         parts = lend_heads(align_vectors([replace(part, scale=1.0) for part in parts]))
+        files, recipe = open_fishers(recipe) if recipe.op == "fisher" else ((), recipe)
         deltas = mix(parts, recipe, operator or OPERATORS[recipe.op])
+        deltas = weigh_by(files, parts, deltas) if files else deltas
         manifest = announce_combination(parts, recipe)
-        ref = manifest["formula"]
-        return CombinedVector(ref, deltas, manifest, parts=tuple(parts), recipe=recipe)
+        ref, warnings = manifest["formula"], tuple(list_unprojected(deltas, recipe))
+        return CombinedVector(
+            ref, deltas, manifest, warnings=warnings, parts=tuple(parts), recipe=recipe,
+            beside=files,
+        )  # fmt: skip
 
     def __mul__(self, factor: object) -> Self:
         if not isinstance(factor, Real) or not isfinite(factor):

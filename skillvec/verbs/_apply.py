@@ -39,6 +39,7 @@ from skillvec.verbs.findings import (
     tell_nonfinite,
     tell_resumed,
 )
+from skillvec.verbs.matrix_energies import tell_energies
 
 CARD = "README.md"
 FP32_MAX = 3.4028234e38
@@ -138,6 +139,7 @@ def _write_model(
             (made / name).write_text(text)
             fsync_path(os.fspath(made / name))
         report_apply(report, plan, results)
+        tell_energies(report, plan)
         if point.is_folder:
             _write_card(made / CARD, recipe, report)
         stage.publish(made if point.is_folder else Path(files[0].path))

@@ -27,7 +27,8 @@ def combine(
     """Merge vectors by an operator of docs/operators.md, or by an Operator of your own.
 
     `weights` are 1 if not given. `recipe`, a YAML or JSON file or its content, names vectors,
-    weights per tensor and layer, and operator instead; a stored combination gives its own. Without
+    weights per tensor and layer, and operator instead; a stored combination gives its own. The
+    parameter `fisher` of that operator is a list of files, one for each vector. Without
     `output` the result is computed where it is used; with, it is stored (options as of `save`).
     Raises UsageError for parameters out of range, IncompatibleError where names or shapes differ.
     """

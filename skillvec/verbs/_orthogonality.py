@@ -26,6 +26,7 @@ from skillvec.analysis.angle_report import (
 from skillvec.analysis.levels import pair_levels, sentence, vector_levels
 from skillvec.analysis.spreads import Variances
 from skillvec.checkpoints.checkpoint import Checkpoint
+from skillvec.checkpoints.input_moments import open_moments
 from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.engine.matrix_workers import at_once_nbytes
 from skillvec.engine.outputs import Output, PathLike, output_report
@@ -52,7 +53,6 @@ from skillvec.verbs.activations import (
     find_outputs,
     match_moments,
     memory_nbytes,
-    open_moments,
 )
 from skillvec.verbs.chances import Supports, find_spreads, rows_nbytes
 from skillvec.verbs.findings import refuse_announced, refuse_nonfinite, tell_nonfinite

@@ -39,6 +39,7 @@ from skillvec.verbs.findings import (
     tell_nonfinite,
     tell_resumed,
 )
+from skillvec.verbs.matrix_energies import tell_energies
 
 NO_DIGESTS: dict[str, str] = {}
 
@@ -125,6 +126,7 @@ def store_vector(vector: SkillVector, output: PathLike, form: StoredForm, run: R
     saved = SkillVector.open(place.ref)
     assert isinstance(saved, StoredVector)
     report_stored(report, plan, results, saved.manifest, saved.stored)
+    tell_energies(report, plan)
     return replace(saved, report=report)
 
 

@@ -1,28 +1,22 @@
 """What deltas do to the outputs of the modules that hold them, matrix by matrix.
 
-Reads a file of second moments of the modules' inputs, as recipes/calibrate.py writes it
-(docs/format.md), and the matrices once more after the run that gave the sums. Matrices that share
-an input are taken together, so that its eigenvectors are found once. Such a file is hostile until
-checked: shapes, names and values are refused by name.
+Reads the second moments of the modules' inputs, and the matrices once more after the run that gave
+the sums. Matrices that share an input are taken together, so that its eigenvectors are found once.
 """
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from skillvec.analysis.angle_report import ActivationFacts, Row
-from skillvec.checkpoints.checkpoint import METADATA_KEY
-from skillvec.checkpoints.opening import kind_of_file
+from skillvec.checkpoints.input_moments import Moments, read_part
 from skillvec.engine.matrix_workers import at_once_nbytes, in_turn
 from skillvec.engine.plan import Job, JobResult, Plan
 from skillvec.errors import FormatError, IncompatibleError, up_to_five
 from skillvec.files.file import forget_open_files
-from skillvec.files.header import TensorSpec, read_header
 from skillvec.ops import activations as ops
 from skillvec.ops.kernels import Array
 from skillvec.ops.statistics import Request
@@ -30,52 +24,6 @@ from skillvec.ops.svd import resolve_device
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import add_values
 from skillvec.vectors.reader import BlockReader, readers_of
-
-SCHEMA = 1
-SIDES = {"columns": 1, "rows": 0}  # the dimension of a weight that its module's input meets
-
-
-class Input(NamedTuple):
-    """What some modules are given: E[x x'] (n x n) and E[x], and where they lie."""
-
-    second: TensorSpec
-    mean: TensorSpec
-
-    @property
-    def width(self) -> int:
-        return self.mean.numel
-
-
-class Moments(NamedTuple):
-    """A file of moments: by weight the input, and the dimension of the weight that meets it."""
-
-    path: str
-    about: Mapping[str, Any]
-    weights: dict[str, tuple[str, int]]
-    inputs: dict[str, Input]
-
-
-def open_moments(path: str | os.PathLike[str]) -> Moments:
-    """Return what a file of second moments holds; FormatError where it is none."""
-    place = os.fspath(path)
-    header = read_header(place)
-    if kind_of_file(header.metadata) != "moments":
-        raise FormatError(f"{place}: no moments of activations: recipes/calibrate.py writes them")
-    about = json.loads(header.metadata[METADATA_KEY])
-    inputs, weights = {}, about.get("weights")
-    try:
-        if about["schema"] != SCHEMA or not isinstance(about["tokens"], int):
-            raise ValueError(f"schema {about['schema']}, expected {SCHEMA}")
-        weights = {str(name): (str(said["entry"]), SIDES[said["input"]])
-                   for name, said in weights.items()}  # fmt: skip
-        for entry in {entry for entry, _ in weights.values()}:
-            second, mean = (header.tensors[f"{entry}.{part}"] for part in ("moment", "mean"))
-            if second.shape != mean.shape * 2 or {second.dtype, mean.dtype} != {"F32"}:
-                raise ValueError(f"{entry}: expected F32 of n x n and n values")
-            inputs[entry] = Input(second, mean)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise FormatError(f"{place}: not as docs/format.md has it: {error}") from None
-    return Moments(place, about, weights, inputs)
 
 
 def match_moments(moments: Moments, jobs: Sequence[Job], device: str) -> ActivationFacts:
@@ -90,14 +38,7 @@ def match_moments(moments: Moments, jobs: Sequence[Job], device: str) -> Activat
             f"{moments.path} knows none of the {len(matrices)} matrices:\n"
             f"{up_to_five(list(matrices))}\nit is of\n{up_to_five(list(moments.weights))}"
         )
-    wrong = []
-    for name in known:
-        entry, side = moments.weights[name]
-        width = moments.inputs[entry].width
-        if matrices[name][side] != width:
-            wrong.append(f"{name} {list(matrices[name])}: inputs of {width} values meet its"
-                         f" {'columns' if side else 'rows'}")  # fmt: skip
-    if wrong:
+    if wrong := [said for name in known if (said := moments.misfit(name, matrices[name]))]:
         raise IncompatibleError(f"{moments.path} is of another model:\n{up_to_five(wrong)}")
     return {
         "path": moments.path, "model": str(moments.about.get("model")),
@@ -190,14 +131,8 @@ def find_outputs(
 
 def read_moment(moments: Moments, entry: str, device: str) -> ops.Moment:
     """Return the moments of an input; FormatError for what no inputs have."""
-    found = []
-    for spec in moments.inputs[entry]:
-        values = np.zeros(spec.numel, np.float32)
-        add_values(spec, {}, values)
-        if not np.isfinite(values).all():
-            raise FormatError(f"{moments.path}: {spec.name} holds NaN or infinities")
-        found.append(values.reshape(spec.shape))
-    moment = ops.find_moment(found[0], found[1], device)
+    second, mean = map(read_part, moments.inputs[entry])
+    moment = ops.find_moment(second, mean, device)
     if not (isfinite(moment.trace) and moment.trace > 0):
         raise FormatError(f"{moments.path}: {entry}: inputs that are 0 have no outputs to compare")
     return moment

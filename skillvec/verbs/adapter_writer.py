@@ -29,7 +29,6 @@ from skillvec.vectors.deltas.view import ViewDelta
 from skillvec.vectors.reader import BlockReader, readers_of
 from skillvec.verbs.findings import refuse_nonfinite
 
-FIRST_RANK = 16  # tried for an energy, then doubled
 SLACK = 1e-6  # of an energy: below, it is rounding that is missing
 
 
@@ -236,7 +235,7 @@ def _factors(
     if matrix is None or not norm_sq:
         return _Factors(norm_sq, counted)
     matrix = matrix.reshape(part.shape)
-    found, rank = _decomposed(matrix, facts)
+    found, rank = svd.lead(matrix, facts["rank"], facts["energy"], facts["device"], facts["seed"])
     roots = np.sqrt(found.values[:rank]).astype(matrix.dtype)
     left, right = found.left[:, :rank] * roots, found.right[:, :rank] * roots
     stored = dtype_of(facts["dtype"])
@@ -267,20 +266,3 @@ def _joined(factors: Sequence[_Factors], hold: Hold) -> tuple[Array, Array]:
         if part.out is not None and part.inner is not None:
             B[:, : part.rank, e], A[e, : part.rank] = part.out, part.inner.T
     return B.reshape(len(B), -1), A.reshape(-1, A.shape[2])
-
-
-def _decomposed(matrix: Array, facts: Mapping[str, Any]) -> tuple[svd.Spectrum, int]:
-    """Return the leading triplets, and how many are wanted: no more than there are."""
-    device, seed, most = facts["device"], facts["seed"], min(matrix.shape)
-    if facts["rank"] is not None:
-        found = svd.decompose(matrix, min(facts["rank"], most), device, seed)
-        return found, found.values.size
-    wanted = FIRST_RANK
-    while True:
-        found = svd.decompose(matrix, min(wanted, most), device, seed)
-        enough = np.cumsum(found.values**2) >= facts["energy"] * found.norm_sq
-        if enough.any():
-            return found, int(np.argmax(enough)) + 1
-        if found.values.size < wanted:  # the rank of the matrix
-            return found, found.values.size
-        wanted *= 2

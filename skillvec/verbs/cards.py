@@ -14,6 +14,7 @@ from math import hypot, prod
 from typing import Any, NamedTuple
 
 from skillvec.errors import printable
+from skillvec.ops.merge_parameters import CHOICES
 from skillvec.ops.names import kind_of, layer_of, natural_order
 from skillvec.vectors.kinds import TAKEN
 from skillvec.verbs.card_file import (
@@ -287,10 +288,13 @@ def _side(side: Mapping[str, Any]) -> str:
 
 
 def _operator(recipe: Mapping[str, Any]) -> str:
-    """Return an operator and its numbers; other parameters may hold paths."""
+    """Return an operator with its numbers and choices; other parameters may hold paths."""
     given = recipe.get("parameters")
     numbers = {"seed": recipe.get("seed")} | (given if isinstance(given, dict) else {})
-    shown = [f", {_line(k, 40)} {v:g}" for k, v in numbers.items() if isinstance(v, int | float)]
+    shown = [
+        f", {_line(k, 40)} {v if isinstance(v, str) else f'{v:g}'}"
+        for k, v in numbers.items() if isinstance(v, int | float) or v in CHOICES.get(k, ())
+    ]  # fmt: skip
     return _line(recipe.get("op", "linear"), 40) + "".join(shown)
 
 
@@ -300,7 +304,8 @@ def _flags(recipe: Mapping[str, Any]) -> tuple[list[float], dict[str, Any]]:
     if not all(isinstance(s, dict) and set(s) <= {"vector", "weight"} for s in shares):
         return [], {"recipe": "RECIPE"}
     numbers = [share.get("weight", 1) for share in shares]
-    if not all(isinstance(n, int | float) for n in (*numbers, *dict(given).values())):
+    told = {key: v for key, v in dict(given).items() if v not in CHOICES.get(key, ())}
+    if not all(isinstance(n, int | float) for n in (*numbers, *told.values())):
         return [], {"recipe": "RECIPE"}
     param = [f"{key}={value}" for key, value in given.items()]
     return numbers, {"op": recipe.get("op", "linear"), "param": param}

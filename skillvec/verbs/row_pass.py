@@ -16,7 +16,6 @@ import numpy as np
 from skillvec.analysis.spreads import BUCKETS, Seen
 from skillvec.engine.matrix_workers import in_turn
 from skillvec.engine.plan import Job, JobResult, Plan
-from skillvec.engine.threads import one_blas_thread
 from skillvec.files.file import forget_open_files
 from skillvec.files.gather import Gatherer, gathering
 from skillvec.ops.block import BLOCK_NUMEL, block_count
@@ -97,9 +96,7 @@ def measure_rows(
         return held_nbytes(tensor.seen, arrays_held(request))
 
     try:
-        with one_blas_thread(), closing(
-            in_turn(measure, tensors, nbytes_of, at_once, nullcontext, AHEAD)
-        ) as found:  # fmt: skip
+        with closing(in_turn(measure, tensors, nbytes_of, at_once, nullcontext, AHEAD)) as found:
             for tensor, measurer in zip(tensors, found, strict=True):
                 yield measurer
                 done += tensor.job.nbytes_read

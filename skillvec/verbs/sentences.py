@@ -125,7 +125,7 @@ def say_vector(facts: Facts, counts: str) -> str:
         f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values changed"
         f" ({100 * facts['density']:.3g} %), norm {facts['norm']:.5g},"
         f" {human_bytes(facts['nbytes'])}{shards}\n"
-        f"{claim}\n"
+        f"{claim}\n{say_energies(facts)}"
         f"({exact['exceptions']} fp32 exceptions, {exact['replacements']} replacements)"
     )
 
@@ -152,7 +152,23 @@ def say_applied(facts: Facts, counts: str) -> str:
         f"{counts}; verdict {say_verdict(facts)}\n"
         f"{human_count(facts['changed'])} of {human_count(facts['numel'])} values"
         f" changed; realised gain {write_optional(facts['gain'])},"
-        f" cosine {write_optional(facts['cosine'])}{finite}"
+        f" cosine {write_optional(facts['cosine'])}{finite}" + f"\n{say_energies(facts)}".rstrip()
+    )
+
+
+def say_energies(facts: Facts) -> str:
+    """Return a line on what an operator has kept of whole matrices, "" where none was taken apart.
+
+    The shares are by vector.
+    """
+    if "matrices" not in facts:
+        return ""
+    said = facts["matrices"]
+    ranks = sorted({said["least_rank"], said["most_rank"]})
+    shares = ", ".join("-" if one is None else f"{100 * one:.3g} %" for one in said["kept_energy"])
+    return (
+        f"keeps {shares} of the squared norm of {said['tensors']} matrices (rank"
+        f" {' to '.join(map(str, ranks))})\n"
     )
 
 

@@ -28,7 +28,15 @@ from hypothesis import strategies as st
 
 from skillvec.errors import UsageError
 from skillvec.ops import merge_counts
-from skillvec.ops.merge_methods import OPERATORS, PARAMETERS, Operator, Position, check_parameters
+from skillvec.ops.arcs import arc_shares
+from skillvec.ops.merge_methods import (
+    OPERATORS,
+    Operator,
+    Position,
+    check_parameters,
+    check_weights,
+)
+from skillvec.ops.merge_parameters import PARAMETERS
 from skillvec.ops.philox import draw_uint32
 from skillvec.vectors.recipe import parse_recipe, resolve
 
@@ -36,12 +44,16 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "operators.md"
 MERGEKIT = ROOT / ".venv-mergekit" / "bin" / "python"
 STREAMS = tuple(f"{i:032x}" for i in range(1, 9))
-NAMES = tuple(OPERATORS)
+# those of whole matrices are tried in tests/verbs/test_matrix_operators.py
+NAMES = tuple(name for name, method in OPERATORS.items() if not method.of_matrices)
 # that see density through `density_of`; dare decides by position alone
 RANKED = ("ties", "della", "breadcrumbs", "sparsify")
 DENSE = {"ties": {"density": 1}, "dare_linear": {"density": 1}, "dare_ties": {"density": 1},
          "della": {"density": 1}, "breadcrumbs": {"density": 1, "gamma": 0},
-         "sparsify": {"density": 1}}  # fmt: skip
+         "sparsify": {"density": 1}, "ram": {"threshold": 0}}  # fmt: skip
+
+# that take any number of vectors
+ANY_NUMBER = tuple(name for name in NAMES if OPERATORS[name].count is None)
 
 Tensors = dict[str, list[np.ndarray]]  # name -> one array a vector
 
@@ -61,6 +73,8 @@ def run(
 ) -> dict[str, np.ndarray]:
     """Run all passes over pieces cut at `cuts`, then combine; `backwards` begins at the end."""
     streams = tuple(streams[: len(weights)])
+    if operator.name == "fisher":
+        tensors = {name: with_fisher(vectors) for name, vectors in tensors.items()}
     pieces = []
     for name, vectors in tensors.items():
         size = vectors[0].size
@@ -99,6 +113,16 @@ def run(
     return out
 
 
+def with_fisher(vectors: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return vectors and behind them a Fisher diagonal for each: in the laws, the magnitudes."""
+    return [*vectors, *(np.abs(vector).astype(np.float32) for vector in vectors)]
+
+
+def needed(operator: str) -> dict[str, Any]:
+    """Return the parameters without which an operator is refused."""
+    return {"fisher": "f.safetensors"} if operator == "fisher" else {}
+
+
 def is_plain(known: Any) -> bool:
     """Return whether something is made of lists, numbers and None, with names above."""
     if isinstance(known, dict | list):
@@ -117,7 +141,7 @@ def one(
     arrays = [np.asarray(v, getattr(v, "dtype", np.float32)) for v in vectors]
     weights = [1.0] * len(arrays) if weights is None else weights
     given = parameters if isinstance(parameters, list) else [parameters or {}] * len(arrays)
-    checked = [check_parameters(operator, p) for p in given]
+    checked = [check_parameters(operator, p | needed(operator)) for p in given]
     return run(OPERATORS[operator], {"w": arrays}, weights, checked, **more)["w"]
 
 
@@ -134,6 +158,7 @@ def test_linear_by_hand():
     assert out.tolist() == [2.25, 3, 2] and out.dtype == np.float32
 
 
+KINDS = ["dense", "sparse", "steps", "sparse steps", "sparse fp64", "steps fp64"]
 TIES = [[4, -1, 2, 0, 3], [-2, 5, 1, 1, 0]]
 
 
@@ -238,6 +263,103 @@ def test_ram_by_hand():
     assert one("ram", vectors, [2, 1, 1]).tolist() == [2, 0, 4, 7]
     # a vector of weight 0 does not share: (2*3 + 3)/2
     assert one("ram", vectors, [2, 1, 0]).tolist() == [2, 0, 4.5, 0]
+    # what does not exceed the threshold is no change: 3 alone, -4 alone, 1 is at it
+    chosen = [{"threshold": 3}, {"threshold": 3.5}, {"threshold": 1}]
+    assert one("ram", vectors, [2, 1, 1], chosen).tolist() == [0, -4, 3, 7]
+    # 1e-5 by default, compared as it is written: its fp32 is 9.9999997e-06
+    above = float(np.nextafter(np.float32(1e-5), np.float32(1)))
+    out = one("ram", [[1e-5, above, -1e-6], [1, 1, -1]])
+    assert out.tolist() == [1, float(np.float32((1 + above) / 2)), -1]
+    assert one("ram", [[1e-30], [1]], None, {"threshold": 0}).tolist() == [0.5]
+
+
+def test_slerp_by_hand():
+    for name in ("slerp", "nuslerp"):
+        # a right angle, t = 1/3: sin 60 and sin 30
+        out = one(name, [[2, 0], [0, 4]], [2, 1])
+        assert out.tolist() == pytest.approx([2 * math.sqrt(0.75), 2], rel=1e-7)
+        # 60 degrees, half way: sin 30 / sin 60 of both
+        out = one(name, [[1, 0], [1, math.sqrt(3)]], [3, 3])
+        share = 0.5 / math.sqrt(0.75)
+        assert out.tolist() == pytest.approx([2 * share, 1.5 * 2 * share / math.sqrt(3)], rel=1e-6)
+        # the ends, whatever the angle; norms may differ
+        assert one(name, [[1, 5], [-2, 1]], [3, 0]).tolist() == [1, 5]
+        assert one(name, [[1, 5], [-2, 1]], [0, 0.5]).tolist() == [-2, 1]
+        # beyond an end: t = 2 of a right angle is sin -90 and sin 180
+        assert one(name, [[1, 0], [0, 1]], [-1, 2]).tolist() == pytest.approx([-1, 0], abs=1e-7)
+        # with a vector of zeros the cosine is 0: sin 45
+        assert one(name, [[1, 3], [0, 0]]).tolist() == pytest.approx([0.5**0.5, 3 * 0.5**0.5])
+        # parallel, opposite and both zero: lines
+        assert one(name, [[1, 2], [2, 4]], [3, 1]).tolist() == [1.25, 2.5]
+        assert one(name, [[1, 2], [-1, -2]], [3, 1]).tolist() == [0.5, 1]
+        assert one(name, [[0, 0], [0, 0]]).tolist() == [0, 0]
+        assert one(name, [[1, 2], [2, 4]], [0, 0]).tolist() == [0, 0]
+    # at cos .9998 slerp takes the line, nuslerp the arc
+    near = [[1, 0], [1, 0.02]]
+    assert one("slerp", near).tolist() == pytest.approx([1, 0.01], rel=1e-7)
+    share = math.sin(math.atan(0.02) / 2) / math.sin(math.atan(0.02))
+    assert one("nuslerp", near).tolist() == pytest.approx([2 * share, 0.02 * share], rel=1e-7)
+    assert share > 0.5 + 2e-5
+    # so does .9996 either way, and .9994 not
+    for cosine, lies_straight in ((0.9996, True), (-0.9996, True), (0.9994, False)):
+        other = [cosine, math.sqrt(1 - cosine**2)]
+        found = one("slerp", [[1, 0], other])
+        assert (abs(float(found[0]) - (1 + cosine) / 2) < 1e-6) == lies_straight
+
+
+def test_shares_of_an_arc_are_rounded_once():
+    for angle in (1e-7, 0.03, 1.0, math.pi / 2, 2.2, 3.1):
+        for weights in ((0.7, -0.3), (1.0, 1.0), (2.0, 0.5), (1.0, -40.0)):
+            turned = tuple(w / sum(weights) * angle for w in weights)
+            found = arc_shares(weights, (math.cos(angle), math.sin(angle)))
+            expected = [math.sin(x) / math.sin(angle) for x in turned]
+            assert found == pytest.approx(expected, rel=1e-12)
+            assert arc_shares(weights[::-1], (math.cos(angle), math.sin(angle))) == found[::-1]
+    # many times around: shares of 1000
+    turned = [1 / (1 - 0.999) * 2.2, -0.999 / (1 - 0.999) * 2.2]
+    found = arc_shares((1.0, -0.999), (math.cos(2.2), math.sin(2.2)))
+    assert found == pytest.approx([math.sin(x) / math.sin(2.2) for x in turned], rel=1e-8)
+    # 1 / sqrt(3) is .577350269189625764509..., which 1 / math.sqrt(3) rounds twice, to ...258
+    assert arc_shares((1.0, 1.0), (0.5, math.sqrt(0.75))) == (0.5773502691896257,) * 2
+
+
+def test_fisher_by_hand():
+    # 4 counts 3 to 1: (3*4 + 1*8)/4; alone; all 0: the mean; a weight of 2: (2*1*6 + 1*3)/3
+    values = [np.float32([4, 4, 4, 6]), np.float32([8, 8, 8, 3])]
+    fishers = [np.float32([3, 1, 0, 1]), np.float32([1, 0, 0, 1])]
+    fisher, given = OPERATORS["fisher"], [check_parameters("fisher", needed("fisher"))] * 2
+    place = Position("w", 0, 0, STREAMS[:2])
+
+    def merged(weights: list[float], floor: float = 0.0) -> list[float]:
+        chosen = [p | {"floor": floor} for p in given]
+        found = fisher.combine([*values, *fishers], weights, chosen, place, None)
+        return [float(value) for value in found]
+
+    assert merged([1, 1]) == [5, 4, 6, 4.5]
+    assert merged([2, 1]) == [float(np.float32((6 * 4 + 8) / 7)), 4, float(np.float32(16 / 3)), 5]
+    # against the negated second: (3*4 - 8)/4, 4, (4 - 8)/2, (6 - 3)/2
+    assert merged([1, -1]) == [1, 4, -2, 1.5]
+    # a floor of 1: the second is (4 + 8)/2
+    assert merged([1, 1], 1.0) == [5, 6, 6, 4.5]
+    assert merged([0, 0]) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fisher_is_the_papers_formula(kind: str):
+    rng = np.random.default_rng(len(kind))
+    vectors = [make_random(rng, 500, kind) for _ in range(3)]
+    fishers = np.float32(rng.exponential(size=(3, 500)) * 10.0 ** rng.integers(-12, 1, (3, 1)))
+    fishers[rng.random((3, 500)) < 0.5] = 0
+    given, weights = [check_parameters("fisher", needed("fisher"))] * 3, [1.0, 0.5, 2.0]
+    place = Position("w", 0, 0, STREAMS[:3])
+    found = OPERATORS["fisher"].combine([*vectors, *fishers], weights, given, place, None)
+    v, f, w = np.float64(vectors), np.float64(fishers), np.float64(weights)[:, None]
+    idle = (f == 0).all(axis=0)
+    assert 20 < idle.sum() < 200 and found.dtype == vectors[0].dtype
+    f[:, idle] = 1
+    expected = (w * f * v).sum(axis=0) / (w * f).sum(axis=0)
+    tolerance = 1e-12 if "fp64" in kind else 2e-7
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(v).max())
 
 
 def test_sparsify_by_hand():
@@ -348,6 +470,30 @@ def oracle_elect(columns: list[tuple[float, ...]], weights: list[float], mean: b
     return out
 
 
+def oracle_slerp(
+    v0: list[float], v1: list[float], w0: float, w1: float, nearly: bool
+) -> list[float]:
+    """Shoemake's formula, with the limits of mergekit 0.1.5."""
+    n0, n1 = math.hypot(*v0), math.hypot(*v1)
+    cosine = math.fsum(a * b for a, b in zip(v0, v1, strict=True)) / ((n0 * n1) or 1)
+    cosine, t = max(-1.0, min(1.0, cosine)), w1 / (w0 + w1)
+    if 1 - cosine**2 <= 1e-16 if nearly else abs(cosine) > 0.9995:
+        return [(1 - t) * a + t * b for a, b in zip(v0, v1, strict=True)]
+    angle = math.acos(cosine)
+    one, other = math.sin((1 - t) * angle), math.sin(t * angle)
+    return [(one * a + other * b) / math.sin(angle) for a, b in zip(v0, v1, strict=True)]
+
+
+def oracle_fisher(
+    values: tuple[float, ...], weights: list[float], parameters: list[dict[str, Any]]
+) -> float:
+    """Return sum w f v / sum |w| f, where f is the magnitude of v in fp32 (`with_fisher`)."""
+    sizes = [abs(float(np.float32(v))) for v in values]
+    f = [max(size, p["floor"]) for size, p in zip(sizes, parameters, strict=True)]
+    below = math.fsum(abs(w) * x for w, x in zip(weights, f, strict=True))
+    return math.fsum(w * x * v for w, x, v in zip(weights, f, values, strict=True)) / (below or 1)
+
+
 def oracle(
     name: str, vectors: list[list[float]], weights: list[float], parameters: list[dict[str, Any]]
 ) -> list[float]:
@@ -372,6 +518,14 @@ def oracle(
         matrix = np.array(vectors[1:]).T
         others = np.linalg.lstsq(matrix, np.array(vectors[0]), rcond=None)[0]
         return (weights[0] * (np.array(vectors[0]) - matrix @ others)).tolist()
+    if name in ("slerp", "nuslerp"):
+        return oracle_slerp(*vectors, *weights, nearly=name == "nuslerp")
+    if name == "fisher":
+        return [oracle_fisher(column, weights, parameters) for column in columns]
+    if name == "ram":
+        least = [p["threshold"] for p in parameters]
+        columns = [tuple(v if abs(v) > limit else 0.0 for v, limit in zip(c, least, strict=True))
+                   for c in columns]  # fmt: skip
     out = []
     for column in columns:
         terms = [w * v for w, v in zip(weights, column, strict=True)]
@@ -395,6 +549,11 @@ def make_random(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
 
 def make_parameters(rng: np.random.Generator, name: str, density: float) -> dict[str, Any]:
     chosen: dict[str, Any] = {"density": density} if "density" in OPERATORS[name].defaults else {}
+    chosen |= needed(name)
+    if name == "ram":
+        chosen["threshold"] = float(rng.choice([0, 1e-5, 1e-3]))
+    if name == "fisher":
+        chosen["floor"] = float(rng.choice([0, 1e-3]))
     if name == "breadcrumbs":
         chosen["gamma"] = float(rng.choice([0, min(0.1, round(1 - density, 2))]))
     if name == "della":
@@ -404,16 +563,14 @@ def make_parameters(rng: np.random.Generator, name: str, density: float) -> dict
     return check_parameters(name, chosen)
 
 
-KINDS = ["dense", "sparse", "steps", "sparse steps", "sparse fp64", "steps fp64"]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_operators_agree_with_plain_loops(name: str, kind: str):
     rng = np.random.default_rng(len(name) + len(kind))
     for density in (0.05, 0.1, 0.3, 0.5, 0.77, 0.95, 1.0):
         for normalize in (True, False):
-            count, size = int(rng.integers(2, 5)), int(rng.integers(1, 300))
+            count = OPERATORS[name].count or int(rng.integers(2, 5))
+            size = int(rng.integers(1, 300))
             vectors = [make_random(rng, size, kind) for _ in range(count)]
             weights = [float(w) for w in rng.choice([1, 0.5, -0.3, 2, 0.7], count)]
             chosen = [make_parameters(rng, name, density) for _ in range(count)]
@@ -425,7 +582,10 @@ def test_operators_agree_with_plain_loops(name: str, kind: str):
             if name == "orthogonal":  # the oracle's least squares is not exact
                 largest = max(float(np.abs(v).max()) for v in vectors)
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * largest * count)
-            elif name in ("sparsify", "della"):  # a scale, a probability: computed otherwise
+            elif name in ("slerp", "nuslerp"):  # nor are its sine and cosine
+                largest = max(float(np.abs(v).max()) for v in vectors)
+                np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * largest)
+            elif name in ("sparsify", "della", "fisher"):  # a scale, a share: computed otherwise
                 rtol = 1e-12 if "fp64" in kind else 2e-7
                 np.testing.assert_allclose(found, expected, rtol=rtol, atol=0)
             else:
@@ -482,6 +642,12 @@ def problems(draw: Callable[..., Any], vectors: int = 2, sizes: tuple[int, int] 
     return arrays, weights, lambda name: [make_parameters(rng, name, d) for d in densities]
 
 
+def of_its_number(name: str, arrays: Any, weights: Any, make: Any) -> Any:
+    """Return a problem with no more vectors than an operator takes."""
+    count = OPERATORS[name].count
+    return arrays[:count], weights[:count], make(name)[:count]
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "orthogonal"])
 @settings(max_examples=20)
 @given(problem=problems())
@@ -499,8 +665,7 @@ def test_the_order_of_two_vectors_does_not_matter(name: str, problem: Any):
 @settings(max_examples=20)
 @given(problem=problems(vectors=3))
 def test_negated_vectors_give_the_negated_result(name: str, problem: Any):
-    arrays, weights, make = problem
-    chosen = make(name)
+    arrays, weights, chosen = of_its_number(name, *problem)
     plain = run(OPERATORS[name], {"w": arrays}, weights, chosen)["w"]
     turned = run(OPERATORS[name], {"w": [-a for a in arrays]}, weights, chosen)["w"]
     assert same(turned, -plain + np.float32(0))
@@ -509,12 +674,12 @@ def test_negated_vectors_give_the_negated_result(name: str, problem: Any):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANY_NUMBER)
 @settings(max_examples=20)
 @given(row=st.lists(VALUE, min_size=1, max_size=30))
 def test_one_vector_at_density_1_and_weight_1_is_itself(name: str, dtype: Any, row: list[float]):
     vector = array_of(row, dtype)
-    chosen = check_parameters(name, DENSE.get(name, {}))
+    chosen = check_parameters(name, DENSE.get(name, {}) | needed(name))
     assert OPERATORS[name].passes([chosen]) == (1 if name == "orthogonal" else 0)
     assert same(run(OPERATORS[name], {"w": [vector]}, [1.0], [chosen])["w"], vector)
 
@@ -523,7 +688,8 @@ def test_one_vector_at_density_1_and_weight_1_is_itself(name: str, dtype: Any, r
 @given(problem=problems(vectors=3))
 def test_a_weight_of_0_contributes_nothing(problem: Any):
     arrays, weights, make = problem
-    for name in ("linear", "ram", "ties", "dare_ties", "dare_linear", "della", "breadcrumbs"):
+    for name in ("linear", "ram", "ties", "dare_ties", "dare_linear", "della", "breadcrumbs",
+                 "fisher"):  # fmt: skip
         chosen = make(name)
         without = run(OPERATORS[name], {"w": arrays[:2]}, weights[:2], chosen[:2])["w"]
         found = run(OPERATORS[name], {"w": arrays}, [*weights[:2], 0.0], chosen)["w"]
@@ -535,8 +701,8 @@ def test_a_weight_of_0_contributes_nothing(problem: Any):
 def test_a_zero_vector_adds_nothing(problem: Any):
     arrays, weights, make = problem
     zero = np.zeros_like(arrays[0])
-    for name in NAMES:
-        chosen = make(name)
+    for name in ANY_NUMBER:
+        chosen = [p | {"floor": 0.0} if name == "fisher" else p for p in make(name)]
         alone = run(OPERATORS[name], {"w": arrays[:1]}, weights[:1], chosen[:1])["w"]
         found = run(OPERATORS[name], {"w": [arrays[0], zero]}, weights, chosen)["w"]
         assert same(found, alone), name
@@ -552,6 +718,8 @@ def test_a_power_of_two_passes_through(problem: Any):
         chosen = make(name)
         plain = run(OPERATORS[name], {"w": small}, weights, chosen)["w"]
         large = [a * np.float32(2**20) for a in small]
+        lengths = [{n: p[n] * 2**20 for n in ("threshold", "floor") if n in p} for p in chosen]
+        chosen = [p | more for p, more in zip(chosen, lengths, strict=True)]
         scaled = run(OPERATORS[name], {"w": large}, weights, chosen)
         if np.all((plain == 0) | (np.abs(plain) > 1e-36)):
             assert same(scaled["w"], plain * np.float32(2**20)), name
@@ -575,7 +743,9 @@ def test_no_byte_depends_on_how_tensors_are_cut(name: str, scope: str, double: b
     chosen = [make_parameters(rng, name, data.draw(DENSITY)) for _ in kinds]
     if "scope" in OPERATORS[name].defaults:
         chosen = [p | {"scope": scope} for p in chosen]
-    weights = [0.7, -1.1, 0.5]
+    count = OPERATORS[name].count
+    tensors, chosen = {n: vectors[:count] for n, vectors in tensors.items()}, chosen[:count]
+    weights = [0.7, -1.1, 0.5][:count]
     whole = run(OPERATORS[name], tensors, weights, chosen)
     cuts = {n: data.draw(st.lists(st.integers(0, size), max_size=6)) for n, size in sizes.items()}
     cut = run(OPERATORS[name], tensors, weights, chosen, cuts, backwards=True)
@@ -726,13 +896,14 @@ def test_defaults_are_filled_in_and_numbers_are_floats():
     assert type(found["density"]) is float and found["scope"] == "tensor"
     assert type(check_parameters("ties", {"density": np.float64(0.5)})["density"]) is float
     for name in NAMES:
-        assert check_parameters(name, {}) == OPERATORS[name].defaults
+        given = needed(name)
+        assert check_parameters(name, given) == {**OPERATORS[name].defaults, **given}
 
 
 @pytest.mark.parametrize(
     ("operator", "given", "said"),
     [
-        ("tie", {}, ["'tie'", *NAMES]),
+        ("tie", {}, ["'tie'", *OPERATORS]),
         ("ties", {"densty": 0.5}, ["'densty'", "density, density_of, scope, normalize"]),
         ("linear", {"density": 0.5}, ["'density'", "takes none"]),
         ("dare_ties", {"scope": "tensor"}, ["'scope'", "density, normalize"]),
@@ -750,9 +921,23 @@ def test_defaults_are_filled_in_and_numbers_are_floats():
         ("breadcrumbs", {"gamma": 0.6, "density": 0.5}, ["gamma = 0.6", "with density at most 1"]),
         ("breadcrumbs", {"density": 1}, ["gamma = 0.006"]),
         ("della", {"epsilon": -0.1}, ["epsilon = -0.1"]),
+        ("ram", {"threshold": -1e-9}, ["threshold = -1e-09", "at least 0"]),
+        ("ram", {"threshold": math.nan}, ["threshold = nan"]),
+        ("ram", {"epsilon": 0.1}, ["no parameter 'epsilon'", "threshold"]),
+        ("fisher", {}, ["fisher = ''", "a file for each vector"]),
+        ("fisher", {"fisher": 3}, ["fisher = 3"]),
+        ("fisher", {"fisher": "f", "floor": -1}, ["floor = -1"]),
         ("della", {"epsilon": 0.4}, ["epsilon = 0.4", "at most 1"]),
         ("della", {"density": 0.05}, ["epsilon = 0.07", "above 0"]),
         ("della", {"density": 0.25, "epsilon": 0.25}, ["epsilon = 0.25", "above 0"]),
+        ("spectral", {"rank": 0}, ["rank = 0", "at least 1"]),
+        ("spectral", {"rank": 1.5}, ["rank = 1.5", "a whole number"]),
+        ("spectral", {"energy": 1.01}, ["energy = 1.01", "at most 1"]),
+        ("spectral", {"rank": 2, "energy": 0.5}, ["rank 2 and energy 0.5", "the other 0"]),
+        ("spectral", {"part": "tail"}, ["part = 'tail'", "head, residual or whole"]),
+        ("spectral", {"others": True}, ["others = True", "keep, drop or split"]),
+        ("project", {}, ["moments = ''", "a path"]),
+        ("project", {"moments": "m", "rank": -1}, ["rank = -1", "a whole number"]),
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_refused(operator: str, given: dict[str, Any], said: list[str]):
@@ -762,11 +947,31 @@ def test_wrong_parameters_are_refused(operator: str, given: dict[str, Any], said
         assert part in str(caught.value)
 
 
+def test_weights_of_which_nothing_is_made_are_refused():
+    for name in ("slerp", "nuslerp"):
+        for count in (1, 3):
+            with pytest.raises(UsageError, match=f"{name} takes 2 vectors, found {count}"):
+                check_weights(name, [1.0] * count)
+        with pytest.raises(UsageError, match=f"{name}: the weights 0.5 and -0.5 add up to 0"):
+            check_weights(name, [0.5, -0.5])
+        check_weights(name, [0.0, 0.0])
+        check_weights(name, [-1.0, 3.0])
+    for name in ANY_NUMBER:
+        check_weights(name, [1.0, -1.0, 0.0])
+
+
 def test_limits_that_are_allowed():
     check_parameters("breadcrumbs", {"density": 0.7, "gamma": 0.3})
     check_parameters("breadcrumbs", {"density": 1, "gamma": 0})
     check_parameters("della", {"density": 0.9, "epsilon": 0.1})
     check_parameters("della", {"density": 1})
+    assert check_parameters("spectral", {"rank": 4.0, "energy": 0}) == (
+        OPERATORS["spectral"].defaults | {"rank": 4})  # fmt: skip
+    assert check_parameters("spectral", {"energy": 1})["energy"] == 1.0
+    # a rank alone is not passed over for the default energy; neither leaves the matrix alone
+    assert check_parameters("project", {"moments": "m", "rank": 3})["energy"] == 0
+    assert check_parameters("project", {"moments": "m"})["energy"] == 0.9
+    check_parameters("project", {"moments": "m", "rank": 0, "energy": 0})
 
 
 @pytest.mark.parametrize(("name", "values"), [("scope", ("tensor", "vector")),
@@ -821,7 +1026,6 @@ def test_mergekit_agrees_where_the_definitions_do(tmp_path: Path):
     weights = [1.0, 0.5, 0.7]
     density = [0.2, 0.55, 0.85]  # of 4000 values a whole number, so int() and ceil() are one
     gamma = [0.01, 0.1, 0.05]
-    one_of_each = {"weight": weights}
     all_values: dict[str, Any] = {"density_of": "all"}
     by_tensor = {"scope": "tensor", **all_values}
     agree: list[tuple[str, str, np.ndarray, dict[str, Any], list[dict[str, Any]]]] = [
@@ -841,20 +1045,43 @@ def test_mergekit_agrees_where_the_definitions_do(tmp_path: Path):
         ("breadcrumbs", "breadcrumbs", plain, {"density": [0.2, 0.55, 0.85], "gamma": gamma},
          [{"density": d, "gamma": g, **all_values} for d, g in zip(density, gamma, strict=True)]),
         # mergekit's ram has no weights and takes what is at most epsilon for 0
-        ("ram", "ram", steps, {"epsilon": 0.0}, [{}] * 3),
+        ("ram", "ram", steps, {"epsilon": 0.0}, [{"threshold": 0}] * 3),
+        ("ram", "ram", np.float32(plain * 3e-5), {}, [{}] * 3),
+        ("nuslerp", "nuslerp", plain[:2], {}, [{}] * 2),
+        ("nuslerp", "nuslerp", steps[:2], {}, [{}] * 2),
+        ("nuslerp", "nuslerp", np.float32([1, 3])[:, None] * plain[0], {}, [{}] * 2),
     ]  # fmt: skip
     cases = []
     for theirs, _, deltas, parameters, _ in agree:
-        given = parameters if theirs == "ram" else one_of_each | parameters
+        given = parameters
+        if theirs != "ram":
+            given = {"weight": weights[: len(deltas)]} | parameters
         cases.append(({"method": theirs, "parameters": given}, deltas))
     for (theirs, ours, deltas, _, chosen), expected in zip(
         agree, ask_mergekit(tmp_path, cases), strict=True
     ):
-        found = one(ours, list(deltas), [1.0] * 3 if theirs == "ram" else weights, chosen)
+        given = [1.0] * 3 if theirs == "ram" else weights[: len(deltas)]
+        found = one(ours, list(deltas), given, chosen)
         # fp32 at each step there, fp64 and one rounding here: a few 2^-24 of the terms
         assert np.count_nonzero(expected) > 500
+        assert theirs != "ram" or deltas is steps or np.sum(np.abs(deltas) <= 1e-5) > 100
         np.testing.assert_allclose(found, expected, rtol=0, atol=4e-7 * np.abs(deltas).max())
-        assert np.array_equal(found != 0, expected != 0) or theirs in ("task_arithmetic", "ram")
+        rounded = theirs in ("task_arithmetic", "ram", "nuslerp")
+        assert np.array_equal(found != 0, expected != 0) or rounded
+
+
+@pytest.mark.slow
+def test_slerp_is_mergekits_on_vectors(tmp_path: Path):
+    """mergekit's function is given the vectors themselves; its method takes whole models."""
+    rng = np.random.default_rng(2)
+    first = np.float32(rng.normal(size=5000))
+    others = [np.float32(rng.normal(size=5000)), first * np.float32(-2), np.zeros_like(first),
+              first + np.float32(rng.normal(size=5000)) * np.float32(0.01),  # straight there
+              first + np.float32(rng.normal(size=5000)) * np.float32(0.1)]  # fmt: skip
+    cases = [({"slerp": t}, np.stack([first, other])) for other in others for t in (0.25, 0.5, 1.5)]
+    for (case, deltas), expected in zip(cases, ask_mergekit(tmp_path, cases), strict=True):
+        found = one("slerp", list(deltas), [1 - case["slerp"], case["slerp"]])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
 @pytest.mark.slow
@@ -872,12 +1099,13 @@ def test_mergekit_differs_where_the_table_says_so(tmp_path: Path):
         ({"sparsify": "della_magprune", "parameters": della, "draws": draws}, values),
         ({"method": "dare_linear", "parameters": {"weight": [1.0], "density": 0.3}},
          np.float32(rng.normal(size=(1, 200_000)))),
-        ({"method": "ram", "parameters": {}}, np.float32([[1e-6, 1], [1, 1]])),
+        ({"method": "nuslerp", "parameters": {"weight": [1.0, -1.0]}},
+         np.float32([[1, 0], [0, 1]])),
         ({"method": "breadcrumbs", "parameters": {"weight": [1.0], "density": 0.9, "gamma": 0.5}},
          np.float32(np.arange(1, 11))[None]),
         ({"signs": "sum"}, plain_signs := np.float32(rng.normal(size=(3, 500)))),
     ]  # fmt: skip
-    tie, negative, magnitude, random, magprune, dare, ram, crumbs, signs = ask_mergekit(
+    tie, negative, magnitude, random, magprune, dare, half, crumbs, signs = ask_mergekit(
         tmp_path, cases
     )
     # a sum of 0 elects + there and nothing here, where the result turns around with the vectors
@@ -914,9 +1142,10 @@ def test_mergekit_differs_where_the_table_says_so(tmp_path: Path):
     theirs = magprune.reshape(10, 100).mean(axis=1) / draws
     assert theirs == pytest.approx(np.linspace(0.33, 0.87, 10), abs=0.007)
     assert ours == pytest.approx(theirs, abs=0.012)
-    # |v| <= 1e-5 is no change there, so the other vector is alone
-    assert ram.tolist() == [1, 1]
-    assert one("ram", [[1e-6, 1], [1, 1]]).tolist() == [float(np.float32((1 + 1e-6) / 2)), 1]
+    # weights that add up to 0 give the middle there, and are refused here
+    assert half.tolist() == pytest.approx([0.5**0.5] * 2)
+    with pytest.raises(UsageError, match="add up to 0"):
+        check_weights("nuslerp", [1.0, -1.0])
     # gamma .5 with density .9 drops one value there, and is refused here
     assert crumbs.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     with pytest.raises(UsageError, match="gamma"):
@@ -948,7 +1177,51 @@ byte of a result depends on the number of threads or on how tensors are cut into
 
 The lines "against mergekit" speak of mergekit 0.1.5, which the slow tests run. The defaults are the
 papers' or, where those give none, those of the authors' code: the drop rate .1 of DARE's merging
-script, DELLA's example command, the point where the search of Breadcrumbs begins, and .3 of DoTS.
+script, DELLA's example command, the point where the search of Breadcrumbs begins, .3 of DoTS, and
+1e-5 of RAM.
+
+RAM's threshold is in units of the weights, and what does not exceed it is dropped: a training whose
+changes are small as a whole wants a lower one. Without one, an fp32 vector has hardly a value that
+is exactly 0, and `ram` is a plain average. For bf16 vectors it hardly matters: one step of bf16 is
+below 1e-5 only for weights below 2^-9, about .002.
+
+slerp and nuslerp go from one vector to another along an arc, whose angle is measured over the
+tensor, or with `scope` vector over all of them; where both are of one length, so is the result.
+They take two vectors. Only the ratio of the weights matters; how far to go is what lam says.
+"""
+
+
+MATRICES = """
+## Whole matrices
+
+`spectral` and `project` take each vector's matrices apart and add up the parts: of several vectors
+it is the sum of their heads, not the head of their sum (store a `linear` sum first for that), and
+each vector may have its own rank, part or moments in a recipe. Embeddings and heads of the model
+are matrices as any other; a rule `{match: "*embed*", part: whole}` leaves them alone, for `project`
+`{match: ..., rank: 0, energy: 0}`. Of tensors with more dimensions, such as fused experts, each
+matrix of the last two is taken apart on its own. Where a matrix has no more directions than are
+wanted, the head is the vector itself, bit for bit, and the residual 0; head + residual is the
+vector within the roundings of the two.
+
+Before the run each matrix is looked at once, whole: one for each worker at a time (the line
+"memory" of the plan counts them, three copies each; with `project` the second moments of an input
+and their eigenvectors too, 36 n^2 bytes for n values). What is found, k (m + n) fp32 values of an
+m x n matrix, waits in a file in the folder for temporary files (`TMPDIR`), so that no rank fills
+the memory, and goes with the run. With `--engine ray` the other machines have to see that folder.
+Neither seed nor workers change a byte; singular values come from LAPACK on the processor, so
+another machine, or another version of torch, may differ in the last bits, and `verify` there then
+says that values differ. A target in another layout than the vectors wants the combination stored.
+
+The report has, for each tensor and vector, the rank and the share of the squared norm that is kept
+(`ranks`, `kept_energies`), and the shares of all (`matrices`), before `rescale`.
+
+`project` leaves alone what `python -m skillvec.recipes.calibrate` has seen a module be given:
+`--param moments=moments.safetensors`, energy .9 of the trace of E[x x'] by default, as `energy
+inside` of `orthogonality --activations` measures it. The path is taken from the folder in which
+skillvec runs, as those of vectors are; the file's digest (what it says, and samples of its values)
+goes into the recipe, and another file is refused. Matrices that the file does not know, such as
+embeddings, norms and biases are kept as they are; a warning names the matrices. A file of other
+shapes is refused.
 """
 
 
@@ -977,6 +1250,36 @@ vectors:
 A glob that matches no tensor is an error, and so is a gradient that reaches tensors outside every
 layer. In scope vector, tensors with the same parameters share a threshold; those to which a rule
 gives another density have one of their own.
+
+## Files of Fisher information
+
+`fisher` reads a file beside each vector:
+
+```sh
+python -m skillvec.recipes.fisher --model MATH --data math.jsonl -o math_fisher.safetensors
+python -m skillvec.recipes.fisher --model TOOLS --data tools.jsonl -o tools_fisher.safetensors
+skillvec combine math.safetensors tools.safetensors --op fisher -o both.safetensors \\
+    --param fisher=math_fisher.safetensors --param fisher=tools_fisher.safetensors
+```
+
+`--param fisher=` stands once for each vector, in their order; in Python the parameter is a list of
+files, in a recipe the key `fisher` of the `parameters` of each vector, which no rule changes. A
+file is any safetensors file, or folder of shards, with a tensor of floats for each tensor of the
+vector, under its name and in its shape, or in a layout that can be brought to it. What no vector
+has is passed over; a tensor that no vector changes needs none, and a head that a vector unties goes
+by the information of its embedding. What is negative, NaN or infinite is refused when it is read,
+with the tensor's name. The files are read block by block as the vectors are: they take the memory
+of as many vectors more.
+
+Only the ratio of the F_i at a place matters, so files must have one scale: the same kind of texts,
+or weights that make up for it (the recipe prints the L2 norm by which the authors' code divides).
+The recipe writes the mean over the texts of the squared gradient of log p(text), one backward pass
+a text; with `--sample` the tokens are drawn from the model, as the definition of Fisher information
+has them, and without it they are the text's own.
+
+The manifest of a stored combination, and the header of a model that one was added to, keep place
+and digest of each file, and `verify` refuses another. The digest is that of samples, as for models;
+a change between them is found by the values, which `verify` computes again.
 """
 
 
@@ -996,21 +1299,24 @@ def operators_page() -> str:
     for method in OPERATORS.values():
         paper = re.sub(r"arXiv ([\d.]+\d)", r"[arXiv \1](https://arxiv.org/abs/\1)", method.paper)
         defaults = ", ".join(f"{name} {shown(v)}" for name, v in method.defaults.items())
+        passes = "one over whole matrices" if method.of_matrices else len(method.measured)
         parts.append(
             f"## {method.name}\n\n```text\n" + method.formula.replace("; ", "\n") + "\n```\n\n"
             f"- paper: {paper}\n- parameters and their defaults: {defaults or 'none'}\n"
-            f"- measuring passes: {len(method.measured)}\n- against mergekit: {method.differs}"
+            f"- measuring passes: {passes}\n- against mergekit: {method.differs}"
         )
     rows = ["## Parameters\n", "| name | what it does | values |", "|---|---|---|"]
     for name, (meaning, allowed) in PARAMETERS.items():
-        rows.append(f"| {name} | {meaning} | {allowed} |".replace("|w_i|", r"\|w_i\|"))
+        row = re.sub(r"\|(\w_i)\|", r"\\|\1\\|", f"{meaning} | {allowed}")
+        rows.append(f"| {name} | {row} |")
     parts.append("\n".join(rows))
+    parts.append(MATRICES.strip())
     parts.append(RECIPES.strip())
     return "\n\n".join(parts) + "\n"
 
 
 def shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value) or "none"
 
 
 def test_the_page_of_operators_is_what_the_table_says():

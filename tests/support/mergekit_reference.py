@@ -6,7 +6,8 @@ IN holds `cases`, a JSON list, and for case i the array `deltas_i`, float32 of s
 values). OUT holds `out_i`. A case with `method` is merged by mergekit's own method on a base of
 zeros; lists in `parameters` hold one value a vector. A case with `sparsify` is given to
 mergekit.sparsify `draws` times, without rescaling: the result counts how often each value was kept.
-A case with `signs` gives mergekit's mask of the values that agree with the elected sign.
+A case with `signs` gives mergekit's mask of the values that agree with the elected sign, one with
+`slerp`, which is t, what mergekit's function makes of two vectors.
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from mergekit.merge_methods.api import merge_tensors
 from mergekit.merge_methods.generalized_task_arithmetic import get_mask
+from mergekit.merge_methods.slerp import slerp
 from mergekit.sparsify import SparsificationMethod, sparsify
 
 
@@ -51,6 +53,8 @@ def main(source: str, target: str) -> None:
                 result = merged(deltas, case["method"], case["parameters"])
             elif "sparsify" in case:
                 result = kept(deltas[0], case["sparsify"], case["parameters"], case["draws"])
+            elif "slerp" in case:
+                result = slerp(torch.tensor(case["slerp"]), deltas[:1], deltas[1:])[0]
             else:
                 result = get_mask(deltas, method=case["signs"])
             found[f"out_{i}"] = result.numpy()

@@ -9,18 +9,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from families import load, perturbed, save, toy
+from moments import TOKENS, write_moments
 
 import skillvec as sv
+from skillvec.checkpoints.input_moments import open_moments
 from skillvec.cli.commands import main
 from skillvec.errors import FormatError, IncompatibleError
-from skillvec.verbs import activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Inputs = dict[str, np.ndarray]  # by entry: tokens x values
 LAYERS = ("model.layers.0", "model.layers.1")
 SHARED = ("q_proj", "k_proj")
-TOKENS = 50
 
 
 def make_inputs(widths: dict[str, int]) -> Inputs:
@@ -30,17 +30,6 @@ def make_inputs(widths: dict[str, int]) -> Inputs:
         entry: rng.standard_normal((TOKENS, width)) * rng.lognormal(0, 1, width) + rng.random(width)
         for entry, width in widths.items()
     }
-
-
-def write_moments(path: Path, inputs: Inputs, weights: dict[str, Any], **other: Any) -> Path:
-    """Write second moments as docs/format.md has them."""
-    tensors = {}
-    for entry, x in inputs.items():
-        tensors[f"{entry}.moment"] = torch.tensor(x.T @ x / len(x)).float()
-        tensors[f"{entry}.mean"] = torch.tensor(x.mean(0)).float()
-    about = {"kind": "moments", "schema": 1, "model": "toy", "tokens": TOKENS, "weights": weights}
-    save(path, tensors, {"format": "pt", "skillvec": json.dumps(about | other)})
-    return path
 
 
 class Case:
@@ -240,7 +229,7 @@ def test_moments_of_16_bits_are_refused(case: Case, tmp_path: Path) -> None:
     about = {"kind": "moments", "schema": 1, "tokens": 1, "weights": case.weights}
     save(tmp_path / "m.safetensors", tensors, {"skillvec": json.dumps(about)})
     with pytest.raises(FormatError, match="expected F32"):
-        activations.open_moments(tmp_path / "m.safetensors")
+        open_moments(tmp_path / "m.safetensors")
 
 
 def test_tensors_that_are_left_out_are_no_matrices_without_inputs(case: Case) -> None:

@@ -199,6 +199,8 @@ def by_hand(
         parts, found = vectors, known if across else measured(vectors)
         if op in ("ties", "breadcrumbs", "sparsify"):
             parts = [kept(v, limits) for v, limits in zip(vectors, found, strict=True)]
+        if op == "ram":
+            parts = [np.where(np.abs(v) > given["threshold"], v, 0.0) for v in vectors]
         if op.startswith("dare"):
             parts = [
                 np.where(chances(seed, stream, name, v.size) < given["density"],
@@ -239,6 +241,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("della", {"density": 0.5, "epsilon": 0.4, "density_of": "all"}),
     ("breadcrumbs", {"density": 0.3, "gamma": 0.05}),
     ("ram", {}),
+    ("ram", {"threshold": 2.0**-11}),
     ("sparsify", {"density": 0.25}),
     ("orthogonal", {}),
     ("orthogonal", {"scope": "vector"}),
@@ -249,7 +252,42 @@ case = pytest.mark.parametrize(
 
 
 def test_every_operator_is_tried_here() -> None:
-    assert {op for op, _ in CASES} == set(OPERATORS)
+    """Those of two vectors stand below, fisher with its files in tests/vectors/test_fishers.py,
+    those of whole matrices in test_matrix_operators.py.
+    """
+    assert {op for op, _ in CASES} | {"slerp", "nuslerp", "fisher"} == {
+        name for name, method in OPERATORS.items() if not method.of_matrices
+    }
+
+
+@pytest.mark.parametrize(("op", "scope"), [("slerp", "tensor"), ("nuslerp", "vector")])
+def test_two_vectors_on_an_arc(op: str, scope: str, world: World, tmp_path: Path) -> None:
+    """Tensors of many blocks, empty ones and zeros; any number of threads, and proven."""
+    files, weights = list(world.files["packed"].values())[:2], WEIGHTS[:2]
+    given = {"scope": scope}
+    made = sv.combine(*files, weights=weights, op=op, parameters=given)
+    outs = [tmp_path / f"{workers}.safetensors" for workers in (1, 3)]
+    for workers, out in zip((1, 3), outs, strict=True):
+        made.save(out, workers=workers, codec="dense")
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    sv.verify(outs[0])
+    pair = {name: vectors[:2] for name, vectors in world.deltas.items()}
+    whole = [np.concatenate(parts) for parts in zip(*pair.values(), strict=True)]
+
+    def angle_of(a: np.ndarray, b: np.ndarray) -> float:
+        norms = math.sqrt(np.dot(a, a)) * math.sqrt(np.dot(b, b))
+        return math.acos(np.dot(a, b) / norms) if norms else math.pi / 2
+
+    across = angle_of(*whole)
+    for name, found in values_of(outs[0], tmp_path).items():
+        angle = across if scope == "vector" else angle_of(*pair[name])
+        shares = [math.sin(w / sum(weights) * angle) / math.sin(angle) for w in weights]
+        right = shares[0] * pair[name][0] + shares[1] * pair[name][1]
+        np.testing.assert_allclose(found.numpy().reshape(-1), right, rtol=2e-7, atol=1e-12)
+    with pytest.raises(sv.UsageError, match=f"{op} takes 2 vectors, found 3"):
+        sv.combine(*files, files[0], op=op)
+    with pytest.raises(sv.UsageError, match="the weights 1 and -1 add up to 0"):
+        sv.combine(*files, weights=[1, -1], op=op)
 
 
 @case
@@ -543,7 +581,7 @@ def test_arguments_of_combine_are_checked(family, small) -> None:
     refused: dict[str, tuple[tuple, dict[str, Any]]] = {
         "at least one vector": ((), {}),
         "2 vectors, but 1 weights": ((a, b), {"weights": [1]}),
-        "expected one of linear, ties": ((a, b), {"op": "slerp"}),
+        "expected one of linear, ties": ((a, b), {"op": "slurp"}),
         "no parameter 'density'": ((a, b), {"parameters": {"density": 0.5}}),
         "give it alone": ((a,), {"recipe": file}),
         "give it alone|seed": ((), {"recipe": file, "seed": 5}),
@@ -1297,12 +1335,15 @@ def test_a_hostile_recipe_in_a_vector_is_an_error_of_ours(movable: Path) -> None
 # ------------------------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", [op for op, method in OPERATORS.items() if not method.of_matrices])
 def test_every_operator_from_the_command_line(op: str, family, small) -> None:
     a, b, folder = small
     given = {"density": "0.5", "epsilon": "0.1", "gamma": "0.01", "scope": "tensor",
-             "normalize": "False", "density_of": "all"}  # fmt: skip
-    defaults = OPERATORS[op].defaults
+             "normalize": "False", "density_of": "all", "threshold": "0.001", "floor": "0.1",
+             "fisher": f"{folder}/f.safetensors"}  # fmt: skip
+    defaults = [name for name in OPERATORS[op].defaults if name != "fisher_digest"]
+    if op == "fisher":
+        save(folder / "f.safetensors", {n: torch.rand(d.spec.shape) for n, d in a.deltas.items()})
     words = [w for name in defaults for w in ("--param", f"{name}={given[name]}")]
     wanted = {name: {"0.": lambda t: float(t), "Fa": lambda t: False}.get(
         given[name][:2], str)(given[name]) for name in defaults}  # fmt: skip
@@ -1329,7 +1370,7 @@ def test_parameters_that_are_wrong_are_usage_and_name_what_is_allowed(family, sm
         "normalize = 1.0, expected true or false": ["--op", "ties", "--param", "normalize=1"],
         "scope = 'layer', expected tensor or vector": ["--op", "ties", "--param", "scope=layer"],
         "linear has no parameter 'density'; it takes none": ["--param", "density=0.5"],
-        "expected one of linear, ties, dare_linear": ["--op", "slerp"],
+        "expected one of linear, ties, dare_linear": ["--op", "slurp"],
     }.items():
         for command in (["combine", a.ref, b.ref, "-o", folder / "x.safetensors"],
                         ["apply", family.target, a.ref, b.ref, "-o", folder / "x"]):  # fmt: skip

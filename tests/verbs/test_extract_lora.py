@@ -397,17 +397,17 @@ def test_fp64_deltas_are_decomposed_in_fp64(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_one_matrix_for_each_worker(workers: int, llamas, tmp_path: Path, monkeypatch) -> None:
     before: list[weakref.ref[Any]] = []
-    real = adapter_writer._decomposed
+    real = svd.lead
     at_once = []
 
-    def watched(matrix: np.ndarray, facts: Any) -> Any:
+    def watched(matrix: np.ndarray, *rest: Any) -> Any:
         before.append(weakref.ref(matrix.base))
         at_once.append(sum(matrix() is not None for matrix in list(before)))
         time.sleep(0.01)
-        return real(matrix, facts)
+        return real(matrix, *rest)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(workers)))
-    monkeypatch.setattr(adapter_writer, "_decomposed", watched)
+    monkeypatch.setattr(svd, "lead", watched)
     extract_lora("::".join(llamas), tmp_path / "lora", rank=1)
     assert len(before) == 15 and max(at_once) == workers
 

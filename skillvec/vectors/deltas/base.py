@@ -137,7 +137,7 @@ class DeltaSource(ABC):
         """How many measuring passes come before it can be read."""
         return 0
 
-    def informed(self, known: Mapping[str, Any]) -> Self:
+    def informed(self, known: Mapping[Any, Any]) -> Self:
         """Return it with what measuring passes have found by now, by scope."""
         return self
 

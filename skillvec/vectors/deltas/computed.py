@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from skillvec.files.tensors import Derived, files_of
+from skillvec.files.tensors import Source, files_of
 from skillvec.ops.delta import Delta
 from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.deltas.base import Decoded, DeltaSource
@@ -16,11 +16,11 @@ from skillvec.vectors.deltas.base import Decoded, DeltaSource
 class ComputedDelta(DeltaSource):
     """A tensor's delta as a formula in fp32 or fp64, such as s B A of the adapter `ref`."""
 
-    source: Derived
+    source: Source
     ref: str
 
     @property
-    def spec(self) -> Derived:
+    def spec(self) -> Source:
         return self.source
 
     @property

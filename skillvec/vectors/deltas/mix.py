@@ -89,8 +89,9 @@ class MixDelta(DeltaSource):
         """Return what is known when pass `number` over its scope has given `total`."""
         return self.operator.settle(number, total, self.weights, self.parameters, self.known)
 
-    def informed(self, known: Mapping[str, Any]) -> Self:
-        return replace(self, known=known.get(self.scope, self.known))
+    def informed(self, known: Mapping[Any, Any]) -> Self:
+        sources = tuple(source.informed(known) for source in self.sources)
+        return replace(self, sources=sources, known=known.get(self.scope, self.known))
 
     def read(self, block: Block, role: str) -> Decoded:
         values = block.array(role, self.spec.dtype)
