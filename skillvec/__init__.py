@@ -14,15 +14,18 @@ __all__ = [
     "Checkpoint",
     "FormatError",
     "IncompatibleError",
+    "Live",
     "NonfiniteError",
     "OutputError",
     "Report",
     "SkillVector",
     "SkillVectorCallback",
+    "SkillVectorEvaluation",
     "SkillvecError",
     "UsageError",
     "VerificationError",
     "apply",
+    "attach",
     "combine",
     "diff",
     "export_patch",
@@ -39,10 +42,14 @@ __all__ = [
 
 _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all__} | {
     "Checkpoint": "checkpoints.checkpoint",
+    "Live": "verbs.live",
     "Report": "report",
     "SkillVector": "vectors.vector",
     "SkillVectorCallback": "verbs.training",
+    "SkillVectorEvaluation": "verbs.training",
+    "attach": "verbs.live",
     "open_checkpoint": "checkpoints.opening",
+    "read_values": "verbs",  # of vector["name"]
     "save": "verbs",  # of SkillVector.save
 }
 
@@ -76,7 +83,8 @@ if TYPE_CHECKING:
         push,
         verify,
     )
-    from skillvec.verbs.training import SkillVectorCallback
+    from skillvec.verbs.live import Live, attach
+    from skillvec.verbs.training import SkillVectorCallback, SkillVectorEvaluation
 
 
 def __getattr__(name: str) -> Any:

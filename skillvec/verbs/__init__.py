@@ -19,6 +19,7 @@ __all__ = [
     "orthogonality",
     "pull",
     "push",
+    "read_values",
     "save",
     "verify",
 ]
@@ -35,6 +36,7 @@ _HOME = {
     "orthogonality": "_orthogonality",
     "pull": "_publish",
     "push": "_publish",
+    "read_values": "_values",
     "save": "_save",
     "verify": "_verify",
 }
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from skillvec.verbs._patch import export_patch, import_patch
     from skillvec.verbs._publish import pull, push
     from skillvec.verbs._save import save
+    from skillvec.verbs._values import read_values
     from skillvec.verbs._verify import verify
 
 
