@@ -340,7 +340,7 @@ def test_a_model_has_one_live_at_a_time(folder: Path, model: nn.Module) -> None:
     live = sv.attach(model, folder / "v.safetensors", lam=0.5)
     held = held_by(model)
     for one in (model, model.get_submodule("model.layers")):
-        with pytest.raises(sv.UsageError, match="attached to it already: Live.of"):
+        with pytest.raises(sv.UsageError, match="attached to it already"):
             sv.attach(one, folder / "v.safetensors")
         assert sv.Live.of(one) is live
     assert_holds(model, held)
