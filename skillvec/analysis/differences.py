@@ -8,8 +8,7 @@ one draw: their differences are added first (Liang and Zeger 1986), and the grou
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import erfc, fsum, inf, isfinite, sqrt
-from statistics import NormalDist
+from math import erfc, fsum, hypot, inf, isfinite, sqrt
 from typing import Protocol
 
 from skillvec.analysis.chance import chance_of
@@ -44,6 +43,10 @@ class Difference:
     p: float
     degrees: int | None = None
 
+    @property
+    def is_paired(self) -> bool:
+        return self.degrees is not None
+
 
 def difference(one: Measured, other: Measured, level: float = 0.95) -> Difference:
     """Return `one` less `other`, with the interval of a level.
@@ -51,13 +54,21 @@ def difference(one: Measured, other: Measured, level: float = 0.95) -> Differenc
     For several comparisons with one score, the level 1 - .05 / their number makes the intervals
     hold all at once (Bonferroni), and `holm` does the same for their p.
     """
-    if one.values and len(one.values) == len(other.values) and one.groups == other.groups:
-        apart = [a - b for a, b in zip(one.values, other.values, strict=True)]
-        return _paired(apart, one.groups, level)
-    mean, errors = one.mean - other.mean, [error_of(one), error_of(other)]
-    if errors[0] is None or errors[1] is None:
+    return contrast([(1.0, one), (-1.0, other)], level)
+
+
+def contrast(terms: Sequence[tuple[float, Measured]], level: float = 0.95) -> Difference:
+    """Return a weighted sum of scores: by item where all have the same items and groups."""
+    shapes = {(len(score.values), score.groups) for _, score in terms}
+    if len(shapes) == 1 and terms[0][1].values:
+        columns = [[weight * value for value in score.values] for weight, score in terms]
+        return _paired([fsum(row) for row in zip(*columns, strict=True)], terms[0][1].groups, level)
+    mean = fsum(weight * score.mean for weight, score in terms)
+    errors = [(weight, error_of(score)) for weight, score in terms]
+    known = [weight * error for weight, error in errors if error is not None]
+    if len(known) < len(errors):
         return Difference(mean, None, -inf, inf, 1.0)
-    return _judge(mean, sqrt(errors[0] ** 2 + errors[1] ** 2), None, level)
+    return _judge(mean, hypot(*known), None, level)
 
 
 def error_of(score: Measured) -> float | None:
@@ -115,8 +126,6 @@ def _two_sided(t: float, degrees: int | None) -> float:
 @lru_cache
 def _quantile(level: float, degrees: int | None) -> float:
     """Return the t that a share `level` of all lies within, by bisection; none lies beyond 1e9."""
-    if degrees is None:
-        return NormalDist().inv_cdf((1 + level) / 2)
     low, high = 0.0, 1e9
     while high - low > 1e-12 * high:
         middle = (low + high) / 2 if low else high / 64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from skillvec.analysis.differences import difference, error_of, holm
+from skillvec.analysis.differences import contrast, difference, error_of, holm
 from skillvec.trials.scores import Score
 
 
@@ -58,6 +58,18 @@ def test_scores_that_are_no_pair_add_their_errors() -> None:
     assert longer.standard_error == pytest.approx(sqrt(0.25**2 + 0.01))
     other_groups = difference(score([1, 0, 1], "aab"), score([1, 0, 1], "abb"))
     assert other_groups.degrees is None
+
+
+def test_weighted_sums_of_scores() -> None:
+    """Of the gain .95 is kept: by item, where the three answered the same ones."""
+    draw = np.random.default_rng(2)
+    rows = draw.normal(0, 1, (3, 30))
+    terms = [(w, score(row)) for w, row in zip((1, -0.05, -0.95), rows, strict=True)]
+    found, want = contrast(terms), stats.ttest_1samp(np.dot([1, -0.05, -0.95], rows), 0)
+    assert (found.p, found.degrees, found.is_paired) == (pytest.approx(want.pvalue), 29, True)
+    apart = contrast([(w, Score(s.mean, 0.1)) for w, s in terms])
+    assert apart.standard_error == pytest.approx(0.1 * sqrt(1 + 0.05**2 + 0.95**2))
+    assert not apart.is_paired and apart.mean == pytest.approx(found.mean)
 
 
 def test_what_is_not_known_finds_nothing() -> None:
