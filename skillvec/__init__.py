@@ -34,6 +34,7 @@ __all__ = [
     "orthogonality",
     "pull",
     "push",
+    "sweep",
     "verify",
 ]
 
@@ -44,6 +45,7 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "SkillVectorCallback": "verbs.training",
     "open_checkpoint": "checkpoints.opening",
     "save": "verbs",  # of SkillVector.save
+    "sweep": "trials.sweep",
 }
 
 answer_old_names()
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from skillvec.report import Report
+    from skillvec.trials.sweep import sweep
     from skillvec.vectors.vector import SkillVector
     from skillvec.verbs import (
         apply,

@@ -4,7 +4,8 @@ A metric is a mean over items. Where the evaluator gives the items' own values, 
 compared item by item; where it gives a standard error alone, as if they were independent.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,12 @@ class Score:
 
 
 Scores = Mapping[str, Score]
+LESS_IS_BETTER = {"loss", "nll", "perplexity", "ppl", "error", "wer", "cer", "bpb", "bits"}
+
+
+def less_is_better(metric: str, minimize: Collection[str] = ()) -> bool:
+    """Return whether less of a metric is better: by a word of its name, or as `minimize` says."""
+    return metric in minimize or bool(LESS_IS_BETTER & {*re.split(r"[\W_]+", metric.lower())})
 
 
 class Evaluator(Protocol):
