@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import load, perturbed, save
 from planted import Peak, Planted, plain, plant
 
 import skillvec as sv
@@ -118,8 +119,8 @@ def test_less_may_be_better(planted: Planted, tmp_path: Path) -> None:
 def test_several_vectors_are_one_combination(planted: Planted, tmp_path: Path) -> None:
     evaluator = Peak(planted)
     sv.sweep(planted.target, planted.skill, planted.other, eval=evaluator, lam="1,2",
-             weights=[0.5, -1e-6], output=tmp_path / "out")  # fmt: skip
-    assert evaluator.calls == [0, 0.5, 1]
+             weights=[0.5, -1e-6], control="random", output=tmp_path / "out")  # fmt: skip
+    assert evaluator.calls[:3] == [0, 0.5, 1] and len(evaluator.calls) == 5
 
 
 # ---------------------------------------------------------------------------------- what is written
@@ -251,8 +252,14 @@ def test_what_cannot_be_is_said_before_the_model_loads(planted: Planted, tmp_pat
     with pytest.raises(UsageError, match="metric scor: the evaluation gives score, loss"):
         run(planted, evaluator, output, metric="scor")
     assert evaluator.calls == [0]
-    with pytest.raises(IncompatibleError):
-        sv.sweep(planted.target, planted.target, eval=evaluator, output=output)
+    with pytest.raises(IncompatibleError, match="not a skill vector"):
+        sv.sweep(planted.target, planted.target, eval=evaluator, output=output, force=True)
+    tensors = load(planted.target)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1]
+    wrong = [save(tmp_path / name, perturbed(tensors, seed)) for seed, name in enumerate("ab")]
+    with pytest.raises(IncompatibleError, match=r"lm_head\.weight"):  # before the target is asked
+        sv.sweep(planted.target, f"{wrong[0]}::{wrong[1]}", eval=evaluator, output=output)
+    assert evaluator.calls == [0]
 
 
 def test_a_dry_run_evaluates_and_writes_nothing(planted: Planted, tmp_path: Path) -> None:
