@@ -265,7 +265,7 @@ class Trials:
         """Return what an evaluation gives, whatever it does."""
         begun = time.perf_counter()
         try:
-            with _seeded(self._applied.get("seed", 0)), _time_limit(self._timeout):
+            with _seeded(self._applied.get("seed", 0), model), _time_limit(self._timeout):
                 scores = self._evaluator.evaluate(model, self._tokenizer, split)
             status, message = DONE, ""
         except _ExpiredError:
@@ -310,17 +310,24 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Let random numbers of Python, numpy and torch begin at a seed; outside they go on."""
+def _seeded(seed: int, model: Any) -> Iterator[None]:
+    """Let random numbers of Python, numpy and torch begin at a seed; outside they go on.
+
+    A program that is given a folder has its own.
+    """
+    if isinstance(model, str):
+        yield
+        return
+    import torch
+
     kept: list[tuple[Callable[[Any], Any], Any]] = [
         (random.setstate, random.getstate()),
         (np.random.set_state, np.random.get_state()),
     ]
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    import torch
-
-    with torch.random.fork_rng():
+    devices = {weight.device for weight in model.parameters() if weight.is_cuda}
+    with torch.random.fork_rng([*devices]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         try:
             yield

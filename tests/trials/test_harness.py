@@ -88,6 +88,17 @@ def test_halves_and_a_limit_are_of_the_items(tasks: Path, loaded: tuple[Any, Any
         opened(tasks).evaluate(*loaded, "dev")
 
 
+def test_a_journal_knows_a_task_by_its_items_and_its_file(tmp_path: Path):
+    spec = opened(make_task(tmp_path), limit=3).spec
+    assert spec.startswith("lm-eval:colours include_path=") and " limit=3 (" in spec
+    assert spec == opened(make_task(tmp_path), limit=3).spec
+    assert spec != opened(make_task(tmp_path, 11), limit=3).spec
+    make_task(tmp_path)
+    with open(tmp_path / "colours.yaml", "a") as file:
+        file.write("description: another prompt\n")
+    assert spec != opened(tmp_path, limit=3).spec
+
+
 GROUP = """\
 group: every
 task: [colours, more]
