@@ -20,6 +20,7 @@ __all__ = [
     "Report",
     "SkillVector",
     "SkillVectorCallback",
+    "SkillVectorEvaluation",
     "SkillvecError",
     "UsageError",
     "VerificationError",
@@ -46,7 +47,9 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "Report": "report",
     "SkillVector": "vectors.vector",
     "SkillVectorCallback": "verbs.training",
+    "SkillVectorEvaluation": "verbs.training",
     "attach": "verbs.live",
+    "measure": "verbs",  # of vector["name"]
     "open_checkpoint": "checkpoints.opening",
     "save": "verbs",  # of SkillVector.save
     "sweep": "trials.sweep",
@@ -84,7 +87,7 @@ if TYPE_CHECKING:
         verify,
     )
     from skillvec.verbs.live import Live, attach
-    from skillvec.verbs.training import SkillVectorCallback
+    from skillvec.verbs.training import SkillVectorCallback, SkillVectorEvaluation
 
 
 def __getattr__(name: str) -> Any:

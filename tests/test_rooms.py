@@ -29,7 +29,8 @@ HOMES = {
     "ray": {"engine.ray_cluster"}, "threadpoolctl": {"engine.threads"},
     "gguf": {"checkpoints.gguf"},
     "safetensors": {"files"},
-    "torch": {"ops.svd", "ops.activations", "checkpoints", "verbs", "trials"}, "scipy": {"ops.svd"},
+    "torch": {"ops.activations", "ops.device", "ops.svd", "checkpoints", "verbs", "trials"},
+    "scipy": {"ops.svd"},
     "transformers": {"checkpoints", "verbs", "trials"},
     "lm_eval": {"trials"}, "optuna": {"trials"},
 }  # fmt: skip

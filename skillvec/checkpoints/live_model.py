@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,18 @@ from skillvec.errors import IncompatibleError, UsageError, needs, up_to_five_eac
 from skillvec.files.file import Place
 from skillvec.files.tensors import Source
 from skillvec.files.views import Index, View, span_of
+from skillvec.ops.kernels import Bytes
 
 FORMAT = "a model in memory"
-QUANTISERS = ("bitsandbytes", "torchao", "optimum.quanto", "quanto", "hqq", "auto_gptq", "gptqmodel")
+QUANTISERS = (
+    "bitsandbytes",
+    "torchao",
+    "optimum.quanto",
+    "quanto",
+    "hqq",
+    "auto_gptq",
+    "gptqmodel",
+)
 
 
 class LiveModel(Checkpoint):
@@ -72,15 +82,21 @@ class LiveModel(Checkpoint):
 def unwrapped(model: Any) -> Any:
     """Return the module within what torch.compile and DistributedDataParallel put around it.
 
-    Raises UsageError for what is no module.
+    Raises UsageError for what is no module, IncompatibleError for one that PEFT has changed.
     """
     with needs("torch", "attaching a vector to a model"):
         from torch import nn
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model: a {type(model).__name__}, expected a torch.nn.Module that is loaded")
+        raise UsageError(f"model: a {type(model).__name__}, expected a torch.nn.Module")
     inner = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}
     while (name := inner.get(type(model).__name__)) is not None:
         model = getattr(model, name)
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise IncompatibleError(
+            f"model: a {type(model).__name__} with an adapter of PEFT in it, expected one without:"
+            " unload or merge it (merge_and_unload); the adapter's folder can be attached as a"
+            " vector"
+        )
     return model
 
 
@@ -90,25 +106,22 @@ def see_model(model: Any) -> LiveModel:
     Tensors are those that save_pretrained would write, or those of the state dict where
     transformers knows no such class.
     """
-    spots, unchangeable = _find_spots(model)
-    whole = {name: all_of(name, shape) for name, shape in _shapes(spots | unchangeable).items()}
-    views = _saved(model, _shapes(spots | unchangeable)) or whole
+    spots = _find_spots(model)
+    memory = {name: spot.shape for name, spot in spots.items()}
+    views = _saved(model, memory) or {n: all_of(n, shape) for n, shape in memory.items()}
     tensors: dict[str, Source] = {}
     refused: dict[str, str] = {}
     for name, view in views.items():
-        wrong = [unchangeable[part][1] for part in view.sources if part in unchangeable]
-        parts = [spots[part] for part in view.sources if part in spots]
+        parts = [spots[part] for part in view.sources]
         dtypes = {str(part.tensor().dtype) for part in parts}
-        if not wrong and len(dtypes) > 1:
-            wrong = [f"made of {' and '.join(sorted(dtypes))}, expected one dtype"]
-        if wrong:
-            refused[name] = wrong[0]
+        wrong = [part.why for part in parts if part.why]
+        if wrong or len(dtypes) > 1:
+            refused[name] = [*wrong, f"made of {', '.join(sorted(dtypes))}, expected one dtype"][0]
             continue
         boxes = tuple(box._replace(source=spots[box.source]) for box in view.boxes)
         tensors[name] = LiveTensor(name, DTYPES[dtypes.pop()], View(view.shape, boxes), Kept())
     if getattr(model, "is_quantized", False) and not refused:
-        method = getattr(getattr(model, "quantization_method", ""), "value", "")
-        refused = dict.fromkeys(tensors, f"the model is quantised {method}".rstrip())
+        tensors, refused = {}, dict.fromkeys(tensors, "the model is quantised")
     ref = f"{type(model).__name__} in memory"
     place = Place(ref, Path(ref), {})
     return LiveModel(place, Opened(tensors, format=FORMAT), {}, _config_of(model), refused)
@@ -116,25 +129,21 @@ def see_model(model: Any) -> LiveModel:
 
 def _config_of(model: Any) -> dict[str, Any]:
     """Return the config of a model as config.json would hold it, {} where it has none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return {}
     said: dict[str, Any] = json.loads(config.to_json_string())
     return said | {"architectures": [type(model).__name__]}
 
 
-# ------------------------------------------------------------------------------- what can be changed
+# ------------------------------------------------------------------------------ what can be changed
 
-Refused = tuple[Index, str]  # the shape of a parameter, and why it cannot be changed
-
-
-def _shapes(found: Mapping[str, Spot | Refused]) -> dict[str, Index]:
-    return {name: at.shape if isinstance(at, Spot) else at[0] for name, at in found.items()}
+Held = dict[str, tuple[Any, str, Any]]  # by name: module, name in it, tensor
 
 
-def _find_spots(model: Any) -> tuple[dict[str, Spot], dict[str, Refused]]:
-    """Return parameters and saved buffers under the one name that is saved, and those refused."""
-    held: dict[str, tuple[Any, str, Any]] = {}
+def _find_spots(model: Any) -> dict[str, Spot]:
+    """Return parameters and saved buffers, each under the one name that is saved."""
+    held: Held = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         saved = {
             leaf: tensor for leaf, tensor in module._buffers.items()
@@ -145,20 +154,18 @@ def _find_spots(model: Any) -> tuple[dict[str, Spot], dict[str, Refused]]:
                 held[f"{prefix}.{leaf}".lstrip(".")] = module, leaf, tensor
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         held.pop(name, None)
-    spots: dict[str, Spot] = {}
-    refused: dict[str, Refused] = {}
-    offloaded = [n for n, m in model.named_modules(remove_duplicate=False) if _is_offloaded(m)]
-    for name, (module, leaf, tensor) in _once(held, model).items():
+    found = _once(held, model)
+    shared = _overlapping({name: tensor for name, (_, _, tensor) in found.items()})
+    offloaded = [f"{n}.".lstrip(".") for n, m in model.named_modules() if _is_offloaded(m)]
+    spots = {}
+    for name, (module, leaf, tensor) in found.items():
         why = _problem(tensor)
-        if tensor.is_meta and any(not n or name.startswith(f"{n}.") for n in offloaded):
+        if tensor.is_meta and name.startswith(tuple(offloaded)):
             why = "offloaded: it is on its device only while it is used"
-        if why:
-            refused[name] = tuple(tensor.shape), why
-        else:
-            spots[name] = Spot(name, module, leaf)
-    for name in _overlapping(spots):
-        refused[name] = spots.pop(name).shape, "shares a part of its memory with another"
-    return spots, refused
+        if name in shared:
+            why = "shares a part of its memory with another"
+        spots[name] = Spot(name, module, leaf, why)
+    return spots
 
 
 def _is_offloaded(module: Any) -> bool:
@@ -173,18 +180,15 @@ def _problem(tensor: Any) -> str:
 
     kind, home = type(tensor), type(tensor).__module__
     if any(home == name or home.startswith(f"{name}.") for name in QUANTISERS):
-        return f"quantised: a {kind.__name__} of {home.partition('.')[0]}"
+        return f"quantised by {home.partition('.')[0]} ({kind.__name__})"
     if kind.__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
         return "a DTensor, of which every process holds a part"
     if hasattr(tensor, "ds_status"):
         return "of ZeRO-3, of which every process holds a part"
-    if kind.__name__ == "FlatParameter":
+    if getattr(tensor, "_is_flat_param", False):
         return "flattened by FullyShardedDataParallel"
-    ordinary = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    dispatch = kind.__torch_dispatch__  # that of a class that keeps its values elsewhere is its own
-    if kind not in ordinary and dispatch is not torch._C._disabled_torch_dispatch_impl \
-            and dispatch is not torch.Tensor.__torch_dispatch__:
-        return f"a {kind.__name__} of {home}, which keeps its values elsewhere"
+    if kind.__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
+        return f"a tensor of class {home}.{kind.__name__}, which keeps its values elsewhere"
     if torch.nn.parameter.is_lazy(tensor):
         return "not initialised yet"
     if tensor.is_meta:
@@ -204,55 +208,56 @@ def _steps(tensor: Any) -> Iterator[tuple[int, int]]:
 
 def _memory_of(tensor: Any) -> Any:
     """Return what is the same of two tensors that are one."""
-    if tensor.is_meta or not tensor.numel() or _problem(tensor):
+    if _problem(tensor) or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _once(held: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def _once(held: Held, model: Any) -> Held:
     """Return each of what several names hold once: under the name that save_pretrained keeps."""
     groups: dict[Any, list[str]] = defaultdict(list)
     for name, (_, _, tensor) in held.items():
         groups[_memory_of(tensor)].append(name)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    kept = {}
+    kept = set()
     for names in groups.values():
-        left = [name for name in sorted(names) if not _is_tied_copy(name, tied)]
-        kept[(left or sorted(names)[-1:])[0] if len(names) > 1 else names[0]] = None
+        own = [n for n in names if not any(re.search(pattern, n) for pattern in tied)]
+        kept.add([*own, max(names)][0])
     return {name: held[name] for name in held if name in kept}
 
 
-def _is_tied_copy(name: str, tied: Mapping[str, str]) -> bool:
-    return any(re.search(pattern, name) for pattern in tied)
-
-
-def _overlapping(spots: Mapping[str, Spot]) -> list[str]:
-    """Return parameters some of whose values are those of others too."""
-    by_storage: dict[Any, list[tuple[str, Any]]] = defaultdict(list)
-    for name, spot in spots.items():
-        tensor = spot.tensor()
-        if tensor.numel():
+def _overlapping(tensors: Mapping[str, Any]) -> set[str]:
+    """Return the names of tensors some of whose memory is that of others too."""
+    by_storage: dict[Any, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if not _problem(tensor) and tensor.numel():
             key = tensor.device, tensor.untyped_storage().data_ptr()
-            by_storage[key].append((name, tensor))
-    found = []
-    for held in by_storage.values():
-        if len(held) < 2:
-            continue
-        ends = [(t.storage_offset() * t.itemsize, t) for _, t in held]
-        spans = sorted((a, a + span_of(t.shape, t.stride()) * t.itemsize) for a, t in ends)
-        if all(one[1] <= other[0] for one, other in zip(spans, spans[1:], strict=False)):
+            by_storage[key].append(name)
+    found: set[str] = set()
+    for names in by_storage.values():
+        spans = sorted(_span_of(tensors[name]) for name in names)
+        if all(one[1] <= other[0] for one, other in pairwise(spans)):
             continue
         used = np.zeros(max(end for _, end in spans), np.uint8)
-        for begin, t in ends:
-            strides = [stride * t.itemsize for stride in t.stride()]
-            for byte in range(t.itemsize):
-                cells = used[begin + byte :]
-                np.lib.stride_tricks.as_strided(cells, tuple(t.shape), strides)[...] += 1
-        for (name, t), (begin, _) in zip(held, ends, strict=True):
-            strides = [stride * t.itemsize for stride in t.stride()]
-            if (np.lib.stride_tricks.as_strided(used[begin:], tuple(t.shape), strides) > 1).any():
-                found.append(name)
+        cells = {name: _cells_of(tensors[name], used) for name in names}
+        for place in cells.values():
+            place += 1
+        found |= {name for name, place in cells.items() if (place > 1).any()}
     return found
+
+
+def _span_of(tensor: Any) -> tuple[int, int]:
+    """Return where the bytes of a tensor begin and end in its storage."""
+    begin = tensor.storage_offset() * tensor.itemsize
+    return begin, begin + span_of(tensor.shape, tensor.stride()) * tensor.itemsize
+
+
+def _cells_of(tensor: Any, storage: Bytes) -> Any:
+    """Return the first byte of each value of a tensor, in an array of the bytes of its storage."""
+    strides = [stride * tensor.itemsize for stride in tensor.stride()]
+    return np.lib.stride_tricks.as_strided(
+        storage[_span_of(tensor)[0] :], tuple(tensor.shape), strides
+    )
 
 
 # ------------------------------------------------------------------------------ how files name it
@@ -264,13 +269,10 @@ def _saved(model: Any, memory: Mapping[str, Index]) -> dict[str, View] | None:
     None where it is none of its models. What its mappings do to a tensor that no view can say
     (values in another order) stays under its name in memory.
     """
-    try:
-        import transformers
+    if not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
+        return None
+    with needs("hf", "naming the parameters of a model as files do"):
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return None
-    if not isinstance(model, transformers.PreTrainedModel):
-        return None
     import torch
 
     meta = {name: torch.empty(shape, device="meta") for name, shape in memory.items()}
@@ -297,7 +299,7 @@ def _saved(model: Any, memory: Mapping[str, Index]) -> dict[str, View] | None:
 
 
 def _conversions_of(model: Any) -> Callable[[], list[Any]]:
-    """Return what makes the entries of the mapping by which a model is saved, as loading takes them."""
+    """Return what makes the entries by which a model is saved, in the direction of loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     loaded_by: Sequence[Any] | None = getattr(model, "_weight_conversions", None)

@@ -18,21 +18,26 @@ from skillvec.files.file import leaf_digests
 from skillvec.files.header import ITEMSIZE
 from skillvec.files.tensors import Derived, Source
 from skillvec.files.views import Box, Index, View, row_major
+from skillvec.ops import device
 from skillvec.ops.block import BLOCK_NUMEL
 from skillvec.ops.codecs import Encoded, decode_block, encode_block
 from skillvec.ops.kernels import STORAGE_DTYPE, Array, Bytes
 from skillvec.ops.special import bit_pattern
 
-SAMPLE_NBYTES = 4096  # reads of at most so many bytes are remembered: they are those of samples
+COMPUTING = {"cuda"}  # types of devices that do the arithmetic on what lies there; others lack fp64
+SAMPLE_NBYTES = 4096  # reads of at most so many bytes of a block are of samples: remembered
 
 
 class Spot:
-    """A parameter or buffer of a module; where it lies is asked anew each time, for models move."""
+    """A parameter or buffer of a module; where it lies is asked anew each time, for models move.
 
-    def __init__(self, name: str, module: Any, leaf: str) -> None:
-        self.name, self._module, self._leaf = name, module, leaf
+    `why` says why it cannot be changed where it lies, "" where it can.
+    """
+
+    def __init__(self, name: str, module: Any, leaf: str, why: str) -> None:
+        self.name, self._module, self._leaf, self.why = name, module, leaf, why
         held = self.tensor()
-        self.shape: Index = tuple(held.shape)
+        self.shape: Index = () if hasattr(held, "materialize") else tuple(held.shape)  # lazy: none
         self._dtype = held.dtype
 
     def tensor(self) -> Any:
@@ -65,6 +70,8 @@ class Spot:
             )
         widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         raw = held.detach().view(widths[held.element_size()])
+        if raw.is_contiguous():
+            return torch.as_strided(raw, box.sizes, box.strides, raw.storage_offset() + box.start)
         steps = row_major(self.shape)
         offset, rest = raw.storage_offset(), box.start
         for step, stride in zip(steps, raw.stride(), strict=True):
@@ -89,7 +96,10 @@ def _pairs(box: Box) -> Iterator[tuple[int, int]]:
 
 
 class Record(NamedTuple):
-    """What undoes a block: old ^ new, packed; and the digest of what was written."""
+    """What undoes a block: old ^ new, packed; and the digest of what was written.
+
+    The digest is one of leaf_digests, or the checksum of what was computed on a device.
+    """
 
     packed: bytes
     digest: bytes
@@ -99,11 +109,13 @@ class Record(NamedTuple):
 class Kept:
     """The records of a tensor by block; `samples` are values of the original that were looked at.
 
+    `leaves` are digests of original blocks, by number, of a tensor that a device computes with.
     While it `is_closed` nothing is written: a thread that a second Ctrl-C left behind might.
     """
 
     records: dict[int, Record] = field(default_factory=dict)
     samples: dict[tuple[int, int], Array] = field(default_factory=dict)
+    leaves: dict[int, bytes] = field(default_factory=dict)
     is_closed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -137,16 +149,14 @@ class LiveTensor(Derived):
 
     def read(self, begin: int, out: Array) -> None:
         """Fill `out` with the original values begin..; VerificationError where they are lost."""
-        key = begin, out.size
-        if out.nbytes <= SAMPLE_NBYTES and self.kept.records:
-            if key not in self.kept.samples:
-                self.kept.samples[key] = np.empty_like(out)
-                self._read_original(begin, self.kept.samples[key])
-            out[:] = self.kept.samples[key]
+        samples = self.kept.samples
+        if out.nbytes > SAMPLE_NBYTES or out.size >= self._size_of(begin // BLOCK_NUMEL):
+            self._read_original(begin, out)
             return
-        self._read_original(begin, out)
-        if out.nbytes <= SAMPLE_NBYTES:
-            self.kept.samples[key] = out.copy()
+        if (begin, out.size) not in samples:
+            self._read_original(begin, out)
+            samples[begin, out.size] = out.copy()
+        out[:] = samples[begin, out.size]
 
     def _read_original(self, begin: int, out: Array) -> None:
         self._read_now(begin, out)
@@ -164,6 +174,13 @@ class LiveTensor(Derived):
                 raise VerificationError(self._lost())
             piece ^= self._changed_bits(index, record)[low - first : high - first]
 
+    @property
+    def _is_run(self) -> bool:
+        """Whether its values are neighbours, in order, in one parameter if that is contiguous."""
+        (first, *others), steps = self.view.boxes, row_major(self.shape)
+        same = (n == 1 or a == b for n, a, b in zip(self.shape, first.strides, steps, strict=True))
+        return not others and all(same)
+
     def _size_of(self, index: int) -> int:
         return min(BLOCK_NUMEL, self.numel - index * BLOCK_NUMEL)
 
@@ -175,16 +192,51 @@ class LiveTensor(Derived):
     def _lost(self) -> str:
         return f"{self.name}: something else changed it while a vector was attached"
 
-    def change(
-        self, begin: int, before: Array, after: Array, digest: bytes, room: Bytes | None = None
-    ) -> None:
-        """Write a block in place of `before`, its original values, and keep what undoes it.
+    def place(self) -> Any:
+        """Return the device that does the arithmetic where it lies, None where the host does."""
+        first, *others = {spot.tensor().device for spot in self.view.sources}
+        return first if not others and first.type in COMPUTING else None
 
-        `digest` is that of `after` by leaf_digests, `room` as of encode_block. Where the write
-        fails the block holds its original values. Of a block that is as it was nothing is kept.
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    def original_there(self, begin: int, place: Any) -> Any:
+        """Return the original bits of a block as a torch tensor of integers, where it lies."""
+        import torch
+
+        signed = getattr(torch, device.SIGNED[self.dtype])
+        patterns = torch.empty(self._size_of(begin // BLOCK_NUMEL), dtype=signed, device=place)
+        for held, room in self._boxes(begin, patterns):
+            room.copy_(held)
+        record = self.kept.records.get(begin // BLOCK_NUMEL)
+        if record is not None:
+            if not _is_of(record, patterns):
+                raise VerificationError(self._lost())
+            patterns ^= device.from_host(self._changed_bits(begin // BLOCK_NUMEL, record), place)
+        return patterns
+
+    def leaves_of(self, begin: int, patterns: Any) -> bytes:
+        """Return the digests of an original block; it comes to the host for the first of them."""
+        index = begin // BLOCK_NUMEL
+        if index not in self.kept.leaves:
+            content = device.to_host(patterns, self.dtype).view(np.uint8).data
+            self.kept.leaves[index] = leaf_digests(content)
+        return self.kept.leaves[index]
+
+    def change(
+        self, begin: int, changed: Array, before: Any, after: Any, digest: bytes,
+        room: Bytes | None = None,
+    ) -> None:  # fmt: skip
+        """Write a block in place of `before`, its original bits, and keep what undoes it.
+
+        `before` and `after` are integers, on the host or where the tensor lies, `changed` their
+        exclusive or on the host. `digest` is that of `after`, `room` as of encode_block. Where the
+        write fails the block holds its original values. Of a block that is as it was nothing is
+        kept.
         """
         index, records = begin // BLOCK_NUMEL, self.kept.records
-        packed = encode_block(bit_pattern(before) ^ bit_pattern(after), "packed", room).payload
+        packed = encode_block(bit_pattern(changed), "packed", room).payload
         with self.kept.lock:
             if self.kept.is_closed:
                 raise SkillvecError(f"{self.name}: written to after its originals were put back")
@@ -209,20 +261,20 @@ class LiveTensor(Derived):
         whole = True
         with self.kept.lock:
             self.kept.is_closed = True
-            for index, record in list(self.kept.records.items()):
-                values = np.empty(self._size_of(index), STORAGE_DTYPE[self.dtype])
-                begin, patterns = index * BLOCK_NUMEL, bit_pattern(values)
+            for index in list(self.kept.records):
+                begin = index * BLOCK_NUMEL
                 try:
-                    self._read_now(begin, values)
-                    known = _is_of(record, patterns)
-                except SkillvecError:  # of another dtype or shape, or gone
-                    known = False
-                if known:
-                    patterns ^= self._changed_bits(index, record)
-                    self._write(begin, values)
-                whole &= known
+                    place = self.place()
+                    if place is not None:
+                        original = self.original_there(begin, place)
+                    else:
+                        original = np.empty(self._size_of(index), f"<u{self.itemsize}")
+                        self._read_original(begin, original.view(STORAGE_DTYPE[self.dtype]))
+                except SkillvecError:  # changed, of another dtype or shape, or gone
+                    whole = False
+                else:
+                    self._write(begin, original)
                 del self.kept.records[index]
-            self.kept.samples.clear()
         return whole
 
     def _read_now(self, begin: int, out: Array) -> None:
@@ -233,20 +285,29 @@ class LiveTensor(Derived):
             else:
                 _as_torch(room, held.dtype).copy_(held)
 
-    def _write(self, begin: int, values: Array) -> None:
+    def _write(self, begin: int, patterns: Any) -> None:
+        """Write integers, which lie on the host or where the tensor does."""
         import torch
 
-        for held, room in self._boxes(begin, bit_pattern(values)):
-            if held.device.type == "cpu":
+        for held, room in self._boxes(begin, patterns):
+            if not isinstance(room, np.ndarray):
+                with torch.inference_mode():  # it may be a tensor of inference
+                    held.copy_(room)
+            elif held.device.type == "cpu":
                 held.numpy().view(room.dtype)[...] = room
             else:
-                with torch.inference_mode():  # it may be a tensor of inference
+                with torch.inference_mode():
                     held.copy_(_as_torch(room, held.dtype))
         for spot in self.view.sources:
             spot.note_change()
 
-    def _boxes(self, begin: int, out: Array) -> Iterator[tuple[Any, Array]]:
+    def _boxes(self, begin: int, out: Any) -> Iterator[tuple[Any, Any]]:
         """Yield the torch tensors that values begin.. lie in, each with its place in `out`."""
+        first = self.view.boxes[0]
+        if self._is_run and first.source.tensor().is_contiguous():
+            run = Box((0,), (len(out),), first.source, first.start + begin, (1,))
+            yield run.source.patterns(run), out
+            return
         for box, room in self.view.parts(begin, out):
             yield box.source.patterns(box), room
 
@@ -258,9 +319,13 @@ def _as_torch(room: Array, dtype: Any) -> Any:
     return torch.from_numpy(room.view(f"i{room.itemsize}")).view(dtype)
 
 
-def _is_of(record: Record, patterns: Array) -> bool:
-    """Return whether a block holds what was written when the record was made."""
-    return leaf_digests(patterns.view(np.uint8).data) == record.digest
+def _is_of(record: Record, patterns: Any) -> bool:
+    """Return whether a block, on the host or a device, holds what was written with the record."""
+    if len(record.digest) == device.CHECKSUM_NBYTES:
+        held = device.from_host(patterns, "cpu") if isinstance(patterns, np.ndarray) else patterns
+        return device.checksum(held) == record.digest
+    held = patterns if isinstance(patterns, np.ndarray) else patterns.cpu().numpy()
+    return leaf_digests(held.view(np.uint8).data) == record.digest
 
 
 def put_all_back(tensors: Sequence[LiveTensor], workers: int) -> list[str]:
@@ -268,5 +333,5 @@ def put_all_back(tensors: Sequence[LiveTensor], workers: int) -> list[str]:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        done = pool.map(LiveTensor.put_back, tensors)
-        return [held.name for held, whole in zip(tensors, done, strict=True) if not whole]
+        done = [pool.submit(LiveTensor.put_back, tensor) for tensor in tensors]
+    return [held.name for held, found in zip(tensors, done, strict=True) if not found.result()]

@@ -10,7 +10,7 @@ are planned.
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache
@@ -31,7 +31,6 @@ from skillvec.engine.plan import (
     State,
     Task,
 )
-from skillvec.errors import FormatError
 from skillvec.files.file import fold_digest
 from skillvec.files.gather import Gatherer, gathering
 from skillvec.files.held import HeldFiles, HeldRows
@@ -41,7 +40,7 @@ from skillvec.ops import arithmetic
 from skillvec.ops.block import block_count
 from skillvec.ops.kernels import Array
 from skillvec.vectors.block_reader import Block, Workspace
-from skillvec.vectors.deltas.base import NO_DIGEST, DeltaSource, InFile, views_in
+from skillvec.vectors.deltas.base import NO_DIGEST, check_digests, stored_in, views_in
 from skillvec.vectors.deltas.mix import mixes_in
 from skillvec.vectors.deltas.view import VIEW
 from skillvec.vectors.reader import BlockReader, readers_of
@@ -350,7 +349,7 @@ class _ThreadedRun:
             digests = {role: fold_digest(held) for role, held in leaves.items()}
         for role in job.roles:  # an empty tensor has no blocks, but a digest
             digests.setdefault(role, NO_DIGEST)
-        _check_digests(job.deltas, digests)
+        check_digests(job.deltas, digests)
         return JobResult(
             job,
             digests,
@@ -378,22 +377,6 @@ def _casts_of(job: Job) -> int:
 _possible_casts = cache(arithmetic.possible_casts)
 
 
-def _stored_in(deltas: Iterable[DeltaSource]) -> Iterator[tuple[str, InFile]]:
-    """Yield the stored deltas of a job with their roles."""
-    for i, delta in enumerate(deltas):
-        yield from delta.stored_parts(f"delta{i}")
-
-
-def _check_digests(deltas: Iterable[DeltaSource], digests: dict[str, str]) -> None:
-    """Refuse stored deltas whose bytes are not those that the manifest speaks of."""
-    for role, source in _stored_in(deltas):
-        if digests.get(role, NO_DIGEST) != source.digest:
-            raise FormatError(
-                f"{source.spec.path}: {source.spec.name} differs from its digest in the"
-                " manifest: the file was altered"
-            )
-
-
 def check_views(
     plan: Plan, readers: Mapping[str, BlockReader], seen: dict[str, dict[str, bytearray]]
 ) -> None:
@@ -405,13 +388,13 @@ def check_views(
     parts = {part.key: part for view in views for part in view.parts}
     workspace = Workspace()
     for key, part in parts.items():
-        stored = [role for role, delta in _stored_in([part]) if not delta.is_zero]
+        stored = [role for role, delta in stored_in([part]) if not delta.is_zero]
         leaves = _joined(seen.get(key, {}))
         for index in range(block_count(part.spec.numel)):
             at = slice(16 * index, 16 * index + 16)
             if not all(any(leaves.get(role, b"")[at]) for role in stored):  # no view needed it
                 part.read(Block(index, part.spec.numel, workspace, readers, leaves), "delta0")
-        _check_digests([part], {role: fold_digest(leaves.get(role, b"")) for role in stored})
+        check_digests([part], {role: fold_digest(leaves.get(role, b"")) for role in stored})
 
 
 def _joined(seen: Mapping[str, bytearray]) -> dict[str, bytearray]:

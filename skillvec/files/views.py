@@ -96,7 +96,7 @@ class View(NamedTuple):
         """Yield what fills `out` with values begin.., each with its place in it; zeros are set."""
         if sum(prod(box.sizes) for box in self.boxes) < prod(self.shape):
             out[:] = 0
-        for low, sizes in _rectangles(self.shape, begin, begin + out.size):
+        for low, sizes in _rectangles(self.shape, begin, begin + len(out)):
             at = sum(map(_times, low, row_major(self.shape))) - begin
             room = out[at : at + prod(sizes)].reshape(sizes)
             for box in self.boxes:

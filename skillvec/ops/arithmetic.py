@@ -370,11 +370,12 @@ def _add_piece(
         with np.errstate(all="ignore"):
             total = lam * delta.astype(np.float64)
             total += wide
-    total[kept] = wide[kept]
-    if rounding is None:
-        rounded = narrow(total, out_dtype)
-    else:
-        rounded = kernels.stochastic_narrow(total.astype(np.float32), out_dtype, rounding)
+    with np.errstate(invalid="ignore", over="ignore"):  # signalling NaNs; fp64 beyond fp32
+        total[kept] = wide[kept]
+        if rounding is None:
+            rounded = narrow(total, out_dtype)
+        else:
+            rounded = kernels.stochastic_narrow(total.astype(np.float32), out_dtype, rounding)
     if out_dtype == target_dtype:
         rounded[kept] = target[kept]
     return rounded

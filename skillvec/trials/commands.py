@@ -50,7 +50,11 @@ class CommandEvaluator:
             pieces = [*shlex.shlex(text, posix=True, punctuation_chars=True)]
         except ValueError as error:
             raise UsageError(f"--eval '{self.spec}': {error}") from None
-        self._needs_shell = bool({*pieces} & SHELL_WORDS) or any(c in text for c in "$`*\n")
+        self._needs_shell = (
+            bool({*pieces} & SHELL_WORDS)
+            or any(c in text for c in "$`*~\n")
+            or "=" in self._words[0]  # NAME=VALUE before a program
+        )
         if not self._needs_shell and shutil.which(self._words[0]) is None:
             raise UsageError(f"--eval '{self.spec}': no program {self._words[0]} here")
         self.splits = HALVES if "{split}" in text else ()

@@ -31,8 +31,11 @@ class FunctionEvaluator:
         self._name = f"{module}:{function}"
         self._function = import_function(module, function)
         self._options = dict(options)
-        parameters = inspect.signature(self._function).parameters.values()
-        self._takes_split = any(one.name == "split" for one in parameters)
+        try:
+            self._signature = inspect.signature(self._function)
+        except ValueError as error:  # of a builtin
+            raise UsageError(f"{self._name}: expected a function of Python: {error}") from None
+        self._takes_split = "split" in self._signature.parameters
         self._refuse_arguments()
         self.splits = self._names("splits") or (HALVES if self._takes_split else ())
         if self.splits and not self._takes_split:
@@ -48,7 +51,7 @@ class FunctionEvaluator:
 
     def _refuse_arguments(self) -> None:
         """Refuse options that the function does not take, and a function of other arguments."""
-        signature = inspect.signature(self._function)
+        signature = self._signature
         given = self._options | ({"split": HALVES[0]} if self._takes_split else {})
         named = {
             one.name: one.default

@@ -8,6 +8,7 @@ filters. A metric that is a mean of items has their values; another one has a bo
 
 import contextlib
 import io
+import json
 import logging
 import math
 import os
@@ -15,9 +16,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from skillvec.errors import UsageError, needs
+from skillvec.files.file import digest_bytes
 from skillvec.trials.functions import spelled
 from skillvec.trials.scores import ALL, HALVES, Score, Scores, half_of, refuse_split, score_of
 
@@ -50,7 +53,17 @@ class HarnessEvaluator:
         self._options = _checked(options)
         if not self._names:
             raise UsageError(f"--eval {self._what}: expected one task or more")
-        self.spec = spelled(self._what, options)
+
+    @cached_property
+    def spec(self) -> str:
+        """The tasks, options and a digest of the tasks' files and items; loads the tasks."""
+        parts = []
+        for name, task in sorted(self._loaded["tasks"].items()):
+            file = (getattr(task.config, "metadata", None) or {}).get("config_source", "")
+            text = Path(file).read_text(encoding="utf-8") if os.path.isfile(file) else ""
+            parts.append([name, text, [*task.eval_docs]])
+        digest = digest_bytes(json.dumps(parts, default=str).encode())
+        return spelled(self._what, self._options, digest[:16])
 
     @cached_property
     def _manager(self) -> Any:
@@ -84,15 +97,12 @@ class HarnessEvaluator:
             )
         try:
             loaded = manager.load(list(self._names))
-            counts = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
         except Exception as error:  # whatever data sets, their servers and functions of tasks raise
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
                 f"--eval {self._what}: the task cannot be loaded: {said:.500}"
             ) from None
         for name, task in loaded["tasks"].items():
-            if not counts[name]:
-                raise UsageError(f"--eval {self._what}: task {name} has no items")
             if getattr(task, "UNSAFE_CODE", False) and not self._options.get(
                 "confirm_run_unsafe_code"
             ):

@@ -41,14 +41,15 @@ from skillvec.vectors.displacement import Displacement
 from skillvec.vectors.pairs import Sorted, announce_pair, sort_names
 from skillvec.vectors.reader import VectorFile, find_vector
 from skillvec.vectors.recipe import Recipe, Share, leaving_out, selection
+from skillvec.vectors.values import Readable
 
 
-class SkillVector(Displacement):
+class SkillVector(Readable):
     """A displacement tuned - base, or several of them merged, times `scale`.
 
     `deltas` maps tensor names to where the delta comes from. `manifest` is what the file says or
     will say, `notes` how tensors were found. `parts` are those of a combination, `report` that of
-    the verb that wrote it.
+    the verb that wrote it. Its values are read by name: vector["name"], vector.items().
     """
 
     if not TYPE_CHECKING:  # what only some kinds have was None in the others, and users may ask

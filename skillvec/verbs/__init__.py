@@ -15,6 +15,7 @@ __all__ = [
     "extract_lora",
     "import_patch",
     "inspect",
+    "measure",
     "norms",
     "orthogonality",
     "pull",
@@ -31,6 +32,7 @@ _HOME = {
     "extract_lora": "_extract_lora",
     "import_patch": "_patch",
     "inspect": "_inspect",
+    "measure": "_measure",
     "norms": "_orthogonality",
     "orthogonality": "_orthogonality",
     "pull": "_publish",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from skillvec.verbs._diff import diff
     from skillvec.verbs._extract_lora import extract_lora
     from skillvec.verbs._inspect import inspect
+    from skillvec.verbs._measure import measure
     from skillvec.verbs._orthogonality import norms, orthogonality
     from skillvec.verbs._patch import export_patch, import_patch
     from skillvec.verbs._publish import pull, push

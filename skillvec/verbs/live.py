@@ -81,7 +81,7 @@ class Live:
         self._module = unwrapped(model)
         self._run = Run.by("threads", workers, watcher=watcher)
         self._rename, self._left_out = rename, leaving_out(include, exclude)
-        self._chosen = selection(include, exclude, rename, rows)
+        self._chosen: dict[str, Any] = {**selection(include, exclude, rename, rows)}
         self._chosen |= {"allow_nonfinite": True} if allow_nonfinite else {}
         self._model: LiveModel | None = None
         self._vectors: list[SkillVector] = []
@@ -98,7 +98,7 @@ class Live:
         self.detach()
 
     def __reduce__(self) -> Any:
-        """A copy of the model, which comes along with its modules' mark, knows nothing of it."""
+        """Stand for nothing in copies of the model, whose modules are marked with it."""
         return type(None), ()
 
     @property
@@ -109,7 +109,8 @@ class Live:
         """Return the lambda of each vector that is attached, by its ref."""
         found: dict[str, float] = {}
         if self.is_attached:
-            for vector, lam in zip(self._vectors, _each(self._lam, len(self._vectors)), strict=True):
+            each = _each(self._lam, len(self._vectors))
+            for vector, lam in zip(self._vectors, each, strict=True):
                 found[vector.ref] = found.get(vector.ref, 0.0) + lam * vector.scale
         return found
 
@@ -120,78 +121,93 @@ class Live:
         """Attach these vectors, or the same ones otherwise, in place of what is attached.
 
         It goes from the original parameters, never from the changed ones. Of vectors that are named
-        `lam` is 1 if not said. Where it fails the model has its original bits and nothing attached.
-        Raises as `attach`.
+        `lam` is 1 if not said. What is refused before anything moves leaves all as it is; after any
+        other error, and Ctrl-C, the model has its original bits and nothing attached. Raises as
+        `attach`, and VerificationError as `detach`.
         """
         with self.lock:
             opened = [SkillVector.open(vector, rename=self._rename) for vector in vectors]
             opened = opened or self._vectors
             if not opened:
                 raise UsageError("set needs a vector: none was attached before")
-            lam = lam if lam is not None else 1.0 if vectors else self._lam
-            rounding = self._rounding if rounding is None else rounding
-            seed = self._seed if seed is None else seed
+            if lam is None:
+                lam = 1.0 if vectors else self._lam
             vector, factor = _as_one(opened, lam)
-            if self._model is None or not self.is_attached:
+            model = self._model
+            if model is None:
                 self._refuse_attached()
-                self._model = see_model(self._module)
-            request = {"lam": factor, "dtype": None, "rounding": rounding, "seed": seed}
+                model = see_model(self._module)
+            request = self._chosen | {
+                "lam": factor, "dtype": None,
+                "rounding": self._rounding if rounding is None else rounding,
+                "seed": self._seed if seed is None else seed,
+            }  # fmt: skip
+            begun = False
             try:
-                self._change(self._model, vector, request | self._chosen)
-            except BaseException:
-                self._put_back()
+                plan, report = self._plan(model, vector, request)
+                begun = True
+                self._change(model, plan, report)
+            except BaseException as error:
+                if begun or isinstance(error, VerificationError):
+                    self._put_back()
                 raise
-            self._vectors, self._lam, self._rounding, self._seed = opened, lam, rounding, seed
-            return self.report
+            self._vectors, self._lam = opened, lam
+            self._rounding, self._seed = request["rounding"], request["seed"]
+            self.report = report
+            return report
 
     def _refuse_attached(self) -> None:
-        if any(MARK in module.__dict__ for module in self._module.modules()):
+        if any(isinstance(m.__dict__.get(MARK), Live) for m in self._module.modules()):
             raise UsageError(
                 f"{type(self._module).__name__}: a vector is attached to it already: set of what"
                 " attach returned changes it, detach ends it"
             )
 
-    def _change(self, model: LiveModel, vector: SkillVector, request: dict[str, Any]) -> None:
-        """Plan an apply to the original parameters, and write what it gives in their place."""
+    def _plan(
+        self, model: LiveModel, vector: SkillVector, request: dict[str, Any]
+    ) -> tuple[Plan, Report]:
+        """Plan an apply to the original parameters, and say what it will do; nothing moves."""
         model.refuse_unchangeable(find_unused(vector, self._left_out))
-        applied, recipe = plan_request(model, vector, request)
-        if parted := [job.name for job in applied.jobs if job.name not in model]:
+        plan, recipe = plan_request(model, vector, request)
+        if parted := [job.name for job in plan.jobs if job.name not in model]:
             raise IncompatibleError(
                 f"{vector.ref}: it moves apart what {model.ref} holds as one parameter: load the"
                 f" model with tie_word_embeddings=False, or use apply:\n{up_to_five(parted)}"
             )
-        jobs = [LiveJob.of(job) if isinstance(job, AddJob) else job for job in applied.jobs]
-        plan = replace(applied, verb="attach", jobs=jobs, outputs=[], texts={})
-        moved = {n: job for n, job in enumerate(jobs) if isinstance(job, LiveJob)}
-        part = replace(plan, jobs=[*moved.values()])
-        touched = [job for job in moved.values() if not job.deltas[0].is_zero]
+        jobs = [LiveJob.of(job) if isinstance(job, AddJob) else job for job in plan.jobs]
+        plan = replace(plan, verb="attach", jobs=jobs, outputs=[], texts={})
+        touched = [(job.point, job.deltas[0]) for job in _moving(plan)]
+        touched = [(point, delta) for point, delta in touched if not delta.is_zero]
         facts = {
             "formula": "MODEL + LAM * V", "target": model.facts, "vector": recipe["vector"],
             "name": vector.ref, "lineage": vector.dtypes, "lam": plan.lam,
             "rounding": plan.rounding,
             "seed": plan.seed if plan.rounding == "stochastic" else None,
-            "verdict": plan.verdict, "touched_nbytes": sum(job.point.nbytes for job in touched),
-            "most_kept_nbytes": sum(
-                _most_kept(job.point, job.deltas[0], vector) for job in touched),
+            "verdict": plan.verdict, "touched_nbytes": sum(point.nbytes for point, _ in touched),
+            "most_kept_nbytes": sum(_most_kept(*held, vector) for held in touched),
         }  # fmt: skip
         if plan.layout:
             facts["layout"] = plan.layout
-        report = show_plan(replace(part, ledger=plan.ledger), facts, self._run)
-        part = measure_plan(part, self._run)
+        report = show_plan(replace(plan, jobs=_moving(plan)), facts, self._run)
+        return measure_plan(plan, self._run), report
+
+    def _change(self, model: LiveModel, plan: Plan, report: Report) -> None:
+        """Write what a plan gives in place of the original parameters, or of what is attached."""
         for module in self._module.modules():
             module.__dict__[MARK] = self
-        names = {job.name for job in touched}
-        rest = [held for held in self._tensors() if held.kept.records and held.name not in names]
-        _refuse_lost(put_all_back(rest, self._run.engine.workers))
-        for held in self._tensors():
-            held.kept.is_closed = False
-        found = dict(zip(moved, run_plan(part, self._run), strict=True))
-        refuse_nonfinite([*found.values()], request.get("allow_nonfinite", False))
-        nothing = np.zeros(0)
-        results = [found.get(n) or JobResult(job, {}, nothing) for n, job in enumerate(jobs)]
+        self._model, moving = model, _moving(plan)
+        names = {job.name for job in moving}
+        held = self._tensors()
+        left = [tensor for tensor in held if tensor.kept.records and tensor.name not in names]
+        _refuse_lost(put_all_back(left, self._run.engine.workers))
+        for tensor in held:
+            tensor.kept.is_closed = False
+        found = {r.job: r for r in run_plan(replace(plan, jobs=moving), self._run)}
+        refuse_nonfinite([*found.values()], self._chosen.get("allow_nonfinite", False))
+        none = np.zeros(0)  # of tensors that nothing is added to, and that are not read
+        results = [found.get(job) or JobResult(job, {}, none) for job in plan.jobs]
         report_apply(report, plan, results)
-        report.facts["kept_nbytes"] = sum(held.kept.nbytes for held in self._tensors())
-        self.report = report
+        report.facts["kept_nbytes"] = sum(tensor.kept.nbytes for tensor in held)
 
     def detach(self) -> None:
         """Give the model its original bits back; nothing where nothing is attached.
@@ -207,18 +223,23 @@ class Live:
         return [held for held in (self._model or {}).values() if isinstance(held, LiveTensor)]
 
     def _put_back(self) -> list[str]:
-        """Put all original values back and forget the model's tensors; return those that are lost."""
-        lost = put_all_back(self._tensors(), self._run.engine.workers)
-        self._model = None
-        for module in self._module.modules():
-            if module.__dict__.get(MARK) is self:
-                del module.__dict__[MARK]
-        return lost
+        """Put all original values back and forget the tensors; return those that are lost."""
+        try:
+            return put_all_back(self._tensors(), self._run.engine.workers)
+        finally:  # after Ctrl-C as well: threads finish what they were given
+            self._model = None
+            for module in self._module.modules():
+                if module.__dict__.get(MARK) is self:
+                    del module.__dict__[MARK]
+
+
+def _moving(plan: Plan) -> list[LiveJob]:
+    return [job for job in plan.jobs if isinstance(job, LiveJob)]
 
 
 def _each(lam: Lam, count: int) -> list[float]:
     """Return the lambda of each of so many vectors."""
-    each = [float(lam)] * count if isinstance(lam, int | float) else [float(one) for one in lam]
+    each = [*map(float, lam)] if isinstance(lam, Sequence) else [float(lam)] * count
     if len(each) != count:
         raise UsageError(f"lam: {len(each)} numbers for {count} vectors, expected one or {count}")
     return each
@@ -229,8 +250,8 @@ def _as_one(vectors: Sequence[SkillVector], lam: Lam) -> tuple[SkillVector, floa
     each = _each(lam, len(vectors))
     if len(vectors) == 1:
         return vectors[0], each[0]
-    if isinstance(lam, int | float):
-        return sum(vectors[1:], vectors[0]), float(lam)
+    if not isinstance(lam, Sequence):
+        return sum(vectors[1:], vectors[0]), each[0]
     terms = [one * vector for one, vector in zip(each, vectors, strict=True)]
     return sum(terms[1:], terms[0]), 1.0
 
@@ -244,7 +265,7 @@ def _most_kept(tensor: LiveTensor, delta: DeltaSource, vector: SkillVector) -> i
     changed = tensor.numel if entry is None else entry["changed"]
     width = tensor.nbytes // max(tensor.numel, 1)
     blocks = block_count(tensor.numel)
-    sparse = -(-tensor.numel // 8) + changed * width + blocks * (4 * (1 + width) + 1)
+    sparse = -(-tensor.numel // 8) + changed * width + blocks * (4 * (3 + width) + 1)
     digests = 16 * (tensor.nbytes // LEAF_NBYTES + blocks)
     return min(tensor.nbytes, sparse) + digests
 

@@ -1,22 +1,37 @@
-"""A callback for Hugging Face and TRL trainers: the skill vector beside every checkpoint.
+"""Callbacks for Hugging Face and TRL trainers: vectors of checkpoints, evaluations with a vector.
 
 The one module that needs transformers at its import; nothing else in the package imports it. A base
-that is no model is refused before the first step. A vector that cannot be written later is an error
-in the log with the command that makes up for it, and never the end of the training.
+that is no model, and a vector that does not fit, are refused before the first step. A vector that
+cannot be written later is an error in the log with the command that makes up for it, and never the
+end of the training.
 """
 
 import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.opening import open_checkpoint
-from skillvec.errors import SkillvecError, needs
+from skillvec.errors import IncompatibleError, SkillvecError, needs
 from skillvec.ops.kernels import HALVES
+from skillvec.vectors.vector import SkillVector
 from skillvec.verbs._diff import diff
+from skillvec.verbs.live import attach
 
 with needs("train", "SkillVectorCallback"):
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
     from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -62,3 +77,78 @@ class SkillVectorCallback(TrainerCallback):
                 "checkpoints are saved in 16 bits: their skill vectors are thresholded copies of"
                 " the true update. Train from fp32 weights to keep it whole."
             )
+
+
+class SkillVectorEvaluation(TrainerCallback):
+    """Evaluate the model that is trained once more with a vector attached, after each evaluation.
+
+    `trainer.add_callback(SkillVectorEvaluation(trainer, vector, lam=0.5))` logs what `trainer`
+    measures on the same batches under `prefix` in place of "eval": eval_skill_loss beside
+    eval_loss, and eval_skill_gain, the realised gain. Training goes on with its exact parameters
+    and random numbers, as if there had been no second evaluation. `options` are those of
+    `skillvec.attach`. A vector that does not fit is refused before the first step, as are models
+    that no vector can be attached to: IncompatibleError for one that PEFT wraps.
+    """
+
+    def __init__(
+        self, trainer: Any, vector: str | os.PathLike[str] | SkillVector, lam: float = 1.0,
+        prefix: str = "eval_skill", **options: Any,
+    ) -> None:  # fmt: skip
+        if hasattr(trainer.model, "peft_config"):
+            raise IncompatibleError(
+                "SkillVectorEvaluation: the model is trained through an adapter of PEFT, over"
+                " the weights that the vector belongs to: merge the adapter, and evaluate what"
+                " skillvec.attach makes of the merged model"
+            )
+        self.trainer, self.prefix = trainer, prefix
+        self.vector = SkillVector.open(vector)
+        self.options = options | {"lam": lam}
+
+    def on_train_begin(self, *given: Any, **more: Any) -> None:
+        """Attach the vector and take it off again: what does not fit is told now."""
+        with attach(self.trainer.model, self.vector, **self.options):
+            pass
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Evaluate on the batches that were just evaluated, and log that beside."""
+        trainer = self.trainer
+        timed = next(key for key in given["metrics"] if key.endswith("_runtime"))
+        plain = timed.removesuffix("_runtime")
+        prefix = f"{self.prefix}{plain.removeprefix('eval')}"
+        with _same_random_numbers(), attach(trainer.model, self.vector, **self.options) as live:
+            only_loss = True if trainer.compute_metrics is None else None
+            output = trainer.evaluation_loop(
+                given["eval_dataloader"], "Evaluation with a skill vector", only_loss,
+                metric_key_prefix=prefix,
+            )  # fmt: skip
+        found = output.metrics | _own_metrics(trainer, prefix)
+        found[f"{prefix}_gain"] = live.report.facts["gain"]
+        for callback in trainer.callback_handler.callbacks:
+            if (bar := getattr(callback, "prediction_bar", None)) is not None:
+                bar.close()  # the first evaluation's is closed already
+                callback.prediction_bar = None
+        Trainer.log(trainer, found)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Leave the random numbers of a training as if nothing had drawn any: loaders draw a seed."""
+    import torch
+
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        states = random.getstate(), np.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _own_metrics(trainer: Any, prefix: str) -> dict[str, float]:
+    """Return what a trainer of TRL has noted itself, which its own log would call eval_*."""
+    held = getattr(trainer, "_metrics", {}).get("eval", {})
+    known = {key: [v for v in noted if not isnan(v)] for key, noted in held.items()}
+    held.clear()
+    return {f"{prefix}_{key}": sum(v) / len(v) for key, v in known.items() if v}

@@ -153,6 +153,7 @@ def text(model, tokenizer):
 
 text.metrics = "acc"
 number = 3
+built_in = max
 '''
 
 
@@ -194,6 +195,7 @@ def test_a_journal_knows_a_function_by_its_options_and_its_source(module: str, t
     ("function", "options", "match"),
     [
         ("missing", {}, "cannot be imported: AttributeError"),
+        ("built_in", {}, "expected a function of Python"),
         ("number", {}, "expected a function, found 3"),
         ("alone", {}, "expected a function of .model, tokenizer. and options"),
         ("three", {}, "missing a required argument: 'other'"),
@@ -262,6 +264,8 @@ def test_a_command_with_a_pipe_gets_a_shell(tmp_path: Path):
     (folder / "scores").write_text('{"acc": 1}')
     found = open_evaluator("command: cat {model}/scores | sed s/1/2/")
     assert found.evaluate(folder, None, ALL) == {"acc": Score(2.0)}
+    found = open_evaluator("command: NAME=value cat {model}/scores")
+    assert found.evaluate(folder, None, ALL) == {"acc": Score(1.0)}
 
 
 @pytest.mark.parametrize(

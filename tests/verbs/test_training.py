@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from families import perturbed, save, toy
+from families import load, perturbed, save, toy
 
 import skillvec as sv
 
@@ -106,6 +107,136 @@ def test_a_step_that_moved_nothing_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert "skill-2.safetensors: no value differs: the vector is zero" in said[0]
 
 
+# ------------------------------------------------------------- evaluations with a vector attached
+
+
+class Trained(NamedTuple):
+    """A model after a few steps, and what its trainer has logged."""
+
+    trainer: Any
+    state: dict[str, torch.Tensor]
+    log: list[dict[str, float]]
+
+
+class Accuracy:
+    """A metric of the trainer; `fails_at` is the call that raises."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.calls, self.fails_at, self.seen = 0, fails_at, []
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise ArithmeticError("a metric that fails")
+        return {"argmax": float(prediction.predictions.argmax(-1).mean())}
+
+
+def gpt2(folder: Path) -> Any:
+    """Return a model with dropout, whose training depends on random numbers."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.3,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def trainer_of(model: Any, folder: Path, metric: Accuracy | None = None) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    rows = torch.randint(32, (12, 8), generator=torch.manual_seed(1))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    settings = TrainingArguments(
+        output_dir=str(folder), max_steps=4, eval_strategy="steps", eval_steps=2, logging_steps=1,
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=1e-2,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, seed=3,
+    )  # fmt: skip
+    return Trainer(
+        model, settings, train_dataset=data[:8], eval_dataset={"a": data[8:], "b": data[6:]},
+        compute_metrics=metric,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def skill(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model, base, and a vector that moves every tensor of it."""
+    folder = tmp_path_factory.mktemp("skill")
+    gpt2(folder / "base")
+    save(folder / "tuned", perturbed(load(folder / "base"), 5, size=0.3))
+    sv.diff(folder / "tuned", folder / "base", folder / "v.safetensors")
+    return folder
+
+
+def train(skill: Path, folder: Path, with_vector: bool) -> Trained:
+    trainer = trainer_of(gpt2(folder / "start"), folder, Accuracy())
+    if with_vector:
+        trainer.add_callback(sv.SkillVectorEvaluation(trainer, skill / "v.safetensors", lam=0.5))
+    trainer.train()
+    trainer.model.save_pretrained(folder / "end")
+    state = {name: values.clone() for name, values in trainer.model.state_dict().items()}
+    return Trained(trainer, state, trainer.state.log_history)
+
+
+def test_an_evaluation_with_a_vector_changes_nothing_of_the_training(
+    skill: Path, tmp_path: Path
+) -> None:
+    """Losses and weights are the same bits; the metrics are those of the model that apply makes."""
+    from transformers import AutoModelForCausalLM
+
+    alone = train(skill, tmp_path / "alone", False)
+    beside = train(skill, tmp_path / "beside", True)
+    for name, values in alone.state.items():
+        assert (values.view(torch.uint8) == beside.state[name].view(torch.uint8)).all(), name
+    keys = ("loss", "grad_norm", "eval_a_loss", "eval_b_loss", "eval_b_argmax", "epoch", "step")
+    plain = [line for line in beside.log if not any("skill" in key for key in line)]
+    for one, other in zip(alone.log, plain, strict=True):
+        assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
+    skilled = [line for line in beside.log if any("skill" in key for key in line)]
+    assert [line["step"] for line in skilled] == [2, 2, 4, 4]
+    assert all(0.99 < value < 1.01 for line in skilled for key, value in line.items()
+               if key.endswith("_gain"))  # fmt: skip
+    sv.apply(tmp_path / "beside" / "end", skill / "v.safetensors", tmp_path / "merged", lam=0.5)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = trainer_of(merged, tmp_path / "again", Accuracy()).evaluate()
+    for key in ("a_loss", "a_argmax", "b_loss", "b_argmax"):
+        (last,) = [line[f"eval_skill_{key}"] for line in skilled[2:] if f"eval_skill_{key}" in line]
+        assert last == expected[f"eval_{key}"] != beside.log[-2].get(f"eval_{key}")
+
+
+def test_where_the_evaluation_fails_the_model_has_its_bits(skill: Path, tmp_path: Path) -> None:
+    metric = Accuracy(fails_at=2)  # of the first evaluation with the vector
+    trainer = trainer_of(gpt2(tmp_path / "start"), tmp_path, metric)
+    trainer.add_callback(sv.SkillVectorEvaluation(trainer, skill / "v.safetensors"))
+    before = {name: values.clone() for name, values in trainer.model.state_dict().items()}
+    with pytest.raises(ArithmeticError, match="a metric that fails"):
+        trainer.evaluate()
+    for name, values in trainer.model.state_dict().items():
+        assert (values.view(torch.uint8) == before[name].view(torch.uint8)).all(), name
+    sv.attach(trainer.model, skill / "v.safetensors").detach()  # nothing is attached
+
+
+def test_a_vector_that_does_not_fit_is_refused_before_the_first_step(
+    skill: Path, tmp_path: Path
+) -> None:
+    save(tmp_path / "base", toy(0, "F32"))
+    save(tmp_path / "tuned", perturbed(toy(0, "F32")))
+    other = sv.diff(tmp_path / "tuned", tmp_path / "base", tmp_path / "v.safetensors")
+    trainer = trainer_of(gpt2(tmp_path / "start"), tmp_path)
+    trainer.add_callback(sv.SkillVectorEvaluation(trainer, other))
+    with pytest.raises(sv.IncompatibleError):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer.model.peft_config = {}
+    with pytest.raises(sv.IncompatibleError, match="through an adapter of PEFT"):
+        sv.SkillVectorEvaluation(trainer, other)
+    with pytest.raises(sv.UsageError, match="no such"):
+        sv.SkillVectorEvaluation(SimpleNamespace(model=None), tmp_path / "absent")
+
+
 @pytest.mark.slow
 def test_a_real_trainer_calls_it(tmp_path: Path) -> None:
     """Two steps of TRL's SFTTrainer from an fp32 model; every checkpoint is base + v."""
@@ -128,14 +259,27 @@ def test_a_real_trainer_calls_it(tmp_path: Path) -> None:
     settings = trl.SFTConfig(
         output_dir=str(tmp_path / "out"), max_steps=2, save_steps=1, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to=[], per_device_train_batch_size=2,
-        learning_rate=1e-2, warmup_steps=0, disable_tqdm=True,
+        learning_rate=1e-2, warmup_steps=0, disable_tqdm=True, eval_strategy="steps", eval_steps=1,
     )  # fmt: skip
-    texts = [{"text": " ".join(list(tokenizer.get_vocab())[:6])}] * 4
+    texts = datasets.Dataset.from_list([{"text": " ".join(list(tokenizer.get_vocab())[:6])}] * 4)
     trainer = trl.SFTTrainer(
-        model=model, args=settings, train_dataset=datasets.Dataset.from_list(texts),
+        model=model, args=settings, train_dataset=texts, eval_dataset=texts,
         processing_class=tokenizer, callbacks=[callback],
     )  # fmt: skip
+    save(tmp_path / "skilled", perturbed(load(tmp_path / "base"), 5, size=0.3))
+    skill = sv.diff(tmp_path / "skilled", tmp_path / "base", tmp_path / "v.safetensors")
+    trainer.add_callback(sv.SkillVectorEvaluation(trainer, skill))
     trainer.train()
+    for step in (1, 2):  # what TRL notes itself stands under one name each
+        lines = [line for line in trainer.state.log_history if line["step"] == step]
+        (plain,) = [line for line in lines if "eval_loss" in line]
+        (skilled,) = [line for line in lines if "eval_skill_loss" in line]
+        assert skilled["eval_skill_loss"] != plain["eval_loss"]
+        noted = {key.removeprefix("eval_") for key in plain if "runtime" not in key}
+        noted -= {"samples_per_second", "steps_per_second", "epoch", "step"}
+        assert noted >= {"loss", "mean_token_accuracy", "entropy"}
+        assert noted <= {key.removeprefix("eval_skill_") for key in skilled}
+        assert not any(key.startswith("eval_") and "skill" not in key for key in skilled)
     assert [path.name for path in callback.written] == [
         "skill-1.safetensors", "skill-2.safetensors",
     ]  # fmt: skip

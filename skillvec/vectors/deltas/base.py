@@ -9,16 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
 import numpy.typing as npt
 
-from skillvec.errors import NonfiniteError, UsageError
+from skillvec.errors import FormatError, NonfiniteError, UsageError
 from skillvec.files.file import fold_digest
 from skillvec.files.gather import Gatherer, gathering
 from skillvec.files.header import TensorSpec
 from skillvec.files.tensors import Source
 from skillvec.files.views import View, whole
 from skillvec.ops.arithmetic import Exactness
-from skillvec.ops.block import block_count
+from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import DTYPE_NAMES, Array
 from skillvec.vectors.block_reader import Block, StoredReader, Workspace
@@ -164,28 +165,53 @@ def views_in(deltas: Iterable[DeltaSource]) -> Iterator[DeltaSource]:
         yield from views_in(delta.parts)
 
 
+def stored_in(deltas: Iterable[DeltaSource]) -> Iterator[tuple[str, InFile]]:
+    """Yield the stored deltas of a job with their roles."""
+    for i, delta in enumerate(deltas):
+        yield from delta.stored_parts(f"delta{i}")
+
+
+def check_digests(deltas: Iterable[DeltaSource], digests: Mapping[str, str]) -> None:
+    """Refuse stored deltas whose bytes are not those that the manifest speaks of."""
+    for role, source in stored_in(deltas):
+        if digests.get(role, NO_DIGEST) != source.digest:
+            raise FormatError(
+                f"{source.spec.path}: {source.spec.name} differs from its digest in the"
+                " manifest: the file was altered"
+            )
+
+
 def pieces_of(
     source: DeltaSource | Source,
     readers: Mapping[str, StoredReader],
     lost: dict[str, int] | None = None,
+    first: int = 0,
+    last: int | None = None,
 ) -> Iterator[tuple[int, Array]]:
     """Yield begin and values, in fp32 or fp64, of the pieces of a delta or a tensor of a model.
 
-    Where a delta is not finite the values are 0. `lost` takes how many that are, by name; without
-    it NonfiniteError is raised behind the last piece.
+    Of the values `first` to `last` only. Where a delta is not finite the values are 0. `lost` takes
+    how many that are, by name; without it NonfiniteError is raised behind the last piece. So is
+    FormatError where stored deltas, read whole, are not what their digests say.
     """
     spec = source.spec if isinstance(source, DeltaSource) else source
+    last = spec.numel if last is None else last
     workspace, gatherer, count = Workspace(), Gatherer(), 0
-    for index in range(block_count(spec.numel)):
-        block = Block(index, spec.numel, workspace, readers, {})
+    leaves: dict[str, bytearray] = {}
+    for index in range(first // BLOCK_NUMEL, block_count(last)):
+        block = Block(index, spec.numel, workspace, readers, leaves)
         with gathering(gatherer):
             if isinstance(source, DeltaSource):
                 delta = source.read(block, "delta0")[0]
             else:
                 delta = Delta(block.read("point", source), source.dtype)
-        count += block.lost
-        for begin in range(0, block.size, STEP):
-            yield block.begin + begin, delta.wide(begin, min(begin + STEP, block.size))
+        here = slice(max(first - block.begin, 0), min(last - block.begin, block.size))
+        if block.lost_codes is not None:
+            count += int(np.count_nonzero(block.lost_codes[here]))
+        for begin in range(here.start, here.stop, STEP):
+            yield block.begin + begin, delta.wide(begin, min(begin + STEP, here.stop))
+    if isinstance(source, DeltaSource) and (first, last) == (0, spec.numel):
+        check_digests([source], {role: fold_digest(held) for role, held in leaves.items()})
     if count and lost is None:
         raise NonfiniteError(f"{spec.name}: {count} of {spec.numel} differences are not finite")
     if count and lost is not None:
