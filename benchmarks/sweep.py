@@ -60,14 +60,14 @@ class Row:
 
 
 def score(model: Any, tokenizer: Any, passes: int = 1) -> dict[str, list[float]]:
-    """Return the loss of each of `passes` texts of 128 random tokens."""
+    """Return the loss of each of `passes` texts of 16 random tokens."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
     losses = []
     with torch.inference_mode():
         for _ in range(passes):
-            tokens = torch.randint(0, model.config.vocab_size, (1, 128), generator=draw)
+            tokens = torch.randint(0, model.config.vocab_size, (1, 16), generator=draw)
             losses.append(model(tokens, labels=tokens).loss.item())
     return {"loss": losses}
 
