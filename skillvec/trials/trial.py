@@ -248,9 +248,8 @@ class Trials:
         fetch(self._point)
         if not self._scratch.is_dir():
             raise UsageError(f"scratch {self._scratch}: no such folder")
-        for left in self._scratch.glob(f"{SCRATCH}-{socket.gethostname()}-*-*"):
-            process = left.name.split("-")[-2]
-            if process.isdigit() and not Path("/proc", process).exists():
+        for left in self._scratch.glob(f"{SCRATCH}-{socket.gethostname()}-[0-9]*-*"):
+            if not _is_running(int(left.name.split("-")[-2])):
                 shutil.rmtree(left, ignore_errors=True)
         free = free_nbytes(self._scratch)
         if free is not None and free < self._point.nbytes:
@@ -283,6 +282,14 @@ class Trials:
             status, message = NOT_A_NUMBER, f"not finite: {', '.join(bad[:5])}"
             scores = {name: score for name, score in scores.items() if name not in bad}
         return Outcome(status, message, scores, seconds)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # another user's runs
+    return True
 
 
 class _ExpiredError(BaseException):
