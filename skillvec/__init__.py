@@ -37,6 +37,7 @@ __all__ = [
     "orthogonality",
     "pull",
     "push",
+    "sweep",
     "verify",
 ]
 
@@ -51,6 +52,7 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "open_checkpoint": "checkpoints.opening",
     "read_values": "verbs",  # of vector["name"]
     "save": "verbs",  # of SkillVector.save
+    "sweep": "trials.sweep",
 }
 
 answer_old_names()
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from skillvec.report import Report
+    from skillvec.trials.sweep import sweep
     from skillvec.vectors.vector import SkillVector
     from skillvec.verbs import (
         apply,

@@ -1,12 +1,14 @@
 """What a person reads of each verb: the lines before the work and those after it, as plain text.
 
 One function a verb, found by its name in one of the tables at the end: PLANS has what stands before
-the work, DONE what was done, ANSWERS what a verb says that runs no jobs.
+the work, DONE what was done, ANSWERS what a verb says that runs no jobs, TRIALS what evaluations
+show.
 """
 
 from collections.abc import Callable, Sequence
 
 from skillvec.analysis.angle_sentences import say_comparison, say_norms
+from skillvec.analysis.sweep_sentences import say_sweep, say_sweep_plan
 from skillvec.analysis.wording import (
     Grid,
     count_files,
@@ -66,6 +68,8 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
     if "norms" in facts:
         return (say_comparison if facts["pairs"] else say_norms)(facts, verbose)
     said: list[str | Grid] = []
+    if report.verb in TRIALS:
+        return [*TRIALS[report.verb](facts, verbose)]
     if report.verb in ANSWERS:
         said += ANSWERS[report.verb](report)
     elif "nbytes" in facts or "gain" in facts or "verified" in facts:
@@ -291,7 +295,7 @@ def plan_sentence(report: Report) -> str:
 PLANS: dict[str, Callable[[Facts], list[str]]] = {
     "diff": say_vector_plan, "combine": say_vector_plan, "import-patch": say_vector_plan,
     "apply": say_apply_plan, "extract-lora": say_adapter_plan, "push": say_push_plan,
-    "pull": say_pull_plan,
+    "pull": say_pull_plan, "sweep": say_sweep_plan,
 }  # fmt: skip
 DONE: dict[str, Callable[[Facts, str], str]] = {
     "diff": say_vector, "combine": say_vector, "import-patch": say_vector, "apply": say_applied,
@@ -300,3 +304,4 @@ DONE: dict[str, Callable[[Facts, str], str]] = {
 ANSWERS: dict[str, Callable[[Report], Sequence[str | Grid]]] = {
     "inspect": say_inspect, "push": say_url, "pull": say_output,
 }  # fmt: skip
+TRIALS: dict[str, Callable[[Facts, bool], Sequence[str | Grid]]] = {"sweep": say_sweep}
