@@ -185,11 +185,11 @@ def test_a_parameter_under_two_names_is_changed_once(
 ) -> None:
     base = toy(0, "F32")
     model = module_of(base)
-    model.again = model.get_submodule("model.norm")
+    model.second = model.get_submodule("model.norm")
     with sv.attach(model, vector):
         expected = perturbed(base, 1, 0.01)
         found = held_by(model)
-        assert torch.equal(found.pop("again.weight"), expected["model.norm.weight"])
+        assert torch.equal(found.pop("second.weight"), expected["model.norm.weight"])
         assert_same_bits(found, expected)
 
 
