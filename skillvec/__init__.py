@@ -48,8 +48,8 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "SkillVectorCallback": "verbs.training",
     "SkillVectorEvaluation": "verbs.training",
     "attach": "verbs.live",
-    "measure": "verbs",  # of vector["name"]
     "open_checkpoint": "checkpoints.opening",
+    "read_values": "verbs",  # of vector["name"]
     "save": "verbs",  # of SkillVector.save
 }
 

@@ -21,6 +21,7 @@ OLD = {
     "training": ["SkillVectorCallback"],
     "vector": ["SkillVector"],
 }
+NEW = {"Live", "SkillVectorEvaluation", "attach"}  # since then
 
 
 @pytest.mark.parametrize("module", OLD)
@@ -31,7 +32,7 @@ def test_public_names_are_found_where_they_were(module: str) -> None:
 
 
 def test_every_public_name_has_an_old_path() -> None:
-    assert {name for names in OLD.values() for name in names} == set(skillvec.__all__)
+    assert {name for names in OLD.values() for name in names} == set(skillvec.__all__) - NEW
     assert {f"skillvec.{module}" for module in OLD} >= set(MODULES)
 
 

@@ -10,14 +10,13 @@ stores both.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.layouts import Bridge, viewed_specs
 from skillvec.checkpoints.model_classes import model_of, need_model_classes
 from skillvec.checkpoints.ties import same_bytes
-from skillvec.checkpoints.transformers_layouts import all_of, converted
+from skillvec.checkpoints.transformers_layouts import all_of, converted, drop_partial
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.files.tensors import Source
 from skillvec.files.views import Index, View
@@ -93,12 +92,7 @@ class Held:
                 name = how if how in known else self._prefixed(name)
             if name in known:
                 found[name] = how if isinstance(how, View) else all_of(how, files[how])
-        used: dict[str, int] = defaultdict(int)
-        for view in found.values():
-            for box in view.boxes:
-                used[box.source] += prod(box.sizes)
-        partly = {name for name, numel in used.items() if numel != prod(files[name])}
-        return {name: view for name, view in found.items() if not partly & set(view.sources)}
+        return drop_partial(found, files)
 
     def _prefixed(self, name: str) -> str:
         """Return a name with the prefix of the model without its head, or without it, as loading

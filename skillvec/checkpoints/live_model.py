@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from skillvec.checkpoints.layouts import loaded_as
 from skillvec.checkpoints.live_tensors import Kept, LiveTensor, Spot
 from skillvec.checkpoints.opened import Opened
 from skillvec.checkpoints.pickles import DTYPES
-from skillvec.checkpoints.transformers_layouts import all_of
+from skillvec.checkpoints.transformers_layouts import all_of, drop_partial
 from skillvec.checkpoints.unread import LeftOut
 from skillvec.errors import IncompatibleError, UsageError, needs, up_to_five_each
 from skillvec.files.file import Place
@@ -284,16 +283,7 @@ def _saved(model: Any, memory: Mapping[str, Index]) -> dict[str, View] | None:
     if shapes == memory:
         return None
     _, back = loaded_as(shapes, memory, type(model).__name__, _conversions_of(model))
-    views = {
-        name: view for name, view in back.views.items()
-        if sum(prod(box.sizes) for box in view.boxes) == prod(view.shape)
-    }  # fmt: skip
-    used: dict[str, int] = defaultdict(int)
-    for view in views.values():
-        for box in view.boxes:
-            used[box.source] += prod(box.sizes)
-    partly = {name for name, numel in used.items() if numel != prod(memory[name])}
-    views = {name: view for name, view in views.items() if not partly & {*view.sources}}
+    views = drop_partial(back.views, memory)
     there = {source for view in views.values() for source in view.sources}
     return views | {n: all_of(n, shape) for n, shape in memory.items() if n not in there}
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from skillvec.files.views import Box, Index, View, concatenate, row_major, stack
@@ -23,6 +24,16 @@ PAIRS = 1 << 16  # pairs of boxes of one tensor, beyond which it is not taken ap
 def all_of(source: str, shape: Index) -> View:
     """Return a view of all of a tensor; it has a box also where there are no values."""
     return View(shape, (Box((0,) * len(shape), shape, source, 0, row_major(shape)),))
+
+
+def drop_partial(views: Mapping[str, View], shapes: Shapes) -> dict[str, View]:
+    """Return views without those of tensors (of `shapes`) of which only a part goes somewhere."""
+    used: Counter[str] = Counter()
+    for view in views.values():
+        for box in view.boxes:
+            used[box.source] += prod(box.sizes)
+    partly = {name for name, numel in used.items() if numel != prod(shapes[name])}
+    return {name: view for name, view in views.items() if not partly & {*view.sources}}
 
 
 def model_types(config: Mapping[str, Any]) -> list[str]:

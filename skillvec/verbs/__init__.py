@@ -15,11 +15,11 @@ __all__ = [
     "extract_lora",
     "import_patch",
     "inspect",
-    "measure",
     "norms",
     "orthogonality",
     "pull",
     "push",
+    "read_values",
     "save",
     "verify",
 ]
@@ -32,11 +32,11 @@ _HOME = {
     "extract_lora": "_extract_lora",
     "import_patch": "_patch",
     "inspect": "_inspect",
-    "measure": "_measure",
     "norms": "_orthogonality",
     "orthogonality": "_orthogonality",
     "pull": "_publish",
     "push": "_publish",
+    "read_values": "_values",
     "save": "_save",
     "verify": "_verify",
 }
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from skillvec.verbs._diff import diff
     from skillvec.verbs._extract_lora import extract_lora
     from skillvec.verbs._inspect import inspect
-    from skillvec.verbs._measure import measure
     from skillvec.verbs._orthogonality import norms, orthogonality
     from skillvec.verbs._patch import export_patch, import_patch
     from skillvec.verbs._publish import pull, push
     from skillvec.verbs._save import save
+    from skillvec.verbs._values import read_values
     from skillvec.verbs._verify import verify
 
 

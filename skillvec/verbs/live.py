@@ -88,6 +88,12 @@ class Live:
         self._lam: Lam = 1.0
         self._rounding, self._seed = "nearest", 0
 
+    @staticmethod
+    def of(model: Any) -> "Live | None":
+        """Return what is attached to a model, or to a part of it, None where nothing is."""
+        marks = (module.__dict__.get(MARK) for module in unwrapped(model).modules())
+        return next((mark for mark in marks if isinstance(mark, Live)), None)
+
     def __enter__(self) -> Self:
         return self
 
@@ -135,7 +141,12 @@ class Live:
             vector, factor = _as_one(opened, lam)
             model = self._model
             if model is None:
-                self._refuse_attached()
+                if Live.of(self._module) is not None:
+                    raise UsageError(
+                        f"{type(self._module).__name__}: a vector is attached to it already:"
+                        " Live.of(model) is what attach returned; its set changes it, its detach"
+                        " ends it"
+                    )
                 model = see_model(self._module)
             request = self._chosen | {
                 "lam": factor, "dtype": None,
@@ -155,13 +166,6 @@ class Live:
             self._rounding, self._seed = request["rounding"], request["seed"]
             self.report = report
             return report
-
-    def _refuse_attached(self) -> None:
-        if any(isinstance(m.__dict__.get(MARK), Live) for m in self._module.modules()):
-            raise UsageError(
-                f"{type(self._module).__name__}: a vector is attached to it already: set of what"
-                " attach returned changes it, detach ends it"
-            )
 
     def _plan(
         self, model: LiveModel, vector: SkillVector, request: dict[str, Any]

@@ -18,7 +18,7 @@ import numpy as np
 
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.opening import open_checkpoint
-from skillvec.errors import IncompatibleError, SkillvecError, needs
+from skillvec.errors import SkillvecError, needs
 from skillvec.ops.kernels import HALVES
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs._diff import diff
@@ -87,19 +87,13 @@ class SkillVectorEvaluation(TrainerCallback):
     eval_loss, and eval_skill_gain, the realised gain. Training goes on with its exact parameters
     and random numbers, as if there had been no second evaluation. `options` are those of
     `skillvec.attach`. A vector that does not fit is refused before the first step, as are models
-    that no vector can be attached to: IncompatibleError for one that PEFT wraps.
+    that none can be attached to: those with an adapter of PEFT, parameters in parts.
     """
 
     def __init__(
         self, trainer: Any, vector: str | os.PathLike[str] | SkillVector, lam: float = 1.0,
         prefix: str = "eval_skill", **options: Any,
     ) -> None:  # fmt: skip
-        if hasattr(trainer.model, "peft_config"):
-            raise IncompatibleError(
-                "SkillVectorEvaluation: the model is trained through an adapter of PEFT, over"
-                " the weights that the vector belongs to: merge the adapter, and evaluate what"
-                " skillvec.attach makes of the merged model"
-            )
         self.trainer, self.prefix = trainer, prefix
         self.vector = SkillVector.open(vector)
         self.options = options | {"lam": lam}

@@ -76,7 +76,7 @@ def test_a_tensor_times_the_scale_is_what_a_saved_multiple_holds(
         _ = (1e39 * saved)[NAME]
 
 
-def test_every_kind_of_vector_is_read_alike(folder: Path) -> None:
+def test_every_kind_of_vector_is_read_alike(folder: Path, tmp_path: Path) -> None:
     stored = SkillVector.open(folder / "v.safetensors")
     pair = SkillVector.between(folder / "tuned", folder / "base")
     patch = SkillVector.patched(folder / "patch.safetensors", folder / "base")
@@ -89,6 +89,8 @@ def test_every_kind_of_vector_is_read_alike(folder: Path) -> None:
     product = 2 * np.outer(np.arange(6), [1, 2, 3, 4])
     assert (adapter[NAME] == product).all() and not adapter[STILL].any()
     assert (adapter[NAME, 4:] == product[4:]).all()
+    saved = adapter.save(tmp_path / "adapter.safetensors")
+    assert saved[NAME].tobytes() == adapter[NAME].tobytes()
 
 
 @pytest.mark.parametrize("op", ["ties", "breadcrumbs", "della"])

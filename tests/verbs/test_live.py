@@ -340,10 +340,12 @@ def test_a_model_has_one_live_at_a_time(folder: Path, model: nn.Module) -> None:
     live = sv.attach(model, folder / "v.safetensors", lam=0.5)
     held = held_by(model)
     for one in (model, model.get_submodule("model.layers")):
-        with pytest.raises(sv.UsageError, match="attached to it already: set of what attach"):
+        with pytest.raises(sv.UsageError, match="attached to it already"):
             sv.attach(one, folder / "v.safetensors")
+        assert sv.Live.of(one) is live
     assert_holds(model, held)
     again = copy.deepcopy(model)  # a copy knows nothing of it
+    assert sv.Live.of(again) is None
     sv.attach(again, folder / "v.safetensors", lam=-0.5)
     assert_holds(model, held)
     live.detach()

@@ -72,7 +72,7 @@ def test_what_the_device_computes_is_what_apply_writes(
     original = state(model)
     with sv.attach(model, folder / "v.safetensors", lam=0.5, workers=2) as live:
         for number, (lam, rounding) in enumerate(
-            ((0.5, "nearest"), (-0.3, "stochastic"), (1.0, "nearest"))
+            ((0.5, "nearest"), (-0.3, "stochastic"), (0.0, "nearest"), (1.0, "nearest"))
         ):
             live.set(lam=lam, rounding=rounding, seed=number)
             out = tmp_path / str(number)
@@ -83,6 +83,11 @@ def test_what_the_device_computes_is_what_apply_writes(
             assert_same_bits(state(model), out)
             for key in ("gain", "cosine", "changed", "numel", "verdict"):
                 assert repr(live.report.facts.get(key)) == repr(report.facts.get(key)), (key, lam)
+            lines = [line | {"status": line["status"].replace("attached", "applied")}
+                     for line in live.report.ledger]  # fmt: skip
+            statuses = [{line["name"]: line["status"] for line in side}
+                        for side in (lines, report.ledger)]  # fmt: skip
+            assert statuses[0] == statuses[1]
     assert_same_bits(state(model), original)
     assert set(added) == {place} and not live.is_attached
 

@@ -1,10 +1,12 @@
 """The callback: the vector beside every checkpoint, and what it refuses when."""
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from families import load, perturbed, save, toy
@@ -113,9 +115,9 @@ def test_a_step_that_moved_nothing_is_told(tmp_path: Path, monkeypatch: pytest.M
 class Trained(NamedTuple):
     """A model after a few steps, and what its trainer has logged."""
 
-    trainer: Any
     state: dict[str, torch.Tensor]
     log: list[dict[str, float]]
+    drawn: tuple[float, float]  # next of Python's and of numpy's random numbers
 
 
 class Accuracy:
@@ -128,6 +130,7 @@ class Accuracy:
         self.calls += 1
         if self.calls == self.fails_at:
             raise ArithmeticError("a metric that fails")
+        random.random(), np.random.random()  # as a bootstrap would
         return {"argmax": float(prediction.predictions.argmax(-1).mean())}
 
 
@@ -176,9 +179,10 @@ def train(skill: Path, folder: Path, with_vector: bool) -> Trained:
     if with_vector:
         trainer.add_callback(sv.SkillVectorEvaluation(trainer, skill / "v.safetensors", lam=0.5))
     trainer.train()
+    drawn = random.random(), np.random.random()
     trainer.model.save_pretrained(folder / "end")
     state = {name: values.clone() for name, values in trainer.model.state_dict().items()}
-    return Trained(trainer, state, trainer.state.log_history)
+    return Trained(state, trainer.state.log_history, drawn)
 
 
 def test_an_evaluation_with_a_vector_changes_nothing_of_the_training(
@@ -191,6 +195,7 @@ def test_an_evaluation_with_a_vector_changes_nothing_of_the_training(
     beside = train(skill, tmp_path / "beside", True)
     for name, values in alone.state.items():
         assert (values.view(torch.uint8) == beside.state[name].view(torch.uint8)).all(), name
+    assert alone.drawn == beside.drawn
     keys = ("loss", "grad_norm", "eval_a_loss", "eval_b_loss", "eval_b_argmax", "epoch", "step")
     plain = [line for line in beside.log if not any("skill" in key for key in line)]
     for one, other in zip(alone.log, plain, strict=True):
@@ -231,8 +236,8 @@ def test_a_vector_that_does_not_fit_is_refused_before_the_first_step(
         trainer.train()
     assert trainer.state.global_step == 0
     trainer.model.peft_config = {}
-    with pytest.raises(sv.IncompatibleError, match="through an adapter of PEFT"):
-        sv.SkillVectorEvaluation(trainer, other)
+    with pytest.raises(sv.IncompatibleError, match="with an adapter of PEFT in it"):
+        trainer.train()
     with pytest.raises(sv.UsageError, match="no such"):
         sv.SkillVectorEvaluation(SimpleNamespace(model=None), tmp_path / "absent")
 

@@ -47,7 +47,8 @@ class LiveJob(AddJob):
         random16 = self.draw(plan, block)
         with _one_at_a_time:
             before = point.original_there(block.begin, place)
-            block.keep("point", point.itemsize, point.leaves_of(block.begin, before))
+            leaves = point.leaves_of(block.begin, before)
+            block.keep("point", point.itemsize, leaves)
             old = device.as_floats(before, point.dtype)
             new, moved = device.add(old, point.dtype, delta, plan.lam, random16)
             changed = device.to_host(before ^ new.view(before.dtype), point.dtype)
@@ -55,6 +56,8 @@ class LiveJob(AddJob):
             if moved.target_nonfinite or moved.output_nonfinite:
                 sides = device.to_host(old, point.dtype), device.to_host(new, point.dtype)
                 task.count_nonfinite(self, sides[0], delta, sides[1])
+        if not moved.changed:  # of what did, nobody asks for a digest
+            block.keep("output", point.itemsize, leaves)
         task.tally[CHANGED] = moved.changed
         task.state.sums[block.index] = moved.sums
         point.change(block.begin, changed, before, new.view(before.dtype), digest, self._room(task))
