@@ -318,7 +318,11 @@ def test_what_a_command_leaves_running_ends_with_it(tmp_path: Path):
 
 def test_an_interruption_ends_the_whole_group_of_a_command(tmp_path: Path):
     text = (
-        "import os, subprocess, sys, time\n"
+        "import os, signal, subprocess, sys, time\n"
+        "def tidy(*given):\n"
+        f"    open({str(tmp_path / 'tidied')!r}, 'w').close()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, tidy)\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}\\n')\n"
         "time.sleep(60)"
@@ -338,6 +342,7 @@ def test_an_interruption_ends_the_whole_group_of_a_command(tmp_path: Path):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    assert (tmp_path / "tidied").exists()  # it was asked before it was ended
     assert not any(is_running(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
