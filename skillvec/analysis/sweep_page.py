@@ -68,7 +68,7 @@ def curve(content: Content) -> Figure:
     lambdas = sorted({row["lam"] for row in content["points"]})
     ticks = {"values": lambdas} if len(lambdas) <= MOST_TICKS else {}
     x: Spec = {"field": "lam", "type": "quantitative", "title": "lambda",
-               "axis": {"format": "~g", "labelFlush": False, **ticks}}  # fmt: skip
+               "axis": {"format": ".6~g", "labelFlush": False, **ticks}}  # fmt: skip
     y: Spec = {"field": "score", "type": "quantitative", "title": metric, "scale": {"zero": False}}
     tip = [{"field": key, "type": "nominal"} for key in ("curve", "lambda", metric)]
     layers: list[Spec] = [
@@ -98,7 +98,7 @@ def curve(content: Content) -> Figure:
 
 
 def _head(content: Content) -> list[str]:
-    sides = {"target": content["target"]["path"], "vector": content["name"]}
+    sides = {"target": content["target"]["ref"], "vector": content["name"]}
     return [f"{side}: {shorten(ref, 80)}" for side, ref in sides.items()]
 
 
