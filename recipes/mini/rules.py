@@ -20,6 +20,8 @@ from statistics import fmean, stdev
 import numpy as np
 import numpy.typing as npt
 
+from skillvec.analysis.differences import holm
+
 ALPHA = 0.05  # for all verdicts of the page together
 MARGIN = 0.05  # of exact match: half of the ten points that the paper gains on ToolBench
 FORGETTING = 0.05  # nats a token: a perplexity that is 5 % higher
@@ -174,16 +176,6 @@ def judge(parts: Sequence[Part]) -> list[Verdict]:
     least = least_seeds(len(parts))
     pairs = zip(parts, corrected[::2], corrected[1::2], strict=True)
     return [Verdict(part, p_for, p_against, least) for part, p_for, p_against in pairs]
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values, in the order given (Holm 1979)."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    order = sorted(range(len(p_values)), key=lambda k: p_values[k])
-    for rank, k in enumerate(order):
-        largest = max(largest, min(1.0, p_values[k] * (len(p_values) - rank)))
-        adjusted[k] = largest
-    return adjusted
 
 
 def least_seeds(parts: int) -> int:

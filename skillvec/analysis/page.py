@@ -6,13 +6,13 @@ wrote: they reach the page as escaped text or as JSON without "<", never as mark
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from math import isfinite
 from typing import Any, NamedTuple
 
 from skillvec.analysis.angle_report import AngleReport, PairEntry, Row, SubspaceFacts
-from skillvec.analysis.figures import draw_figures, is_map, look_of, name_dtypes, typeset
+from skillvec.analysis.figures import Figure, draw_figures, is_map, look_of, name_dtypes, typeset
 from skillvec.analysis.outputs import say_activations
 from skillvec.analysis.statistics_table import (
     FORECAST,
@@ -54,9 +54,36 @@ def html(report: AngleReport) -> str:
     Self-contained, about 1 MB plus the rows; opens from disk. Raises UsageError where jinja2 or
     vl_convert are missing.
     """
+    drawn = list(draw_figures(report))
+    return render(
+        "page.html.jinja",
+        {key: value for key, value in report.items() if key != "tensors"},
+        drawn,
+        {"numbers": {"pairs": _list_columns(PAIRS), "vectors": _list_columns(VECTORS)}},
+        title=_title(report),
+        warnings=report["warnings"],
+        vectors=_list_vectors(report),
+        asked=_list_asked(report),
+        pairs=_list_pairs(report),
+        answer=_list_answers(report["pairs"]),
+        maps=[figure for figure in drawn if is_map(figure)],
+        charts=[figure for figure in drawn if not is_map(figure)],
+        sections=SECTIONS,
+    )
+
+
+def render(
+    template: str, report: Mapping[str, Any], figures: Sequence[Figure],
+    known: Mapping[str, Any] | None = None, **shown: Any,
+) -> str:  # fmt: skip
+    """Return a template of this folder as a page: what it shows, its figures, and its report.
+
+    `known` is what its script finds beside the figures. Raises UsageError where jinja2 or
+    vl_convert are missing.
+    """
     check_available()
     import vl_convert
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
     def as_json(value: Any) -> Markup:
@@ -67,33 +94,23 @@ def html(report: AngleReport) -> str:
         plain = isinstance(value, str) and not isinstance(value, Markup)
         return printable(value) if plain else value
 
-    drawn = list(draw_figures(report))
+    def load(name: str) -> str:
+        return files("skillvec.analysis").joinpath(name).read_text(encoding="utf-8")
+
     schemes = {name: look_of(name == "dark", "system-ui, sans-serif") for name in ("light", "dark")}
-    template = files("skillvec.analysis").joinpath("page.html.jinja").read_text(encoding="utf-8")
     # Ready-made without a snippet (the stub asks for one), bundled anew for seconds with it.
     library = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     environment = Environment(
         autoescape=True, finalize=finish, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, loader=FunctionLoader(load),
     )  # fmt: skip
-    return environment.from_string(template).render(
-        title=_title(report),
-        warnings=report["warnings"],
-        vectors=_list_vectors(report),
-        asked=_list_asked(report),
-        pairs=_list_pairs(report),
-        answer=_list_answers(report["pairs"]),
-        maps=[figure for figure in drawn if is_map(figure)],
-        charts=[figure for figure in drawn if not is_map(figure)],
-        sections=SECTIONS,
-        report=as_json({key: value for key, value in report.items() if key != "tensors"}),
-        figures=as_json({
-            "specs": {figure.name: figure.spec for figure in drawn},
-            "config": schemes,
-            "numbers": {"pairs": _list_columns(PAIRS), "vectors": _list_columns(VECTORS)},
-        }),
+    specs = {figure.name: figure.spec for figure in figures}
+    return environment.get_template(template).render(
+        shown,
+        report=as_json(report),
+        figures=as_json({"specs": specs, "config": schemes, **(known or {})}),
         vega=Markup(library),
-    )  # fmt: skip
+    )
 
 
 def figures(report: AngleReport) -> Iterator[tuple[str, bytes]]:
@@ -101,11 +118,16 @@ def figures(report: AngleReport) -> Iterator[tuple[str, bytes]]:
 
     White background. Raises UsageError without vl_convert.
     """
+    return draw(draw_figures(report))
+
+
+def draw(drawn: Iterable[Figure]) -> Iterator[tuple[str, bytes]]:
+    """Yield file name and bytes of figures, as `figures` does."""
     check_available()
     import vl_convert
 
     config = look_of(False, "Helvetica, Arial, sans-serif")
-    for name, spec, _ in draw_figures(report):
+    for name, spec, _ in drawn:
         svg = vl_convert.vegalite_to_svg(_round(spec), config=config, allowed_base_urls=[])
         yield f"{name}.svg", svg.encode()
         yield f"{name}.png", vl_convert.svg_to_png(svg, scale=2.5)
