@@ -14,6 +14,7 @@ __all__ = [
     "Checkpoint",
     "FormatError",
     "IncompatibleError",
+    "Live",
     "NonfiniteError",
     "OutputError",
     "Report",
@@ -23,6 +24,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "apply",
+    "attach",
     "combine",
     "diff",
     "export_patch",
@@ -39,9 +41,11 @@ __all__ = [
 
 _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all__} | {
     "Checkpoint": "checkpoints.checkpoint",
+    "Live": "verbs.live",
     "Report": "report",
     "SkillVector": "vectors.vector",
     "SkillVectorCallback": "verbs.training",
+    "attach": "verbs.live",
     "open_checkpoint": "checkpoints.opening",
     "save": "verbs",  # of SkillVector.save
 }
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
         push,
         verify,
     )
+    from skillvec.verbs.live import Live, attach
     from skillvec.verbs.training import SkillVectorCallback
 
 

@@ -57,6 +57,10 @@ class Derived(ABC):
     def read(self, begin: int, out: Array) -> None:
         """Fill `out`, 1-D in the storage dtype, with values begin.. in row-major order."""
 
+    def of_integers(self, dtype: str) -> "Source":
+        """Return it as integers of a dtype, of the same bytes."""
+        raise NotImplementedError(f"{self.name}: {self.dtype}, expected a dtype to compute with")
+
 
 Source = TensorSpec | Derived
 
@@ -70,9 +74,7 @@ def as_integers(source: Source) -> Source:
     if isinstance(source, TensorSpec):
         shape = source.shape if source.dtype in ITEMSIZE else (source.nbytes,)
         return source._replace(dtype=dtype, shape=shape)
-    assert isinstance(source, Viewed)
-    boxes = tuple(box._replace(source=as_integers(box.source)) for box in source.view.boxes)
-    return Viewed(source.name, dtype, source.view._replace(boxes=boxes))
+    return source.of_integers(dtype)
 
 
 def value_range(spec: TensorSpec, begin: int, numel: int) -> tuple[str, int, int]:
@@ -152,6 +154,10 @@ class Viewed(Derived):
 
     def read(self, begin: int, out: Array) -> None:
         fill(self, self.view, begin, out, read_values)
+
+    def of_integers(self, dtype: str) -> Source:
+        boxes = tuple(box._replace(source=as_integers(box.source)) for box in self.view.boxes)
+        return Viewed(self.name, dtype, self.view._replace(boxes=boxes))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""What a user writes after --eval, as an evaluator.
+
+    module:function             a function of model and tokenizer
+    command: ... {model} ...    a program that is given a folder
+    lm-eval:TASK,TASK           tasks of lm-eval
+    evaluate:QUESTIONS.jsonl    questions with answers, or the evaluation of a recipe's configuration
+
+Hides which kind is which. Nothing is loaded that an evaluation needs beside its own module.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from skillvec.errors import UsageError, needs
+from skillvec.trials.commands import CommandEvaluator
+from skillvec.trials.functions import FunctionEvaluator
+from skillvec.trials.harness import HarnessEvaluator
+from skillvec.trials.scores import Evaluator
+
+KINDS = (
+    "module:function, 'command: ... {model} ...', lm-eval:TASK,TASK or evaluate:QUESTIONS.jsonl"
+)
+
+
+def open_evaluator(spec: str, options: Mapping[str, Any] = {}) -> Evaluator:
+    """Return the evaluator that a text names.
+
+    `options` go to the function, to lm-eval or to the recipe. Raises UsageError for a text that
+    names none, for options that are not taken, and for what cannot be imported or read.
+    """
+    kind, colon, rest = spec.partition(":")
+    rest = rest.strip()
+    if not colon or not rest:
+        raise UsageError(f"--eval {spec!r}: expected {KINDS}")
+    if kind == "command":
+        if options:
+            raise UsageError(
+                f"--eval-option {next(iter(options))}: a command takes no options beside its words"
+            )
+        return CommandEvaluator(rest)
+    if kind == "lm-eval":
+        return HarnessEvaluator(rest, options)
+    if kind == "evaluate":
+        # upward, by name: the recipes stand above all rooms
+        with needs("train", f"--eval {spec}"):
+            opened: Evaluator = import_module("skillvec.recipes.questions").open_questions(
+                rest, options
+            )
+        return opened
+    return FunctionEvaluator(kind, rest, options)
+
+
+def read_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return options written as KEY=VALUE; a value is JSON where it can be, else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--eval-option {pair!r}: expected KEY=VALUE")
+        if key in options:
+            raise UsageError(f"--eval-option {key} is given twice")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def refuse_metric(evaluator: Evaluator, name: str) -> None:
+    """Raise UsageError for a metric that an evaluator will not give, where that is known."""
+    known = evaluator.metrics
+    if known is None or name in known:
+        return
+    near = get_close_matches(name, known, 1, 0.5)
+    raise UsageError(
+        f"metric {name!r}: {evaluator.spec} gives {', '.join(known[:20])}"
+        + (f"; did you mean {near[0]}?" if near else "")
+    )

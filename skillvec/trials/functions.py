@@ -1,0 +1,114 @@
+"""A function of the user's that evaluates a model in memory.
+
+It is called with model and tokenizer, and with `split` where it has such a parameter. Its
+attributes `metrics` and `splits` say what it gives, where it has them. Hides how it is found and
+which arguments it takes.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from xxhash import xxh3_64
+
+from skillvec.errors import UsageError
+from skillvec.trials.scores import HALVES, Scores, read_scores, refuse_split
+
+
+class FunctionEvaluator:
+    """`module:function` of the folder of this run or of an installed package.
+
+    Raises UsageError for a module that cannot be imported, and options that the function does not
+    take.
+    """
+
+    takes_folder = False
+
+    def __init__(self, module: str, function: str, options: Mapping[str, Any] = {}) -> None:
+        self._name = f"{module}:{function}"
+        self._function = import_function(module, function)
+        self._options = dict(options)
+        parameters = inspect.signature(self._function).parameters.values()
+        self._takes_split = any(one.name == "split" for one in parameters)
+        self._refuse_arguments()
+        self.splits = self._names("splits") or (HALVES if self._takes_split else ())
+        if self.splits and not self._takes_split:
+            raise UsageError(f"{self._name} says that it has splits, but takes no `split`")
+        self.metrics = self._names("metrics") or None
+        self.spec = spelled(self._name, options, _source_digest(module))
+
+    def _names(self, attribute: str) -> tuple[str, ...]:
+        names = getattr(self._function, attribute, ())
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"{self._name}: its `{attribute}` should be a list of names")
+        return tuple(names)
+
+    def _refuse_arguments(self) -> None:
+        """Refuse options that the function does not take, and a function of other arguments."""
+        signature = inspect.signature(self._function)
+        given = self._options | ({"split": HALVES[0]} if self._takes_split else {})
+        named = {
+            one.name: one.default
+            for one in list(signature.parameters.values())[2:]
+            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) and one.name != "split"
+        }
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+        if unknown := [name for name in self._options if name not in named and not takes_any]:
+            raise UsageError(
+                f"--eval-option {unknown[0]}: {self._name} takes"
+                f" {', '.join(named) or 'no options'}"
+            )
+        try:
+            signature.bind(None, None, **given)
+        except TypeError as error:
+            raise UsageError(
+                f"{self._name}: expected a function of (model, tokenizer) and options: {error}"
+            ) from None
+
+    def check(self, target: str) -> None:
+        """Accept every target: what a function needs, it knows alone."""
+
+    def evaluate(self, model: Any, tokenizer: Any, split: str) -> Scores:
+        """Call the function; ScoreError where it does not return scores."""
+        refuse_split(split, self.splits, self._name)
+        given = self._options | ({"split": split} if self._takes_split else {})
+        return read_scores(self._function(model, tokenizer, **given))
+
+
+def import_function(module: str, function: str) -> Callable[..., Any]:
+    """Return a function by name; modules of the folder of this run come first, as for `python -m`.
+
+    Raises UsageError, also for whatever the module raises while it is imported.
+    """
+    here = os.getcwd()
+    if not {here, ""} & {*sys.path}:
+        sys.path.insert(0, here)
+    try:
+        found = import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever a module of the user's raises
+        said = f"{type(error).__name__}: {error}"
+        raise UsageError(f"--eval {module}:{function}: cannot be imported: {said}") from None
+    if not callable(found):
+        raise UsageError(f"--eval {module}:{function}: expected a function, found {found!r:.100}")
+    function_found: Callable[..., Any] = found
+    return function_found
+
+
+def spelled(name: str, options: Mapping[str, Any], digest: str = "") -> str:
+    """Return how a journal knows an evaluator: name, options and a digest of what it reads."""
+    words = [name, *(f"{key}={options[key]}" for key in sorted(options))]
+    return " ".join(words) + (f" ({digest})" if digest else "")
+
+
+def _source_digest(module: str) -> str:
+    """Return a digest of a module's file: points of another function are not comparable."""
+    file = getattr(sys.modules[module], "__file__", None)
+    if file is None or not os.path.isfile(file):
+        return ""
+    with open(file, "rb") as source:
+        return str(xxh3_64(source.read()).hexdigest())

@@ -1,0 +1,113 @@
+"""A target as a model of transformers in memory, with its tokenizer.
+
+Hides which class loads it. What can be said without its weights is said before they are read.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from skillvec.checkpoints.checkpoint import Checkpoint
+from skillvec.checkpoints.opening import open_checkpoint
+from skillvec.errors import UsageError, needs
+from skillvec.files.file import remote_of
+from skillvec.remote.references import is_of_store, is_url
+
+GGUF = ".gguf"
+
+
+def open_target(ref: str) -> Checkpoint:
+    """Open a target that transformers can load: a folder with config.json, a GGUF file, the Hub's.
+
+    Raises UsageError for anything else, and what `open_checkpoint` raises.
+    """
+    if is_of_store(ref):
+        raise UsageError(f"target {ref}: a model is loaded from a folder: download it first")
+    point = open_checkpoint(ref, "target")
+    if point.path.suffix != GGUF and not (point.folder / "config.json").is_file():
+        raise UsageError(
+            f"target {ref}: no config.json in {point.folder}, so that transformers cannot load it"
+        )
+    return point
+
+
+def fetch(point: Checkpoint) -> None:
+    """Download the weights of a target of the Hub into the cache."""
+    elsewhere = [file for file in point.files if is_url(file) and remote_of(file) is not None]
+    if elsewhere:
+        from skillvec.remote.hub import fetch_all
+
+        fetch_all(elsewhere)
+
+
+def load_target(point: Checkpoint, dtype: str = "auto", device: str | None = None) -> Any:
+    """Return the model in eval mode; `device` is cuda where there is one, else the CPU.
+
+    Raises UsageError for a config that transformers does not know.
+    """
+    with needs("hf", f"target {point.ref}"):
+        import torch
+        import transformers
+
+    fetch(point)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    named = point.config.get("architectures") or [None]
+    kind = getattr(transformers, str(named[0]), None) or transformers.AutoModelForCausalLM
+    with _without_bars():
+        try:
+            model = kind.from_pretrained(**_place(point), dtype=dtype)
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            raise UsageError(f"target {point.ref}: transformers does not load it: {error}") from None
+        return model.to(device).eval()
+
+
+def open_tokenizer(point: Checkpoint) -> Any:
+    """Return the tokenizer of a target; UsageError where it has none that transformers reads."""
+    with needs("hf", f"target {point.ref}"):
+        import transformers  # noqa: F401
+    try:
+        if point.path.suffix == GGUF:
+            with _without_bars():
+                return transformers.AutoTokenizer.from_pretrained(**_place(point))
+        return load_tokenizer(str(point.folder))
+    except Exception as error:  # transformers raises many kinds
+        said = " ".join(str(error).split())
+        raise UsageError(
+            f"target {point.ref}: no tokenizer that transformers reads: {said:.300}"
+        ) from None
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return a tokenizer as it was saved.
+
+    AutoTokenizer goes by the model's type: over a word-level tokenizer beside a Qwen2 it would put
+    Qwen's splitting into bytes. So a folder that names the plain class gets the plain class.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    config = Path(name, "tokenizer_config.json")
+    saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    plain = saved.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(name)
+
+
+def _place(point: Checkpoint) -> dict[str, str]:
+    """Return the arguments of from_pretrained that say where a target is."""
+    given = {"pretrained_model_name_or_path": str(point.folder)}
+    return given | {"gguf_file": point.path.name} if point.path.suffix == GGUF else given
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' bars of progress from the screen."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

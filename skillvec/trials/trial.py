@@ -1,0 +1,309 @@
+"""One target that is tried with many vectors: loaded once, evaluated at one point after the other.
+
+Hides the model: it is in memory once, vectors are attached to it in place, and whatever an
+evaluation does (an exception, no end, no number, other weights), the next point finds the target as
+it lies on the disk. An evaluator that takes folders is given merged weights in a scratch folder,
+one at a time.
+"""
+
+import gc
+import os
+import random
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from skillvec.checkpoints.fingerprint import probe_digest
+from skillvec.engine.outputs import free_nbytes
+from skillvec.errors import NonfiniteError, OutputError, SkillvecError, UsageError
+from skillvec.files.file import digest_bytes
+from skillvec.trials.loading import fetch, load_target, open_target, open_tokenizer
+from skillvec.trials.scores import ALL, Evaluator, Scores, not_finite, refuse_split
+from skillvec.trials.watch import Watch
+from skillvec.vectors.vector import SkillVector
+from skillvec.verbs import apply, attach
+
+DONE, FAILED, TIMED_OUT = "done", "failed", "timed out"
+CHANGED, NOT_A_NUMBER = "changed the model", "not a number"
+SCRATCH = "skillvec-trial"  # how folders in scratch begin; host, process and letters follow
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one point.
+
+    `status` is DONE, or why there are no scores, with `message`; NOT_A_NUMBER keeps those that are
+    numbers. `seconds` are those of the evaluation, `attach_seconds` those before it, in which the
+    vector was attached or a folder written. `gain`, `cosine` and `changed` are of the rounded
+    result, as `apply` reports them; None without a vector.
+    """
+
+    status: str
+    message: str = ""
+    scores: Scores = field(default_factory=dict)
+    seconds: float = 0.0
+    gain: float | None = None
+    cosine: float | None = None
+    changed: int | None = None
+    attach_seconds: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        return self.status == DONE
+
+
+class Trials:
+    """A target and an evaluator, for `run` at any number of points; as a context it ends both.
+
+    `timeout` is in seconds, of one evaluation, and needs the main thread. `dtype` is transformers'
+    name, "auto" that of the target. `scratch` is where an evaluator that takes folders finds
+    them. Selection and rounding as of `apply`. Raises UsageError and OutputError for what cannot
+    work, before any model is loaded; that happens at the first point.
+    """
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str],
+        evaluator: Evaluator,
+        *,
+        scratch: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        rename: Sequence[str] = (),
+        rows: str = "strict",
+        workers: int | None = None,
+    ) -> None:
+        if timeout is not None and not timeout > 0:
+            raise UsageError(f"timeout {timeout}: expected seconds, more than 0")
+        if dtype not in ("auto", *DTYPES):
+            raise UsageError(f"dtype {dtype}: expected auto, {', '.join(DTYPES)}")
+        self._point = open_target(os.fspath(target))
+        self._evaluator, self._timeout, self._seed = evaluator, timeout, seed
+        self._dtype, self._device = dtype, device
+        self._rounding = {"rounding": rounding, "seed": seed}
+        self._selection = {
+            "include": include, "exclude": exclude, "rename": rename, "rows": rows,
+            "workers": workers,
+        }  # fmt: skip
+        self._scratch = Path(scratch or tempfile.gettempdir())
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._live: Any = None
+        self.load_seconds: float | None = None
+        if evaluator.takes_folder:
+            self._refuse_scratch()
+        else:
+            self._tokenizer = self._find_tokenizer()
+        evaluator.check(os.fspath(self._point.folder))
+
+    @property
+    def target_digest(self) -> str:
+        """A digest of samples of the weights, of config and tokenizer."""
+        point = self._point
+        parts = (probe_digest(point), point.config_digest, point.tokenizer_digest)
+        return digest_bytes(" ".join(map(str, parts)).encode())
+
+    def __enter__(self) -> "Trials":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model's memory back; a later `run` loads it again."""
+        self._live = self._model = None
+        gc.collect()
+
+    def run(self, vector: SkillVector | None, lam: float = 1.0, split: str = ALL) -> Outcome:
+        """Evaluate target + lam * vector, or the target itself where there is no vector.
+
+        Random numbers begin at `seed` for each point, so that none depends on those before it. What
+        the evaluation does wrong is in the outcome, and so is a vector that gives values that are
+        not finite at this lam. Raises UsageError for a split that the evaluator does not have, and
+        IncompatibleError for a vector that does not fit the target.
+        """
+        refuse_split(split, self._evaluator.splits, self._evaluator.spec)
+        if self._timeout and threading.current_thread() is not threading.main_thread():
+            raise UsageError("a timeout needs the main thread, which alone gets the signal of it")
+        try:
+            if self._evaluator.takes_folder:
+                return self._run_folder(vector, lam, split)
+            return self._run_live(vector, lam, split)
+        except NonfiniteError as error:
+            return Outcome(FAILED, str(error))
+
+    # ------------------------------------------------------------------------ in memory
+
+    def _run_live(self, vector: SkillVector | None, lam: float, split: str) -> Outcome:
+        model = self._loaded()
+        begun = time.perf_counter()
+        if vector is None:
+            self._detach()
+        elif self._live is None:
+            given = self._rounding | self._selection
+            self._live = attach(model, vector, lam=lam, **given)
+        else:
+            self._live.set(vector, lam=lam)
+        attached = time.perf_counter() - begun
+        watch = Watch(model)
+        outcome = self._evaluate(model, split)
+        outcome = replace(outcome, attach_seconds=attached, **self._facts(vector))
+        if found := watch.find_changes(model):
+            said = f"the evaluation changed the model, which was loaded again for the next:\n{found}"
+            if outcome.status in (DONE, NOT_A_NUMBER):
+                outcome = replace(outcome, status=CHANGED, message=said, scores={})
+            else:
+                outcome = replace(outcome, message=f"{outcome.message}\n{said}")
+            del model, watch
+            self.close()
+        else:
+            watch.restore(model)
+        return outcome
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            begun = time.perf_counter()
+            self._model = load_target(self._point, self._dtype, self._device)
+            if self.load_seconds is None:
+                self.load_seconds = time.perf_counter() - begun
+        return self._model
+
+    def _detach(self) -> None:
+        if self._live is not None:
+            self._live.detach()
+            self._live = None
+
+    def _facts(self, vector: SkillVector | None) -> dict[str, Any]:
+        facts = self._live.report.facts if vector is not None else {}
+        return {name: facts.get(name) for name in ("gain", "cosine", "changed")}
+
+    def _find_tokenizer(self) -> Any:
+        """Return the tokenizer, None where there is none and the evaluator can do without."""
+        try:
+            return open_tokenizer(self._point)
+        except UsageError:
+            if getattr(self._evaluator, "needs_tokenizer", True):
+                raise
+            return None
+
+    # --------------------------------------------------------------------------- folders
+
+    def _run_folder(self, vector: SkillVector | None, lam: float, split: str) -> Outcome:
+        if vector is None:
+            return self._evaluate(os.fspath(self._point.folder), split)
+        begun = time.perf_counter()
+        name = f"{SCRATCH}-{socket.gethostname()}-{os.getpid()}-"
+        place = Path(tempfile.mkdtemp(prefix=name, dir=self._scratch))
+        try:
+            merged = place / "merged"
+            dtype = DTYPES.get(self._dtype)
+            given = self._rounding | self._selection
+            facts = apply(self._point, vector, merged, lam=lam, dtype=dtype, **given).facts
+            written = time.perf_counter() - begun
+            outcome = self._evaluate(os.fspath(merged), split)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        facts = {name: facts[name] for name in ("gain", "cosine", "changed")}
+        return replace(outcome, attach_seconds=written, **facts)
+
+    def _refuse_scratch(self) -> None:
+        """Refuse a scratch folder without room for one model; remove what killed runs left there."""
+        fetch(self._point)
+        if not self._scratch.is_dir():
+            raise UsageError(f"scratch {self._scratch}: no such folder")
+        for left in self._scratch.glob(f"{SCRATCH}-{socket.gethostname()}-*-*"):
+            process = left.name.split("-")[-2]
+            if process.isdigit() and not Path("/proc", process).exists():
+                shutil.rmtree(left, ignore_errors=True)
+        free = free_nbytes(self._scratch)
+        if free is not None and free < self._point.nbytes:
+            raise OutputError(
+                f"scratch {self._scratch}: a merged model of {self._point.nbytes:,} bytes does not"
+                f" fit: {free:,} are free there"
+            )
+
+    # ------------------------------------------------------------------------ evaluation
+
+    def _evaluate(self, model: Any, split: str) -> Outcome:
+        """Return what an evaluation gives, whatever it does."""
+        begun = time.perf_counter()
+        try:
+            with _seeded(self._seed), _time_limit(self._timeout):
+                scores = self._evaluator.evaluate(model, self._tokenizer, split)
+            status, message = DONE, ""
+        except _ExpiredError:
+            status, message, scores = TIMED_OUT, "", {}
+        except (Exception, SystemExit) as error:
+            ours = isinstance(error, SkillvecError)
+            said = str(error) if ours else f"{type(error).__name__}: {error}"
+            status, message, scores = FAILED, said, {}
+        seconds = time.perf_counter() - begun
+        if self._timeout is not None and (status == TIMED_OUT or seconds > self._timeout):
+            # an evaluator may have caught what ends it
+            status, scores = TIMED_OUT, {}
+            message = f"the evaluation took longer than {self._timeout:g} s"
+        elif bad := not_finite(scores):
+            status, message = NOT_A_NUMBER, f"not finite: {', '.join(bad[:5])}"
+            scores = {name: score for name, score in scores.items() if name not in bad}
+        return Outcome(status, message, scores, seconds)
+
+
+class _ExpiredError(BaseException):
+    """The time of an evaluation is over; no Exception, which evaluators may catch."""
+
+
+@contextmanager
+def _time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise _ExpiredError within the block when the time is over; needs the main thread."""
+    if seconds is None:
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise _ExpiredError
+
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Let random numbers of Python, numpy and torch begin at a seed; outside they go on."""
+    kept: list[tuple[Callable[[Any], Any], Any]] = [
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+    ]
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for restore, state in kept:
+                restore(state)

@@ -1,0 +1,258 @@
+"""attach: target + lam * vector, in a model that is loaded; detach: its own bits again."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from skillvec.checkpoints.live_model import LiveModel, see_model, unwrapped
+from skillvec.checkpoints.live_tensors import LiveTensor, put_all_back
+from skillvec.engine.jobs.add import AddJob
+from skillvec.engine.jobs.live import LiveJob
+from skillvec.engine.outputs import PathLike
+from skillvec.engine.plan import JobResult, Plan
+from skillvec.engine.run import Run
+from skillvec.engine.runner import measure_plan, run_plan, show_plan
+from skillvec.errors import IncompatibleError, UsageError, VerificationError, up_to_five
+from skillvec.files.file import LEAF_NBYTES
+from skillvec.ops.block import block_count
+from skillvec.report import Report, Watcher
+from skillvec.vectors.deltas.base import DeltaSource
+from skillvec.vectors.recipe import leaving_out, selection
+from skillvec.vectors.vector import SkillVector
+from skillvec.verbs._apply import find_unused, plan_request, report_apply
+from skillvec.verbs.findings import refuse_nonfinite
+
+MARK = "_skillvec_live"  # of modules that have a vector attached: their Live
+Vector = PathLike | SkillVector
+Lam = float | Sequence[float]
+
+
+def attach(
+    model: Any,
+    *vectors: Vector,
+    lam: Lam = 1.0,
+    rounding: str = "nearest",
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    rows: str = "strict",
+    allow_nonfinite: bool = False,
+    workers: int | None = None,
+    watcher: Watcher | None = None,
+) -> "Live":
+    """Change the parameters of a loaded model to target + lam * vector, where they lie.
+
+    They are bit for bit what `apply` writes for that model, whose other options this takes. Several
+    vectors are added as one linear combination, in one rounding; `lam` is one number, or one for
+    each. What brings the original bits back is kept in memory, packed. Use it in a with statement,
+    or call `detach`. An error, or Ctrl-C, leaves the original bits. Raises UsageError where a
+    vector is attached already, IncompatibleError for parameters that cannot be changed where they
+    lie (on the meta device, offloaded, quantised, in parts) and as apply.
+    """
+    if not vectors:
+        raise UsageError("attach needs a vector")
+    live = Live(
+        model, include=include, exclude=exclude, rename=rename, rows=rows,
+        allow_nonfinite=allow_nonfinite, workers=workers, watcher=watcher,
+    )  # fmt: skip
+    live.set(*vectors, lam=lam, rounding=rounding, seed=seed)
+    return live
+
+
+class Live:
+    """Vectors attached to a model; a context manager that detaches them.
+
+    `report` is that of the last `set`. `lock` is held while parameters change.
+    """
+
+    report: Report
+
+    def __init__(
+        self, model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (),
+        rename: Sequence[str] = (), rows: str = "strict", allow_nonfinite: bool = False,
+        workers: int | None = None, watcher: Watcher | None = None,
+    ) -> None:  # fmt: skip
+        self.lock = threading.RLock()
+        self._module = unwrapped(model)
+        self._run = Run.by("threads", workers, watcher=watcher)
+        self._rename, self._left_out = rename, leaving_out(include, exclude)
+        self._chosen = selection(include, exclude, rename, rows)
+        self._chosen |= {"allow_nonfinite": True} if allow_nonfinite else {}
+        self._model: LiveModel | None = None
+        self._vectors: list[SkillVector] = []
+        self._lam: Lam = 1.0
+        self._rounding, self._seed = "nearest", 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.detach()
+
+    def __reduce__(self) -> Any:
+        """A copy of the model, which comes along with its modules' mark, knows nothing of it."""
+        return type(None), ()
+
+    @property
+    def is_attached(self) -> bool:
+        return self._module.__dict__.get(MARK) is self
+
+    def weights(self) -> dict[str, float]:
+        """Return the lambda of each vector that is attached, by its ref."""
+        found: dict[str, float] = {}
+        if self.is_attached:
+            for vector, lam in zip(self._vectors, _each(self._lam, len(self._vectors)), strict=True):
+                found[vector.ref] = found.get(vector.ref, 0.0) + lam * vector.scale
+        return found
+
+    def set(
+        self, *vectors: Vector, lam: Lam | None = None, rounding: str | None = None,
+        seed: int | None = None,
+    ) -> Report:  # fmt: skip
+        """Attach these vectors, or the same ones otherwise, in place of what is attached.
+
+        It goes from the original parameters, never from the changed ones. Of vectors that are named
+        `lam` is 1 if not said. Where it fails the model has its original bits and nothing attached.
+        Raises as `attach`.
+        """
+        with self.lock:
+            opened = [SkillVector.open(vector, rename=self._rename) for vector in vectors]
+            opened = opened or self._vectors
+            if not opened:
+                raise UsageError("set needs a vector: none was attached before")
+            lam = lam if lam is not None else 1.0 if vectors else self._lam
+            rounding = self._rounding if rounding is None else rounding
+            seed = self._seed if seed is None else seed
+            vector, factor = _as_one(opened, lam)
+            if self._model is None or not self.is_attached:
+                self._refuse_attached()
+                self._model = see_model(self._module)
+            request = {"lam": factor, "dtype": None, "rounding": rounding, "seed": seed}
+            try:
+                self._change(self._model, vector, request | self._chosen)
+            except BaseException:
+                self._put_back()
+                raise
+            self._vectors, self._lam, self._rounding, self._seed = opened, lam, rounding, seed
+            return self.report
+
+    def _refuse_attached(self) -> None:
+        if any(MARK in module.__dict__ for module in self._module.modules()):
+            raise UsageError(
+                f"{type(self._module).__name__}: a vector is attached to it already: set of what"
+                " attach returned changes it, detach ends it"
+            )
+
+    def _change(self, model: LiveModel, vector: SkillVector, request: dict[str, Any]) -> None:
+        """Plan an apply to the original parameters, and write what it gives in their place."""
+        model.refuse_unchangeable(find_unused(vector, self._left_out))
+        applied, recipe = plan_request(model, vector, request)
+        if parted := [job.name for job in applied.jobs if job.name not in model]:
+            raise IncompatibleError(
+                f"{vector.ref}: it moves apart what {model.ref} holds as one parameter: load the"
+                f" model with tie_word_embeddings=False, or use apply:\n{up_to_five(parted)}"
+            )
+        jobs = [LiveJob.of(job) if isinstance(job, AddJob) else job for job in applied.jobs]
+        plan = replace(applied, verb="attach", jobs=jobs, outputs=[], texts={})
+        moved = {n: job for n, job in enumerate(jobs) if isinstance(job, LiveJob)}
+        part = replace(plan, jobs=[*moved.values()])
+        touched = [job for job in moved.values() if not job.deltas[0].is_zero]
+        facts = {
+            "formula": "MODEL + LAM * V", "target": model.facts, "vector": recipe["vector"],
+            "name": vector.ref, "lineage": vector.dtypes, "lam": plan.lam,
+            "rounding": plan.rounding,
+            "seed": plan.seed if plan.rounding == "stochastic" else None,
+            "verdict": plan.verdict, "touched_nbytes": sum(job.point.nbytes for job in touched),
+            "most_kept_nbytes": sum(
+                _most_kept(job.point, job.deltas[0], vector) for job in touched),
+        }  # fmt: skip
+        if plan.layout:
+            facts["layout"] = plan.layout
+        report = show_plan(replace(part, ledger=plan.ledger), facts, self._run)
+        part = measure_plan(part, self._run)
+        for module in self._module.modules():
+            module.__dict__[MARK] = self
+        names = {job.name for job in touched}
+        rest = [held for held in self._tensors() if held.kept.records and held.name not in names]
+        _refuse_lost(put_all_back(rest, self._run.engine.workers))
+        for held in self._tensors():
+            held.kept.is_closed = False
+        found = dict(zip(moved, run_plan(part, self._run), strict=True))
+        refuse_nonfinite([*found.values()], request.get("allow_nonfinite", False))
+        nothing = np.zeros(0)
+        results = [found.get(n) or JobResult(job, {}, nothing) for n, job in enumerate(jobs)]
+        report_apply(report, plan, results)
+        report.facts["kept_nbytes"] = sum(held.kept.nbytes for held in self._tensors())
+        self.report = report
+
+    def detach(self) -> None:
+        """Give the model its original bits back; nothing where nothing is attached.
+
+        Raises VerificationError where something else, such as a step of training, has changed
+        parameters since they were written: those stay what they are, all others are restored.
+        """
+        with self.lock:
+            _refuse_lost(self._put_back())
+
+    def _tensors(self) -> list[LiveTensor]:
+        """Return all tensors of the model."""
+        return [held for held in (self._model or {}).values() if isinstance(held, LiveTensor)]
+
+    def _put_back(self) -> list[str]:
+        """Put all original values back and forget the model's tensors; return those that are lost."""
+        lost = put_all_back(self._tensors(), self._run.engine.workers)
+        self._model = None
+        for module in self._module.modules():
+            if module.__dict__.get(MARK) is self:
+                del module.__dict__[MARK]
+        return lost
+
+
+def _each(lam: Lam, count: int) -> list[float]:
+    """Return the lambda of each of so many vectors."""
+    each = [float(lam)] * count if isinstance(lam, int | float) else [float(one) for one in lam]
+    if len(each) != count:
+        raise UsageError(f"lam: {len(each)} numbers for {count} vectors, expected one or {count}")
+    return each
+
+
+def _as_one(vectors: Sequence[SkillVector], lam: Lam) -> tuple[SkillVector, float]:
+    """Return vectors as one, and by what it is to be multiplied."""
+    each = _each(lam, len(vectors))
+    if len(vectors) == 1:
+        return vectors[0], each[0]
+    if isinstance(lam, int | float):
+        return sum(vectors[1:], vectors[0]), float(lam)
+    terms = [one * vector for one, vector in zip(each, vectors, strict=True)]
+    return sum(terms[1:], terms[0]), 1.0
+
+
+def _most_kept(tensor: LiveTensor, delta: DeltaSource, vector: SkillVector) -> int:
+    """Return the most bytes that undoing a delta takes: bits that say where, and what changed.
+
+    No packed block is larger than its values; how many values change, manifests of files say.
+    """
+    entry = vector.find_entry(delta.spec.name) if delta.is_stored else None
+    changed = tensor.numel if entry is None else entry["changed"]
+    width = tensor.nbytes // max(tensor.numel, 1)
+    blocks = block_count(tensor.numel)
+    sparse = -(-tensor.numel // 8) + changed * width + blocks * (4 * (1 + width) + 1)
+    digests = 16 * (tensor.nbytes // LEAF_NBYTES + blocks)
+    return min(tensor.nbytes, sparse) + digests
+
+
+def _refuse_lost(names: Sequence[str]) -> None:
+    if names:
+        raise VerificationError(
+            "something else changed parameters while a vector was attached, so their original bits"
+            " are not known (load the model again); they stay as they are, the others are"
+            f" restored:\n{up_to_five(names)}"
+        )
