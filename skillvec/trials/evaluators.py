@@ -3,7 +3,7 @@
     module:function             a function of model and tokenizer
     command: ... {model} ...    a program that is given a folder
     lm-eval:TASK,TASK           tasks of lm-eval
-    evaluate:QUESTIONS.jsonl    questions with answers, or the evaluation of a recipe's configuration
+    evaluate:QUESTIONS.jsonl    questions with answers, or what a recipe's configuration evaluates
 
 Hides which kind is which. Nothing is loaded that an evaluation needs beside its own module.
 """
@@ -20,9 +20,7 @@ from skillvec.trials.functions import FunctionEvaluator
 from skillvec.trials.harness import HarnessEvaluator
 from skillvec.trials.scores import Evaluator
 
-KINDS = (
-    "module:function, 'command: ... {model} ...', lm-eval:TASK,TASK or evaluate:QUESTIONS.jsonl"
-)
+KINDS = "module:function, 'command: ... {model} ...', lm-eval:TASK,TASK or evaluate:QUESTIONS.jsonl"
 
 
 def open_evaluator(spec: str, options: Mapping[str, Any] = {}) -> Evaluator:

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from xxhash import xxh3_64
-
 from skillvec.errors import UsageError
+from skillvec.files.file import digest_bytes
 from skillvec.trials.scores import HALVES, Scores, read_scores, refuse_split
 
 
@@ -26,6 +25,7 @@ class FunctionEvaluator:
     """
 
     takes_folder = False
+    needs_tokenizer = False
 
     def __init__(self, module: str, function: str, options: Mapping[str, Any] = {}) -> None:
         self._name = f"{module}:{function}"
@@ -58,8 +58,7 @@ class FunctionEvaluator:
         takes_any = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
         if unknown := [name for name in self._options if name not in named and not takes_any]:
             raise UsageError(
-                f"--eval-option {unknown[0]}: {self._name} takes"
-                f" {', '.join(named) or 'no options'}"
+                f"--eval-option {unknown[0]}: {self._name} takes {', '.join(named) or 'no options'}"
             )
         try:
             signature.bind(None, None, **given)
@@ -111,4 +110,4 @@ def _source_digest(module: str) -> str:
     if file is None or not os.path.isfile(file):
         return ""
     with open(file, "rb") as source:
-        return str(xxh3_64(source.read()).hexdigest())
+        return digest_bytes(source.read())[:16]

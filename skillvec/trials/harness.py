@@ -105,17 +105,32 @@ class HarnessEvaluator:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of the metrics; loads the tasks."""
-        names = []
+        return tuple(self._directions)
+
+    @property
+    def lower_is_better(self) -> tuple[str, ...]:
+        """The metrics of which a task says that less is better; loads the tasks."""
+        return tuple(name for name, is_higher in self._directions.items() if is_higher is False)
+
+    @cached_property
+    def _directions(self) -> dict[str, bool | None]:
+        """Every metric, and whether more of it is better, None where no task says so."""
+        found: dict[str, bool | None] = {}
         for name, task in self._loaded["tasks"].items():
             filters = [one.name for one in task._filters]
+            better = task.higher_is_better()
             for metric in task.aggregation():
-                names += [_metric_name(name, metric, key, filters) for key in filters]
+                names = [_metric_name(name, metric, key, filters) for key in filters]
+                found |= dict.fromkeys(names, better.get(metric))
         for name, group in self._loaded["groups"].items():
-            within = [one.name for task in group.get_all_tasks() for one in task._filters]
+            within = group.get_all_tasks()
+            kept = dict.fromkeys(one.name for task in within for one in task._filters)
             for one in group.aggregate_metric_list or []:
-                filters = [*dict.fromkeys(one.filter_list or within)]
-                names += [_metric_name(name, one.metric, key, filters) for key in filters]
-        return tuple(names)
+                filters = [*(one.filter_list or kept)]
+                says = {task.higher_is_better().get(one.metric) for task in within}
+                names = [_metric_name(name, one.metric, key, filters) for key in filters]
+                found |= dict.fromkeys(names, says.pop() if len(says) == 1 else None)
+        return found
 
     def check(self, target: str) -> None:
         """Load the tasks and their data; UsageError names what is missing."""

@@ -54,19 +54,21 @@ def load_target(point: Checkpoint, dtype: str = "auto", device: str | None = Non
     fetch(point)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     named = point.config.get("architectures") or [None]
-    kind = getattr(transformers, str(named[0]), None) or transformers.AutoModelForCausalLM
+    kind: Any = getattr(transformers, str(named[0]), None) or transformers.AutoModelForCausalLM
     with _without_bars():
         try:
             model = kind.from_pretrained(**_place(point), dtype=dtype)
         except (ValueError, OSError, KeyError, ImportError) as error:
-            raise UsageError(f"target {point.ref}: transformers does not load it: {error}") from None
+            raise UsageError(
+                f"target {point.ref}: transformers does not load it: {error}"
+            ) from None
         return model.to(device).eval()
 
 
 def open_tokenizer(point: Checkpoint) -> Any:
     """Return the tokenizer of a target; UsageError where it has none that transformers reads."""
     with needs("hf", f"target {point.ref}"):
-        import transformers  # noqa: F401
+        import transformers
     try:
         if point.path.suffix == GGUF:
             with _without_bars():
@@ -102,8 +104,9 @@ def _place(point: Checkpoint) -> dict[str, str]:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Keep transformers' bars of progress from the screen."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

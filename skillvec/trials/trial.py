@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -26,13 +26,20 @@ import numpy as np
 
 from skillvec.checkpoints.fingerprint import probe_digest
 from skillvec.engine.outputs import free_nbytes
-from skillvec.errors import NonfiniteError, OutputError, SkillvecError, UsageError
+from skillvec.errors import (
+    NonfiniteError,
+    OutputError,
+    SkillvecError,
+    UsageError,
+    VerificationError,
+)
 from skillvec.files.file import digest_bytes
 from skillvec.trials.loading import fetch, load_target, open_target, open_tokenizer
 from skillvec.trials.scores import ALL, Evaluator, Scores, not_finite, refuse_split
 from skillvec.trials.watch import Watch
 from skillvec.vectors.vector import SkillVector
-from skillvec.verbs import apply, attach
+from skillvec.verbs import apply
+from skillvec.verbs.live import Live, attach
 
 DONE, FAILED, TIMED_OUT = "done", "failed", "timed out"
 CHANGED, NOT_A_NUMBER = "changed the model", "not a number"
@@ -97,15 +104,15 @@ class Trials:
         self._point = open_target(os.fspath(target))
         self._evaluator, self._timeout, self._seed = evaluator, timeout, seed
         self._dtype, self._device = dtype, device
-        self._rounding = {"rounding": rounding, "seed": seed}
-        self._selection = {
+        self._rounding: dict[str, Any] = {"rounding": rounding, "seed": seed}
+        self._selection: dict[str, Any] = {
             "include": include, "exclude": exclude, "rename": rename, "rows": rows,
             "workers": workers,
         }  # fmt: skip
         self._scratch = Path(scratch or tempfile.gettempdir())
         self._model: Any = None
         self._tokenizer: Any = None
-        self._live: Any = None
+        self._live: Live | None = None
         self.load_seconds: float | None = None
         if evaluator.takes_folder:
             self._refuse_scratch()
@@ -128,6 +135,9 @@ class Trials:
 
     def close(self) -> None:
         """Give the model's memory back; a later `run` loads it again."""
+        if self._live is not None:
+            with suppress(VerificationError):  # of weights that are given up
+                self._live.detach()
         self._live = self._model = None
         gc.collect()
 
@@ -152,21 +162,22 @@ class Trials:
     # ------------------------------------------------------------------------ in memory
 
     def _run_live(self, vector: SkillVector | None, lam: float, split: str) -> Outcome:
-        model = self._loaded()
-        begun = time.perf_counter()
-        if vector is None:
-            self._detach()
-        elif self._live is None:
-            given = self._rounding | self._selection
-            self._live = attach(model, vector, lam=lam, **given)
-        else:
-            self._live.set(vector, lam=lam)
+        model, begun = self._loaded(), time.perf_counter()
+        try:
+            self._attach(model, vector, lam)
+        except VerificationError:  # by an evaluation, in a way that its samples did not show
+            del model
+            self.close()
+            model, begun = self._loaded(), time.perf_counter()
+            self._attach(model, vector, lam)
         attached = time.perf_counter() - begun
         watch = Watch(model)
         outcome = self._evaluate(model, split)
         outcome = replace(outcome, attach_seconds=attached, **self._facts(vector))
         if found := watch.find_changes(model):
-            said = f"the evaluation changed the model, which was loaded again for the next:\n{found}"
+            said = (
+                f"the evaluation changed the model, which was loaded again for the next:\n{found}"
+            )
             if outcome.status in (DONE, NOT_A_NUMBER):
                 outcome = replace(outcome, status=CHANGED, message=said, scores={})
             else:
@@ -185,10 +196,14 @@ class Trials:
                 self.load_seconds = time.perf_counter() - begun
         return self._model
 
-    def _detach(self) -> None:
-        if self._live is not None:
+    def _attach(self, model: Any, vector: SkillVector | None, lam: float) -> None:
+        """Bring the model to target + lam * vector; VerificationError where it is another one."""
+        if self._live is not None and vector is None:
             self._live.detach()
-            self._live = None
+        elif self._live is not None:
+            self._live.set(vector, lam=lam)
+        elif vector is not None:
+            self._live = attach(model, vector, lam=lam, **self._rounding, **self._selection)
 
     def _facts(self, vector: SkillVector | None) -> dict[str, Any]:
         facts = self._live.report.facts if vector is not None else {}
@@ -213,9 +228,8 @@ class Trials:
         place = Path(tempfile.mkdtemp(prefix=name, dir=self._scratch))
         try:
             merged = place / "merged"
-            dtype = DTYPES.get(self._dtype)
-            given = self._rounding | self._selection
-            facts = apply(self._point, vector, merged, lam=lam, dtype=dtype, **given).facts
+            given = self._rounding | self._selection | {"dtype": DTYPES.get(self._dtype)}
+            facts = apply(self._point, vector, merged, lam=lam, **given).facts
             written = time.perf_counter() - begun
             outcome = self._evaluate(os.fspath(merged), split)
         finally:
@@ -224,7 +238,7 @@ class Trials:
         return replace(outcome, attach_seconds=written, **facts)
 
     def _refuse_scratch(self) -> None:
-        """Refuse a scratch folder without room for one model; remove what killed runs left there."""
+        """Refuse a scratch folder without room for a model; remove what killed runs left there."""
         fetch(self._point)
         if not self._scratch.is_dir():
             raise UsageError(f"scratch {self._scratch}: no such folder")

@@ -89,7 +89,7 @@ def _sampled(model: Any) -> dict[str, bytes]:
             pieces.setdefault(tensor.device, []).append((name, piece))
     found = {}
     for parts in pieces.values():
-        whole = memoryview(torch.cat([piece for _, piece in parts]).cpu().numpy()).tobytes()
+        whole = torch.cat([piece for _, piece in parts]).cpu().numpy().tobytes()
         start = 0
         for name, piece in parts:
             found[name] = whole[start : start + len(piece)]
