@@ -36,6 +36,7 @@ __all__ = [
     "orthogonality",
     "pull",
     "push",
+    "sweep",
     "verify",
 ]
 
@@ -48,6 +49,7 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "attach": "verbs.live",
     "open_checkpoint": "checkpoints.opening",
     "save": "verbs",  # of SkillVector.save
+    "sweep": "trials.sweep",
 }
 
 answer_old_names()
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from skillvec.report import Report
+    from skillvec.trials.sweep import sweep
     from skillvec.vectors.vector import SkillVector
     from skillvec.verbs import (
         apply,

@@ -89,3 +89,10 @@ class Watcher(Protocol):
 
     def advanced(self, done_nbytes: int, total_nbytes: int) -> None:
         """Take the progress, about ten times a second."""
+
+
+class TrialWatcher(Watcher, Protocol):
+    """A Watcher that follows trials too: each takes as long as an evaluation."""
+
+    def tried(self, line: str) -> None:
+        """Take what came out of a trial, in a line."""

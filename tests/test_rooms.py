@@ -20,7 +20,7 @@ HOMES = {
     "click": {"cli"},
     "rich": {"cli"},
     "zstandard": {"ops.codecs"},
-    "xxhash": {"ops", "files", "vectors", "engine"},
+    "xxhash": {"ops", "files", "vectors", "engine", "trials.controls"},
     "numpy": {"ops", "files", "checkpoints", "vectors", "engine", "analysis", "verbs",
               "trials"},
     "yaml": {"vectors.recipe"}, "vl_convert": {"analysis"},

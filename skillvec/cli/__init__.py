@@ -1,3 +1,4 @@
 """What does a person type, and what is printed? click and rich live here alone."""
 
+from skillvec.cli import trials as trials  # whose commands `main` has too
 from skillvec.cli.commands import main as main

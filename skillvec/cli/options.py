@@ -60,6 +60,8 @@ def share_options(
             finally:
                 screen.close()
             screen.show(report, last_line=last_line)
+            if report.facts.get("failed"):  # trials, and the report says which
+                click.get_current_context().exit(1)
 
         return add_option(*options)(shown)
 

@@ -91,6 +91,10 @@ class Screen:
             self._task = self._bar.add_task("", total=total_nbytes)
         self._bar.update(self._task, completed=done_nbytes, total=total_nbytes)
 
+    def tried(self, line: str) -> None:
+        """Print what came out of a trial, below the plan."""
+        self.say(f"  {line}")
+
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:

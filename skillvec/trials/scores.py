@@ -6,7 +6,8 @@ compared item by item; where it gives a standard error alone, as if they were in
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol
@@ -36,6 +37,12 @@ class Score:
 
 
 Scores = Mapping[str, Score]
+LESS_IS_BETTER = {"loss", "nll", "perplexity", "ppl", "error", "wer", "cer", "bpb", "bits"}
+
+
+def less_is_better(metric: str, minimize: Collection[str] = ()) -> bool:
+    """Return whether less of a metric is better: by a word of its name, or as `minimize` says."""
+    return metric in minimize or bool(LESS_IS_BETTER & {*re.split(r"[\W_]+", metric.lower())})
 
 
 class Evaluator(Protocol):

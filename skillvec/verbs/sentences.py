@@ -7,6 +7,7 @@ the work, DONE what was done, ANSWERS what a verb says that runs no jobs.
 from collections.abc import Callable, Sequence
 
 from skillvec.analysis.angle_sentences import say_comparison, say_norms
+from skillvec.analysis.sweep_sentences import say_sweep, say_sweep_plan
 from skillvec.analysis.wording import (
     Grid,
     count_files,
@@ -75,7 +76,7 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
         said.append(done_sentence(report))
     else:
         said.append(plan_sentence(report))
-    if verbose or report.verb == "inspect":
+    if report.ledger and (verbose or report.verb == "inspect"):
         said += list_ledger(report, None if verbose else 8)
     elif facts.get("worst") and (facts["worst"][0]["cosine"] or 0) < 0.999:
         worst = facts["worst"][0]
@@ -275,7 +276,7 @@ def plan_sentence(report: Report) -> str:
 PLANS: dict[str, Callable[[Facts], list[str]]] = {
     "diff": say_vector_plan, "combine": say_vector_plan, "import-patch": say_vector_plan,
     "apply": say_apply_plan, "extract-lora": say_adapter_plan, "push": say_push_plan,
-    "pull": say_pull_plan,
+    "pull": say_pull_plan, "sweep": say_sweep_plan,
 }  # fmt: skip
 DONE: dict[str, Callable[[Facts, str], str]] = {
     "diff": say_vector, "combine": say_vector, "import-patch": say_vector, "apply": say_applied,
@@ -283,4 +284,5 @@ DONE: dict[str, Callable[[Facts, str], str]] = {
 }  # fmt: skip
 ANSWERS: dict[str, Callable[[Report], Sequence[str | Grid]]] = {
     "inspect": say_inspect, "push": say_url, "pull": say_output,
+    "sweep": say_sweep,
 }  # fmt: skip

@@ -1,0 +1,159 @@
+"""The page of a sweep and its curve."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from skillvec.analysis import plain_page
+from skillvec.analysis.figures import Figure, Spec, typeset
+from skillvec.analysis.page import Entry, draw
+from skillvec.analysis.plain_page import Page, Table
+from skillvec.analysis.sweep_report import SKILL, TARGET, name_point
+from skillvec.analysis.sweep_sentences import list_answers, write_p, write_score
+from skillvec.analysis.wording import human_bytes, write_optional
+from skillvec.errors import printable
+from skillvec.report import Line
+
+Content = Mapping[str, Any]
+LEGEND = {SKILL: "vector", "random": "random control", "shuffled": "shuffled control"}
+BARS = 1.96  # standard errors: 95 % of one score by itself
+READING = (
+    ("Score and its bars", "The mean over the items of the evaluation. Bars are 95 % intervals of"
+     " one score by itself, 1.96 standard errors; two points answered the same items, so their"
+     " difference is often known better than either score."),
+    ("Difference, interval and p", "The score less the target's, by item, or by group of items"
+     " where the evaluation says which belong together. Intervals and p hold for all lambdas at"
+     " once (Bonferroni, Holm): of a vector that does nothing, one sweep in twenty shows a p of at"
+     " most .05."),
+    ("Gain and cosine", "What of lambda times the vector arrived after rounding to the model's"
+     " dtype: its length along what was asked for, and its direction."),
+    ("Controls", "Vectors of the same size, tensor by tensor: random noise, or the vector's own"
+     " values in other places. What they do, any change of that size does."),
+)  # fmt: skip
+
+
+def html(content: Content) -> str:
+    """Return the page; UsageError where the extra report is missing."""
+    return plain_page.html(
+        Page(
+            title=f"{content['metric']} along lambda",
+            answer=list_answers(content),
+            warnings=content["warnings"],
+            figures=[curve(content)],
+            tables=[_list_points(content), *_list_others(content)],
+            asked=_list_asked(content),
+            reading=READING,
+        ),
+        {key: value for key, value in content.items() if key != "tensors"},
+    )
+
+
+def figures(content: Content) -> Iterator[tuple[str, bytes]]:
+    """Yield file name and bytes of the curve, as SVG and as PNG."""
+    return draw([curve(content)])
+
+
+def curve(content: Content) -> Figure:
+    """Return scores along lambda: vector and controls with bars, the target's own as a line."""
+    metric, zero = printable(content["metric"]), content["target_score"]
+    shown = [LEGEND[kind] for kind in (SKILL, *content["control"])]
+    values = [value for row in content["points"] for value in _place(row, content)]
+    colour = {"field": "curve", "type": "nominal", "scale": {"domain": shown}, "title": None}
+    x: Spec = {"field": "lam", "type": "quantitative", "title": "lambda"}
+    y: Spec = {"field": "score", "type": "quantitative", "title": metric, "scale": {"zero": False}}
+    tip = [{"field": key, "type": "nominal"} for key in ("curve", "lambda", metric)]
+    layers: list[Spec] = [
+        {"data": {"values": [{"score": zero}]},
+         "mark": {"type": "rule", "strokeDash": [4, 3], "color": "#888"}, "encoding": {"y": y}},
+        {"mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 0.7},
+         "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"},
+                      "color": colour}},
+        {"mark": {"type": "line"}, "encoding": {"x": x, "y": y, "color": colour}},
+        {"mark": {"type": "point", "filled": True, "size": 34, "opacity": 1},
+         "encoding": {"x": x, "y": y, "color": colour, "tooltip": tip}},
+    ]  # fmt: skip
+    if any(row["lam"] == 1 for row in content["points"]):
+        mark = {"type": "rule", "strokeDash": [1, 3], "color": "#888"}
+        layers.insert(0, {"data": {"values": [{"lam": 1}]}, "mark": mark, "encoding": {"x": x}})
+    spec = {
+        "title": {"text": f"{metric} along lambda", "subtitle": _head(content)},
+        "width": 560, "height": 280, "data": {"values": values}, "layer": layers,
+    }  # fmt: skip
+    note = (
+        "Bars are 95 % intervals of each score. The dashed line is the target's own score, the"
+        " dotted one lambda 1."
+    )
+    if content["failed"]:
+        note += f" Without {len(content['failed'])} that failed."
+    return Figure("curve", spec, note)
+
+
+def _head(content: Content) -> list[str]:
+    return [printable(f"{side}: {text if len(text) < 80 else '…' + text[-79:]}")
+            for side, text in (("target", content["target"]["path"]), ("vector", content["name"]))]  # fmt: skip
+
+
+def _place(row: Line, content: Content) -> Iterator[Line]:
+    """Yield a point for each curve that it is on: the target begins them all."""
+    if (score := row["scores"].get(content["metric"])) is None:
+        return
+    mean, reach = score["mean"], BARS * (score["standard_error"] or 0.0)
+    for kind in (SKILL, *content["control"]) if row["curve"] == TARGET else (row["curve"],):
+        yield {
+            "curve": LEGEND[kind], "lam": row["lam"], "score": mean, "low": mean - reach,
+            "high": mean + reach, "lambda": typeset(f"{row['lam']:g}"),
+            printable(content["metric"]): typeset(write_score(mean))
+            + (f" ± {reach:.2g}" if reach else ""),
+        }  # fmt: skip
+
+
+def _list_points(content: Content) -> Table:
+    """Return every point with its score, its difference and what arrived of the vector."""
+    heads = ["point", content["metric"], "±", "less target", "interval", "p", "gain", "cosine",
+             "values changed", "seconds", "to attach"]  # fmt: skip
+    tips = ["", "", "standard error", "difference from the target's score",
+            "95 %, for all lambdas at once", "after Holm's correction", "", "", "", "evaluation",
+            "seconds before it"]  # fmt: skip
+    rows = []
+    for row in content["points"]:
+        score = row["scores"].get(content["metric"])
+        cells = [f"{row['status']}: {row['message']}"[:200], "–"]
+        if score:
+            cells = [write_score(score["mean"]), write_optional(score["standard_error"], ".2g")]
+        low, high = row.get("low"), row.get("high")
+        cells += [
+            write_optional(row.get("difference"), "+.3g"),
+            "-" if low is None or high is None else f"{low:+.3g} to {high:+.3g}",
+            write_p(row.get("p")),
+            *(write_optional(row[key], ".3f") for key in ("gain", "cosine")),
+            write_optional(row["changed"], ","),
+            *(write_optional(row[key], ".2f") for key in ("seconds", "attach_seconds")),
+        ]
+        rows.append([name_point(row["curve"], row["lam"]), *_typeset(cells, bool(score))])
+    return Table("Points", "", heads, tips, rows)
+
+
+def _typeset(cells: Sequence[str], is_score: bool) -> list[str]:
+    return [typeset(cell) if i or is_score else cell for i, cell in enumerate(cells)]
+
+
+def _list_others(content: Content) -> Iterator[Table]:
+    """Yield the table of all metrics, where there are more than the one."""
+    metrics = list(dict.fromkeys(name for row in content["points"] for name in row["scores"]))
+    if len(metrics) < 2:
+        return
+    rows = []
+    for row in content["points"]:
+        scores = [row["scores"].get(name) for name in metrics]
+        means = [typeset(write_score(score and score["mean"])) for score in scores]
+        rows.append([name_point(row["curve"], row["lam"]), *means])
+    yield Table("All metrics", "", ["point", *metrics], [""] * (len(metrics) + 1), rows)
+
+
+def _list_asked(content: Content) -> list[Entry]:
+    asked = {
+        "target": f"{content['target']['path']}, {human_bytes(content['target_nbytes'])}",
+        "vector": content["name"], "evaluation": content["eval"],
+        "control": ", ".join(content["control"]) or "none", "seed": str(content["seed"]),
+        "rounding": content["rounding"], "dtype": content["dtype"],
+    }  # fmt: skip
+    return [(title, "", value) for title, value in asked.items()]

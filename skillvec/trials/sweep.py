@@ -1,0 +1,302 @@
+"""sweep: one loaded model, one vector, many lambdas, and what an evaluation says of each."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from skillvec.analysis.sweep_report import (
+    SKILL,
+    TARGET,
+    Asked,
+    Tried,
+    conclude,
+    csv_text,
+    name_point,
+)
+from skillvec.checkpoints.opening import open_checkpoint
+from skillvec.engine.outputs import PathLike
+from skillvec.errors import SkillvecError, UsageError, printable
+from skillvec.files.output_file import explain, fsync_path
+from skillvec.remote.references import is_url
+from skillvec.report import Report, TrialWatcher
+from skillvec.trials.controls import CONTROLS, read_controls
+from skillvec.trials.evaluators import open_evaluator, refuse_metric
+from skillvec.trials.journal import Journal
+from skillvec.trials.lambdas import read_lambdas
+from skillvec.trials.scores import Evaluator, Score, less_is_better
+from skillvec.trials.trial import Outcome, Trials
+from skillvec.vectors.vector import SkillVector
+from skillvec.verbs import combine
+
+JOURNAL = "journal.jsonl"
+WRITTEN = ("report.json", "points.csv", "index.html", "curve.svg", "curve.png")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A curve and a lambda: what is evaluated once."""
+
+    curve: str
+    lam: float
+
+    @property
+    def name(self) -> str:
+        return name_point(self.curve, self.lam)
+
+
+def sweep(
+    target: PathLike,
+    *vectors: PathLike | SkillVector,
+    eval: str | Evaluator,
+    output: PathLike,
+    lam: str | float | Sequence[float | str] = "-1:2:0.25",
+    weights: Sequence[float] | None = None,
+    eval_options: Mapping[str, Any] | None = None,
+    metric: str | None = None,
+    minimize: Sequence[str] = (),
+    control: str | Sequence[str] = (),
+    scratch: PathLike | None = None,
+    timeout: float | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    rows: str = "strict",
+    workers: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    watcher: TrialWatcher | None = None,
+) -> Report:
+    """Evaluate target + lam * vector at every lambda, on a model that is loaded once.
+
+    `lam` are numbers and ranges "START:STOP:STEP" with both ends; 0, the target itself, is always
+    among them and comes first. Several vectors are one linear combination by `weights`. `eval` says
+    how a model is scored (docs/search.md), `metric` which of its scores decides, `minimize` of
+    which less is better. `control` are random and shuffled: noise of the vector's size, or its own
+    values in other places, at the same lambdas. `output` is a folder: report.json, points.csv, and
+    with the extra report index.html and the curve as SVG and PNG; in its journal every point
+    stands as soon as it is done, and the same call goes on from there. Points whose evaluation
+    fails are marked and the others go on. Raises UsageError, IncompatibleError where the vector
+    does not fit, SkillvecError where the target itself cannot be evaluated.
+    """
+    lambdas, controls = read_lambdas(lam), read_controls(control)
+    evaluator = open_evaluator(eval, eval_options or {}) if isinstance(eval, str) else eval
+    if metric is not None:
+        refuse_metric(evaluator, metric)
+    vector = combine(*(SkillVector.open(one, rename=rename) for one in vectors), weights=weights)
+    folder = _place(output, [os.fspath(target), *(side.ref for side in vector.inputs())])
+    chosen: dict[str, Any] = {
+        "dtype": dtype, "device": device, "rounding": rounding, "seed": seed,
+        "include": list(include), "exclude": list(exclude), "rename": list(rename), "rows": rows,
+    }  # fmt: skip
+    points = [Point(TARGET, 0.0)]
+    points += [Point(curve, x) for curve in (SKILL, *controls) for x in lambdas if x]
+    with Trials(os.fspath(target), evaluator, scratch=scratch, timeout=timeout, workers=workers,
+                **chosen) as trials:  # fmt: skip
+        asked = {"form": 1, "target": trials.target_digest, "vector": _identify(vector),
+                 "eval": evaluator.spec, **chosen}  # fmt: skip
+        report = _plan(target, vector, evaluator, points, controls, chosen)
+        report.facts |= {"output": os.fspath(output), "scratch": scratch and os.fspath(scratch)}
+        report.facts["lam"] = lambdas
+        if dry_run:
+            if watcher:
+                watcher.planned(report)
+            return report
+        folder.mkdir(parents=True, exist_ok=True)
+        with Journal(folder / JOURNAL, asked, force) as journal:
+            run = _Run(trials, journal, _make_vectors(vector, controls, seed), metric, watcher)
+            report.facts["resumed"] = sum(point in run.done for point in points)
+            if watcher:
+                watcher.planned(report)
+            tried = run.try_all(points)
+    assert run.metric is not None
+    report.facts |= conclude(tried, Asked(run.metric, less_is_better(run.metric, minimize)))
+    report.facts["load_seconds"] = trials.load_seconds
+    _write(folder, report)
+    return report
+
+
+def _plan(
+    target: PathLike, vector: SkillVector, evaluator: Evaluator, points: Sequence[Point],
+    controls: Sequence[str], chosen: Mapping[str, Any],
+) -> Report:  # fmt: skip
+    """Return the report of a plan: what is known before any model is loaded."""
+    point = open_checkpoint(target, "target")
+    facts = {
+        "formula": "TARGET + LAM * V",
+        "target": point.facts,
+        "target_nbytes": sum(spec.nbytes for spec in point.values()),
+        "vector": vector.describe(),
+        "name": vector.ref,
+        "lineage": vector.dtypes,
+        "eval": evaluator.spec,
+        "takes_folder": evaluator.takes_folder,
+        "control": list(controls),
+        "planned": len(points),
+        **chosen,
+    }
+    return Report("sweep", facts, warnings=vector.list_warnings())
+
+
+def _make_vectors(
+    vector: SkillVector, controls: Sequence[str], seed: int
+) -> dict[str, SkillVector | None]:
+    """Return what is attached for the points of each curve."""
+    made: dict[str, SkillVector | None] = {TARGET: None, SKILL: vector}
+    return made | {kind: combine(vector, op=CONTROLS[kind](), seed=seed) for kind in controls}
+
+
+def _identify(vector: SkillVector) -> list[Any]:
+    """Return what a journal knows a vector by: digests and factors, wherever its files lie."""
+    if vector.parts:
+        recipe = {key: value for key, value in vector.describe().items() if key != "formula"}
+        shares = [
+            {key: value for key, value in share.items() if key != "vector"}
+            for share in recipe.get("recipe", {}).get("vectors", ())
+        ]
+        return [vector.scale, shares, [_identify(part) for part in vector.parts]]  # type: ignore[arg-type]
+    if vector.digest is not None:
+        return [vector.scale, vector.digest]
+    sides = [vector.manifest["tuned"], vector.manifest["base"]]
+    return [vector.scale, vector.manifest.get("identity"),
+            *(side and side["probe"] for side in sides)]  # fmt: skip
+
+
+class _Run:
+    """The points of a sweep one after the other, each in the journal before the next."""
+
+    def __init__(
+        self, trials: Trials, journal: Journal, vectors: Mapping[str, SkillVector | None],
+        metric: str | None, watcher: TrialWatcher | None,
+    ) -> None:  # fmt: skip
+        self.trials, self.journal, self.vectors = trials, journal, vectors
+        self.metric, self._watcher = metric, watcher
+        self.done = {
+            Point(line["curve"], line["lam"]): _read_outcome(line["outcome"])
+            for line in journal.found
+        }
+
+    def try_all(self, points: Sequence[Point]) -> list[Tried]:
+        """Evaluate every point that is not done, and return what came out of all of them."""
+        tried, spent, fresh = [], 0.0, 0
+        left = sum(point not in self.done for point in points)
+        for number, point in enumerate(points, 1):
+            outcome = self.done.get(point)
+            if outcome is None:
+                began = time.monotonic()
+                outcome = self._try(point, number - 1, len(points))
+                spent, fresh = spent + time.monotonic() - began, fresh + 1
+                self._tell(number, len(points), point, outcome, spent / fresh * (left - fresh))
+            self._refuse(point, outcome)
+            measured = {"gain": outcome.gain, "cosine": outcome.cosine, "changed": outcome.changed,
+                        "seconds": outcome.seconds, "attach_seconds": outcome.attach_seconds}
+            tried.append(Tried(point.curve, point.lam, outcome.status, outcome.message,
+                               outcome.scores if outcome.is_done else {}, measured))  # fmt: skip
+        return tried
+
+    def _try(self, point: Point, before: int, count: int) -> Outcome:
+        """Evaluate a point; what is done goes into the journal, what failed is tried again."""
+        try:
+            outcome = self.trials.run(self.vectors[point.curve], point.lam)
+        except KeyboardInterrupt:
+            where = self.journal.path.parent
+            raise KeyboardInterrupt(
+                f"{before} of {count} points are done; the same command goes on from {where}"
+            ) from None
+        if outcome.is_done:
+            self.journal.add({"curve": point.curve, "lam": point.lam, "outcome": asdict(outcome)})
+        return outcome
+
+    def _refuse(self, point: Point, outcome: Outcome) -> None:
+        """Settle the metric with the target's scores; raise where there are none."""
+        if point.curve != TARGET:
+            return
+        if not outcome.is_done:
+            raise SkillvecError(
+                f"eval: the evaluation of the target itself: {outcome.status}:"
+                f" {printable(outcome.message)}; nothing else was tried"
+            )
+        self.metric = self.metric or next(iter(outcome.scores), None)
+        if self.metric not in outcome.scores:
+            names = ", ".join(outcome.scores)
+            raise UsageError(f"metric {self.metric}: the evaluation gives {names or 'no metric'}")
+
+    def _tell(self, number: int, count: int, point: Point, outcome: Outcome, left: float) -> None:
+        if self._watcher is None:
+            return
+        name = self.metric or next(iter(outcome.scores), "")
+        score = outcome.scores.get(name) if outcome.is_done else None
+        said = f"{outcome.status}: {outcome.message}" if score is None else f"{name} {_show(score)}"
+        more = f", about {_duration(left)} left" if left else ""
+        spent = _duration(outcome.seconds + outcome.attach_seconds)
+        self._watcher.tried(f"{number} of {count}: {point.name}: {said} ({spent}{more})")
+
+
+def _show(score: Score) -> str:
+    error = "" if score.standard_error is None else f" ± {score.standard_error:.2g}"
+    return f"{score.mean:.4g}{error}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _read_outcome(said: Mapping[str, Any]) -> Outcome:
+    """Return an outcome as the journal has it."""
+    scores = {
+        name: Score(**score | {key: tuple(score[key]) for key in ("values", "groups")})
+        for name, score in said["scores"].items()
+    }
+    return Outcome(**{**said, "scores": scores})
+
+
+# ------------------------------------------------------------------------------------ the folder
+
+
+def _place(output: PathLike, inputs: Sequence[str]) -> Path:
+    """Return the folder of a sweep, or refuse it: it may be there if it is one of a sweep."""
+    if is_url(os.fspath(output)):
+        raise UsageError(f"output {output}: a sweep is written to a folder of this disk")
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output {folder}: exists already, and is no folder")
+    for name in inputs:
+        for side in map(Path, name.split("::")):
+            if side.exists() and side.resolve() in (folder.resolve(), *folder.resolve().parents):
+                raise UsageError(f"output {folder}: lies inside of {side}, which is read")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / JOURNAL).is_file():
+        raise UsageError(f"output {folder}: exists already, and holds no sweep")
+    return folder
+
+
+def _write(folder: Path, report: Report) -> None:
+    """Write the report in all its forms; without the extra report, what can be."""
+    from skillvec.analysis import sweep_page
+
+    content = report.to_dict()
+    files: dict[str, bytes] = {}
+    try:
+        files["index.html"] = sweep_page.html(content).encode()
+        files |= dict(sweep_page.figures(content))
+    except UsageError as error:  # an extra that is not installed
+        report.warnings.append(f"{error}; report.json and points.csv are written without it")
+    files["points.csv"] = csv_text(content["points"]).encode()
+    files["report.json"] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
+    for name in WRITTEN:
+        path = folder / name
+        try:
+            path.unlink(missing_ok=True)  # of an earlier run, maybe not written now
+            if name in files:
+                path.write_bytes(files[name])
+                fsync_path(os.fspath(path))
+        except OSError as error:
+            raise explain(error, os.fspath(path)) from None
