@@ -21,10 +21,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from skillvec.recipes.judges import JudgeError, exact_match, f1, first_word
+from skillvec.trials.loading import load_tokenizer
+from skillvec.trials.scores import score_of
 
 METRICS: dict[str, Callable[[str, Any], float]] = {
     "exact": exact_match,
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output: Path = options.pop("output")
     here = {"JUDGE_URL": options.pop("judge_url"), "JUDGE_MODEL": options.pop("judge_model")}
     try:
-        with _environment(here):
+        with environment(here):
             scores = evaluate(**options)
     except (ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
@@ -98,23 +99,15 @@ def evaluate(
         ValueError: for rows, metrics or names that cannot be used; before the model is loaded.
         JudgeError: where the judge gives no verdict.
     """
-    rows, find_answer, grader = _prepare(data, metrics, judge, answer, limit, temperature)
+    asked = prepare(data, metrics, judge, answer, limit, temperature)
+    rows, find_answer, grader = asked.rows, asked.find_answer, asked.grader
     if grader:  # a judge that is down should be found out before the model has answered for hours
         grader.score_all([_item(rows[0], _key(rows[0])[0])])
 
     loaded, tokenizer = load_model(str(model), dtype, device)
-    prompts = [row["prompt"] for row in rows]
-    replies = answer_all(loaded, tokenizer, prompts, max_new_tokens, batch, temperature, seed)
-    said = [find_answer(reply) for reply in replies] if find_answer else replies
-    if wrong := [text for text in said if not isinstance(text, str)]:
-        raise ValueError(f"{answer}: expected a text for every reply, found {wrong[0]!r}")
-    marks = {
-        name: [METRICS[name](text, row["answer"]) for text, row in zip(said, rows, strict=True)]
-        for name in metrics
-        if name != JUDGE
-    }
-    if grader:
-        marks[JUDGE] = grader.score_all(list(map(_item, rows, said)))
+    replies, said, marks = mark_answers(
+        loaded, tokenizer, asked, max_new_tokens, batch, temperature, seed
+    )
     groups = [row.get("group", number) for number, row in enumerate(rows)]
     kept = ("prompt", "question", "answer", "group")
     return {
@@ -144,19 +137,32 @@ def check(options: argparse.Namespace) -> None:
     """Raise ValueError for rows, metrics, names and a judge that cannot be used; asks nobody."""
     here = {"JUDGE_URL": options.judge_url, "JUDGE_MODEL": options.judge_model}
     wanted = [getattr(options, name) for name in ("data", "metrics", "judge", "answer", "limit")]
-    with _environment(here):
-        _prepare(*wanted, options.temperature)
+    with environment(here):
+        prepare(*wanted, options.temperature)
 
 
-def _prepare(
+class Asked(NamedTuple):
+    """Questions, and how answers to them are marked: what an evaluation knows without a model.
+
+    `find_answer` finds the answer in a reply (none: the reply is it), `grader` is the judge (none:
+    no metric asks for it).
+    """
+
+    rows: list[dict[str, Any]]
+    metrics: tuple[str, ...]
+    find_answer: Callable[[str], Any] | None
+    grader: Any
+
+
+def prepare(
     data: Path,
-    metrics: Sequence[str],
-    judge: str,
-    answer: str | None,
-    limit: int | None,
-    temperature: float,
-) -> tuple[list[dict[str, Any]], Callable[[str], Any] | None, Any]:
-    """Return the rows, what finds the answer in a reply, and the judge, without a model."""
+    metrics: Sequence[str] = ("exact", "f1"),
+    judge: str = JUDGE_FROM_ENVIRONMENT,
+    answer: str | None = None,
+    limit: int | None = None,
+    temperature: float = 0.0,
+) -> Asked:
+    """Read and check what an evaluation needs beside its model; ValueError for what is wrong."""
     from skillvec.recipes.training import load_function  # not for --help
 
     unknown = [name for name in metrics if name not in (*METRICS, JUDGE)]
@@ -169,7 +175,39 @@ def _prepare(
         raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
     rows = read_questions(data, limit)
     find_answer = load_function(answer) if answer else None
-    return rows, find_answer, load_function(judge)() if JUDGE in metrics else None
+    grader = load_function(judge)() if JUDGE in metrics else None
+    return Asked(rows, tuple(metrics), find_answer, grader)
+
+
+def mark_answers(
+    model: Any,
+    tokenizer: Any,
+    asked: Asked,
+    max_new_tokens: int = 64,
+    batch: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> tuple[list[str], list[str], dict[str, list[float]]]:
+    """Ask a loaded model all questions; return replies, the answers in them, and marks by metric.
+
+    Raises:
+        ValueError: for prompts that cannot be asked, and where no text is found in a reply.
+        JudgeError: where the judge gives no verdict.
+    """
+    prompts = [row["prompt"] for row in asked.rows]
+    replies = answer_all(model, tokenizer, prompts, max_new_tokens, batch, temperature, seed)
+    said = [asked.find_answer(reply) for reply in replies] if asked.find_answer else replies
+    if wrong := [text for text in said if not isinstance(text, str)]:
+        raise ValueError(f"answer: expected a text for every reply, found {wrong[0]!r}")
+    answered = [*zip(said, asked.rows, strict=True)]
+    marks = {
+        name: [METRICS[name](text, row["answer"]) for text, row in answered]
+        for name in asked.metrics
+        if name != JUDGE
+    }
+    if asked.grader:
+        marks[JUDGE] = asked.grader.score_all(list(map(_item, asked.rows, said)))
+    return replies, said, marks
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -211,20 +249,6 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     return model, load_tokenizer(name)
-
-
-def load_tokenizer(name: str) -> Any:
-    """Return a tokenizer as it was saved.
-
-    AutoTokenizer goes by the model's type: over a word-level tokenizer beside a Qwen2 it would put
-    Qwen's splitting into bytes. So a folder that names the plain class gets the plain class.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    config = Path(name, "tokenizer_config.json")
-    saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    plain = saved.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(name)
 
 
 def answer_all(
@@ -285,19 +309,9 @@ def answer_all(
 
 
 def summarize(marks: Sequence[float], groups: Sequence[Any]) -> dict[str, float | None]:
-    """Return the mean over questions and its standard error over groups (null below two).
-
-    The error is that of a mean of clusters of unequal size: the questions of a group are one draw.
-    For groups of one size it is the standard deviation of their means over sqrt(groups).
-    """
-    mean = fmean(marks)
-    sums: dict[Any, float] = {}
-    for mark, group in zip(marks, groups, strict=True):
-        sums[group] = sums.get(group, 0.0) + mark - mean
-    many = len(sums)
-    spread = sum(one * one for one in sums.values())
-    error = (many / (many - 1) * spread) ** 0.5 / len(marks) if many > 1 else None
-    return {"mean": mean, "standard_error": error}
+    """Return the mean over questions and its standard error over groups (null below two)."""
+    score = score_of(marks, groups)
+    return {"mean": score.mean, "standard_error": score.standard_error}
 
 
 def write_scores(scores: dict[str, Any], output: Path) -> None:
@@ -349,7 +363,7 @@ def _item(row: dict[str, Any], said: str) -> tuple[str, str, list[str]]:
 
 
 @contextmanager
-def _environment(values: dict[str, str | None]) -> Iterator[None]:
+def environment(values: dict[str, str | None]) -> Iterator[None]:
     """Set environment variables, those with a value, for the time of a block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update({name: value for name, value in values.items() if value is not None})

@@ -78,8 +78,7 @@ def score_of(values: Iterable[Any], groups: Iterable[Any] = ()) -> Score:
     groups of one size it is the standard deviation of their means over sqrt(groups). None below two
     groups. Raises ScoreError for no values, and for as many groups as there are not values.
     """
-    numbers = tuple(map(_number, values))
-    labels = tuple(map(str, groups))
+    numbers, labels = tuple(map(_number, values)), tuple(map(str, groups))
     if not numbers or (labels and len(labels) != len(numbers)):
         raise ScoreError(f"expected values and a group for each, found {len(numbers)} values"
                          + (f" and {len(labels)} groups" if labels else ""))  # fmt: skip

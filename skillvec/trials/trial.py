@@ -198,15 +198,16 @@ class Trials:
 
     def _attach(self, model: Any, vector: SkillVector | None, lam: float) -> None:
         """Bring the model to target + lam * vector; VerificationError where it is another one."""
-        if self._live is not None and vector is None:
-            self._live.detach()
-        elif self._live is not None:
-            self._live.set(vector, lam=lam)
-        elif vector is not None:
+        if vector is None:
+            if self._live is not None:
+                self._live.detach()
+        elif self._live is None:
             self._live = attach(model, vector, lam=lam, **self._rounding, **self._selection)
+        else:
+            self._live.set(vector, lam=lam)
 
     def _facts(self, vector: SkillVector | None) -> dict[str, Any]:
-        facts = self._live.report.facts if vector is not None else {}
+        facts = self._live.report.facts if self._live is not None and vector is not None else {}
         return {name: facts.get(name) for name in ("gain", "cosine", "changed")}
 
     def _find_tokenizer(self) -> Any:
