@@ -1,4 +1,4 @@
-"""The page of a search, and its figure: how the best so far grew, or what beats what in two ways."""
+"""The page of a search and its figure: how the best so far grew, or one objective by the other."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -87,7 +87,7 @@ def history(content: Content) -> Figure:
          "encoding": {"y": y_line, "text": words}},
     ]  # fmt: skip
     spec = {
-        "title": {"text": title, "subtitle": [printable(content["sentence"])[:110]]},
+        "title": {"text": title, "subtitle": [printable(content["answer"][0])[:110]]},
         "width": 560, "height": 280, "data": {"values": content["history"]}, "layer": marks,
     }  # fmt: skip
     note += " Scores are those of the items to search by; dashed are the target's and lambda = 1's."
@@ -127,7 +127,7 @@ def _list_choices(content: Content) -> Table:
 
 def _list_asked(content: Content) -> list[Entry]:
     asked = {
-        "target": content["target_path"], "vectors": ", ".join(content["vector_refs"]),
+        "target": content["target"], "vectors": ", ".join(content["vectors"]),
         "evaluation": content["eval"], "report evaluation": content["report_eval"] or "the same",
         "operator": content["space"]["op"], "sampler": content["sampler"],
         "trials": f"{content['trials']['complete']} complete, {content['trials']['failed']} failed",

@@ -115,6 +115,8 @@ def _say(row: Mapping[str, Any]) -> str:
     ends = f"95 % interval {_signed(row['low'])} to {_signed(row['high'])}"
     if row["word"] == "unknown":
         return f"{_signed(row['difference'])} (spread unknown) from"
+    if row["low"] == row["high"] == 0:
+        return "no different from"
     if row["word"] == "within noise":
         return f"within noise (by {_signed(row['difference'])}, {ends}) of"
     return f"{row['word']} (by {size:.3g}, {ends}) than"

@@ -5,7 +5,6 @@ are asked once, at the end, of the target, lambda = 1 and what both found. All i
 of Optuna, so that a search goes on where it was, on several machines at once.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 from skillvec.engine.outputs import PathLike
 from skillvec.errors import SkillvecError, UsageError, up_to_five
-from skillvec.report import Report
+from skillvec.report import Report, TrialWatcher
 from skillvec.trials.choosing import (
     NBYTES,
     PLAIN,
@@ -52,7 +51,7 @@ BEFORE, BESIDE, AFTER = ", lambda 1", ", random", ", report"  # end the names of
 def search(
     target: PathLike,
     *vectors: PathLike,
-    eval: str,
+    eval: str | Evaluator,
     output: PathLike,
     space: str | Mapping[str, Any] = "lam",
     budget: int = 50,
@@ -62,7 +61,7 @@ def search(
     keep: float = 0.95,
     sampler: str = "tpe",
     eval_options: Mapping[str, Any] | None = None,
-    report_eval: str | None = None,
+    report_eval: str | Evaluator | None = None,
     storage: str | None = None,
     study: str = "search",
     seed: int = 0,
@@ -78,7 +77,7 @@ def search(
     workers: int | None = None,
     dry_run: bool = False,
     force: bool = False,
-    watcher: Any = None,
+    watcher: TrialWatcher | None = None,
 ) -> Report:
     """Search a space of recipes of `vectors` for what helps `target` most, by an evaluator.
 
@@ -92,9 +91,54 @@ def search(
     that was cut off goes on; `force` begins anew. Raises UsageError for what cannot work, before
     the model loads, and SkillvecError where the first trials all fail.
     """
-    evaluator = open_evaluator(eval, eval_options or {})
-    reporter = open_evaluator(report_eval, eval_options or {}) if report_eval else None
+    evaluator, reporter = (
+        open_evaluator(one, eval_options or {}) if isinstance(one, str) else one
+        for one in (eval, report_eval)
+    )
+    assert evaluator is not None
     _check_asked(evaluator, reporter, budget, keep, sampler, metric, second)
+    opened, found = _open_space(vectors, space)
+    taken: dict[str, Any] = {
+        "dtype": dtype, "rounding": rounding, "seed": seed, "include": [*include],
+        "exclude": [*exclude], "rename": [*rename], "rows": rows,
+    }  # fmt: skip
+    settings = taken | {"scratch": scratch, "timeout": timeout, "device": device,
+                        "workers": workers}  # fmt: skip
+    asked: dict[str, Any] = {
+        "eval": evaluator.spec, "report_eval": reporter.spec if reporter else None,
+        "space": describe(found), "metric": metric, "second": second,
+        "minimize": sorted(minimize), "keep": keep, "sampler": sampler, **taken,
+    }  # fmt: skip
+    named = {"target": os.fspath(target), "vectors": [*opened], "budget": budget,
+             "output": os.fspath(output), "study": study}  # fmt: skip
+    report = Report("search", asked | named)
+    if watcher:
+        watcher.planned(report)
+    with Trials(os.fspath(target), evaluator, **settings) as trials:
+        if dry_run:
+            return report
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        place = storage or f"sqlite:///{folder.absolute()}/study.db"
+        identity: dict[str, Any] = {"target": trials.target_digest}
+        identity["vectors"] = [vector.manifest["identity"] for vector in opened.values()]
+        studies = Studies(open_storage(place), study, force, asked | identity)
+        asked |= named | {"storage": place}
+        say = watcher.tried if watcher else lambda line: None
+        run = Search(found, studies, asked, minimize, scratch, say)
+        run.search(trials, SEARCH if SEARCH in evaluator.splits else ALL)
+        if reporter is None:
+            run.report(trials, REPORT)
+    if reporter is not None:
+        with Trials(os.fspath(target), reporter, **settings) as trials:
+            run.report(trials, ALL)
+    return write_report(folder, run)
+
+
+def _open_space(
+    vectors: Sequence[PathLike], space: str | Mapping[str, Any]
+) -> tuple[dict[str, SkillVector], Space]:
+    """Return the vectors by their references, and the space; refuse what cannot be combined."""
     refs = [_absolute(vector) for vector in vectors]
     if not refs or len({*refs}) < len(refs):
         raise UsageError(f"expected vectors, each once, found {', '.join(refs) or 'none'}")
@@ -102,39 +146,7 @@ def search(
     found = read_space(space, {ref: [*vector.deltas] for ref, vector in opened.items()})
     for recipe in (found.recipe(found.start()), found.unchanged()):
         combine(recipe=recipe.to_dict())
-    settings = {
-        "scratch": scratch, "timeout": timeout, "dtype": dtype, "device": device,
-        "rounding": rounding, "seed": seed, "include": include, "exclude": exclude,
-        "rename": rename, "rows": rows, "workers": workers,
-    }  # fmt: skip
-    folder = Path(output)
-    with Trials(target, evaluator, **settings) as trials:
-        asked = {
-            "target": trials.target_digest,
-            "vectors": [vector.manifest["identity"] for vector in opened.values()],
-            "eval": evaluator.spec,
-            "report_eval": reporter.spec if reporter else None,
-            "space": describe(found),
-            "metric": metric, "second": second, "minimize": sorted(minimize), "keep": keep,
-            "sampler": sampler, "seed": seed, "rounding": rounding, "dtype": dtype,
-            "include": [*include], "exclude": [*exclude], "rename": [*rename], "rows": rows,
-        }  # fmt: skip
-        named = {"target": os.fspath(target), "vectors": refs, "budget": budget}
-        if dry_run:
-            return Report("search", asked | named | {"dry_run": True})
-        folder.mkdir(parents=True, exist_ok=True)
-        place = storage or f"sqlite:///{folder.absolute()}/study.db"
-        held = Studies(open_storage(place), study, force, asked)
-        asked |= named | {"storage": place, "study": study, "output": os.fspath(folder)}
-        say = watcher.tried if watcher else lambda line: None
-        run = Search(found, held, asked, minimize, scratch, say)
-        run.search(trials, SEARCH if SEARCH in evaluator.splits else ALL)
-        if reporter is None:
-            run.report(trials, REPORT)
-    if reporter is not None:
-        with Trials(target, reporter, **settings) as trials:
-            run.report(trials, ALL)
-    return write_report(folder, run)
+    return opened, found
 
 
 def _check_asked(evaluator: Evaluator, reporter: Evaluator | None, budget: int, keep: float,
@@ -245,7 +257,7 @@ class Search:
         if self.studies.open(AFTER, {}, 1).complete():
             return  # the report items have spoken
         measure = self._progress(both, lambda point: self._measure(point, trials, split))
-        while any([study.run_one(measure) for study in both]):
+        while sum(study.run_one(measure) for study in both):
             pass
         for study in both:
             study.finish(measure, self.say)
@@ -335,20 +347,21 @@ class Search:
         """Return `measure`, and say after each trial what came and how long the rest may take."""
         begun, count = time.monotonic(), 0
 
-        def measured(point: Any) -> Found:
+        def tell(shown: str) -> None:
             nonlocal count
+            count += 1
+            whole = sum(study.budget for study in both)
+            done = min(sum(len(study.trials()) for study in both) + 1, whole)
+            left = (time.monotonic() - begun) / count * (whole - done)
+            self.say(f"{done} of {whole}: {shown} (about {left:.0f} s left)")
+
+        def measured(point: Any) -> Found:
             try:
                 values, said = measure(point)
-                shown = ", ".join(f"{value:g}" for value in values)
             except FailedError as error:
-                shown = str(error).partition("\n")[0]
+                tell(str(error).partition("\n")[0])
                 raise
-            finally:
-                count += 1
-                whole = sum(study.budget for study in both)
-                done = min(sum(len(study.trials()) for study in both) + 1, whole)
-                rest = (time.monotonic() - begun) / count * (whole - done)
-                self.say(f"{done}/{whole}  {shown}  about {rest:.0f} s left")
+            tell(", ".join(f"{value:.4g}" for value in values))
             return values, said
 
         return measured

@@ -18,6 +18,7 @@ from skillvec.errors import SkillvecError, UsageError, needs, printable
 from skillvec.trials.spaces import Dimension, Range
 
 BEAT, GRACE = 10, 60  # seconds: a process says that it lives; it is taken for dead
+LOOK = 1  # seconds until one that waits for others looks again
 FEWEST = 5  # trials of which all have failed are enough
 SAMPLERS = ("tpe", "cmaes", "random")
 WHY = "why"  # of a trial that failed and counts: the attribute that says it
@@ -74,11 +75,14 @@ def make_sampler(name: str, seed: int) -> Any:
     """Return a sampler that draws each trial's numbers from the seed and the trial's number."""
     with needs("search", "a search"):
         import optuna
+
         if name == "cmaes":
             import cmaes  # noqa: F401
     made = {
         "tpe": optuna.samplers.TPESampler,
-        "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
+        "cmaes": lambda seed: optuna.samplers.CmaEsSampler(
+            seed=seed, warn_independent_sampling=False
+        ),
         "random": optuna.samplers.RandomSampler,
     }[name]
 
@@ -189,7 +193,7 @@ class Study:
                 say(f"waiting for trials that other processes are at, or were a minute ago"
                     f" ({self.study.study_name})")  # fmt: skip
                 said = True
-            time.sleep(min(1, GRACE / 10))
+            time.sleep(LOOK)
 
     def _count_claimed(self, before: int | None = None) -> int:
         """Return how many trials count or are being run, of those with a lower number."""

@@ -195,8 +195,13 @@ class _Run:
                 spent, fresh = spent + time.monotonic() - began, fresh + 1
                 self._tell(number, len(points), point, outcome, spent / fresh * (left - fresh))
             self._refuse(point, outcome)
-            measured = {"gain": outcome.gain, "cosine": outcome.cosine, "changed": outcome.changed,
-                        "seconds": outcome.seconds, "attach_seconds": outcome.attach_seconds}
+            measured = {
+                "gain": outcome.gain,
+                "cosine": outcome.cosine,
+                "changed": outcome.changed,
+                "seconds": outcome.seconds,
+                "attach_seconds": outcome.attach_seconds,
+            }
             tried.append(Tried(point.curve, point.lam, outcome.status, outcome.message,
                                outcome.scores if outcome.is_done else {}, measured))  # fmt: skip
         return tried

@@ -7,6 +7,7 @@ the work, DONE what was done, ANSWERS what a verb says that runs no jobs.
 from collections.abc import Callable, Sequence
 
 from skillvec.analysis.angle_sentences import say_comparison, say_norms
+from skillvec.analysis.search_sentences import say_search, say_search_plan
 from skillvec.analysis.sweep_sentences import say_sweep, say_sweep_plan
 from skillvec.analysis.wording import (
     Grid,
@@ -276,7 +277,8 @@ def plan_sentence(report: Report) -> str:
 PLANS: dict[str, Callable[[Facts], list[str]]] = {
     "diff": say_vector_plan, "combine": say_vector_plan, "import-patch": say_vector_plan,
     "apply": say_apply_plan, "extract-lora": say_adapter_plan, "push": say_push_plan,
-    "pull": say_pull_plan, "sweep": say_sweep_plan,
+    "pull": say_pull_plan, "search": say_search_plan,
+    "sweep": say_sweep_plan,
 }  # fmt: skip
 DONE: dict[str, Callable[[Facts, str], str]] = {
     "diff": say_vector, "combine": say_vector, "import-patch": say_vector, "apply": say_applied,
@@ -284,5 +286,5 @@ DONE: dict[str, Callable[[Facts, str], str]] = {
 }  # fmt: skip
 ANSWERS: dict[str, Callable[[Report], Sequence[str | Grid]]] = {
     "inspect": say_inspect, "push": say_url, "pull": say_output,
-    "sweep": say_sweep,
+    "search": say_search, "sweep": say_sweep,
 }  # fmt: skip
