@@ -18,6 +18,7 @@ from pathlib import Path
 import skillvec as sv
 from skillvec.trials.controls import CONTROLS
 
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vector", required=True, type=Path)

@@ -36,6 +36,7 @@ __all__ = [
     "orthogonality",
     "pull",
     "push",
+    "search",
     "sweep",
     "verify",
 ]
@@ -49,6 +50,7 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "attach": "verbs.live",
     "open_checkpoint": "checkpoints.opening",
     "save": "verbs",  # of SkillVector.save
+    "search": "trials.search",
     "sweep": "trials.sweep",
 }
 
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from skillvec.report import Report
+    from skillvec.trials.search import search
     from skillvec.trials.sweep import sweep
     from skillvec.vectors.vector import SkillVector
     from skillvec.verbs import (

@@ -72,7 +72,7 @@ def draw_figures(report: AngleReport) -> Iterator[Figure]:
     pairs = []
     for i, pair in enumerate(report["pairs"], 1):
         sides = (("A", pair["a"], pair["lineage_a"]), ("B", pair["b"], pair["lineage_b"]))
-        head = [f"{side} = {short.get(label) or _short(label)}, {lineage}"
+        head = [f"{side} = {short.get(label) or shorten(label)}, {lineage}"
                 for side, label, lineage in sides]  # fmt: skip
         pairs.append((i, pair, head))
     for i, pair, head in pairs:
@@ -95,14 +95,15 @@ def draw_figures(report: AngleReport) -> Iterator[Figure]:
             yield from _lines(f"{name}-{i}", title, numbers[0].form, head, series, note)
 
 
-def _short(label: str, limit: int = 36) -> str:
+def shorten(label: str, limit: int = 36) -> str:
+    """Return a label on one line, long ones without their beginning."""
     label = printable(label).replace("\n", " ")
     return label if len(label) <= limit else f"…{label[1 - limit :]}"
 
 
 def _shortened(labels: Sequence[str]) -> list[str]:
     """Return labels that fit a legend, all different."""
-    names = [_short(label) for label in labels]
+    names = [shorten(label) for label in labels]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
 
@@ -164,7 +165,7 @@ def _vector_maps(i: int, entry: VectorEntry, head: list[str]) -> Iterator[Figure
 def _cell(place: tuple[str, str], rows: Sequence[Row], value: float | None, tip: Row) -> Row:
     """Return a cell of a map: where it stands, its value, and what its tooltip says, in order."""
     more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-    return {"tensor": _short(rows[0]["name"], 72) + more, "layer": place[0], "kind": place[1],
+    return {"tensor": shorten(rows[0]["name"], 72) + more, "layer": place[0], "kind": place[1],
             "values": f"{sum(row['numel'] for row in rows):,}", **tip, "value": value}  # fmt: skip
 
 

@@ -7,8 +7,14 @@ from skillvec.analysis import plain_page
 from skillvec.analysis.figures import Figure, Spec, typeset
 from skillvec.analysis.page import Entry, draw
 from skillvec.analysis.plain_page import Page, Table
-from skillvec.analysis.search_sentences import NAMES, list_answers, tabulate
-from skillvec.analysis.wording import write_optional
+from skillvec.analysis.search_sentences import (
+    NAMES,
+    list_answers,
+    list_choices,
+    list_differences,
+    tabulate,
+)
+from skillvec.analysis.wording import Grid
 from skillvec.errors import printable
 
 Content = Mapping[str, Any]
@@ -31,7 +37,20 @@ def html(content: Content) -> str:
             answer=list_answers(content),
             warnings=content["warnings"],
             figures=[history(content)],
-            tables=[_list_points(content), _list_comparisons(content), _list_choices(content)],
+            tables=[
+                _table(
+                    "Points",
+                    "Scores of the items to report; beside them, those of the items to search by.",
+                    tabulate(content),
+                ),
+                _table(
+                    "Differences",
+                    "Of the items to report; more is better.",
+                    list_differences(content),
+                    3,
+                ),
+                _table("Choices", "", list_choices(content), 2),
+            ],  # fmt: skip
             asked=_list_asked(content),
             reading=READING,
         ),
@@ -94,35 +113,9 @@ def history(content: Content) -> Figure:
     return Figure("history", spec, note)
 
 
-def _list_points(content: Content) -> Table:
-    grid = tabulate(content)
-    rows = [[name, *map(typeset, cells)] for name, *cells in grid.rows]
-    note = "Scores of the items to report; beside them, those of the items to search by."
-    return Table("Points", note, grid.heads, [""] * len(grid.heads), rows)
-
-
-def _list_comparisons(content: Content) -> Table:
-    heads = ["point", "compared with", "metric", "better by", "95 % interval", "p", "verdict"]
-    rows = []
-    for row in content["comparisons"]:
-        other = NAMES.get(row["other"], f"{content['keep']:g} of the gain of lambda = 1")
-        low, high = (write_optional(row[end], "+.3g") for end in ("low", "high"))
-        numbers = [write_optional(row["difference"], "+.3g"), f"{low} to {high}", f"{row['p']:.2g}"]
-        rows.append([NAMES[row["one"]], other, row["metric"], *map(typeset, numbers), row["word"]])
-    return Table("Differences", "Of the items to report; more is better.", heads,
-                 [""] * len(heads), rows, 3)  # fmt: skip
-
-
-def _list_choices(content: Content) -> Table:
-    """Return what the winner and the best of random search chose."""
-    points = [name for name in ("winner", "random") if name in content["chosen"]]
-    heads = ["choice", "allowed", *(NAMES[name] for name in points)]
-    rows = []
-    for name, bounds in content["space"]["dimensions"].items():
-        chosen = [content["chosen"][point]["point"][name] for point in points]
-        shown = [f"{c:.4g}" if isinstance(c, float) else str(c) for c in chosen]
-        rows.append([name, bounds, *map(typeset, shown)])
-    return Table("Choices", "", heads, [""] * len(heads), rows, 2)
+def _table(title: str, note: str, grid: Grid, words: int = 1) -> Table:
+    rows = [[*row[:words], *map(typeset, row[words:])] for row in grid.rows]
+    return Table(title, note, grid.heads, [""] * len(grid.heads), rows, words)
 
 
 def _list_asked(content: Content) -> list[Entry]:

@@ -6,8 +6,8 @@ Terminal and page say the same. Facts are those of skillvec.trials.search_report
 from collections.abc import Mapping
 from typing import Any
 
+from skillvec.analysis.sweep_sentences import write_p, write_score
 from skillvec.analysis.wording import Grid, human_bytes, wrap, write_optional
-from skillvec.report import Report
 
 Facts = Mapping[str, Any]
 NAMES = {"target": "the target", "lambda 1": "lambda = 1", "winner": "the winner",
@@ -31,13 +31,13 @@ def say_search_plan(facts: dict[str, Any]) -> list[str]:
     return [*lines, f"  trials  {facts['budget']} of {facts['sampler']}{beside}"]
 
 
-def say_search(report: Report) -> list[str | Grid]:
+def say_search(facts: Facts, verbose: bool) -> list[str | Grid]:
     """Return what the terminal shows in the end: the answer, then the points."""
-    facts = report.facts
     if "verdict" not in facts:
         return ["nothing was evaluated"]
     said: list[str | Grid] = [wrap(line) for line in list_answers(facts)]
-    return [*said, tabulate(facts)]
+    said.append(tabulate(facts))
+    return [*said, list_differences(facts), list_choices(facts)] if verbose else said
 
 
 def list_answers(facts: Facts) -> list[str]:
@@ -127,7 +127,7 @@ def _signed(value: float | None) -> str:
 
 
 def _score(facts: Facts, point: str, metric: str | None = None) -> str:
-    return write_optional(facts["reported"][point][metric or facts["metric"]]["mean"], ".4g")
+    return write_score(facts["reported"][point][metric or facts["metric"]]["mean"])
 
 
 def _say_scores(facts: Facts, metric: str) -> str:
@@ -147,11 +147,35 @@ def tabulate(facts: Facts) -> Grid:
         cells = [NAMES[point]]
         for name in metrics:
             score, seen = scores[name], facts["searched"].get(point, {}).get(name)
-            cells += [write_optional(score["mean"], ".4g"),
+            cells += [write_score(score["mean"]),
                       write_optional(score["standard_error"], ".2g"),
-                      write_optional(seen, ".4g")]  # fmt: skip
+                      write_score(seen)]  # fmt: skip
         if facts["second"] == "bytes":
             nbytes = facts["nbytes"].get(point)
             cells.append("-" if nbytes is None else human_bytes(nbytes))
         rows.append(cells)
     return Grid(heads, rows)
+
+
+def list_differences(facts: Facts) -> Grid:
+    """Return the comparisons of the items to report; more is better in all of them."""
+    rows = []
+    for row in facts["comparisons"]:
+        other = NAMES.get(row["other"], f"{facts['keep']:g} of the gain of lambda = 1")
+        interval = f"{_signed(row['low'])} to {_signed(row['high'])}"
+        rows.append([NAMES[row["one"]], other, row["metric"], _signed(row["difference"]), interval,
+                     write_p(row["p"]), row["word"]])  # fmt: skip
+    heads = ["point", "compared with", "metric", "better by", "95 % interval", "p", "verdict"]
+    return Grid(heads, rows)
+
+
+def list_choices(facts: Facts) -> Grid:
+    """Return what the winner and the best of random search chose."""
+    points = [name for name in ("winner", "random") if name in facts["chosen"]]
+    rows = []
+    for name, bounds in facts["space"]["dimensions"].items():
+        chosen = [facts["chosen"][point]["point"][name] for point in points]
+        rows.append(
+            [name, bounds, *(f"{c:.4g}" if isinstance(c, float) else str(c) for c in chosen)]
+        )
+    return Grid(["choice", "allowed", *(NAMES[name] for name in points)], rows)

@@ -1,20 +1,26 @@
 """The page of a sweep and its curve."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skillvec.analysis import plain_page
-from skillvec.analysis.figures import Figure, Spec, typeset
+from skillvec.analysis.figures import Figure, Spec, shorten, typeset
 from skillvec.analysis.page import Entry, draw
 from skillvec.analysis.plain_page import Page, Table
 from skillvec.analysis.sweep_report import SKILL, TARGET, name_point
-from skillvec.analysis.sweep_sentences import list_answers, write_p, write_score
+from skillvec.analysis.sweep_sentences import (
+    list_answers,
+    tabulate_metrics,
+    write_p,
+    write_score,
+)
 from skillvec.analysis.wording import human_bytes, write_optional
 from skillvec.errors import printable
 from skillvec.report import Line
 
 Content = Mapping[str, Any]
 LEGEND = {SKILL: "vector", "random": "random control", "shuffled": "shuffled control"}
+MOST_TICKS = 13  # that stand beside each other
 BARS = 1.96  # standard errors: 95 % of one score by itself
 READING = (
     ("Score and its bars", "The mean over the items of the evaluation. Bars are 95 % intervals of"
@@ -56,9 +62,13 @@ def curve(content: Content) -> Figure:
     """Return scores along lambda: vector and controls with bars, the target's own as a line."""
     metric, zero = printable(content["metric"]), content["target_score"]
     shown = [LEGEND[kind] for kind in (SKILL, *content["control"])]
-    values = [value for row in content["points"] for value in _place(row, content)]
-    colour = {"field": "curve", "type": "nominal", "scale": {"domain": shown}, "title": None}
-    x: Spec = {"field": "lam", "type": "quantitative", "title": "lambda"}
+    values = [value for row in content["points"][::-1] for value in _place(row, content)]
+    colour = {"field": "curve", "type": "nominal", "scale": {"domain": shown}, "title": None,
+              "legend": {"columns": len(shown)}}  # fmt: skip
+    lambdas = sorted({row["lam"] for row in content["points"]})
+    ticks = {"values": lambdas} if len(lambdas) <= MOST_TICKS else {}
+    x: Spec = {"field": "lam", "type": "quantitative", "title": "lambda",
+               "axis": {"format": "~g", "labelFlush": False, **ticks}}  # fmt: skip
     y: Spec = {"field": "score", "type": "quantitative", "title": metric, "scale": {"zero": False}}
     tip = [{"field": key, "type": "nominal"} for key in ("curve", "lambda", metric)]
     layers: list[Spec] = [
@@ -88,8 +98,8 @@ def curve(content: Content) -> Figure:
 
 
 def _head(content: Content) -> list[str]:
-    return [printable(f"{side}: {text if len(text) < 80 else '…' + text[-79:]}")
-            for side, text in (("target", content["target"]["path"]), ("vector", content["name"]))]  # fmt: skip
+    sides = {"target": content["target"]["path"], "vector": content["name"]}
+    return [f"{side}: {shorten(ref, 80)}" for side, ref in sides.items()]
 
 
 def _place(row: Line, content: Content) -> Iterator[Line]:
@@ -118,7 +128,7 @@ def _list_points(content: Content) -> Table:
         score = row["scores"].get(content["metric"])
         cells = [f"{row['status']}: {row['message']}"[:200], "–"]
         if score:
-            cells = [write_score(score["mean"]), write_optional(score["standard_error"], ".2g")]
+            cells = [typeset(write_score(score["mean"])), write_score(score["standard_error"])]
         low, high = row.get("low"), row.get("high")
         cells += [
             write_optional(row.get("difference"), "+.3g"),
@@ -128,25 +138,17 @@ def _list_points(content: Content) -> Table:
             write_optional(row["changed"], ","),
             *(write_optional(row[key], ".2f") for key in ("seconds", "attach_seconds")),
         ]
-        rows.append([name_point(row["curve"], row["lam"]), *_typeset(cells, bool(score))])
+        name = typeset(name_point(row["curve"], row["lam"]))
+        rows.append([name, cells[0], *map(typeset, cells[1:])])
     return Table("Points", "", heads, tips, rows)
-
-
-def _typeset(cells: Sequence[str], is_score: bool) -> list[str]:
-    return [typeset(cell) if i or is_score else cell for i, cell in enumerate(cells)]
 
 
 def _list_others(content: Content) -> Iterator[Table]:
     """Yield the table of all metrics, where there are more than the one."""
-    metrics = list(dict.fromkeys(name for row in content["points"] for name in row["scores"]))
-    if len(metrics) < 2:
-        return
-    rows = []
-    for row in content["points"]:
-        scores = [row["scores"].get(name) for name in metrics]
-        means = [typeset(write_score(score and score["mean"])) for score in scores]
-        rows.append([name_point(row["curve"], row["lam"]), *means])
-    yield Table("All metrics", "", ["point", *metrics], [""] * (len(metrics) + 1), rows)
+    grid = tabulate_metrics(content)
+    if len(grid.heads) > 2:
+        rows = [[*map(typeset, row)] for row in grid.rows]
+        yield Table("All metrics", "", grid.heads, [""] * len(grid.heads), rows)
 
 
 def _list_asked(content: Content) -> list[Entry]:

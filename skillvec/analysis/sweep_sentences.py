@@ -6,9 +6,9 @@ Terminal and page say the same. Facts are those of skillvec.analysis.sweep_repor
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from skillvec.analysis.sweep_report import ALPHA, SKILL, TARGET
+from skillvec.analysis.sweep_report import ALPHA, SKILL, TARGET, name_point
 from skillvec.analysis.wording import Grid, human_bytes, wrap, write_optional
-from skillvec.report import Line, Report
+from skillvec.report import Line
 
 Facts = Mapping[str, Any]
 OPTIMISTIC = (
@@ -18,8 +18,11 @@ OPTIMISTIC = (
 
 
 def write_score(value: float | None) -> str:
-    """Return a score at four digits, without zeros behind the point."""
-    return write_optional(value, ".4g")
+    """Return a score at three digits behind the point, large and small ones at four digits."""
+    if value is None:
+        return "-"
+    small, large = value and abs(value) < 0.01, abs(value) >= 10
+    return f"{value:{'.2g' if small else '#.4g' if large else '.3f'}}"
 
 
 # ----------------------------------------------------------------------------------------- the plan
@@ -28,7 +31,9 @@ def write_score(value: float | None) -> str:
 def say_sweep_plan(facts: dict[str, Any]) -> list[str]:
     """Return what is evaluated, and what that takes."""
     target, size = facts["target"], human_bytes(facts["target_nbytes"])
-    took = f"written to a folder of {size} for each point" if facts["takes_folder"] else "loaded once"
+    took = (
+        f"written to a folder of {size} for each point" if facts["takes_folder"] else "loaded once"
+    )
     lambdas = ", ".join(f"{lam:g}" for lam in facts["lam"][:12])
     more = f" and {len(facts['lam']) - 12} more" if len(facts["lam"]) > 12 else ""
     resumed = facts.get("resumed")
@@ -38,7 +43,10 @@ def say_sweep_plan(facts: dict[str, Any]) -> list[str]:
         f"  vector  {facts['name']}",
         f"  eval    {facts['eval']}",
         f"  lam     {lambdas}{more}",
-        *([f"  control {', '.join(facts['control'])}, at the same lambdas"] * bool(facts["control"])),
+        *(
+            [f"  control {', '.join(facts['control'])}, at the same lambdas"]
+            * bool(facts["control"])
+        ),
         f"  points  {facts['planned']}" + (f", {resumed} of them done before" if resumed else ""),
     ]
 
@@ -46,16 +54,18 @@ def say_sweep_plan(facts: dict[str, Any]) -> list[str]:
 # --------------------------------------------------------------------------------------- the answer
 
 
-def say_sweep(report: Report) -> list[str | Grid]:
-    """Return what the terminal shows in the end: the answer, then the points."""
-    facts = report.facts
+def say_sweep(facts: Facts, verbose: bool) -> list[str | Grid]:
+    """Return what the terminal shows in the end: the answer, then the points.
+
+    If verbose also all metrics of every point.
+    """
     if "points" not in facts:
         return [
             f"{facts['planned']} points would be evaluated; what one costs is not known before the"
             " target was"
         ]
     said: list[str | Grid] = [wrap(line) for line in list_answers(facts)]
-    return [*said, tabulate(facts)]
+    return [*said, tabulate(facts), *([tabulate_metrics(facts)] if verbose else [])]
 
 
 def list_answers(facts: Facts) -> list[str]:
@@ -64,8 +74,11 @@ def list_answers(facts: Facts) -> list[str]:
     if controls := _say_controls(facts):
         said.append(controls)
     if facts["failed"]:
-        said.append(f"{_count(len(facts['failed']), 'point')} failed:"
-                    f" {_enumerate(facts['failed'])}; the same command tries them again.")  # fmt: skip
+        count = len(facts["failed"])
+        said.append(
+            f"{count} point{'' if count == 1 else 's'} failed: {_enumerate(facts['failed'])};"
+            " the same command tries them again."
+        )
     if facts["found"] and facts["compared"] > 1:
         said.append(OPTIMISTIC)
     return said
@@ -150,10 +163,6 @@ def _enumerate(words: Sequence[str]) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 # ---------------------------------------------------------------------------------------- the table
 
 
@@ -168,19 +177,29 @@ def tabulate(facts: Facts) -> Grid:
         score = row["scores"].get(metric)
         cells = [row["status"], "-"]
         if score:
-            error = write_optional(score["standard_error"], ".2g")
-            cells = [write_score(score["mean"]), error]
+            cells = [write_score(score["mean"]), write_score(score["standard_error"])]
         cells += [write_optional(row.get("difference"), "+.3g"), write_p(row.get("p"))]
-        cells += [write_optional(row[key], ".3f") for key in ("gain", "cosine")]
+        cells.append(write_optional(row["gain"], ".3f"))
         for kind in facts["control"]:
             beside = at.get((kind, lam), {"scores": {}, "status": "-"})
             found = beside["scores"].get(metric)
             cells.append(write_score(found["mean"]) if found else beside["status"])
         rows.append([f"{lam:g}{' (target)' * (not lam)}", *cells])
-    heads = ["lambda", metric, "±", "less target", "p", "gain", "cosine", *facts["control"]]
+    heads = ["lambda", metric, "±", "less target", "p", "gain", *facts["control"]]
     return Grid(heads, rows)
 
 
 def write_p(p: float | None) -> str:
     """Return a p-value, "-" for none."""
     return "-" if p is None else "< .001" if p < 0.001 else f"{p:.3f}"
+
+
+def tabulate_metrics(facts: Facts) -> Grid:
+    """Return a row for each point with the means of all metrics."""
+    points = facts["points"]
+    metrics = list(dict.fromkeys(name for row in points for name in row["scores"]))
+    rows = []
+    for row in points:
+        means = [row["scores"][name]["mean"] if name in row["scores"] else None for name in metrics]
+        rows.append([name_point(row["curve"], row["lam"]), *map(write_score, means)])
+    return Grid(["point", *metrics], rows)

@@ -34,6 +34,13 @@ def human_count(count: float) -> str:
     return f"{count:.3g} T"
 
 
+def say_duration(seconds: float) -> str:
+    """Return a time in a unit that suits it: 12 min."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def write_optional(value: float | None, form: str = ".4f") -> str:
     """Return a number, "-" for none."""
     return "-" if value is None else format(value, form)

@@ -30,7 +30,15 @@ from skillvec.files.tensors import Source
 from skillvec.files.views import Index, View, span_of
 
 FORMAT = "a model in memory"
-QUANTISERS = ("bitsandbytes", "torchao", "optimum.quanto", "quanto", "hqq", "auto_gptq", "gptqmodel")
+QUANTISERS = (
+    "bitsandbytes",
+    "torchao",
+    "optimum.quanto",
+    "quanto",
+    "hqq",
+    "auto_gptq",
+    "gptqmodel",
+)
 
 
 class LiveModel(Checkpoint):
@@ -77,7 +85,9 @@ def unwrapped(model: Any) -> Any:
     with needs("torch", "attaching a vector to a model"):
         from torch import nn
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model: a {type(model).__name__}, expected a torch.nn.Module that is loaded")
+        raise UsageError(
+            f"model: a {type(model).__name__}, expected a torch.nn.Module that is loaded"
+        )
     inner = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}
     while (name := inner.get(type(model).__name__)) is not None:
         model = getattr(model, name)
@@ -182,8 +192,11 @@ def _problem(tensor: Any) -> str:
         return "flattened by FullyShardedDataParallel"
     ordinary = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     dispatch = kind.__torch_dispatch__  # that of a class that keeps its values elsewhere is its own
-    if kind not in ordinary and dispatch is not torch._C._disabled_torch_dispatch_impl \
-            and dispatch is not torch.Tensor.__torch_dispatch__:
+    if (
+        kind not in ordinary
+        and dispatch is not torch._C._disabled_torch_dispatch_impl
+        and dispatch is not torch.Tensor.__torch_dispatch__
+    ):
         return f"a {kind.__name__} of {home}, which keeps its values elsewhere"
     if torch.nn.parameter.is_lazy(tensor):
         return "not initialised yet"

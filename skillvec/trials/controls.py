@@ -40,7 +40,8 @@ class Noise:
 
     def combine(self, values: Any, weights: Any, parameters: Any, place: Any, known: Any) -> Values:
         noise = _generator(place).standard_normal(values[0].size)
-        return (weights[0] * known * noise).astype(values[0].dtype)
+        made: Values = (weights[0] * known * noise).astype(values[0].dtype)
+        return made
 
 
 class Shuffle(Noise):
@@ -56,7 +57,8 @@ class Shuffle(Noise):
 
     def combine(self, values: Any, weights: Any, parameters: Any, place: Any, known: Any) -> Values:
         shuffled = _generator(place).permutation(values[0])
-        return (weights[0] * shuffled).astype(values[0].dtype)
+        made: Values = (weights[0] * shuffled).astype(values[0].dtype)
+        return made
 
 
 def _generator(place: Any) -> np.random.Generator:

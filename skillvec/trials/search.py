@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skillvec.analysis.wording import say_duration
 from skillvec.engine.outputs import PathLike
 from skillvec.errors import SkillvecError, UsageError, up_to_five
 from skillvec.report import Report, TrialWatcher
@@ -27,8 +28,9 @@ from skillvec.trials.choosing import (
     choose,
 )
 from skillvec.trials.evaluators import open_evaluator, refuse_metric
+from skillvec.trials.folder import take_folder
 from skillvec.trials.scores import ALL, HALVES, Evaluator, Score, Scores, less_is_better
-from skillvec.trials.search_report import describe, write_report
+from skillvec.trials.search_report import RECIPE, describe, write_report
 from skillvec.trials.spaces import Space, read_space
 from skillvec.trials.studies import (
     SAMPLERS,
@@ -44,6 +46,7 @@ from skillvec.vectors.vector import SkillVector
 from skillvec.verbs import combine
 
 SEARCH, REPORT = HALVES
+DATABASE = "study.db"
 ASKED = "asked"  # of the first study: the attribute that says which search this is
 BEFORE, BESIDE, AFTER = ", lambda 1", ", random", ", report"  # end the names of the other studies
 
@@ -98,6 +101,8 @@ def search(
     assert evaluator is not None
     _check_asked(evaluator, reporter, budget, keep, sampler, metric, second)
     opened, found = _open_space(vectors, space)
+    marker = RECIPE if storage else DATABASE
+    folder = take_folder(output, [os.fspath(target), *opened], marker, "search")
     taken: dict[str, Any] = {
         "dtype": dtype, "rounding": rounding, "seed": seed, "include": [*include],
         "exclude": [*exclude], "rename": [*rename], "rows": rows,
@@ -117,9 +122,8 @@ def search(
     with Trials(os.fspath(target), evaluator, **settings) as trials:
         if dry_run:
             return report
-        folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
-        place = storage or f"sqlite:///{folder.absolute()}/study.db"
+        place = storage or f"sqlite:///{folder.absolute()}/{DATABASE}"
         identity: dict[str, Any] = {"target": trials.target_digest}
         identity["vectors"] = [vector.manifest["identity"] for vector in opened.values()]
         studies = Studies(open_storage(place), study, force, asked | identity)
@@ -280,8 +284,6 @@ class Search:
     def _make_goal(self) -> Goal:
         given = self.before[TARGET]
         metric, second = self.asked["metric"], self.asked["second"]
-        if metric is None and len(given) > 1:
-            raise UsageError(f"the evaluator gives {', '.join(given)}: say which with --metric")
         metric = metric or next(iter(given))
         names = [name for name in (metric, second) if name is not None]
         minimized = tuple(n == NBYTES or less_is_better(n, self.minimize) for n in names)
@@ -353,7 +355,7 @@ class Search:
             whole = sum(study.budget for study in both)
             done = min(sum(len(study.trials()) for study in both) + 1, whole)
             left = (time.monotonic() - begun) / count * (whole - done)
-            self.say(f"{done} of {whole}: {shown} (about {left:.0f} s left)")
+            self.say(f"{done} of {whole}: {shown} (about {say_duration(left)} left)")
 
         def measured(point: Any) -> Found:
             try:

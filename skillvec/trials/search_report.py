@@ -14,13 +14,15 @@ from skillvec.analysis.search_sentences import list_answers
 from skillvec.errors import UsageError, printable
 from skillvec.report import Line, Report
 from skillvec.trials.choosing import PLAIN, TARGET, compare, front, judge
+from skillvec.trials.folder import write_files
 from skillvec.trials.spaces import Space
 from skillvec.trials.studies import WHY, Study
 
 if TYPE_CHECKING:
     from skillvec.trials.search import Search
 
-WRITTEN = ("report.json", "trials.csv", "winner.yaml", "index.html", "history.svg", "history.png")
+RECIPE = "winner.yaml"
+WRITTEN = ("report.json", "trials.csv", RECIPE, "index.html", "history.svg", "history.png")
 
 
 def describe(space: Space) -> dict[str, Any]:
@@ -130,11 +132,8 @@ def write_report(folder: Path, run: "Search") -> Report:
     recipe = report.facts["chosen"]["winner"]["recipe"]
     head = "".join(f"# {printable(line)}\n" for line in report.facts["answer"])
     body = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    files["winner.yaml"] = f"{head}{body}".encode()
+    files[RECIPE] = f"{head}{body}".encode()
     files["trials.csv"] = _csv_text(run).encode()
     files["report.json"] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
-    for name in WRITTEN:
-        (folder / name).unlink(missing_ok=True)
-        if name in files:
-            (folder / name).write_bytes(files[name])
+    write_files(folder, WRITTEN, files)
     return report

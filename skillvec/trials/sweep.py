@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +16,15 @@ from skillvec.analysis.sweep_report import (
     csv_text,
     name_point,
 )
+from skillvec.analysis.sweep_sentences import write_score
+from skillvec.analysis.wording import say_duration
 from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.engine.outputs import PathLike
 from skillvec.errors import SkillvecError, UsageError, printable
-from skillvec.files.output_file import explain, fsync_path
-from skillvec.remote.references import is_url
 from skillvec.report import Report, TrialWatcher
 from skillvec.trials.controls import CONTROLS, read_controls
 from skillvec.trials.evaluators import open_evaluator, refuse_metric
+from skillvec.trials.folder import take_folder, write_files
 from skillvec.trials.journal import Journal
 from skillvec.trials.lambdas import read_lambdas
 from skillvec.trials.scores import Evaluator, Score, less_is_better
@@ -91,7 +91,8 @@ def sweep(
     if metric is not None:
         refuse_metric(evaluator, metric)
     vector = combine(*(SkillVector.open(one, rename=rename) for one in vectors), weights=weights)
-    folder = _place(output, [os.fspath(target), *(side.ref for side in vector.inputs())])
+    inputs = [os.fspath(target), *(side.ref for side in vector.inputs())]
+    folder = take_folder(output, inputs, JOURNAL, "sweep")
     chosen: dict[str, Any] = {
         "dtype": dtype, "device": device, "rounding": rounding, "seed": seed,
         "include": list(include), "exclude": list(exclude), "rename": list(rename), "rows": rows,
@@ -190,9 +191,8 @@ class _Run:
         for number, point in enumerate(points, 1):
             outcome = self.done.get(point)
             if outcome is None:
-                began = time.monotonic()
                 outcome = self._try(point, number - 1, len(points))
-                spent, fresh = spent + time.monotonic() - began, fresh + 1
+                spent, fresh = spent + outcome.seconds + outcome.attach_seconds, fresh + 1
                 self._tell(number, len(points), point, outcome, spent / fresh * (left - fresh))
             self._refuse(point, outcome)
             measured = {
@@ -225,7 +225,7 @@ class _Run:
             return
         if not outcome.is_done:
             raise SkillvecError(
-                f"eval: the evaluation of the target itself: {outcome.status}:"
+                f"eval: the target itself cannot be evaluated ({outcome.status}):"
                 f" {printable(outcome.message)}; nothing else was tried"
             )
         self.metric = self.metric or next(iter(outcome.scores), None)
@@ -239,20 +239,14 @@ class _Run:
         name = self.metric or next(iter(outcome.scores), "")
         score = outcome.scores.get(name) if outcome.is_done else None
         said = f"{outcome.status}: {outcome.message}" if score is None else f"{name} {_show(score)}"
-        more = f", about {_duration(left)} left" if left else ""
-        spent = _duration(outcome.seconds + outcome.attach_seconds)
+        more = f", about {say_duration(left)} left" if left else ""
+        spent = say_duration(outcome.seconds + outcome.attach_seconds)
         self._watcher.tried(f"{number} of {count}: {point.name}: {said} ({spent}{more})")
 
 
 def _show(score: Score) -> str:
     error = "" if score.standard_error is None else f" ± {score.standard_error:.2g}"
-    return f"{score.mean:.4g}{error}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{write_score(score.mean)}{error}"
 
 
 def _read_outcome(said: Mapping[str, Any]) -> Outcome:
@@ -262,25 +256,6 @@ def _read_outcome(said: Mapping[str, Any]) -> Outcome:
         for name, score in said["scores"].items()
     }
     return Outcome(**{**said, "scores": scores})
-
-
-# ------------------------------------------------------------------------------------ the folder
-
-
-def _place(output: PathLike, inputs: Sequence[str]) -> Path:
-    """Return the folder of a sweep, or refuse it: it may be there if it is one of a sweep."""
-    if is_url(os.fspath(output)):
-        raise UsageError(f"output {output}: a sweep is written to a folder of this disk")
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output {folder}: exists already, and is no folder")
-    for name in inputs:
-        for side in map(Path, name.split("::")):
-            if side.exists() and side.resolve() in (folder.resolve(), *folder.resolve().parents):
-                raise UsageError(f"output {folder}: lies inside of {side}, which is read")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / JOURNAL).is_file():
-        raise UsageError(f"output {folder}: exists already, and holds no sweep")
-    return folder
 
 
 def _write(folder: Path, report: Report) -> None:
@@ -296,12 +271,4 @@ def _write(folder: Path, report: Report) -> None:
         report.warnings.append(f"{error}; report.json and points.csv are written without it")
     files["points.csv"] = csv_text(content["points"]).encode()
     files["report.json"] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
-    for name in WRITTEN:
-        path = folder / name
-        try:
-            path.unlink(missing_ok=True)  # of an earlier run, maybe not written now
-            if name in files:
-                path.write_bytes(files[name])
-                fsync_path(os.fspath(path))
-        except OSError as error:
-            raise explain(error, os.fspath(path)) from None
+    write_files(folder, WRITTEN, files)

@@ -109,7 +109,9 @@ class Live:
         """Return the lambda of each vector that is attached, by its ref."""
         found: dict[str, float] = {}
         if self.is_attached:
-            for vector, lam in zip(self._vectors, _each(self._lam, len(self._vectors)), strict=True):
+            for vector, lam in zip(
+                self._vectors, _each(self._lam, len(self._vectors)), strict=True
+            ):
                 found[vector.ref] = found.get(vector.ref, 0.0) + lam * vector.scale
         return found
 

@@ -1,7 +1,8 @@
 """What a person reads of each verb: the lines before the work and those after it, as plain text.
 
 One function a verb, found by its name in one of the tables at the end: PLANS has what stands before
-the work, DONE what was done, ANSWERS what a verb says that runs no jobs.
+the work, DONE what was done, ANSWERS what a verb says that runs no jobs, TRIALS what evaluations
+show.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,6 +69,8 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
     if "norms" in facts:
         return (say_comparison if facts["pairs"] else say_norms)(facts, verbose)
     said: list[str | Grid] = []
+    if report.verb in TRIALS:
+        return [*TRIALS[report.verb](facts, verbose)]
     if report.verb in ANSWERS:
         said += ANSWERS[report.verb](report)
     elif "nbytes" in facts or "gain" in facts or "verified" in facts:
@@ -77,7 +80,7 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
         said.append(done_sentence(report))
     else:
         said.append(plan_sentence(report))
-    if report.ledger and (verbose or report.verb == "inspect"):
+    if verbose or report.verb == "inspect":
         said += list_ledger(report, None if verbose else 8)
     elif facts.get("worst") and (facts["worst"][0]["cosine"] or 0) < 0.999:
         worst = facts["worst"][0]
@@ -286,5 +289,7 @@ DONE: dict[str, Callable[[Facts, str], str]] = {
 }  # fmt: skip
 ANSWERS: dict[str, Callable[[Report], Sequence[str | Grid]]] = {
     "inspect": say_inspect, "push": say_url, "pull": say_output,
+}  # fmt: skip
+TRIALS: dict[str, Callable[[Facts, bool], Sequence[str | Grid]]] = {
     "search": say_search, "sweep": say_sweep,
 }  # fmt: skip

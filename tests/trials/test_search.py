@@ -153,7 +153,9 @@ def test_a_planted_optimum_of_layers_is_found(ask: Any) -> None:
     known = Known(planted)
     facts = ask(known, space="lam=0:2 by=layers:3", budget=60).facts
     assert facts["verdict"] == "found"
-    assert facts["answer"][0].startswith("Found a better recipe: on items that the search never saw")
+    assert facts["answer"][0].startswith(
+        "Found a better recipe: on items that the search never saw"
+    )
     point = facts["chosen"]["winner"]["point"]
     found = [point[f"lam.layers{i}-{i + 1}"] for i in (0, 2, 4)]
     assert max(abs(a - b) for a, b in zip(found, NEAR, strict=True)) < 0.4
@@ -318,7 +320,9 @@ def test_two_at_once_share_the_trials_and_ask_the_report_items_once(ask: Any) ->
 
     def run(known: Known) -> None:
         meet.wait()
-        facts.append(ask(known, budget=15, storage="memory", output=f"out{both.index(known)}").facts)
+        facts.append(
+            ask(known, budget=15, storage="memory", output=f"out{both.index(known)}").facts
+        )
 
     threads = [threading.Thread(target=run, args=(known,)) for known in both]
     for thread in threads:
