@@ -50,7 +50,7 @@ def html(content: Content) -> str:
                     3,
                 ),
                 _table("Choices", "", list_choices(content), 2),
-            ],  # fmt: skip
+            ],
             asked=_list_asked(content),
             reading=READING,
         ),
@@ -124,6 +124,6 @@ def _list_asked(content: Content) -> list[Entry]:
         "evaluation": content["eval"], "report evaluation": content["report_eval"] or "the same",
         "operator": content["space"]["op"], "sampler": content["sampler"],
         "trials": f"{content['trials']['complete']} complete, {content['trials']['failed']} failed",
-        "seed": str(content["seed"]), "storage": content["storage"], "study": content["study"],
+        "seed": str(content["seed"]), "study": content["study"],
     }  # fmt: skip
     return [(title, "", value) for title, value in asked.items()]

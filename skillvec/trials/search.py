@@ -85,14 +85,14 @@ def search(
     """Search a space of recipes of `vectors` for what helps `target` most, by an evaluator.
 
     `space` is what may be chosen (docs/search.md), `budget` the trials of the sampler, and as many
-    of random search. `metric` is the evaluator's only one by default; less of it is better where
-    its name says so or `minimize` names it. `second`, another metric or "bytes", is made as good as
-    can be while `keep` of the gain of lambda = 1 is kept. The winner is judged by items that no
-    sampler sees: the evaluator's other half, or `report_eval`. `storage` is a URL of Optuna's
-    (study.db in `output` by default), in which several processes may share `study`. The folder
-    `output` gets winner.yaml, a recipe; report.json, trials.csv, index.html and pictures. A search
-    that was cut off goes on; `force` begins anew. Raises UsageError for what cannot work, before
-    the model loads, and SkillvecError where the first trials all fail.
+    of random search. `metric` is the evaluator's first by default; less of it is better where its
+    name or `minimize` says so. `second`, another metric or "bytes", is made as good as can be while
+    `keep` of the gain of lambda = 1 is kept. Items that no sampler sees judge the winner: the
+    evaluator's other half, or `report_eval`. `storage`, a URL of Optuna's (study.db in `output` by
+    default), lets several processes share `study`. A search that was cut off goes on; `force`
+    begins anew. `output` gets winner.yaml, a recipe, report.json, trials.csv, and with the extra
+    report index.html. Raises UsageError for what cannot work, before the model loads, and
+    SkillvecError where the first trials all fail.
     """
     evaluator, reporter = (
         open_evaluator(one, eval_options or {}) if isinstance(one, str) else one
@@ -107,8 +107,6 @@ def search(
         "dtype": dtype, "rounding": rounding, "seed": seed, "include": [*include],
         "exclude": [*exclude], "rename": [*rename], "rows": rows,
     }  # fmt: skip
-    settings = taken | {"scratch": scratch, "timeout": timeout, "device": device,
-                        "workers": workers}  # fmt: skip
     asked: dict[str, Any] = {
         "eval": evaluator.spec, "report_eval": reporter.spec if reporter else None,
         "space": describe(found), "metric": metric, "second": second,
@@ -116,25 +114,23 @@ def search(
     }  # fmt: skip
     named = {"target": os.fspath(target), "vectors": [*opened], "budget": budget,
              "output": os.fspath(output), "study": study}  # fmt: skip
-    report = Report("search", asked | named)
     if watcher:
-        watcher.planned(report)
-    with Trials(os.fspath(target), evaluator, **settings) as trials:
+        watcher.planned(Report("search", asked | named))
+    taken |= {"scratch": scratch, "timeout": timeout, "device": device, "workers": workers}
+    with Trials(os.fspath(target), evaluator, **taken) as trials:
         if dry_run:
-            return report
+            return Report("search", asked | named)
         folder.mkdir(parents=True, exist_ok=True)
-        place = storage or f"sqlite:///{folder.absolute()}/{DATABASE}"
-        identity: dict[str, Any] = {"target": trials.target_digest}
-        identity["vectors"] = [vector.manifest["identity"] for vector in opened.values()]
-        studies = Studies(open_storage(place), study, force, asked | identity)
-        asked |= named | {"storage": place}
-        say = watcher.tried if watcher else lambda line: None
-        run = Search(found, studies, asked, minimize, scratch, say)
+        place = open_storage(storage or f"sqlite:///{folder.absolute()}/{DATABASE}")
+        identities = {ref: vector.manifest["identity"] for ref, vector in opened.items()}
+        known = {"target": trials.target_digest, "vectors": [*identities.values()]}
+        studies = Studies(place, study, force, asked | known)
+        run = Search(found, studies, asked | named, scratch, watcher)
         run.search(trials, SEARCH if SEARCH in evaluator.splits else ALL)
         if reporter is None:
             run.report(trials, REPORT)
     if reporter is not None:
-        with Trials(os.fspath(target), reporter, **settings) as trials:
+        with Trials(os.fspath(target), reporter, **taken) as trials:
             run.report(trials, ALL)
     return write_report(folder, run)
 
@@ -227,9 +223,8 @@ class Search:
     space: Space
     studies: Studies
     asked: Mapping[str, Any]
-    minimize: Sequence[str]
     scratch: PathLike | None
-    say: Callable[[str], None]
+    watcher: TrialWatcher | None
     goal: Goal = field(init=False)
     before: Answers = field(init=False)  # the search items: target and lambda 1
     nbytes: dict[str, int] = field(default_factory=dict)  # of stored vectors, by point
@@ -237,6 +232,11 @@ class Search:
     beside: Study | None = None
     answers: Answers = field(init=False)  # the report items
     chosen: dict[str, Any] = field(default_factory=dict)  # the trials of WINNER and RANDOM
+
+    def say(self, line: str) -> None:
+        """Say what came of a trial, or what is waited for."""
+        if self.watcher:
+            self.watcher.tried(line)
 
     def search(self, trials: Trials, split: str) -> None:
         """Run the trials of the sampler and of random search, one of each in turn."""
@@ -286,7 +286,7 @@ class Search:
         metric, second = self.asked["metric"], self.asked["second"]
         metric = metric or next(iter(given))
         names = [name for name in (metric, second) if name is not None]
-        minimized = tuple(n == NBYTES or less_is_better(n, self.minimize) for n in names)
+        minimized = tuple(n == NBYTES or less_is_better(n, self.asked["minimize"]) for n in names)
         return Goal(metric, minimized, second, self.asked["keep"])
 
     def _ask(self, points: Mapping[str, Recipe | None], trials: Trials, split: str) -> Found:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from skillvec.errors import SkillvecError, UsageError, needs, printable
@@ -77,19 +78,18 @@ def make_sampler(name: str, seed: int) -> Any:
         import optuna
 
         if name == "cmaes":
-            import cmaes  # noqa: F401
-    made = {
-        "tpe": optuna.samplers.TPESampler,
-        "cmaes": lambda seed: optuna.samplers.CmaEsSampler(
-            seed=seed, warn_independent_sampling=False
-        ),
-        "random": optuna.samplers.RandomSampler,
-    }[name]
+            import_module("cmaes")
+
+    def make(seed: int) -> Any:
+        if name == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        kind: Any = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+        return kind[name](seed=seed)
 
     class Seeded(optuna.samplers.BaseSampler):
         def before_trial(self, study: Any, trial: Any) -> None:
             own = zlib.crc32(f"{seed}:{study.study_name}:{trial.number}".encode())
-            self.inner = made(seed=own)
+            self.inner = make(own)
             self.inner.before_trial(study, trial)
 
         def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
@@ -121,7 +121,7 @@ class Study:
         """Return a study of a storage, made if it is not there yet."""
         import optuna
 
-        directions = ["minimize" if down else "maximize" for down in minimized]
+        directions: Any = ["minimize" if down else "maximize" for down in minimized]
         with quiet():
             study = optuna.create_study(storage=storage, study_name=name, sampler=sampler,
                                         directions=directions, load_if_exists=True)  # fmt: skip

@@ -12,25 +12,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-import yaml
 from families import perturbed, save, toy
 from optuna.storages import InMemoryStorage
 from sqlalchemy import event
 
 import skillvec as sv
 from skillvec.analysis import search_page
-from skillvec.errors import SkillvecError, UsageError
+from skillvec.errors import UsageError
 from skillvec.trials import search as search_module
 from skillvec.trials import studies as studies_module
-from skillvec.trials.search import search
 from skillvec.trials.scores import HALVES, Score, score_of
+from skillvec.trials.search import search
 from skillvec.trials.studies import open_storage
-from skillvec.trials.trial import DONE, FAILED, Outcome
+from skillvec.trials.trial import DONE, Outcome
 
 LAYERS = 6
 CONFIG = {"model_type": "toy"}
@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class Known:
-    """An evaluator and its trials in one: items of a score that is known, and who asked for them."""
+    """An evaluator and its trials in one: items of a known score, and the splits asked for."""
 
     spec, splits, metrics, takes_folder = "known", HALVES, ("score", "other"), False
     target_digest = "t"
@@ -77,7 +77,7 @@ class Known:
     def check(self, target: str) -> None: ...
 
     def run(self, vector: Any, lam: float = 1.0, split: str = "all") -> Outcome:
-        """Score the lambdas of the layers, then that of the embedding, with the items' own noise."""
+        """Score the lambdas of the layers and of the embedding, with the items' own noise."""
         self.asked.append(split)
         lambdas = self.lambdas(vector)
         found = self.score(lambdas)
@@ -95,7 +95,7 @@ class Known:
 
 
 def lambdas_of(vector: Any) -> list[float]:
-    """Return the weights of a vector's first share at each layer and at the embedding, from bits."""
+    """Return the weights of a vector at each layer and at the embedding."""
     if vector is None:
         return [0.0] * (LAYERS + 1)
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(LAYERS)]
@@ -117,6 +117,7 @@ def ask(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callabl
     monkeypatch.chdir(place)
     monkeypatch.setattr(search_module, "Trials", lambda target, known, **given: known)
     memories: dict[str, InMemoryStorage] = {}
+    numbers = count()
 
     def open_quickly(url: str) -> Any:
         if "study.db" in url:
@@ -134,7 +135,8 @@ def ask(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callabl
     monkeypatch.setattr(search_page, "figures", lambda content: ())
 
     def run(known: Known, *vectors: str, **given: Any) -> Any:
-        asked = {"output": tmp_path / "out", "metric": "score", "budget": 30}
+        folder = tmp_path / f"out{next(numbers)}"
+        asked = {"output": folder, "metric": "score", "budget": 30}
         return search("base", *(vectors or ("skill.safetensors",)), eval=known, **asked | given)
 
     return run
@@ -249,7 +251,7 @@ def test_the_smallest_vector_that_keeps_the_gain(ask: Any, tmp_path: Path) -> No
     assert facts["chosen"]["winner"]["point"] == {
         "on.layers0-1": 1, "on.layers2-3": 0, "on.layers4-5": 0,
     }  # fmt: skip
-    combined = sv.combine(recipe=tmp_path / "out/winner.yaml", output=tmp_path / "v.safetensors")
+    combined = sv.combine(recipe=tmp_path / "out0/winner.yaml", output=tmp_path / "v.safetensors")
     assert (tmp_path / "v.safetensors").stat().st_size == facts["nbytes"]["winner"]
     assert facts["nbytes"]["winner"] < facts["nbytes"]["lambda 1"]
     assert combined.report.verb == "combine"
