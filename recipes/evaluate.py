@@ -151,6 +151,7 @@ class Asked(NamedTuple):
     rows: list[dict[str, Any]]
     metrics: tuple[str, ...]
     find_answer: Callable[[str], Any] | None
+    answer: str | None  # its name
     grader: Any
 
 
@@ -176,7 +177,7 @@ def prepare(
     rows = read_questions(data, limit)
     find_answer = load_function(answer) if answer else None
     grader = load_function(judge)() if JUDGE in metrics else None
-    return Asked(rows, tuple(metrics), find_answer, grader)
+    return Asked(rows, tuple(metrics), find_answer, answer, grader)
 
 
 def mark_answers(
@@ -198,7 +199,7 @@ def mark_answers(
     replies = answer_all(model, tokenizer, prompts, max_new_tokens, batch, temperature, seed)
     said = [asked.find_answer(reply) for reply in replies] if asked.find_answer else replies
     if wrong := [text for text in said if not isinstance(text, str)]:
-        raise ValueError(f"answer: expected a text for every reply, found {wrong[0]!r}")
+        raise ValueError(f"{asked.answer}: expected a text for every reply, found {wrong[0]!r}")
     answered = [*zip(said, asked.rows, strict=True)]
     marks = {
         name: [METRICS[name](text, row["answer"]) for text, row in answered]

@@ -29,9 +29,9 @@ def open_evaluator(spec: str, options: Mapping[str, Any] = {}) -> Evaluator:
     `options` go to the function, to lm-eval or to the recipe. Raises UsageError for a text that
     names none, for options that are not taken, and for what cannot be imported or read.
     """
-    kind, colon, rest = spec.partition(":")
+    kind, _, rest = spec.partition(":")
     rest = rest.strip()
-    if not colon or not rest:
+    if not kind or not rest:
         raise UsageError(f"--eval {spec!r}: expected {KINDS}")
     if kind == "command":
         if options:
