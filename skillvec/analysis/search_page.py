@@ -1,6 +1,7 @@
 """The page of a search and its figure: how the best so far grew, or one objective by the other."""
 
 from collections.abc import Iterator, Mapping
+from textwrap import wrap
 from typing import Any
 
 from skillvec.analysis import plain_page
@@ -105,8 +106,9 @@ def history(content: Content) -> Figure:
                                              "color": "#888"},
          "encoding": {"y": y_line, "text": words}},
     ]  # fmt: skip
+    said = wrap(content["answer"][0].partition(". Its ")[0], 95)
     spec = {
-        "title": {"text": title, "subtitle": [printable(content["answer"][0])[:110]]},
+        "title": {"text": title, "subtitle": [printable(line) for line in said[:3]]},
         "width": 560, "height": 280, "data": {"values": content["history"]}, "layer": marks,
     }  # fmt: skip
     note += " Scores are those of the items to search by; dashed are the target's and lambda = 1's."

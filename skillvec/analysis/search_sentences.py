@@ -44,10 +44,7 @@ def list_answers(facts: Facts) -> list[str]:
     """Return the answer, what lambda = 1 and random search are beside it, and what failed."""
     said = [_say_finding(facts)]
     if facts["verdict"] != "found":
-        said.append(
-            "The winner's recipe is written as a candidate only; what is known to help, if"
-            " anything, is the vector as it is."
-        )
+        said.append("Its recipe, winner.yaml, is a candidate only.")
     if plain := _find(facts, "lambda 1", "target"):
         said.append(f"The vector as it is, at lambda = 1, is {_say(plain)} the target.")
     if beside := _find(facts, "winner", "random"):

@@ -64,7 +64,8 @@ def open_storage(url: str) -> Any:
                 heartbeat_stale_trial_callback=_try_again,
             )  # fmt: skip
     except (ImportError, RuntimeError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        raise UsageError(f"storage {printable(url)}: Optuna cannot open it: {error}") from None
+        said = str(error).partition("\n")[0]  # the URL, which may hold a password, is not said
+        raise UsageError(f"storage: Optuna cannot open it: {printable(said)}") from None
 
 
 def _try_again(study: Any, trial: Any) -> None:
