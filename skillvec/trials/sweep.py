@@ -105,7 +105,7 @@ def sweep(
                  "eval": evaluator.spec, **chosen}  # fmt: skip
         report = _plan(target, vector, evaluator, points, controls, chosen)
         report.facts |= {"output": os.fspath(output), "scratch": scratch and os.fspath(scratch)}
-        report.facts["lam"] = lambdas
+        report.facts |= {"lam": lambdas, "workers": workers}
         if dry_run:
             if watcher:
                 watcher.planned(report)

@@ -4,6 +4,7 @@ The options are those that click knows. A case has a command line, the option an
 what was seen without and with it; the condition must hold of the two, and not of the first twice.
 """
 
+import gc
 import json
 import os
 import shlex
@@ -24,6 +25,7 @@ from safetensors import safe_open
 from zoo import build
 
 import skillvec as sv
+from skillvec.analysis import sweep_page
 from skillvec.cli import main
 from skillvec.engine.threads import on_block
 from skillvec.ops import svd
@@ -35,6 +37,16 @@ LLAMA = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 WIDE = LLAMA | {"hidden_size": 80, "intermediate_size": 160, "num_hidden_layers": 1}
+# the size of a tensor of each layer, in a loaded model
+PROBE = """
+import time, torch
+def size(model, tokenizer, scale=1.0, wait=0.0):
+    time.sleep(wait)
+    weights = model.state_dict()
+    sizes = [scale * weights[f"model.layers.{i}.mlp.up_proj.weight"].float().norm().item() for i in (0, 1)]
+    bits = 8 * weights["lm_head.weight"].element_size()
+    return {"size": sizes, "bits": bits, "random": torch.rand(3)}
+"""
 RECIPE = "op: ties\nvectors: [{vector: skill.safetensors, weight: 0.5}, {vector: far.safetensors}]"
 
 
@@ -50,9 +62,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(svd, "EXACT", 1)  # small matrices are decomposed as large ones are
         patch.setenv("COLUMNS", "200")
+        patch.setattr(sweep_page, "html", lambda content: "")  # its own tests draw it
+        patch.setattr(sweep_page, "figures", lambda content: [])
         make_models()
         make_vectors()
+        make_live()
+        gc.freeze()  # trials collect garbage at their end, and a session of tests has much
         yield folder
+        gc.unfreeze()
 
 
 def make_models() -> None:
@@ -103,6 +120,22 @@ def make_vectors() -> None:
     for name in ("base", "tuned", "target", "skill.safetensors"):
         Path(f"gone_{name}").rename(f"moved_{name}")
     Path("recipe.yaml").write_text(RECIPE)
+
+
+def make_live() -> None:
+    """Make a model that transformers loads, vectors for it, and what evaluates it."""
+    live = build("LlamaForCausalLM").bfloat16()
+    live.save_pretrained("live")
+    base = load("live")
+    longer = {name: torch.cat([tensor, tensor[:3]]) if "embed" in name or "head" in name else tensor
+              for name, tensor in base.items()}  # fmt: skip
+    lifted = {name.replace("up_proj", "lift"): tensor for name, tensor in base.items()}
+    for name, tensors in {"live": base, "live_longer": longer, "live_lifted": lifted}.items():
+        save(f"{name}_base", tensors, config=LLAMA)
+        save(f"{name}_tuned", perturbed(tensors, 1, size=0.05), config=LLAMA)
+        sv.diff(f"{name}_tuned", f"{name}_base", f"{name}.safetensors")
+    Path("probe.py").write_text(PROBE)
+    Path("scores.json").write_text('{"size": 1.0}')
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +440,60 @@ def measures(words: str) -> dict[str, Case]:
     }  # fmt: skip
 
 
+def curves(seen: Seen) -> set[str]:
+    return {point["curve"] for point in seen.report["points"]}
+
+
+def sizes(seen: Seen) -> list[float]:
+    return [point["scores"]["size"]["mean"] for point in seen.report["points"]]
+
+
+def changed(seen: Seen) -> int:
+    """How many values the vector changed."""
+    found: int = seen.report["points"][1]["changed"]
+    return found
+
+
+def tries(words: str, anew: str) -> dict[str, Case]:
+    """Return the cases of a command that tries vectors on a loaded model.
+
+    `words` name target and vector, `anew` a command that has left something else in the output.
+    """
+    probe = f"{words} --eval probe:size -o OUT"
+    as_json, command = f"{probe} --json", f"--eval \"command: sh -c 'cat scores.json' {{model}}\""
+    return {name: case for name, case in shared(probe).items() if name not in
+            ("--engine", "--include", "--exclude")} | {
+        "--force": Case(as_json, "--force", lambda a, b: (
+            a.code == 2 and "--force" in a.said and b.did), before=anew),
+        "--verbose": Case(probe, "-v", lambda a, b: "bits" not in a.stdout and "bits" in b.stdout),
+        "--eval": Case(f"{words} -o OUT", "--eval probe:size", refused(2)),
+        "--eval-option": Case(as_json, "--eval-option scale=2", lambda a, b: (
+            [2 * size for size in sizes(a)] == pytest.approx(sizes(b)))),
+        "--metric": Case(as_json, "--metric bits", lambda a, b: (
+            (a.report["metric"], b.report["metric"]) == ("size", "bits"))),
+        "--minimize": Case(as_json, "--minimize size", lambda a, b: (
+            not a.report["less_is_better"] and b.report["less_is_better"])),
+        "--scratch": Case(f"{words} {command} -o OUT", "--scratch nowhere", refuses("nowhere")),
+        "--timeout": Case(f"{probe} --eval-option wait=0.2", "--timeout 0.02", lambda a, b: (
+            a.code == 0 and b.code == 1 and "longer than 0.02 s" in b.said)),
+        "--dtype": Case(f"{as_json} --metric bits", "--dtype float32", lambda a, b: (
+            (a.report["target_score"], b.report["target_score"]) == (16, 32))),
+        "--device": Case(probe, "--device cuda:99", refuses("cuda:99")),
+        "--rounding": Case(f"{as_json} --lam 0.3", "--rounding stochastic", lambda a, b: (
+            sizes(a)[0] == sizes(b)[0] and sizes(a)[1] != sizes(b)[1])),
+        "--seed": Case(f"{as_json} --metric random", "--seed 1", lambda a, b: (
+            a.report["target_score"] != b.report["target_score"])),
+        "--include": Case(as_json, f"--include {NORMS}", lambda a, b: changed(b) < changed(a) / 4),
+        "--exclude": Case(as_json, f"--exclude {NORMS}", lambda a, b: (
+            0 < changed(a) - changed(b) < changed(a) / 4)),
+        "--rename": Case(probe.replace("live.safe", "live_lifted.safe"), "--rename lift=up_proj",
+                         refused(3)),
+        "--rows": Case(probe.replace("live.safe", "live_longer.safe"), "--rows common", refused(3)),
+    }  # fmt: skip
+
+
 BOTH = "skill.safetensors far.safetensors"
+SWEEP = "live live.safetensors --lam 1"
 CASES: dict[str, dict[str, Case]] = {
     "diff": stores("tuned base -o OUT") | {
         "--dtype": Case("tuned base -o OUT --json", "--dtype bf16", lambda a, b: (
@@ -507,6 +593,12 @@ CASES: dict[str, dict[str, Case]] = {
     "inspect": shared("base") | {
         "--target": Case("skill.safetensors --json", "--target target", lambda a, b: (
             "verdict" not in a.report and b.report.get("verdict") == "same family")),
+    },
+    "sweep": tries(SWEEP, f"sweep {SWEEP} --eval probe:size --seed 5 -o OUT") | {
+        "--lam": Case("live live.safetensors --eval probe:size -o OUT --json", "--lam 0.5,1",
+                      lambda a, b: len(a.report["lam"]) == 13 and b.report["lam"] == [0, 0.5, 1]),
+        "--control": Case(f"{SWEEP} --eval probe:size -o OUT --json", "--control random,shuffled",
+                          lambda a, b: curves(b) - curves(a) == {"random", "shuffled"}),
     },
     "verify": shared("merged") | {
         "--tuned": Case("moved.safetensors --base moved_base", "--tuned moved_tuned", refused(2)),

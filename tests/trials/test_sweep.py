@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from planted import Peak, Planted, plain, plant
 
 import skillvec as sv
 from skillvec.analysis import sweep_page
 from skillvec.analysis.sweep_sentences import list_answers
-from skillvec.cli import main
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError
 
 LAM = "-0.5:1.5:0.5"
@@ -124,7 +122,7 @@ def test_several_vectors_are_one_combination(planted: Planted, tmp_path: Path) -
     assert evaluator.calls == [0, 0.5, 1]
 
 
-# ----------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------- what is written
 
 
 def test_json_and_csv_hold_every_point(planted: Planted, tmp_path: Path) -> None:
