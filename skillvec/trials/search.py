@@ -100,6 +100,8 @@ def search(
     )
     assert evaluator is not None
     _check_asked(evaluator, reporter, budget, keep, sampler, metric, second)
+    if scratch is not None and not os.path.isdir(scratch):
+        raise UsageError(f"scratch {os.fspath(scratch)}: no such folder")
     opened, found = _open_space(vectors, space)
     marker = RECIPE if storage else DATABASE
     folder = take_folder(output, [os.fspath(target), *opened], marker, "search")
@@ -113,7 +115,7 @@ def search(
         "minimize": sorted(minimize), "keep": keep, "sampler": sampler, **taken,
     }  # fmt: skip
     named = {"target": os.fspath(target), "vectors": [*opened], "budget": budget,
-             "output": os.fspath(output), "study": study}  # fmt: skip
+             "output": os.fspath(output), "study": study, "workers": workers}  # fmt: skip
     if watcher:
         watcher.planned(Report("search", asked | named))
     taken |= {"scratch": scratch, "timeout": timeout, "device": device, "workers": workers}
@@ -272,7 +274,8 @@ class Search:
         for name, study in ((WINNER, self.main), (RANDOM, self.beside)):
             if study and (taken := choose(study.complete(), self.goal, base, plain)):
                 self.chosen[name] = taken
-                self.nbytes[name] = taken.user_attrs.get(NBYTES, 0)
+                if NBYTES in taken.user_attrs:
+                    self.nbytes[name] = taken.user_attrs[NBYTES]
         if WINNER not in self.chosen:
             raise SkillvecError("no trial has a value, so there is nothing to report")
         points = {TARGET: None, PLAIN: self.space.unchanged()}

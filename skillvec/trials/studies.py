@@ -158,6 +158,7 @@ class Study:
         if self._count_claimed() >= self.budget:
             return False
         asked: list[Any] = []
+        wrong: list[Exception] = []
 
         def objective(trial: Any) -> Sequence[float]:
             asked.append(trial)
@@ -169,6 +170,9 @@ class Study:
             except FailedError as error:
                 trial.set_user_attr(WHY, str(error))
                 raise
+            except Exception as error:
+                wrong.append(error)
+                raise
             for key, value in said.items():
                 trial.set_user_attr(key, value)
             return values
@@ -179,7 +183,7 @@ class Study:
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             # Another process took this one for dead, and has the point tried again
             states = {t.number: t.state for t in self.study.get_trials(deepcopy=False)}
-            if not asked or states[asked[0].number] != optuna.trial.TrialState.FAIL:
+            if wrong or not asked or states[asked[0].number] != optuna.trial.TrialState.FAIL:
                 raise
         self._refuse_failures()
         return True

@@ -24,7 +24,7 @@ from sqlalchemy import event
 
 import skillvec as sv
 from skillvec.analysis import search_page
-from skillvec.errors import SkillvecError, UsageError
+from skillvec.errors import IncompatibleError, SkillvecError, UsageError
 from skillvec.trials import search as search_module
 from skillvec.trials import studies as studies_module
 from skillvec.trials.scores import HALVES, Score, score_of
@@ -137,6 +137,7 @@ def ask(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callabl
         asked = {"output": folder, "metric": "score", "budget": 30}
         return search("base", *(vectors or ("skill.safetensors",)), eval=known, **asked | given)
 
+    run.storages = opened
     return run
 
 
@@ -334,6 +335,35 @@ def test_two_at_once_share_the_trials_and_ask_the_report_items_once(ask: Any) ->
     searched = [known.asked.count("search") for known in both]
     assert sum(searched) == 2 + 30 and min(searched) > 3
     assert sum(known.asked.count("report") for known in both) == 4
+
+
+def test_a_trial_that_was_taken_for_dead_is_tried_again(ask: Any) -> None:
+    """As where this process slept while others went on: what it tells comes too late."""
+    taken: list[int] = []
+
+    def late(lambdas: list[float]) -> float:
+        if known.asked.count("search") == 4 and not taken:
+            study = optuna.load_study(study_name="search", storage=ask.storages["memory"])
+            taken.append([t.number for t in study.trials if t.state.name == "RUNNING"][0])
+            study.tell(taken[0], state=optuna.trial.TrialState.FAIL)
+        return planted(lambdas)
+
+    known = Known(late)
+    facts = ask(known, storage="memory", budget=4, sampler="random").facts
+    assert taken and facts["trials"] == {"complete": 4, "failed": 0}
+    assert known.asked.count("search") == 2 + 5
+
+
+def test_an_error_of_the_vector_ends_the_search(ask: Any) -> None:
+    def unfit(lambdas: list[float]) -> float:
+        if len(known.asked) > 3:
+            raise IncompatibleError("does not fit")  # which is a ValueError, as Optuna's own are
+        return 0.0
+
+    known = Known(unfit)
+    with pytest.raises(IncompatibleError, match="does not fit"):
+        ask(known)
+    assert len(known.asked) == 4
 
 
 SCRIPT = """
