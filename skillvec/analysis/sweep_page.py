@@ -154,7 +154,7 @@ def _list_others(content: Content) -> Iterator[Table]:
 def _list_asked(content: Content) -> list[Entry]:
     asked = {
         "target": f"{content['target']['path']}, {human_bytes(content['target_nbytes'])}",
-        "vector": content["name"], "evaluation": content["eval"],
+        "vector": content["name"], "verdict": content["verdict"], "evaluation": content["eval"],
         "control": ", ".join(content["control"]) or "none", "seed": str(content["seed"]),
         "rounding": content["rounding"], "dtype": content["dtype"],
     }  # fmt: skip

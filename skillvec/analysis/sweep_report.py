@@ -5,7 +5,6 @@ lambdas: of a vector that does nothing, one sweep in twenty finds something. Con
 at the lambda that was found best, one correction over them.
 """
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +108,8 @@ def _beside(tried: Sequence[Tried], best: int, asked: Asked) -> list[Line]:
 
 def csv_text(points: Sequence[Line]) -> str:
     """Return the points as CSV: a row each, two columns for each metric."""
+    import csv
+
     metrics = dict.fromkeys(name for point in points for name in point["scores"])
     rows = []
     for point in points:

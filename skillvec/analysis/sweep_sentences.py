@@ -41,6 +41,7 @@ def say_sweep_plan(facts: dict[str, Any]) -> list[str]:
         "TARGET + LAM * V, evaluated at every lambda",
         f"  target  {target['path']} ({'+'.join(target['dtypes'])}, {size}), {took}",
         f"  vector  {facts['name']}",
+        f"  verdict {facts['verdict']}",
         f"  eval    {facts['eval']}",
         f"  lam     {lambdas}{more}",
         *(

@@ -17,7 +17,7 @@ Values = npt.NDArray[np.floating[Any]]
 
 
 class Noise:
-    """Gaussian noise with the norm of the vector, tensor by tensor."""
+    """Gaussian noise with the norm of the vectors' linear combination, tensor by tensor."""
 
     name = "random_control"
 
@@ -31,7 +31,7 @@ class Noise:
         self, number: int, values: Any, weights: Any, parameters: Any, place: Any, known: Any
     ) -> npt.NDArray[np.float64]:
         """Return the sum of squares and the number of values, two float64."""
-        block = values[0].astype(np.float64)
+        block = _sum(values, weights)
         return np.array([np.dot(block, block), block.size])
 
     def settle(self, number: int, total: Any, weights: Any, parameters: Any, known: Any) -> float:
@@ -40,12 +40,12 @@ class Noise:
 
     def combine(self, values: Any, weights: Any, parameters: Any, place: Any, known: Any) -> Values:
         noise = _generator(place).standard_normal(values[0].size)
-        made: Values = (weights[0] * known * noise).astype(values[0].dtype)
+        made: Values = (known * noise).astype(np.result_type(*values))
         return made
 
 
 class Shuffle(Noise):
-    """The vector's own values in random order, tensor by tensor, above 2**20 block by block.
+    """The combination's own values in random order, tensor by tensor, above 2**20 block by block.
 
     Nothing is measured for it.
     """
@@ -56,9 +56,17 @@ class Shuffle(Noise):
         return 0
 
     def combine(self, values: Any, weights: Any, parameters: Any, place: Any, known: Any) -> Values:
-        shuffled = _generator(place).permutation(values[0])
-        made: Values = (weights[0] * shuffled).astype(values[0].dtype)
+        shuffled = _generator(place).permutation(_sum(values, weights))
+        made: Values = shuffled.astype(np.result_type(*values))
         return made
+
+
+def _sum(values: Any, weights: Any) -> npt.NDArray[np.float64]:
+    """Return the vectors' linear combination."""
+    total: npt.NDArray[np.float64] = weights[0] * values[0].astype(np.float64)
+    for weight, block in zip(weights[1:], values[1:], strict=True):
+        total += weight * block
+    return total
 
 
 def _generator(place: Any) -> np.random.Generator:

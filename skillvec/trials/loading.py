@@ -42,22 +42,17 @@ def fetch(point: Checkpoint) -> None:
         fetch_all(elsewhere)
 
 
-def load_target(point: Checkpoint, dtype: str = "auto", device: str | None = None) -> Any:
-    """Return the model in eval mode; `device` is cuda where there is one, else the CPU.
-
-    Raises UsageError for a config that transformers does not know.
-    """
+def load_target(point: Checkpoint, dtype: str = "auto", device: str = "cpu") -> Any:
+    """Return the model in eval mode; UsageError for one that transformers does not load."""
     with needs("hf", f"target {point.ref}"):
-        import torch
         import transformers
 
     fetch(point)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     named = point.config.get("architectures") or [None]
     kind: Any = getattr(transformers, str(named[0]), None) or transformers.AutoModelForCausalLM
     with _without_bars():
         try:
-            model = kind.from_pretrained(**_place(point), dtype=dtype)
+            model = kind.from_pretrained(**_place(point), dtype=dtype, **_dequantised(point))
         except (ValueError, OSError, KeyError, ImportError) as error:
             raise UsageError(
                 f"target {point.ref}: transformers does not load it: {error}"
@@ -99,6 +94,15 @@ def _place(point: Checkpoint) -> dict[str, str]:
     """Return the arguments of from_pretrained that say where a target is."""
     given = {"pretrained_model_name_or_path": str(point.folder)}
     return given | {"gguf_file": point.path.name} if point.path.suffix == GGUF else given
+
+
+def _dequantised(point: Checkpoint) -> dict[str, Any]:
+    """Return what makes transformers unpack a GGUF file, whose blocks cannot be added to."""
+    if point.path.suffix != GGUF:
+        return {}
+    from transformers import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 @contextmanager

@@ -95,9 +95,10 @@ def score_of(values: Iterable[Any], groups: Iterable[Any] = ()) -> Score:
 def read_scores(said: Any) -> Scores:
     """Return what an evaluator answered as scores: a mapping of metrics.
 
-    Of each: a number; a tuple of mean and standard error; a mapping with `mean`, `standard_error`,
-    `values` and `groups` (one of mean and values at least); or a sequence of the items' values. The
-    mapping may stand under `metrics`, as recipes write it. Raises ScoreError for anything else.
+    Of each: a Score; a number; a tuple of mean and standard error; a mapping with `mean`,
+    `standard_error`, `values` and `groups` (one of mean and values at least); or a sequence of the
+    items' values. The mapping may stand under `metrics`, as recipes write it. Raises ScoreError for
+    anything else.
     """
     if isinstance(said, Mapping) and isinstance(said.get("metrics"), Mapping):
         said = said["metrics"]
@@ -113,6 +114,8 @@ def read_scores(said: Any) -> Scores:
 
 
 def _read_score(value: Any) -> Score:
+    if isinstance(value, Score):
+        return value
     value = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's
     if isinstance(value, Mapping):
         unknown = value.keys() - {"mean", "standard_error", "values", "groups"}

@@ -31,6 +31,7 @@ from skillvec.trials.scores import Evaluator, Score, less_is_better
 from skillvec.trials.trial import Outcome, Trials
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs import combine
+from skillvec.verbs._apply import plan_request
 
 JOURNAL = "journal.jsonl"
 WRITTEN = ("report.json", "points.csv", "index.html", "curve.svg", "curve.png")
@@ -128,22 +129,28 @@ def _plan(
     target: PathLike, vector: SkillVector, evaluator: Evaluator, points: Sequence[Point],
     controls: Sequence[str], chosen: Mapping[str, Any],
 ) -> Report:  # fmt: skip
-    """Return the report of a plan: what is known before any model is loaded."""
+    """Return the report of a plan: what is known before any model is loaded.
+
+    Raises IncompatibleError where the vector does not fit the target.
+    """
     point = open_checkpoint(target, "target")
+    plan, _ = plan_request(point, vector, {**chosen, "lam": 1.0, "dtype": None})
     facts = {
         "formula": "TARGET + LAM * V",
         "target": point.facts,
         "target_nbytes": sum(spec.nbytes for spec in point.values()),
         "vector": vector.describe(),
-        "name": vector.ref,
+        "scale": vector.scale,
+        "name": vector.ref if vector.scale == 1 else f"{vector.scale:g} * {vector.ref}",
         "lineage": vector.dtypes,
+        "verdict": plan.verdict,
         "eval": evaluator.spec,
         "takes_folder": evaluator.takes_folder,
         "control": list(controls),
         "planned": len(points),
         **chosen,
     }
-    return Report("sweep", facts, warnings=vector.list_warnings())
+    return Report("sweep", facts, warnings=plan.warnings)
 
 
 def _make_vectors(
@@ -151,7 +158,11 @@ def _make_vectors(
 ) -> dict[str, SkillVector | None]:
     """Return what is attached for the points of each curve."""
     made: dict[str, SkillVector | None] = {TARGET: None, SKILL: vector}
-    return made | {kind: combine(vector, op=CONTROLS[kind](), seed=seed) for kind in controls}
+    for kind in controls:
+        parts: Any = vector.terms()
+        vectors, weights = [part for part, _ in parts], [weight for _, weight in parts]
+        made[kind] = combine(*vectors, weights=weights, op=CONTROLS[kind](), seed=seed)
+    return made
 
 
 def _identify(vector: SkillVector) -> list[Any]:

@@ -34,6 +34,7 @@ from skillvec.errors import (
     VerificationError,
 )
 from skillvec.files.file import digest_bytes
+from skillvec.ops.svd import resolve_device
 from skillvec.trials.loading import fetch, load_target, open_target, open_tokenizer
 from skillvec.trials.scores import ALL, Evaluator, Scores, not_finite, refuse_split
 from skillvec.trials.watch import Watch
@@ -75,9 +76,10 @@ class Trials:
     """A target and an evaluator, for `run` at any number of points; as a context it ends both.
 
     `timeout` is in seconds, of one evaluation, and needs the main thread. `dtype` is transformers'
-    name, "auto" that of the target. `scratch` is where an evaluator that takes folders finds
-    them. Selection and rounding as of `apply`. Raises UsageError and OutputError for what cannot
-    work, before any model is loaded; that happens at the first point.
+    name, "auto" that of the target; `device` auto, cpu, cuda or cuda:N. `scratch` is where an
+    evaluator that takes folders finds them. Selection and rounding as of `apply`. Raises UsageError
+    and OutputError for what cannot work, before any model is loaded; that happens at the first
+    point.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Trials:
             raise UsageError(f"dtype {dtype}: expected auto, {', '.join(DTYPES)}")
         self._point = open_target(os.fspath(target))
         self._evaluator, self._timeout, self._seed = evaluator, timeout, seed
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device = dtype, ""
         self._rounding: dict[str, Any] = {"rounding": rounding, "seed": seed}
         self._selection: dict[str, Any] = {
             "include": include, "exclude": exclude, "rename": rename, "rows": rows,
@@ -118,6 +120,7 @@ class Trials:
             self._refuse_scratch()
         else:
             self._tokenizer = self._find_tokenizer()
+            self._device = resolve_device(device or "auto")
         evaluator.check(os.fspath(self._point.folder))
 
     @property
@@ -138,8 +141,9 @@ class Trials:
         if self._live is not None:
             with suppress(VerificationError):  # of weights that are given up
                 self._live.detach()
-        self._live = self._model = None
-        gc.collect()
+        if self._model is not None:
+            self._live = self._model = None
+            gc.collect()  # before another one is loaded
 
     def run(self, vector: SkillVector | None, lam: float = 1.0, split: str = ALL) -> Outcome:
         """Evaluate target + lam * vector, or the target itself where there is no vector.
@@ -175,9 +179,7 @@ class Trials:
         outcome = self._evaluate(model, split)
         outcome = replace(outcome, attach_seconds=attached, **self._facts(vector))
         if found := watch.find_changes(model):
-            said = (
-                f"the evaluation changed the model, which was loaded again for the next:\n{found}"
-            )
+            said = f"the evaluation changed the model, which is loaded again:\n{found}"
             if outcome.status in (DONE, NOT_A_NUMBER):
                 outcome = replace(outcome, status=CHANGED, message=said, scores={})
             else:

@@ -46,7 +46,8 @@ import time, torch
 def size(model, tokenizer, scale=1.0, wait=0.0):
     time.sleep(wait)
     weights = model.state_dict()
-    sizes = [scale * weights[f"model.layers.{i}.mlp.up_proj.weight"].float().norm().item() for i in (0, 1)]
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    sizes = [scale * weights[name].float().norm().item() for name in names]
     bits = 8 * weights["lm_head.weight"].element_size()
     return {"size": sizes, "bits": bits, "random": torch.rand(3)}
 def half(model, tokenizer, split, **options):
@@ -475,7 +476,7 @@ def tries(words: str, anew: str) -> dict[str, Case]:
     `words` name target and vector, `anew` a command that has left something else in the output.
     """
     probe = f"{words} --eval probe:size -o OUT"
-    as_json, command = f"{probe} --json", f"--eval \"command: sh -c 'cat scores.json' {{model}}\""
+    as_json, command = f"{probe} --json", "--eval \"command: sh -c 'cat scores.json' {model}\""
     return {name: case for name, case in shared(probe).items() if name not in
             ("--engine", "--include", "--exclude")} | {
         "--force": Case(as_json, "--force", lambda a, b: (

@@ -25,6 +25,7 @@ from skillvec.trials.scores import ALL, Score, ScoreError, half_of, read_scores,
     ("said", "expected"),
     [
         (0.5, Score(0.5)),
+        (Score(0.5, 0.1), Score(0.5, 0.1)),
         (True, Score(1.0)),
         (np.float32(0.5), Score(0.5)),
         ((0.5, 0.1), Score(0.5, 0.1)),
@@ -220,19 +221,19 @@ def test_a_module_that_raises_is_refused_with_what_it_says(module: str, tmp_path
 def test_a_metric_that_is_known_not_to_be_there_is_refused(module: str):
     found = open_evaluator(f"{module}:chosen")
     refuse_metric(found, "acc")
-    with pytest.raises(UsageError, match="metric 'accc': .* gives acc; did you mean acc"):
+    with pytest.raises(UsageError, match=r"metric 'accc': .* gives acc; did you mean acc"):
         refuse_metric(found, "accc")
     refuse_metric(open_evaluator(f"{module}:plain"), "whatever")
 
 
 # -------------------------------------------------------------------------------------- commands
 
-PROGRAM = '''\
+PROGRAM = """\
 import json, sys
 print("loading")
 print(json.dumps({"acc": 0.5, "words": len(sys.argv)}))
 print()
-'''
+"""
 
 
 def command(tmp_path: Path, text: str, words: str = "{model}") -> Any:

@@ -5,12 +5,16 @@ import gc
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import load, perturbed, save
 from planted import Peak, Planted, plain, plant
 
 import skillvec as sv
@@ -118,8 +122,8 @@ def test_less_may_be_better(planted: Planted, tmp_path: Path) -> None:
 def test_several_vectors_are_one_combination(planted: Planted, tmp_path: Path) -> None:
     evaluator = Peak(planted)
     sv.sweep(planted.target, planted.skill, planted.other, eval=evaluator, lam="1,2",
-             weights=[0.5, -1e-6], output=tmp_path / "out")  # fmt: skip
-    assert evaluator.calls == [0, 0.5, 1]
+             weights=[0.5, -1e-6], control="random", output=tmp_path / "out")  # fmt: skip
+    assert evaluator.calls[:3] == [0, 0.5, 1] and len(evaluator.calls) == 5
 
 
 # ---------------------------------------------------------------------------------- what is written
@@ -251,8 +255,14 @@ def test_what_cannot_be_is_said_before_the_model_loads(planted: Planted, tmp_pat
     with pytest.raises(UsageError, match="metric scor: the evaluation gives score, loss"):
         run(planted, evaluator, output, metric="scor")
     assert evaluator.calls == [0]
-    with pytest.raises(IncompatibleError):
-        sv.sweep(planted.target, planted.target, eval=evaluator, output=output)
+    with pytest.raises(IncompatibleError, match="not a skill vector"):
+        sv.sweep(planted.target, planted.target, eval=evaluator, output=output, force=True)
+    tensors = load(planted.target)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1]
+    wrong = [save(tmp_path / name, perturbed(tensors, seed)) for seed, name in enumerate("ab")]
+    with pytest.raises(IncompatibleError, match=r"lm_head\.weight"):  # before the target is asked
+        sv.sweep(planted.target, f"{wrong[0]}::{wrong[1]}", eval=evaluator, output=output)
+    assert evaluator.calls == [0]
 
 
 def test_a_dry_run_evaluates_and_writes_nothing(planted: Planted, tmp_path: Path) -> None:
@@ -262,3 +272,79 @@ def test_a_dry_run_evaluates_and_writes_nothing(planted: Planted, tmp_path: Path
     assert evaluator.calls == [] and not (tmp_path / "out").exists()
     assert (report.facts["planned"], len(watcher.plans)) == (9, 1)
     assert report.facts["target_nbytes"] > 4 * 5000
+
+
+# ------------------------------------------------------------------------------ whole processes
+
+SLOW_SCORE = """
+import time, torch
+def score(model, tokenizer):
+    time.sleep(0.3)
+    weight = model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    return {"score": (weight.flatten()[:50] * 100).tolist()}
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on(planted: Planted, tmp_path: Path) -> None:
+    (tmp_path / "slow_score.py").write_text(SLOW_SCORE)
+    words = ["-m", "skillvec", "sweep", str(planted.target), str(planted.skill), "--lam", LAM,
+             "--eval", "slow_score:score", "--control", "random", "--json"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(sv.__file__).parents[1])])}
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, *words, "-o", name], cwd=tmp_path, env=env,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    journal, killed = tmp_path / "out" / "journal.jsonl", 0
+    for least in (3, 6):  # twice, each time with points of its own
+        process = start("out")
+        while not journal.exists() or journal.read_bytes().count(b"\n") <= least:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+    assert killed == 2 and not (tmp_path / "out" / "report.json").exists()
+    done = journal.read_bytes().count(b"\n") - 1
+    reports = []
+    for name in ("out", "whole"):
+        said, errors = start(name).communicate()
+        reports.append(json.loads(said))
+        assert json.loads((tmp_path / name / "report.json").read_text()) == reports[-1], errors
+    assert (reports[0]["resumed"], reports[1]["resumed"]) == (done, 0) and 6 <= done < 9
+    assert plain(reports[0].pop("points")) == plain(reports[1].pop("points"))
+    for key in reports[1].keys() - {"resumed", "output", "load_seconds", "best"}:
+        assert reports[0][key] == reports[1][key], key
+
+
+@pytest.mark.slow
+def test_questions_are_scored_as_a_merged_folder_is(tmp_path: Path) -> None:
+    from skillvec.recipes import evaluate, tiny
+
+    texts = [f"the colour of item {n} is {['red', 'green', 'blue'][n % 3]}" for n in range(40)]
+    for seed, name in enumerate(("target", "other")):
+        tiny.make_model(texts, tmp_path / name, seed=seed)
+    vector = tmp_path / "v.safetensors"
+    sv.diff(tmp_path / "other", tmp_path / "target", vector)
+    model, tokenizer = evaluate.load_model(str(tmp_path / "target"))
+    asked = {"model": model, "tokenizer": tokenizer, "max_new_tokens": 4, "batch": 8}
+    told = evaluate.answer_all(prompts=texts, **asked)  # so that the target itself is always right
+    rows = [{"prompt": text, "answer": said} for text, said in zip(texts, told, strict=True)]
+    data = tmp_path / "q.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = sv.sweep(
+        tmp_path / "target", vector, eval=f"evaluate:{data}", lam="0.05,0.2,1", metric="exact",
+        eval_options={"max_new_tokens": 4, "batch": 8}, output=tmp_path / "out",
+    )  # fmt: skip
+    assert report.facts["target_score"] == 1 and not report.facts["found"]
+    means = [row["scores"]["exact"]["mean"] for row in report.facts["points"]]
+    assert 0 < means[2] < 1 > means[3]
+    for row in report.facts["points"][1:]:
+        merged, scores = tmp_path / f"merged_{row['lam']}", tmp_path / f"{row['lam']}.json"
+        sv.apply(tmp_path / "target", vector, merged, lam=row["lam"])
+        words = ["--model", merged, "--data", data, "--output", scores, "--max-new-tokens", 4,
+                 "--batch", 8]  # fmt: skip
+        assert evaluate.main([*map(str, words)]) == 0
+        found = json.loads(scores.read_text())["metrics"]["exact"]
+        assert (row["scores"]["exact"]["mean"], row["scores"]["exact"]["standard_error"]) == (
+            pytest.approx((found["mean"], found["standard_error"])))  # fmt: skip
