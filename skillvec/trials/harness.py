@@ -84,15 +84,12 @@ class HarnessEvaluator:
             )
         try:
             loaded = manager.load(list(self._names))
-            counts = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
         except Exception as error:  # whatever data sets, their servers and functions of tasks raise
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
                 f"--eval {self._what}: the task cannot be loaded: {said:.500}"
             ) from None
         for name, task in loaded["tasks"].items():
-            if not counts[name]:
-                raise UsageError(f"--eval {self._what}: task {name} has no items")
             if getattr(task, "UNSAFE_CODE", False) and not self._options.get(
                 "confirm_run_unsafe_code"
             ):

@@ -26,7 +26,10 @@ def open_target(ref: str) -> Checkpoint:
     if is_of_store(ref):
         raise UsageError(f"target {ref}: a model is loaded from a folder: download it first")
     point = open_checkpoint(ref, "target")
-    if point.path.suffix != GGUF and not (point.folder / "config.json").is_file():
+    is_gguf = point.path.suffix == GGUF
+    if not point.is_folder and not is_gguf:
+        raise UsageError(f"target {ref}: transformers loads folders: name the one that it lies in")
+    if not is_gguf and not (point.folder / "config.json").is_file():
         raise UsageError(
             f"target {ref}: no config.json in {point.folder}, so that transformers cannot load it"
         )

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -72,13 +72,25 @@ class Outcome:
         return self.status == DONE
 
 
+class Applied(TypedDict, total=False):
+    """Options of `apply` and `attach` that hold for every point."""
+
+    rounding: str
+    seed: int
+    include: Sequence[str]
+    exclude: Sequence[str]
+    rename: Sequence[str]
+    rows: str
+    workers: int | None
+
+
 class Trials:
     """A target and an evaluator, for `run` at any number of points; as a context it ends both.
 
     `timeout` is in seconds, of one evaluation, and needs the main thread. `dtype` is transformers'
     name, "auto" that of the target; `device` auto, cpu, cuda or cuda:N. `scratch` is where an
-    evaluator that takes folders finds them. Selection and rounding as of `apply`. Raises UsageError
-    and OutputError for what cannot work, before any model is loaded; that happens at the first
+    evaluator that takes folders finds them. `applied` as of `apply`. Raises UsageError and
+    OutputError for what cannot work, before any model is loaded; that happens at the first
     point.
     """
 
@@ -91,32 +103,23 @@ class Trials:
         timeout: float | None = None,
         dtype: str = "auto",
         device: str | None = None,
-        rounding: str = "nearest",
-        seed: int = 0,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        rename: Sequence[str] = (),
-        rows: str = "strict",
-        workers: int | None = None,
+        **applied: Unpack[Applied],
     ) -> None:
         if timeout is not None and not timeout > 0:
             raise UsageError(f"timeout {timeout}: expected seconds, more than 0")
         if dtype not in ("auto", *DTYPES):
             raise UsageError(f"dtype {dtype}: expected auto, {', '.join(DTYPES)}")
         self._point = open_target(os.fspath(target))
-        self._evaluator, self._timeout, self._seed = evaluator, timeout, seed
+        self._evaluator, self._timeout, self._applied = evaluator, timeout, applied
         self._dtype, self._device = dtype, ""
-        self._rounding: dict[str, Any] = {"rounding": rounding, "seed": seed}
-        self._selection: dict[str, Any] = {
-            "include": include, "exclude": exclude, "rename": rename, "rows": rows,
-            "workers": workers,
-        }  # fmt: skip
         self._scratch = Path(scratch or tempfile.gettempdir())
         self._model: Any = None
         self._tokenizer: Any = None
         self._live: Live | None = None
         self.load_seconds: float | None = None
         if evaluator.takes_folder:
+            if not self._point.is_folder:
+                raise UsageError(f"target {target}: {evaluator.spec} needs a folder, not a file")
             self._refuse_scratch()
         else:
             self._tokenizer = self._find_tokenizer()
@@ -204,7 +207,7 @@ class Trials:
             if self._live is not None:
                 self._live.detach()
         elif self._live is None:
-            self._live = attach(model, vector, lam=lam, **self._rounding, **self._selection)
+            self._live = attach(model, vector, lam=lam, **self._applied)
         else:
             self._live.set(vector, lam=lam)
 
@@ -231,8 +234,8 @@ class Trials:
         place = Path(tempfile.mkdtemp(prefix=name, dir=self._scratch))
         try:
             merged = place / "merged"
-            given = self._rounding | self._selection | {"dtype": DTYPES.get(self._dtype)}
-            facts = apply(self._point, vector, merged, lam=lam, **given).facts
+            dtype = DTYPES.get(self._dtype)
+            facts = apply(self._point, vector, merged, lam=lam, dtype=dtype, **self._applied).facts
             written = time.perf_counter() - begun
             outcome = self._evaluate(os.fspath(merged), split)
         finally:
@@ -262,7 +265,7 @@ class Trials:
         """Return what an evaluation gives, whatever it does."""
         begun = time.perf_counter()
         try:
-            with _seeded(self._seed), _time_limit(self._timeout):
+            with _seeded(self._applied.get("seed", 0)), _time_limit(self._timeout):
                 scores = self._evaluator.evaluate(model, self._tokenizer, split)
             status, message = DONE, ""
         except _ExpiredError:

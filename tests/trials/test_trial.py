@@ -417,6 +417,8 @@ def test_a_target_that_cannot_work_is_refused_before_it_is_loaded(world: World, 
         Trials(tmp_path / "nowhere", Called())
     with pytest.raises(UsageError, match="a model is loaded from a folder: download it first"):
         Trials("s3://bucket/model", Called())
+    with pytest.raises(UsageError, match="name the one that it lies in"):
+        Trials(world.target / "model.safetensors", Called())
     with pytest.raises(UsageError, match="dtype int8: expected auto, bfloat16"):
         Trials(world.target, Called(), dtype="int8")
     with pytest.raises(UsageError, match="device 'cuda:99': torch finds"):
