@@ -533,7 +533,7 @@ def searches(words: str) -> dict[str, Case]:
         "--verbose": Case(probe, "-v", lambda a, b: (
             "compared with" not in a.stdout and "compared with" in b.stdout)),
         "--eval": Case(f"{words} -o OUT --dry-run --json", "--eval probe:half", lambda a, b: (
-            a.code == 2 and b.report["eval"].startswith("probe:half"))),
+            a.code == 2 and b.report.get("eval", "").startswith("probe:half"))),
         "--eval-option": Case(as_json, "--eval-option scale=2", lambda a, b: (
             2 * reported(a) == pytest.approx(reported(b)))),
         "--metric": Case(as_json, "--metric bits", asks("metric", "size", "bits")),
@@ -561,7 +561,7 @@ def searches(words: str) -> dict[str, Case]:
         "--sampler": Case(as_json, "--sampler random", lambda a, b: (
             "random" in a.report["reported"] and "random" not in b.report["reported"])),
         "--second": Case(f"{as_json} --metric size", "--second bytes", lambda a, b: (
-            not a.report["nbytes"] and b.report["nbytes"]["winner"] > 0)),
+            not a.report["nbytes"] and b.report["nbytes"].get("winner", 0) > 0)),
         "--keep": Case(planned, "--keep 0.9", asks("keep", 0.95, 0.9)),
         "--report-eval": Case(probe.replace("half", "size"), "--report-eval probe:size",
                               refused(2)),

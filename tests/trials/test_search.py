@@ -14,16 +14,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import optuna
 import pytest
+from click.testing import CliRunner
 from families import perturbed, save, toy
 from optuna.storages import InMemoryStorage
+from planted import plant
 from sqlalchemy import event
+from transformers import LlamaForCausalLM
 
 import skillvec as sv
 from skillvec.analysis import search_page
+from skillvec.cli import main
 from skillvec.errors import IncompatibleError, SkillvecError, UsageError
 from skillvec.trials import search as search_module
 from skillvec.trials import studies as studies_module
@@ -344,7 +349,7 @@ def test_a_trial_that_was_taken_for_dead_is_tried_again(ask: Any) -> None:
     def late(lambdas: list[float]) -> float:
         if known.asked.count("search") == 4 and not taken:
             study = optuna.load_study(study_name="search", storage=ask.storages["memory"])
-            taken.append([t.number for t in study.trials if t.state.name == "RUNNING"][0])
+            taken.append(next(t.number for t in study.trials if t.state.name == "RUNNING"))
             study.tell(taken[0], state=optuna.trial.TrialState.FAIL)
         return planted(lambdas)
 
@@ -489,3 +494,58 @@ def test_an_evaluator_without_halves_needs_another_to_report(ask: Any) -> None:
     assert {*whole.asked} == {"all"} == {*other.asked} and len(other.asked) in (3, 4)
     assert facts["verdict"] == "nothing"  # of the second, the vector does harm
     assert facts["answer"][0].startswith("Nothing found")
+
+
+# ----------------------------------------------------------------------------------- a real model
+
+ROWS = """
+import torch
+from safetensors.torch import load_file
+def nearness(model, tokenizer, split):
+    weights = model.state_dict()
+    base, tuned = (load_file(f"{name}/model.safetensors") for name in ("target", "skill_tuned"))
+    rows = []
+    for layer, best in ((0, 1.6), (1, 0.3)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        wanted = base[name] + best * (tuned[name] - base[name])
+        rows += (-1e4 * (weights[name] - wanted).square().mean(1)).tolist()
+    return {"nearness": rows[::2] if split == "search" else rows[1::2]}
+"""
+
+
+def test_the_winner_is_a_recipe_for_the_other_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lambdas of two layers are planted; what is written scores as what was attached."""
+    plant(tmp_path)
+    (tmp_path / "rows_of_layers.py").write_text(ROWS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search_module, "open_storage", lambda url: InMemoryStorage())
+    words = ["search", "target", "skill.safetensors", "--eval", "rows_of_layers:nearness",
+             "--space", "lam=0:2 by=layers:2", "--budget", "30", "-o", "found"]  # fmt: skip
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("Found a better recipe: on items that the search never saw")
+    said = json.loads((tmp_path / "found/report.json").read_text())
+    point = said["chosen"]["winner"]["point"]
+    assert abs(point["lam.layers0-0"] - 1.6) < 0.3 and abs(point["lam.layers1-1"] - 0.3) < 0.3
+    for words in (
+        "combine --recipe found/winner.yaml -o v.safetensors", "verify v.safetensors",
+        "apply target v.safetensors -o merged", "verify merged",
+        "apply target --recipe found/winner.yaml -o again", "verify again",
+    ):  # fmt: skip
+        assert CliRunner().invoke(main, words.split()).exit_code == 0, words
+    merged = LlamaForCausalLM.from_pretrained("merged")
+    score = sys.modules["rows_of_layers"].nearness(merged, None, "report")["nearness"]
+    assert fmean(score) == pytest.approx(said["reported"]["winner"]["nearness"]["mean"], rel=1e-4)
+    page = (tmp_path / "found/index.html").read_text()
+    assert "Found a better recipe" in page and "lam.layers1-1" in page
+    assert (tmp_path / "found/history.svg").read_text().startswith("<svg")
+
+
+def test_figures_of_two_objectives_join_the_front(ask: Any, monkeypatch: Any) -> None:
+    known = Known(lambda lambdas: (lambdas[0], -lambdas[0]))
+    facts = ask(known, second="other", budget=4).facts
+    spec = search_page.history(facts).spec
+    assert [layer["mark"]["type"] for layer in spec["layer"]] == ["point", "line", "rule", "text"]
+    assert sum(row["front"] for row in spec["data"]["values"]) > 4  # all of each search, nearly
