@@ -49,8 +49,8 @@ def list_answers(facts: Facts) -> list[str]:
         said.append(f"The vector as it is, at lambda = 1, is {_say(plain)} the target.")
     if beside := _find(facts, "winner", "random"):
         said.append(
-            f"Random search with as many trials came to {_score(facts, 'random')}: the winner is"
-            f" {_say(beside)} that."
+            f"Random search with as many trials came to {_score(facts, 'random')}"
+            f"{_say_second(facts, 'random')}: the winner is {_say(beside)} that."
         )
     failed = facts["trials"]["failed"]
     if failed:
@@ -87,7 +87,7 @@ def _say_two(facts: Facts) -> str:
     kept = _find(facts, "winner", "kept")
     if second == "bytes":
         own, whole = (facts["nbytes"][name] for name in ("winner", "lambda 1"))
-        buys = f"{human_bytes(own)} stored, {own / whole:.0%} of lambda = 1"
+        buys = f"{human_bytes(own)} stored, {100 * own / whole:.0f} % of lambda = 1"
     else:
         buys = f"{second} {_say(_find(facts, 'winner', 'lambda 1', second))} lambda = 1"
     scores = _say_scores(facts, metric)
@@ -98,6 +98,15 @@ def _say_two(facts: Facts) -> str:
         f" {_say(kept)} {share}, and {_say(_find(facts, 'winner', 'target'))} the target."
         f" {scores}."
     )
+
+
+def _say_second(facts: Facts, point: str) -> str:
+    """Return the second objective of a point, ready to stand behind its score; "" for one."""
+    if facts["second"] is None:
+        return ""
+    if facts["second"] == "bytes":
+        return f" with {human_bytes(facts['nbytes'][point])} stored"
+    return f" with a {facts['second']} of {_score(facts, point, facts['second'])}"
 
 
 def _find(facts: Facts, one: str, other: str, metric: str | None = None) -> Any:
