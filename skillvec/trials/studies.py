@@ -6,6 +6,8 @@ that it names. The seed of a trial is that of the search with its number, so a s
 does not draw its first points again.
 """
 
+import io
+import pickle
 import time
 import warnings
 import zlib
@@ -15,13 +17,19 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from skillvec.errors import SkillvecError, UsageError, needs, printable
+from skillvec.errors import FormatError, SkillvecError, UsageError, needs, printable
 from skillvec.trials.spaces import Dimension, Range
 
 BEAT, GRACE = 10, 60  # seconds: a process says that it lives; it is taken for dead
 LOOK = 1  # seconds until one that waits for others looks again
 FEWEST = 5  # trials of which all have failed are enough
 SAMPLERS = ("tpe", "cmaes", "random")
+OPTIMIZER = "cma:optimizer"  # begins the attributes in which Optuna keeps the state of CMA-ES
+STATE = {
+    ("cmaes._cma", "CMA"), ("numpy", "dtype"), ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"),
+}  # fmt: skip
 WHY = "why"  # of a trial that failed and counts: the attribute that says it
 
 Point = Mapping[str, Any]
@@ -73,6 +81,28 @@ def _try_again(study: Any, trial: Any) -> None:
     study.enqueue_trial(trial.params)
 
 
+class _Optimizer(pickle.Unpickler):
+    """Loads the state of CMA-ES that Optuna keeps in a storage, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in STATE:
+            raise FormatError(
+                f"the storage holds a state of CMA-ES with {module}.{name} in it, which would be"
+                " run; Optuna writes none like it: the storage is not to be trusted"
+            )
+        return super().find_class(module, name)
+
+
+def refuse_foreign_states(study: Any, checked: set[int]) -> None:
+    """Raise FormatError for a state of CMA-ES that is more than that; Optuna loads any pickle."""
+    for trial in study.get_trials(deepcopy=False):
+        parts = {key: v for key, v in trial.system_attrs.items() if key.startswith(OPTIMIZER)}
+        if parts and trial.number not in checked:
+            text = "".join(parts[f"{OPTIMIZER}:{i}"] for i in range(len(parts)))
+            _Optimizer(io.BytesIO(bytes.fromhex(text))).load()
+            checked.add(trial.number)
+
+
 def make_sampler(name: str, seed: int) -> Any:
     """Return a sampler that draws each trial's numbers from the seed and the trial's number."""
     with needs("search", "a search"):
@@ -87,8 +117,12 @@ def make_sampler(name: str, seed: int) -> Any:
         kind: Any = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         return kind[name](seed=seed)
 
+    checked: set[int] = set()
+
     class Seeded(optuna.samplers.BaseSampler):
         def before_trial(self, study: Any, trial: Any) -> None:
+            if name == "cmaes":
+                refuse_foreign_states(study, checked)
             own = zlib.crc32(f"{seed}:{study.study_name}:{trial.number}".encode())
             self.inner = make(own)
             self.inner.before_trial(study, trial)

@@ -6,6 +6,7 @@ belongs to the items: nothing is loaded. One test runs a real model.
 
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import pytest
@@ -29,7 +30,7 @@ from transformers import LlamaForCausalLM
 import skillvec as sv
 from skillvec.analysis import search_page
 from skillvec.cli import main
-from skillvec.errors import IncompatibleError, SkillvecError, UsageError
+from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.trials import search as search_module
 from skillvec.trials import studies as studies_module
 from skillvec.trials.scores import HALVES, Score, score_of
@@ -357,6 +358,30 @@ def test_a_trial_that_was_taken_for_dead_is_tried_again(ask: Any) -> None:
     facts = ask(known, storage="memory", budget=4, sampler="random").facts
     assert taken and facts["trials"] == {"complete": 4, "failed": 0}
     assert known.asked.count("search") == 2 + 5
+
+
+class Hostile:
+    ran: ClassVar[list[str]] = []
+
+    def __reduce__(self) -> Any:
+        return Hostile.ran.append, ("code of whoever wrote the storage",)
+
+
+def test_a_state_of_cmaes_that_runs_code_is_refused(ask: Any) -> None:
+    def plant_code(lambdas: list[float]) -> float:
+        if known.asked.count("search") == 5:
+            memory = ask.storages["memory"]
+            study = optuna.load_study(study_name="search", storage=memory)
+            number = next(t.number for t in study.trials if t.state.name == "RUNNING")
+            trial = memory.get_trial_id_from_study_id_trial_number(study._study_id, number)
+            code = pickle.dumps(Hostile()).hex()
+            memory.set_trial_system_attr(trial, "cma:optimizer:0", code)
+        return planted(lambdas)
+
+    known = Known(plant_code)
+    with pytest.raises(FormatError, match=r"a state of CMA-ES with .*builtins\.getattr in it"):
+        ask(known, storage="memory", sampler="cmaes", space="lam=0:2 by=layers:2")
+    assert not Hostile.ran
 
 
 def test_an_error_of_the_vector_ends_the_search(ask: Any) -> None:
