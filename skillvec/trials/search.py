@@ -39,6 +39,7 @@ from skillvec.trials.studies import (
     Study,
     make_sampler,
     open_storage,
+    sqlite_url,
 )
 from skillvec.trials.trial import Trials
 from skillvec.vectors.recipe import Recipe
@@ -94,17 +95,12 @@ def search(
     report index.html. Raises UsageError for what cannot work, before the model loads, and
     SkillvecError where the first trials all fail.
     """
-    evaluator, reporter = (
-        open_evaluator(one, eval_options or {}) if isinstance(one, str) else one
-        for one in (eval, report_eval)
-    )
-    assert evaluator is not None
-    _check_asked(evaluator, reporter, budget, keep, sampler, metric, second)
-    if scratch is not None and not os.path.isdir(scratch):
-        raise UsageError(f"scratch {os.fspath(scratch)}: no such folder")
+    evaluator = _open(eval, eval_options)
+    reporter = None if report_eval is None else _open(report_eval, eval_options)
+    _check_asked(evaluator, reporter, budget, keep, sampler, metric, second, scratch)
     opened, found = _open_space(vectors, space)
-    marker = RECIPE if storage else DATABASE
-    folder = take_folder(output, [os.fspath(target), *opened], marker, "search")
+    read = [os.fspath(target), *opened]
+    folder = take_folder(output, read, RECIPE if storage else DATABASE, "search")
     taken: dict[str, Any] = {
         "dtype": dtype, "rounding": rounding, "seed": seed, "include": [*include],
         "exclude": [*exclude], "rename": [*rename], "rows": rows,
@@ -123,10 +119,9 @@ def search(
         if dry_run:
             return Report("search", asked | named)
         folder.mkdir(parents=True, exist_ok=True)
-        place = open_storage(storage or f"sqlite:///{folder.absolute()}/{DATABASE}")
-        identities = {ref: vector.manifest["identity"] for ref, vector in opened.items()}
-        known = {"target": trials.target_digest, "vectors": [*identities.values()]}
-        studies = Studies(place, study, force, asked | known)
+        place = open_storage(storage or sqlite_url(folder / DATABASE))
+        same = {"target": trials.target_digest, "vectors": list(map(_identify, opened.values()))}
+        studies = Studies(place, study, force, asked | same)
         run = Search(found, studies, asked | named, scratch, watcher)
         run.search(trials, SEARCH if SEARCH in evaluator.splits else ALL)
         if reporter is None:
@@ -151,11 +146,22 @@ def _open_space(
     return opened, found
 
 
+def _open(evaluator: str | Evaluator, options: Mapping[str, Any] | None) -> Evaluator:
+    return open_evaluator(evaluator, options or {}) if isinstance(evaluator, str) else evaluator
+
+
+def _identify(vector: SkillVector) -> str:
+    return vector.manifest["identity"]
+
+
 def _check_asked(evaluator: Evaluator, reporter: Evaluator | None, budget: int, keep: float,
-                 sampler: str, metric: str | None, second: str | None) -> None:  # fmt: skip
+                 sampler: str, metric: str | None, second: str | None,
+                 scratch: PathLike | None) -> None:  # fmt: skip
     """Raise UsageError for what cannot be asked of these evaluators."""
     if sampler not in SAMPLERS:
         raise UsageError(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    if scratch is not None and not os.path.isdir(scratch):
+        raise UsageError(f"scratch {os.fspath(scratch)}: no such folder")
     if budget < 1:
         raise UsageError(f"budget {budget}: expected at least one trial")
     if not 0 < keep <= 1:
@@ -227,7 +233,7 @@ class Search:
     asked: Mapping[str, Any]
     scratch: PathLike | None
     watcher: TrialWatcher | None
-    goal: Goal = field(init=False)
+    goal: Any = None  # a Goal, once the target's metrics are known
     before: Answers = field(init=False)  # the search items: target and lambda 1
     nbytes: dict[str, int] = field(default_factory=dict)  # of stored vectors, by point
     main: Study = field(init=False)
@@ -301,8 +307,11 @@ class Search:
             if said is None:
                 vector = combine(recipe=recipe.to_dict()) if recipe else None
                 outcome = trials.run(vector, 1.0, split)
-                wanted = [n for n in (self.asked["metric"], self.asked["second"]) if n != NBYTES]
-                missing = [n for n in wanted if n is not None and n not in outcome.scores]
+                wanted = [n for n in (self.asked["metric"], self.asked["second"]) if n is not None]
+                wanted = (
+                    self.goal.metrics if self.goal else wanted or [*answers.get(TARGET, ())][:1]
+                )
+                missing = [n for n in wanted if n not in (NBYTES, *outcome.scores)]
                 if not outcome.is_done and (missing or not outcome.scores):
                     raise SkillvecError(
                         f"{name}: the evaluation {outcome.status}: {outcome.message or 'no reason'}"

@@ -7,6 +7,7 @@ does not draw its first points again.
 """
 
 import io
+import os
 import pickle
 import time
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from skillvec.errors import FormatError, SkillvecError, UsageError, needs, printable
@@ -71,9 +73,18 @@ def open_storage(url: str) -> Any:
                 url, heartbeat_interval=BEAT, grace_period=GRACE,
                 heartbeat_stale_trial_callback=_try_again,
             )  # fmt: skip
-    except (ImportError, RuntimeError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+    except (ImportError, RuntimeError, ValueError, LookupError, SQLAlchemyError,
+            optuna.exceptions.OptunaError) as error:  # fmt: skip
         said = str(error).partition("\n")[0]  # the URL, which may hold a password, is not said
         raise UsageError(f"storage: Optuna cannot open it: {printable(said)}") from None
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a database on this disk; Optuna fills in what stands in braces."""
+    if "?" in os.fspath(path.absolute()):
+        raise UsageError(f"output {path.parent}: the URL of a database cannot hold its ?")
+    text = os.fspath(path.absolute()).replace("{", "{{").replace("}", "}}")
+    return f"sqlite:///{text}"
 
 
 def _try_again(study: Any, trial: Any) -> None:

@@ -35,7 +35,7 @@ from skillvec.trials import search as search_module
 from skillvec.trials import studies as studies_module
 from skillvec.trials.scores import HALVES, Score, score_of
 from skillvec.trials.search import search
-from skillvec.trials.studies import open_storage
+from skillvec.trials.studies import open_storage, sqlite_url
 from skillvec.trials.trial import DONE, FAILED, NOT_A_NUMBER, Outcome
 
 LAYERS = 6
@@ -484,6 +484,26 @@ def test_parameters_that_do_not_go_together_fail_that_trial_only(ask: Any) -> No
                 budget=10).facts  # fmt: skip
     assert 0 < facts["trials"]["failed"] < 10
     assert known.asked.count("search") == 2 + facts["trials"]["complete"]
+
+
+def test_a_database_of_any_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "of {all} 100% #1"
+    folder.mkdir()
+    open_storage(sqlite_url(folder / "study.db"))
+    assert (folder / "study.db").is_file()
+    with pytest.raises(UsageError, match=r"cannot hold its \?"):
+        sqlite_url(tmp_path / "what?" / "study.db")
+
+
+def test_the_first_metric_of_the_target_is_asked_of_all(ask: Any) -> None:
+    known = Known(planted)
+    assert ask(known, metric=None, budget=2).facts["metric"] == "score"
+
+    def other(lambdas: list[float]) -> Outcome:
+        return Outcome(DONE, scores={"score" if lambdas[0] == 0 else "else": score_of([1, 2])})
+
+    with pytest.raises(UsageError, match="metric score: the evaluator gives else"):
+        ask(Known(other), metric=None)
 
 
 @pytest.mark.parametrize(
