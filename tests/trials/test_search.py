@@ -25,6 +25,7 @@ from families import perturbed, save, toy
 from optuna.storages import InMemoryStorage
 from planted import plant
 from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
 from transformers import LlamaForCausalLM
 
 import skillvec as sv
@@ -426,14 +427,15 @@ def test_processes_share_a_file_and_outlive_each_other(place: Path, tmp_path: Pa
         try:
             if len(optuna.load_study(study_name="search", storage=url).trials) > 3:
                 break
-        except (KeyError, optuna.exceptions.StorageInternalError, Exception):
+        except (KeyError, RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError):
             assert killed.poll() is None
     killed.kill()
     others = [start("b"), start("c")]
     said = [process.communicate(timeout=400) for process in others]
     assert [process.returncode for process in others] == [0, 0], said
     counts = [[int(word) for word in out.split()] for out, _ in said]
-    assert sum(reported for _, reported in counts) == 4
+    reported = sorted(count for _, count in counts)
+    assert reported[0] == 0 and reported[1] in (3, 4)  # by one; 3 if the winner is lambda = 1
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in "bc"]
     assert reports[0]["answer"] == reports[1]["answer"]
     assert reports[0]["trials"]["complete"] == 20
