@@ -37,6 +37,7 @@ __all__ = [
     "orthogonality",
     "pull",
     "push",
+    "search",
     "sweep",
     "verify",
 ]
@@ -52,6 +53,7 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "open_checkpoint": "checkpoints.opening",
     "read_values": "verbs",  # of vector["name"]
     "save": "verbs",  # of SkillVector.save
+    "search": "trials.search",
     "sweep": "trials.sweep",
 }
 
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from skillvec.report import Report
+    from skillvec.trials.search import search
     from skillvec.trials.sweep import sweep
     from skillvec.vectors.vector import SkillVector
     from skillvec.verbs import (

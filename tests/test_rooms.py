@@ -23,7 +23,7 @@ HOMES = {
     "xxhash": {"ops", "files", "vectors", "engine", "trials.controls"},
     "numpy": {"ops", "files", "checkpoints", "vectors", "engine", "analysis", "verbs",
               "trials"},
-    "yaml": {"vectors.recipe"}, "vl_convert": {"analysis"},
+    "yaml": {"vectors.recipe", "trials"}, "vl_convert": {"analysis"},
     "jinja2": {"analysis.page"}, "markupsafe": {"analysis.page"},
     "fsspec": {"remote.object_store"}, "huggingface_hub": {"remote", "verbs"},
     "ray": {"engine.ray_cluster"}, "threadpoolctl": {"engine.threads"},
@@ -32,7 +32,8 @@ HOMES = {
     "torch": {"ops.activations", "ops.device", "ops.svd", "checkpoints", "verbs", "trials"},
     "scipy": {"ops.svd"},
     "transformers": {"checkpoints", "verbs", "trials"},
-    "lm_eval": {"trials"}, "optuna": {"trials"},
+    "lm_eval": {"trials"}, "optuna": {"trials"}, "cmaes": {"trials"},
+    "sqlalchemy": {"trials"},
 }  # fmt: skip
 # Imported inside functions only: their import costs more than the work on a small model, and
 # rich is not wanted by a quiet run.

@@ -75,3 +75,77 @@ def sweep(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: t
         **options,
     )  # fmt: skip
     return report, report.facts["output"]
+
+
+@main.command()
+@click.argument("target")
+@click.argument("vectors", nargs=-1, required=True, metavar="VECTOR...")
+@click.option(
+    "--space",
+    default="lam",
+    show_default=True,
+    metavar="SPEC",
+    help='What may be chosen: "lam=0:2 by=layers:4", or a YAML file.',
+)
+@click.option(
+    "--budget",
+    type=int,
+    default=50,
+    show_default=True,
+    help="Trials of the sampler; as many more of random search.",
+)
+@click.option(
+    "--sampler",
+    type=click.Choice(["tpe", "cmaes", "random"]),
+    default="tpe",
+    show_default=True,
+    help="Of Optuna.",
+)
+@click.option(
+    "--second",
+    metavar="NAME|bytes",
+    help="Another metric, or the stored size: the best that keeps the gain.",
+)
+@click.option(
+    "--keep",
+    type=float,
+    default=0.95,
+    show_default=True,
+    metavar="SHARE",
+    help="Of the gain of lambda = 1, which --second may not cost.",
+)
+@click.option(
+    "--report-eval",
+    metavar="EVALUATOR",
+    help="What judges the winner, in place of the other half of the items.",
+)
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="Of Optuna, for several machines at once; study.db in the output by default.",
+)
+@click.option(
+    "--study", default="search", show_default=True, metavar="NAME", help="In the storage."
+)
+@share_trial_options
+@share_options(selects=False, works=False)
+def search(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: tuple[str, ...],
+           **options: Any) -> Any:  # fmt: skip
+    """Search for the lambdas, layers and parameters that help TARGET most.
+
+    \b
+    skillvec search target skill.safetensors --eval my_module:score \\
+        --space "lam=0:2 by=layers:4" --budget 60 -o found/
+
+    One half of the evaluator's items is searched by; the other, asked once at the end, says
+    whether the winner is better than lambda = 1 by more than noise. The folder has the answer as
+    index.html, report.json and trials.csv, and the winner as winner.yaml, a recipe that combine and
+    apply take. The same command goes on with a search that was cut off.
+    """
+    from skillvec.trials.evaluators import read_options
+    from skillvec.trials.search import search as run
+
+    report = run(
+        target, *vectors, eval_options=read_options(eval_options), watcher=screen, **options
+    )
+    return report, report.facts["output"]

@@ -8,6 +8,7 @@ show.
 from collections.abc import Callable, Sequence
 
 from skillvec.analysis.angle_sentences import say_comparison, say_norms
+from skillvec.analysis.search_sentences import say_search, say_search_plan
 from skillvec.analysis.sweep_sentences import say_sweep, say_sweep_plan
 from skillvec.analysis.wording import (
     Grid,
@@ -295,7 +296,8 @@ def plan_sentence(report: Report) -> str:
 PLANS: dict[str, Callable[[Facts], list[str]]] = {
     "diff": say_vector_plan, "combine": say_vector_plan, "import-patch": say_vector_plan,
     "apply": say_apply_plan, "extract-lora": say_adapter_plan, "push": say_push_plan,
-    "pull": say_pull_plan, "sweep": say_sweep_plan,
+    "pull": say_pull_plan, "search": say_search_plan,
+    "sweep": say_sweep_plan,
 }  # fmt: skip
 DONE: dict[str, Callable[[Facts, str], str]] = {
     "diff": say_vector, "combine": say_vector, "import-patch": say_vector, "apply": say_applied,
@@ -304,4 +306,6 @@ DONE: dict[str, Callable[[Facts, str], str]] = {
 ANSWERS: dict[str, Callable[[Report], Sequence[str | Grid]]] = {
     "inspect": say_inspect, "push": say_url, "pull": say_output,
 }  # fmt: skip
-TRIALS: dict[str, Callable[[Facts, bool], Sequence[str | Grid]]] = {"sweep": say_sweep}
+TRIALS: dict[str, Callable[[Facts, bool], Sequence[str | Grid]]] = {
+    "search": say_search, "sweep": say_sweep,
+}  # fmt: skip

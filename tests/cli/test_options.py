@@ -21,14 +21,17 @@ import torch
 from click.testing import CliRunner, Result
 from families import load, perturbed, save, toy
 from hubserver import HubServer, Repo
+from optuna.storages import InMemoryStorage
 from safetensors import safe_open
 from zoo import build
 
 import skillvec as sv
-from skillvec.analysis import sweep_page
+from skillvec.analysis import search_page, sweep_page
 from skillvec.cli import main
 from skillvec.engine.threads import on_block
 from skillvec.ops import svd
+from skillvec.trials import search
+from skillvec.trials.studies import open_storage
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16,
@@ -47,6 +50,8 @@ def size(model, tokenizer, scale=1.0, wait=0.0):
     sizes = [scale * weights[name].float().norm().item() for name in names]
     bits = 8 * weights["lm_head.weight"].element_size()
     return {"size": sizes, "bits": bits, "random": torch.rand(3)}
+def half(model, tokenizer, split, **options):
+    return size(model, tokenizer, **options)
 """
 RECIPE = "op: ties\nvectors: [{vector: skill.safetensors, weight: 0.5}, {vector: far.safetensors}]"
 
@@ -63,8 +68,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(svd, "EXACT", 1)  # small matrices are decomposed as large ones are
         patch.setenv("COLUMNS", "200")
-        patch.setattr(sweep_page, "html", lambda content: "")  # its own tests draw it
-        patch.setattr(sweep_page, "figures", lambda content: [])
+        for page in (search_page, sweep_page):  # their own tests draw them
+            patch.setattr(page, "html", lambda content: "")
+            patch.setattr(page, "figures", lambda content: [])
+        patch.setattr(search, "open_storage", cache(open_in_memory))  # nor wait for the disk
         make_models()
         make_vectors()
         make_live()
@@ -121,6 +128,14 @@ def make_vectors() -> None:
     for name in ("base", "tuned", "target", "skill.safetensors"):
         Path(f"gone_{name}").rename(f"moved_{name}")
     Path("recipe.yaml").write_text(RECIPE)
+
+
+def open_in_memory(url: str) -> Any:
+    """Return a storage without a database, beside a file that looks like one."""
+    if not url.startswith("sqlite"):
+        return open_storage(url)
+    Path(url.removeprefix("sqlite:///")).touch()
+    return InMemoryStorage()
 
 
 def make_live() -> None:
@@ -493,6 +508,68 @@ def tries(words: str, anew: str) -> dict[str, Case]:
     }  # fmt: skip
 
 
+def reported(seen: Seen, point: str = "target", metric: str = "size") -> float:
+    """A score of the items that judge a search."""
+    found: float = seen.report["reported"][point][metric]["mean"]
+    return found
+
+
+def moves(seen: Seen) -> bool:
+    """Whether the vector reaches the tensors that are measured."""
+    return reported(seen, "lambda 1") != reported(seen)
+
+
+def searches(words: str) -> dict[str, Case]:
+    """Return the cases of search; `words` name target and vector."""
+    probe = f"{words} --eval probe:half --budget 1 -o OUT"
+    as_json, planned = f"{probe} --json", f"{probe} --json --dry-run"
+
+    def asks(key: str, before: Any, after: Any) -> Check:
+        return lambda a, b: (a.report[key], b.report[key]) == (before, after)
+
+    return {name: case for name, case in shared(probe).items() if name != "--engine"} | {
+        "--force": Case(as_json, "--force", lambda a, b: (
+            a.code == 2 and "seed: 5, now 0" in a.said and b.did), before=f"search {probe} --seed 5"),
+        "--verbose": Case(probe, "-v", lambda a, b: (
+            "compared with" not in a.stdout and "compared with" in b.stdout)),
+        "--eval": Case(f"{words} -o OUT --dry-run --json", "--eval probe:half", lambda a, b: (
+            a.code == 2 and b.report.get("eval", "").startswith("probe:half"))),
+        "--eval-option": Case(as_json, "--eval-option scale=2", lambda a, b: (
+            2 * reported(a) == pytest.approx(reported(b)))),
+        "--metric": Case(as_json, "--metric bits", asks("metric", "size", "bits")),
+        "--minimize": Case(as_json, "--minimize size", asks("less_is_better", False, True)),
+        "--scratch": Case(f"{as_json} --metric size --second bytes", "--scratch nowhere",
+                          refuses("nowhere")),
+        "--timeout": Case(f"{probe} --eval-option wait=0.1", "--timeout 0.02", lambda a, b: (
+            a.code == 0 and b.code == 1 and "longer than 0.02 s" in b.said)),
+        "--dtype": Case(as_json, "--dtype float32", lambda a, b: (
+            [reported(seen, metric="bits") for seen in (a, b)] == [16, 32])),
+        "--device": Case(probe, "--device cuda:99", refuses("cuda:99")),
+        "--rounding": Case(f"{as_json} --space lam=0.3:0.4", "--rounding stochastic", lambda a, b: (
+            reported(a) == reported(b) and reported(a, "winner") != reported(b, "winner"))),
+        "--seed": Case(as_json, "--seed 1", lambda a, b: (
+            a.report["history"][1:] != b.report["history"][1:] and b.did)),
+        "--include": Case(as_json, f"--include {NORMS}", lambda a, b: moves(a) and not moves(b)),
+        "--exclude": Case(as_json, "--exclude '*up_proj*'", lambda a, b: moves(a) and not moves(b)),
+        "--rename": Case(probe.replace("live.safe", "live_lifted.safe"), "--rename lift=up_proj",
+                         refused(3)),
+        "--rows": Case(probe.replace("live.safe", "live_longer.safe"), "--rows common", refused(3)),
+        "--space": Case(planned, "--space lam=0:1,by=layers:2", lambda a, b: (
+            [len(seen.report["space"]["dimensions"]) for seen in (a, b)] == [1, 3])),
+        "--budget": Case(as_json, "--budget 2", lambda a, b: (
+            [seen.report["trials"]["complete"] for seen in (a, b)] == [1, 2])),
+        "--sampler": Case(as_json, "--sampler random", lambda a, b: (
+            "random" in a.report["reported"] and "random" not in b.report["reported"])),
+        "--second": Case(f"{as_json} --metric size", "--second bytes", lambda a, b: (
+            not a.report["nbytes"] and b.report["nbytes"].get("winner", 0) > 0)),
+        "--keep": Case(planned, "--keep 0.9", asks("keep", 0.95, 0.9)),
+        "--report-eval": Case(probe.replace("half", "size"), "--report-eval probe:size",
+                              refused(2)),
+        "--storage": Case(probe, "--storage nonsense", refuses("Optuna cannot open it")),
+        "--study": Case(planned, "--study other", asks("study", "search", "other")),
+    }  # fmt: skip
+
+
 BOTH = "skill.safetensors far.safetensors"
 SWEEP = "live live.safetensors --lam 1"
 CASES: dict[str, dict[str, Case]] = {
@@ -595,6 +672,7 @@ CASES: dict[str, dict[str, Case]] = {
         "--target": Case("skill.safetensors --json", "--target target", lambda a, b: (
             "verdict" not in a.report and b.report.get("verdict") == "same family")),
     },
+    "search": searches("live live.safetensors"),
     "sweep": tries(SWEEP, f"sweep {SWEEP} --eval probe:size --seed 5 -o OUT") | {
         "--lam": Case("live live.safetensors --eval probe:size -o OUT --json", "--lam 0.5,1",
                       lambda a, b: len(a.report["lam"]) == 13 and b.report["lam"] == [0, 0.5, 1]),
