@@ -151,15 +151,22 @@ WITH_PYTHON = [page for page in PAGES if fences(page.read_text(), "python")]
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_in_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Block by block, with the names of those before it, each in a folder of its own."""
-    names: dict[str, object] = {}
+    from families import bits, toy
+    from loaded import held_by, module_of
+
+    model = module_of(toy(3))
+    before = held_by(model)
+    names: dict[str, object] = {"model": model}
     for number, code in enumerate(fences(page.read_text(), "python"), 1):
         make_checkpoints(folder := tmp_path / str(number))
         monkeypatch.chdir(folder)
         exec(compile(code, f"{page.name}, block {number} of Python", "exec"), names)
         written = {*re.findall(r'"([^"]+)"\)$', code, re.MULTILINE)} - {"base"}
-        assert written
+        assert written or "sv.attach(model" in code
         for path in written:
             assert skillvec.verify(path).facts["verified"], f"{page.name}, block {number}: {path}"
+    after = held_by(model)
+    assert all((bits(after[name]) == bits(before[name])).all() for name in before)
 
 
 def test_the_shell_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -21,7 +21,7 @@ OLD = {
     "training": ["SkillVectorCallback"],
     "vector": ["SkillVector"],
 }
-NEW = {"Live", "SkillVectorEvaluation", "attach", "sweep"}  # since then
+NEW = {"Live", "SkillVectorEvaluation", "attach", "search", "sweep"}  # since then
 
 
 @pytest.mark.parametrize("module", OLD)

@@ -29,7 +29,7 @@ def share_trial_options(command: Command) -> Command:
         click.option("--device", help="Where the model is loaded: cpu, cuda or cuda:N."),
         click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest",
                      show_default=True, help="As of apply."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of anything random."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the evaluations and of stochastic rounding."),
         click.option("--include", multiple=True, metavar="GLOB", help="Only these tensors."),
         click.option("--exclude", multiple=True, metavar="GLOB", help="Not these tensors."),
         click.option("--rename", multiple=True, metavar="REGEX=TEXT",

@@ -1,7 +1,6 @@
 """Values that a run keeps on the disk, for as long as something refers to them."""
 
 import os
-import tempfile
 import threading
 import weakref
 from typing import Any
@@ -19,6 +18,8 @@ class Scratch:
     def __init__(self, path: str = "") -> None:
         self.path, self._lock = path, threading.Lock()
         if not path:
+            import tempfile  # a few operators write one
+
             self._file = tempfile.NamedTemporaryFile(prefix="skillvec-")  # noqa: SIM115
             self.path = self._file.name
             weakref.finalize(self, self._file.close)  # a file that nobody closes is warned of

@@ -4,14 +4,14 @@ Hides which class loads it. What can be said without its weights is said before 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.opening import open_checkpoint
-from skillvec.errors import UsageError, needs
+from skillvec.errors import IncompatibleError, UsageError, needs, up_to_five
 from skillvec.files.file import remote_of
 from skillvec.remote.references import is_of_store, is_url
 
@@ -46,7 +46,11 @@ def fetch(point: Checkpoint) -> None:
 
 
 def load_target(point: Checkpoint, dtype: str = "auto", device: str = "cpu") -> Any:
-    """Return the model in eval mode; UsageError for one that transformers does not load."""
+    """Return the model in eval mode.
+
+    Raises UsageError for one that transformers does not load, IncompatibleError for one of which
+    the checkpoint does not hold every parameter.
+    """
     with needs("hf", f"target {point.ref}"):
         import transformers
 
@@ -55,12 +59,27 @@ def load_target(point: Checkpoint, dtype: str = "auto", device: str = "cpu") -> 
     kind: Any = getattr(transformers, str(named[0]), None) or transformers.AutoModelForCausalLM
     with _without_bars():
         try:
-            model = kind.from_pretrained(**_place(point), dtype=dtype, **_dequantised(point))
+            model, told = kind.from_pretrained(
+                **_place(point), dtype=dtype, **_dequantised(point), output_loading_info=True
+            )
         except (ValueError, OSError, KeyError, ImportError) as error:
             raise UsageError(
                 f"target {point.ref}: transformers does not load it: {error}"
             ) from None
-        return model.to(device).eval()
+    refuse_made_up(point.ref, told)
+    return model.to(device).eval()
+
+
+def refuse_made_up(ref: str, told: Mapping[str, Any]) -> None:
+    """Raise IncompatibleError for parameters that transformers has drawn at random.
+
+    `told` is what from_pretrained says of a loading: it warns of them, and goes on.
+    """
+    if missing := sorted(told["missing_keys"]):
+        raise IncompatibleError(
+            f"{ref}: the checkpoint lacks parameters of its model, which transformers would draw at"
+            f" random:\n{up_to_five(missing)}"
+        )
 
 
 def open_tokenizer(point: Checkpoint) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skillvec.analysis.wording import say_duration
+from skillvec.checkpoints.opening import open_checkpoint
 from skillvec.engine.outputs import PathLike
 from skillvec.errors import SkillvecError, UsageError, up_to_five
 from skillvec.report import Report, TrialWatcher
@@ -45,6 +46,7 @@ from skillvec.trials.trial import Trials
 from skillvec.vectors.recipe import Recipe
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs import combine
+from skillvec.verbs._apply import plan_request
 
 SEARCH, REPORT = HALVES
 DATABASE = "study.db"
@@ -112,6 +114,9 @@ def search(
     }  # fmt: skip
     named = {"target": os.fspath(target), "vectors": [*opened], "budget": budget,
              "output": os.fspath(output), "study": study, "workers": workers}  # fmt: skip
+    point = open_checkpoint(target, "target")
+    for vector in opened.values():  # what does not fit is said before anything is made
+        plan_request(point, vector, {**taken, "lam": 1.0, "dtype": None})
     if watcher:
         watcher.planned(Report("search", asked | named))
     taken |= {"scratch": scratch, "timeout": timeout, "device": device, "workers": workers}

@@ -51,7 +51,8 @@ def content(made: list[Tried], metric: str = "exact", less: bool = False) -> dic
     """Return what report.json holds of such points."""
     kinds = dict.fromkeys(one.curve for one in made if one.curve not in ("target", "skill"))
     facts = conclude(made, Asked(metric, less)) | {
-        "target": {"path": "models/target", "dtypes": {"BF16": 9}}, "target_nbytes": 2_000_000,
+        "target": {"ref": "models/target", "path": "models/target", "dtypes": {"BF16": 9}},
+        "target_nbytes": 2_000_000,
         "name": "skill.safetensors", "eval": "module:score", "verdict": "exact base",
         "control": list(kinds), "seed": 0, "rounding": "nearest", "dtype": "auto",
         "takes_folder": False, "planned": len(made), "output": "report",

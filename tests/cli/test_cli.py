@@ -145,7 +145,7 @@ def test_usage_errors_exit_2(tmp_path: Path, family, vector, other):
         "there are none": ("apply", target, "-o", out, "--tuned", tuned, "--base", base,
                            "--op", "ties"),
         "at least one vector": ("combine", "-o", v),
-        "expected one of linear": ("combine", vector, other, "-o", v, "--op", "slerp"),
+        "expected one of linear": ("combine", vector, other, "-o", v, "--op", "average"),
         "expected one of bf16": ("combine", vector, other, "-o", v, "--dtype", "int8"),
         "a size such as 5GB": ("diff", tuned, base, "-o", v, "--max-shard-size", "5 apples"),
         "workers -1: expected at least 1": ("combine", vector, other, "-o", v, "--workers", "-1"),
@@ -262,7 +262,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def every_verb(family, vector, other, patch, llama) -> Verbs:
+def loadable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model that transformers loads, and a vector that fits it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("loadable")
+    LlamaForCausalLM(LlamaConfig(
+        hidden_size=16, intermediate_size=16, vocab_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )).save_pretrained(folder / "model")  # fmt: skip
+    save(folder / "tuned", perturbed(load(folder / "model"), 1))
+    skillvec.diff(folder / "tuned", folder / "model", folder / "v.safetensors")
+    return folder / "model", folder / "v.safetensors"
+
+
+@pytest.fixture(scope="module")
+def every_verb(family, vector, other, patch, llama, loadable) -> Verbs:
     """Return what gives a good command line of every command, by the folder to write to."""
     return lambda folder: {
         "diff": ["diff", family.tuned, family.base, "-o", folder / "v.safetensors"],
@@ -284,20 +299,26 @@ def every_verb(family, vector, other, patch, llama) -> Verbs:
         "norms": ["norms", f"{family.sft}::{family.base}"],
         "inspect": ["inspect", vector],
         "verify": ["verify", vector],
+        "sweep": ["sweep", *loadable, "--lam", 1, *TRIED, folder / "sweep"],
+        "search": ["search", *loadable, "--budget", 1, *TRIED, folder / "search"],
     }
+
+
+TRIED = ["--eval", "loaded:weigh", "-o"]
 
 
 WRITERS = ["diff", "combine", "apply", "import-patch", "export-patch", "extract-lora"]
 REPORTS = ["orthogonality", "norms"]  # which write where they are told to
+TRIALS = ["search", "sweep"]  # which load a model, and write a folder
 PLANNED = [*WRITERS, *REPORTS]  # those that plan before they work
-SELECTIVE = ["diff", "apply", "extract-lora", *REPORTS]  # those that take globs
+SELECTIVE = ["diff", "apply", "extract-lora", *REPORTS, *TRIALS]  # those that take globs
 
 
 def test_every_command_is_tried_here(tmp_path: Path, every_verb: Verbs):
     assert sorted(every_verb(tmp_path)) == COMMANDS
     for verb in COMMANDS:
         spelled = {text for p in main.commands[verb].params for text in p.opts}
-        assert ("--output" in spelled) == (verb in [*WRITERS, *REPORTS])
+        assert ("--output" in spelled) == (verb in [*WRITERS, *REPORTS, *TRIALS])
         assert ("--include" in spelled) == (verb in SELECTIVE)
 
 
@@ -337,9 +358,10 @@ def test_json_is_one_document_with_every_tensor(verb: str, tmp_path: Path, every
     assert result.exit_code == 0
     report = strict(result.stdout)
     assert report["verb"] == verb
-    assert {line["name"] for line in report["tensors"]} == set(toy())
+    names = set() if verb in TRIALS else set(toy())  # these name points
+    assert {line["name"] for line in report["tensors"]} == names
     assert all(line["status"] for line in report["tensors"])
-    assert sum(report["counts"].values()) == len(report["tensors"]) == len(toy())
+    assert sum(report["counts"].values()) == len(report["tensors"]) == len(names)
 
 
 def test_json_lists_every_tensor_of_every_input_whatever_became_of_it(tmp_path: Path):
@@ -397,7 +419,7 @@ def test_quiet_prints_one_line_alone(verb: str, tmp_path: Path, vector, every_ve
     assert all(line.startswith("warning: ") for line in result.stderr.splitlines())
     lines = result.stdout.splitlines()
     assert len(lines) == 1
-    if verb in WRITERS:
+    if verb in [*WRITERS, *TRIALS]:
         assert lines == [str(arguments[-1])]
     elif verb in ("inspect", "verify"):
         assert lines == [str(vector)]
@@ -674,7 +696,7 @@ def test_excluding_everything_is_refused(tmp_path: Path, every_verb: Verbs):
 
 SHOWN_ONLY = {"json", "quiet", "verbose", "help"}  # how to print, not what to do
 PYTHON_ONLY = {"watcher"}  # an object
-SPELLED = {"param": "parameters"}  # of one NAME=VALUE each
+SPELLED = {"param": "parameters", "eval_option": "eval_options"}  # of one NAME=VALUE each
 MERGING = {"vectors", "op", "parameters", "recipe"}  # what makes one vector of several words
 
 
@@ -702,7 +724,7 @@ def parameters_of(verb: str) -> dict[str, python_inspect.Parameter]:
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_option_is_a_parameter_and_every_parameter_an_option(verb: str):
     words, parameters = words_of(verb), parameters_of(verb)
-    if verb == "combine":
+    if verb in ("combine", "sweep"):
         del parameters["weights"]  # VECTOR=WEIGHT
     if verb == "apply":  # its words make the vector as combine would, with the same defaults
         merging = {name: words.pop(name) for name in MERGING}
@@ -827,6 +849,8 @@ def imported_by(*arguments: object) -> set[str]:
 def test_what_a_command_imports_and_shows_off_a_terminal(tmp_path: Path, every_verb: Verbs):
     """Nothing that it does not need; no bar and no colours, whatever TERM says."""
     for verb, arguments in every_verb(tmp_path).items():
+        if verb in TRIALS:
+            continue  # they load a model by transformers; what they show: tests/trials
         found, shown = probed(*arguments, *(["--force"] if verb in WRITERS else []))
         assert "numpy" in found  # the probe sees modules at all
         allowed = {  # the card; SVD and what is a linear layer

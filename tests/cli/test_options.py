@@ -529,7 +529,8 @@ def searches(words: str) -> dict[str, Case]:
 
     return {name: case for name, case in shared(probe).items() if name != "--engine"} | {
         "--force": Case(as_json, "--force", lambda a, b: (
-            a.code == 2 and "seed: 5, now 0" in a.said and b.did), before=f"search {probe} --seed 5"),
+            a.code == 2 and "seed: 5, now 0" in a.said and b.did),
+            before=f"search {probe} --seed 5"),
         "--verbose": Case(probe, "-v", lambda a, b: (
             "compared with" not in a.stdout and "compared with" in b.stdout)),
         "--eval": Case(f"{words} -o OUT --dry-run --json", "--eval probe:half", lambda a, b: (

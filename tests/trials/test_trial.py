@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import load
+from safetensors.torch import save_file
 from tried import World, make_world, weights_of
 
 import skillvec
@@ -450,6 +452,16 @@ def test_a_config_that_transformers_does_not_know_is_named(world: World, tmp_pat
     (odd / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"odd: transformers does not load it: .*odd"):
         loading.load_target(loading.open_target(str(odd)), device="cpu")
+
+
+def test_parameters_that_would_be_drawn_at_random_are_refused(world: World, tmp_path: Path):
+    part = shutil.copytree(world.target, tmp_path / "part")
+    tensors = load(part)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file({n: t for n, t in tensors.items() if n != name}, part / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(IncompatibleError, match=rf"lacks parameters(.|\n)*{name}"):
+        loading.load_target(loading.open_target(str(part)), device="cpu")
 
 
 def test_the_class_is_the_one_that_the_config_names(world: World, tmp_path: Path):

@@ -14,7 +14,7 @@ import skillvec as sv
 from skillvec.cli.commands import main
 from skillvec.errors import NonfiniteError, VerificationError
 from skillvec.ops.block import BLOCK_NUMEL
-from skillvec.verbs.sentences import ANSWERS, DONE, PLANS, done_sentence
+from skillvec.verbs.sentences import ANSWERS, DONE, PLANS, TRIALS, done_sentence
 
 BEHIND = 40_000  # values of a tensor
 ONES = {"BF16": 0x3F80, "F16": 0x3C00}
@@ -36,7 +36,7 @@ def said_of(report: sv.Report, word: str) -> str:
 def test_every_verb_has_its_words() -> None:
     """A verb without any would be said as a plan, of whose facts it has none."""
     elsewhere = {"verify", "orthogonality", "norms"}  # any proof, and the sentences of angles
-    assert {*DONE, *ANSWERS} | elsewhere == set(main.commands)
+    assert {*DONE, *ANSWERS, *TRIALS} | elsewhere == set(main.commands)
     assert set(PLANS) <= set(main.commands)
 
 
