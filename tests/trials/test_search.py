@@ -72,6 +72,7 @@ class Known:
         self.score, self.noise, self.seed = score, noise, seed
         self.lambdas = lambdas or lambdas_of
         self.asked: list[str] = []
+        self.reported: list[tuple[float, ...]] = []
 
     def __call__(self, *_: Any, **__: Any) -> "Known":
         return self
@@ -87,6 +88,7 @@ class Known:
         """Score the lambdas of the layers and of the embedding, with the items' own noise."""
         self.asked.append(split)
         lambdas = self.lambdas(vector)
+        self.reported += [tuple(lambdas)] if split == "report" else []
         found = self.score(lambdas)
         if isinstance(found, Outcome):
             return found
@@ -341,7 +343,8 @@ def test_two_at_once_share_the_trials_and_ask_the_report_items_once(ask: Any) ->
     assert facts[0]["trials"]["complete"] == 15
     searched = [known.asked.count("search") for known in both]
     assert sum(searched) == 2 + 30 and min(searched) > 3
-    assert sum(known.asked.count("report") for known in both) == 4
+    reported = [point for known in both for point in known.reported]
+    assert len(reported) == len({*reported}) in (3, 4)  # random search may do no better than 1
 
 
 def test_a_trial_that_was_taken_for_dead_is_tried_again(ask: Any) -> None:
