@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from skillvec.vectors.vector import SkillVector
 from skillvec.verbs._apply import find_unused, plan_request, report_apply
 from skillvec.verbs.findings import refuse_nonfinite
 
+CLAIMING = threading.Lock()  # held while a model is marked
 MARK = "_skillvec_live"  # of modules that have a vector attached: their Live
 Vector = PathLike | SkillVector
 Lam = float | Sequence[float]
@@ -48,11 +50,12 @@ def attach(
     """Change the parameters of a loaded model to target + lam * vector, where they lie.
 
     They are bit for bit what `apply` writes for that model, whose other options this takes. Several
-    vectors are added as one linear combination, in one rounding; `lam` is one number, or one for
-    each. What brings the original bits back is kept in memory, packed. Use it in a with statement,
-    or call `detach`. An error, or Ctrl-C, leaves the original bits. Raises UsageError where a
-    vector is attached already, IncompatibleError for parameters that cannot be changed where they
-    lie (on the meta device, offloaded, quantised, in parts) and as apply.
+    vectors are added as one linear combination, in one rounding: `lam` is one number, by which
+    their sum is multiplied, or their weights in it. What brings the original bits back is kept in
+    memory, packed. Use it in a with statement, or call `detach`. An error, or Ctrl-C, leaves the
+    original bits. Raises UsageError where a vector is attached already, IncompatibleError for
+    parameters that cannot be changed where they lie (on the meta device, offloaded, quantised, in
+    parts) and as apply.
     """
     if not vectors:
         raise UsageError("attach needs a vector")
@@ -85,14 +88,14 @@ class Live:
         self._chosen |= {"allow_nonfinite": True} if allow_nonfinite else {}
         self._model: LiveModel | None = None
         self._vectors: list[SkillVector] = []
-        self._lam: Lam = 1.0
+        self._lam: float | tuple[float, ...] = 1.0
         self._rounding, self._seed = "nearest", 0
 
     @staticmethod
     def of(model: Any) -> "Live | None":
         """Return what is attached to a model, or to a part of it, None where nothing is."""
         marks = (module.__dict__.get(MARK) for module in unwrapped(model).modules())
-        return next((mark for mark in marks if isinstance(mark, Live)), None)
+        return next((m for m in marks if isinstance(m, Live) and m.is_attached), None)
 
     def __enter__(self) -> Self:
         return self
@@ -138,34 +141,42 @@ class Live:
                 raise UsageError("set needs a vector: none was attached before")
             if lam is None:
                 lam = 1.0 if vectors else self._lam
-            vector, factor = _as_one(opened, lam)
-            model = self._model
-            if model is None:
-                if Live.of(self._module) is not None:
-                    raise UsageError(
-                        f"{type(self._module).__name__}: a vector is attached to it already:"
-                        " Live.of(model) is what attach returned; its set changes it, its detach"
-                        " ends it"
-                    )
-                model = see_model(self._module)
+            factors = _numbers(lam)
+            vector, factor = _as_one(opened, factors)
             request = self._chosen | {
                 "lam": factor, "dtype": None,
                 "rounding": self._rounding if rounding is None else rounding,
                 "seed": self._seed if seed is None else seed,
             }  # fmt: skip
-            begun = False
+            begun = self._model is None
+            if begun:
+                self._claim()
             try:
+                model = self._model or see_model(self._module)
                 plan, report = self._plan(model, vector, request)
                 begun = True
                 self._change(model, plan, report)
             except BaseException as error:
-                if begun or isinstance(error, VerificationError):
-                    self._put_back()
+                lost = self._put_back() if begun or isinstance(error, VerificationError) else []
+                if lost and isinstance(error, Exception):
+                    raise _explain_lost(lost) from error
                 raise
-            self._vectors, self._lam = opened, lam
+            self._vectors, self._lam = opened, factors
             self._rounding, self._seed = request["rounding"], request["seed"]
             self.report = report
             return report
+
+    def _claim(self) -> None:
+        """Mark the model's modules, of which no other thread may have attached anything since."""
+        with CLAIMING:
+            if Live.of(self._module) is not None:
+                raise UsageError(
+                    f"{type(self._module).__name__}: a vector is attached to it already:"
+                    " Live.of(model) is what attach returned; its set changes it, its detach"
+                    " ends it"
+                )
+            for module in self._module.modules():
+                module.__dict__[MARK] = self
 
     def _plan(
         self, model: LiveModel, vector: SkillVector, request: dict[str, Any]
@@ -197,13 +208,12 @@ class Live:
 
     def _change(self, model: LiveModel, plan: Plan, report: Report) -> None:
         """Write what a plan gives in place of the original parameters, or of what is attached."""
-        for module in self._module.modules():
-            module.__dict__[MARK] = self
         self._model, moving = model, _moving(plan)
         names = {job.name for job in moving}
         held = self._tensors()
         left = [tensor for tensor in held if tensor.kept.records and tensor.name not in names]
-        _refuse_lost(put_all_back(left, self._run.engine.workers))
+        if lost := put_all_back(left, self._run.engine.workers):
+            raise _explain_lost(lost)
         for tensor in held:
             tensor.kept.is_closed = False
         found = {r.job: r for r in run_plan(replace(plan, jobs=moving), self._run)}
@@ -220,7 +230,8 @@ class Live:
         parameters since they were written: those stay what they are, all others are restored.
         """
         with self.lock:
-            _refuse_lost(self._put_back())
+            if lost := self._put_back():
+                raise _explain_lost(lost)
 
     def _tensors(self) -> list[LiveTensor]:
         """Return all tensors of the model."""
@@ -241,20 +252,38 @@ def _moving(plan: Plan) -> list[LiveJob]:
     return [job for job in plan.jobs if isinstance(job, LiveJob)]
 
 
-def _each(lam: Lam, count: int) -> list[float]:
+def _numbers(lam: Any) -> float | tuple[float, ...]:
+    """Return one lambda, or several, as Python's floats; UsageError for what is no number."""
+    given = lam.tolist() if isinstance(lam, np.ndarray) else lam
+    many = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    each = [*given] if many else [given]
+    try:
+        if not all(isinstance(one, Real) and not isinstance(one, bool) for one in each):
+            raise TypeError
+        found = tuple(map(float, each))
+    except (TypeError, OverflowError):
+        raise UsageError(
+            f"lam {lam!r:.60}: expected a finite number, or one for each vector"
+        ) from None
+    return found if many else found[0]
+
+
+def _each(lam: float | tuple[float, ...], count: int) -> tuple[float, ...]:
     """Return the lambda of each of so many vectors."""
-    each = [*map(float, lam)] if isinstance(lam, Sequence) else [float(lam)] * count
+    each = lam if isinstance(lam, tuple) else (lam,) * count
     if len(each) != count:
-        raise UsageError(f"lam: {len(each)} numbers for {count} vectors, expected one or {count}")
+        raise UsageError(f"lam: {len(each)} numbers, expected one, or {count}: one for each vector")
     return each
 
 
-def _as_one(vectors: Sequence[SkillVector], lam: Lam) -> tuple[SkillVector, float]:
+def _as_one(
+    vectors: Sequence[SkillVector], lam: float | tuple[float, ...]
+) -> tuple[SkillVector, float]:
     """Return vectors as one, and by what it is to be multiplied."""
     each = _each(lam, len(vectors))
     if len(vectors) == 1:
         return vectors[0], each[0]
-    if not isinstance(lam, Sequence):
+    if not isinstance(lam, tuple):
         return sum(vectors[1:], vectors[0]), each[0]
     terms = [one * vector for one, vector in zip(each, vectors, strict=True)]
     return sum(terms[1:], terms[0]), 1.0
@@ -274,10 +303,9 @@ def _most_kept(tensor: LiveTensor, delta: DeltaSource, vector: SkillVector) -> i
     return min(tensor.nbytes, sparse) + digests
 
 
-def _refuse_lost(names: Sequence[str]) -> None:
-    if names:
-        raise VerificationError(
-            "something else changed parameters while a vector was attached, so their original bits"
-            " are not known (load the model again); they stay as they are, the others are"
-            f" restored:\n{up_to_five(names)}"
-        )
+def _explain_lost(names: Sequence[str]) -> VerificationError:
+    return VerificationError(
+        "something else changed parameters while a vector was attached, so their original bits"
+        " are not known (load the model again); they stay as they are, the others are"
+        f" restored, and nothing is attached:\n{up_to_five(names)}"
+    )

@@ -164,7 +164,9 @@ def test_every_kind_of_vector(folder: Path, model: nn.Module, tmp_path: Path) ->
     assert live.weights() == {v.ref: 0.5, w.ref: 0.5}
     live.set(2.0 * v)
     assert live.weights() == {v.ref: 2.0}
-    with pytest.raises(sv.UsageError, match="lam: 3 numbers for 2 vectors, expected one or 2"):
+    with pytest.raises(
+        sv.UsageError, match="lam: 3 numbers, expected one, or 2: one for each vector"
+    ):
         live.set(v, w, lam=(1, 2, 3))
     live.detach()
     assert live.weights() == {}
@@ -318,11 +320,15 @@ def test_what_something_else_changed_is_named_and_the_rest_restored(
     with torch.no_grad():
         changed.copy_(base[RECORD])
     live = sv.attach(model, folder / "v.safetensors")
+    other = "model.norm.weight"
     with torch.no_grad():
         changed.add_(1)
-    with pytest.raises(sv.VerificationError, match=RECORD):  # not from what the sum would give
-        live.set(lam=0.5)
-    assert_same_bits({**held_by(model), RECORD: base[RECORD]}, base)
+        model.get_parameter(other).add_(1)
+    with pytest.raises(sv.VerificationError, match=f"(?s)load the model again.*{RECORD}.*{other}"):
+        live.set(lam=0.5)  # not from what the sum would give
+    assert_same_bits({**held_by(model), RECORD: base[RECORD], other: base[other]}, base)
+    with torch.no_grad():
+        model.get_parameter(other).copy_(base[other])
     model.float()
     live = sv.attach(model, folder / "v.safetensors")
     model.half()
@@ -357,6 +363,45 @@ def test_a_model_has_one_live_at_a_time(folder: Path, model: nn.Module) -> None:
         sv.attach(model)
     with pytest.raises(sv.UsageError, match="a dict, expected"):
         sv.attach({}, folder / "v.safetensors")
+
+
+def test_two_threads_do_not_attach_at_once(folder: Path, model: nn.Module) -> None:
+    meet, found = threading.Barrier(3), list[object]()
+
+    def attach() -> None:
+        meet.wait()
+        try:
+            found.append(sv.attach(model, folder / "v.safetensors"))
+        except sv.UsageError as error:
+            found.append(str(error))
+
+    before = held_by(model)
+    threads = [threading.Thread(target=attach) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (live,) = [one for one in found if isinstance(one, sv.Live)]
+    assert sum("attached to it already" in str(one) for one in found) == 2
+    live.detach()
+    assert_holds(model, before)
+
+
+@pytest.mark.parametrize("lam", [True, "1", b"1", None, 10**400, 1j, np.ones((2, 1)), ["1"]])
+def test_what_is_no_lambda_is_refused(folder: Path, model: nn.Module, lam: Any) -> None:
+    with sv.attach(model, folder / "v.safetensors", lam=np.float32(0.5)) as live:
+        assert live.weights() == {live.report.facts["name"]: 0.5}
+        with pytest.raises(sv.UsageError, match=r"lam"):
+            live.set(folder / "v.safetensors", lam=[None] if lam is None else lam)
+        assert live.is_attached
+
+
+def test_a_copy_of_a_model_that_had_a_vector_takes_another(folder: Path, model: nn.Module) -> None:
+    live = sv.attach(model, folder / "v.safetensors")
+    shallow = copy.copy(model)
+    assert sv.Live.of(shallow) is live
+    live.detach()
+    sv.attach(shallow, folder / "v.safetensors").detach()
 
 
 def test_parameters_change_while_the_lock_is_held(folder: Path, model: nn.Module) -> None:
