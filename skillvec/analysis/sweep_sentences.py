@@ -105,9 +105,11 @@ def _say_answer(facts: Facts) -> str:
             f" ({_say_interval(best, facts['compared'])}){one}."
         )
     least = f"lambda {lam} with {score}" if facts["compared"] > 1 else score
+    is_apart = best["low"] > 0 or best["high"] < 0  # in the wrong direction, or it were found
+    stands = "worse than" if is_apart else "within noise of"
     return (
-        f"Nothing was found: {metric} of {of}, {least}, is within noise of the"
-        f" target's own {zero} or no better ({_say_interval(best, facts['compared'])}){one}."
+        f"Nothing was found: {metric} of {of}, {least}, is {stands} the target's own {zero}"
+        f" ({_say_interval(best, facts['compared'])}){one}."
     )
 
 

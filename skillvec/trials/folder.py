@@ -18,7 +18,7 @@ def take_folder(output: PathLike, inputs: Sequence[str], marker: str, what: str)
     ref = os.fspath(output)
     if is_url(ref):
         raise UsageError(f"output {ref}: a {what} is written to a folder of this disk")
-    folder = Path(ref)
+    folder = Path(os.path.abspath(ref))  # wherever an evaluation goes
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {ref}: exists already, and is no folder")
     here = folder.resolve()

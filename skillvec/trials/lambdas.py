@@ -5,6 +5,7 @@ from decimal import Decimal, InvalidOperation
 
 from skillvec.errors import UsageError
 
+FP32_MAX = Decimal("3.4028234e38")
 MOST = 1000  # points of one sweep: more are a slip of the pen
 
 
@@ -28,11 +29,13 @@ def _read_word(word: str) -> Iterator[Decimal]:
     """Yield the numbers of one word."""
     try:
         numbers = [Decimal(part) for part in word.split(":")]
-        if len(numbers) not in (1, 3) or not all(number.is_finite() for number in numbers):
+        plain = word.isascii() and "_" not in word  # Decimal takes more than people write
+        if len(numbers) not in (1, 3) or not plain or not all(abs(n) <= FP32_MAX for n in numbers):
             raise InvalidOperation
     except InvalidOperation:
         raise UsageError(
-            f"lam {word!r}: expected a number, or a range START:STOP:STEP such as -1:2:0.25"
+            f"lam {word!r:.60}: expected a number that fp32 can hold, or a range START:STOP:STEP"
+            " such as -1:2:0.25"
         ) from None
     if len(numbers) == 1:
         yield numbers[0]

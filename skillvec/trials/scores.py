@@ -7,7 +7,7 @@ compared item by item; where it gives a standard error alone, as if they were in
 import math
 import random
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol
@@ -40,7 +40,12 @@ Scores = Mapping[str, Score]
 LESS_IS_BETTER = {"loss", "nll", "perplexity", "ppl", "error", "wer", "cer", "bpb", "bits"}
 
 
-def less_is_better(metric: str, minimize: Collection[str] = ()) -> bool:
+def names_of(minimize: str | Iterable[str]) -> list[str]:
+    """Return the names of metrics, of which one may be given alone."""
+    return sorted({minimize} if isinstance(minimize, str) else {*minimize})
+
+
+def less_is_better(metric: str, minimize: Sequence[str] = ()) -> bool:
     """Return whether less of a metric is better: by a word of its name, or as `minimize` says."""
     return metric in minimize or bool(LESS_IS_BETTER & {*re.split(r"[\W_]+", metric.lower())})
 

@@ -30,7 +30,7 @@ from skillvec.trials.choosing import (
 )
 from skillvec.trials.evaluators import open_evaluator, refuse_metric
 from skillvec.trials.folder import take_folder
-from skillvec.trials.scores import ALL, HALVES, Evaluator, Score, Scores, less_is_better
+from skillvec.trials.scores import ALL, HALVES, Evaluator, Score, Scores, less_is_better, names_of
 from skillvec.trials.search_report import RECIPE, describe, write_report
 from skillvec.trials.spaces import Space, read_space
 from skillvec.trials.studies import (
@@ -63,7 +63,7 @@ def search(
     budget: int = 50,
     metric: str | None = None,
     second: str | None = None,
-    minimize: Sequence[str] = (),
+    minimize: str | Sequence[str] = (),
     keep: float = 0.95,
     sampler: str = "tpe",
     eval_options: Mapping[str, Any] | None = None,
@@ -100,6 +100,9 @@ def search(
     evaluator = _open(eval, eval_options)
     reporter = None if report_eval is None else _open(report_eval, eval_options)
     _check_asked(evaluator, reporter, budget, keep, sampler, metric, second, scratch)
+    for name in names_of(minimize):
+        if name != NBYTES:
+            refuse_metric(evaluator, name)
     opened, found = _open_space(vectors, space)
     read = [os.fspath(target), *opened]
     folder = take_folder(output, read, RECIPE if storage else DATABASE, "search")
@@ -110,7 +113,7 @@ def search(
     asked: dict[str, Any] = {
         "eval": evaluator.spec, "report_eval": reporter.spec if reporter else None,
         "space": describe(found), "metric": metric, "second": second,
-        "minimize": sorted(minimize), "keep": keep, "sampler": sampler, **taken,
+        "minimize": names_of(minimize), "keep": keep, "sampler": sampler, **taken,
     }  # fmt: skip
     named = {"target": os.fspath(target), "vectors": [*opened], "budget": budget,
              "output": os.fspath(output), "study": study, "workers": workers}  # fmt: skip
@@ -167,7 +170,11 @@ def _check_asked(evaluator: Evaluator, reporter: Evaluator | None, budget: int, 
         raise UsageError(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
     if scratch is not None and not os.path.isdir(scratch):
         raise UsageError(f"scratch {os.fspath(scratch)}: no such folder")
-    if budget < 1:
+    if reporter is not None and reporter.spec == evaluator.spec:
+        raise UsageError(
+            f"report_eval {reporter.spec}: these are the items that are searched by: take others"
+        )
+    if not isinstance(budget, int) or budget < 1:
         raise UsageError(f"budget {budget}: expected at least one trial")
     if not 0 < keep <= 1:
         raise UsageError(f"keep {keep}: expected a share of the gain, above 0 and at most 1")
@@ -316,7 +323,8 @@ class Search:
                 wanted = (
                     self.goal.metrics if self.goal else wanted or [*answers.get(TARGET, ())][:1]
                 )
-                missing = [n for n in wanted if n not in (NBYTES, *outcome.scores)]
+                named = (*wanted, *self.asked["minimize"])
+                missing = [n for n in named if n not in (NBYTES, *outcome.scores)]
                 if not outcome.is_done and (missing or not outcome.scores):
                     raise SkillvecError(
                         f"{name}: the evaluation {outcome.status}: {outcome.message or 'no reason'}"

@@ -271,9 +271,11 @@ class _Reader:
         if kind == "whole":
             weight = (self._open("lam", lam),)
         elif kind == "knots":
-            if count < 2 or not layers_of(names):
+            most = max(map(len, layers_of(names).values()), default=0)
+            if not 2 <= count <= most:
                 raise UsageError(
-                    f"{self.where}: by: a gradient takes at least 2 knots and a vector with layers"
+                    f"{self.where}: by: a gradient takes at least 2 knots and at most one a layer,"
+                    f" of which the vector has {most}"
                 )
             weight = tuple(self._open(f"lam.knot{k + 1}", lam) for k in range(count))
         else:

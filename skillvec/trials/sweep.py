@@ -27,7 +27,7 @@ from skillvec.trials.evaluators import open_evaluator, refuse_metric
 from skillvec.trials.folder import take_folder, write_files
 from skillvec.trials.journal import Journal
 from skillvec.trials.lambdas import read_lambdas
-from skillvec.trials.scores import Evaluator, Score, less_is_better
+from skillvec.trials.scores import Evaluator, Score, less_is_better, names_of
 from skillvec.trials.trial import Outcome, Trials
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs import combine
@@ -58,7 +58,7 @@ def sweep(
     weights: Sequence[float] | None = None,
     eval_options: Mapping[str, Any] | None = None,
     metric: str | None = None,
-    minimize: Sequence[str] = (),
+    minimize: str | Sequence[str] = (),
     control: str | Sequence[str] = (),
     scratch: PathLike | None = None,
     timeout: float | None = None,
@@ -89,8 +89,10 @@ def sweep(
     """
     lambdas, controls = read_lambdas(lam), read_controls(control)
     evaluator = open_evaluator(eval, eval_options or {}) if isinstance(eval, str) else eval
-    if metric is not None:
-        refuse_metric(evaluator, metric)
+    minimize = names_of(minimize)
+    for name in (metric, *minimize):
+        if name is not None:
+            refuse_metric(evaluator, name)
     vector = combine(*(SkillVector.open(one, rename=rename) for one in vectors), weights=weights)
     inputs = [os.fspath(target), *(side.ref for side in vector.inputs())]
     folder = take_folder(output, inputs, JOURNAL, "sweep")
@@ -113,7 +115,8 @@ def sweep(
             return report
         folder.mkdir(parents=True, exist_ok=True)
         with Journal(folder / JOURNAL, asked, force) as journal:
-            run = _Run(trials, journal, _make_vectors(vector, controls, seed), metric, watcher)
+            run = _Run(trials, journal, _make_vectors(vector, controls, seed),
+                       metric, minimize, watcher)  # fmt: skip
             report.facts["resumed"] = sum(point in run.done for point in points)
             if watcher:
                 watcher.planned(report)
@@ -186,10 +189,10 @@ class _Run:
 
     def __init__(
         self, trials: Trials, journal: Journal, vectors: Mapping[str, SkillVector | None],
-        metric: str | None, watcher: TrialWatcher | None,
+        metric: str | None, minimize: Sequence[str], watcher: TrialWatcher | None,
     ) -> None:  # fmt: skip
         self.trials, self.journal, self.vectors = trials, journal, vectors
-        self.metric, self._watcher = metric, watcher
+        self.metric, self._minimize, self._watcher = metric, minimize, watcher
         self.done = {
             Point(line["curve"], line["lam"]): _read_outcome(line["outcome"])
             for line in journal.found
@@ -240,9 +243,10 @@ class _Run:
                 f" {printable(outcome.message)}; nothing else was tried"
             )
         self.metric = self.metric or next(iter(outcome.scores), None)
-        if self.metric not in outcome.scores:
-            names = ", ".join(outcome.scores)
-            raise UsageError(f"metric {self.metric}: the evaluation gives {names or 'no metric'}")
+        for metric in (self.metric, *self._minimize):
+            if metric not in outcome.scores:
+                names = ", ".join(outcome.scores)
+                raise UsageError(f"metric {metric}: the evaluation gives {names or 'no metric'}")
 
     def _tell(self, number: int, count: int, point: Point, outcome: Outcome, left: float) -> None:
         if self._watcher is None:

@@ -328,7 +328,7 @@ def _parse_yaml(text: str) -> Any:
                 refuse("anchors, aliases and tags are not taken", event.start_mark)
             node = super().compose_node(parent, index)
             if node.tag.endswith((":int", ":float")) and ":" in node.value:  # 1:30 would be 90
-                refuse("numbers to base 60 are not taken", node.start_mark)
+                refuse("numbers to base 60 are not taken: quote a range", node.start_mark)
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:

@@ -52,6 +52,7 @@ def size(model, tokenizer, scale=1.0, wait=0.0):
     return {"size": sizes, "bits": bits, "random": torch.rand(3)}
 def half(model, tokenizer, split, **options):
     return size(model, tokenizer, **options)
+rest = size
 """
 RECIPE = "op: ties\nvectors: [{vector: skill.safetensors, weight: 0.5}, {vector: far.safetensors}]"
 
@@ -564,7 +565,7 @@ def searches(words: str) -> dict[str, Case]:
         "--second": Case(f"{as_json} --metric size", "--second bytes", lambda a, b: (
             not a.report["nbytes"] and b.report["nbytes"].get("winner", 0) > 0)),
         "--keep": Case(planned, "--keep 0.9", asks("keep", 0.95, 0.9)),
-        "--report-eval": Case(probe.replace("half", "size"), "--report-eval probe:size",
+        "--report-eval": Case(probe.replace("half", "size"), "--report-eval probe:rest",
                               refused(2)),
         "--storage": Case(probe, "--storage nonsense", refuses("Optuna cannot open it")),
         "--study": Case(planned, "--study other", asks("study", "search", "other")),

@@ -33,10 +33,12 @@ def test_the_range_of_the_docs_has_thirteen_points_and_both_ends() -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ("", "lam '': expected a number, or a range START:STOP:STEP"),
+        ("", "lam '': expected a number that fp32 can hold, or a range"),
         ("1:2", "lam '1:2': expected"),
         ("a", "lam 'a': expected"),
         ("nan", "lam 'nan': expected"),
+        ("1e400", "lam '1e400': expected"),
+        ("1_0", "lam '1_0': expected"),
         ("0:inf:1", "lam '0:inf:1': expected"),
         ("0:1:0", "lam 0:1:0: steps of 0 do not lead from 0 to 1"),
         ("0:1:-0.1", "lam 0:1:-0.1: steps of -0.1 do not lead"),

@@ -540,6 +540,9 @@ def test_an_evaluator_without_halves_needs_another_to_report(ask: Any) -> None:
     whole.splits = ()
     with pytest.raises(UsageError, match="report by a second evaluator with --report-eval"):
         ask(whole)
+    with pytest.raises(UsageError, match="these are the items that are searched by"):
+        ask(whole, report_eval=other)
+    other.spec = "other"
     facts = ask(whole, report_eval=other, budget=3).facts
     assert {*whole.asked} == {"all"} == {*other.asked} and len(other.asked) in (3, 4)
     assert facts["verdict"] == "nothing"  # of the second, the vector does harm

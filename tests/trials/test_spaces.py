@@ -179,7 +179,7 @@ def test_what_is_refused(spec: Any, said: str) -> None:
 
 
 def test_a_vector_without_layers_has_no_gradient() -> None:
-    with pytest.raises(UsageError, match="a vector with layers"):
+    with pytest.raises(UsageError, match="at most one a layer, of which the vector has 0"):
         space_of("by=knots:2", names=["w"])
     with pytest.raises(UsageError, match="the vector has 0 layers"):
         space_of("by=layers:1", names=["w"])

@@ -113,10 +113,20 @@ def test_less_may_be_better(planted: Planted, tmp_path: Path) -> None:
     assert report.facts["less_is_better"] and report.facts["best"]["lam"] == 0.5
     assert list_answers(report.facts)[0].startswith("loss falls from ")
     # the same points, whose scores are all in the journal, with another question
-    other = run(planted, evaluator, tmp_path / "out", minimize=["score"])
+    other = run(planted, evaluator, tmp_path / "out", minimize="score")
     assert other.facts["best"]["lam"] == 1.5 and other.facts["resumed"] == 5
     assert other.facts["found"] and other.facts["best"]["difference"] < 0
     assert len(evaluator.calls) == 5
+
+
+def test_a_metric_that_is_not_there_cannot_be_minimized(planted: Planted, tmp_path: Path) -> None:
+    evaluator = Peak(planted)
+    with pytest.raises(UsageError, match="metric 'scores': .* did you mean score"):
+        run(planted, evaluator, tmp_path / "out", minimize="scores")
+    evaluator.metrics = None
+    with pytest.raises(UsageError, match="metric nope: the evaluation gives score, loss"):
+        run(planted, evaluator, tmp_path / "out", minimize=["score", "nope"])
+    assert evaluator.calls == [0.0]
 
 
 def test_several_vectors_are_one_combination(planted: Planted, tmp_path: Path) -> None:
