@@ -729,10 +729,9 @@ SCOPED = [(name, scope) for name in NAMES for scope in ("tensor", "vector")
           if scope == "tensor" or "scope" in OPERATORS[name].defaults]  # fmt: skip
 
 
-@pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(("name", "scope"), SCOPED)
 @settings(max_examples=20)
-@given(data=st.data())
+@given(double=st.booleans(), data=st.data())
 def test_no_byte_depends_on_how_tensors_are_cut(name: str, scope: str, double: bool, data: Any):
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
     sizes = {"a": data.draw(st.integers(1, 500)), "b": data.draw(st.integers(1, 500))}

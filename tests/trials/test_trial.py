@@ -1,5 +1,6 @@
 """One target at many points: what is evaluated, and what an evaluation may do to it."""
 
+import gc
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    made = make_world(tmp_path_factory.mktemp("world"))
+    gc.freeze()  # before a model is loaded again garbage is collected, and other tests left much
+    yield made
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("della", {"density": 0.5, "epsilon": 0.2}),
     ("della", {"density": 0.5, "epsilon": 0.4, "density_of": "all"}),
     ("breadcrumbs", {"density": 0.3, "gamma": 0.05}),
-    ("ram", {}),
     ("ram", {"threshold": 2.0**-11}),
     ("sparsify", {"density": 0.25}),
     ("orthogonal", {}),
