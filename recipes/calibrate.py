@@ -30,7 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillvec.errors import SkillvecError
+from skillvec.ops.svd import resolve_device
 from skillvec.recipes.evaluate import load_tokenizer
+from skillvec.trials.loading import refuse_made_up
 
 SCHEMA = 1
 KEYS = ("prompt", "messages", "text")
@@ -165,18 +167,20 @@ def encode(tokenizer: Any, prompt: tuple[str, Any]) -> list[int]:
 
 def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, str]:
     """Return a model of the class that its config names, in eval mode, and its folder."""
-    import torch
     import transformers
 
     from skillvec.recipes.training import fetch_model
 
-    folder = fetch_model(name)
+    place, folder = resolve_device(device or "auto"), fetch_model(name)
     config = transformers.AutoConfig.from_pretrained(folder)
     if config.is_encoder_decoder:
         raise ValueError(f"{name}: a decoder that gets no inputs of its own has none to look at")
     made = getattr(transformers, (config.architectures or [""])[0], None)
-    model = (made or transformers.AutoModelForCausalLM).from_pretrained(folder, dtype=dtype)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), folder
+    model, told = (made or transformers.AutoModelForCausalLM).from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    refuse_made_up(name, told)
+    return model.to(place).eval(), folder
 
 
 # ---------------------------------------------------------------------------------- layers

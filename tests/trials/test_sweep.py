@@ -121,7 +121,7 @@ def test_less_may_be_better(planted: Planted, tmp_path: Path) -> None:
 
 def test_a_metric_that_is_not_there_cannot_be_minimized(planted: Planted, tmp_path: Path) -> None:
     evaluator = Peak(planted)
-    with pytest.raises(UsageError, match="metric 'scores': .* did you mean score"):
+    with pytest.raises(UsageError, match=r"metric 'scores': .* did you mean score"):
         run(planted, evaluator, tmp_path / "out", minimize="scores")
     evaluator.metrics = None
     with pytest.raises(UsageError, match="metric nope: the evaluation gives score, loss"):
