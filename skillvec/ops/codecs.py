@@ -54,10 +54,13 @@ def room_nbytes(values: Array, codec: str) -> int:
     return 0 if codec == "dense" else 2 * values.nbytes + 2 * -(-values.size // 8) + 128
 
 
-def encode_block(values: Array, codec: str, room: Bytes | None = None) -> Encoded:
+def encode_block(
+    values: Array, codec: str, room: Bytes | None = None, loose: float = 0.0
+) -> Encoded:  # fmt: skip
     """Return a block of values (1-D, storage dtype, zeros positive) as bytes in a codec.
 
     The bytes are those of `values`, or lie in `room`, which a worker uses again for every block.
+    A packed block that takes at most the share `loose` of its values without zstd is left so.
     """
     if codec == "dense":
         return Encoded(values.view(np.uint8))
@@ -80,7 +83,9 @@ def encode_block(values: Array, codec: str, room: Bytes | None = None) -> Encode
     if not pieces:
         use.split(kept, width, work)
         pieces = [*work.reshape(width, -1)]
-    pieces = [_shrink(piece) for piece in (bitmap, *pieces)]
+    pieces = [bitmap, *pieces]
+    if sum(map(len, pieces)) > loose * values.nbytes:
+        pieces = [_shrink(piece) for piece in pieces]
     head = np.array([*marker, *map(len, pieces)], "<u4").view(np.uint8)
     total = head.size + sum(map(len, pieces))
     if total >= values.nbytes:
@@ -333,10 +338,15 @@ def _kernels() -> Kernels:
     return Kernels(*found or ())
 
 
+@cache
+def _zstd() -> Any:
+    return import_module("zstandard")
+
+
 def _shrink(piece: Bytes) -> Any:
     """Return the piece as one zstd frame if that is shorter, else as it is."""
     if not hasattr(_local, "compressor"):
-        zstd: Any = import_module("zstandard")
+        zstd = _zstd()
         parameters = zstd.ZstdCompressionParameters(
             strategy=zstd.STRATEGY_FAST, write_content_size=1, write_checksum=0, **ZSTD
         )
@@ -349,7 +359,7 @@ def _expand(piece: Bytes, nbytes: int) -> Bytes:
     """Return the `nbytes` bytes that a piece holds; a frame must state this very size."""
     if piece.size == nbytes:
         return piece
-    zstd: Any = import_module("zstandard")
+    zstd = _zstd()
     if not hasattr(_local, "decompressor"):
         _local.decompressor = zstd.ZstdDecompressor(max_window_size=1 << 27)
     try:

@@ -171,15 +171,21 @@ def _write_card(file: Path, recipe: Mapping[str, Any], report: Report) -> None:
     fsync_path(os.fspath(file))
 
 
-def plan_request(
-    point: Checkpoint, displacement: SkillVector, request: dict[str, Any]
-) -> tuple[Plan, dict[str, Any]]:
-    """Plan an apply from the request as it stands in a recipe; return plan and recipe."""
-    lam, dtype, rounding, seed = (request[key] for key in ("lam", "dtype", "rounding", "seed"))
+def refuse_request(displacement: SkillVector, request: Mapping[str, Any]) -> None:
+    """Raise UsageError for a lambda or a rounding that no apply has."""
+    lam, rounding = request["lam"], request["rounding"]
     if rounding not in ("nearest", "stochastic"):
         raise UsageError(f"rounding {rounding!r}: expected nearest or stochastic")
     if not abs(lam * displacement.scale) <= FP32_MAX:
         raise UsageError(f"lam {lam}: expected a finite number that fp32 can hold")
+
+
+def plan_request(
+    point: Checkpoint, displacement: SkillVector, request: dict[str, Any]
+) -> tuple[Plan, dict[str, Any]]:
+    """Plan an apply from the request as it stands in a recipe; return plan and recipe."""
+    refuse_request(displacement, request)
+    lam, dtype, rounding, seed = (request[key] for key in ("lam", "dtype", "rounding", "seed"))
     recipe = {
         "kind": "merged",
         "schema": 1,

@@ -24,7 +24,7 @@ from skillvec.report import Report, Watcher
 from skillvec.vectors.deltas.base import DeltaSource
 from skillvec.vectors.recipe import leaving_out, selection
 from skillvec.vectors.vector import SkillVector
-from skillvec.verbs._apply import find_unused, plan_request, report_apply
+from skillvec.verbs._apply import find_unused, plan_request, refuse_request, report_apply
 from skillvec.verbs.findings import refuse_nonfinite
 
 CLAIMING = threading.Lock()  # held while a model is marked
@@ -87,6 +87,8 @@ class Live:
         self._chosen: dict[str, Any] = {**selection(include, exclude, rename, rows)}
         self._chosen |= {"allow_nonfinite": True} if allow_nonfinite else {}
         self._model: LiveModel | None = None
+        # the last vector with its plan, which holds at any lambda while the model is attached to
+        self._planned: tuple[SkillVector, Plan, dict[str, Any]] | None = None
         self._vectors: list[SkillVector] = []
         self._lam: float | tuple[float, ...] = 1.0
         self._rounding, self._seed = "nearest", 0
@@ -183,18 +185,18 @@ class Live:
     ) -> tuple[Plan, Report]:
         """Plan an apply to the original parameters, and say what it will do; nothing moves."""
         model.refuse_unchangeable(find_unused(vector, self._left_out))
-        plan, recipe = plan_request(model, vector, request)
-        if parted := [job.name for job in plan.jobs if job.name not in model]:
-            raise IncompatibleError(
-                f"{vector.ref}: it moves apart what {model.ref} holds as one parameter: load the"
-                f" model with tie_word_embeddings=False, or use apply:\n{up_to_five(parted)}"
-            )
-        jobs = [LiveJob.of(job) if isinstance(job, AddJob) else job for job in plan.jobs]
-        plan = replace(plan, verb="attach", jobs=jobs, outputs=[], texts={})
+        if self._planned is None or self._planned[0] is not vector:
+            self._planned = vector, *self._plan_anew(model, vector, request)
+        refuse_request(vector, request)
+        _, plan, described = self._planned
+        plan = replace(
+            plan, lam=request["lam"] * vector.scale, rounding=request["rounding"],
+            seed=request["seed"],
+        )  # fmt: skip
         touched = [(job.point, job.deltas[0]) for job in _moving(plan)]
         touched = [(point, delta) for point, delta in touched if not delta.is_zero]
         facts = {
-            "formula": "MODEL + LAM * V", "target": model.facts, "vector": recipe["vector"],
+            "formula": "MODEL + LAM * V", "target": model.facts, "vector": described,
             "name": vector.ref, "lineage": vector.dtypes, "lam": plan.lam,
             "rounding": plan.rounding,
             "seed": plan.seed if plan.rounding == "stochastic" else None,
@@ -205,6 +207,19 @@ class Live:
             facts["layout"] = plan.layout
         report = show_plan(replace(plan, jobs=_moving(plan)), facts, self._run)
         return measure_plan(plan, self._run), report
+
+    def _plan_anew(
+        self, model: LiveModel, vector: SkillVector, request: dict[str, Any]
+    ) -> tuple[Plan, dict[str, Any]]:
+        """Return the plan of an apply as jobs in memory, and the vector as recipes describe it."""
+        plan, recipe = plan_request(model, vector, request)
+        if parted := [job.name for job in plan.jobs if job.name not in model]:
+            raise IncompatibleError(
+                f"{vector.ref}: it moves apart what {model.ref} holds as one parameter: load the"
+                f" model with tie_word_embeddings=False, or use apply:\n{up_to_five(parted)}"
+            )
+        jobs = [LiveJob.of(job) if isinstance(job, AddJob) else job for job in plan.jobs]
+        return replace(plan, verb="attach", jobs=jobs, outputs=[], texts={}), recipe["vector"]
 
     def _change(self, model: LiveModel, plan: Plan, report: Report) -> None:
         """Write what a plan gives in place of the original parameters, or of what is attached."""
@@ -242,7 +257,7 @@ class Live:
         try:
             return put_all_back(self._tensors(), self._run.engine.workers)
         finally:  # after Ctrl-C as well: threads finish what they were given
-            self._model = None
+            self._model = self._planned = None
             for module in self._module.modules():
                 if module.__dict__.get(MARK) is self:
                     del module.__dict__[MARK]

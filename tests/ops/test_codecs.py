@@ -158,6 +158,18 @@ def test_ranks_take_less_room_than_planes(monkeypatch: pytest.MonkeyPatch) -> No
     assert with_ranks.payload.size < 0.97 * without.payload.size
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_may_be_loose_is_left_as_it_is_up_to_its_share(dtype: str) -> None:
+    values = made(dtype, 1 << 16, 0.05, "steps", 4)
+    tight = encode_block(values, "packed")
+    loose = encode_block(values, "packed", loose=0.15)
+    assert tight.payload.size < 0.9 * loose.payload.size < 0.9 * 0.15 * values.nbytes
+    assert encode_block(values, "packed", loose=0.05).payload.tobytes() == tight.payload.tobytes()
+    out = np.empty_like(values)
+    decode_block(loose, "packed", out)
+    assert np.array_equal(bits(out), bits(values))
+
+
 def test_a_block_uses_its_own_room_alone() -> None:
     """Whatever is in the room before, and whatever is behind what it says it takes."""
     for dtype in DTYPES:

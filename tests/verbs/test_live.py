@@ -23,6 +23,7 @@ import skillvec as sv
 from skillvec.engine.threads import on_block
 from skillvec.ops.block import BLOCK_NUMEL
 from skillvec.vectors.recipe import Recipe, Share
+from skillvec.verbs._apply import plan_request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,6 +238,40 @@ def test_verdict_and_refusals_come_before_anything_moves(
     assert live.is_attached and live.weights() == {str(folder / "v.safetensors"): 0.5}
     live.detach()
     assert_holds(model, folder / "base.safetensors")
+
+
+def test_a_vector_is_planned_once_while_it_is_attached(
+    folder: Path, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another lambda and rounding need no new plan; other weights do, after a detach."""
+    vector, planned = sv.SkillVector.open(folder / "v.safetensors"), []
+
+    def plan(*args: Any) -> Any:
+        planned.append(args)
+        return plan_request(*args)
+
+    monkeypatch.setattr("skillvec.verbs.live.plan_request", plan)
+    live = sv.attach(model, vector)
+    live.set(vector, lam=0.5, rounding="stochastic", seed=3)
+    sv.apply(
+        folder / "base.safetensors", vector, tmp_path / "out.safetensors", lam=0.5,
+        rounding="stochastic", seed=3,
+    )  # fmt: skip
+    assert_holds(model, tmp_path / "out.safetensors")
+    assert live.report.facts["lam"] == 0.5 and live.report.facts["seed"] == 3
+    for options in ({"lam": float("nan")}, {"rounding": "up"}):
+        with pytest.raises(sv.UsageError, match="expected"):
+            live.set(**options)
+    assert len(planned) == 1 and live.report.facts["verdict"] == "exact base"
+    live.detach()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "steps":
+                parameter.mul_(1.5)
+    live.set(lam=1.0, rounding="nearest")
+    assert len(planned) == 2 and live.report.facts["verdict"] != "exact base"
+    live.set(folder / "v.safetensors")
+    assert len(planned) == 3
 
 
 # ----------------------------------------------------------------------------- back to the original
