@@ -47,7 +47,7 @@ DONE, FAILED, TIMED_OUT = "done", "failed", "timed out"
 CHANGED, NOT_A_NUMBER = "changed the model", "not a number"
 SCRATCH = "skillvec-trial"  # how folders in scratch begin; host, process and letters follow
 AGAIN_SECONDS = 15.0  # after the end of the time; more than a command has to end in
-BURST_SECONDS = 2e-5  # from one to the next then
+BURST_SECONDS = 1e-4  # from one to the next then
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -342,13 +342,14 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
 
     def expire(number: int, frame: FrameType | None) -> None:
         nonlocal has_fired
-        if has_fired:
-            signal.setitimer(signal.ITIMER_REAL, BURST_SECONDS, BURST_SECONDS)
-        has_fired = True
-        while frame is not None:  # not in what ends the block: it would leave the timer on
-            if frame.f_code is Trials._call.__code__:
-                raise _ExpiredError
+        while frame is not None and frame.f_code is not Trials._call.__code__:
             frame = frame.f_back
+        if frame is None:
+            return  # too late: what ends the block would be left undone
+        if has_fired:
+            signal.setitimer(signal.ITIMER_REAL, BURST_SECONDS)  # once: none within this one
+        has_fired = True
+        raise _ExpiredError
 
     before = signal.signal(signal.SIGALRM, expire)
     try:
