@@ -2,9 +2,10 @@
 
 Hides how a change is found without a second copy: torch counts the writes to every tensor, and a
 few values of each are compared, which also finds writes that go around the counter. Changed weights
-cannot be put back; all else is that modules hold: training mode, hooks, other attributes, buffers
-that are not saved, gradients, settings. So are the folder, the environment and what torch has one
-of. What changes code (classes, functions of modules) or files is not seen.
+cannot be put back. All else that modules hold is: training mode, hooks, other attributes, buffers
+that are not saved, gradients, settings; and so are the current folder, the environment, and torch's
+gradient mode, default dtype, threads and global hooks. What changes code (classes, functions of
+modules), files or other switches of torch is not seen.
 """
 
 import os
