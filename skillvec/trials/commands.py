@@ -2,7 +2,8 @@
 
 `{model}` in its words becomes the folder, `{split}` the split, `{output}` a file that it may write
 its scores to; without that they are the last line of what it prints. Hides processes: the program
-has a group of its own, which ends with it, and with whatever ends the wait for it.
+has a group of its own, which ends with it, and with whatever ends the wait for it. What a program
+starts in a session of its own (setsid, daemons) is outside that group and goes on.
 """
 
 import contextlib

@@ -1,7 +1,9 @@
 """A function of the user's that evaluates a model in memory.
 
 It is called with model and tokenizer, and with `split` where it has such a parameter. Its
-attributes `metrics` and `splits` say what it gives, where it has them. Hides how it is found and
+attributes `metrics` and `splits` say what it gives, where it has them. It should leave no thread
+behind that works on the model, end no process by os._exit, and let pass what it does not know how
+to handle (no `except BaseException`), which may be the end of its time. Hides how it is found and
 which arguments it takes.
 """
 
@@ -31,6 +33,15 @@ class FunctionEvaluator:
         self._name = f"{module}:{function}"
         self._function = import_function(module, function)
         self._options = dict(options)
+        kinds = (
+            inspect.iscoroutinefunction,
+            inspect.isgeneratorfunction,
+            inspect.isasyncgenfunction,
+        )
+        if any(is_kind(self._function) for is_kind in kinds):
+            raise UsageError(
+                f"{self._name} is async or a generator: expected a function that returns scores"
+            )
         try:
             self._signature = inspect.signature(self._function)
         except ValueError as error:  # of a builtin

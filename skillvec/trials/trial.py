@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -37,7 +38,7 @@ from skillvec.files.file import digest_bytes
 from skillvec.ops.svd import resolve_device
 from skillvec.trials.loading import fetch, load_target, open_target, open_tokenizer
 from skillvec.trials.scores import ALL, Evaluator, Scores, not_finite, refuse_split
-from skillvec.trials.watch import Watch
+from skillvec.trials.watch import Attributes, Watch, surroundings
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs import apply
 from skillvec.verbs.live import Live, attach
@@ -45,6 +46,8 @@ from skillvec.verbs.live import Live, attach
 DONE, FAILED, TIMED_OUT = "done", "failed", "timed out"
 CHANGED, NOT_A_NUMBER = "changed the model", "not a number"
 SCRATCH = "skillvec-trial"  # how folders in scratch begin; host, process and letters follow
+AGAIN_SECONDS = 15.0  # after the end of the time; more than a command has to end in
+BURST_SECONDS = 1e-4  # from one to the next then
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -87,11 +90,14 @@ class Applied(TypedDict, total=False):
 class Trials:
     """A target and an evaluator, for `run` at any number of points; as a context it ends both.
 
-    `timeout` is in seconds, of one evaluation, and needs the main thread. `dtype` is transformers'
-    name, "auto" that of the target; `device` auto, cpu, cuda or cuda:N. `scratch` is where an
-    evaluator that takes folders finds them. `applied` as of `apply`. Raises UsageError and
-    OutputError for what cannot work, before any model is loaded; that happens at the first
-    point.
+    `timeout` is in seconds, of one evaluation, and needs the main thread. It cannot end native code
+    that does not come back. `dtype` is transformers' name, "auto" that of the target; `device`
+    auto, cpu, cuda or cuda:N. `scratch` is where an evaluator that takes folders finds them.
+    `applied` as of `apply`. What an evaluation leaves behind is put back or marks its point
+    (trials/watch.py says what). An os._exit in it ends this process, though, and a thread that goes
+    on may change the model of later points; if it is no daemon, Python waits for it at the end.
+    Raises UsageError and OutputError for what cannot work, before any model is loaded; that happens
+    at the first point.
     """
 
     def __init__(
@@ -159,12 +165,12 @@ class Trials:
         refuse_split(split, self._evaluator.splits, self._evaluator.spec)
         if self._timeout and threading.current_thread() is not threading.main_thread():
             raise UsageError("a timeout needs the main thread, which alone gets the signal of it")
+        run = self._run_folder if self._evaluator.takes_folder else self._run_live
         try:
-            if self._evaluator.takes_folder:
-                return self._run_folder(vector, lam, split)
-            return self._run_live(vector, lam, split)
+            outcome = run(vector, lam, split)
         except NonfiniteError as error:
-            return Outcome(FAILED, str(error))
+            outcome = Outcome(FAILED, str(error))
+        return replace(outcome, message=" ".join(outcome.message.split()))
 
     # ------------------------------------------------------------------------ in memory
 
@@ -179,18 +185,19 @@ class Trials:
             self._attach(model, vector, lam)
         attached = time.perf_counter() - begun
         watch = Watch(model)
-        outcome = self._evaluate(model, split)
+        with self._tokenizer_kept():
+            outcome = self._evaluate(model, split)
         outcome = replace(outcome, attach_seconds=attached, **self._facts(vector))
         if found := watch.find_changes(model):
-            said = f"the evaluation changed the model, which is loaded again:\n{found}"
+            said = f"the evaluation changed the model, which is loaded again: {found}"
             if outcome.status in (DONE, NOT_A_NUMBER):
                 outcome = replace(outcome, status=CHANGED, message=said, scores={})
             else:
-                outcome = replace(outcome, message=f"{outcome.message}\n{said}")
+                outcome = replace(outcome, message=f"{outcome.message}; {said}")
             del model, watch
             self.close()
         else:
-            watch.restore(model)
+            watch.restore()
         return outcome
 
     def _loaded(self) -> Any:
@@ -223,6 +230,18 @@ class Trials:
             if getattr(self._evaluator, "needs_tokenizer", True):
                 raise
             return None
+
+    @contextmanager
+    def _tokenizer_kept(self) -> Iterator[None]:
+        """Put back a tokenizer's attributes, and read it anew where it has got other tokens."""
+        if self._tokenizer is None:
+            yield
+            return
+        attributes, tokens = Attributes(self._tokenizer), _tokens(self._tokenizer)
+        yield
+        attributes.restore()
+        if _tokens(self._tokenizer) != tokens:
+            self._tokenizer = self._find_tokenizer()
 
     # --------------------------------------------------------------------------- folders
 
@@ -265,11 +284,11 @@ class Trials:
         begun = time.perf_counter()
         try:
             with _seeded(self._applied.get("seed", 0), model), _time_limit(self._timeout):
-                scores = self._evaluator.evaluate(model, self._tokenizer, split)
+                scores = self._call(model, split)
             status, message = DONE, ""
         except _ExpiredError:
             status, message, scores = TIMED_OUT, "", {}
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
             ours = isinstance(error, SkillvecError)
             said = str(error) if ours else f"{type(error).__name__}: {error}"
             status, message, scores = FAILED, said, {}
@@ -282,6 +301,19 @@ class Trials:
             status, message = NOT_A_NUMBER, f"not finite: {', '.join(bad[:5])}"
             scores = {name: score for name, score in scores.items() if name not in bad}
         return Outcome(status, message, scores, seconds)
+
+    def _call(self, model: Any, split: str) -> Scores:
+        """Call the evaluator; a child process that comes out of it ends, with 1 for an error."""
+        process = os.getpid()
+        try:
+            return self._evaluator.evaluate(model, self._tokenizer, split)
+        finally:
+            if os.getpid() != process:
+                os._exit(int(sys.exc_info()[0] is not None))
+
+
+def _tokens(tokenizer: Any) -> tuple[int, str]:
+    return len(tokenizer), str(getattr(tokenizer, "added_tokens_decoder", ""))
 
 
 def _is_running(process: int) -> bool:
@@ -298,19 +330,31 @@ class _ExpiredError(BaseException):
 
 @contextmanager
 def _time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise _ExpiredError within the block when the time is over; needs the main thread."""
+    """Raise _ExpiredError in the evaluator when the time is over; needs the main thread.
+
+    An evaluator that goes on has caught it: AGAIN_SECONDS later, when all that it had to tidy is
+    tidied, it is raised over and over, until it falls on a step outside of what catches it.
+    """
     if seconds is None:
         yield
         return
+    has_fired = False
 
     def expire(number: int, frame: FrameType | None) -> None:
+        nonlocal has_fired
+        while frame is not None and frame.f_code is not Trials._call.__code__:
+            frame = frame.f_back
+        if frame is None:
+            return  # too late: what ends the block would be left undone
+        if has_fired:
+            signal.setitimer(signal.ITIMER_REAL, BURST_SECONDS)  # once: none within this one
+        has_fired = True
         raise _ExpiredError
 
     before = signal.signal(signal.SIGALRM, expire)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
         yield
-        signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -320,7 +364,7 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
 def _seeded(seed: int, model: Any) -> Iterator[None]:
     """Let random numbers of Python, numpy and torch begin at a seed; outside they go on.
 
-    A program that is given a folder has its own.
+    What else the process has one of is put back too. A program that is given a folder has its own.
     """
     if isinstance(model, str):
         yield
@@ -330,6 +374,7 @@ def _seeded(seed: int, model: Any) -> Iterator[None]:
     kept: list[tuple[Callable[[Any], Any], Any]] = [
         (random.setstate, random.getstate()),
         (np.random.set_state, np.random.get_state()),
+        *surroundings(),
     ]
     devices = {weight.device for weight in model.parameters() if weight.is_cuda}
     with torch.random.fork_rng([*devices]):

@@ -1,17 +1,23 @@
-"""What an evaluation has done to the model that it was given.
+"""What an evaluation has done to the model that it was given, and to the process.
 
 Hides how a change is found without a second copy: torch counts the writes to every tensor, and a
-few values of each are compared, which also finds writes that go around the counter. Training mode
-and settings are put back; changed weights cannot be.
+few values of each are compared, which also finds writes that go around the counter. Changed weights
+cannot be put back. All else that modules hold is: training mode, hooks, other attributes, buffers
+that are not saved, gradients, settings; and so are the current folder, the environment, and torch's
+gradient mode, default dtype, threads and global hooks. What changes code (classes, functions of
+modules), files or other switches of torch is not seen.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 from skillvec.errors import up_to_five
 
 SAMPLES = 64  # values of a tensor
+HOLDERS = (dict, list, set, OrderedDict, defaultdict)
 
 
 class Watch:
@@ -20,18 +26,18 @@ class Watch:
     def __init__(self, model: Any) -> None:
         self._tensors = dict(_described(model))
         self._samples = _sampled(model)
-        self._hooks = dict(_hooks(model))
-        self._modes = [(module, module.training) for module in model.modules()]
+        self._attributes = [Attributes(module) for module in model.modules()]
+        self._values = [(tensor, tensor.detach().clone()) for tensor in _unsaved(model)]
+        self._gradients = [(one, one.requires_grad, one.grad) for one in model.parameters()]
         self._settings = [
             (config, _copied(config))
             for name in ("config", "generation_config")
             for config in _within(getattr(model, name, None))
         ]
-        self._generation_config = getattr(model, "generation_config", None)
 
     def find_changes(self, model: Any) -> str:
         """Return which weights are no longer what they were, up to five by name; "" for none."""
-        now, samples, hooks = dict(_described(model)), _sampled(model), dict(_hooks(model))
+        now, samples = dict(_described(model)), _sampled(model)
         found = [f"{name}: gone" for name in self._tensors.keys() - now.keys()]
         found += [f"{name}: new" for name in now.keys() - self._tensors.keys()]
         for name in self._tensors.keys() & now.keys():
@@ -40,24 +46,81 @@ class Watch:
                 found.append(f"{name}: {_spelled(before)} before, {_spelled(after)} now")
             elif before[0] != after[0] or self._samples.get(name) != samples.get(name):
                 found.append(f"{name}: other values")
-        found += [
-            f"{name or 'the model'}: another module, or other hooks"
-            for name in self._hooks.keys() | hooks.keys()
-            if self._hooks.get(name) != hooks.get(name)
-        ]
-        return up_to_five(sorted(found)) if found else ""
+        return "; ".join(line.strip() for line in up_to_five(sorted(found)).splitlines())
 
-    def restore(self, model: Any) -> None:
-        """Put back training modes and the settings of config and generation_config."""
-        for module, mode in self._modes:
-            module.training = mode
-        if self._generation_config is not None:
-            model.generation_config = self._generation_config
+    def restore(self) -> None:
+        """Put back what is no weight; the model is that of before, in which no weight changed."""
+        for attributes in self._attributes:
+            attributes.restore()
+        for tensor, values in self._values:
+            tensor.data = values
+        for parameter, needs_gradient, gradient in self._gradients:
+            parameter.requires_grad_(needs_gradient)
+            parameter.grad = gradient
         for config, kept in self._settings:
             if _copied(config) != kept:
                 nested = {k: v for k, v in vars(config).items() if _is_config(v)}
                 vars(config).clear()
                 vars(config).update(nested | deepcopy(kept))
+
+
+class Attributes:
+    """The attributes of an object, by identity, and what lists, dicts and sets of them hold."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._held = {
+            name: (value, value.copy() if type(value) in HOLDERS else None)
+            for name, value in vars(owner).items()
+        }
+
+    def restore(self) -> None:
+        """Put them back as they were."""
+        own = vars(self._owner)
+        own.clear()
+        for name, (value, held) in self._held.items():
+            own[name] = value
+            if held is not None:
+                value.clear()
+                (value.extend if type(value) is list else value.update)(held)
+
+
+def surroundings() -> list[tuple[Callable[[Any], Any], Any]]:
+    """Return what the process and torch have one of, each as a function that restores a state."""
+    import torch
+    from torch.nn.modules import module
+
+    hooks = [vars(module)[name] for name in vars(module) if name.startswith("_global_")]
+    return [
+        (torch.set_grad_enabled, torch.is_grad_enabled()),
+        (torch.set_default_dtype, torch.get_default_dtype()),
+        (torch.set_num_threads, torch.get_num_threads()),
+        (os.chdir, os.getcwd()),
+        (_refill(os.environ), dict(os.environ)),
+        *((_refill(table), table.copy()) for table in hooks if isinstance(table, dict)),
+    ]
+
+
+def _refill(table: Any) -> Callable[[Any], None]:
+    def restore(held: Mapping[Any, Any]) -> None:
+        if table != held:
+            table.clear()
+            table.update(held)
+
+    return restore
+
+
+def _unsaved(model: Any) -> list[Any]:
+    """Return each tensor of modules that `state_dict` leaves out, once."""
+    import torch
+
+    found = {}
+    for module in model.modules():
+        buffers = (module._buffers.get(name) for name in module._non_persistent_buffers_set)
+        for value in (*buffers, *vars(module).values()):
+            if isinstance(value, torch.Tensor):
+                found[id(value)] = value
+    return [*found.values()]
 
 
 def _tensors_of(model: Any) -> Mapping[str, Any]:
@@ -95,11 +158,6 @@ def _sampled(model: Any) -> dict[str, bytes]:
             found[name] = whole[start : start + len(piece)]
             start += len(piece)
     return found
-
-
-def _hooks(model: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for name, module in model.named_modules():
-        yield name, (id(module), len(module._forward_hooks), len(module._forward_pre_hooks))
 
 
 def _is_config(value: Any) -> bool:

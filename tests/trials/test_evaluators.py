@@ -154,6 +154,14 @@ def text(model, tokenizer):
 text.metrics = "acc"
 number = 3
 built_in = max
+
+
+async def waits(model, tokenizer):
+    """Give a coroutine."""
+
+
+def gives(model, tokenizer):
+    yield {"x": 1}
 '''
 
 
@@ -202,6 +210,8 @@ def test_a_journal_knows_a_function_by_its_options_and_its_source(module: str, t
         ("plain", {"limit": 3}, "--eval-option limit: .*:plain takes no options"),
         ("three", {"limit": 3}, "takes other"),
         ("lies", {}, "says that it has splits, but takes no `split`"),
+        ("waits", {}, "waits is async or a generator: expected a function that returns"),
+        ("gives", {}, "gives is async or a generator"),
         ("text", {}, "its `metrics` should be a list of names"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -205,11 +206,16 @@ def raise_error(model: Any) -> None:
     raise RuntimeError("no room on the device")
 
 
+def raise_lines(model: Any) -> None:
+    raise GeneratorExit("one\n  two")
+
+
 @pytest.mark.parametrize(
     ("act", "status", "message"),
     [
         (raise_error, FAILED, "RuntimeError: no room on the device"),
         (lambda model: sys.exit(2), FAILED, "SystemExit: 2"),
+        (raise_lines, FAILED, "GeneratorExit: one two"),
         (lambda model: 0.5, FAILED, "expected metrics with their values, found 0.5"),
         (lambda model: {"x": float("nan")}, NOT_A_NUMBER, "not finite: x"),
         (lambda model: {"x": [1.0, float("inf")]}, NOT_A_NUMBER, "not finite: x"),
@@ -253,10 +259,6 @@ def write_around_the_counter(model: Any) -> None:
     model.model.norm.weight.data.mul_(2.0)
 
 
-def add_a_hook(model: Any) -> None:
-    model.model.register_forward_hook(lambda *given: None)
-
-
 def add_a_parameter(model: Any) -> None:
     model.extra = torch.nn.Parameter(torch.zeros(2))
 
@@ -276,7 +278,6 @@ def raise_after_a_write(model: Any) -> None:
         (write_a_value, "model.embed_tokens.weight: other values"),
         (write_around_the_counter, "model.norm.weight: other values"),
         (lambda model: model.float(), "norm.weight: bfloat16 [16] on cpu before, float32 [16]"),
-        (add_a_hook, "model: another module, or other hooks"),
         (add_a_parameter, "extra: new"),
         (take_one_away, "lm_head.weight: gone"),
     ],
@@ -299,7 +300,7 @@ def test_a_failed_evaluation_that_changed_the_model_says_both(
     called = Called(raise_after_a_write)
     trials = tries(called)
     found = trials.run(vector)
-    assert found.status == FAILED and found.message.startswith("RuntimeError: late\n")
+    assert found.status == FAILED and found.message.startswith("RuntimeError: late; the evaluation")
     assert "embed_tokens.weight: other values" in found.message
     called.act = lambda model: {"x": 1}
     assert trials.run(vector).is_done and called.seen[-1] == weights_in(world.tuned)
@@ -326,7 +327,7 @@ def test_modes_and_settings_are_put_back(vector: SkillVector, tries: Any):
         seen = {
             "training": model.training or model.model.layers[0].training,
             "cache": model.config.use_cache,
-            "own": model.generation_config is model.kept,
+            "own": model.generation_config is kept,
             "penalty": model.generation_config.repetition_penalty or 0,
         }
         model.train()
@@ -336,20 +337,115 @@ def test_modes_and_settings_are_put_back(vector: SkillVector, tries: Any):
         model.generation_config = type(model.generation_config)()
         return seen
 
-    def first(model: Any) -> dict[str, Any]:
-        model.kept = model.generation_config
-        return act(model)
-
-    called = Called(first)
+    called = Called(act)
     trials = tries(called)
-    before = trials.run(vector)
-    called.act = act
-    after = trials.run(vector)
+    kept = trials._loaded().generation_config
+    before, after = trials.run(vector), trials.run(vector)
     assert before.status == after.status == DONE
     assert before.scores == after.scores
     assert (after.scores["cache"].mean, after.scores["own"].mean) == (1, 1)
     called.act = lambda model: {"invented": hasattr(model.config, "invented")}
     assert trials.run(None).scores["invented"].mean == 0
+
+
+def patch(model: Any) -> None:
+    """Change all of a module that is no weight."""
+    norm = model.model.norm
+    norm.forward = lambda *given: given[0] * 0
+    norm.variance_epsilon = 3.0
+    norm.names.append("b")
+    norm.table.mul_(2)
+    norm.register_forward_hook(lambda *given: None)
+    norm.register_buffer("more", torch.ones(1), persistent=False)
+    norm.weight.grad = torch.ones_like(norm.weight)
+    norm.weight.requires_grad_(False)
+    del norm.left
+    model.model.layers[0].mlp.act_fn = torch.nn.Identity()
+    for buffer in model.buffers():
+        buffer.mul_(3)
+
+
+def state_of_modules(model: Any) -> list[Any]:
+    norm = model.model.norm
+    buffers = [buffer.tolist() for buffer in model.buffers()]
+    own = {name: str(value) for name, value in vars(norm).items()}
+    act = type(model.model.layers[0].mlp.act_fn)
+    return [own, norm.weight.grad, norm.weight.requires_grad, buffers, act]
+
+
+def test_what_modules_hold_beside_weights_is_put_back(vector: SkillVector, tries: Any):
+    def prepare(model: Any) -> None:
+        vars(model.model.norm).update(names=["a"], left=1, table=torch.ones(2))
+
+    states = []
+    trials = tries(Called(lambda model: states.append(state_of_modules(model)) or {"x": 1}))
+    prepare(trials._loaded())
+    called = trials._evaluator
+    look, called.act = called.act, lambda model: look(model) and (patch(model), {"x": 1})[1]
+    assert [trials.run(vector).status for _ in range(2)] == [DONE, DONE]
+    called.act = look
+    assert trials.run(vector).is_done and states[0] == states[1] == states[2]
+
+
+def change_surroundings(folder: Path) -> None:
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.nn.modules.module.register_module_forward_hook(lambda *given: None)
+    os.chdir(folder)
+    os.environ["SKILLVEC_TEST_LEFT"] = "1"
+    del os.environ["SKILLVEC_TEST_KEPT"]
+
+
+def test_what_a_process_has_one_of_is_put_back(
+    tries: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def state() -> list[Any]:
+        from torch.nn.modules import module
+
+        hooks = dict(module._global_forward_hooks)
+        numbers = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+        return [numbers, hooks, os.getcwd(), dict(os.environ)]
+
+    monkeypatch.chdir(Path.cwd())
+    monkeypatch.setenv("SKILLVEC_TEST_KEPT", "1")
+    trials = tries(Called(lambda model: change_surroundings(tmp_path) or {"x": 1}))
+    before = state()
+    try:
+        assert trials.run(None).is_done and state() == before
+    finally:
+        torch.set_grad_enabled(True), torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)
+        torch.nn.modules.module._global_forward_hooks.clear()
+
+
+def test_a_tokenizer_is_put_back(tries: Any, monkeypatch: pytest.MonkeyPatch):
+    trials, seen = tries(Called()), []
+
+    def evaluate(model: Any, tokenizer: Any, split: str) -> Scores:
+        seen.append((len(tokenizer), tokenizer.padding_side, tokenizer.sep_token))
+        tokenizer.padding_side = "left" if tokenizer.padding_side == "right" else "right"
+        tokenizer.sep_token = tokenizer.eos_token
+        if len(seen) == 2:
+            tokenizer.add_tokens(["entirely-new"])
+        return read_scores({"x": 1})
+
+    monkeypatch.setattr(trials._evaluator, "evaluate", evaluate)
+    assert all(trials.run(None).is_done for _ in range(3))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_child_process_that_comes_out_of_an_evaluator_ends(tries: Any):
+    def fork(model: Any) -> dict[str, int]:
+        child = os.fork()
+        return {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0}
+
+    here, trials = os.getpid(), tries(Called(fork))
+    trials._loaded()
+    found = trials.run(None)
+    if os.getpid() != here:
+        os._exit(3)  # it has come as far as this
+    assert found.scores["code"].mean == 0
 
 
 # ------------------------------------------------------------------------------------- time
@@ -381,6 +477,29 @@ def test_an_evaluation_without_end_is_ended(
     assert found.message == "the evaluation took longer than 0.2 s" and found.seconds < 20
     called.act = lambda model: {"x": 1}
     assert trials.run(None).is_done and called.seen[-1] == weights_in(world.target)
+
+
+def test_an_evaluation_that_catches_what_ends_it_is_ended_later(
+    tries: Any, monkeypatch: pytest.MonkeyPatch
+):
+    came_through = []
+
+    def swallow(model: Any) -> dict[str, int]:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            try:
+                while time.monotonic() < until:
+                    time.sleep(1)
+            except BaseException:
+                pass
+        came_through.append(True)
+        return {"x": 1}
+
+    monkeypatch.setattr(trial, "AGAIN_SECONDS", 0.1)
+    trials = tries(Called(swallow), timeout=0.1)
+    trials._loaded()
+    assert trials.run(None).status == TIMED_OUT and not came_through
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_a_timeout_needs_seconds_and_the_main_thread(tries: Any):
