@@ -8,7 +8,7 @@ of Optuna, so that a search goes on where it was, on several machines at once.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,7 @@ def search(
     evaluator = _open(eval, eval_options)
     reporter = None if report_eval is None else _open(report_eval, eval_options)
     _check_asked(evaluator, reporter, budget, keep, sampler, metric, second, scratch)
-    for name in names_of(minimize):
-        if name != NBYTES:
-            refuse_metric(evaluator, name)
+    _refuse_metrics(evaluator, names_of(minimize))
     opened, found = _open_space(vectors, space)
     read = [os.fspath(target), *opened]
     folder = take_folder(output, read, RECIPE if storage else DATABASE, "search")
@@ -117,9 +115,7 @@ def search(
     }  # fmt: skip
     named = {"target": os.fspath(target), "vectors": [*opened], "budget": budget,
              "output": os.fspath(output), "study": study, "workers": workers}  # fmt: skip
-    point = open_checkpoint(target, "target")
-    for vector in opened.values():  # what does not fit is said before anything is made
-        plan_request(point, vector, {**taken, "lam": 1.0, "dtype": None})
+    _refuse_unfit(target, opened.values(), taken)
     if watcher:
         watcher.planned(Report("search", asked | named))
     taken |= {"scratch": scratch, "timeout": timeout, "device": device, "workers": workers}
@@ -152,6 +148,22 @@ def _open_space(
     for recipe in (found.recipe(found.start()), found.unchanged()):
         combine(recipe=recipe.to_dict())
     return opened, found
+
+
+def _refuse_metrics(evaluator: Evaluator, names: Sequence[object]) -> None:
+    """Raise UsageError for metrics that an evaluator does not give; bytes are measured here."""
+    for name in names:
+        if name not in (None, NBYTES):
+            refuse_metric(evaluator, str(name))
+
+
+def _refuse_unfit(
+    target: PathLike, vectors: Iterable[SkillVector], taken: Mapping[str, Any]
+) -> None:
+    """Raise IncompatibleError for a vector that does not fit, before anything is made."""
+    point = open_checkpoint(target, "target")
+    for vector in vectors:
+        plan_request(point, vector, {**taken, "lam": 1.0, "dtype": None})
 
 
 def _open(evaluator: str | Evaluator, options: Mapping[str, Any] | None) -> Evaluator:
@@ -187,9 +199,8 @@ def _check_asked(evaluator: Evaluator, reporter: Evaluator | None, budget: int, 
     if second is not None and metric is None:
         raise UsageError(f"second {second}: say also which metric is the first")
     for one in (evaluator, reporter):
-        for name in (metric, second):
-            if one is not None and name not in (None, NBYTES):
-                refuse_metric(one, str(name))
+        if one is not None:
+            _refuse_metrics(one, (metric, second))
     if reporter is None and not {*HALVES} <= {*evaluator.splits}:
         raise UsageError(
             f"{evaluator.spec} cannot be asked for one half of its items to search by and the"
