@@ -155,9 +155,12 @@ def test_a_batch_names_the_tensor_that_was_altered(world: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("verb, most", [("diff", 6000), ("orthogonality", 6500)])
+@pytest.mark.parametrize("verb, most", [("diff", 6000), ("orthogonality", 7500)])
 def test_memory_a_tensor(verb: str, most: int, tmp_path: Path):
-    """Bytes that Python holds at most for each tensor more: no clock, so no luck."""
+    """Bytes that Python holds at most for each tensor more: no clock, so no luck.
+
+    Of orthogonality they were 6,400 to 7,070 in folders of other names, on other machines.
+    """
 
     def peak(count: int) -> int:
         folder = tmp_path / str(count)
