@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import optuna
 import pytest
@@ -364,28 +365,20 @@ def test_a_trial_that_was_taken_for_dead_is_tried_again(ask: Any) -> None:
     assert known.asked.count("search") == 2 + 5
 
 
-class Hostile:
-    ran: ClassVar[list[str]] = []
-
-    def __reduce__(self) -> Any:
-        return Hostile.ran.append, ("code of whoever wrote the storage",)
-
-
-def test_a_state_of_cmaes_that_runs_code_is_refused(ask: Any) -> None:
-    def plant_code(lambdas: list[float]) -> float:
+def test_a_state_of_cmaes_with_anything_else_in_it_is_refused(ask: Any) -> None:
+    def plant_another(lambdas: list[float]) -> float:
         if known.asked.count("search") == 5:
             memory = ask.storages["memory"]
             study = optuna.load_study(study_name="search", storage=memory)
             number = next(t.number for t in study.trials if t.state.name == "RUNNING")
             trial = memory.get_trial_id_from_study_id_trial_number(study._study_id, number)
-            code = pickle.dumps(Hostile()).hex()
-            memory.set_trial_system_attr(trial, "cma:optimizer:0", code)
+            state = pickle.dumps(Counter()).hex()
+            memory.set_trial_system_attr(trial, "cma:optimizer:0", state)
         return planted(lambdas)
 
-    known = Known(plant_code)
-    with pytest.raises(FormatError, match=r"a state of CMA-ES with .*builtins\.getattr in it"):
+    known = Known(plant_another)
+    with pytest.raises(FormatError, match=r"a state of CMA-ES with .*collections\.Counter in it"):
         ask(known, storage="memory", sampler="cmaes", space="lam=0:2 by=layers:2")
-    assert not Hostile.ran
 
 
 def test_an_error_of_the_vector_ends_the_search(ask: Any) -> None:
