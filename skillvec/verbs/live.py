@@ -89,6 +89,7 @@ class Live:
         self._model: LiveModel | None = None
         # the last vector with its plan, which holds at any lambda while the model is attached to
         self._planned: tuple[SkillVector, Plan, dict[str, Any]] | None = None
+        self._is_measured = False  # the plan: at no lambda does an operator find anything else
         self._vectors: list[SkillVector] = []
         self._lam: float | tuple[float, ...] = 1.0
         self._rounding, self._seed = "nearest", 0
@@ -187,6 +188,7 @@ class Live:
         model.refuse_unchangeable(find_unused(vector, self._left_out))
         if self._planned is None or self._planned[0] is not vector:
             self._planned = vector, *self._plan_anew(model, vector, request)
+            self._is_measured = False
         refuse_request(vector, request)
         _, plan, described = self._planned
         plan = replace(
@@ -206,7 +208,10 @@ class Live:
         if plan.layout:
             facts["layout"] = plan.layout
         report = show_plan(replace(plan, jobs=_moving(plan)), facts, self._run)
-        return measure_plan(plan, self._run), report
+        if not self._is_measured:
+            plan = measure_plan(plan, self._run)
+            self._planned, self._is_measured = (vector, plan, described), True
+        return plan, report
 
     def _plan_anew(
         self, model: LiveModel, vector: SkillVector, request: dict[str, Any]

@@ -20,6 +20,7 @@ from loaded import Weights, held_by, module_of
 from torch import nn
 
 import skillvec as sv
+from skillvec.engine.runner import measure_plan
 from skillvec.engine.threads import on_block
 from skillvec.ops.block import BLOCK_NUMEL
 from skillvec.vectors.recipe import Recipe, Share
@@ -238,6 +239,30 @@ def test_verdict_and_refusals_come_before_anything_moves(
     assert live.is_attached and live.weights() == {str(folder / "v.safetensors"): 0.5}
     live.detach()
     assert_holds(model, folder / "base.safetensors")
+
+
+def test_an_operator_measures_once_while_it_is_attached(
+    folder: Path, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it finds holds at every lambda; after a detach the vector's files may be others."""
+    ties = sv.combine(folder / "v.safetensors", folder / "other" / "v.safetensors", op="ties",
+                      parameters={"density": 0.5})  # fmt: skip
+    measured = []
+
+    def measure(*args: Any) -> Any:
+        measured.append(args)
+        return measure_plan(*args)
+
+    monkeypatch.setattr("skillvec.verbs.live.measure_plan", measure)
+    live = sv.attach(model, ties, lam=0.4)
+    live.set(lam=0.8)
+    sv.apply(folder / "base.safetensors", ties, tmp_path / "out.safetensors", lam=0.8)
+    assert_holds(model, tmp_path / "out.safetensors")
+    assert len(measured) == 1
+    live.detach()
+    live.set(lam=0.8)
+    assert_holds(model, tmp_path / "out.safetensors")
+    assert len(measured) == 2
 
 
 def test_a_vector_is_planned_once_while_it_is_attached(
