@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from skillvec.errors import SkillvecError
 from skillvec.ops.svd import resolve_device
 from skillvec.recipes.evaluate import load_tokenizer
-from skillvec.trials.loading import refuse_made_up
+from skillvec.trials.loading import load_whole
 
 SCHEMA = 1
 KEYS = ("prompt", "messages", "text")
@@ -176,10 +176,7 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, str]:
     if config.is_encoder_decoder:
         raise ValueError(f"{name}: a decoder that gets no inputs of its own has none to look at")
     made = getattr(transformers, (config.architectures or [""])[0], None)
-    model, told = (made or transformers.AutoModelForCausalLM).from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
-    )
-    refuse_made_up(name, told)
+    model = load_whole(made or transformers.AutoModelForCausalLM, name, folder, dtype=dtype)
     return model.to(place).eval(), folder
 
 

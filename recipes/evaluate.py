@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skillvec.recipes.judges import JudgeError, exact_match, f1, first_word
-from skillvec.trials.loading import load_tokenizer, refuse_made_up
+from skillvec.trials.loading import load_tokenizer, load_whole
 from skillvec.trials.scores import score_of
 
 METRICS: dict[str, Callable[[str, Any], float]] = {
@@ -248,9 +248,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     from transformers import AutoModelForCausalLM
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, told = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    refuse_made_up(name, told)
-    model = model.to(device).eval()
+    model = load_whole(AutoModelForCausalLM, name, name, dtype=dtype).to(device).eval()
     return model, load_tokenizer(name)
 
 

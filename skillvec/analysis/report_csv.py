@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import combinations, count
 from typing import Any
 
@@ -40,10 +40,17 @@ def csv_text(content: AngleReport) -> str:
 
     Columns are the numbers of `statistics_table`, in the order of report.json; lists are left out.
     """
-    rows = list(_flat_rows(tell_apart(content)))
-    text = io.StringIO()
+    return table_text(list(_flat_rows(tell_apart(content))), COLUMNS)
+
+
+def table_text(rows: Sequence[Mapping[str, Any]], kept: Container[str] | None = None) -> str:
+    """Return rows as CSV, with the columns in the order in which they are first met.
+
+    `kept` are the columns that are wanted, if not all are.
+    """
     keys = dict.fromkeys(key for row in rows for key in row)
-    columns = [key for key in keys if key in COLUMNS]
+    columns = [key for key in keys if kept is None or key in kept]
+    text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)

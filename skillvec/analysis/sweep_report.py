@@ -5,7 +5,6 @@ lambdas: of a vector that does nothing, one sweep in twenty finds something. Con
 at the lambda that was found best, one correction over them.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -108,7 +107,7 @@ def _beside(tried: Sequence[Tried], best: int, asked: Asked) -> list[Line]:
 
 def csv_text(points: Sequence[Line]) -> str:
     """Return the points as CSV: a row each, two columns for each metric."""
-    import csv
+    from skillvec.analysis.report_csv import table_text  # with csv
 
     metrics = dict.fromkeys(name for point in points for name in point["scores"])
     rows = []
@@ -119,9 +118,4 @@ def csv_text(points: Sequence[Line]) -> str:
             row |= {name: score.get("mean"), f"{name} standard error": score.get("standard_error")}
         row |= {key: value for key, value in point.items() if key != "scores"}
         rows.append(row | {"message": printable(point["message"])})
-    text = io.StringIO()
-    columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return table_text(rows)

@@ -4,7 +4,7 @@ Hides which class loads it. What can be said without its weights is said before 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,27 +59,30 @@ def load_target(point: Checkpoint, dtype: str = "auto", device: str = "cpu") -> 
     kind: Any = getattr(transformers, str(named[0]), None) or transformers.AutoModelForCausalLM
     with _without_bars():
         try:
-            model, told = kind.from_pretrained(
-                **_place(point), dtype=dtype, **_dequantised(point), output_loading_info=True
-            )
+            options = _place(point) | {"dtype": dtype} | _dequantised(point)
+            model = load_whole(kind, point.ref, **options)
+        except IncompatibleError:  # a ValueError, as transformers' own are
+            raise
         except (ValueError, OSError, KeyError, ImportError) as error:
             raise UsageError(
                 f"target {point.ref}: transformers does not load it: {error}"
             ) from None
-    refuse_made_up(point.ref, told)
     return model.to(device).eval()
 
 
-def refuse_made_up(ref: str, told: Mapping[str, Any]) -> None:
-    """Raise IncompatibleError for parameters that transformers has drawn at random.
+def load_whole(kind: Any, ref: str, *place: str, **options: Any) -> Any:
+    """Return what from_pretrained of a class of transformers makes of `place` and `options`.
 
-    `told` is what from_pretrained says of a loading: it warns of them, and goes on.
+    Raises IncompatibleError for parameters that the checkpoint `ref` lacks: transformers draws them
+    at random, warns of it, and goes on.
     """
+    model, told = kind.from_pretrained(*place, output_loading_info=True, **options)
     if missing := sorted(told["missing_keys"]):
         raise IncompatibleError(
             f"{ref}: the checkpoint lacks parameters of its model, which transformers would draw at"
             f" random:\n{up_to_five(missing)}"
         )
+    return model
 
 
 def open_tokenizer(point: Checkpoint) -> Any:

@@ -1,7 +1,5 @@
 """What a search leaves: facts, and a folder with the winner's recipe, the trials and the page."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from importlib import import_module
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillvec.analysis import search_page
 from skillvec.analysis.differences import error_of
+from skillvec.analysis.report_csv import table_text
 from skillvec.analysis.search_sentences import list_answers
 from skillvec.errors import UsageError, printable
 from skillvec.report import Line, Report
@@ -107,12 +106,7 @@ def _csv_text(run: "Search") -> str:
                 row |= {metric: mean, f"{metric} standard error": error}
             rows.append(row | {key: printable(str(v)) if key == WHY else v
                                for key, v in said.items()})  # fmt: skip
-    text = io.StringIO()
-    columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return table_text(rows)
 
 
 def write_report(folder: Path, run: "Search") -> Report:
