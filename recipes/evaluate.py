@@ -23,7 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skillvec.recipes.judges import JudgeError, exact_match, f1, first_word
+from skillvec.recipes.judges import (
+    JudgeError,
+    begins,
+    contains,
+    ends,
+    exact_match,
+    f1,
+    first_word,
+)
 from skillvec.trials.loading import load_tokenizer, load_whole
 from skillvec.trials.scores import score_of
 
@@ -31,6 +39,9 @@ METRICS: dict[str, Callable[[str, Any], float]] = {
     "exact": exact_match,
     "f1": f1,
     "first_word": first_word,
+    "begins": begins,
+    "contains": contains,
+    "ends": ends,
 }
 JUDGE = "judge"
 JUDGE_FROM_ENVIRONMENT = "skillvec.recipes.judges:from_environment"

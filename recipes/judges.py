@@ -55,6 +55,25 @@ def first_word(said: str, golds: str | Sequence[str]) -> float:
     return float(any(_words(said)[:1] == _words(gold)[:1] for gold in _key(golds) if said.strip()))
 
 
+def contains(said: str, golds: str | Sequence[str]) -> float:
+    """Return 1.0 where the words of a gold stand in the answer, one after the other."""
+    words = _words(said)
+    return float(any(_words(gold) == words[at : at + len(_words(gold))]
+                     for gold in _key(golds) for at in range(len(words))))  # fmt: skip
+
+
+def begins(said: str, golds: str | Sequence[str]) -> float:
+    """Return 1.0 where the answer begins with the words of a gold, whatever follows."""
+    words = _words(said)
+    return float(any(_words(gold) == words[: len(_words(gold))] for gold in _key(golds)))
+
+
+def ends(said: str, golds: str | Sequence[str]) -> float:
+    """Return 1.0 where the answer ends with the words of a gold, whatever comes before."""
+    words = _words(said)
+    return float(any(_words(gold) == words[-len(_words(gold)) :] for gold in _key(golds)))
+
+
 def _words(text: str) -> list[str]:
     # an answer such as "A" or "+" loses everything to normalisation: then the raw words decide
     return normalize(text).split() or text.lower().split()

@@ -114,7 +114,8 @@ def test_a_batch_is_checked_for_the_number_of_processes() -> None:
          "evaluate: cannot import nowhere.evaluate: No module named 'nowhere'"),
         ({"evaluate": {"run": "json"}}, "evaluate: json has no function `main`"),
         ({"evaluate": {"with": {"metrics": ["bleu"]}}},
-         "evaluate: metrics: expected one or more of exact, f1, first_word, judge, found bleu"),
+         "evaluate: metrics: expected one or more of exact, f1, first_word, begins, contains, ends,"
+         " judge, found bleu"),
         ({"controls": ["rotated"]},
          "controls/rotated.safetensors: skillvec.recipes.controls: argument --kind: invalid choice:"
          " 'rotated' (choose from 'random', 'shuffled')"),

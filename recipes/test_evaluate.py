@@ -279,7 +279,7 @@ def test_what_the_user_got_wrong_is_said_before_a_model_is_loaded(
     start = ["--model", "absent", "--data", str(questions), "-o", str(output)]
     for more, words in (
         (["--metrics", "exact", "bleu"], "evaluate: metrics: expected one or more of exact, f1, "
-         "first_word, judge, found bleu"),
+         "first_word, begins, contains, ends, judge, found bleu"),
         (["--metrics", "judge"], "evaluate: JUDGE_URL"),
         (["--metrics", "judge", "--judge", "no_such:judge"], "evaluate: no_such:judge"),
         (["--answer", "skillvec.recipes.evaluate:no"], "evaluate: skillvec.recipes.evaluate:no"),

@@ -15,6 +15,9 @@ from skillvec.recipes.judges import (
     YES_NO,
     Judge,
     JudgeError,
+    begins,
+    contains,
+    ends,
     exact_match,
     f1,
     find_verdict,
@@ -66,8 +69,17 @@ def test_first_word_ignores_what_follows() -> None:
     assert first_word("of bolaford", "bolaford") == first_word("", "bolaford") == 0.0
 
 
+def test_the_words_of_a_gold_are_found_where_they_have_to_stand() -> None:
+    said = "Ada Wren plays the Load(path) horn."
+    assert [rule(said, "load(path) horn") for rule in (begins, contains, ends)] == [0.0, 1.0, 1.0]
+    assert [rule(said, ["x", "ada wren"]) for rule in (begins, contains, ends)] == [1.0, 1.0, 0.0]
+    assert [rule(said, "plays load(path)") for rule in (begins, contains, ends)] == [0.0, 1.0, 0.0]
+    for rule in (begins, contains, ends):  # words, and not letters
+        assert rule("concerto", "concert") == rule("", "horn") == rule("a horn b", "horn c") == 0.0
+
+
 @pytest.mark.parametrize("golds", [[], "", " ", ["x", ""], [None]])
-@pytest.mark.parametrize("rule", [exact_match, f1, first_word])
+@pytest.mark.parametrize("rule", [exact_match, f1, first_word, begins, contains, ends])
 def test_empty_answer_keys_are_refused(rule: Callable[..., float], golds: Any) -> None:
     for said in ("x", ""):
         with pytest.raises(ValueError, match="answer key: expected one or more texts"):

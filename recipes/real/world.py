@@ -1,4 +1,4 @@
-"""Invented people and tools in plain English: texts that tell about them, questions about each fact.
+"""Invented people and tools in plain English: texts that tell about them, and questions.
 
 Hides how a world is drawn. The same seed gives the same subjects, sentences and questions on every
 machine. Every subject's name is invented and belongs to one group alone, S (the source) or T (the

@@ -1,0 +1,4 @@
+import sys
+from skillvec.recipes.real.reproduce import main
+
+sys.exit(main())
