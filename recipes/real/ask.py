@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = build_parser().parse_args(arguments)
     try:
-        arms = {name: read_arm(text) for name, _, text in (a.partition("=") for a in given.arms)}
+        arms = {name: read_arm(text) for name, _, text in (a.rpartition("=") for a in given.arms)}
         if unknown := [name for name in given.probed if name not in arms]:
             raise ValueError(f"--probed {unknown[0]}: no such arm")
         if given.probed and not (given.probes and given.reference):
