@@ -1,4 +1,5 @@
 import sys
+
 from skillvec.recipes.real.reproduce import main
 
 sys.exit(main())

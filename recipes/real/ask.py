@@ -6,7 +6,9 @@
 
 The model is loaded once; an arm is what `skillvec apply` would write, made where the model lies and
 taken away again (docs/serving.md), so that no arm costs a model on disk. An arm without vectors
-("SFT only=") is the model itself. OUT/ARM.json is what recipes/evaluate.py writes of an arm. For
+("SFT only=") is the model itself. OUT/ARM.json is what recipes/evaluate.py writes of an arm, with
+`realised` and `bytes` beside the marks: the gain that rounding left of lambda, and the size of the
+vectors' files. For
 the arms in --probed OUT/ARM.probe.json holds: `told`, the share of sentences of told.jsonl that the
 model ends as the texts did; `known`, the share of everyday questions answered; `kl`, the forward KL
 divergence from the reference in nats a token on texts that the reference wrote, and the
@@ -87,7 +89,12 @@ def ask_arms(given: argparse.Namespace, arms: dict[str, dict[str, float]]) -> No
         with attached:
             if name in given.probed:
                 evaluate.write_scores(_probe(given, model, tokenizer), probe)
-            evaluate.write_scores(_ask(given, asked, model, tokenizer), scores)
+            found = _ask(given, asked, model, tokenizer)
+            if vectors:
+                gain = attached.report.facts["gain"]
+                size = sum(Path(path).stat().st_size for path in vectors)
+                found["metrics"] |= {"realised": _number(gain), "bytes": _number(size)}
+            evaluate.write_scores(found, scores)
         print(f"  {name}: written {scores}", flush=True)
 
 
@@ -122,8 +129,12 @@ def _probe(given: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, A
     reference = load(given.reference)
     kl, perplexity = measure_forgetting((model, reference[1]), reference, texts)
     found |= {"kl": kl, "perplexity": perplexity}
-    metrics = {name: {"mean": value, "standard_error": None} for name, value in found.items()}
+    metrics = {name: _number(value) for name, value in found.items()}
     return {"model": str(given.model), "metrics": metrics}
+
+
+def _number(value: float) -> dict[str, float | None]:
+    return {"mean": value, "standard_error": None}
 
 
 if __name__ == "__main__":

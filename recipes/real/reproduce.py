@@ -1,6 +1,6 @@
 """`make real`: the claims of the paper on a real model, SmolLM2-135M, on a CPU.
 
-    python -m skillvec.recipes.real [--seeds 0 1 2] [--jobs 2] [--quick] [--model FOLDER]
+python -m skillvec.recipes.real [--seeds 0 1 2] [--jobs 2] [--quick] [--model FOLDER]
 """
 
 from __future__ import annotations
