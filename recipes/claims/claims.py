@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, permutations
 from statistics import fmean
 
 from skillvec.recipes.claims.results import NAMES, Results, find_pair
@@ -111,7 +112,7 @@ def _nothing_learnt(results: Results) -> str:
 
 def lambda_curve(results: Results) -> Claim:
     arms = results.curve
-    domains = results.where(*arms.values())
+    domains = results.where("lambda 1", *arms.values())
     rows, lines = [], []
     for lam, arm in arms.items():
         cells = [results.show(d, arm) for d in domains]
@@ -196,14 +197,15 @@ def nearly_orthogonal(results: Results) -> Claim:
     title = "The RL and the SFT update are nearly orthogonal"
     if not results.angles:
         return Claim(title, "nearly orthogonal", (), "", "")
-    one, other = results.domains
     pairs = {f"v of {d}, SFT on {group}": (f"{d}/round-1/skill", f"{d}/{name}")
              for d in results.domains
              for group, name in (("S", "round-1/sft"), ("T", "sft_t"))}  # fmt: skip
     controls = {f"SFT on S, SFT on T, {d}": (f"{d}/round-1/sft", f"{d}/sft_t")
                 for d in results.domains}  # fmt: skip
-    between = {f"v of {one}, v of {other}": (f"{one}/round-1/skill", f"{other}/round-1/skill"),
-               f"SFT on {one}, SFT on {other}": (f"{one}/sft_t", f"{other}/sft_t")}  # fmt: skip
+    between = {}
+    for one, other in combinations(results.domains, 2):
+        between[f"v of {one}, v of {other}"] = f"{one}/round-1/skill", f"{other}/round-1/skill"
+        between[f"SFT on {one}, SFT on {other}"] = f"{one}/sft_t", f"{other}/sft_t"
     tests: dict[str, dict[str, Spread]] = {weights: {} for weights in WEIGHTS.values()}
     rows: list[list[str]] = []
     sizes: dict[str, list[float]] = {part: [] for part in WEIGHTS}
@@ -269,17 +271,20 @@ def target_rl(results: Results, completions: int) -> Claim:
     for domain in gaps:
         times = [results.seconds.get(f"{domain}/{name}") for name in ("rl_t", "lambda_1")]
         shown = [results.show(domain, arm) for arm in ("lambda 1", "RL on the target")]
-        share = "-"
+        rows.append([domain, *shown, f"{completions:,}"])
         if times[0] and times[1]:
             pairs = zip(times[0].values, times[1].values, strict=True)
-            share = Spread(tuple(b / a for a, b in pairs)).show(".2%")
-        rows.append([domain, *shown, f"{completions:,}", share])
-    heads = ["target", "v injected", "RL on the target", "completions of RL", "time of apply / RL"]
+            rows[-1].append(Spread(tuple(b / a for a, b in pairs)).show(".2%"))
+    heads = ["target", "v injected", "RL on the target", "completions of RL"]
+    timed = bool(rows) and all(len(row) > len(heads) for row in rows)
     text = (
         "What RL on the target itself gives, at the same number of steps, and what it costs for"
-        " every new target; v is made once. The time of apply is mostly its process's start. An"
-        " upper bound is what injection does not pass by more than the margin.\n\n"
+        " every new target; v is made once."
+        + (" The time of apply is mostly its process's start." if timed else "")
+        + " An upper bound is what injection does not pass by more than the margin.\n\n"
     )
+    if timed:
+        heads.append("time of apply / RL")
     for domain, gap in gaps.items():
         if passed := [str(seed) for seed, value in zip(results.seeds, gap.values, strict=True)
                       if value < -MARGIN]:  # fmt: skip
@@ -291,13 +296,13 @@ def target_rl(results: Results, completions: int) -> Claim:
     tests = {f"{d}: RL on the target less + v": gap for d, gap in gaps.items()}
     return Claim("RL on the target is the upper bound", "not stated", tested(no_worse("", tests)),
                  f"RL on the target less injection is {_say(gaps)}",
-                 text + table(heads, rows))  # fmt: skip
+                 text + table(heads, (row[: len(heads)] for row in rows)))  # fmt: skip
 
 
 def other_domains(results: Results, note: str) -> Claim:
     """Skills on targets they do not come from; `note` says what differs between the domains."""
     rows, within, across = [], {}, {}
-    for domain, other in (results.domains, results.domains[::-1]):
+    for domain, other in permutations(results.domains, 2):
         if domain not in results.where("SFT only", "lambda 1", f"skill of {other}"):
             continue
         rows.append([domain, *(results.show(domain, arm) for arm in (
@@ -348,12 +353,12 @@ def half_precision(results: Results, copies: Mapping[str, tuple[str, ...]], note
     first is tested.
     """
     found = {name: words for name, words in copies.items()
-             if results.where("SFT only", "lambda 1", *words[1:])
-             and all(results.copies.get(d) for d in results.domains)}  # fmt: skip
+             if results.where("SFT only", "lambda 1", words[1])}  # fmt: skip
     measured = {name: _copy(results, name) for name in found}
     rows = [["v", "100%", "1", "1", *gain(results, "lambda 1")]]
     for name, (_, *arms) in found.items():
-        rows += [[NAMES[arm], *measured[name], *gain(results, arm)] for arm in arms]
+        rows += [[NAMES[arm], *measured[name], *gain(results, arm)]
+                 for arm in arms if results.where(arm)]  # fmt: skip
     heads = ["vector", "values changed", "cosine to v", "norm, of v's",
              *gained(results)]  # fmt: skip
     parts = tested(*(
@@ -362,8 +367,9 @@ def half_precision(results: Results, copies: Mapping[str, tuple[str, ...]], note
         for title, arm, *_ in found.values()
     ))  # fmt: skip
     said = "; ".join(
-        f"{title}: {measured[name][0]} of the values change,"
-        f" {' and '.join(gain(results, arm)[1::2])} of the gain is kept"
+        f"{title}: "
+        + (f"{measured[name][0]} of the values change, " if results.copies else "")
+        + f"{' and '.join(gain(results, arm)[1::2])} of the gain is kept"
         for name, (title, arm, *_) in found.items()
     )
     return Claim("A vector of bf16 checkpoints does as well", "the authors subtract in bf16",

@@ -146,8 +146,16 @@ def _layers(results: Results) -> Spec:
     text = [row | {"shown": f"{row['cosine']:+.2f}"} for row in rows]
     x = {"field": "module", "type": "nominal", "title": None, "sort": MODULES,
          "axis": {"labelAngle": -40}}  # fmt: skip
-    y = {"field": "layer", "type": "nominal", "title": "layer"}
+    y: Spec = {"field": "layer", "type": "nominal", "title": "layer"}
+    layers = {row["layer"] for row in rows}
+    few = len(layers) < 9  # of more there is no room for numbers
+    if not few:
+        y["sort"] = sorted(layers, key=lambda one: (not one.isdigit(), len(one), one))
     scale = {"domain": [-1, 1], "domainMid": 0, "range": ["#0b4d94", "#f4f4f4", "#a11226"]}
+    numbers = {"mark": {"type": "text", "fontSize": 10}, "encoding": {
+        "x": x, "y": y, "text": {"field": "shown", "type": "nominal"},
+        "color": {"condition": {"test": "abs(datum.cosine) > .6", "value": "white"},
+                  "value": "#333"}}}  # fmt: skip
     return {
         "title": {
             "text": "Cosine of two updates by layer and module",
@@ -155,17 +163,15 @@ def _layers(results: Results) -> Spec:
             " as the control",
         },
         "data": {"values": text},
-        "facet": {"row": {"field": "pair", "type": "nominal", "title": None, "sort": list(titles),
-                          "header": {"labelOrient": "top", "labelAnchor": "start"}}},
+        "facet": {"row" if few else "column": {
+            "field": "pair", "type": "nominal", "title": None, "sort": list(titles),
+            "header": {"labelOrient": "top", "labelAnchor": "start"}}},
         "spec": {
-            "width": {"step": 42}, "height": {"step": 26},
+            "width": {"step": 42 if few else 22}, "height": {"step": 26 if few else 14},
             "layer": [
                 {"mark": "rect", "encoding": {"x": x, "y": y,
                  "color": quantity("cosine", "cosine", scale=scale)}},
-                {"mark": {"type": "text", "fontSize": 10}, "encoding": {
-                    "x": x, "y": y, "text": {"field": "shown", "type": "nominal"},
-                    "color": {"condition": {"test": "abs(datum.cosine) > .6", "value": "white"},
-                              "value": "#333"}}},
+                *([numbers] if few else []),
             ],
         },
     }  # fmt: skip

@@ -18,8 +18,8 @@ class Results:
 
     `scores`: of (target, arm, metric); a target is a domain, or "DOMAIN probe". `seconds`: of a
     stage. `angles`: the report of `skillvec orthogonality` of each seed; none: not measured.
-    `copies`: of a domain, such a report of each seed about v and what stands in its place.
-    `lambdas`: those that v was added with. `pictures`: how the addresses of its figures begin.
+    `copies`: of a domain that has them, such a report of each seed about v and what stands in its
+    place. `lambdas`: those that v was added with. `pictures`: how its figures' addresses begin.
     """
 
     scores: dict[tuple[str, str, str], Spread]

@@ -82,9 +82,11 @@ class Spread:
     def within(self) -> list[Difference]:
         """Return each seed's number with its 95 % interval over groups of questions.
 
-        An interval says what other questions would give, and nothing of other trainings. Empty
-        where the questions are not known.
+        An interval says what other questions would give, and nothing of other trainings. Without
+        questions it is the number alone, with a standard error of None.
         """
+        if len(self.asked) < len(self.values):
+            return [Difference(value, None, value, value, 1.0) for value in self.values]
         return [contrast([(1.0, score)]) for score in self.asked]
 
     def show(self, form: str = ".3f") -> str:
@@ -139,11 +141,12 @@ class Test:
         return max(self.spread.p_above(self.low), self.spread.p_below(self.high))
 
     def passed(self) -> list[bool]:
-        """Return whether each seed by itself is between the limits, with its whole interval.
-
-        Empty where the questions are not known.
-        """
+        """Return whether each seed by itself is between the limits, with its whole interval."""
         return [self.low < one.low and one.high < self.high for one in self.spread.within()]
+
+    def opposed(self) -> list[bool]:
+        """Return whether each seed by itself is beyond a limit, with its whole interval."""
+        return [one.high < self.low or self.high < one.low for one in self.spread.within()]
 
     @property
     def p_against(self) -> list[float]:

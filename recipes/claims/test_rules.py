@@ -159,10 +159,13 @@ def test_a_seed_by_itself_is_compared_by_question_over_its_groups() -> None:
     low = max(found.low for found in gap.within())
     assert all(Test("", gap, low=0.0).passed()) and not all(Test("", gap, low=low).passed())
     assert Test("", gap, high=0.0).passed() == [False] * 3
+    assert Test("", gap, high=0.0).opposed() == [True] * 3 != Test("", gap, low=low).opposed()
 
 
 def test_seeds_of_other_questions_are_compared_by_their_means_alone() -> None:
     one, other = score_of([1, 0, 1, 1], "aabb"), score_of([0, 0, 1, 0], "aacc")
     gap = Spread((0.75,), (one,)) - Spread((0.25,), (other,))
-    assert gap.values == (0.5,) and gap.within() == [] == Test("", gap).passed()
-    assert (Spread((0.75,), (one,)) - Spread((0.25,))).within() == []
+    for found in (gap, Spread((0.75,), (one,)) - Spread((0.25,))):
+        (alone,) = found.within()
+        assert (alone.mean, alone.low, alone.high, alone.standard_error) == (0.5, 0.5, 0.5, None)
+        assert Test("", found, low=0.4).passed() == [True] == Test("", found, high=0.4).opposed()

@@ -1,10 +1,10 @@
 """What a seed of the real model measured, in one file: docs/real/seed-N.json.
 
 Hides the form of these files. A file holds what is finished, and names what is not: of every
-evaluation the means, and where its marks are 0 or 1 those of every question, as a text such as
-"0110", with the subject that each question is about; the seconds of every stage; the settings of
-every training; of the reports of angles what claims and figures read. It holds no path of the
-machine that ran. `gather` reads the files of several seeds, and takes what all of them have.
+evaluation the means, and of some metrics the marks of every question, as a text such as "0110",
+with the subject that each question is about; the command and the seconds of every stage; the
+settings of every training; of the reports of angles what claims and figures read. It holds no path
+of the machine that ran. `gather` reads the files of several seeds, and takes what all of them have.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import skillvec
 from skillvec.recipes.claims.results import Results
 from skillvec.recipes.claims.rules import Spread
-from skillvec.recipes.stages import Pipeline, read_marker
+from skillvec.recipes.stages import Pipeline, Stage, maker, read_marker, spell
 from skillvec.trials.scores import Score, score_of
 
 SCHEMA = 1
@@ -33,6 +34,7 @@ TRAINING = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs
             "max_completion_length", "temperature", "beta", "max_length", "bf16",
             "dtype")  # fmt: skip
 ROW = ("cosine", "p", "control_cosine", "density_a", "density_b", "norm_a", "norm_b", "norm_ratio")
+MARKED = ("exact", "contains", "told")
 DIGITS = 7
 
 # ---------------------------------------------------------------------------------- one seed
@@ -58,7 +60,8 @@ def write_seed(line: Pipeline, seed: int, settings: Mapping[str, Any], file: Pat
         "trainings": {stage.name: {key: stage.settings[key] for key in TRAINING
                                    if key in stage.settings}
                       for stage in done if stage.settings is not None},
-        "scores": _scores({key: path for key, path in line.scores.items() if path in files}),
+        "commands": {stage.name: _spell(line, stage) for stage in done},
+        "scores": _scores(line),
         "angles": _report(line.out, line.out / "angles", files),
         "copies": {domain: _report(line.out, line.out / domain / "copies" / "angles", files)
                    for domain in DOMAINS},
@@ -70,19 +73,45 @@ def write_seed(line: Pipeline, seed: int, settings: Mapping[str, Any], file: Pat
     return [stage.name for stage in unfinished]
 
 
-def _scores(files: Mapping[tuple[str, str], Path]) -> dict[str, Any]:
-    """Return, by target and arm, means and marks; groups stand once a target, or beside an arm."""
+def _spell(line: Pipeline, stage: Stage) -> str:
+    """Return a stage's command with OUT for the folder of the seed, BASE for the model."""
+
+    def name(word: str) -> str:
+        for sign in ("::", "=", "+", "*"):  # of arms and vectors
+            if sign in word:
+                return sign.join(map(name, word.split(sign)))
+        if word == line.base:
+            return "BASE"
+        path = Path(word)
+        if path.is_relative_to(line.out):
+            return str("OUT" / path.relative_to(line.out))
+        return path.name if path.is_absolute() else word
+
+    return shlex.join(map(name, shlex.split(spell(line, stage))))
+
+
+def _scores(line: Pipeline) -> dict[str, Any]:
+    """Return, by target and arm, means and marks; groups stand once a target, or beside an arm.
+
+    A stage that asks several arms may have finished some of them: their files are whole.
+    """
     found: dict[str, Any] = {}
-    for (target, arm), path in files.items():
+    for (target, arm), path in line.scores.items():
+        stage = maker(line, None, path)
+        if stage is None or not read_marker(line, stage) or not path.is_file():
+            continue
         read = json.loads(path.read_text(encoding="utf-8"))
         answers = read.get("answers", [])
         marks = {
             name: "".join(str(int(answer[name])) for answer in answers)
-            for name in read["metrics"]
-            if answers and all(answer.get(name) in (0, 1) for answer in answers)
+            for name in MARKED
+            if name in read["metrics"]
+            and answers
+            and all(answer.get(name) in (0, 1) for answer in answers)
         }
         means = {name: _short(value["mean"]) for name, value in read["metrics"].items()}
-        entry: dict[str, Any] = {"means": means} | ({"marks": marks} if marks else {})
+        entry: dict[str, Any] = {"stage": stage.name, "means": means}
+        entry |= {"marks": marks} if marks else {}
         of_target = found.setdefault(target, {"groups": [], "arms": {}})
         if marks and all("group" in answer for answer in answers):
             named = (str(answer["group"]) for answer in answers)
@@ -189,7 +218,7 @@ def gather(seeds: Sequence[Mapping[str, Any]]) -> Results:
         if all(seed["angles"] for seed in seeds) else [],
         copies=copies,
         seeds=tuple(seed["seed"] for seed in seeds),
-        domains=DOMAINS,
+        domains=tuple(domain for domain in DOMAINS if any(key[0] == domain for key in scores)),
         lambdas=(*lambdas,),
         pictures=PICTURES,
     )  # fmt: skip

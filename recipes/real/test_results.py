@@ -36,7 +36,11 @@ def test_a_seed_is_written_whole_and_small(tmp_path: Path) -> None:
     assert count_completions(seed["trainings"]["people/rl_t"]) == 40 * 32
     assert count_completions({"max_steps": 3, "global_batch": 64}) == 192
     arms = seed["scores"]["people"]["arms"]
-    assert {*arms["lambda 1"]["marks"]} == {"exact", "contains"}  # f1 is no mark of 0 or 1
+    assert {*arms["lambda 1"]["marks"]} == {"exact", "contains"}
+    assert arms["lambda 1"]["stage"] == "people/asked"
+    asked = seed["commands"]["people/asked"]
+    assert "--model OUT/people/sft_t --arms" in asked
+    assert "'lambda 1=1*OUT/people/round-1/skill.safetensors'" in asked
     assert {*arms["lambda 1"]["means"]} == {"exact", "contains", "f1"}
     assert seed["scores"]["people"]["groups"][:2] == [["people T 0", EACH], ["people T 1", EACH]]
     assert "groups" not in arms["lambda 1"]
@@ -58,7 +62,8 @@ def test_marks_come_back_as_they_were_asked(tmp_path: Path) -> None:
     assert own.degrees == SUBJECTS - 1
     assert (own.mean, own.low, own.high) == pytest.approx((right.mean, right.low, right.high))
     assert found.lambdas == LAMBDAS and found.domains == ("people", "tools")
-    assert found.probe("people", "SFT only", "told").within() == []
+    (alone,) = found.probe("people", "SFT only", "told").within()
+    assert alone.standard_error is None
 
 
 def test_angles_keep_what_claims_and_figures_read(tmp_path: Path) -> None:
@@ -84,18 +89,18 @@ def test_angles_keep_what_claims_and_figures_read(tmp_path: Path) -> None:
 
 def test_a_stage_that_is_not_done_is_named_and_what_it_would_say_is_missing(tmp_path: Path) -> None:
     def skip(name: str) -> bool:
-        return name in ("scores/people/K_=_2.json", "people/rl_t", "angles")
+        return name in ("people/asked-K_=_2", "people/rl_t", "angles")
 
     files = [tmp_path / f"seed-{seed}.json" for seed in (4, 2)]
     assert write_seed(make_seed(tmp_path / "4", 4), 4, {}, files[0]) == []
     unfinished = write_seed(make_seed(tmp_path / "2", 2, skip), 2, {}, files[1])
-    assert unfinished == ["people/rl_t", "scores/people/K_=_2.json", "angles"]
+    assert unfinished == ["people/rl_t", "people/asked-K_=_2", "angles"]
     seeds = read_seeds(files)
     assert [seed["seed"] for seed in seeds] == [2, 4]
     assert seeds[0]["unfinished"] == unfinished and seeds[0]["angles"] is None
     found = gather(seeds)
     assert found.seeds == (2, 4) and found.angles == []
-    assert "people/rl_t" not in found.seconds and "people/lambda_1" in found.seconds
+    assert "people/rl_t" not in found.seconds and "people/sft_t" in found.seconds
     assert found.where("K = 2") == () and found.where("lambda 1") == ("people", "tools")
     assert len(found.exact("tools", "lambda 1").values) == 2
     assert partial_scores(seeds) == {("people", "K = 2"): [2]}

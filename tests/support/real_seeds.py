@@ -35,27 +35,34 @@ def make_seed(
     `means`: exact match of arms, as lambda_1=.8, in place of MEANS.
     """
     named = MEANS | {key.replace("_", " "): mean for key, mean in means.items()}
-    line = Pipeline(out, "base", TRAINING)
+    line = Pipeline(out, str(out / "base"), TRAINING)
     random = np.random.default_rng(seed)
-    for number, domain in enumerate(DOMAINS):
-        other = DOMAINS[1 - number]
-        line.sft(f"{domain}/sft_t", "base", [{"num_train_epochs": 3}], ["texts.jsonl"])
-        line.apply(f"{domain}/lambda_1", out / domain / "sft_t", {out / "v": 1.0})
+    for domain, other in (DOMAINS, DOMAINS[::-1]):
+        sft_t = line.sft(f"{domain}/sft_t", line.base, [{"num_train_epochs": 3}], ["texts.jsonl"])
+        skill = line.diff(f"{domain}/round-1/skill.safetensors", out / "rl", out / "sft", "grpo")
         if domain == "people":
-            line.rl(f"{domain}/rl_t", out / domain / "sft_t", {}, "questions.jsonl")
-        arms = named | {f"skill of {other}": named.get(f"skill of {other}", 0.32)}
-        for arm, mean in arms.items():
-            if arm.startswith("skill of") and arm.endswith(domain):
-                continue
-            if domain == "people" or arm not in PEOPLE_ONLY:
-                _answers(line, random, domain, arm, mean, f"{domain} T")
+            line.rl(f"{domain}/rl_t", sft_t, {}, "questions.jsonl")
+        arms = {f"skill of {other}": 0.32} | {
+            arm: mean for arm, mean in named.items()
+            if domain == "people" or arm not in PEOPLE_ONLY
+        }  # fmt: skip
+        folders = {arm: f"{domain}/asked" for arm in arms if arm not in PEOPLE_ONLY}
+        vectors = [f"{arm}={1:g}*{skill}" for arm in folders]
+        apart = {arm: f"{domain}/asked-{flat(arm)}" for arm in arms if arm not in folders}
+        for folder, each in ((f"{domain}/asked", vectors), *((one, []) for one in apart.values())):
+            line.module(folder, "skillvec.recipes.real.ask",
+                        {"model": str(sft_t), "arms": each or ["itself="],
+                         "probed": [arm for arm in PROBED if each]})  # fmt: skip
+        for arm, folder in (folders | apart).items():
+            if not skip(folder):
+                _answers(line, folder, random, domain, arm, arms[arm], f"{domain} T")
         for arm in ("SFT on S", "RL on S"):
-            _answers(line, random, domain, arm, 0.7, f"{domain} S")
+            _answers(line, f"{domain}/asked", random, domain, arm, 0.7, f"{domain} S")
         for arm in PROBED:
             kl = 0.02 if arm == "base" else 0.4
-            _means(line, f"{domain} probe", arm,
+            _means(line, f"{domain}/asked", f"{domain} probe", arm,
                    {"told": 0.05 if arm == "base" else 0.95, "kl": kl, "perplexity": 9 + kl,
-                    "retained": 0.8})  # fmt: skip
+                    "known": 0.8}, end=".probe")  # fmt: skip
         copies = [f"{domain}/round-1/skill.safetensors", f"{domain}/copies/bf16/skill.safetensors"]
         _report(line, f"{domain}/copies/angles", copies, random)
     deltas = [f"{domain}/{name}" for domain in DOMAINS
@@ -68,9 +75,8 @@ def make_seed(
     return line
 
 
-def _answers(
-    line: Pipeline, random: np.random.Generator, domain: str, arm: str, mean: float, group: str
-) -> None:
+def _answers(line: Pipeline, folder: str, random: np.random.Generator, domain: str, arm: str,
+             mean: float, group: str) -> None:  # fmt: skip
     """Write marks of questions about subjects that are hard or easy, the same for every arm."""
     hard = np.random.default_rng(7).normal(0, 0.1, SUBJECTS).repeat(EACH)
     drawn = random.random(SUBJECTS * EACH)
@@ -83,17 +89,13 @@ def _answers(
     ]  # fmt: skip
     metrics = {name: float(np.mean([answer[name] for answer in answers]))
                for name in ("exact", "contains", "f1")}  # fmt: skip
-    _means(line, domain, arm, metrics, answers)
+    _means(line, folder, domain, arm, metrics, answers)
 
 
-def _means(
-    line: Pipeline,
-    target: str,
-    arm: str,
-    metrics: Mapping[str, float],
-    answers: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    path = line.evaluate(target, arm, "model", "skillvec.recipes.evaluate", {})
+def _means(line: Pipeline, folder: str, target: str, arm: str, metrics: Mapping[str, float],
+           answers: Sequence[Mapping[str, Any]] = (), end: str = "") -> None:  # fmt: skip
+    path = line.out / folder / f"{arm}{end}.json"
+    line.scores[target, arm] = path
     path.parent.mkdir(parents=True, exist_ok=True)
     means = {name: {"mean": mean, "standard_error": None} for name, mean in metrics.items()}
     path.write_text(json.dumps({"metrics": means, "answers": [*answers]}))
