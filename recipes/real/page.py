@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import math
 import re
 import shlex
@@ -44,7 +45,8 @@ from skillvec.recipes.real.results import (
     read_seeds,
 )
 
-MODULES = ("regimes", "anatomy")  # each renders its own section from docs/real/NAME*.json
+# modules that render their own sections, and the files beside those of seeds that they read
+MODULES = {"regimes": "seed-*.json", "anatomy": "anatomy*.json"}
 NOT_MEASURED = "Not measured yet."
 Seed = Mapping[str, Any]
 
@@ -53,16 +55,20 @@ def write_page(files: Sequence[Path], page: Path) -> None:
     """Write the page of these seeds, and its figures into images/ beside it.
 
     Sections of other modules are made from files beside those of the seeds. Raises ValueError as
-    `read_seeds` does.
+    `read_seeds` does, and where no claim has its numbers.
     """
     seeds = read_seeds(files)
     results = gather(seeds)
     trainings = (seed["trainings"].get("people/rl_t") for seed in seeds)
+    short = (seed["trainings"].get(f"{DOMAINS[0]}/round-1/rl", {}) for seed in seeds)
+    few = next((one["max_completion_length"] for one in short if one), 0)
     completions = next((count_completions(one) for one in trainings if one), 0)
-    claims = [make(results) for make in list_claims(completions)]
+    claims = [make(results) for make in list_claims(completions)] if results.domains else []
+    if not any(claim.parts for claim in claims):
+        raise ValueError(f"no claim has its numbers in all of the seeds {results.seeds} yet")
     judged = judge_claims(claims)
     parts = sum(len(verdicts) for _, verdicts in judged.values())
-    least = least_seeds(max(parts, 1))
+    least = least_seeds(parts)
     model = _same(seeds, "settings").get("model", "a language model")
     images = page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -79,7 +85,7 @@ def write_page(files: Sequence[Path], page: Path) -> None:
         summary=summary(judged, (["by itself"], _count_passes)),
         left_out=tell_left_out(seeds, absent),
         sections="\n\n".join(_section(n, judged, seeds) for n in judged),
-        thinking=thinking(results), **others,
+        thinking=thinking(results, few), **others,
     )  # fmt: skip
     if FEW in text:  # means of so few seeds have no interval
         text = text.replace(f" [{FEW}]", "").replace("mean [95 % interval]", "mean over seeds")
@@ -90,14 +96,15 @@ def make_sections(folder: Path) -> dict[str, str]:
     """Return the sections that other modules make of files in a folder, by their names.
 
     A module recipes/real/NAME.py has `section(files: Sequence[Path]) -> str`: the text below a
-    heading that stands already, in Markdown, made of the files docs/real/NAME*.json.
+    heading that stands already, in Markdown; nothing where the files have no numbers for it.
     """
     found = {}
-    for name in MODULES:
-        files = sorted(folder.glob(f"{name}*.json"))
-        module = importlib.import_module(f"skillvec.recipes.real.{name}") if files else None
-        found[name] = module.section(files) if module else NOT_MEASURED
-    return found
+    for name, pattern in MODULES.items():
+        files = sorted(folder.glob(pattern))
+        path = f"skillvec.recipes.real.{name}"
+        there = files and importlib.util.find_spec(path)
+        found[name] = (importlib.import_module(path).section(files) if there else "").strip()
+    return {name: text or NOT_MEASURED for name, text in found.items()}
 
 
 # ---------------------------------------------------------------------------------- the first lines
@@ -246,7 +253,8 @@ def narrow(command: str, arms: Set[str]) -> str:
     option = ""
     for word in shlex.split(command):
         option = word if word.startswith("--") else option
-        if option not in ("--arms", "--probed") or word == option or word.partition("=")[0] in arms:
+        of_arm = option in ("--arms", "--probed") and word != option
+        if not of_arm or {word, word.rpartition("=")[0]} & arms:
             kept.append(word)
     return shlex.join(kept)
 
@@ -265,39 +273,44 @@ def tell_left_out(seeds: Sequence[Seed], absent: Sequence[str]) -> str:
     return " ".join(said) or "Every seed has finished all of its stages."
 
 
-def thinking(results: Results) -> str:
-    """Return what the gain is by the length that an answer may have.
+def thinking(results: Results, few: int) -> str:
+    """Return what the gain is by the tokens that an answer may take: `few` in the claims.
 
-    Read are the targets "DOMAIN, N tokens" (such as "people, 16 tokens"), each with the arms "SFT
-    only" and "lambda 1" and the metric `exact`, or `contains` where there is that too.
+    Read are the first domain and the targets "thinking N", each with "SFT only" and what v was
+    added with: `exact` of the former, of the latter `ends`, for which the last words count.
     """
-    found = sorted(
-        (target.partition(", ")[0], int(length[1]), target)
-        for target in {target for target, _, _ in results.scores}
-        if (length := re.fullmatch(r"[\w ]+, (\d+) tokens", target))
-    )
-    rows, gains = [], {}
-    for domain, tokens, target in found:
-        for metric in ("exact", "contains"):
-            keys = [(target, arm, metric) for arm in ("SFT only", "lambda 1")]
+    domain = results.domains[0]
+    targets = {int(found[1]): (found[0], "ends") for target, _, _ in results.scores
+               if (found := re.fullmatch(r"thinking (\d+)", target))}  # fmt: skip
+    rows: list[list[str]] = []
+    gains: dict[str, list[tuple[int, float]]] = {}
+    for tokens, (target, metric) in sorted(({few: (domain, "exact")} | targets).items()):
+        for arm in ("lambda 0.5", "lambda 1"):
+            keys = [(target, one, metric) for one in ("SFT only", arm)]
             if not all(key in results.scores for key in keys):
                 continue
             alone, ours = (results.scores[key] for key in keys)
             gain = ours - alone
-            gains.setdefault((domain, metric), []).append((tokens, gain.mean))
-            rows.append([domain, str(tokens), metric, alone.show(), ours.show(),
+            gains.setdefault(arm, []).append((tokens, gain.mean))
+            rows.append([str(tokens), metric, arm, alone.show(), ours.show(),
                          *_alone(Test("", gain))])  # fmt: skip
-    if not rows:
+    if not targets or not rows:
         return NOT_MEASURED
-    said = [
-        f"{domain}, {metric}: {' / '.join(f'{signed(gain)}' for _, gain in each)} at"
-        f" {' / '.join(str(tokens) for tokens, _ in each)} tokens"
-        + (": the gain grows" if _grows(each) else ": the gain does not grow with the length")
-        for (domain, metric), each in gains.items()
-    ]
-    heads = ["", "tokens", "metric", "SFT only", "+ v",
+    said = "; ".join(
+        f"at {arm} it is {' / '.join(signed(gain) for _, gain in each)} for"
+        f" {' / '.join(str(tokens) for tokens, _ in each)} tokens:"
+        f" it {'grows' if _grows(each) else 'does not grow with the length'}"
+        for arm, each in gains.items()
+    )
+    text = (
+        f"The gain about {domain} by the tokens that RL gave an answer: {said}. Each length has an"
+        f" RL, and so a v, of its own. With {few} tokens the whole answer counts (`exact`). With"
+        " more the answer begins with the subject's name, so that a model may tell what it knows"
+        " before it comes to what was asked, and the last words count (`ends`).\n\n"
+    )
+    heads = ["tokens", "what counts", "v with", "SFT only", "+ v",
              *(f"gain, seed {seed}" for seed in results.seeds)]  # fmt: skip
-    return f"{'; '.join(said)}.\n\n{table(heads, rows)}"
+    return text + table(heads, rows)
 
 
 def _grows(gains: Sequence[tuple[int, float]]) -> bool:

@@ -1,10 +1,10 @@
 """What a seed of the real model measured, in one file: docs/real/seed-N.json.
 
 Hides the form of these files. A file holds what is finished, and names what is not: of every
-evaluation the means, and of some metrics the marks of every question, as a text such as "0110",
-with the subject that each question is about; the command and the seconds of every stage; the
-settings of every training; of the reports of angles what claims and figures read. It holds no path
-of the machine that ran. `gather` reads the files of several seeds, and takes what all of them have.
+evaluation the means, and of one or two metrics the marks of every question, as a text such as
+"0110", with the subject that each question is about; the command and the seconds of every stage;
+the settings of every training; of the reports of angles what claims and figures read. It holds no
+path of the machine that ran. `gather` reads the files of several seeds, and takes what all have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ TRAINING = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs
             "max_completion_length", "temperature", "beta", "max_length", "bf16",
             "dtype")  # fmt: skip
 ROW = ("cosine", "p", "control_cosine", "density_a", "density_b", "norm_a", "norm_b", "norm_ratio")
-MARKED = ("exact", "contains", "told")
+# whose marks are kept of which targets; of others those of `exact`
+MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("ends", "contains")}
 DIGITS = 7
 
 # ---------------------------------------------------------------------------------- one seed
@@ -65,6 +66,9 @@ def write_seed(line: Pipeline, seed: int, settings: Mapping[str, Any], file: Pat
         "angles": _report(line.out, line.out / "angles", files),
         "copies": {domain: _report(line.out, line.out / domain / "copies" / "angles", files)
                    for domain in DOMAINS},
+        "regimes": _report(line.out, line.out / "regimes" / "angles", files),
+        "nbytes": {stage.name: stage.output.stat().st_size for stage in done
+                   if stage.output.suffix == ".safetensors" and stage.output.is_file()},
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_name(f".{file.name}.{os.getpid()}")
@@ -104,7 +108,7 @@ def _scores(line: Pipeline) -> dict[str, Any]:
         answers = read.get("answers", [])
         marks = {
             name: "".join(str(int(answer[name])) for answer in answers)
-            for name in MARKED
+            for name in MARKED.get(target.partition(" ")[0], ("exact",))
             if name in read["metrics"]
             and answers
             and all(answer.get(name) in (0, 1) for answer in answers)
@@ -128,20 +132,20 @@ def _scores(line: Pipeline) -> dict[str, Any]:
 def _report(out: Path, folder: Path, files: set[Path]) -> dict[str, Any] | None:
     """Return the numbers of a report of angles that are read again; None if it is not finished.
 
-    Of tensors there are names and cosines alone, and those only of the pairs that are drawn: of a
-    domain's skill and SFT on S with its SFT on T.
+    Of layers and tensors there are names and cosines alone, of the pairs that are shown by layer: a
+    domain's skill and SFT on S, each with its SFT on T; tensors are drawn of the first domain.
     """
     if folder not in files:
         return None
     pairs = []
     for pair in json.loads((folder / "report.json").read_text(encoding="utf-8"))["pairs"]:
         a, b = (_label(out, pair[side]) for side in "ab")
-        drawn = b.endswith("sft_t") and a.partition("/")[0] == b.partition("/")[0]
+        shown = b.endswith("sft_t") and a.partition("/")[0] == b.partition("/")[0]
         pairs.append({
             "a": a, "b": b, "overall": _row(pair["overall"]),
             "parts": [{"name": row["name"]} | _row(row) for row in pair["parts"]],
-            "layers": _cosines(pair["layers"]),
-            "tensors": _cosines(pair["tensors"]) if drawn else {},
+            "layers": _cosines(pair["layers"]) if shown else {},
+            "tensors": _cosines(pair["tensors"]) if shown and a.startswith(DOMAINS[0]) else {},
         })  # fmt: skip
     return {"pairs": pairs}
 

@@ -173,26 +173,25 @@ def test_commands_are_cut_down_to_the_evidence(docs: Path) -> None:
     assert commands[-1].startswith("skillvec orthogonality") and len({*commands}) == 6
     (asked,) = (line for line in commands if "real.ask" in line)
     assert "'lambda 1=1*OUT" in asked and "random=1*OUT" in asked and "lambda 0.5" not in asked
-    assert narrow("ask --arms 'a b=1' c= --probed c --limit 3", {"a b"}) == (
-        "ask --arms 'a b=1' --probed --limit 3"
+    assert narrow("ask --arms 'K = 2=1*v' c= --probed c 'K = 2' --limit 3", {"K = 2"}) == (
+        "ask --arms 'K = 2=1*v' --probed 'K = 2' --limit 3"
     )
     assert list_commands((("people", "no such arm"), "no such stage"), seed) == []
 
 
 def test_thinking_is_told_by_the_length_of_an_answer(docs: Path) -> None:
     found = gather(read_seeds(sorted((docs / "real").glob("*.json"))))
-    assert thinking(found) == "Not measured yet."
-    for tokens, gain in ((4, 0.1), (16, 0.2), (64, 0.4)):
-        target = f"people, {tokens} tokens"
-        found.scores[target, "SFT only", "exact"] = Spread((0.3,) * 3)
-        found.scores[target, "lambda 1", "exact"] = Spread((0.3 + gain,) * 3)
-    text = thinking(found)
-    assert text.startswith(
-        "people, exact: +0.100 / +0.200 / +0.400 at 4 / 16 / 64 tokens: the gain grows."
-    )
-    assert "| people | 16 | exact | 0.300 ± 0.000 | 0.500 ± 0.000 |" in text
-    found.scores["people, 64 tokens", "lambda 1", "exact"] = Spread((0.4,) * 3)
-    assert "the gain does not grow with the length" in thinking(found)
+    assert thinking(found, 4) == "Not measured yet."
+    ordinary = found.exact("people", "lambda 1") - found.exact("people", "SFT only")
+    for tokens, gain in ((64, 0.6), (16, 0.5)):
+        found.scores[f"thinking {tokens}", "SFT only", "ends"] = Spread((0.3,) * 3)
+        found.scores[f"thinking {tokens}", "lambda 1", "ends"] = Spread((0.3 + gain,) * 3)
+    text = thinking(found, 4)
+    assert f"at lambda 1 it is {ordinary.mean:+.3f} / +0.500 / +0.600 for 4 / 16 / 64" in text
+    assert "64 tokens: it grows" in text
+    assert "| 16 | ends | lambda 1 | 0.300 ± 0.000 | 0.800 ± 0.000 |" in text
+    found.scores["thinking 64", "lambda 1", "ends"] = Spread((0.4,) * 3)
+    assert "it does not grow with the length" in thinking(found, 4)
 
 
 def test_sections_of_other_modules_stand_in_their_places(
@@ -202,8 +201,9 @@ def test_sections_of_other_modules_stand_in_their_places(
     for name in ("anatomy-0", "anatomy-1"):
         (tmp_path / "real" / f"{name}.json").write_text(json.dumps({"rank": 4}))
     other = SimpleNamespace(section=lambda files: f"Rank 4, from {len(files)} files.")
-    monkeypatch.setattr(module.importlib, "import_module", {
-        "skillvec.recipes.real.anatomy": other}.__getitem__)  # fmt: skip
+    own = "skillvec.recipes.real.anatomy"
+    monkeypatch.setattr(module.importlib, "import_module", {own: other}.__getitem__)
+    monkeypatch.setattr(module.importlib.util, "find_spec", {own: True}.get)
     text = one_page(tmp_path)
     assert "## Anatomy of the skill\n\nRank 4, from 2 files." in text
     assert "## Regimes of a bf16 skill\n\nNot measured yet." in text
@@ -218,6 +218,22 @@ def test_the_curve_is_read_without_its_page(docs: Path) -> None:
     alone = draw_curve(gather(seeds[:1]), "SmolLM2")  # one seed has no band
     assert [layer["mark"]["type"] for layer in alone["layer"]] == ["line", "point"]
     assert "One seed." in alone["title"]["subtitle"][1]
+
+
+@pytest.mark.parametrize("kept", [("nothing",), ("people/asked-K",)])
+def test_a_seed_that_has_only_begun_is_refused(
+    kept: tuple[str, ...], tmp_path: Path, drawn: None
+) -> None:
+    with pytest.raises(ValueError, match=r"no claim has its numbers in all of the seeds \(0,\)"):
+        one_page(tmp_path, skip=lambda name: not name.startswith(kept))
+
+
+@pytest.mark.parametrize("kept", [("people/asked",), ("tools/asked", "angles"), ("angles",)])
+def test_a_page_of_what_little_is_finished(
+    kept: tuple[str, ...], tmp_path: Path, drawn: None
+) -> None:
+    text = one_page(tmp_path, skip=lambda name: not name.startswith((*kept, "tools/asked")))
+    assert "Left out, without numbers in every seed: " in text and "nan" not in text
 
 
 def test_the_command_refuses_what_is_no_seed(

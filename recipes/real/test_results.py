@@ -82,7 +82,9 @@ def test_angles_keep_what_claims_and_figures_read(tmp_path: Path) -> None:
     for row, other in zip(kept["tensors"], full["tensors"], strict=True):
         assert row["cosine"] == pytest.approx(other["cosine"], rel=1e-3)
     assert len(kept["layers"]) == LAYERS
-    assert find_pair(found.angles[0], names[0], "tools/sft_t")["tensors"] == []
+    assert find_pair(found.angles[0], names[0], "tools/sft_t")["layers"] == []
+    own = find_pair(found.angles[0], "tools/round-1/skill", "tools/sft_t")
+    assert len(own["layers"]) == LAYERS and own["tensors"] == []
     copy = find_pair(found.copies["tools"][0], "tools/round-1/skill", "copies/bf16")
     assert copy["overall"]["density_b"] == 0.22
 

@@ -42,6 +42,7 @@ def make_seed(
         skill = line.diff(f"{domain}/round-1/skill.safetensors", out / "rl", out / "sft", "grpo")
         if domain == "people":
             line.rl(f"{domain}/rl_t", sft_t, {}, "questions.jsonl")
+            line.rl(f"{domain}/round-1/rl", out / "sft", {"max_completion_length": 4}, "s.jsonl")
         arms = {f"skill of {other}": 0.32} | {
             arm: mean for arm, mean in named.items()
             if domain == "people" or arm not in PEOPLE_ONLY
@@ -56,9 +57,9 @@ def make_seed(
         for arm, folder in (folders | apart).items():
             if not skip(folder):
                 _answers(line, folder, random, domain, arm, arms[arm], f"{domain} T")
-        for arm in ("SFT on S", "RL on S"):
+        for arm in () if skip(f"{domain}/asked") else ("SFT on S", "RL on S"):
             _answers(line, f"{domain}/asked", random, domain, arm, 0.7, f"{domain} S")
-        for arm in PROBED:
+        for arm in () if skip(f"{domain}/asked") else PROBED:
             kl = 0.02 if arm == "base" else 0.4
             _means(line, f"{domain}/asked", f"{domain} probe", arm,
                    {"told": 0.05 if arm == "base" else 0.95, "kl": kl, "perplexity": 9 + kl,
