@@ -20,7 +20,8 @@ from statistics import fmean, stdev
 import numpy as np
 import numpy.typing as npt
 
-from skillvec.analysis.differences import holm
+from skillvec.analysis.differences import Difference, contrast, holm
+from skillvec.trials.scores import Score
 
 ALPHA = 0.05  # for all verdicts of the page together
 MARGIN = 0.05  # of exact match: half of the ten points that the paper gains on ToolBench
@@ -33,12 +34,17 @@ _CLOSE = 1e-12
 
 @dataclass(frozen=True)
 class Spread:
-    """One number of every seed."""
+    """One number of every seed; `asked`, where known, is each as a mean of its questions."""
 
     values: tuple[float, ...]
+    asked: tuple[Score, ...] = ()
 
     def __sub__(self, other: Spread) -> Spread:
-        return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
+        values = tuple(a - b for a, b in zip(self.values, other.values, strict=True))
+        pairs = [*zip(self.asked, other.asked, strict=False)]
+        if len(pairs) < len(values) or any(a.groups != b.groups for a, b in pairs):
+            return Spread(values)
+        return Spread(values, tuple(_subtract(a, b) for a, b in pairs))
 
     @property
     def mean(self) -> float:
@@ -73,6 +79,16 @@ class Spread:
             return -math.inf, math.inf
         return float(means[cut - 1]), float(means[-cut])
 
+    def within(self) -> list[Difference]:
+        """Return each seed's number with its 95 % interval over groups of questions.
+
+        An interval says what other questions would give, and nothing of other trainings. Without
+        questions it is the number alone, with a standard error of None.
+        """
+        if len(self.asked) < len(self.values):
+            return [Difference(value, None, value, value, 1.0) for value in self.values]
+        return [contrast([(1.0, score)]) for score in self.asked]
+
     def show(self, form: str = ".3f") -> str:
         spread = f" ± {stdev(self.values):{form.lstrip('+')}}" if len(self.values) > 1 else ""
         return f"{self.mean:{form}}{spread}"
@@ -82,6 +98,12 @@ class Spread:
         low, high = self.interval()
         ends = f"{signed(low)}, {signed(high)}" if math.isfinite(low) else "too few seeds"
         return f"{signed(self.mean)} [{ends}]"
+
+
+def _subtract(one: Score, other: Score) -> Score:
+    """Return one score less another of the same questions, question by question."""
+    values = tuple(a - b for a, b in zip(one.values, other.values, strict=True))
+    return Score(one.mean - other.mean, None, values, one.groups)
 
 
 def signed(value: float) -> str:
@@ -117,6 +139,14 @@ class Test:
     def p_for(self) -> float:
         """Return the p-value of the hypothesis that the mean is not between the limits."""
         return max(self.spread.p_above(self.low), self.spread.p_below(self.high))
+
+    def passed(self) -> list[bool]:
+        """Return whether each seed by itself is between the limits, with its whole interval."""
+        return [self.low < one.low and one.high < self.high for one in self.spread.within()]
+
+    def opposed(self) -> list[bool]:
+        """Return whether each seed by itself is beyond a limit, with its whole interval."""
+        return [one.high < self.low or self.high < one.low for one in self.spread.within()]
 
     @property
     def p_against(self) -> list[float]:
