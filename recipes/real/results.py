@@ -22,18 +22,19 @@ from typing import Any
 import skillvec
 from skillvec.recipes.claims.results import Results
 from skillvec.recipes.claims.rules import Spread
+from skillvec.recipes.real.seed import DOMAINS
 from skillvec.recipes.stages import Pipeline, Stage, maker, read_marker, spell
 from skillvec.trials.scores import Score, score_of
 
 SCHEMA = 1
-DOMAINS = ("people", "tools")
 PICTURES = "images/real-"
 PACKAGES = ("torch", "transformers", "trl")
 TRAINING = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "global_batch",
             "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations",
             "max_completion_length", "temperature", "beta", "max_length", "bf16",
             "dtype")  # fmt: skip
-ROW = ("cosine", "p", "control_cosine", "density_a", "density_b", "norm_a", "norm_b", "norm_ratio")
+ROW = ("cosine", "p", "control_cosine", "density_a", "density_b", "norm_a", "norm_b", "norm_ratio",
+       "numel")  # fmt: skip
 # whose marks are kept of which targets; of others those of `exact`
 MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("ends", "contains")}
 DIGITS = 7

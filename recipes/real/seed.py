@@ -22,13 +22,21 @@ from skillvec.recipes.stages import Pipeline, flags, flat
 
 DOMAINS = ("people", "tools")
 DEEP = "people"  # the domain with every arm
-PARTS = ("claims", "regimes", "thinking")
+PARTS = ("claims", "orders", "regimes", "thinking")
 PROBED = ("base", "SFT only", "lambda -1", "lambda 1", "lambda 2", "random", "shuffled",
           "pre-injection", "sequential", "RL on the target")  # fmt: skip
 THINKING = (16, 64)  # tokens that an answer may take, beside the few of the claims
 SHOWN = ("SFT only", "lambda 0.5", "lambda 1")  # of every thinking length
 REGIME_LAMBDAS = (0.25, 0.5, 1.0, 1.5, 2.0)
 HALF = "copies/bf16"  # folder of what was saved as bf16
+REGIMES = {  # skills of people: where each lies below a seed's folder
+    "fp32": f"{DEEP}/round-1/skill.safetensors",
+    "saved as bf16": f"{DEEP}/{HALF}/skill.safetensors",
+    "trained in bf16": "regimes/trained_in_bf16/skill.safetensors",
+    "low rate, fp32": "regimes/low_rate_fp32/skill.safetensors",
+    "low rate, trained in bf16": "regimes/low_rate_trained_in_bf16/skill.safetensors",
+}
+SIDES = ("fp32", "bf16", "bf16, stochastic")  # targets that they are added to
 LOW_RATE = 1e-6  # the paper's, and TRL's default
 SETTINGS = Path(__file__).with_name("past.yaml")
 
@@ -38,7 +46,8 @@ class Settings:
     """What recipes/real/past.yaml says.
 
     `base`: the folder of a model. `rl` of all domains, `answers` of each. `subjects` in S and in T,
-    with so many `texts` each. `parts`: what is run of PARTS. `limit`: questions of an arm of
+    with so many `texts` each. `parts`: what is run of PARTS, where
+    `claims` need no training beside those of v and the target, and `orders` do. `limit`: questions of an arm of
     the regimes (none: all).
     """
 
@@ -69,8 +78,11 @@ def plan_seed(out: Path, seed: int, settings: Settings) -> Pipeline:
         for domain in settings.domains:
             design.add_claims(domain)
         design.compare()
+    if "orders" in settings.parts:
+        for domain in settings.domains:
+            design.add_orders(domain)
     if "regimes" in settings.parts:
-        design.add_regimes(DEEP)
+        design.add_regimes()
     if "thinking" in settings.parts:
         for tokens in THINKING:
             design.add_thinking(DEEP, tokens)
@@ -101,7 +113,7 @@ class Design:
         )  # fmt: skip
         self.targets[domain] = self._sft(f"{domain}/sft_t", domain, self.base)
         line, folder, unchanged = self.line, self._place(domain), {self.skills[domain]: 0.0}
-        sides = {"rl": line.out / domain / "round-1" / "rl", "sft": self.sources[domain],
+        sides = {"rl": self._trained(domain), "sft": self.sources[domain],
                  "sft_t": self.targets[domain]}  # fmt: skip
         for name, model in sides.items():
             line.apply(f"{domain}/{HALF}/{name}", model, unchanged, "--dtype", "bf16")
@@ -121,22 +133,26 @@ class Design:
                 arms["both skills"] = f"1*{skill}+1*{self.skills[other]}"
         half = self._place(domain) / "skill.safetensors"
         arms["bf16 vector"] = f"1*{half}"
-        if domain == DEEP:
-            arms["K = 2"] = f"1*{self._rounds(domain)}"
         self._ask(domain, target, arms)
         self._ask(domain, self._place(domain) / "sft_t", {"all in bf16": f"1*{half}"})
         self._ask(domain, self.base, {"base": ""})
-        trained = line.out / domain / "round-1" / "rl"
+        for arm, model in (("SFT on S", self.sources[domain]), ("RL on S", self._trained(domain))):
+            self._ask(domain, model, {arm: ""}, "s")
+
+    def add_orders(self, domain: str) -> None:
+        """Add what takes a training of its own: other orders, rounds, RL on the target."""
+        skill, target, line = self.skills[domain], self.targets[domain], self.line
         injected = line.apply(f"{domain}/base_and_skill", self.base, {skill: 1.0})
         others = {"pre-injection": self._sft(f"{domain}/pre", domain, injected)}
         if domain == DEEP:
-            others["sequential"] = self._sft(f"{domain}/sequential", domain, trained)
+            start = self._trained(domain)
+            others["sequential"] = self._sft(f"{domain}/sequential", domain, start)
             asked = self._part(domain, "t")["rl"]
             others["RL on the target"] = line.rl(f"{domain}/rl_t", target, self._rl(domain), asked)
         for arm, model in others.items():
             self._ask(domain, model, {arm: ""})
-        for arm, model in (("SFT on S", self.sources[domain]), ("RL on S", trained)):
-            self._ask(domain, model, {arm: ""}, "s")
+        if domain == DEEP:
+            self._ask(domain, target, {"K = 2": f"1*{self._rounds(domain)}"})
 
     def compare(self) -> None:
         """Add the angles between every update, and between v and its bf16 copies."""
@@ -149,30 +165,31 @@ class Design:
             copies = [self.skills[domain], self._place(domain) / "skill.safetensors"]
             self.line.orthogonality(f"{domain}/copies/angles", copies, {"control": "random"})
 
-    def add_regimes(self, domain: str) -> None:
+    def add_regimes(self) -> None:
         """Add skills as 16 bits leave them, each at several lambdas on an fp32 and a bf16 target.
 
         v itself; v of checkpoints saved as bf16; trained in bf16; and at the paper's learning rate
         in fp32 and in bf16.
         """
-        line, low = self.line, {"learning_rate": LOW_RATE}
+        domain, line, low = DEEP, self.line, {"learning_rate": LOW_RATE}
         folder = self._place(domain)
         pure = {"dtype": "bfloat16", "bf16": False}
-        skills = {"fp32": self.skills[domain], "saved as bf16": folder / "skill.safetensors"}
         runs = {
             "trained in bf16": (folder / "sft", pure),
             "low rate, fp32": (self.sources[domain], low),
             "low rate, trained in bf16": (folder / "sft", low | pure),
         }
         for name, (start, changes) in runs.items():
-            at = f"regimes/{flat(name).replace(',', '')}"
+            at = REGIMES[name].rpartition("/")[0]
             asked = self._part(domain, "s")["rl"]
             trained = line.rl(f"{at}/rl", start, self._rl(domain) | changes, asked)
-            skills[name] = line.diff(f"{at}/skill.safetensors", trained, start, "grpo")
-        sides = {"fp32": (self.targets[domain], "nearest"),
-                 "bf16": (folder / "sft_t", "nearest"),
-                 "bf16, stochastic": (folder / "sft_t", "stochastic")}  # fmt: skip
-        for side, (target, rounding) in sides.items():
+            line.diff(REGIMES[name], trained, start, "grpo")
+        skills = {name: line.out / path for name, path in REGIMES.items()}
+        for side, (target, rounding) in zip(SIDES, (
+            (self.targets[domain], "nearest"),
+            (folder / "sft_t", "nearest"),
+            (folder / "sft_t", "stochastic"),
+        ), strict=True):  # fmt: skip
             arms = {f"{name} lambda {lam:g}": f"{lam:g}*{skill}"
                     for name, skill in skills.items() for lam in REGIME_LAMBDAS}  # fmt: skip
             options = {"rounding": rounding, "limit": self.settings.limit}
@@ -207,6 +224,9 @@ class Design:
 
     def _sft(self, name: str, domain: str, model: Path) -> Path:
         return self.line.sft(name, model, [self.settings.sft], self._part(domain, "t")["sft"])
+
+    def _trained(self, domain: str) -> Path:
+        return self.line.out / domain / "round-1" / "rl"
 
     def _place(self, domain: str) -> Path:
         return self.line.out / domain / HALF
