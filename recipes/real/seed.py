@@ -46,9 +46,9 @@ class Settings:
     """What recipes/real/past.yaml says.
 
     `base`: the folder of a model. `rl` of all domains, `answers` of each. `subjects` in S and in T,
-    with so many `texts` each. `parts`: what is run of PARTS, where
-    `claims` need no training beside those of v and the target, and `orders` do. `limit`: questions of an arm of
-    the regimes (none: all).
+    with so many `texts` each. `parts`: what is run of PARTS, where `claims` need no training beside
+    those of v and of the target, and `orders` do. `limit`: questions of an arm of the regimes
+    (none: all).
     """
 
     base: str
