@@ -18,7 +18,7 @@ from skillvec.engine.plan import Plan
 from skillvec.files.scratch import Scratch
 from skillvec.ops.activations import find_directions
 from skillvec.ops.kernels import Array
-from skillvec.ops.low_rank import Product, find_inside, find_leading, working_nbytes
+from skillvec.ops.low_rank import Product, working_nbytes
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import DeltaSource, pieces_of
 from skillvec.vectors.deltas.low_rank import Factors, LowRankDelta, low_rank_in
@@ -88,10 +88,7 @@ def _products(
 ) -> Iterator[Product]:  # fmt: skip
     """Yield the product of each matrix of a delta, put into the scratch file."""
     for matrix in _matrices(delta.source, delta.shape, readers):
-        if delta.subspace is None or directions is None:
-            found = find_leading(matrix, delta.rank, delta.energy)
-        else:
-            found = find_inside(matrix, directions, delta.subspace.side)
+        found = delta.find(matrix, directions)
         if found.left is not None:
             left, right = (
                 scratch.add(np.ascontiguousarray(side).view(np.uint8).reshape(-1).data)

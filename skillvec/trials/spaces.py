@@ -51,7 +51,7 @@ class Range:
         return min(max(value, self.low), self.high)
 
 
-Dimension = Range | tuple[str | bool, ...]
+Dimension = Range | tuple[str | bool | int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -285,11 +285,12 @@ class _Reader:
             groups += [(glob.escape(name), "outside") for name in outside]
         rules = [(match, self._open(f"lam.{label}", lam)) for match, label in groups]
         switches = []
-        if "switch" in said:
-            kind, count = self._grouping("switch", said["switch"], ("layers", "kinds"))
+        told = said.get("switch", [])
+        for one in told.split("+") if isinstance(told, str) else [told] * ("switch" in said):
+            kind, count = self._grouping("switch", one, ("layers", "kinds"))
             either = Range(0, 1, whole=True)
             groups = self._groups("switch", kind, count, names)
-            switches = [(match, self._open(f"on.{label}", either)) for match, label in groups]
+            switches += [(match, self._open(f"on.{label}", either)) for match, label in groups]
         rest = {key: item for key, item in said.items() if key not in OF_VECTOR}
         return Part(ref, weight, tuple(rules), tuple(switches), self.parameters(rest))
 

@@ -114,7 +114,8 @@ def lambdas_of(vector: Any) -> list[float]:
 
 def weight_at(vector: Any, name: str) -> float:
     delta = vector.deltas[name]
-    return vector.scale * (delta.weights[0] if hasattr(delta, "weights") else 1.0)
+    whole = 0.0 if delta.is_zero else 1.0  # of a stored one
+    return vector.scale * (delta.weights[0] if hasattr(delta, "weights") else whole)
 
 
 def do_not_wait_for_the_disk(connection: Any, _: Any) -> None:
