@@ -23,10 +23,10 @@ LEAST = 2.0**-126  # below, fp32 and bf16 have fewer bits
 
 
 def round_mantissa(values: Array, bits: int) -> npt.NDArray[np.float64]:
-    """Return values as fp64, rounded to `bits` stored bits of mantissa, to nearest, ties to even.
+    """Return values as fp64, rounded to `bits` stored bits of mantissa, to nearest.
 
-    What is then below 2^-126 is 0, so that bf16 holds all that 7 bits or fewer leave. 23 bits, all
-    that fp32 has, leave every value as it is.
+    Ties go to the even bit pattern. What is then below 2^-126 is 0, so that bf16 holds all that 7
+    bits or fewer leave. 23 bits, all that fp32 has, leave every value as it is.
     """
     wide = values.astype(np.float64)
     if bits >= MANTISSA:

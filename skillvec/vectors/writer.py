@@ -90,12 +90,13 @@ def _widest(manifest: Manifest, entries: Sequence[Entry]) -> Manifest:
     side = ["BF16", hexes]
     least, allowed = -1.2345e-300, manifest.get("allow_nonfinite", False)
     lines = {
-        e.name: tensor_entry(e, "factors", rows, hexes, e.numel, least, side, side, e.numel,
-                             e.numel if allowed else 0)
+        e.name: tensor_entry(e, "factors" if e.rank else "packed", rows, hexes, prod(e.shape),
+                             least, side, side, e.numel, e.numel if allowed else 0)
         for e in entries
     }  # fmt: skip
     return {
         **manifest,
+        **({"kept": least} if any(e.rank for e in entries) else {}),  # type: ignore[typeddict-item]
         "tensors": lines,
         "equal": {name: [entry[0], hexes] for name, entry in manifest["equal"].items()},
         "differing": list(manifest["equal"]),

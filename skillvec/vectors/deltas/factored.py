@@ -48,6 +48,8 @@ def multiplied(name: str, shape: tuple[int, ...], rank: int, stack: Source) -> L
 class CoarseDelta(LowRankDelta):
     """The leading triplets of each matrix with short mantissas, multiplied out in fp32."""
 
+    is_read_again: ClassVar[bool] = False
+
     bits: int = 23
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -47,6 +47,8 @@ class LowRankDelta(DeltaSource):
     or of what a subspace of the inputs meets. Values are fp64, for whoever adds them up to round
     once. `known` is what a pass over whole matrices has found.
     """
+
+    is_read_again: ClassVar[bool] = True  # block by block, after the pass
 
     source: DeltaSource
     spec: TensorSpec = field()
