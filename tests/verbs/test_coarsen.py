@@ -324,3 +324,23 @@ def test_altered_factors_are_found(vector: Path, tmp_path: Path) -> None:
         sv.SkillVector.open(file)[UP]
     with pytest.raises(FormatError, match=UP):
         sv.apply(vector.parent / "base", file, tmp_path / "out")
+
+
+def test_through_another_layout(tmp_path: Path) -> None:
+    """A target with fewer rows sees the product through a view; altered factors are found there."""
+    embedding, file = "model.embed_tokens.weight", tmp_path / "c.safetensors"
+    vector = models_of(tmp_path, {embedding: (96, 64), "head.weight": (4, 4)})
+    made = sv.combine(vector, op="coarsen", parameters={"rank": 3, "bits": 2}, output=file)
+    target = load(vector.parent / "base")
+    target[embedding] = target[embedding][:90].clone()
+    save(tmp_path / "target", target)
+    sv.apply(tmp_path / "target", file, tmp_path / "out", rows="common")
+    found = load(tmp_path / "out")[embedding]
+    expected = (
+        target[embedding].double() + torch.from_numpy(made[embedding][:90]).double()
+    ).float()
+    assert torch.equal(found, expected)
+    entry = {"digest": "0" * 32}
+    rewrite(file, lambda manifest, tensors: manifest["tensors"][embedding].update(entry))
+    with pytest.raises(FormatError, match=f"{embedding} differs from its digest"):
+        sv.apply(tmp_path / "target", file, tmp_path / "other", rows="common")
