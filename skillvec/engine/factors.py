@@ -18,7 +18,7 @@ from skillvec.engine.plan import Plan
 from skillvec.files.scratch import Scratch
 from skillvec.ops.activations import find_directions
 from skillvec.ops.kernels import Array
-from skillvec.ops.low_rank import Product, find_inside, find_leading, working_nbytes
+from skillvec.ops.low_rank import Product, working_nbytes
 from skillvec.report import Watcher
 from skillvec.vectors.deltas.base import DeltaSource, pieces_of
 from skillvec.vectors.deltas.low_rank import Factors, LowRankDelta, low_rank_in
@@ -87,11 +87,10 @@ def _products(
     scratch: Scratch,
 ) -> Iterator[Product]:  # fmt: skip
     """Yield the product of each matrix of a delta, put into the scratch file."""
-    for matrix in _matrices(delta.source, delta.shape, readers):
-        if delta.subspace is None or directions is None:
-            found = find_leading(matrix, delta.rank, delta.energy)
-        else:
-            found = find_inside(matrix, directions, delta.subspace.side)
+    # where values without a finite difference are not met again, they are refused now
+    lost: dict[str, int] | None = {} if delta.is_read_again else None
+    for matrix in _matrices(delta.source, delta.shape, readers, lost):
+        found = delta.find(matrix, directions)
         if found.left is not None:
             left, right = (
                 scratch.add(np.ascontiguousarray(side).view(np.uint8).reshape(-1).data)
@@ -102,12 +101,13 @@ def _products(
 
 
 def _matrices(
-    source: DeltaSource, shape: tuple[int, int], readers: Mapping[str, BlockReader]
-) -> Iterator[Array]:
-    """Yield the matrices of a delta, one at a time; without a finite delta values are 0."""
+    source: DeltaSource, shape: tuple[int, int], readers: Mapping[str, BlockReader],
+    lost: dict[str, int] | None,
+) -> Iterator[Array]:  # fmt: skip
+    """Yield the matrices of a delta, one at a time; `lost` as `pieces_of` takes it."""
     numel, at = prod(shape), 0
     held = np.empty(numel, np.float64 if source.dtype == "F64" else np.float32)
-    for _, values in pieces_of(source, readers, {}):
+    for _, values in pieces_of(source, readers, lost):
         while values.size:
             count = min(values.size, numel - at)
             held[at : at + count] = values[:count]

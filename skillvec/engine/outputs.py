@@ -353,7 +353,7 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
     sides = [side for pair in pairs if pair is not None for side in (pair.tuned, pair.base)]
     prefetch([value_range(s, *_middle(s)) for s in sides if isinstance(s, TensorSpec)])
     for name, delta in vector.deltas.items():
-        kept, dense = dtype if dtype != "auto" else delta.spec.dtype, codec == "dense"
+        kept, dense = dtype if dtype != "auto" else delta.fits, codec == "dense"
         if (pair := delta.pair) is not None and not vector.is_sparse:
             kept, sample = _probed(pair, pair.tuned)
             nonzero = int((sample != 0).sum())
@@ -369,6 +369,8 @@ def choose_storage(vector: SkillVector, dtype: str, codec: str) -> dict[str, tup
         taken = any(name + part in names for parts in PARTS.values() for part in parts if part)
         plain = dense or taken  # a tensor of the model has the name of a part
         chosen[name] = kept, "dense" if plain else {"auto": "packed"}.get(codec, codec)
+        if delta.stack is not None and (dtype, codec, taken) == ("auto", "auto", False):
+            chosen[name] = delta.stack.dtype, "factors"
     return chosen
 
 

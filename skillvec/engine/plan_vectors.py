@@ -28,16 +28,19 @@ def plan_store(
     Returns the entries in the order of the file as well, in which the jobs stand.
     """
     entries = in_file_order(
-        Entry(name, storage[name][0], delta.spec.shape, storage[name][1])
-        for name, delta in vector.deltas.items()
-    )
+        Entry(name, dtype, delta.spec.shape, codec,
+              delta.stack.rank if delta.stack and codec == "factors" else 0)
+        for name, delta in vector.deltas.items() for dtype, codec in [storage[name]]
+    )  # fmt: skip
     jobs: list[Job] = []
     row = 0
     for entry in entries:
-        delta = vector.deltas[entry.name].stored_as(entry.dtype)
+        delta, codec = vector.deltas[entry.name].stored_as(entry.dtype), entry.codec
+        if delta.stack is not None and codec == "factors":
+            delta, codec = delta.stack, "packed"
         note = vector.notes.get(entry.name, "")
         jobs.append(StoreJob(
-            entry.name, entry.numel, out_dtype=entry.dtype, deltas=(delta,), codec=entry.codec,
+            entry.name, entry.numel, out_dtype=entry.dtype, deltas=(delta,), codec=codec,
             first_block=row, note=note,
         ))  # fmt: skip
         row += block_count(entry.numel)

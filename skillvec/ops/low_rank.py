@@ -12,6 +12,7 @@ import numpy as np
 
 from skillvec.ops import svd
 from skillvec.ops.kernels import Array
+from skillvec.ops.special import round_mantissa
 
 
 class Product(NamedTuple):
@@ -26,6 +27,8 @@ class Product(NamedTuple):
     right: Any
     norm_sq: float
     rest_sq: float
+    held_sq: float = 0.0  # of L R' itself, where it is not norm_sq - rest_sq, and how many of its
+    changed: int = 0  # values are not 0, at most: rows of L times rows of R
 
 
 def find_leading(matrix: Array, rank: int, energy: float) -> Product:
@@ -46,6 +49,25 @@ def find_leading(matrix: Array, rank: int, energy: float) -> Product:
     right = np.ascontiguousarray(found.right[:, :count])
     sides = (side.astype(matrix.dtype, copy=False) for side in (left, right))
     return Product(count, left, right, found.norm_sq, svd.residual_sq(matrix, *sides))
+
+
+def find_coarse(matrix: Array, rank: int, bits: int) -> Product:
+    """Return the leading singular triplets with both sides rounded to `bits` of mantissa.
+
+    Each side has the root of the singular value, and `rank` columns: those that there are not are
+    0. So L and R are as long as a file has room for before they are known.
+    """
+    found, count = svd.lead(matrix, rank, None, "cpu", 0)
+    sides = []
+    for side in (found.left, found.right):
+        columns = np.zeros((len(side), rank), np.float32)
+        columns[:, :count] = round_mantissa(side[:, :count] * found.values[:count] ** 0.5, bits)
+        sides.append(columns)
+    rest_sq = svd.residual_sq(matrix, *(side.astype(matrix.dtype, copy=False) for side in sides))
+    wide = [side.astype(np.float64) for side in sides]
+    held_sq = float(np.vdot(wide[0].T @ wide[0], wide[1].T @ wide[1]))
+    (left, right), changed = sides, [int(side.any(axis=1).sum()) for side in sides]
+    return Product(rank, left, right, found.norm_sq, rest_sq, held_sq, changed[0] * changed[1])
 
 
 def find_inside(matrix: Array, directions: Array, side: int) -> Product:

@@ -44,6 +44,7 @@ from skillvec.ops.merge_counts import (
 )
 from skillvec.ops.merge_parameters import PARAMETERS, accepts
 from skillvec.ops.philox import draw_uint32
+from skillvec.ops.special import round_mantissa
 
 
 class Position(NamedTuple):
@@ -98,6 +99,11 @@ def trim_to_norm(values: Array, given: Parameters, known: Any, key: str, begin: 
 def drop_small(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
     """Keep what exceeds the threshold (RAM)."""
     return np.where(np.abs(values) > np.float64(given["threshold"]), values, np.float64(0))
+
+
+def coarsen(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
+    """Keep the first bits of each mantissa."""
+    return round_mantissa(values, given["bits"])
 
 
 def drop(values: Array, given: Parameters, known: Any, key: str, begin: int) -> Array:
@@ -371,6 +377,15 @@ METHODS = (
         "weighs heads and residuals of several vectors is not here",
         {"rank": 1, "energy": 0.0, "part": "head", "rescale": False, "others": "keep"},
         of_matrices=True,
+    ),
+    Method(
+        "coarsen",
+        "t_i = L_i R_i' rounded once to fp32, matrix by matrix: the k leading singular triplets of "
+        "v_i, each side with the root of the singular value, rounded to `bits` stored bits of "
+        f"mantissa; with rank 0, or where k (m + n) >= m n, t_i = v_i, rounded so itself; {ADD}",
+        "none: what a file of L_i and R_i holds (docs/format.md, factors)",
+        "not in mergekit",
+        {"rank": 0, "bits": 23, "others": "keep"}, sparsify=coarsen, of_matrices=True,
     ),
     Method(
         "project",

@@ -19,6 +19,7 @@ PARAMETERS = {  # what each does, and the values it takes
                   "true or false, the same for all vectors"),
     "rank": ("how many directions of each matrix; it is that of the energy where this is above 0",
              "a whole number; of spectral at least 1, unless energy is above 0"),
+    "bits": ("how many stored bits of mantissa are kept; 23 keeps all", "a whole number, 0 to 23"),
     "energy": ("the fewest directions that hold this share of the squared norm (spectral) or of the"
                " trace (project); given a rank alone it is 0", "at least 0, at most 1"),
     "part": ("what is taken of each matrix", "head, residual or whole"),
@@ -37,7 +38,10 @@ def accepts(name: str, found: Parameters) -> bool:
     """Return whether a value of the right type is in its range; density comes before the others."""
     value = found[name]
     if name == "rank":
-        return bool(value >= (0 if found["energy"] or "moments" in found else 1))
+        least = 0 if found.get("energy", 1) or "moments" in found else 1
+        return bool(value >= least)
+    if name == "bits":
+        return bool(0 <= value <= 23)
     if name == "energy":
         return bool(0 <= value <= 1)
     if name == "moments":

@@ -1,4 +1,4 @@
-"""Bit patterns, NaN and infinities: how values are compared, and which are not finite."""
+"""Bit patterns, NaN, infinities and short mantissas: what floats are beside their values."""
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,30 @@ def differ(one: Array, other: Array) -> npt.NDArray[np.bool_]:
 def bit_pattern(values: Array) -> Array:
     """Return the values viewed as unsigned integers of the same width."""
     return values.view(np.dtype(f"<u{values.dtype.itemsize}"))
+
+
+MANTISSA = 23  # stored bits of fp32's
+LEAST = 2.0**-126  # below, fp32 and bf16 have fewer bits
+
+
+def round_mantissa(values: Array, bits: int) -> npt.NDArray[np.float64]:
+    """Return values as fp64, rounded to `bits` stored bits of mantissa, to nearest.
+
+    Ties go to the even bit pattern. What is then below 2^-126 is 0, so that bf16 holds all that 7
+    bits or fewer leave. 23 bits, all that fp32 has, leave every value as it is.
+    """
+    wide = values.astype(np.float64)
+    if bits >= MANTISSA:
+        return wide
+    drop = np.uint64(52 - bits)
+    pattern = wide.view(np.uint64)
+    pattern += (pattern >> drop & np.uint64(1)) + (
+        (np.uint64(1) << drop - np.uint64(1)) - np.uint64(1)
+    )
+    pattern >>= drop
+    pattern <<= drop
+    wide[np.abs(wide) < LEAST] = 0
+    return wide
 
 
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF << 52}  # patterns

@@ -111,6 +111,36 @@ def compare(answers: Answers, goal: Goal) -> list[Comparison]:
     return found
 
 
+def keep_share(answers: Answers, goal: Goal) -> tuple[float, float, float] | None:
+    """Return which share of the gain of lambda = 1 the winner keeps, and its 95 % interval.
+
+    The interval has all shares that the items do not rule out (Fieller, J. R. Stat. Soc. B 16,
+    1954): those r for which winner - target - r (lambda 1 - target) is within noise of 0. None
+    where there is no such interval: without items, or where the gain itself is within noise.
+    """
+    plain, base, won = (answers[point][goal.metric] for point in (PLAIN, TARGET, WINNER))
+    gain = contrast([(1.0, plain), (-1.0, base)])
+    if gain.standard_error is None or gain.low <= 0 <= gain.high:
+        return None
+    share = (won.mean - base.mean) / (plain.mean - base.mean)
+
+    def beyond(r: float) -> bool:
+        found = contrast([(1.0, won), (r - 1.0, base), (-r, plain)])
+        return not found.low <= 0 <= found.high
+
+    ends = []
+    for step in (-1.0, 1.0):
+        near, far = share, share + step
+        while not beyond(far) and abs(far - share) < LARGEST:
+            far = share + 2 * (far - share)
+        for _ in range(40):
+            middle = (near + far) / 2
+            near, far = (near, middle) if beyond(middle) else (middle, far)
+        ends.append(near)
+    return share, ends[0], ends[1]
+
+
+LARGEST = 1e6  # of shares: beyond, there is no end
 KEPT = "kept"  # the share of the gain of lambda = 1 that a winner of two objectives must keep
 
 

@@ -8,7 +8,8 @@ of Optuna, so that a search goes on where it was, on several machines at once.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -347,17 +348,14 @@ class Search:
         plain = points[PLAIN]
         attributes: dict[str, Any] = {"scores": answers}
         if self.asked["second"] == NBYTES and plain is not None:
-            attributes[NBYTES] = {PLAIN: self._weigh(plain)}
+            with self._stored(plain) as (_, nbytes):
+                attributes[NBYTES] = {PLAIN: nbytes}
         return [next(iter(answers[PLAIN].values()))["mean"]], attributes
 
     def _measure(self, point: Mapping[str, Any], trials: Trials, split: str) -> Found:
         """Return the values of a point on the search items; FailedError where it has none."""
-        recipe = self.space.recipe(point)
-        try:
-            vector = combine(recipe=recipe.to_dict())
-        except UsageError as error:  # parameters that an operator does not take together
-            raise FailedError(str(error)) from None
-        outcome = trials.run(vector, 1.0, split)
+        with self._made(self.space.recipe(point)) as (vector, nbytes):
+            outcome = trials.run(vector, 1.0, split)
         missing = [name for name in self.goal.metrics if name not in outcome.scores]
         if missing and not outcome.is_done:
             raise FailedError(f"{outcome.status}: {outcome.message}")
@@ -368,16 +366,27 @@ class Search:
             "seconds": outcome.seconds,
             **{key: getattr(outcome, key) for key in ("gain", "cosine", "changed")},
         }
-        if self.goal.second == NBYTES:
-            said[NBYTES] = self._weigh(recipe)
-            values.append(said[NBYTES])
+        if nbytes is not None:
+            said[NBYTES] = nbytes
+            values.append(nbytes)
         return values, said
 
-    def _weigh(self, recipe: Recipe) -> int:
-        """Return the bytes of what `combine -o` stores, by storing it."""
+    @contextmanager
+    def _made(self, recipe: Recipe) -> Iterator[tuple[SkillVector, int | None]]:
+        """Yield the vector of a recipe: where bytes count the file of it, with its size."""
+        if self.goal.second != NBYTES:
+            yield _combined(recipe), None
+            return
+        with self._stored(recipe) as (vector, nbytes):
+            yield vector, nbytes
+
+    @contextmanager
+    def _stored(self, recipe: Recipe) -> Iterator[tuple[SkillVector, int]]:
+        """Yield what `combine -o` stores of a recipe, and its bytes; it is removed after."""
         with tempfile.TemporaryDirectory(prefix="skillvec-", dir=self.scratch) as folder:
-            combine(recipe=recipe.to_dict(), output=Path(folder, "v.safetensors"))
-            return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+            vector = _combined(recipe, output=Path(folder, "v.safetensors"))
+            files = (path for path in Path(folder).rglob("*") if path.is_file())
+            yield vector, sum(path.stat().st_size for path in files)
 
     def _progress(
         self, both: Sequence[Study], measure: Callable[[Any], Found]
@@ -403,6 +412,14 @@ class Search:
             return values, said
 
         return measured
+
+
+def _combined(recipe: Recipe, **stored: Any) -> SkillVector:
+    """Return what a recipe makes; FailedError for parameters that no operator takes together."""
+    try:
+        return combine(recipe=recipe.to_dict(), **stored)
+    except UsageError as error:
+        raise FailedError(str(error)) from None
 
 
 def _refuse_missing(missing: Sequence[str], scores: Scores) -> None:

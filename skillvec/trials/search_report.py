@@ -12,7 +12,7 @@ from skillvec.analysis.report_csv import table_text
 from skillvec.analysis.search_sentences import list_answers
 from skillvec.errors import UsageError, printable
 from skillvec.report import Line, Report
-from skillvec.trials.choosing import PLAIN, TARGET, compare, front, judge
+from skillvec.trials.choosing import PLAIN, TARGET, compare, front, judge, keep_share
 from skillvec.trials.folder import write_files
 from skillvec.trials.spaces import Space
 from skillvec.trials.studies import WHY, Study
@@ -67,6 +67,8 @@ def conclude(run: "Search") -> dict[str, Any]:
         "nbytes": run.nbytes,
         "history": _list_history(run),
     }  # fmt: skip
+    if goal.second is not None and (share := keep_share(run.answers, goal)) is not None:
+        facts["kept"] = dict(zip(("share", "low", "high"), share, strict=True))
     return facts | {"answer": list_answers(facts)}
 
 

@@ -9,6 +9,7 @@ import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from skillvec.ops.names import NUMBER, layer_of, natural_order
 from skillvec.vectors.recipe import MAX_NBYTES, PARSERS, Recipe, Rule, Share
 
 LAM = "0:2"  # where nothing is said of lambda
-OF_VECTOR = ("lam", "by", "switch")
+OF_VECTOR = ("lam", "by", "switch", "only")
 OF_SPACE = ("op", "seed", "vectors")
 NUMERIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.I)
 # Looked for part by part from the end of a tensor's name
@@ -51,7 +52,7 @@ class Range:
         return min(max(value, self.low), self.high)
 
 
-Dimension = Range | tuple[str | bool, ...]
+Dimension = Range | tuple[str | bool | int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Part:
     weight: tuple[Any, ...]  # one, or the points of a gradient
     rules: tuple[tuple[str, Any], ...] = ()  # a glob and its weight
     switches: tuple[tuple[str, Free], ...] = ()  # globs of what may be off
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what is off, by choice
+    chosen: Any = None  # the dimension whose choices those are
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +98,9 @@ class Space:
         for part in self.parts:
             weight: Any = tuple(float(value(item)) for item in part.weight)
             rules = [Rule(match, float(value(item))) for match, item in part.rules]
-            rules += [Rule(match, 0.0) for match, item in part.switches if not value(item)]
+            off = [match for match, item in part.switches if not value(item)]
+            off += part.only[value(part.chosen)] if part.only else ()
+            rules += [Rule(match, 0.0) for match in off]
             shares.append(
                 Share(
                     part.ref,
@@ -115,7 +120,8 @@ class Space:
             if isinstance(dimension, Range):
                 point[name] = dimension.nearest(defaults.get(key, 1))
             else:
-                point[name] = defaults[key] if defaults[key] in dimension else dimension[0]
+                default = defaults.get(key)
+                point[name] = default if default in dimension else dimension[0]
         return point
 
     def unchanged(self) -> Recipe:
@@ -290,8 +296,40 @@ class _Reader:
             either = Range(0, 1, whole=True)
             groups = self._groups("switch", kind, count, names)
             switches = [(match, self._open(f"on.{label}", either)) for match, label in groups]
+        only = self._only(said["only"], names) if "only" in said else {}
+        chosen = self._open("only", tuple(only)) if len(only) > 1 else next(iter(only), None)
         rest = {key: item for key, item in said.items() if key not in OF_VECTOR}
-        return Part(ref, weight, tuple(rules), tuple(switches), self.parameters(rest))
+        return Part(ref, weight, tuple(rules), tuple(switches), only, chosen, self.parameters(rest))
+
+    def _only(self, said: Any, names: Sequence[str]) -> dict[str, list[str]]:
+        """Return globs of what is off for each choice of "all|layers|mlp|layers:3"."""
+        roles = {name: role_of(name) for name in names}
+        kinds = [match for match, _ in self._groups("only", "kinds", 0, names)]
+        matched = {match: [n for n in names if fnmatchcase(n, match)] for match in kinds}
+        outside = [glob.escape(name) for name in names if not layer_of(name)]
+        off: dict[str, list[str]] = {}
+        for word in said.split("|") if isinstance(said, str) else [said]:
+            if word == "all":
+                off[word] = []
+            elif word == "layers":
+                off[word] = outside
+            elif word in roles.values():
+                off[word] = []
+                for match, taken in matched.items():  # a star may take names of several kinds
+                    others = [name for name in taken if roles[name] != word]
+                    whole = len(others) == len(taken)
+                    off[word] += [match] if whole else map(glob.escape, others)
+            elif isinstance(word, str) and word.startswith("layers:"):
+                groups = self._groups("only", *self._grouping("only", word, ("layers",)), names)
+                for label in dict.fromkeys(label for _, label in groups):
+                    off[label] = [*outside, *(m for m, other in groups if other != label)]
+            else:
+                there = ", ".join(dict.fromkeys(roles.values()))
+                raise UsageError(
+                    f"{self.where}: only: expected all, layers, layers:K or one of {there}, with |"
+                    f" between them, found {word!r:.40}"
+                )
+        return off
 
     def parameters(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return parameters of the operator, with the names of dimensions where they are open."""

@@ -52,7 +52,9 @@ def mix(parts: Sequence[Displacement], recipe: Recipe, operator: Operator) -> di
             parameters = tuple(check_parameters(recipe.op, given) for given in parameters)
         wide = any(source.dtype == "F64" for source in sources)
         if taken is not None:
-            each = zip(sources, parameters, origins, strict=True)
+            # what counts for nothing is not looked at
+            used = (s if w else absent for s, w in zip(sources, weights, strict=True))
+            each = zip(used, parameters, origins, strict=True)
             sources, parameters = zip(*(taken.take(name, *one) for one in each), strict=True)
         deltas[name] = MixDelta(
             TensorSpec(name, "F64" if wide else "F32", shape, "", 0, 0),

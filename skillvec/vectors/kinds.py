@@ -252,6 +252,11 @@ class Combined(Displacement):
         params = [f"{name}={value}" for name, value in recipe.parameters.items()]
         return "combine", [*words, *flags(op=recipe.op, param=params, seed=recipe.seed)]
 
+    def conclude(
+        self, equal: dict[str, TensorSide], differing: list[str], unrestored: int
+    ) -> tuple[dict[str, TensorSide], list[str], str]:
+        return equal, differing, "lossy" if self.recipe.op == "coarsen" else "combined"
+
     @property
     def dtypes(self) -> str:
         return ", ".join(dict.fromkeys(part.dtypes for part in self.parts))

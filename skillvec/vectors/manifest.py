@@ -13,9 +13,9 @@ from skillvec.checkpoints.fingerprint import Digest, ModelFacts
 from skillvec.files.file import digest_bytes
 from skillvec.files.typed_json import check_json
 
-SCHEMA = 1  # with blocks of ranks 2; both are read for ever
-SCHEMAS = (1, 2)
-CLAIMS = ("bitwise", "partial", "rounded", "combined")
+SCHEMA = 1  # with blocks of ranks 2, with factors 3; all are read for ever
+SCHEMAS = (1, 2, 3)
+CLAIMS = ("bitwise", "partial", "rounded", "combined", "lossy")
 MAX_NORM = 1e150  # its square is still a number
 TensorSide = Annotated[list[Any], (str, Digest)]  # dtype and digest of a tensor of a model
 Count = Annotated[int, ...]  # of values of a tensor: who knows its size checks it
@@ -74,6 +74,7 @@ class TensorEntry(TypedDict):
     tuned: TensorSide | None
     unrestored: NotRequired[Count]
     nonfinite: NotRequired[Count]
+    rank: NotRequired[Count]
 
 
 class Manifest(Selection):
@@ -106,6 +107,7 @@ class Manifest(Selection):
     untied: NotRequired[dict[str, str]]
     warnings: NotRequired[list[str]]
     allow_nonfinite: NotRequired[bool]
+    kept: NotRequired[int | float]
 
 
 WRITTEN = (

@@ -13,6 +13,7 @@ from skillvec.checkpoints.input_moments import Moments, open_moments
 from skillvec.errors import IncompatibleError, UsageError, up_to_five
 from skillvec.files.header import TensorSpec
 from skillvec.vectors.deltas.base import DeltaSource
+from skillvec.vectors.deltas.factored import CoarseDelta, stack_numel
 from skillvec.vectors.deltas.low_rank import LowRankDelta, Subspace
 from skillvec.vectors.deltas.mix import mixes_in
 from skillvec.vectors.deltas.stored import zero_delta
@@ -33,7 +34,7 @@ class MatrixParts:
     ) -> tuple[DeltaSource, dict[str, Any]]:
         """Return what is taken of a vector's delta, and what tells this from other tensors."""
         shape, said = source.spec.shape, dict(given)
-        inside, subspace = given.get("part") == "head", None
+        inside, subspace = given.get("part") == "head" or "bits" in given, None
         if PATH in given:
             moments = self._opened(given)
             if name not in moments.weights:
@@ -46,10 +47,16 @@ class MatrixParts:
         elif len(shape) < 2:
             drops = given["others"] == "drop" or (given["others"] == "split" and not inside)
             return zero_delta(name, shape) if drops else source, said
-        rank, energy, rescale = given["rank"], given["energy"], given.get("rescale", False)
+        rank, energy, rescale = given["rank"], given.get("energy", 0.0), given.get("rescale", False)
         if source.is_zero or given.get("part") == "whole" or not (rank or energy):
             return source, said
         spec = TensorSpec(name, "F64", shape, "", 0, 0)
+        if "bits" in given:
+            if stack_numel(shape, rank) >= spec.numel:
+                return source, said
+            sides = origin, rank, energy, inside, rescale, subspace
+            coarse = CoarseDelta(source, spec._replace(dtype="F32"), *sides, None, given["bits"])
+            return coarse, said | {"bits": 23}  # the factors have them, not the product
         return LowRankDelta(source, spec, origin, rank, energy, inside, rescale, subspace), said
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ until checked. docs/format.md is the normative text.
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -41,10 +41,11 @@ from skillvec.files.header import (
     refuse_duplicates,
 )
 from skillvec.ops.block import BLOCK_NUMEL, block_count
-from skillvec.ops.codecs import CODECS, NO_BYTES, Encoded, decode_block
+from skillvec.ops.codecs import NO_BYTES, Encoded, decode_block
 from skillvec.ops.delta import EXCEPTION
 from skillvec.ops.kernels import FLOATS, Array, Bytes
 from skillvec.vectors.block_reader import REPLACEMENT, StoredBlock
+from skillvec.vectors.deltas.factored import FactoredDelta, stack_numel
 from skillvec.vectors.deltas.stored import StoredDelta
 from skillvec.vectors.manifest import (
     MAX_NORM,
@@ -67,6 +68,7 @@ MAX_NUMEL = 1 << 36  # values a tensor: sixteen times the largest in use
 # codec -> the tensors that hold a delta: the payload first
 PARTS = {
     "zero": (), "dense": ("",), "sparse": (".values", ".bitmap"), "packed": (".packed",),
+    "factors": (".factors",),
 }  # fmt: skip
 
 
@@ -117,13 +119,13 @@ class VectorFile:
     def _broken(self, what: str) -> FormatError:
         return FormatError(f"vector {self.ref}: {what}")
 
-    def _checked(self) -> dict[str, StoredDelta]:
+    def _checked(self) -> dict[str, StoredDelta | FactoredDelta]:
         """Check the manifest against the tensors and number the blocks."""
         manifest = self.manifest
         if manifest.get("schema") not in SCHEMAS or manifest.get("block_numel") != BLOCK_NUMEL:
             raise self._broken(
                 f"manifest schema {manifest.get('schema')!r} with blocks of"
-                f" {manifest.get('block_numel')!r}; this version reads schemas 1 and"
+                f" {manifest.get('block_numel')!r}; this version reads schemas 1 to"
                 f" {SCHEMAS[-1]}, blocks of {BLOCK_NUMEL}: a newer skillvec is needed"
             )
         try:
@@ -137,7 +139,8 @@ class VectorFile:
             for name, spec in header.tensors.items()
             if name not in SIDE
         }
-        deltas, claimed = {}, set()
+        deltas: dict[str, StoredDelta | FactoredDelta] = {}
+        claimed: set[str] = set()
         for name, entry in entries.items():
             delta = self._stored(name, entry, homes)
             deltas[name] = delta
@@ -150,10 +153,10 @@ class VectorFile:
 
     def _stored(
         self, name: str, entry: TensorEntry, homes: dict[str, tuple[str, TensorSpec]]
-    ) -> StoredDelta:
+    ) -> StoredDelta | FactoredDelta:
         codec, dtype, shape = entry["codec"], entry["dtype"], tuple(entry["shape"])
         sides = [side[0] for side in (entry["base"], entry["tuned"]) if side]
-        if codec not in CODECS:
+        if codec not in PARTS:
             raise self._broken(f"{name}: codec {codec!r}: a newer skillvec is needed")
         fits = min(shape, default=0) >= 0 and len(shape) <= MAX_DIMENSIONS
         numel = prod(shape) if fits else -1
@@ -171,13 +174,19 @@ class VectorFile:
             raise self._broken(f"broken manifest: {name}: counts or norm that cannot be")
         if codec == "zero":
             return StoredDelta(TensorSpec(name, dtype, shape, "", 0, 0), codec)
+        rank, product = entry.get("rank", 0), TensorSpec(name, "F32", shape, "", 0, 0)
+        if codec == "factors":
+            held = stack_numel(shape, rank) if type(rank) is int and len(shape) > 1 else 0
+            if not 0 < held < numel or rank < 1 or dtype == "F64":
+                raise self._broken(f"{name}: {dtype} {list(shape)} of rank {str(rank)[:40]}")
+            numel, shape = held, (held,)
         found = [homes.get(name + part) for part in PARTS[codec]]
         if any(home is None or home[0] != found[0][0] for home in found):  # type: ignore[index]
             raise self._broken(f"{name}: its {codec} tensors are missing")
         specs = [home[1] for home in found if home]
         payload = specs[0]
         wanted: list[tuple[str, tuple[int, ...] | None]] = [("U8", None)]
-        if codec != "packed":
+        if codec not in ("packed", "factors"):
             wanted = [(dtype, shape if codec == "dense" else None)]
         if codec == "sparse":
             wanted.append(("U8", (-(-numel // 8),)))
@@ -194,12 +203,18 @@ class VectorFile:
             raise self._broken(f"{name}: {payload.nbytes} bytes for {numel} values")
         place = payload._replace(name=name, dtype=dtype, shape=shape)
         bitmap = specs[1] if codec == "sparse" else None
-        return StoredDelta(place, codec, bitmap, entry["block"], entry["digest"])
+        kept = "packed" if codec == "factors" else codec
+        stored = StoredDelta(place, kept, bitmap, entry["block"], entry["digest"])
+        if codec != "factors":
+            return stored
+        product = product._replace(path=payload.path, start=payload.start, nbytes=payload.nbytes)
+        return FactoredDelta(product, stored, rank)
 
-    def _check_rows(self, deltas: dict[str, StoredDelta]) -> None:
+    def _check_rows(self, deltas: Mapping[str, StoredDelta | FactoredDelta]) -> None:
         """Refuse block tables whose rows are not those of the deltas, each row once."""
         rows = dict.fromkeys(self.headers, 0)
-        for name, delta in sorted(deltas.items(), key=lambda item: item[1].first_block):
+        stored = {name: delta.payload for name, delta in deltas.items()}
+        for name, delta in sorted(stored.items(), key=lambda item: item[1].first_block):
             if delta.codec == "zero":
                 continue
             if delta.first_block != rows[delta.spec.path]:
@@ -304,7 +319,7 @@ class BlockReader:
                         raise self._broken(f"{name} differs from its digest in the manifest")
             self._ends[path] = self._read_table(path, header)
         for delta in vector.deltas.values():
-            self._check_lengths(delta)
+            self._check_lengths(delta.payload)
 
     def _broken(self, what: str) -> FormatError:
         return FormatError(f"vector {self._vector.ref}: {what}: the file was altered")

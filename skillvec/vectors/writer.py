@@ -21,6 +21,7 @@ from skillvec.files.rows import RowWriter
 from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.delta import EXCEPTION
 from skillvec.vectors.block_reader import REPLACEMENT
+from skillvec.vectors.deltas.factored import stack_numel
 from skillvec.vectors.manifest import (
     MAX_NORM,
     Claim,
@@ -39,10 +40,12 @@ class Entry(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     codec: str
+    rank: int = 0  # of factors
 
     @property
     def numel(self) -> int:
-        return prod(self.shape)
+        """How many values are stored."""
+        return stack_numel(self.shape, self.rank) if self.rank else prod(self.shape)
 
     @property
     def bitmap_nbytes(self) -> int:
@@ -56,7 +59,9 @@ class Entry(NamedTuple):
 
 def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
     """Return entries in the order of the data: wide dtypes first, what is only bytes last."""
-    return sorted(entries, key=lambda e: (e.codec == "packed", -ITEMSIZE[e.dtype], e.name))
+    return sorted(
+        entries, key=lambda e: (e.codec in ("packed", "factors"), -ITEMSIZE[e.dtype], e.name)
+    )
 
 
 def tensor_entry(
@@ -72,6 +77,8 @@ def tensor_entry(
         line["unrestored"] = unrestored
     if nonfinite:
         line["nonfinite"] = nonfinite
+    if entry.rank and codec != "zero":
+        line["rank"] = entry.rank
     return line
 
 
@@ -83,12 +90,13 @@ def _widest(manifest: Manifest, entries: Sequence[Entry]) -> Manifest:
     side = ["BF16", hexes]
     least, allowed = -1.2345e-300, manifest.get("allow_nonfinite", False)
     lines = {
-        e.name: tensor_entry(e, "packed", rows, hexes, e.numel, least, side, side, e.numel,
-                             e.numel if allowed else 0)
+        e.name: tensor_entry(e, "factors" if e.rank else "packed", rows, hexes, prod(e.shape),
+                             least, side, side, e.numel, e.numel if allowed else 0)
         for e in entries
     }  # fmt: skip
     return {
         **manifest,
+        **({"kept": least} if any(e.rank for e in entries) else {}),  # type: ignore[typeddict-item]
         "tensors": lines,
         "equal": {name: [entry[0], hexes] for name, entry in manifest["equal"].items()},
         "differing": list(manifest["equal"]),

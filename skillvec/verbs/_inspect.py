@@ -93,6 +93,7 @@ def describe_vector(vector: StoredVector) -> Report:
                 "differing"):  # fmt: skip
         facts[key] = manifest.get(key)
     facts |= {"untied": vector.untied} if vector.untied else {}
+    facts |= {"kept": manifest["kept"]} if "kept" in manifest else {}
     report.warnings += vector.warnings
     numel = sum(delta.spec.numel for delta in stored.deltas.values())
     changed = sum(entry["changed"] for entry in entries.values())

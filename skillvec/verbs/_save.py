@@ -27,6 +27,7 @@ from skillvec.ops.block import BLOCK_NUMEL
 from skillvec.ops.codecs import CODECS
 from skillvec.report import Report, Watcher
 from skillvec.vectors.deltas.base import NO_DIGEST, dtype_of
+from skillvec.vectors.deltas.factored import StackDelta
 from skillvec.vectors.manifest import Claim, Manifest, TensorEntry
 from skillvec.vectors.reader import VectorFile
 from skillvec.vectors.recipe import flags
@@ -39,7 +40,7 @@ from skillvec.verbs.findings import (
     tell_nonfinite,
     tell_resumed,
 )
-from skillvec.verbs.matrix_energies import tell_energies
+from skillvec.verbs.matrix_energies import share_kept, tell_energies
 
 NO_DIGESTS: dict[str, str] = {}
 
@@ -176,6 +177,10 @@ def complete_manifest(
             assert job.point is not None
             equal[job.name] = [job.point.dtype, result.digests["point"]]
     manifest["schema"] = 2 if any(result.ranked for result in results) else 1
+    if any("rank" in entry for entry in manifest["tensors"].values()):
+        manifest["schema"] = 3
+    if (kept := share_kept([result.job for result in results])) is not None:
+        manifest["kept"] = float(f"{kept:.4e}")
     manifest["side"] = settled.side
     unrestored = sum(entry.get("unrestored", 0) for entry in manifest["tensors"].values())
     manifest["equal"], manifest["differing"], claim = vector.conclude(equal, differing, unrestored)
@@ -192,7 +197,8 @@ def _entry(
     """Return the manifest's line on a delta that was written; `stated` is its line where it was."""
     job, (codec, block) = result.job, placed
     delta = job.deltas[0]
-    entry = Entry(job.name, job.out_dtype, delta.spec.shape, codec)
+    rank = delta.rank if isinstance(delta, StackDelta) else 0
+    entry = Entry(job.name, job.out_dtype, delta.spec.shape, codec, rank)
     digest = NO_DIGEST if codec == "zero" else result.digests["output"]
     if stated is not None:
         return tensor_entry(
@@ -203,9 +209,11 @@ def _entry(
     if (pair := delta.pair) is not None:
         base = [pair.base.dtype, result.digests["base"]]
         tuned = [pair.tuned.dtype, result.digests["tuned"]]
-    norm = float(result.sums[0]) ** 0.5
+    changed, norm = result.changed, float(result.sums[0]) ** 0.5
+    if isinstance(delta, StackDelta):  # of what the factors make
+        changed, norm = delta.measured()
     return tensor_entry(
-        entry, codec, block, digest, result.changed, norm, base, tuned, result.unrestored, nonfinite
+        entry, codec, block, digest, changed, norm, base, tuned, result.unrestored, nonfinite
     )
 
 
@@ -227,7 +235,11 @@ def report_stored(
         if isinstance(result.job, StoreJob):
             entry = entries[name]
             line = job_line(result.job, "delta" if entry["changed"] else "unchanged")
-            line |= {"numel": result.job.numel, "changed": entry["changed"], "norm": entry["norm"]}
+            line |= {
+                "numel": stored.deltas[name].spec.numel,
+                "changed": entry["changed"],
+                "norm": entry["norm"],
+            }
             line |= {"codec": entry["codec"], "nbytes": stored.deltas[name].nbytes}
             line |= {"exceptions": result.exceptions, "replacements": result.replacements}
             report.ledger.append(line | {"unrestored": result.unrestored})

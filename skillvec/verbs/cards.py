@@ -39,6 +39,7 @@ CLAIMS = {
     "partial": "base + 1 * vector restores tuned but for {unrestored} values or integer tensors",
     "rounded": "the differences are rounded, so tuned comes back nearly",
     "combined": "the result of an operator, rounded once",
+    "lossy": "a coarser copy, by the operator coarsen: near what the whole vector does, and not it",
     "adapter": "what the adapter adds to its base, s B A, summed in fp64 and rounded once",
 }
 VECTOR = """# {name}
@@ -147,6 +148,8 @@ def vector_card(
     claim = CLAIMS["adapter" if adapter else said["claim"]].format(unrestored=said["unrestored"])
     if tuned and (manifest["include"] or manifest["exclude"] or "rows" in manifest):
         claim += ", in the tensors and rows that were taken"
+    if "kept" in manifest:
+        claim += f"; its factors keep {manifest['kept']:.3g} of the squared norm of their matrices"
     dtypes = ", ".join(sorted({entry["dtype"] for entry in manifest["tensors"].values()}))
     rows = [("base", _side(base)), *([("tuned", _side(tuned))] if tuned else [])]
     how = "s B A of a LoRA adapter" if adapter else f"{_operator(recipe)} of vectors"

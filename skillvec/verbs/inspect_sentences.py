@@ -70,6 +70,14 @@ def _say_content(facts: Facts) -> list[str]:
         f"  exact    {exact['claim']}, {exact['exceptions']} fp32 exceptions,"
         f" {exact['replacements']} replacements, {exact['unrestored']} not restored"
     )
+    if exact["claim"] == "lossy":
+        recipe = facts["recipe"]
+        given = [recipe.get("parameters", {})]
+        given += [share.get("parameters", {}) for share in recipe["vectors"]]
+        words = [f"{name} {value}" for one in given for name, value in one.items()]
+        said.append(f"  lossy    {', '.join([recipe['op'], *words])}")
+        if "kept" in facts:
+            said.append(f"           keeps {100 * facts['kept']:.3g} % of its matrices' norm^2")
     if facts["nonfinite"]:
         who = "which only the exact base gets" if facts["tuned"] else "which nobody gets"
         most = "" if facts["tuned"] else "at most "

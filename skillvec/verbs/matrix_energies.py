@@ -1,10 +1,13 @@
 """What operators on whole matrices have kept of each, as a report tells it."""
 
-from skillvec.engine.plan import Plan
+from collections.abc import Sequence
+
+from skillvec.engine.plan import Job, Plan
 from skillvec.report import Report
 from skillvec.vectors.deltas.base import DeltaSource
+from skillvec.vectors.deltas.factored import StackDelta
 from skillvec.vectors.deltas.low_rank import LowRankDelta
-from skillvec.vectors.deltas.mix import mixes_in
+from skillvec.vectors.deltas.mix import MixDelta
 
 
 def tell_energies(report: Report, plan: Plan) -> None:
@@ -20,8 +23,9 @@ def tell_energies(report: Report, plan: Plan) -> None:
     ranks: list[int] = []
     tensors = 0
     for job in plan.jobs:
-        for mix in mixes_in(job.deltas):
-            told = [_tell(source) for source in mix.sources]
+        for made in job.deltas:
+            sources = made.parts if isinstance(made, MixDelta | StackDelta) else ()
+            told = [_tell(source) for source in sources]
             if not any(told):
                 continue
             tensors += 1
@@ -39,6 +43,16 @@ def tell_energies(report: Report, plan: Plan) -> None:
             "tensors": tensors, "least_rank": min(ranks), "most_rank": max(ranks),
             "kept_energy": [_share(*sums[number]) for number in sorted(sums)],
         }  # fmt: skip
+
+
+def share_kept(jobs: Sequence[Job]) -> float | None:
+    """Return the share of the squared norm that factors keep of the matrices they stand for.
+
+    None where none were found now.
+    """
+    told = [_tell(d.source) for job in jobs for d in job.deltas if isinstance(d, StackDelta)]
+    found = [one for one in told if one is not None]
+    return _share(sum(kept for _, kept, _ in found), sum(norm_sq for *_, norm_sq in found))
 
 
 def _tell(source: DeltaSource) -> tuple[int, float, float] | None:

@@ -122,6 +122,7 @@ def say_vector(facts: Facts, counts: str) -> str:
         "rounded": f"values rounded to {facts['dtype']}: base + 1 * v misses"
         f" {exact['unrestored']} values of tuned",
         "combined": f"values as the operator gives them, in {say_stored_as(facts['dtype'])}",
+        "lossy": "lossy, as the operator was asked to be: not what the whole vector does",
     }[exact["claim"]]
     shards = f" in {len(facts['files'])} shards" if len(facts["files"]) > 1 else ""
     codecs = ", ".join(f"{count} {codec}" for codec, count in sorted(facts["codecs"].items()))

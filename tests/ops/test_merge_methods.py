@@ -935,6 +935,10 @@ def test_defaults_are_filled_in_and_numbers_are_floats():
         ("spectral", {"rank": 2, "energy": 0.5}, ["rank 2 and energy 0.5", "the other 0"]),
         ("spectral", {"part": "tail"}, ["part = 'tail'", "head, residual or whole"]),
         ("spectral", {"others": True}, ["others = True", "keep, drop or split"]),
+        ("coarsen", {"rank": -1}, ["rank = -1", "a whole number"]),
+        ("coarsen", {"bits": 24}, ["bits = 24", "0 to 23"]),
+        ("coarsen", {"bits": 1.5}, ["bits = 1.5", "a whole number"]),
+        ("coarsen", {"energy": 0.5}, ["no parameter 'energy'", "rank, bits, others"]),
         ("project", {}, ["moments = ''", "a path"]),
         ("project", {"moments": "m", "rank": -1}, ["rank = -1", "a whole number"]),
     ],
@@ -1192,6 +1196,11 @@ They take two vectors. Only the ratio of the weights matters; how far to go is w
 
 MATRICES = """
 ## Whole matrices
+
+`coarsen` makes a copy that is meant to be small, and says so: the claim of its file is `lossy`.
+With a rank, what is stored of a matrix is the k (m + n) factors themselves (docs/format.md), where
+the vector is one and its weight 1; elsewhere they are multiplied out. What is left of 7 bits or
+fewer fits bf16. Which rank and how many bits keep a skill, `skillvec search` finds: docs/search.md.
 
 `spectral` and `project` take each vector's matrices apart and add up the parts: of several vectors
 it is the sum of their heads, not the head of their sum (store a `linear` sum first for that), and

@@ -7,7 +7,8 @@ import numpy as np
 import zstandard
 from safetensors import deserialize, safe_open
 
-BLOCK, NONE, SUFFIX = 1048576, np.zeros(0, np.uint8), {"sparse": ".values", "packed": ".packed"}
+BLOCK, NONE = 1048576, np.zeros(0, np.uint8)
+SUFFIX = {"sparse": ".values", "packed": ".packed", "factors": ".factors"}
 FLOAT = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}  # BF16 as its bit patterns
 RECORDS = {"skillvec.exceptions": "<u4,<f4", "skillvec.replacements": "<u4,<u8"}
 
@@ -41,6 +42,17 @@ def decode(codec, payload, bitmap, out):
         out[np.flatnonzero(marks)] = payload.view(out.dtype)  # raises where counts differ
 
 
+def multiplied(stack, shape, rank):
+    """Return the product of the factors of matrices."""
+    m, n = shape[-2:]
+    sides = np.split(stack.astype("f8").reshape(-1, rank * (m + n)), [rank * m], axis=1)
+    left, right = sides[0].reshape(-1, m, rank), sides[1].reshape(-1, n, rank)
+    total = np.zeros((len(left), m, n))
+    for c in range(rank):
+        total += left[:, :, c, None] * right[:, None, :, c]
+    return (total.astype("<f4") + np.float32(0)).reshape(shape)
+
+
 def read_vector(path):
     """Return the manifest, and name -> exact delta, positions and bits of its replacements."""
     index, files, deltas = Path(path, "vector.safetensors.index.json"), [Path(path)], {}
@@ -52,18 +64,22 @@ def read_vector(path):
         stored, first = name + SUFFIX.get(entry["codec"], ""), entry["block"]
         held = next((file for file in files if stored in file), {})
         held = {tensor: np.frombuffer(t["data"], "u1") for tensor, t in held.items()}
-        found, raw = [], np.zeros(entry["shape"], FLOAT[entry["dtype"]]).ravel()
+        shape, rank = entry["shape"], entry.get("rank")
+        count = np.prod(shape[:-2], dtype=int) * rank * sum(shape[-2:]) if rank else shape
+        found, raw = [], np.zeros(count, FLOAT[entry["dtype"]]).ravel()
         rows = held.get("skillvec.blocks", NONE).view("<u4").reshape(-1, 3)
         own = rows[first:][: -(-raw.size // BLOCK)]
         bitmap = held[f"{name}.bitmap"] if entry["codec"] == "sparse" else NONE
         pieces = np.split(held.get(stored, NONE), np.cumsum(own[:, 0]))
         for at, piece in zip(range(0, BLOCK * len(own), BLOCK), pieces, strict=False):
-            decode(entry["codec"], piece, bitmap[at // 8 :][: BLOCK // 8], raw[at : at + BLOCK])
+            codec = "packed" if rank else entry["codec"]
+            decode(codec, piece, bitmap[at // 8 :][: BLOCK // 8], raw[at : at + BLOCK])
         wide = (raw.astype("<u4") << 16).view("<f4") if raw.dtype == "<u2" else raw * np.float32(1)
         for column, kind in enumerate(RECORDS, 1):
             records = held.get(kind, NONE).view(RECORDS[kind])[rows[:first, column].sum() :]
             block = np.repeat(np.arange(len(own)), own[:, column])
             found += [BLOCK * block + records["f0"][: block.size], records["f1"][: block.size]]
         wide[found[0]] = found[1]
-        deltas[name] = wide.reshape(entry["shape"]), *found[2:]
+        wide = multiplied(wide, shape, rank) if rank else wide.reshape(shape)
+        deltas[name] = wide, *found[2:]
     return json.loads(said["skillvec"]), deltas

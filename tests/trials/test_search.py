@@ -19,12 +19,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from click.testing import CliRunner
 from families import perturbed, save, toy
 from optuna.storages import InMemoryStorage
 from planted import plant
+from scipy import stats
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from transformers import LlamaForCausalLM
@@ -35,6 +37,7 @@ from skillvec.cli import main
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.trials import search as search_module
 from skillvec.trials import studies as studies_module
+from skillvec.trials.choosing import Goal, keep_share
 from skillvec.trials.scores import HALVES, Score, score_of
 from skillvec.trials.search import search
 from skillvec.trials.studies import open_storage, sqlite_url
@@ -114,7 +117,8 @@ def lambdas_of(vector: Any) -> list[float]:
 
 def weight_at(vector: Any, name: str) -> float:
     delta = vector.deltas[name]
-    return vector.scale * (delta.weights[0] if hasattr(delta, "weights") else 1.0)
+    whole = 0.0 if delta.is_zero else 1.0  # of a stored one
+    return vector.scale * (delta.weights[0] if hasattr(delta, "weights") else whole)
 
 
 def do_not_wait_for_the_disk(connection: Any, _: Any) -> None:
@@ -263,7 +267,37 @@ def test_the_smallest_vector_that_keeps_the_gain(ask: Any, tmp_path: Path) -> No
     combined = sv.combine(recipe=tmp_path / "out0/winner.yaml", output=tmp_path / "v.safetensors")
     assert (tmp_path / "v.safetensors").stat().st_size == facts["nbytes"]["winner"]
     assert facts["nbytes"]["winner"] < facts["nbytes"]["lambda 1"]
+    kept = facts["kept"]
+    assert kept["low"] < kept["share"] < kept["high"] and kept["share"] == pytest.approx(1, abs=0.1)
+    assert facts["answer"][1].startswith(f"It keeps {kept['share']:.3g} of the gain, 95 % interval")
     assert combined.report.verb == "combine"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_share_that_is_kept_has_fiellers_interval(seed: int) -> None:
+    """The ends solve (a - r b)^2 = t^2 Var(a - r b) / n for the gains a and b of the items."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(0, 1, 40)
+    plain = base + 0.5 + rng.normal(0, 0.6, 40)
+    won = base + 0.9 * (plain - base) + rng.normal(0, 0.3, 40)
+    answers = {point: {"score": score_of(list(values))} for point, values in
+               (("target", base), ("lambda 1", plain), ("winner", won))}  # fmt: skip
+    share, low, high = keep_share(answers, Goal("score", (False,), "bytes"))
+    a, b = won - base, plain - base
+    cov = np.cov(a, b) * stats.t.ppf(0.975, 39) ** 2 / 40
+    ends = np.roots([b.mean() ** 2 - cov[1, 1], -2 * (a.mean() * b.mean() - cov[0, 1]),
+                     a.mean() ** 2 - cov[0, 0]])  # fmt: skip
+    assert share == pytest.approx(a.mean() / b.mean())
+    assert [low, high] == pytest.approx(sorted(ends), rel=1e-6)
+
+
+def test_no_share_is_kept_of_a_gain_within_noise() -> None:
+    rng = np.random.default_rng(1)
+    values = {point: rng.normal(0, 1, 40) for point in ("target", "lambda 1", "winner")}
+    answers = {point: {"score": score_of(list(v))} for point, v in values.items()}
+    assert keep_share(answers, Goal("score", (False,), "bytes")) is None
+    alone = {point: {"score": Score(float(v.mean()), None)} for point, v in values.items()}
+    assert keep_share(alone, Goal("score", (False,), "bytes")) is None
 
 
 # -------------------------------------------------------------------------- again, and side by side

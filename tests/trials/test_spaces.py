@@ -113,6 +113,49 @@ def test_which_layers_at_all() -> None:
     assert {role_of(name) for name, weight in off.items() if not weight} == {"norm"}
 
 
+def test_one_of_several_parts() -> None:
+    space = space_of("lam=1 only=all|layers|attention|mlp|layers:3")
+    assert space.dimensions == {
+        "only": ("all", "layers", "attention", "mlp", "layers0-3", "layers4-7", "layers8-10")
+    }
+    assert space.start() == {"only": "all"}
+    left = {
+        part: {name for name, weight in weights(space, only=part).items() if weight}
+        for part in space.dimensions["only"]
+    }
+    assert left["all"] == {*NAMES}
+    assert left["layers"] == {*NAMES} - {*OUTSIDE}
+    for role in ("attention", "mlp"):
+        assert left[role] == {name for name in NAMES if role_of(name) == role}
+    for part, first, last in (("layers0-3", 0, 3), ("layers8-10", 8, 10)):
+        inside = re.compile(rf"model\.layers\.({'|'.join(map(str, range(first, last + 1)))})\.")
+        assert left[part] == {name for name in NAMES if inside.match(name)}
+    # one is no choice, and stands where it is said; a lambda of its own is kept
+    alone = space_of("lam=0:2 by=kinds only=mlp")
+    assert "only" not in alone.dimensions
+    found = weights(alone, lam_mlp=0.5)
+    assert {w for name, w in found.items() if role_of(name) == "mlp"} == {0.5}
+    assert {w for name, w in found.items() if role_of(name) != "mlp"} == {0.0}
+
+
+def test_a_star_does_not_switch_off_what_is_kept() -> None:
+    """A glob with a star for a number matches longer names too, which may be of another kind."""
+    names = ["a.0.w_norm.weight", "a.0.mlp.b.1.w_norm.weight", "a.0.b.1.mlp.weight", "a.0.weight",
+             "a.0.mlp.1.weight"]  # fmt: skip
+    space = space_of("lam=1 only=all|mlp|norm|other", names=names)
+    for role in ("mlp", "norm", "other"):
+        kept = {name for name, weight in weights(space, names, only=role).items() if weight}
+        assert kept == {name for name in names if role_of(name) == role} and kept, role
+
+
+def test_choices_may_be_numbers() -> None:
+    space = space_of("op=coarsen lam=1 rank=0|2|16 bits=23|7|0")
+    assert space.dimensions == {"rank": (0, 2, 16), "bits": (23, 7, 0)}
+    assert space.start() == {"rank": 0, "bits": 23}
+    (share,) = space.recipe({"rank": 16, "bits": 0}).shares
+    assert share.parameters == {"rank": 16, "bits": 0}
+
+
 def test_parameters_of_an_operator() -> None:
     space = space_of("op=ties lam=0:2 density=0.05:1:log density_of=nonzero|all seed=3", "a", "b")
     assert space.describe() == {
@@ -147,7 +190,7 @@ def test_a_file_says_each_vector_its_own(tmp_path: Path) -> None:
     [
         (
             "density=0.1:1",
-            r"unknown keys; there are op, seed, vectors, .*, switch:\n  density",
+            r"unknown keys; there are op, seed, vectors, .*, switch, only:\n  density",
         ),
         ("op=tie", "no operator 'tie'; there are linear, ties"),
         ("lam=1", "nothing is left to choose; a range is low:high"),
@@ -162,6 +205,9 @@ def test_a_file_says_each_vector_its_own(tmp_path: Path) -> None:
         ("by=layers:0", "the vector has 11 layers, found 0 groups"),
         ("by=knots:1", "a gradient takes at least 2 knots"),
         ("switch=whole", "switch: expected layers:K or kinds"),
+        ("only=all|heads", "only: expected all, layers, layers:K or one of embeddings, norm, "),
+        ("only=layers:12", "only: the vector has 11 layers, found 12 groups"),
+        ("op=coarsen bits=0|24", "bits at 24: coarsen: bits = 24, expected a whole number"),
         ("op=ties density=0:1", "density at 0: ties: density = 0, expected above 0, at most 1"),
         (
             "op=ties scope=tensor|all",

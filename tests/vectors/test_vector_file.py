@@ -37,6 +37,7 @@ from skillvec.errors import (
 )
 from skillvec.files.header import MAX_DIMENSIONS
 from skillvec.vectors import reader as reader_module
+from skillvec.vectors.manifest import SCHEMAS
 from skillvec.vectors.reader import MAX_NUMEL
 from skillvec.vectors.vector import SkillVector
 
@@ -467,7 +468,7 @@ def of_zero(**changes: object) -> Callable[[Manifest], object]:
 
 # what is done to the manifest of a packed vector
 REFUSED: dict[str, Callable[[Manifest], object]] = {
-    "schema of tomorrow": lambda m: m.update(schema=3),
+    "schema of tomorrow": lambda m: m.update(schema=SCHEMAS[-1] + 1),
     "schema as text": lambda m: m.update(schema="1"),
     "schema as a float": lambda m: m.update(schema=1.0),
     "schema a boolean": lambda m: m.update(schema=True),

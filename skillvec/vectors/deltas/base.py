@@ -109,6 +109,19 @@ class DeltaSource(ABC):
         """Whether it is known to be zero without being read."""
         return False
 
+    @property
+    def fits(self) -> str:
+        """The narrowest dtype that is known to hold all its values."""
+        return self.dtype
+
+    @property
+    def stack(self) -> "Stack | None":
+        """The factors that it is multiplied out of, as what a file keeps of it; None: no factors.
+
+        Its dtype is that of the factors; its name and shape are those of the product.
+        """
+        return None
+
     def stored_parts(self, role: str) -> "Iterator[tuple[str, InFile]]":
         """Yield the stored deltas that are read whole for it, with their roles."""
         yield from ()
@@ -148,6 +161,13 @@ class DeltaSource(ABC):
     def as_view(self) -> View:
         """Return it as a view of what it is read from."""
         return whole(self, self.spec.shape)
+
+
+class Stack(DeltaSource):
+    """The factors of a delta, of `rank` columns."""
+
+    __slots__ = ()
+    rank: int
 
 
 def dtype_of(name: str) -> str:

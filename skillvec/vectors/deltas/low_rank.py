@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from skillvec.files.scratch import Scratch
 from skillvec.ops.block import BLOCK_NUMEL
 from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import Array
-from skillvec.ops.low_rank import Product
+from skillvec.ops.low_rank import Product, find_inside, find_leading
 from skillvec.vectors.block_reader import NO_RECORDS, Block
 from skillvec.vectors.deltas.base import Decoded, DeltaSource, InFile
 
@@ -47,6 +47,8 @@ class LowRankDelta(DeltaSource):
     or of what a subspace of the inputs meets. Values are fp64, for whoever adds them up to round
     once. `known` is what a pass over whole matrices has found.
     """
+
+    is_read_again: ClassVar[bool] = True  # block by block, after the pass
 
     source: DeltaSource
     spec: TensorSpec = field()
@@ -85,6 +87,12 @@ class LowRankDelta(DeltaSource):
         m, n = self.spec.shape[-2:]
         return m, n
 
+    def find(self, matrix: Array, directions: Array | None) -> Product:
+        """Return the product of a matrix; `directions` are those of its subspace, if it has one."""
+        if self.subspace is None or directions is None:
+            return find_leading(matrix, self.rank, self.energy)
+        return find_inside(matrix, directions, self.subspace.side)
+
     def informed(self, known: Mapping[Any, Any]) -> Self:
         return replace(self, known=known.get(self.wanted, self.known))
 
@@ -106,7 +114,8 @@ class LowRankDelta(DeltaSource):
 
     def _part(self, known: Factors, number: int, begin: int, values: Array) -> None:
         """Turn values of one matrix, from its position `begin` on, into those of this delta."""
-        (rank, left, right, norm_sq, rest_sq), n = known.products[number], self.shape[1]
+        rank, left, right, norm_sq, rest_sq, *_ = known.products[number]
+        n = self.shape[1]
         if left is None:
             values *= self.inside
             return

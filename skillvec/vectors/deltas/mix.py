@@ -14,7 +14,8 @@ from skillvec.ops.delta import STEP, Delta
 from skillvec.ops.kernels import Array
 from skillvec.ops.merge_methods import Operator, Position
 from skillvec.vectors.block_reader import NO_RECORDS, Block
-from skillvec.vectors.deltas.base import Decoded, DeltaSource, InFile
+from skillvec.vectors.deltas.base import Decoded, DeltaSource, InFile, Stack
+from skillvec.vectors.deltas.factored import CoarseDelta
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -56,6 +57,16 @@ class MixDelta(DeltaSource):
         if getattr(self.operator, "random", True):  # other numbers for tensors of other names
             return None
         return self.weights, self.parameters, self.spec.shape
+
+    @property
+    def stack(self) -> Stack | None:
+        alone = self.weights == (1.0,) and isinstance(self.sources[0], CoarseDelta)
+        return self.sources[0].stack if alone else None
+
+    @property
+    def fits(self) -> str:
+        alone = self.weights in ((1.0,), (0.0,)) and self.spec.dtype == "F32"
+        return "BF16" if alone and self.parameters[0].get("bits", 8) <= 7 else self.spec.dtype
 
     @property
     def passes(self) -> int:

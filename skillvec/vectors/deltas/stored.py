@@ -36,6 +36,11 @@ class StoredDelta(DeltaSource):
     def is_zero(self) -> bool:
         return self.codec == "zero"
 
+    @property
+    def payload(self) -> "StoredDelta":
+        """What the block table speaks of."""
+        return self
+
     def stored_parts(self, role: str) -> "Iterator[tuple[str, InFile]]":
         yield role, self
 
