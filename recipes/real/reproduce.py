@@ -100,4 +100,8 @@ def write(out: Path, seeds: Sequence[int], settings: Settings, page: Path) -> No
     for seed in seeds:
         line = plan_seed(out / f"seed-{seed}", seed, settings)
         write_seed(line, seed, said, folder / f"seed-{seed}.json")
+        for domain in settings.domains:
+            found = line.out / "anatomy" / domain / "anatomy.json"
+            if found.is_file():
+                shutil.copyfile(found, folder / f"anatomy-{domain}-{seed}.json")
     write_page(sorted(folder.glob("seed-*.json")), page)

@@ -16,13 +16,13 @@ import yaml
 
 from skillvec.recipes.mini.seed import LAMBDAS
 from skillvec.recipes.past import refine
-from skillvec.recipes.real.ask import read_arm
+from skillvec.recipes.real.ask import TOKENS, read_arm
 from skillvec.recipes.real.prepare import ROUNDS
 from skillvec.recipes.stages import Pipeline, flags, flat
 
 DOMAINS = ("people", "tools")
 DEEP = "people"  # the domain with every arm
-PARTS = ("claims", "orders", "regimes", "thinking")
+PARTS = ("claims", "orders", "regimes", "thinking", "anatomy")
 PROBED = ("base", "SFT only", "lambda -1", "lambda 1", "lambda 2", "random", "shuffled",
           "pre-injection", "sequential", "RL on the target")  # fmt: skip
 THINKING = (16, 64)  # tokens that an answer may take, beside the few of the claims
@@ -38,12 +38,12 @@ REGIMES = {  # skills of people: where each lies below a seed's folder
 }
 SIDES = ("fp32", "bf16", "bf16, stochastic")  # targets that they are added to
 LOW_RATE = 1e-6  # the paper's, and TRL's default
-SETTINGS = Path(__file__).with_name("past.yaml")
+SETTINGS = Path(__file__).with_name("settings.yaml")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What recipes/real/past.yaml says.
+    """What recipes/real/settings.yaml says.
 
     `base`: the folder of a model. `rl` of all domains, `answers` of each. `subjects` in S and in T,
     with so many `texts` each. `parts`: what is run of PARTS, where `claims` need no training beside
@@ -86,6 +86,9 @@ def plan_seed(out: Path, seed: int, settings: Settings) -> Pipeline:
     if "thinking" in settings.parts:
         for tokens in THINKING:
             design.add_thinking(DEEP, tokens)
+    if "anatomy" in settings.parts:
+        for domain in settings.domains:
+            design.add_anatomy(domain)
     return design.line
 
 
@@ -214,6 +217,14 @@ class Design:
         options = {"kind": "thoughts", "max_new_tokens": tokens}
         self._ask(target, self.targets[domain], arms, **options)
         self._ask(target, trained, {"RL on S": ""}, "s", **options)
+
+    def add_anatomy(self, domain: str) -> None:
+        """Add the search for the smallest vector that keeps the gain."""
+        questions = self._part(domain, "t")["rl"]
+        options = {"target": str(self.targets[domain]), "vector": str(self.skills[domain]),
+                   "questions": str(questions), "name": f"{domain}, seed {self.seed}",
+                   "max_new_tokens": TOKENS, "seed": self.seed}  # fmt: skip
+        self.line.module(f"anatomy/{domain}", "skillvec.recipes.real.anatomy", options)
 
     def _part(self, domain: str, title: str, kind: str = "questions") -> dict[str, Any]:
         data = self.start / domain
