@@ -1,4 +1,4 @@
-"""The oracle of benchmarks/real.py, against fractions, and its counts, on small files."""
+"""benchmarks/real.py: its oracle against fractions, its counts, copies and rows, on small files."""
 
 import json
 import sqlite3
@@ -8,6 +8,9 @@ from pathlib import Path
 import exact
 import numpy as np
 import pytest
+import real
+import real_models
+import real_peers
 from exact import STORED, compare, round_once, sum_to_odd
 from safetensors.numpy import save_file
 
@@ -213,3 +216,75 @@ def test_a_database_is_read_as_its_file_is(models: dict[str, Path]):
     sources = {role: models[role] for role in ("tuned", "base")}
     assert compare(place, "tuned", sources)["unequal_bits"] == 0
     assert compare(models["base"], "tuned", sources)["wrong"] > 1000
+
+
+# --------------------------------------------------------------------- copies, stand-ins and rows
+
+
+def test_a_copy_in_bf16_is_rounded_once_and_says_its_dtype(models: dict[str, Path]):
+    start, out = models["tuned"], models["tuned"].parent / "copy"
+    (start / "config.json").write_text(json.dumps({"dtype": "float32", "hidden_size": 30}))
+    assert real.dtype_of(start) == "fp32"
+    real_models.main("bf16", str(start), str(out))
+    assert real.dtype_of(out) == "bf16"
+    assert json.loads((out / "config.json").read_text()) == {"dtype": "bfloat16", "hidden_size": 30}
+    values, copied = read(start), read(out)
+    for name, bits in copied.items():
+        assert (bits == round_once(values[name].astype("f8"), "BF16")).all()
+    with pytest.raises(ValueError, match=r"a\.weight is BF16; expected F32"):
+        real_models.main("bf16", str(out), str(out.parent / "again"))
+
+
+def test_stand_ins_differ_by_updates_of_the_sizes_that_were_meant(models: dict[str, Path]):
+    start, out = models["base"], models["base"].parent / "made"
+    (start / "config.json").write_text("{}")
+    real_models.main("stand-in", str(start), str(out))
+    base, tuned, target = (read(out / role) for role in ("base", "tuned", "target"))
+    moved = np.std(tuned["a.weight"] - base["a.weight"])
+    assert moved == pytest.approx(real_models.RL_UPDATE_RMS, rel=0.1)
+    apart = np.std(target["a.weight"] - base["a.weight"])
+    assert apart == pytest.approx(2**0.5 * real_models.DENSE_UPDATE_RMS, rel=0.1)
+    written = (out / "tuned/model.safetensors").read_bytes()
+    (out / "made").unlink()
+    real_models.main("stand-in", str(start), str(out))
+    assert (out / "tuned/model.safetensors").read_bytes() == written
+
+
+def test_models_that_cannot_be_measured_are_refused(models: dict[str, Path]):
+    with pytest.raises(SystemExit, match=r"expected config\.json and safetensors"):
+        real.dtype_of(models["base"])
+    (models["base"] / "config.json").write_text("{}")
+    save_file({"a.weight": np.zeros(3, "f2")}, models["base"] / "more.safetensors")
+    with pytest.raises(SystemExit, match="found tensors of F16, F32"):
+        real.dtype_of(models["base"])
+
+
+@pytest.mark.parametrize("task", real_peers.TASKS)
+def test_a_peer_that_is_not_there_has_a_row_that_says_so(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for place in ("OTHERS", "PEERS"):
+        monkeypatch.setattr(real_peers, place, tmp_path / "nowhere" / "bin")
+    models = (tmp_path / role for role in ("base", "tuned", "target"))
+    trio = real_peers.Trio(*models, "bf16", tmp_path, tmp_path / "skillvec")
+    ways = real_peers.ways_of(task, trio, [*real_peers.WAYS])
+    there = {who for who, way in ways.items() if way.command}
+    assert there == {"floor+sync", "skillvec", *["skillvec stored"] * (task == "apply")}
+    missing = [way.note for who, way in ways.items() if who not in there and who != "PEFT"]
+    assert len(missing) >= 4
+    assert {*missing} == {real_peers.ABSENT}
+    assert real_peers.ABSENT in str(real.look(task, "reminis", ways["reminis"], trio))
+
+
+def test_a_run_that_fails_is_a_row_with_its_last_line(tmp_path: Path):
+    places = (tmp_path, tmp_path, tmp_path)
+    trio = real_peers.Trio(*places, "bf16", tmp_path, tmp_path / "skillvec")
+    broken = real_peers.Command(["sh", "-c", "echo no such thing; exit 3"], (), tmp_path / "out")
+    row = real.look("apply", "peer", real_peers.Way(broken), trio)
+    assert str(row).endswith("failed: no such thing")
+
+
+def test_the_columns_of_the_counts():
+    counts = {"values": 200, "wrong": 3, "lost": 0.5, "missing": 0, "extra": 1, "other_dtype": 0}
+    assert real.told(counts).split() == ["3", "1.50%", "5.0e-01", "1", "tensors", "more;"]
+    assert len(real.told(None)) == len(real.told(counts | {"extra": 0}))
