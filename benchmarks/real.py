@@ -120,7 +120,7 @@ def look(task: str, who: str, way: Way, trio: Trio) -> Row:
     row.output_mb = nbytes([out]) / 1e6
     if way.counted:
         row.counts = count(task, way, trio)
-    if task == "vector":
+    if task == "vector" and who != SYNCED:
         remove(trio.stored(who))
         out.replace(trio.stored(who))
     remove(out)
