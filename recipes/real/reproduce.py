@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def choose(model: str | None, parts: Sequence[str] | None, quick: bool) -> Settings:
-    """Return the settings of past.yaml with what was asked for."""
+    """Return the settings of settings.yaml with what was asked for."""
     changes: dict[str, Any] = dict(QUICK) if quick else {}
     changes |= {"base": model} if model else {}
     changes |= {"parts": [*parts]} if parts else {}
