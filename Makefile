@@ -17,11 +17,11 @@ demo: $(READY)
 reproduce: $(READY)
 	$(BIN)/python -m skillvec.recipes.mini.reproduce
 
-# the claims on a real model, at most 3 hours for a seed on two cores; make real SEEDS="0 1 2" JOBS=2
+# the claims on a real model: hours for a seed; make real SEEDS="0 1 2" JOBS=2
 real: $(READY)
 	$(BIN)/python -m skillvec.recipes.real $(addprefix --seeds ,$(SEEDS)) $(addprefix --jobs ,$(JOBS))
 
-# its first claims, one domain, in some 25 minutes
+# its first claims, of one domain
 real-quick: $(READY)
 	$(BIN)/python -m skillvec.recipes.real --quick
 

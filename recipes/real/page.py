@@ -121,7 +121,7 @@ def tell_first(judged: Judged, results: Results, least: int) -> str:
             if plain is None:  # said already by another part
                 continue
             if word == HOLDS or (word == FEW and all(_passes(tests))):
-                found.append(f"{plain} ({_closest(tests)[1]})")
+                found.append(plain)
             elif word == FAILS or (word == FEW and all(_opposes(tests))):
                 opposite.append(f"{plain} ({_tell_closest(tests)})")
             else:

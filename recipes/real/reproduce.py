@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (%(default)s)")
     parser.add_argument("--model", help="folder of another small model with ChatML's marks")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: {' '.join(PARTS)}")
-    parser.add_argument("--quick", action="store_true", help="people alone, in some 25 minutes")
+    parser.add_argument("--quick", action="store_true", help="people alone, without further trainings")
     parser.add_argument("--one", type=int, metavar="SEED", help="run one seed in this process")
     given = parser.parse_args(arguments)
     out = given.out or Path("runs") / ("real-quick" if given.quick else "real")
@@ -95,7 +95,7 @@ def write(out: Path, seeds: Sequence[int], settings: Settings, page: Path) -> No
 
     name = NAME if settings.base == read_settings().base else Path(settings.base).name
     said = {"model": name, "subjects": settings.subjects, "texts": settings.texts,
-            "domains": [*settings.domains], "parts": [*settings.parts]}  # fmt: skip
+            "domains": ", ".join(settings.domains), "parts": ", ".join(settings.parts)}  # fmt: skip
     folder = page.parent / "real"
     for seed in seeds:
         line = plan_seed(out / f"seed-{seed}", seed, settings)

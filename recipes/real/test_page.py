@@ -74,7 +74,7 @@ def test_the_first_five_lines_say_what_does_not_hold_and_then_what_does(docs: Pa
     assert lines[2].startswith("- **Does not show in every seed:**")
     assert "two rounds of RL beat one with as many steps (people: K = 2 less K = 1" in lines[2]
     assert lines[3].startswith("- **Found:** the model answers about people ")
-    assert "the skill lifts answers about subjects that RL never saw (+0." in lines[3]
+    assert "the skill lifts answers about subjects that RL never saw;" in lines[3]
     assert "and not for other trainings" in lines[4] and "want 10 seeds" in lines[4]
 
 
