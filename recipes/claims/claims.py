@@ -212,6 +212,8 @@ def nearly_orthogonal(results: Results) -> Claim:
     for name, (a, b) in (pairs | controls | between).items():
         for part in WEIGHTS:
             cosine, p = (results.pair(a, b, key, part) for key in ("cosine", "p"))
+            if not cosine.values:  # RL changed nothing in any seed
+                continue
             largest = max(map(abs, cosine.values))
             rms = fmean(value**2 for value in cosine.values) ** 0.5
             control = results.pair(a, b, "control_cosine", part).show("+.4f")
@@ -221,6 +223,8 @@ def nearly_orthogonal(results: Results) -> Claim:
             if name in pairs:
                 tests[WEIGHTS[part]][name] = Spread(tuple(map(abs, cosine.values)))
                 sizes[part].append(largest)
+    if not sizes["overall"]:
+        return Claim(title, "nearly orthogonal", (), "", "")
     sft = [results.pair(a, b, "cosine") for a, b in controls.values()]
     said = (
         f"the largest cosine of v and an SFT update is {max(sizes['overall']):.3f} in size over all"

@@ -90,6 +90,8 @@ class Spread:
         return [contrast([(1.0, score)]) for score in self.asked]
 
     def show(self, form: str = ".3f") -> str:
+        if not self.values:
+            return "-"
         spread = f" ± {stdev(self.values):{form.lstrip('+')}}" if len(self.values) > 1 else ""
         return f"{self.mean:{form}}{spread}"
 

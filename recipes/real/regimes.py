@@ -56,20 +56,18 @@ def _kept(seeds: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of what is left of the update itself."""
     rows = []
     for name, stage in REGIMES.items():
-        nbytes = fmean(seed["nbytes"][stage] for seed in seeds)
-        changed, cosine, norm, numel = [], [], [], []
-        for seed in seeds:
-            pair = _pair(seed, stage)
-            first = stage == REGIMES["fp32"]
-            changed.append(pair["density_a" if first else "density_b"])
-            numel.append(pair["numel"])
-            cosine.append(1.0 if first else pair["cosine"])
-            norm.append(1.0 if first else 1 / pair["norm_ratio"])
-        gains = [fmean(_mean(seed, side, f"{name} lambda 1", "realised") for seed in seeds)
+        pairs = [_pair(seed, stage) for seed in seeds]
+        alone = stage == REGIMES["fp32"]
+        bits = [8 * seed["nbytes"][stage] / pair["numel"]
+                for seed, pair in zip(seeds, pairs, strict=True)]  # fmt: skip
+        changed = [pair["density_a" if alone else "density_b"] for pair in pairs]
+        cosines = [1.0 if alone else pair["cosine"] for pair in pairs]
+        norms = [pair["norm_a" if alone else "norm_b"] / pair["norm_a"] if pair["norm_a"] else None
+                 for pair in pairs]  # fmt: skip
+        gains = [_show([_mean(seed, side, f"{name} lambda 1", "realised") for seed in seeds], ".2f")
                  for side in SIDES]  # fmt: skip
-        rows.append([name, f"{fmean(changed):.1%}", f"{8 * nbytes / fmean(numel):.2f}",
-                     f"{fmean(cosine):.3f}", f"{fmean(norm):.2f}",
-                     f"{gains[0]:.2f}, {gains[1]:.2f} / {gains[2]:.2f}"])  # fmt: skip
+        rows.append([name, _show(changed, ".1%"), _show(bits, ".2f"), _show(cosines, ".3f"),
+                     _show(norms, ".2f"), f"{gains[0]}, {gains[1]} / {gains[2]}"])  # fmt: skip
     heads = ["skill", "values changed", "bits a weight", "cosine", "norm",
              "gain: fp32, bf16 nearest / stochastic"]  # fmt: skip
     return table(heads, rows)
@@ -89,14 +87,21 @@ def _pair(seed: Mapping[str, Any], stage: str) -> Mapping[str, Any]:
 def _scores(seeds: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for side in SIDES:
-        alone = fmean(_mean(seed, side, "SFT only", "exact") for seed in seeds)
         for name in REGIMES:
-            cells = [fmean(_mean(seed, side, f"{name} lambda {lam:g}", "exact") for seed in seeds)
-                     for lam in REGIME_LAMBDAS]  # fmt: skip
-            rows.append([side, name, *(f"{value:.3f}" for value in (alone, *cells))])
+            arms = ["SFT only", *(f"{name} lambda {lam:g}" for lam in REGIME_LAMBDAS)]
+            cells = [_show([_mean(seed, side, arm, "exact") for seed in seeds], ".3f")
+                     for arm in arms]  # fmt: skip
+            rows.append([side, name, *cells])
     heads = ["target", "skill", "0", *(f"{lam:g}" for lam in REGIME_LAMBDAS)]
     return table(heads, rows)
 
 
-def _mean(seed: Mapping[str, Any], side: str, arm: str, metric: str) -> float:
-    return float(seed["scores"][f"regimes on {side}"]["arms"][arm]["means"][metric])
+def _mean(seed: Mapping[str, Any], side: str, arm: str, metric: str) -> float | None:
+    found: float | None = seed["scores"][f"regimes on {side}"]["arms"][arm]["means"][metric]
+    return found
+
+
+def _show(values: Sequence[float | None], form: str) -> str:
+    """Return the mean of what there is: a skill that is zero has no angle and no gain."""
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):{form}}" if known else "-"

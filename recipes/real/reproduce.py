@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (%(default)s)")
     parser.add_argument("--model", help="folder of another small model with ChatML's marks")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: {' '.join(PARTS)}")
-    parser.add_argument("--quick", action="store_true", help="people alone, without further trainings")
+    parser.add_argument(
+        "--quick", action="store_true", help="people alone, without further trainings"
+    )
     parser.add_argument("--one", type=int, metavar="SEED", help="run one seed in this process")
     given = parser.parse_args(arguments)
     out = given.out or Path("runs") / ("real-quick" if given.quick else "real")
