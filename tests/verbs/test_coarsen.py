@@ -220,6 +220,28 @@ def test_differences_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert sv.combine(vector, op="coarsen", parameters={"rank": 2})[UP].any()
 
 
+def test_products_beyond_fp32_are_refused_by_name(tmp_path: Path) -> None:
+    """1.5 * 2^127 is finite, and what is left of it with no bits of mantissa is 2^128."""
+    for dtype, value in ((torch.float32, 1.5 * 2.0**127), (torch.float64, 1e200)):
+        sides = {"tuned": value, "base": 0.0}
+        for side, number in sides.items():
+            save(tmp_path / side, {UP: torch.full((9, 8), number, dtype=dtype)})
+        pair = f"{tmp_path / 'tuned'}::{tmp_path / 'base'}"
+        with pytest.raises((NonfiniteError, IncompatibleError), match=UP):
+            sv.combine(pair, op="coarsen", parameters={"rank": 1, "bits": 0},
+                       output=tmp_path / "c.safetensors")  # fmt: skip
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+@pytest.mark.parametrize("kept", [float("nan"), 7, -0.1])
+def test_a_share_that_cannot_be_is_refused(kept: float, vector: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.safetensors"
+    sv.combine(vector, op="coarsen", parameters={"rank": 3, "bits": 2}, output=file)
+    rewrite(file, lambda manifest, tensors: manifest.update(kept=kept))
+    with pytest.raises(FormatError, match="kept"):
+        sv.inspect(file)
+
+
 def test_what_counts_for_nothing_is_stored_as_zero(vector: Path, tmp_path: Path) -> None:
     recipe = {"op": "coarsen", "parameters": {"rank": 2, "bits": 2}, "vectors": [
         {"vector": str(vector), "rules": [{"match": "experts*", "weight": 0}]}]}  # fmt: skip
