@@ -38,6 +38,12 @@ ROW = ("cosine", "p", "control_cosine", "density_a", "density_b", "norm_a", "nor
 # whose marks are kept of which targets; of others those of `exact`
 MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("ends", "contains")}
 DIGITS = 7
+# what a file of a seed has at least; a report that is not finished is null
+HELD: Mapping[str, Any] = {
+    "seed": int, "settings": dict, "machine": dict, "versions": dict, "unfinished": list,
+    "seconds": dict, "trainings": dict, "commands": dict, "scores": dict, "angles": dict | None,
+    "copies": dict, "regimes": dict | None, "nbytes": dict,
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------- one seed
 
@@ -200,6 +206,10 @@ def read_seeds(files: Sequence[Path]) -> list[dict[str, Any]]:
             raise ValueError(f"{file}: not JSON: {error}") from None
         if not isinstance(read, dict) or read.get("schema") != SCHEMA:
             raise ValueError(f"{file}: expected a seed of schema {SCHEMA}, as write_seed makes it")
+        wrong = [key for key, kind in HELD.items()
+                 if key not in read or not isinstance(read[key], kind)]  # fmt: skip
+        if wrong:
+            raise ValueError(f"{file}: no seed as write_seed makes it: {', '.join(wrong)}")
         seeds.append(read)
     numbers = [read["seed"] for read in seeds]
     if not seeds or len({*numbers}) < len(numbers):
