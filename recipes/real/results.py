@@ -40,7 +40,7 @@ MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("ends", "
 DIGITS = 7
 # what a file of a seed has at least; a report that is not finished is null
 HELD: Mapping[str, Any] = {
-    "seed": int, "settings": dict, "machine": dict, "versions": dict, "unfinished": list,
+    "settings": dict, "machine": dict, "versions": dict, "unfinished": list,
     "seconds": dict, "trainings": dict, "commands": dict, "scores": dict, "angles": dict | None,
     "copies": dict, "regimes": dict | None, "nbytes": dict,
 }  # fmt: skip
@@ -204,12 +204,9 @@ def read_seeds(files: Sequence[Path]) -> list[dict[str, Any]]:
             read = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file}: not JSON: {error}") from None
-        if not isinstance(read, dict) or read.get("schema") != SCHEMA:
+        told = read if isinstance(read, dict) else {}
+        if told.get("schema") != SCHEMA or type(told.get("seed")) is not int:
             raise ValueError(f"{file}: expected a seed of schema {SCHEMA}, as write_seed makes it")
-        wrong = [key for key, kind in HELD.items()
-                 if key not in read or not isinstance(read[key], kind)]  # fmt: skip
-        if wrong:
-            raise ValueError(f"{file}: no seed as write_seed makes it: {', '.join(wrong)}")
         seeds.append(read)
     numbers = [read["seed"] for read in seeds]
     if not seeds or len({*numbers}) < len(numbers):
@@ -218,7 +215,17 @@ def read_seeds(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def gather(seeds: Sequence[Mapping[str, Any]]) -> Results:
-    """Return what all seeds measured; what one of them lacks is left out."""
+    """Return what all seeds measured; what one of them lacks is left out.
+
+    Raises ValueError for a seed without the keys that `write_seed` gives it.
+    """
+    for seed in seeds:
+        wrong = [key for key, kind in HELD.items()
+                 if key not in seed or not isinstance(seed[key], kind)]  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"seed {seed['seed']}: expected {', '.join(wrong)} as write_seed makes it"
+            )
     measured = [dict(_measured(seed)) for seed in seeds]
     scores = {key: _spread([one[key] for one in measured]) for key in _common(measured)}
     times = [seed["seconds"] for seed in seeds]

@@ -122,8 +122,10 @@ def test_files_that_are_no_seeds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text(file.read_text()[:100])
     with pytest.raises(ValueError, match=r"cut\.json: not JSON"):
         read_seeds([tmp_path / "cut.json"])
-    for key, value in (("seed", "0"), ("scores", None), ("commands", []), ("regimes", 1)):
-        changed = json.loads(file.read_text()) | {key: value}
-        (tmp_path / "changed.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=rf"changed\.json: no seed as .* it: {key}$"):
-            read_seeds([tmp_path / "changed.json"])
+    whole = json.loads(file.read_text())
+    (tmp_path / "other.json").write_text(json.dumps(whole | {"seed": "0"}))
+    with pytest.raises(ValueError, match=r"other\.json: expected a seed of schema 1"):
+        read_seeds([tmp_path / "other.json"])
+    for key, value in (("scores", None), ("commands", []), ("regimes", 1)):
+        with pytest.raises(ValueError, match=f"^seed 0: expected {key} as write_seed makes it"):
+            gather([whole | {key: value}])
