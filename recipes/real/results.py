@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -87,18 +88,18 @@ def write_seed(line: Pipeline, seed: int, settings: Mapping[str, Any], file: Pat
 def _spell(line: Pipeline, stage: Stage) -> str:
     """Return a stage's command with OUT for the folder of the seed, BASE for the model."""
 
+    out = re.compile(rf"(?<![^=+*:]){re.escape(str(line.out))}(?=/|$)")  # it may hold the signs
+
     def name(word: str) -> str:
+        if word == line.base:
+            return "BASE"
         for sign in ("::", "=", "+", "*"):  # of arms and vectors
             if sign in word:
                 return sign.join(map(name, word.split(sign)))
-        if word == line.base:
-            return "BASE"
-        path = Path(word)
-        if path.is_relative_to(line.out):
-            return str("OUT" / path.relative_to(line.out))
-        return path.name if path.is_absolute() else word
+        return Path(word).name if Path(word).is_absolute() else word
 
-    return shlex.join(map(name, shlex.split(spell(line, stage))))
+    words = (out.sub("OUT", word) for word in shlex.split(spell(line, stage)))
+    return shlex.join(map(name, words))
 
 
 def _scores(line: Pipeline) -> dict[str, Any]:
