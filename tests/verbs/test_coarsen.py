@@ -242,6 +242,26 @@ def test_a_share_that_cannot_be_is_refused(kept: float, vector: Path, tmp_path: 
         sv.inspect(file)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (None, "coarsen"),
+        ({}, "coarsen"),
+        ({"op": 7, "parameters": 3, "vectors": 3}, "coarsen"),
+        ({"parameters": {"rank": 2.0, "\x1b[2J": 1, "others": "\x1b[2J"},
+          "vectors": [3, {"parameters": None}, {"parameters": {"bits": 1, "others": "drop"}}]},
+         "coarsen, rank 2, bits 1, others drop"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_others_wrote_is_told_as_far_as_it_goes(
+    recipe: Any, said: str, vector: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.safetensors"
+    sv.combine(vector, op="coarsen", parameters={"rank": 3, "bits": 2}, output=file)
+    rewrite(file, lambda manifest, tensors: manifest.update(recipe=recipe))
+    assert f"  lossy    {said}" in say_inspect(sv.inspect(file))
+
+
 def test_what_counts_for_nothing_is_stored_as_zero(vector: Path, tmp_path: Path) -> None:
     recipe = {"op": "coarsen", "parameters": {"rank": 2, "bits": 2}, "vectors": [
         {"vector": str(vector), "rules": [{"match": "experts*", "weight": 0}]}]}  # fmt: skip
