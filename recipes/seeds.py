@@ -21,8 +21,12 @@ Plan = Callable[[int], Pipeline]
 def run_seeds(plan: Plan, seeds: Sequence[int], words: Sequence[str], jobs: int) -> None:
     """Run `python -m WORDS --one SEED` for every seed, `jobs` at once; show how far they are.
 
-    Raises ValueError with the end of the log of a seed that failed.
+    Raises ValueError with the end of the log of a seed that failed, for a seed that is named twice,
+    which would run twice in one folder and count as two, and for less than one job.
     """
+    if len({*seeds}) < len(seeds) or jobs < 1:
+        raise ValueError(f"seeds {' '.join(map(str, seeds))}, {jobs} at once: expected each once,"
+                         " and at least one job")  # fmt: skip
     waiting, running = list(seeds), {}
     threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(seeds))))
     start, shown = time.monotonic(), 0.0

@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from skillvec.recipes.alone import alone_in
 from skillvec.recipes.contents import Contents
 from skillvec.recipes.launch import RESUMABLE, launch_words
 
@@ -272,29 +273,32 @@ def run_stages(line: Pipeline, first: int = 0, last: int | None = None) -> None:
     """Run what is not done of the stages first..last, in order.
 
     Raises subprocess.CalledProcessError with the exit code of a command that failed, ValueError for
-    an output that is there and that no stage of this pipeline made, or that was changed since, and
-    for a skill that is zero.
+    an output that is there and that no stage of this pipeline made, or that was changed since, for
+    a skill that is zero, and where another process runs stages of the same folder.
     """
-    for number, stage in enumerate(line.stages[first:last], first + 1):
-        state, changed = _state(line, stage)
-        title = f"[{number}/{len(line.stages)}] {stage.name}"
-        if state == "done":
-            print(f"{title}: done before", flush=True)
-            if changed:
-                print(f"  {tell_changed(stage, changed)}", flush=True)
-        else:
-            print(f"{title}\n$ {spell(line, stage)}", flush=True)
-            if is_of_earlier_version(line, stage):
-                print("  an earlier version of skillvec did not record what it made", flush=True)
-            digests = digest_stage(line, stage)
-            _begin(line, stage, digests, state == "begun", changed)
-            start = time.perf_counter()
-            _run(line, stage)
-            seconds = round(time.perf_counter() - start, 1)
-            made = _files_made(line, stage)
-            _record(line, stage, digests, finished=True, seconds=seconds, made=made)
-        if stage.words[:2] == ("skillvec", "diff"):
-            _refuse_zero(line, stage)
+    with alone_in(line.out / "stages"):
+        for number, stage in enumerate(line.stages[first:last], first + 1):
+            state, changed = _state(line, stage)
+            title = f"[{number}/{len(line.stages)}] {stage.name}"
+            if state == "done":
+                print(f"{title}: done before", flush=True)
+                if changed:
+                    print(f"  {tell_changed(stage, changed)}", flush=True)
+            else:
+                print(f"{title}\n$ {spell(line, stage)}", flush=True)
+                if is_of_earlier_version(line, stage):
+                    print(
+                        "  an earlier version of skillvec did not record what it made", flush=True
+                    )
+                digests = digest_stage(line, stage)
+                _begin(line, stage, digests, state == "begun", changed)
+                start = time.perf_counter()
+                _run(line, stage)
+                seconds = round(time.perf_counter() - start, 1)
+                made = _files_made(line, stage)
+                _record(line, stage, digests, finished=True, seconds=seconds, made=made)
+            if stage.words[:2] == ("skillvec", "diff"):
+                _refuse_zero(line, stage)
 
 
 def tell_changed(stage: Stage, changed: Sequence[str]) -> str:

@@ -39,3 +39,10 @@ def test_a_seed_that_fails_shows_the_end_of_its_log(
     write_module(tmp_path, monkeypatch, "sys.exit('no space left')")
     with pytest.raises(ValueError, match=r"seed 1 failed.*\n.*no space left"):
         run_seeds(lambda seed: Pipeline(tmp_path / f"seed-{seed}", "base"), [1], ["one_seed"], 1)
+
+
+@pytest.mark.parametrize(("seeds", "jobs"), [([0, 1, 0], 2), ([0], 0)])
+def test_a_seed_runs_once_and_some_seed_runs(seeds: list[int], jobs: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="each once, and at least one job"):
+        run_seeds(lambda seed: Pipeline(tmp_path / f"seed-{seed}", "base"), seeds, ["x"], jobs)
+    assert not [*tmp_path.iterdir()]

@@ -18,6 +18,7 @@ divergence from the reference in nats a token on texts that the reference wrote,
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from skillvec.recipes import evaluate
 METRICS = ("exact", "contains", "first_word", "ends")
 BATCH = 100  # questions at once
 TOKENS = 12  # of a reply: a sentence about a subject has as many
+FACTOR = r"[-+]?[\d.]+(?:e[-+]?\d+)?\*"  # how a term begins: paths may hold "=", "+" and "*" too
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = build_parser().parse_args(arguments)
     try:
-        arms = {name: read_arm(text) for name, _, text in (a.rpartition("=") for a in given.arms)}
+        arms = read_arms(given.arms)
         if unknown := [name for name in given.probed if name not in arms]:
             raise ValueError(f"--probed {unknown[0]}: no such arm")
         if given.probed and not (given.probes and given.reference):
@@ -62,13 +64,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def read_arms(texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the vectors of arms such as "K = 2=1*v.safetensors", by name.
+
+    Raises ValueError for an arm without a name or a vector, and for two of one name.
+    """
+    arms: dict[str, dict[str, float]] = {}
+    for text in texts:
+        begun = re.match(f"(.+?)=(?={FACTOR})", text)
+        name, _, terms = (begun[1], "=", text[begun.end() :]) if begun else text.rpartition("=")
+        if not name:
+            raise ValueError(f"{text}: expected NAME=LAM*VECTOR")
+        if name in arms:
+            raise ValueError(f"two arms are named {name}")
+        arms[name] = read_arm(terms)
+    return arms
+
+
 def read_arm(text: str) -> dict[str, float]:
-    """Return {vector: lambda} of "0.5*v.safetensors+1*w.safetensors"; none of an empty text."""
-    found = {}
-    for term in filter(None, text.split("+")):
+    """Return {vector: lambda} of "0.5*v.safetensors+1*w.safetensors"; none of an empty text.
+
+    Raises ValueError for a term that is none, and for a vector that stands there twice.
+    """
+    found: dict[str, float] = {}
+    for term in filter(None, re.split(rf"\+(?={FACTOR})", text)):
         factor, star, path = term.partition("*")
         if not star or not path:
             raise ValueError(f"{term}: expected LAM*VECTOR")
+        if path in found:
+            raise ValueError(f"{path}: twice in one arm; add up its lambdas")
         found[path] = float(factor)
     return found
 

@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not given.model:
             ensure_base(Path(settings.base))
+        elif not (Path(given.model) / "config.json").is_file():
+            raise ValueError(f"--model {given.model}: no folder of a model: no config.json there")
         run_seeds(
             lambda seed: plan_seed(out / f"seed-{seed}", seed, settings),
             given.seeds, words, given.jobs,

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -38,6 +39,12 @@ ROW = ("cosine", "p", "control_cosine", "density_a", "density_b", "norm_a", "nor
 # whose marks are kept of which targets; of others those of `exact`
 MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("ends", "contains")}
 DIGITS = 7
+# what a file of a seed has at least; a report that is not finished is null
+HELD: Mapping[str, Any] = {
+    "settings": dict, "machine": dict, "versions": dict, "unfinished": list,
+    "seconds": dict, "trainings": dict, "commands": dict, "scores": dict, "angles": dict | None,
+    "copies": dict, "regimes": dict | None, "nbytes": dict,
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------- one seed
 
@@ -81,18 +88,18 @@ def write_seed(line: Pipeline, seed: int, settings: Mapping[str, Any], file: Pat
 def _spell(line: Pipeline, stage: Stage) -> str:
     """Return a stage's command with OUT for the folder of the seed, BASE for the model."""
 
+    out = re.compile(rf"(?<![^=+*:]){re.escape(str(line.out))}(?=/|$)")  # it may hold the signs
+
     def name(word: str) -> str:
+        if word == line.base:
+            return "BASE"
         for sign in ("::", "=", "+", "*"):  # of arms and vectors
             if sign in word:
                 return sign.join(map(name, word.split(sign)))
-        if word == line.base:
-            return "BASE"
-        path = Path(word)
-        if path.is_relative_to(line.out):
-            return str("OUT" / path.relative_to(line.out))
-        return path.name if path.is_absolute() else word
+        return Path(word).name if Path(word).is_absolute() else word
 
-    return shlex.join(map(name, shlex.split(spell(line, stage))))
+    words = (out.sub("OUT", word) for word in shlex.split(spell(line, stage)))
+    return shlex.join(map(name, words))
 
 
 def _scores(line: Pipeline) -> dict[str, Any]:
@@ -198,7 +205,8 @@ def read_seeds(files: Sequence[Path]) -> list[dict[str, Any]]:
             read = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file}: not JSON: {error}") from None
-        if not isinstance(read, dict) or read.get("schema") != SCHEMA:
+        told = read if isinstance(read, dict) else {}
+        if told.get("schema") != SCHEMA or type(told.get("seed")) is not int:
             raise ValueError(f"{file}: expected a seed of schema {SCHEMA}, as write_seed makes it")
         seeds.append(read)
     numbers = [read["seed"] for read in seeds]
@@ -208,7 +216,17 @@ def read_seeds(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def gather(seeds: Sequence[Mapping[str, Any]]) -> Results:
-    """Return what all seeds measured; what one of them lacks is left out."""
+    """Return what all seeds measured; what one of them lacks is left out.
+
+    Raises ValueError for a seed without the keys that `write_seed` gives it.
+    """
+    for seed in seeds:
+        wrong = [key for key, kind in HELD.items()
+                 if key not in seed or not isinstance(seed[key], kind)]  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"seed {seed['seed']}: expected {', '.join(wrong)} as write_seed makes it"
+            )
     measured = [dict(_measured(seed)) for seed in seeds]
     scores = {key: _spread([one[key] for one in measured]) for key in _common(measured)}
     times = [seed["seconds"] for seed in seeds]

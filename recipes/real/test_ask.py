@@ -53,7 +53,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_an_arm_answers_as_the_model_that_apply_writes(place: Path, tmp_path: Path) -> None:
     vector = place / "v.safetensors"
-    arms = ("itself=", f"K = 2=1*{vector}", f"both=0.5*{vector}+0.25*{vector}", "again=")
     assert run(place, tmp_path, "itself=", f"K = 2=1*{vector}", f"half=0.5*{vector}") == 0
     sv.apply(place / "base", vector, tmp_path / "half", lam=0.5)
     for arm, model in (("itself", place / "base"), ("K = 2", place / "tuned"),
@@ -70,9 +69,13 @@ def test_an_arm_answers_as_the_model_that_apply_writes(place: Path, tmp_path: Pa
     tells = read(tmp_path / "half.json")["metrics"]
     assert tells["realised"]["mean"] == pytest.approx(1, abs=1e-3)
     assert tells["bytes"]["mean"] == vector.stat().st_size
-    assert arms[2].count("*") == 2 and ask.read_arm(arms[2].partition("=")[2]) == {
-        str(vector): 0.25
-    }
+
+
+def test_names_and_paths_may_hold_the_signs_of_arms() -> None:
+    path, other = "/a+b/K=2*x/seed-0+1/v.safetensors", "w=1.safetensors"
+    texts = ("itself=", f"K = 2=1*{path}", f"K=2=-0.5*{path}+1e-3*{other}", "x=2=")
+    assert ask.read_arms(texts) == {"itself": {}, "K = 2": {path: 1.0},
+                                    "K=2": {path: -0.5, other: 1e-3}, "x=2": {}}  # fmt: skip
 
 
 def test_probes_tell_what_is_known_and_forgotten(place: Path, tmp_path: Path) -> None:
@@ -106,6 +109,9 @@ def test_what_is_there_is_not_asked_again(place: Path, tmp_path: Path) -> None:
     [
         (["a=0.5v.safetensors"], (), "0.5v.safetensors: expected LAM*VECTOR"),
         (["a=half*v.safetensors"], (), "could not convert"),
+        (["a=0.5*v+0.25*v"], (), "v: twice in one arm"),
+        (["a=1*v", "a=1*w"], (), "two arms are named a"),
+        (["1*v.safetensors"], (), "1*v.safetensors: expected NAME=LAM*VECTOR"),
         (["a="], ("--probed", "b"), "--probed b: no such arm"),
         (["a="], ("--probed", "a"), "--probed wants --probes and --reference"),
     ],

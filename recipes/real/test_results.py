@@ -47,6 +47,17 @@ def test_a_seed_is_written_whole_and_small(tmp_path: Path) -> None:
     assert arms["RL on S"]["groups"][0] == ["people S 0", EACH]
 
 
+@pytest.mark.parametrize("name", ["a run", "a+b", "K=2", "x*y"])
+def test_commands_hold_no_folder_whatever_it_is_called(name: str, tmp_path: Path) -> None:
+    plain = make_seed(tmp_path / "plain" / "seed-0", 0)
+    line = make_seed(tmp_path / name / "seed-0", 0)
+    files = [tmp_path / f"{n}.json" for n in range(2)]
+    for made, file in zip((plain, line), files, strict=True):
+        write_seed(made, 0, {}, file)
+    one, other = (json.loads(file.read_text())["commands"] for file in files)
+    assert one == other
+
+
 def test_marks_come_back_as_they_were_asked(tmp_path: Path) -> None:
     line = make_seed(tmp_path / "seed-0", 0)
     write_seed(line, 0, {}, tmp_path / "seed-0.json")
@@ -122,3 +133,10 @@ def test_files_that_are_no_seeds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text(file.read_text()[:100])
     with pytest.raises(ValueError, match=r"cut\.json: not JSON"):
         read_seeds([tmp_path / "cut.json"])
+    whole = json.loads(file.read_text())
+    (tmp_path / "other.json").write_text(json.dumps(whole | {"seed": "0"}))
+    with pytest.raises(ValueError, match=r"other\.json: expected a seed of schema 1"):
+        read_seeds([tmp_path / "other.json"])
+    for key, value in (("scores", None), ("commands", []), ("regimes", 1)):
+        with pytest.raises(ValueError, match=f"^seed 0: expected {key} as write_seed makes it"):
+            gather([whole | {key: value}])

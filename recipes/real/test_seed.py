@@ -89,6 +89,16 @@ def test_the_quick_form_trains_three_times_and_parts_can_be_chosen(tmp_path: Pat
         read_settings({"texs": 1})
 
 
+def test_a_folder_without_a_model_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, out = tmp_path / "no model", tmp_path / "out"
+    folder.mkdir()
+    assert reproduce.main(["--model", str(folder), "--out", str(out)]) == 1
+    assert "no model: no folder of a model: no config.json there" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_base_that_is_half_made_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

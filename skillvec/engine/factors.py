@@ -15,6 +15,7 @@ import numpy as np
 from skillvec.checkpoints.input_moments import read_part
 from skillvec.engine.matrix_workers import at_once_nbytes, in_turn
 from skillvec.engine.plan import Plan
+from skillvec.errors import IncompatibleError
 from skillvec.files.scratch import Scratch
 from skillvec.ops.activations import find_directions
 from skillvec.ops.kernels import Array
@@ -90,7 +91,10 @@ def _products(
     # where values without a finite difference are not met again, they are refused now
     lost: dict[str, int] | None = {} if delta.is_read_again else None
     for matrix in _matrices(delta.source, delta.shape, readers, lost):
-        found = delta.find(matrix, directions)
+        try:
+            found = delta.find(matrix, directions)
+        except IncompatibleError as error:
+            raise type(error)(f"{delta.spec.name}: {error}") from None
         if found.left is not None:
             left, right = (
                 scratch.add(np.ascontiguousarray(side).view(np.uint8).reshape(-1).data)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from skillvec.errors import NonfiniteError
 from skillvec.ops import svd
 from skillvec.ops.kernels import Array
 from skillvec.ops.special import round_mantissa
@@ -55,7 +56,8 @@ def find_coarse(matrix: Array, rank: int, bits: int) -> Product:
     """Return the leading singular triplets with both sides rounded to `bits` of mantissa.
 
     Each side has the root of the singular value, and `rank` columns: those that there are not are
-    0. So L and R are as long as a file has room for before they are known.
+    0. So L and R are as long as a file has room for before they are known. Raises NonfiniteError
+    where what is left is too large for fp32, as where L R' is.
     """
     found, count = svd.lead(matrix, rank, None, "cpu", 0)
     sides = []
@@ -64,6 +66,8 @@ def find_coarse(matrix: Array, rank: int, bits: int) -> Product:
         columns[:, :count] = round_mantissa(side[:, :count] * found.values[:count] ** 0.5, bits)
         sides.append(columns)
     rest_sq = svd.residual_sq(matrix, *(side.astype(matrix.dtype, copy=False) for side in sides))
+    if not np.isfinite(rest_sq):
+        raise NonfiniteError(f"factors of rank {rank} and {bits} bits leave the range of fp32")
     wide = [side.astype(np.float64) for side in sides]
     held_sq = float(np.vdot(wide[0].T @ wide[0], wide[1].T @ wide[1]))
     (left, right), changed = sides, [int(side.any(axis=1).sum()) for side in sides]

@@ -124,6 +124,8 @@ def check_manifest(said: Any) -> None:
             raise TypeError(f"manifest: {key} is missing")
     if said["exactness"]["claim"] not in CLAIMS:
         raise TypeError(f"manifest: exactness.claim {said['exactness']['claim']!r:.40}")
+    if not 0 <= said.get("kept", 0) <= 1:
+        raise TypeError(f"manifest: kept {said['kept']!r:.40}, expected a share")
 
 
 def encode_manifest(manifest: Manifest) -> dict[str, str]:

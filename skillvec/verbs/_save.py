@@ -180,7 +180,7 @@ def complete_manifest(
     if any("rank" in entry for entry in manifest["tensors"].values()):
         manifest["schema"] = 3
     if (kept := share_kept([result.job for result in results])) is not None:
-        manifest["kept"] = float(f"{kept:.4e}")
+        manifest["kept"] = float(f"{max(kept, 0.0):.4e}")  # a zero may be less by rounding
     manifest["side"] = settled.side
     unrestored = sum(entry.get("unrestored", 0) for entry in manifest["tensors"].values())
     manifest["equal"], manifest["differing"], claim = vector.conclude(equal, differing, unrestored)

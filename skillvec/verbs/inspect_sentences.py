@@ -1,6 +1,7 @@
 """What inspect says, as lines of text."""
 
 import textwrap
+from typing import Any
 
 from skillvec.analysis.wording import count_files, human_bytes, human_count
 from skillvec.report import Report
@@ -71,11 +72,7 @@ def _say_content(facts: Facts) -> list[str]:
         f" {exact['replacements']} replacements, {exact['unrestored']} not restored"
     )
     if exact["claim"] == "lossy":
-        recipe = facts["recipe"]
-        given = [recipe.get("parameters", {})]
-        given += [share.get("parameters", {}) for share in recipe["vectors"]]
-        words = [f"{name} {value}" for one in given for name, value in one.items()]
-        said.append(f"  lossy    {', '.join([recipe['op'], *words])}")
+        said.append(f"  lossy    {', '.join(['coarsen', *_say_coarse(facts['recipe'])])}")
         if "kept" in facts:
             said.append(f"           keeps {100 * facts['kept']:.3g} % of its matrices' norm^2")
     if facts["nonfinite"]:
@@ -89,3 +86,17 @@ def _say_content(facts: Facts) -> list[str]:
         verdict = facts["verdict"]
         said.append(f"  verdict  on {facts['target']}: {verdict}{say_sampled(verdict)}")
     return said
+
+
+def _say_coarse(recipe: Any) -> list[str]:
+    """Return how coarse a copy is, by a recipe that anyone may have written."""
+    whole = recipe if isinstance(recipe, dict) else {}
+    shares = whole.get("vectors")
+    held = (whole, *(shares if isinstance(shares, list) else ()))
+    given = [one.get("parameters") for one in held if isinstance(one, dict)]
+    return [
+        f"{name} {str(value)[:20].removesuffix('.0')}"
+        for one in given if isinstance(one, dict)
+        for name in ("rank", "bits", "others") if (value := one.get(name)) is not None
+        if isinstance(value, int | float) or value in ("keep", "drop", "split")
+    ]  # fmt: skip

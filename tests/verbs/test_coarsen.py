@@ -16,10 +16,18 @@ from safetensors.numpy import load_file, save_file
 
 import skillvec as sv
 from skillvec.checkpoints.lora_deltas import product
+from skillvec.engine.jobs.store import StoreJob
+from skillvec.engine.plan import Plan
+from skillvec.engine.threads import check_views
 from skillvec.errors import FormatError, IncompatibleError, NonfiniteError
 from skillvec.files.file import digest_bytes
+from skillvec.files.header import TensorSpec
+from skillvec.ops.block import BLOCK_NUMEL, block_count
 from skillvec.ops.special import round_mantissa
+from skillvec.vectors.block_reader import Block, Workspace
+from skillvec.vectors.deltas.view import VIEW, ViewDelta
 from skillvec.vectors.manifest import manifest_digest
+from skillvec.vectors.reader import readers_of
 from skillvec.verbs.cards import vector_card
 from skillvec.verbs.inspect_sentences import say_inspect
 
@@ -212,6 +220,48 @@ def test_differences_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert sv.combine(vector, op="coarsen", parameters={"rank": 2})[UP].any()
 
 
+def test_products_beyond_fp32_are_refused_by_name(tmp_path: Path) -> None:
+    """1.5 * 2^127 is finite, and what is left of it with no bits of mantissa is 2^128."""
+    for dtype, value in ((torch.float32, 1.5 * 2.0**127), (torch.float64, 1e200)):
+        sides = {"tuned": value, "base": 0.0}
+        for side, number in sides.items():
+            save(tmp_path / side, {UP: torch.full((9, 8), number, dtype=dtype)})
+        pair = f"{tmp_path / 'tuned'}::{tmp_path / 'base'}"
+        with pytest.raises((NonfiniteError, IncompatibleError), match=UP):
+            sv.combine(pair, op="coarsen", parameters={"rank": 1, "bits": 0},
+                       output=tmp_path / "c.safetensors")  # fmt: skip
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+@pytest.mark.parametrize("kept", [float("nan"), 7, -0.1])
+def test_a_share_that_cannot_be_is_refused(kept: float, vector: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.safetensors"
+    sv.combine(vector, op="coarsen", parameters={"rank": 3, "bits": 2}, output=file)
+    rewrite(file, lambda manifest, tensors: manifest.update(kept=kept))
+    with pytest.raises(FormatError, match="kept"):
+        sv.inspect(file)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (None, "coarsen"),
+        ({}, "coarsen"),
+        ({"op": 7, "parameters": 3, "vectors": 3}, "coarsen"),
+        ({"parameters": {"rank": 2.0, "\x1b[2J": 1, "others": "\x1b[2J"},
+          "vectors": [3, {"parameters": None}, {"parameters": {"bits": 1, "others": "drop"}}]},
+         "coarsen, rank 2, bits 1, others drop"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_others_wrote_is_told_as_far_as_it_goes(
+    recipe: Any, said: str, vector: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.safetensors"
+    sv.combine(vector, op="coarsen", parameters={"rank": 3, "bits": 2}, output=file)
+    rewrite(file, lambda manifest, tensors: manifest.update(recipe=recipe))
+    assert f"  lossy    {said}" in say_inspect(sv.inspect(file))
+
+
 def test_what_counts_for_nothing_is_stored_as_zero(vector: Path, tmp_path: Path) -> None:
     recipe = {"op": "coarsen", "parameters": {"rank": 2, "bits": 2}, "vectors": [
         {"vector": str(vector), "rules": [{"match": "experts*", "weight": 0}]}]}  # fmt: skip
@@ -344,3 +394,25 @@ def test_through_another_layout(tmp_path: Path) -> None:
     rewrite(file, lambda manifest, tensors: manifest["tensors"][embedding].update(entry))
     with pytest.raises(FormatError, match=f"{embedding} differs from its digest"):
         sv.apply(tmp_path / "target", file, tmp_path / "other", rows="common")
+
+
+def test_factors_that_no_view_read_are_read_for_their_digest(tmp_path: Path) -> None:
+    """The blocks of a stack are not those of its product, of which others have their numbers."""
+    name, file = "tall.weight", tmp_path / "c.safetensors"
+    vector = models_of(tmp_path, {name: (3 * BLOCK_NUMEL + 9, 2)})
+    made = sv.combine(vector, op="coarsen", parameters={"rank": 1, "bits": 2}, output=file)
+    delta, readers = made.deltas[name], readers_of(made.files())
+    leaves: dict[str, bytearray] = {}
+    for index in range(block_count(delta.spec.numel)):
+        delta.read(Block(index, delta.spec.numel, Workspace(), readers, leaves), f"delta0{VIEW}")
+    (held,) = leaves.values()
+    first, held[16:32] = (
+        bytes(held[:16]),
+        bytes(16),
+    )  # block 1: values that blocks 2 and 3 of the product have
+    view = ViewDelta(TensorSpec(name, "F32", delta.spec.shape, "", 0, 0), delta.as_view())
+    job = StoreJob(name, delta.spec.numel, out_dtype="F32", deltas=(view,), codec="dense")
+    check_views(Plan("apply", [job]), readers, {delta.key: leaves})
+    held[16:32] = first
+    with pytest.raises(FormatError, match=f"{name} differs from its digest"):
+        check_views(Plan("apply", [job]), readers, {delta.key: leaves})
