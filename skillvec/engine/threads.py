@@ -384,17 +384,12 @@ def check_views(
     parts = {part.key: part for view in views for part in view.parts}
     workspace = Workspace()
     for key, part in parts.items():
-        stored = [
-            (role, delta.spec.numel) for role, delta in stored_in([part]) if not delta.is_zero
-        ]
+        stored = [(role, one.spec.numel) for role, one in stored_in([part]) if not one.is_zero]
         leaves = _joined(seen.get(key, {}))
         for index in range(block_count(part.spec.numel)):
             # those of factors are blocks of the stack: any block of the product may read them
-            wanted = (
-                (role, at)
-                for role, numel in stored
-                for at in ([index] if numel == part.spec.numel else range(block_count(numel)))
-            )
+            wanted = ((role, at) for role, n in stored for at in
+                      ([index] if n == part.spec.numel else range(block_count(n))))  # fmt: skip
             if not all(any(leaves.get(role, b"")[16 * at : 16 * at + 16]) for role, at in wanted):
                 part.read(Block(index, part.spec.numel, workspace, readers, leaves), "delta0")
         check_digests([part], {role: fold_digest(leaves.get(role, b"")) for role, _ in stored})
