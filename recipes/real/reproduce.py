@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lambda seed: plan_seed(out / f"seed-{seed}", seed, settings),
             given.seeds, words, given.jobs,
         )  # fmt: skip
-        write(out, given.seeds, settings, page)
+        # of all parts, those too that an earlier run finished
+        write(out, given.seeds, choose(given.model, None, given.quick), page)
     except (ValueError, OSError) as error:
         print(f"real: {error}", file=sys.stderr)
         return 1
