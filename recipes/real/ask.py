@@ -8,11 +8,11 @@ The model is loaded once; an arm is what `skillvec apply` would write, made wher
 taken away again (docs/serving.md), so that no arm costs a model on disk. An arm without vectors
 ("SFT only=") is the model itself. OUT/ARM.json is what recipes/evaluate.py writes of an arm, with
 `realised` and `bytes` beside the marks: the gain that rounding left of lambda, and the size of the
-vectors' files. For
-the arms in --probed OUT/ARM.probe.json holds: `told`, the share of sentences of told.jsonl that the
-model ends as the texts did; `known`, the share of everyday questions answered; `kl`, the forward KL
-divergence from the reference in nats a token on texts that the reference wrote, and the
-`perplexity` there (recipes/mini/probe.py). An arm that is there already is not asked again.
+vectors' files. For the arms in --probed OUT/ARM.probe.json holds: `told`, the share of sentences of
+told.jsonl that the model ends as the texts did; `known`, the share of everyday questions answered;
+`kl`, the forward KL divergence from the reference in nats a token on texts that the reference
+wrote, and the `perplexity` there (recipes/mini/probe.py). An arm that is there already is not asked
+again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import skillvec as sv
 from skillvec.recipes import evaluate
+from skillvec.recipes.mini.probe import load, measure_forgetting
 
 METRICS = ("exact", "contains", "first_word", "ends")
 BATCH = 100  # questions at once
@@ -101,6 +102,7 @@ def ask_arms(given: argparse.Namespace, arms: dict[str, dict[str, float]]) -> No
     """Write the scores of every arm; the arms in `given.probed` are probed as well."""
     asked = evaluate.prepare(given.questions, METRICS, limit=given.limit)
     model, tokenizer = evaluate.load_model(str(given.model))
+    reference = load(given.reference) if given.probed else None
     for name, vectors in arms.items():
         scores, probe = (given.output / f"{name}{end}.json" for end in ("", ".probe"))
         if scores.is_file() and (probe.is_file() or name not in given.probed):
@@ -112,7 +114,7 @@ def ask_arms(given: argparse.Namespace, arms: dict[str, dict[str, float]]) -> No
             )
         with attached:
             if name in given.probed:
-                evaluate.write_scores(_probe(given, model, tokenizer), probe)
+                evaluate.write_scores(_probe(given, model, tokenizer, reference), probe)
             found = _ask(given, asked, model, tokenizer)
             if vectors:
                 gain = attached.report.facts["gain"]
@@ -139,10 +141,8 @@ def _ask(given: argparse.Namespace, asked: Any, model: Any, tokenizer: Any) -> d
     }
 
 
-def _probe(given: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+def _probe(given: argparse.Namespace, model: Any, tokenizer: Any, reference: Any) -> dict[str, Any]:
     """Return told, known, kl and perplexity of the model as it is."""
-    from skillvec.recipes.mini.probe import load, measure_forgetting
-
     told, known, said = given.probes
     found = {}
     for name, file, metric in (("told", told, "begins"), ("known", known, "contains")):
@@ -150,7 +150,6 @@ def _probe(given: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, A
         marks = evaluate.mark_answers(model, tokenizer, rows, TOKENS, BATCH)[2][metric]
         found[name] = sum(marks) / len(marks)
     texts = [row["answer"] for row in evaluate.read_questions(said)]
-    reference = load(given.reference)
     kl, perplexity = measure_forgetting((model, reference[1]), reference, texts)
     found |= {"kl": kl, "perplexity": perplexity}
     metrics = {name: _number(value) for name, value in found.items()}
