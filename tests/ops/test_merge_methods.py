@@ -1164,9 +1164,9 @@ def test_mergekit_differs_where_the_table_says_so(tmp_path: Path):
 INTRODUCTION = """# Ways of combining skill vectors
 
 This page is for whoever merges several [skill vectors](terms.md#skill-vector), or makes another
-vector of one. It gives the formula, the paper and the parameters of every operator of `combine --op`
-and `apply --op`, and says how to vary them by tensor and layer in a recipe. `linear`, the weighted
-sum, is the default.
+vector of one. It gives the formula, the paper and the parameters of every operator of
+`combine --op` and `apply --op`, and says how to vary them by tensor and layer in a recipe. The
+default is `linear`, the weighted sum.
 
 | you want to | operators |
 |---|---|
