@@ -14,6 +14,7 @@ import importlib.util
 import math
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
@@ -30,6 +31,7 @@ from skillvec.recipes.claims.rules import (
     FORGETTING,
     HOLDS,
     MARGIN,
+    Spread,
     Test,
     least_seeds,
     signed,
@@ -60,8 +62,6 @@ def write_page(files: Sequence[Path], page: Path) -> None:
     seeds = read_seeds(files)
     results = gather(seeds)
     trainings = (seed["trainings"].get("people/rl_t") for seed in seeds)
-    short = (seed["trainings"].get(f"{DOMAINS[0]}/round-1/rl", {}) for seed in seeds)
-    few = next((one["max_completion_length"] for one in short if one), 0)
     completions = next((count_completions(one) for one in trainings if one), 0)
     claims = [make(results) for make in list_claims(completions)] if results.domains else []
     if not any(claim.parts for claim in claims):
@@ -85,7 +85,7 @@ def write_page(files: Sequence[Path], page: Path) -> None:
         summary=summary(judged, (["by itself"], _count_passes)),
         left_out=tell_left_out(seeds, absent),
         sections="\n\n".join(_section(n, judged, seeds) for n in judged),
-        thinking=thinking(results, few), **others,
+        thinking=thinking(seeds), **others,
     )  # fmt: skip
     if FEW in text:  # means of so few seeds have no interval
         text = text.replace(f" [{FEW}]", "").replace("mean [95 % interval]", "mean over seeds")
@@ -269,53 +269,66 @@ def tell_left_out(seeds: Sequence[Seed], absent: Sequence[str]) -> str:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             said.append(f"Seed {seed['seed']} has not finished {', '.join(names[:5])}{more}.")
     for (target, arm), numbers in partial_scores(seeds).items():
-        said.append(f"{target}, {arm}: not in seed {', '.join(map(str, numbers))}, left out.")
+        if target in DOMAINS:  # other targets have sections that show the seeds that have them
+            said.append(f"{target}, {arm}: not in seed {', '.join(map(str, numbers))}, left out.")
     return " ".join(said) or "Every seed has finished all of its stages."
 
 
-def thinking(results: Results, few: int) -> str:
-    """Return what the gain is by the tokens that an answer may take: `few` in the claims.
+def thinking(seeds: Sequence[Seed]) -> str:
+    """Return what the gain is by the tokens that an answer may take, seed by seed.
 
     Read are the first domain and the targets "thinking N", each with "SFT only" and what v was
-    added with: `exact` of the former, of the latter `ends`, for which the last words count.
+    added with: `exact` of the former, of the latter `ends`, for which the last words count. A seed
+    without a length has no number there.
     """
-    domain = results.domains[0]
-    targets = {int(found[1]): (found[0], "ends") for target, _, _ in results.scores
-               if (found := re.fullmatch(r"thinking (\d+)", target))}  # fmt: skip
-    rows: list[list[str]] = []
-    gains: dict[str, list[tuple[int, float]]] = {}
-    for tokens, (target, metric) in sorted(({few: (domain, "exact")} | targets).items()):
-        for arm in ("lambda 0.5", "lambda 1"):
-            keys = [(target, one, metric) for one in ("SFT only", arm)]
-            if not all(key in results.scores for key in keys):
-                continue
-            alone, ours = (results.scores[key] for key in keys)
-            gain = ours - alone
-            gains.setdefault(arm, []).append((tokens, gain.mean))
-            rows.append([str(tokens), metric, arm, alone.show(), ours.show(),
-                         *_alone(Test("", gain))])  # fmt: skip
-    if not targets or not rows:
+    rows: dict[tuple[int, str, str], dict[int, tuple[Spread, Spread]]] = {}
+    for seed in seeds:
+        scores = gather([seed]).scores
+        few = seed["trainings"].get(f"{DOMAINS[0]}/round-1/rl", {}).get("max_completion_length", 0)
+        targets = {int(found[1]): (found[0], "ends") for target, _, _ in scores
+                   if (found := re.fullmatch(r"thinking (\d+)", target))}  # fmt: skip
+        for tokens, (target, metric) in ({few: (DOMAINS[0], "exact")} | targets).items():
+            for arm in ("lambda 0.5", "lambda 1"):
+                keys = [(target, one, metric) for one in ("SFT only", arm)]
+                if targets and all(key in scores for key in keys):
+                    alone, ours = (scores[key] for key in keys)
+                    rows.setdefault((tokens, metric, arm), {})[seed["seed"]] = alone, ours
+    if not rows:
         return NOT_MEASURED
-    said = "; ".join(
-        f"at {arm} it is {' / '.join(signed(gain) for _, gain in each)} for"
-        f" {' / '.join(str(tokens) for tokens, _ in each)} tokens:"
-        f" it {'grows' if _grows(each) else 'does not grow with the length'}"
-        for arm, each in gains.items()
-    )
+    shown = sorted({number for each in rows.values() for number in each})
+    said = [_tell_growth(rows, number, arm) for arm in ("lambda 0.5", "lambda 1")
+            for number in shown]  # fmt: skip
+    lines = []
+    for (tokens, metric, arm), each in sorted(rows.items()):
+        means = (statistics.fmean(pair[side].mean for pair in each.values()) for side in (0, 1))
+        gains = (_alone(Test("", each[one][1] - each[one][0]))[0] if one in each else "-"
+                 for one in shown)  # fmt: skip
+        lines.append([str(tokens), metric, arm, *(f"{mean:.3f}" for mean in means), *gains])
+    few = min(tokens for tokens, _, _ in rows)
     text = (
-        f"The gain about {domain} by the tokens that RL gave an answer: {said}. Each length has an"
-        f" RL, and so a v, of its own. With {few} tokens the whole answer counts (`exact`). With"
-        " more the answer begins with the subject's name, so that a model may tell what it knows"
-        " before it comes to what was asked, and the last words count (`ends`).\n\n"
+        f"The gain about {DOMAINS[0]} by the tokens that RL gave an answer: {'; '.join(said)}. Each"
+        f" length has an RL, and so a v, of its own. With {few} tokens the whole answer counts"
+        " (`exact`). With more the answer begins with the subject's name, so that a model may tell"
+        " what it knows before it comes to what was asked, and the last words count (`ends`).\n\n"
     )
     heads = ["tokens", "what counts", "v with", "SFT only", "+ v",
-             *(f"gain, seed {seed}" for seed in results.seeds)]  # fmt: skip
-    return text + table(heads, rows)
+             *(f"gain, seed {one}" for one in shown)]  # fmt: skip
+    return text + table(heads, lines)
 
 
-def _grows(gains: Sequence[tuple[int, float]]) -> bool:
-    means = [gain for _, gain in sorted(gains)]
-    return len(means) > 1 and all(a < b for a, b in pairwise(means))
+def _tell_growth(
+    rows: Mapping[tuple[int, str, str], Mapping[int, tuple[Spread, Spread]]], seed: int, arm: str
+) -> str:
+    """Return whether one seed's gain grows with the length of an answer."""
+    gains = [(tokens, each[seed][1].mean - each[seed][0].mean)
+             for (tokens, _, added), each in sorted(rows.items())
+             if added == arm and seed in each]  # fmt: skip
+    grows = len(gains) > 1 and all(a < b for (_, a), (_, b) in pairwise(gains))
+    return (
+        f"in seed {seed} at {arm} it is {' / '.join(signed(gain) for _, gain in gains)} for"
+        f" {' / '.join(str(tokens) for tokens, _ in gains)} tokens and"
+        f" {'grows' if grows else 'does not grow with the length'}"
+    )
 
 
 # ---------------------------------------------------------------------------------- how it was run

@@ -15,7 +15,15 @@ from skillvec.recipes.claims.sections import judge_claims
 from skillvec.recipes.real import page as module
 from skillvec.recipes.real.claims import PLAIN, knowledge_is_not_enough, list_claims
 from skillvec.recipes.real.figures import draw_curve
-from skillvec.recipes.real.page import list_commands, main, narrow, tell_first, thinking, write_page
+from skillvec.recipes.real.page import (
+    list_commands,
+    main,
+    narrow,
+    tell_first,
+    tell_left_out,
+    thinking,
+    write_page,
+)
 from skillvec.recipes.real.results import gather, read_seeds, write_seed
 
 SETTINGS = {"model": "SmolLM2-135M-Instruct", "subjects": 25}
@@ -180,18 +188,30 @@ def test_commands_are_cut_down_to_the_evidence(docs: Path) -> None:
 
 
 def test_thinking_is_told_by_the_length_of_an_answer(docs: Path) -> None:
-    found = gather(read_seeds(sorted((docs / "real").glob("*.json"))))
-    assert thinking(found, 4) == "Not measured yet."
-    ordinary = found.exact("people", "lambda 1") - found.exact("people", "SFT only")
-    for tokens, gain in ((64, 0.6), (16, 0.5)):
-        found.scores[f"thinking {tokens}", "SFT only", "ends"] = Spread((0.3,) * 3)
-        found.scores[f"thinking {tokens}", "lambda 1", "ends"] = Spread((0.3 + gain,) * 3)
-    text = thinking(found, 4)
-    assert f"at lambda 1 it is {ordinary.mean:+.3f} / +0.500 / +0.600 for 4 / 16 / 64" in text
-    assert "64 tokens: it grows" in text
-    assert "| 16 | ends | lambda 1 | 0.300 ± 0.000 | 0.800 ± 0.000 |" in text
-    found.scores["thinking 64", "lambda 1", "ends"] = Spread((0.4,) * 3)
-    assert "it does not grow with the length" in thinking(found, 4)
+    seeds = read_seeds(sorted((docs / "real").glob("*.json")))
+    assert thinking(seeds) == "Not measured yet."
+
+    def add(seed: int, tokens: int, gain: float) -> None:
+        marks = {"SFT only": "0" * 10, "lambda 1": "1" * round(10 * gain) + "0" * 10}
+        arms = {arm: {"stage": "asked", "means": {"ends": mean}, "marks": {"ends": marks[arm][:10]}}
+                for arm, mean in (("SFT only", 0.0), ("lambda 1", gain))}  # fmt: skip
+        seeds[seed]["scores"][f"thinking {tokens}"] = {"groups": [["a", 5], ["b", 5]], "arms": arms}
+        seeds[seed]["trainings"].setdefault("people/round-1/rl", {})["max_completion_length"] = 4
+
+    for seed, tokens, gain in ((0, 64, 0.9), (0, 16, 0.8), (2, 16, 0.1)):
+        add(seed, tokens, gain)
+    gains = [(one := gather([seed])).exact("people", "lambda 1").mean
+             - one.exact("people", "SFT only").mean for seed in seeds]  # fmt: skip
+    text = thinking(seeds)
+    assert f"in seed 0 at lambda 1 it is {gains[0]:+.3f} / +0.800 / +0.900 for 4 / 16 / 64" in text
+    assert "64 tokens and grows; " in text and "in seed 1" not in text
+    assert "for 4 / 16 tokens and does not grow with the length" in text
+    (row,) = re.findall(r"^\| 16 \| ends \| lambda 1 \|.*$", text, re.MULTILINE)
+    assert re.match(r"\| 16 \| ends \| lambda 1 \| 0.000 \| 0.450 \| \+0.800 \[.*\+0.100 \[", row)
+    (row,) = re.findall(r"^\| 64 \|.*$", text, re.MULTILINE)
+    assert row.endswith("| - |")
+    said = tell_left_out(seeds, [])
+    assert said == "Every seed has finished all of its stages."
 
 
 def test_sections_of_other_modules_stand_in_their_places(
