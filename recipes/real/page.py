@@ -59,7 +59,9 @@ def write_page(files: Sequence[Path], page: Path) -> None:
     Sections of other modules are made from files beside those of the seeds. Raises ValueError as
     `read_seeds` does, and where no claim has its numbers.
     """
-    seeds = read_seeds(files)
+    read = read_seeds(files)
+    # a seed may have been run for other parts alone
+    seeds = [seed for seed in read if any(domain in seed["scores"] for domain in DOMAINS)] or read
     results = gather(seeds)
     trainings = (seed["trainings"].get("people/rl_t") for seed in seeds)
     completions = next((count_completions(one) for one in trainings if one), 0)
@@ -85,7 +87,7 @@ def write_page(files: Sequence[Path], page: Path) -> None:
         summary=summary(judged, (["by itself"], _count_passes)),
         left_out=tell_left_out(seeds, absent),
         sections="\n\n".join(_section(n, judged, seeds) for n in judged),
-        thinking=thinking(seeds), **others,
+        thinking=thinking(read), **others,
     )  # fmt: skip
     if FEW in text:  # means of so few seeds have no interval
         text = text.replace(f" [{FEW}]", "").replace("mean [95 % interval]", "mean over seeds")
@@ -277,20 +279,21 @@ def tell_left_out(seeds: Sequence[Seed], absent: Sequence[str]) -> str:
 def thinking(seeds: Sequence[Seed]) -> str:
     """Return what the gain is by the tokens that an answer may take, seed by seed.
 
-    Read are the first domain and the targets "thinking N", each with "SFT only" and what v was
-    added with: `exact` of the former, of the latter `ends`, for which the last words count. A seed
-    without a length has no number there.
+    Read are the targets "thinking N", each with "SFT only" and what v was added with; for the few
+    tokens of the claims the first domain too. Of few tokens `exact` counts, of more `ends`, for
+    which the last words count. A seed without a length has no number there.
     """
     rows: dict[tuple[int, str, str], dict[int, tuple[Spread, Spread]]] = {}
     for seed in seeds:
         scores = gather([seed]).scores
         few = seed["trainings"].get(f"{DOMAINS[0]}/round-1/rl", {}).get("max_completion_length", 0)
-        targets = {int(found[1]): (found[0], "ends") for target, _, _ in scores
+        targets = {int(found[1]): target for target, _, _ in scores
                    if (found := re.fullmatch(r"thinking (\d+)", target))}  # fmt: skip
-        for tokens, (target, metric) in ({few: (DOMAINS[0], "exact")} | targets).items():
+        for tokens, target in ({few: DOMAINS[0]} | targets if targets else {}).items():
+            metric = "exact" if tokens == few else "ends"
             for arm in ("lambda 0.5", "lambda 1"):
                 keys = [(target, one, metric) for one in ("SFT only", arm)]
-                if targets and all(key in scores for key in keys):
+                if all(key in scores for key in keys):
                     alone, ours = (scores[key] for key in keys)
                     rows.setdefault((tokens, metric, arm), {})[seed["seed"]] = alone, ours
     if not rows:
@@ -304,11 +307,10 @@ def thinking(seeds: Sequence[Seed]) -> str:
         gains = (_alone(Test("", each[one][1] - each[one][0]))[0] if one in each else "-"
                  for one in shown)  # fmt: skip
         lines.append([str(tokens), metric, arm, *(f"{mean:.3f}" for mean in means), *gains])
-    few = min(tokens for tokens, _, _ in rows)
     text = (
         f"The gain about {DOMAINS[0]} by the tokens that RL gave an answer: {'; '.join(said)}. Each"
-        f" length has an RL, and so a v, of its own. With {few} tokens the whole answer counts"
-        " (`exact`). With more the answer begins with the subject's name, so that a model may tell"
+        f" length has an RL, and so a v, of its own. With {lines[0][0]} tokens the whole answer"
+        " counts (`exact`). With more the answer begins with the subject's name, so that a model may tell"
         " what it knows before it comes to what was asked, and the last words count (`ends`).\n\n"
     )
     heads = ["tokens", "what counts", "v with", "SFT only", "+ v",

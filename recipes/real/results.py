@@ -37,7 +37,7 @@ TRAINING = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs
 ROW = ("cosine", "p", "control_cosine", "density_a", "density_b", "norm_a", "norm_b", "norm_ratio",
        "numel")  # fmt: skip
 # whose marks are kept of which targets; of others those of `exact`
-MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("ends", "contains")}
+MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("exact", "ends", "contains")}
 DIGITS = 7
 # what a file of a seed has at least; a report that is not finished is null
 HELD: Mapping[str, Any] = {

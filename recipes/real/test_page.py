@@ -210,8 +210,24 @@ def test_thinking_is_told_by_the_length_of_an_answer(docs: Path) -> None:
     assert re.match(r"\| 16 \| ends \| lambda 1 \| 0.000 \| 0.450 \| \+0.800 \[.*\+0.100 \[", row)
     (row,) = re.findall(r"^\| 64 \|.*$", text, re.MULTILINE)
     assert row.endswith("| - |")
-    said = tell_left_out(seeds, [])
-    assert said == "Every seed has finished all of its stages."
+    assert tell_left_out(seeds, []) == "Every seed has finished all of its stages."
+
+
+def test_a_seed_of_other_parts_alone_takes_no_claim_away(docs: Path, drawn: None) -> None:
+    files = sorted((docs / "real").glob("*.json"))
+    before = (docs / "real.md").read_text()
+    other = json.loads(files[0].read_text()) | {"seed": 7, "angles": None}
+    arms = {arm: {"stage": "asked", "means": {"ends": 0.5}} for arm in ("SFT only", "lambda 1")}
+    other["scores"] = {"thinking 16": {"groups": [], "arms": arms}}
+    alone = docs / "alone.json"
+    alone.write_text(json.dumps(other))
+    write_page([*files, alone], docs / "more.md")
+    text = (docs / "more.md").read_text()
+    assert "| 16 | ends | lambda 1 | 0.500 | 0.500 | +0.000 |" in text
+    head, _, _ = text.partition("## How long an answer may be")
+    assert head == before.partition("## How long an answer may be")[0]
+    with pytest.raises(ValueError, match=r"no claim has its numbers in all of the seeds \(7,\)"):
+        write_page([alone], docs / "none.md")
 
 
 def test_sections_of_other_modules_stand_in_their_places(

@@ -84,7 +84,12 @@ def test_the_quick_form_trains_three_times_and_parts_can_be_chosen(tmp_path: Pat
     assert trained == ["people/round-1/sft", "people/round-1/rl", "people/sft_t"]
     assert (quick.stages[2].settings or {})["max_steps"] == reproduce.QUICK_STEPS
     chosen = plan_seed(tmp_path, 0, reproduce.choose("other", ["thinking"], quick=False))
-    assert chosen.base == "other" and not [arm for arm in chosen.scores if arm[0] == "tools"]
+    assert chosen.base == "other" and {target for target, _ in chosen.scores} == {
+        "thinking 4", "thinking 16", "thinking 64",
+    }  # fmt: skip
+    trained = [stage.name for stage in chosen.stages if stage.settings]
+    assert trained == ["people/round-1/sft", "people/round-1/rl", "people/sft_t",
+                       "thinking/16/rl", "thinking/64/rl"]  # fmt: skip
     with pytest.raises(TypeError, match="texs"):
         read_settings({"texs": 1})
 
