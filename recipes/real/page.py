@@ -310,8 +310,9 @@ def thinking(seeds: Sequence[Seed]) -> str:
     text = (
         f"The gain about {DOMAINS[0]} by the tokens that RL gave an answer: {'; '.join(said)}. Each"
         f" length has an RL, and so a v, of its own. With {lines[0][0]} tokens the whole answer"
-        " counts (`exact`). With more the answer begins with the subject's name, so that a model may tell"
-        " what it knows before it comes to what was asked, and the last words count (`ends`).\n\n"
+        " counts (`exact`). With more the answer begins with the subject's name, so that a model"
+        " may tell what it knows before it comes to what was asked, and the last words count"
+        " (`ends`).\n\n"
     )
     heads = ["tokens", "what counts", "v with", "SFT only", "+ v",
              *(f"gain, seed {one}" for one in shown)]  # fmt: skip
@@ -358,8 +359,11 @@ def _world(seeds: Sequence[Seed]) -> str:
 def _settings(seeds: Sequence[Seed]) -> str:
     """Return the table of what was run: settings, versions, machine, hours."""
     whole = _same(seeds, "settings") | _same(seeds, "versions") | _same(seeds, "machine")
+    computed = ["bf16" if one.get("bf16") else "fp32" for seed in seeds
+                if (one := seed["trainings"].get(f"{DOMAINS[0]}/round-1/rl"))]  # fmt: skip
     hours = [f"{sum(seed['seconds'].values()) / 3600:.1f}" for seed in seeds]
     whole |= {"seeds": ", ".join(str(seed["seed"]) for seed in seeds),
+              "trainings compute in": ", ".join(computed),
               "hours of each seed": ", ".join(hours)}  # fmt: skip
     return table([*whole], [[*whole.values()]])
 

@@ -23,9 +23,11 @@ from skillvec.recipes.real.seed import DEEP, PARTS, Settings, plan_seed, read_se
 from skillvec.recipes.seeds import run_seeds
 from skillvec.recipes.stages import run_stages
 
-# people alone, the arms that need no further training, two thirds of the steps of RL
-QUICK: Mapping[str, Any] = {"domains": [DEEP], "parts": ["claims"]}
+# people alone, fewer of them, the arms that need no further training, two thirds of the steps of RL
+QUICK: Mapping[str, Any] = {"domains": [DEEP], "parts": ["claims"], "subjects": 15}
 QUICK_STEPS = 20
+# as torch.cpu.get_capabilities names them
+BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 NAME = "SmolLM2-135M-Instruct"
 
 
@@ -74,11 +76,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def choose(model: str | None, parts: Sequence[str] | None, quick: bool) -> Settings:
     """Return the settings of settings.yaml with what was asked for."""
     changes: dict[str, Any] = dict(QUICK) if quick else {}
+    training = read_settings().training
+    changes["training"] = {"bf16": not training.get("use_cpu") or has_bf16_units(), **training}
     changes |= {"base": model} if model else {}
     changes |= {"parts": [*parts]} if parts else {}
     if quick:
         changes["rl"] = {**read_settings().rl, "max_steps": QUICK_STEPS}
     return read_settings(changes)
+
+
+def has_bf16_units() -> bool:
+    """Return whether the processor multiplies bf16; without, it takes several times fp32's time."""
+    import torch
+
+    units = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch taken
+    return any(units.get(name) for name in BF16_UNITS)
 
 
 def ensure_base(folder: Path) -> None:

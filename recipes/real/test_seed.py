@@ -94,6 +94,18 @@ def test_the_quick_form_trains_three_times_and_parts_can_be_chosen(tmp_path: Pat
         read_settings({"texs": 1})
 
 
+@pytest.mark.parametrize(("unit", "computes"), [("avx512_bf16", True), ("avx2", False)])
+def test_trainings_compute_in_bf16_where_the_processor_does(
+    unit: str, computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True, "sse": True})
+    assert reproduce.choose(None, None, quick=True).training["bf16"] is computes
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert reproduce.choose(None, None, quick=False).training["bf16"] is False
+
+
 def test_a_folder_without_a_model_is_refused_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
