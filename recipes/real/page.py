@@ -3,7 +3,7 @@
     python -m skillvec.recipes.real.page [FILE ...] [--page docs/real.md]
 
 What does not hold stands first. Verdicts follow the rules of recipes/claims; beside each stands
-what every seed says by its own questions. What is not measured in every seed is left out and named.
+what every seed says by its own questions. A claim rests on the seeds that have its numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from skillvec.recipes.claims.claims import table
+from skillvec.recipes.claims.claims import Claim, table
 from skillvec.recipes.claims.figures import render
 from skillvec.recipes.claims.results import Results
 from skillvec.recipes.claims.rules import (
@@ -65,9 +65,11 @@ def write_page(files: Sequence[Path], page: Path) -> None:
     results = gather(seeds)
     trainings = (seed["trainings"].get("people/rl_t") for seed in seeds)
     completions = next((count_completions(one) for one in trainings if one), 0)
-    claims = [make(results) for make in list_claims(completions)] if results.domains else []
+    makers = list_claims(completions) if results.domains else ()
+    chosen = [choose_seeds(make, seeds) for make in makers]
+    claims = [make(gather(of)) for make, of in zip(makers, chosen, strict=True)]
     if not any(claim.parts for claim in claims):
-        raise ValueError(f"no claim has its numbers in all of the seeds {results.seeds} yet")
+        raise ValueError(f"no claim has its numbers in any of the seeds {results.seeds} yet")
     judged = judge_claims(claims)
     parts = sum(len(verdicts) for _, verdicts in judged.values())
     least = least_seeds(parts)
@@ -85,13 +87,24 @@ def write_page(files: Sequence[Path], page: Path) -> None:
         parts=parts, least=least, few=_few(len(seeds), least),
         questions=sum(count for _, count in groups[0]), subjects=len(groups[0]),
         summary=summary(judged, (["by itself"], _count_passes)),
-        left_out=tell_left_out(seeds, absent),
-        sections="\n\n".join(_section(n, judged, seeds) for n in judged),
+        left_out=tell_left_out(seeds, absent, {n: chosen[n - 1] for n in judged}),
+        sections="\n\n".join(_section(n, judged, chosen[n - 1]) for n in judged),
         thinking=thinking(read), **others,
     )  # fmt: skip
     if FEW in text:  # means of so few seeds have no interval
         text = text.replace(f" [{FEW}]", "").replace("mean [95 % interval]", "mean over seeds")
     page.write_text(text, encoding="utf-8")
+
+
+def choose_seeds(make: Callable[[Results], Claim], seeds: Sequence[Seed]) -> Sequence[Seed]:
+    """Return the seeds that a claim rests on: as many of its tests in as many seeds as there are.
+
+    A seed may lack the trainings of a claim.
+    """
+    counts = [sum(len(part.tests) for part in make(gather([seed])).parts) for seed in seeds]
+    having = {count: sum(other >= count for other in counts) for count in counts}
+    least = max(having, key=lambda count: (count * having[count], having[count]))
+    return [seed for seed, count in zip(seeds, counts, strict=True) if count >= least]
 
 
 def make_sections(folder: Path) -> dict[str, str]:
@@ -261,18 +274,27 @@ def narrow(command: str, arms: Set[str]) -> str:
     return shlex.join(kept)
 
 
-def tell_left_out(seeds: Sequence[Seed], absent: Sequence[str]) -> str:
-    """Return which claims and arms are not on the page, because a seed lacks their numbers."""
+def tell_left_out(
+    seeds: Sequence[Seed], absent: Sequence[str], chosen: Mapping[int, Sequence[Seed]]
+) -> str:
+    """Return what no seed has, and which seeds lack stages, arms and claims that others have.
+
+    `absent`: titles of claims without numbers; `chosen`: the seeds of each other claim.
+    """
     said = []
     if absent:
-        said.append(f"Left out, without numbers in every seed: {'; '.join(absent)}.")
+        said.append(f"Left out, without numbers in any seed: {'; '.join(absent)}.")
     for seed in seeds:
         if names := seed["unfinished"]:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             said.append(f"Seed {seed['seed']} has not finished {', '.join(names[:5])}{more}.")
     for (target, arm), numbers in partial_scores(seeds).items():
         if target in DOMAINS:  # other targets have sections that show the seeds that have them
-            said.append(f"{target}, {arm}: not in seed {', '.join(map(str, numbers))}, left out.")
+            said.append(f"{target}, {arm}: not in seed {', '.join(map(str, numbers))}.")
+    for n, of in chosen.items():
+        if len(of) < len(seeds):
+            numbers = [seed["seed"] for seed in of]
+            said.append(f"Claim {n} rests on seed {', '.join(map(str, numbers))} alone.")
     return " ".join(said) or "Every seed has finished all of its stages."
 
 
