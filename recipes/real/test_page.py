@@ -152,7 +152,7 @@ def test_a_claim_rests_on_the_seeds_that_have_its_numbers(tmp_path: Path, drawn:
         (head,) = (line for line in section.splitlines() if line.startswith("| test |"))
         assert ("| seed 0 |" in head) is (section is order) and "| seed 1 | seed 2 |" in head
     assert "against pre-injection" in order and "against sequential" not in order
-    assert "| 2 of 2 seeds |" in rounds and re.search(r"\[4\].*of 2 seeds \|", text)
+    assert "| 0 of 2 seeds |" in rounds and "seeds pass" in order
 
 
 def test_the_gain_is_cut_into_form_and_use(docs: Path) -> None:
