@@ -1,6 +1,7 @@
 """The plan of a seed of the real model, and the whole of it on a tiny one."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,14 @@ def test_trainings_compute_in_bf16_where_the_processor_does(
     assert reproduce.choose(None, None, quick=False).training["bf16"] is False
 
 
+def test_make_passes_on_several_seeds_and_parts() -> None:
+    root = Path(__file__).parents[2]
+    words = ["make", "-n", "real", "SEEDS=3 4", "JOBS=2", "PARTS=thinking anatomy"]
+    said = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
+    given = said.replace("\\\n", "").partition("recipes.real ")[2].split()
+    assert given == ["--seeds", "3", "4", "--jobs", "2", "--parts", "thinking", "anatomy"]
+
+
 def test_a_folder_without_a_model_is_refused_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -161,7 +170,7 @@ def test_every_stage_but_the_anatomy_runs_on_a_tiny_model(
     out, page = tmp_path / "runs", tmp_path / "docs" / "real.md"
     words = ["--out", str(out), "--page", str(page), "--model", str(tmp_path / "base")]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert reproduce.main([*words, "--one", "0"]) == 0
+    assert reproduce.main([*words, "--parts", *PARTS[:-1], "--one", "0"]) == 0
     settings = reproduce.choose(str(tmp_path / "base"), None, quick=False)
     reproduce.write(out, [0], settings, page)
     found = json.loads((page.parent / "real" / "seed-0.json").read_text())
