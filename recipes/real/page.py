@@ -371,11 +371,10 @@ def _same(seeds: Sequence[Seed], key: str) -> dict[str, str]:
 
 
 def _world(seeds: Sequence[Seed]) -> str:
-    groups = [seeds[0]["scores"].get(domain, {}).get("groups", []) for domain in DOMAINS]
+    groups = {domain: seeds[0]["scores"].get(domain, {}).get("groups", []) for domain in DOMAINS}
     return " and ".join(
-        f"{len(each)} {domain} in each of S and T" for domain, each in zip(DOMAINS, groups,
-                                                                           strict=True)
-    )  # fmt: skip
+        f"{len(each)} {domain} in each of S and T" for domain, each in groups.items() if each
+    )
 
 
 def _settings(seeds: Sequence[Seed]) -> str:

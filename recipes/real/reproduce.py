@@ -26,7 +26,7 @@ from skillvec.recipes.stages import run_stages
 
 DEFAULT = ("claims", "orders")
 # people alone, fewer of them, the arms that need no further training, two thirds of the steps of RL
-QUICK: Mapping[str, Any] = {"domains": [DEEP], "parts": ["claims"], "subjects": 15}
+QUICK: Mapping[str, Any] = {"domains": [DEEP], "parts": ["claims"], "subjects": 12}
 QUICK_STEPS = 20
 # as torch.cpu.get_capabilities names them
 BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")

@@ -276,6 +276,7 @@ def test_a_page_of_what_little_is_finished(
     kept: tuple[str, ...], tmp_path: Path, drawn: None
 ) -> None:
     text = one_page(tmp_path, skip=lambda name: not name.startswith((*kept, "tools/asked")))
+    assert (" people in each of S and T" in text) is ("people/asked" in kept)
     assert "Left out, without numbers in any seed: " in text and "nan" not in text
 
 
