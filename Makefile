@@ -17,9 +17,10 @@ demo: $(READY)
 reproduce: $(READY)
 	$(BIN)/python -m skillvec.recipes.mini.reproduce
 
-# the claims on a real model: hours for a seed; make real SEEDS="0 1 2" JOBS=2
+# the claims on a real model: hours for a seed; make real SEEDS="0 1 2" JOBS=2 PARTS="thinking anatomy"
 real: $(READY)
-	$(BIN)/python -m skillvec.recipes.real $(addprefix --seeds ,$(SEEDS)) $(addprefix --jobs ,$(JOBS))
+	$(BIN)/python -m skillvec.recipes.real $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
+	$(if $(PARTS),--parts $(PARTS))
 
 # its first claims, of one domain
 real-quick: $(READY)
