@@ -19,18 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LINK = re.compile(r'(?<=\]\()[^)\s]+|(?<= src=")[^"]+|(?<= href=")[^"]+')
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c", ".sh": "bash", ".yaml": "yaml",
              ".yml": "yaml", ".toml": "toml", ".json": "json", ".jinja": "jinja"}  # fmt: skip
-CLI = """# The command line
-
-Every verb with its options, as `skillvec VERB --help` prints them.
-
-::: mkdocs-click
-    :module: skillvec.cli
-    :command: main
-    :prog_name: skillvec
-    :depth: 1
-    :style: table
-"""
-
 origins: dict[str, str] = {}  # of pages from outside docs/: their paths in the repository
 
 
@@ -82,10 +70,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn paths of the repository into paths of the site, and what help prints into tables."""
+    """Turn links of the repository, and GitHub's dialect of Markdown, into those of the site."""
     here = page.file.src_uri
-    if here == "cli.md":
-        return CLI
     origin = origins.get(here, f"docs/{here}")
     if here.startswith("source/"):
         page.meta |= {"title": origin, "search": {"exclude": True}}
@@ -99,7 +85,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         goal = posixpath.relpath(place(goals[link]), posixpath.dirname(here) or ".")
         return "".join((goal, *link.partition("#")[1:]))
 
-    return LINK.sub(on_site, markdown) if goals else markdown
+    return as_python_markdown(LINK.sub(on_site, markdown))
+
+
+def as_python_markdown(text: str) -> str:
+    """Give a list the blank line before it, and code in a table its bars, as GitHub does."""
+    lines: list[str] = []
+    fence = ""
+    for line in text.splitlines():
+        if mark := re.match(r" *(```+)", line):
+            fence = "" if fence else mark[1]
+        if not fence and line.startswith("|"):
+            line = re.sub(r"`[^`]+`", lambda code: code.group().replace("\\|", "|"), line)
+        begins = re.match(r"(-|\d+\.) ", line) and lines and re.match(r"[^\s\-|#]", lines[-1])
+        if begins and not fence and not re.match(r"\d+\. ", lines[-1]):
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def show_source(path: str, files: Files) -> str:
@@ -114,7 +116,9 @@ def show_source(path: str, files: Files) -> str:
             continue
         goal = place(f"{path}/{inner.name}")
         link = posixpath.relpath(goal, posixpath.dirname(place(path)))
-        name = f"[{inner.name}]({link})" if files.get_file_from_path(goal) else f"`{inner.name}`"
-        said = re.match('"""(.+?)("""|$)', inner.read_text(), re.M) if inner.suffix == ".py" else None
+        name = f"[`{inner.name}`]({link})" if files.get_file_from_path(goal) else f"`{inner.name}`"
+        said = (
+            re.match('"""(.+?)("""|$)', inner.read_text(), re.M) if inner.suffix == ".py" else None
+        )
         lines.append(f"- {name}: {said[1]}" if said else f"- {name}")
     return "\n".join(lines) + "\n"
