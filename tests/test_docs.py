@@ -80,7 +80,8 @@ def cli_page() -> str:
     group = main.make_context("skillvec", [], resilient_parsing=True, terminal_width=80)
     parts = [
         "# The command line",
-        f"Generated from the program: `{MAKE_CLI}` rewrites this page, a test compares it.",
+        "Every verb and every option, in the words of `skillvec VERB --help`."
+        f" The program writes this page (`{MAKE_CLI}`), and a test compares the two.",
         f"## skillvec\n\n{help_of(group)}",
     ]
     verbs = [f"| [{name}](#skillvec-{name}) | {plain(command.get_short_help_str(200))} |"
