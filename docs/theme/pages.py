@@ -17,9 +17,15 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LINK = re.compile(r'(?<=\]\()[^)\s]+|(?<= src=")[^"]+|(?<= href=")[^"]+')
+ITEM = r"([-*+]|\d+\.) "  # of a list
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c", ".sh": "bash", ".yaml": "yaml",
              ".yml": "yaml", ".toml": "toml", ".json": "json", ".jinja": "jinja"}  # fmt: skip
 origins: dict[str, str] = {}  # of pages from outside docs/: their paths in the repository
+
+
+def is_within(path: str) -> bool:
+    """Return whether MkDocs itself takes a file into the site: its programs are left out."""
+    return path.startswith("docs/") and not path.endswith(".py") and (ROOT / path).is_file()
 
 
 def place(path: str) -> str:
@@ -29,7 +35,7 @@ def place(path: str) -> str:
         return f"source/{path}/index.md"
     if path == "README.md":
         return "index.md"
-    if path.startswith("docs/"):
+    if is_within(path):
         return path.removeprefix("docs/")
     if not name.endswith(".md"):
         return f"source/{path}.md"
@@ -57,7 +63,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     while unread:
         path = unread.pop()
         is_page = path.endswith(".md")
-        if not path.startswith("docs/") or not (ROOT / path).is_file():
+        if not is_within(path):
             origins[place(path)] = path
             listed = InclusionLevel.UNDEFINED if is_page else InclusionLevel.NOT_IN_NAV
             text = (ROOT / path).read_text() if is_page else ""
@@ -91,15 +97,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def as_python_markdown(text: str) -> str:
     """Give a list the blank line before it, and code in a table its bars, as GitHub does."""
     lines: list[str] = []
-    fence = ""
+    fence = begins = ""  # the fence that is open, the first line of a block
     for line in text.splitlines():
-        if mark := re.match(r" *(```+)", line):
-            fence = "" if fence else mark[1]
-        if not fence and line.startswith("|"):
+        if re.match(r" *```", line):
+            fence = "" if fence else line
+        elif not fence and line.startswith("|"):
             line = re.sub(r"`[^`]+`", lambda code: code.group().replace("\\|", "|"), line)
-        begins = re.match(r"(-|\d+\.) ", line) and lines and re.match(r"[^\s\-|#]", lines[-1])
-        if begins and not fence and not re.match(r"\d+\. ", lines[-1]):
+        elif not fence and begins and re.match(ITEM, line) and not re.match(" *" + ITEM, begins):
             lines.append("")
+            begins = ""
+        begins = (begins or line) if line.strip() else ""
         lines.append(line)
     return "\n".join(lines) + "\n"
 
