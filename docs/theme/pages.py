@@ -80,7 +80,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     here = page.file.src_uri
     origin = origins.get(here, f"docs/{here}")
     if here.startswith("source/"):
-        page.meta |= {"title": origin, "search": {"exclude": True}}
+        page.meta |= {"title": origin, "search": {"exclude": True}, "hide": ["toc"]}
         return show_source(origin, files)
     goals = find_links(markdown, origin)
 
