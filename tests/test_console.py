@@ -7,18 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
-from console import PAGES, Command, commands, run_page, with_outputs
+from console import FOLDER, PAGES, Command, commands, run_page, with_outputs
 
 EXAMPLE = "python -m skillvec.recipes.example_models"
 WROTE = "wrote base, sft_ckpt, rl_ckpt, target_sft and questions.jsonl"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_of_a_page_run_and_print_what_it_shows(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
-):
+def test_commands_of_a_page_run_and_print_what_it_shows(page: Path, one_thread: None):
     shown = page.read_text().splitlines()
-    assert run_page(page, tmp_path, monkeypatch).splitlines() == shown
+    assert run_page(page).splitlines() == shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -49,6 +47,12 @@ def test_another_output_is_seen_and_replaced(shown, tmp_path, monkeypatch):
     found = with_outputs(f"Before\n```console\n$ {EXAMPLE} \\\n  -o a\n{shown}```\nbehind\n")
     assert found == f"Before\n```console\n$ {EXAMPLE} \\\n  -o a\n{WROTE}\n```\nbehind\n"
     assert (tmp_path / "a" / "base" / "model.safetensors").is_file()
+
+
+def test_the_folder_of_this_run_is_not_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = with_outputs(f"```console\n$ {EXAMPLE}\n$ skillvec inspect -q base\n```\n")
+    assert f"\n{FOLDER}/base\n" in found
 
 
 def test_an_output_is_cut_where_the_page_cuts_it_and_counts_the_rest(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ from skillvec.cli.commands import main
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "start.md", ROOT / "docs" / "verbs.md"]
+FOLDER = "~/try"  # what pages call the folder in which their commands run
 CUT = re.compile(r"\[\.\.\. (\d+) more lines\]")
 
 
@@ -75,7 +76,8 @@ def run(command: str) -> list[str]:
     if words[0] == "skillvec":
         result = CliRunner().invoke(main, words[1:], env={"COLUMNS": "80"})
         assert result.exit_code == 0, (command, result.output, result.exception)
-        return [line.rstrip() for line in result.stdout.splitlines()]
+        said = result.stdout.replace(str(Path.cwd()), FOLDER)
+        return [line.rstrip() for line in said.splitlines()]
     if words[:2] == ["python", "-m"] and words[2].startswith("skillvec.recipes."):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             assert importlib.import_module(words[2]).main(words[3:]) == 0, command
@@ -126,16 +128,23 @@ def with_outputs(text: str) -> str:
     return re.sub(r"^```console\n(.*?)(?=^```$)", rewritten, text, flags=re.MULTILINE | re.DOTALL)
 
 
-def run_page(page: Path, folder: Path, patch: pytest.MonkeyPatch) -> str:
-    """Return a page with what its commands print in an empty folder, beside a Hub on loopback."""
-    (work := folder / "work").mkdir()
-    patch.chdir(work)
-    with HubServer() as server:
-        server.adopt(patch, folder / "hub")
-        return with_outputs(page.read_text())
+def run_page(page: Path) -> str:
+    """Return a page with what its commands print in an empty folder, beside a Hub on loopback.
+
+    The folder has a short name, so that no line is broken because of it, and is printed as FOLDER.
+    """
+    with (
+        tempfile.TemporaryDirectory() as name,
+        pytest.MonkeyPatch.context() as patch,
+        HubServer() as server,
+    ):
+        server.adopt(patch, Path(name, "hub"))
+        (work := Path(name, "w")).mkdir()
+        patch.chdir(work)
+        written = with_outputs(page.read_text())
+        return written.replace(server.endpoint, "https://huggingface.co")
 
 
 if __name__ == "__main__":
     for page in PAGES:
-        with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-            page.write_text(run_page(page, Path(name), patch))
+        page.write_text(run_page(page))
