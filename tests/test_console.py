@@ -3,11 +3,16 @@
 `python tests/support/console.py` writes into the pages what they print now.
 """
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from console import FOLDER, PAGES, Command, commands, run_page, with_outputs
+
+from skillvec.recipes import example_models
 
 EXAMPLE = "python -m skillvec.recipes.example_models"
 WROTE = "wrote base, sft_ckpt, rl_ckpt, target_sft and questions.jsonl"
@@ -27,6 +32,23 @@ def test_a_page_holds_no_command_that_nothing_runs(page: Path):
     indented = re.findall(r"^    (.*)", rest, re.MULTILINE)
     assert all("runs/mini" in line or line in ("make demo",) or "evaluate:mini" in line
                for line in indented)  # fmt: skip
+
+
+def test_the_light_installation_is_enough_for_the_readme(tmp_path):
+    """Without torch and what else the extras bring."""
+    assert example_models.main(["--output", str(tmp_path / "w")]) == 0
+    texts = [command.text for command in commands(PAGES[0].read_text())]
+    lines = [text.removeprefix("skillvec ") for text in texts if text.startswith("skillvec ")]
+    assert len(lines) == 4
+    script = Path(__file__).parent / "support" / "light_install.py"
+    heavy = ("torch", "transformers", "scipy", "jinja2", "vl_convert", "optuna", "trl", "peft")
+    done = subprocess.run(
+        [sys.executable, script, *heavy],
+        input="\n".join(lines), cwd=tmp_path / "w", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    results, _, imported = json.loads(done.stdout)
+    assert [code for code, _ in results] == [0] * 4, results
+    assert imported == []
 
 
 def test_commands_are_found_in_their_order_with_what_is_shown():

@@ -108,7 +108,7 @@ def fences(text: str, language: str) -> list[str]:
 
 def test_the_readme_is_a_screen_and_a_half_in_the_order_of_a_first_minute():
     text = README.read_text()
-    assert len(text.splitlines()) <= 90
+    assert len(text.splitlines()) <= 95
     order = ("theta_rl - theta_sft", "pip install", "$ skillvec diff", "$ skillvec apply",
              "real-lambda.svg", "```python", "## Why trust it", "## Where to go", "make demo",
              "make test")  # fmt: skip
