@@ -123,20 +123,42 @@ def test_the_readme_is_a_screen_and_a_half_in_the_order_of_a_first_minute():
     assert len(re.findall(r"^\$ skillvec ", console, re.MULTILINE)) == 4
 
 
+def rows(text: str, heading: str) -> dict[str, list[str]]:
+    """Return the cells of a table by the first of their row; `heading` begins its first line."""
+    table = text.split(f"\n{heading}")[1].split("\n\n")[0]
+    lines = [line[2:-2].split(" | ") for line in table.splitlines()[2:]]
+    return {first: cells for first, *cells in lines}
+
+
 def test_what_the_readme_measures_stands_on_the_page_beside_its_command():
     section = README.read_text().split("## Why trust it\n")[1].split("\n## ")[0]
-    facts = section.strip().split("\n- ")
-    assert len(facts) == 3
+    facts = " ".join(section.split()).split(" - ")
+    pages = []
     for fact in facts:
-        page, command = re.findall(r"\]\((docs/\w+\.md)", fact), re.findall(r"`(.*?)`", fact)
-        assert len(page) == len(command) == 1, fact
-        source = (ROOT / page[0]).read_text()
-        assert command[0] in source
-        said = re.sub(r"`.*?`|\(docs.*?\)", "", fact)
-        numbers = re.findall(r"\d[\d,.]*\d(?: %)?|\d(?: %)?", said)
-        assert len(numbers) >= 2
-        for number in numbers:
-            assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d.,]*\d)", source), number
+        ((page,), (command,)) = (
+            re.findall(found, fact) for found in (r"\((docs/\w+\.md)", "`(.*?)`")
+        )
+        pages.append((ROOT / page).read_text())
+        assert command in pages[-1]
+    method, killed, angles = pages
+
+    means = {name: [cell.split(" ")[0] for cell in cells]
+             for name, cells in rows(method, "| exact match on T |").items()}  # fmt: skip
+    told, lifted = means["SFT only"], means["post-hoc: + v"]
+    noise = means["+ random, norm of v"]
+    assert f"from {told[0]} to {lifted[0]} (people)" in facts[0]
+    assert f"from {told[1]} to {lifted[1]} (APIs)" in facts[0]
+    assert f"noise of its size leaves {noise[0]} and {noise[1]}." in facts[0]
+
+    points, *_, wrong = rows(killed, "| | points | interrupted |")["all"]
+    assert f"In {points} trials" in facts[1] and f": {wrong} results were wrong" in facts[1]
+
+    alarms = [row[2] for row in rows(angles, "| structure | p < .05 |").values()]
+    found = [row[-1] for row in rows(angles, "| structure | sd of the cosine |").values()]
+    alarm, power = (sorted(int(cell.split()[0]) for cell in column) for column in (alarms, found))
+    assert "200 independent pairs a structure" in angles and "Of 200 independent pairs" in facts[2]
+    assert f"at most {alarm[-1]} % are called" in facts[2]
+    assert f"at least {power[0]} % are." in facts[2]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
