@@ -390,13 +390,20 @@ def norms(screen: Screen, vector: str, **options: Any) -> Any:
 @main.command()
 @click.argument("path")
 @click.option("--target", help="Of a vector: give the verdict on this model.")
-@share_options(selects=False, works=False)
-def inspect(screen: Screen, path: str, target: str | None) -> Any:
-    """Describe a model or a vector from its headers alone."""
+@click.option("--digest", is_flag=True,
+              help="Of a model: read every byte and print the digest of its content, which is the"
+              " same however its tensors are ordered and sharded.")  # fmt: skip
+@share_options(selects=False)
+def inspect(screen: Screen, path: str, **options: Any) -> Any:
+    """Say what PATH is and what it holds, from headers alone.
+
+    PATH is a model, an adapter, a skill vector or a patch, on this disk, the Hub or in a store;
+    or a folder of checkpoints, a report, an unfinished run, a folder of the Hub's cache.
+    """
     from skillvec import verbs
 
-    report = verbs.inspect(path, target)
-    return report, report.facts["path"]
+    report = verbs.inspect(path, watcher=screen, **options)
+    return report, report.facts.get("digest") or report.facts["path"]
 
 
 @main.command()

@@ -80,7 +80,7 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
         said.append(done_sentence(report))
     else:
         said.append(plan_sentence(report))
-    if verbose or report.verb == "inspect":
+    if report.ledger and (verbose or report.verb == "inspect"):
         said += list_ledger(report, None if verbose else 8)
     elif facts.get("worst") and (facts["worst"][0]["cosine"] or 0) < 0.999:
         worst = facts["worst"][0]
