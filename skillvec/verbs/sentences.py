@@ -254,8 +254,8 @@ def say_pull_plan(facts: Facts) -> list[str]:
 
 
 def say_url(report: Report) -> list[str | Grid]:
-    """Return where on the Hub it lies now."""
-    return [str(report.facts["url"])]
+    """Return where on the Hub it lies now; of a dry run the card that it would have there."""
+    return [str(report.facts["url"] if "commit" in report.facts else report.facts["card"])]
 
 
 def say_output(report: Report) -> list[str | Grid]:
