@@ -300,10 +300,16 @@ def verified() -> Schema:
 
 
 def inspected() -> Schema:
-    """Return the schema of inspect: a form for each kind of thing."""
+    """Return the schema of inspect: a form for each kind of thing, so that errors name the key."""
     about = "What a path is, by `kind`, and what it holds."
     kinds = [_vector(), *map(_weights, ("model", "adapter", "patch")), *_folders()]
-    return headed("inspect", about, {"oneOf": kinds})
+    names = [kind["properties"]["kind"]["const"] for kind in kinds]
+    chosen = [
+        {"if": {"properties": {"kind": {"const": name}}}, "then": kind}
+        for name, kind in zip(names, kinds, strict=True)
+    ]
+    top = {"type": "object", "properties": {"kind": one_of(*names)}, "required": ["kind"]}
+    return headed("inspect", about, top | {"allOf": chosen})
 
 
 def _kind(kind: str, about: str, statuses: AnySequence[str], required: Schema,

@@ -99,7 +99,8 @@ def _say_unfinished(report: Report) -> str:
     verb = f"skillvec {facts['verb_run']}" if facts["verb_run"] else "skillvec"
     if facts["output"] is None:
         return f"what {verb} has written so far: the same command goes on with it"
-    done = f", with {facts['tensors_done']} tensors done" if facts["tensors_done"] else ""
+    count = facts["tensors_done"]
+    done = f", with {count} tensor{'' if count == 1 else 's'} done" if count else ""
     return (
         f"an unfinished run of {verb}, which was to write {facts['output']}{done}: the same command"
         " goes on with it if it was cut off"

@@ -676,7 +676,7 @@ CASES: dict[str, dict[str, Case]] = {
         "--target": Case("skill.safetensors --json", "--target target", lambda a, b: (
             "verdict" not in a.report and b.report.get("verdict") == "same family")),
         "--digest": Case("base --json", "--digest", lambda a, b: (
-            "digest" not in a.report and len(b.report["digest"]) == 32
+            "digest" not in a.report and len(b.report.get("digest", "")) == 32
             and all(len(line["digest"]) == 32 for line in b.report["tensors"]))),
         "--engine": Case("base --digest --json", "--engine serial", lambda a, b: (
             (a.report["engine"], b.report["engine"]) == ("threads", "serial")
