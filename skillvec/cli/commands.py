@@ -411,7 +411,7 @@ def norms(screen: Screen, vector: str, **options: Any) -> Any:
               " same however its tensors are ordered and sharded.")  # fmt: skip
 @share_options(selects=False)
 def inspect(screen: Screen, path: str, **options: Any) -> Any:
-    """Say what PATH is and what it holds, from headers alone.
+    """Say what PATH is and what it holds, from headers alone but for --digest.
 
     PATH is a model, an adapter, a skill vector or a patch, on this disk, the Hub or in a store;
     or a folder of checkpoints, a report, an unfinished run, a folder of the Hub's cache.

@@ -34,9 +34,10 @@ LOOKED_FOR = (
 
 def find_unfinished(path: str | os.PathLike[str]) -> str:
     """Return the folder of an unfinished run in place of its output, if that is not there yet."""
-    output = Path(os.fspath(path)).expanduser()
-    stage = staging_of(output) if output.name and "://" not in os.fspath(path) else output
-    return os.fspath(stage if stage.is_dir() and not output.exists() else path)
+    text = os.fspath(path)
+    stage = os.fspath(staging_of(Path(os.path.expanduser(text)))) if Path(text).name else text
+    missing = not os.path.exists(os.path.expanduser(text))  # false of names that cannot be, too
+    return stage if missing and os.path.isdir(stage) else text
 
 
 def describe_folder(place: Place) -> Report | None:
