@@ -67,8 +67,8 @@ def _say_tensors(report: Report) -> str:
 def _say_adapter(report: Report) -> str:
     said = report.facts["adapter"]
     method = {"LORA": "LoRA", None: "an unknown method"}.get(said["method"], said["method"])
-    rank = f" of rank {said['rank']}" if said["rank"] is not None else ""
-    alpha = f" (alpha {said['alpha']:g})" if said["alpha"] is not None else ""
+    rank = f" of rank {said['rank']!s:.20}" if said["rank"] is not None else ""
+    alpha = f" (alpha {said['alpha']!s:.20})" if said["alpha"] is not None else ""
     base = f" for {said['base']}" if said["base"] else ""
     return (
         f"an adapter{base}, which is added to that model and is none itself: {method}{rank}{alpha},"

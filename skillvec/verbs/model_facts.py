@@ -52,7 +52,7 @@ def describe_weights(opened: Checkpoint) -> Report:
     if facts["kind"] == "model":
         notes = _describe_model(opened, report)
     elif adapter:
-        facts["adapter"] = _describe_adapter(opened)
+        facts["adapter"] = _describe_adapter(opened, report)
     for spec in opened.values():
         line = ledger_line(spec, "stored", notes.get(spec.name, ""))
         report.ledger.append(line | {"nbytes": spec.nbytes})
@@ -81,13 +81,17 @@ def _describe_model(opened: Checkpoint, report: Report) -> Mapping[str, str]:
 def _architecture_of(opened: Checkpoint) -> str | None:
     """Return the class of transformers that config.json names."""
     names = opened.config.get("architectures")
-    named = isinstance(names, list) and names and isinstance(names[0], str)
-    return printable(names[0])[:100] if named else None
+    first = names[0] if isinstance(names, list) and names else None
+    return printable(first)[:100] if isinstance(first, str) else None
 
 
-def _describe_adapter(opened: Checkpoint) -> dict[str, Any]:
+def _describe_adapter(opened: Checkpoint, report: Report) -> dict[str, Any]:
     """Return what adapter_config.json says of an adapter, None where it does not; unchecked."""
-    said = read_json(opened.place.files[ADAPTER_CONFIG])
+    said: Mapping[str, Any] = {}
+    try:
+        said = read_json(opened.place.files[ADAPTER_CONFIG])
+    except FormatError as error:  # described all the same
+        report.warnings.append(str(error))
 
     def taken(key: str, kind: type) -> Any:
         value = said.get(key)

@@ -4,24 +4,27 @@ Names of files and small JSON files decide. What is none of these is refused, wi
 for.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from skillvec.checkpoints.folder import find_inside, is_listed, read_json
+from skillvec.checkpoints.folder import find_inside, is_listed, is_there, read_json
 from skillvec.checkpoints.opened_by import OPENERS, look_at
 from skillvec.checkpoints.side_files import ADAPTER_CONFIG
 from skillvec.errors import FormatError, UsageError, up_to_five
-from skillvec.files.file import Place, shown
+from skillvec.files.file import Place, read_bytes, shown
 from skillvec.files.journal import JOURNAL, read_lines
 from skillvec.files.staging import STAGING_SUFFIX, staging_of
 from skillvec.report import Report
 
 REPORT = "report.json"
 PAGES = ("report.html", "index.html")
-TRIALS = {"journal.jsonl": "sweep", "study.db": "search"}  # kept from the first trial on
+# what trials keep from the first on: the file's name, its verb, how it begins
+TRIALS = (("journal.jsonl", "sweep", b'{"form":'), ("study.db", "search", b"SQLite format 3\0"))
+VERB = re.compile("[a-z-]{1,40}")
 # of the Hub's cache: models--ORG--NAME, with refs/ and snapshots/
 CACHED = re.compile(r"(model|dataset|space)s--(\w[\w.-]*?)(?:--(\w[\w.-]*))?")
 STEPS = re.compile(r"(?:checkpoint|global_step|iter|step|epoch)[-_]?(\d{1,18})(?=/|$)")
@@ -65,11 +68,18 @@ def describe_folder(place: Place) -> Report | None:
 
 def _describe_unfinished(folder: Path) -> dict[str, Any]:
     """Return what the journal of a run says that has not published its output."""
-    lines = read_lines(folder / JOURNAL)[0]
-    request = lines[0].get("request", {}) if lines else {}
-    output = folder.name.removeprefix(".").removesuffix(STAGING_SUFFIX)
-    return {"kind": "unfinished", "verb_run": request.get("verb"), "output": output,
-            "tensors_done": max(len(lines) - 1, 0)}  # fmt: skip
+    lines: list[Any] = []
+    with contextlib.suppress(ValueError, RecursionError):  # no journal of ours
+        lines, *_ = read_lines(folder / JOURNAL)
+    said = lines[0] if lines and isinstance(lines[0], dict) else {}
+    request = said.get("request")
+    verb = request.get("verb") if isinstance(request, dict) else None
+    return {
+        "kind": "unfinished",
+        "verb_run": verb if isinstance(verb, str) and VERB.fullmatch(verb) else None,
+        "output": folder.name.removeprefix(".").removesuffix(STAGING_SUFFIX),
+        "tensors_done": max(len(lines) - 1, 0),
+    }
 
 
 def _describe_report(place: Place) -> dict[str, Any] | None:
@@ -80,15 +90,16 @@ def _describe_report(place: Place) -> dict[str, Any] | None:
         verb = read_json(place.files[REPORT]).get("verb")
     except FormatError:
         return None
-    if not isinstance(verb, str) or not re.fullmatch(r"[a-z-]{1,40}", verb):
+    if not isinstance(verb, str) or not VERB.fullmatch(verb):
         return None
     return {"kind": "report", "verb_run": verb, "page": _page_of(place.files)}
 
 
 def _describe_trials(place: Place) -> dict[str, Any] | None:
     """Return which trials began to write a folder, and have not come to their report."""
-    for name, verb in TRIALS.items():
-        if name in place.files:
+    for name, verb, begin in TRIALS:
+        address = place.files.get(name)
+        if address and is_there(address) and read_bytes(address, 0, len(begin)) == begin:
             return {"kind": "unfinished", "verb_run": verb, "output": None, "tensors_done": None}
     return None
 
@@ -105,8 +116,10 @@ def _describe_cache(place: Place) -> dict[str, Any] | None:
         return {"kind": "cache", "repos": repos, "commits": [], "newest": []} if repos else None
     refs, snapshots = place.path / "refs", place.path / "snapshots"
     commits = sorted(os.listdir(snapshots)) if snapshots.is_dir() else []
-    main = (refs / "main").read_text().strip() if (refs / "main").is_file() else ""
-    newest = [main] if main in commits else commits if len(commits) == 1 else []
+    main = refs / "main"
+    named_now = read_bytes(os.fspath(main), 0, 64).decode("ascii", "replace").strip() if (
+        main.is_file()) else ""  # fmt: skip
+    newest = [named_now] if named_now in commits else commits if len(commits) == 1 else []
     return {"kind": "cache", "repos": [_repo_of(place.path.name)], "commits": commits,
             "newest": [f"snapshots/{commit}" for commit in newest]}  # fmt: skip
 

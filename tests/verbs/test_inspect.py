@@ -15,6 +15,7 @@ from families import load, perturbed, save, toy
 from safetensors.torch import save_file
 from schemas import check_json
 from torch.distributed import checkpoint
+from xxhash import xxh3_64
 
 import skillvec as sv
 from skillvec.cli.commands import main
@@ -23,6 +24,7 @@ from skillvec.engine.threads import on_block
 from skillvec.errors import FormatError, UsageError
 from skillvec.files.staging import staging_of
 from skillvec.report import Report
+from skillvec.trials.journal import Journal
 from skillvec.trials.search import DATABASE
 from skillvec.trials.sweep import JOURNAL
 from skillvec.verbs import other_folders
@@ -251,6 +253,9 @@ def test_a_merged_model_and_vectors_are_said_to_be_ones(tmp_path: Path) -> None:
         ({"peft_type": "VERA", "r": True, "lora_alpha": "x", "base_model_name_or_path": None},
          "an adapter, which is added to that model and is none itself: VERA, 10 values in 2 F32"
          " tensors, 40 B in 1 file."),
+        ({"r": 10**30, "lora_alpha": 10**400}, "an adapter, which is added to that model and is none"
+         " itself: an unknown method of rank 10000000000000000000 (alpha 10000000000000000000), 10"
+         " values in 2 F32 tensors, 40 B in 1 file."),
         ({}, "an adapter, which is added to that model and is none itself: an unknown method, 10"
          " values in 2 F32 tensors, 40 B in 1 file."),
     ],
@@ -261,6 +266,10 @@ def test_an_adapter_is_said_to_be_one(config: dict[str, Any], said: str, tmp_pat
     save_file(factors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert sentence(tmp_path) == said
+    (tmp_path / "adapter_config.json").write_text("[]")
+    report = looked_at(tmp_path)
+    assert report.facts["adapter"]["rank"] is None and len(report.ledger) == 2
+    assert ["expected a JSON object" in text for text in report.warnings] == [True]
 
 
 def test_quantised_weights_are_said_with_their_scheme(tmp_path: Path) -> None:
@@ -346,8 +355,13 @@ def test_reports_are_known(tmp_path: Path) -> None:
 
 
 def test_trials_that_go_on_are_known(tmp_path: Path) -> None:
-    assert {**other_folders.TRIALS} == {JOURNAL: "sweep", DATABASE: "search"}
-    (tmp_path / JOURNAL).write_text("{}\n")
+    found = {name: verb for name, verb, _ in other_folders.TRIALS}
+    assert found == {JOURNAL: "sweep", DATABASE: "search"}
+    for name in found:  # of others
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(UsageError, match="nothing in it that skillvec knows"):
+        sv.inspect(tmp_path)
+    Journal(tmp_path / JOURNAL, {"form": 1, "target": "t"}, force=True).close()
     assert sentence(tmp_path) == (
         "what skillvec sweep has written so far: the same command goes on with it."
     )
@@ -380,9 +394,12 @@ def test_an_unfinished_run_is_found_by_the_name_of_its_output(
     )
     sv.diff(tuned, base, out)
     assert looked_at(out).facts["kind"] == "vector"
-    staging_of(out).mkdir()  # nothing stands in it yet
-    facts = looked_at(staging_of(out)).facts
-    assert facts["verb_run"] is None and facts["tensors_done"] == 0
+    staging_of(out).mkdir()  # nothing stands in it yet, or what nobody wrote
+    journal = staging_of(out) / "journal"
+    for said in (b"", b"[]", b'{"request":[]}', b'{"request":{"verb":"\\u001b"}}', b"{"):
+        journal.write_bytes(xxh3_64(said, seed=0).hexdigest().encode() + b" " + said + b"\n")
+        facts = looked_at(staging_of(out)).facts
+        assert facts["verb_run"] is None and facts["tensors_done"] == 0
 
 
 @pytest.mark.parametrize("names", [[], ["notes.txt", "data.csv"]])
