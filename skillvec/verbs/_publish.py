@@ -266,8 +266,9 @@ def _ask(
 
     if dry_run and not (api.token or get_token()):
         report.warnings.append(
-            f"no token: not known is whether {repo} is private, and whether you may write to it;"
-            " to push give one with write access (--token, HF_TOKEN or `hf auth login`)"
+            f"there is no token: it is not known whether {repo} is private and whether you may"
+            " write to it; push needs a token with write access (--token, HF_TOKEN or `hf auth"
+            " login`)"
         )
     try:
         return _state(api, repo, revision), True
@@ -275,10 +276,10 @@ def _ask(
         if not dry_run:
             raise
         report.warnings.append(
-            f"the Hub was not asked ({error}); not known are whether {repo} is there and may be"
-            " written to, whether it holds other weights, which a push refuses, or a card, whose"
-            " text a push keeps, and, of a base on the Hub, the licence that its card names: what"
-            " is shown is the card for a new repository"
+            f"the Hub could not be asked: {error}. So it is not known whether {repo} exists and may"
+            " be written to, whether it holds other weights (push refuses them) or a card (push"
+            " keeps its text), and which licence the card of a base on the Hub names. The card that"
+            " is shown is the one of a new repository"
         )
         return None, False
 

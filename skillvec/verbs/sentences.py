@@ -272,7 +272,8 @@ def _transfer(facts: Facts) -> str:
     where = facts["repo"] + (f"@{facts['revision'][:12]}" if facts["revision"] else "")
     if "exists" in facts:
         kind = "private" if facts["private"] else "public"
-        where += f" ({kind}{'' if facts['exists'] else ', new'})"
+        new = {True: "", False: ", new", None: " if it is new"}[facts["exists"]]
+        where += f" ({kind}{new})"
     return f"{where}: {count_files(list(facts['files']))}, {human_bytes(facts['nbytes'])}"
 
 
