@@ -58,7 +58,8 @@ def inspect(
         return report
     other = describe_folder(place)
     if target is not None:
-        raise UsageError(f"{place.ref} is no vector: only a vector has a verdict on a target")
+        what = "a model" if other is None else "no vector"
+        raise UsageError(f"{place.ref} is {what}: only a vector has a verdict on a target")
     if other is not None:
         if digest:
             raise UsageError(f"{place.ref}: no weights at its top, of which digest could be")
