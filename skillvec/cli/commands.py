@@ -18,28 +18,44 @@ from skillvec.cli.options import (
     share_options,
     write_options,
 )
-from skillvec.cli.screen import Screen, folded
+from skillvec.cli.screen import Screen, folded, print_json
 from skillvec.errors import SkillvecError, printable
 
 
 class _Group(click.Group):
-    """Turns skillvec's errors into a message and the right exit code."""
+    """Turns errors into a message and the right exit code; with --json also into JSON."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args  # of a command that is not parsed yet
+
+        def end(kind: str, message: str, said: str, code: int) -> None:
+            click.echo(folded(printable(said)), err=True)
+            if as_json:
+                _print_error(ctx, kind, message, code)
+            ctx.exit(code)
+
         try:
             return super().invoke(ctx)
         except SkillvecError as error:
-            click.echo(folded(printable(f"error: {error}")), err=True)
-            ctx.exit(error.exit_code)
+            end(type(error).__name__, str(error), f"error: {error}", error.exit_code)
         except KeyboardInterrupt as stop:
-            said = str(stop) or "nothing was published"
-            click.echo(folded(printable(f"interrupted; {said}")), err=True)
-            ctx.exit(1)
+            told = str(stop) or "nothing was published"
+            end("Interrupted", told, f"interrupted; {told}", 1)
+        except click.ClickException as error:
+            if as_json:
+                _print_error(ctx, "UsageError", error.format_message(), error.exit_code)
+            raise
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader went away; click ends quietly
                 raise
-            click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
-            ctx.exit(1)
+            told = f"{error.filename or ''}: {error.strerror or error}"
+            end("OSError", told, f"error: {told}", 1)
+
+
+def _print_error(ctx: click.Context, kind: str, message: str, code: int) -> None:
+    """Print what stands in place of a report."""
+    said = {"type": kind, "exit_code": code, "message": message}
+    print_json(ctx.invoked_subcommand, {"error": said})
 
 
 _stores = add_option(  # of a command that writes a vector
@@ -390,13 +406,20 @@ def norms(screen: Screen, vector: str, **options: Any) -> Any:
 @main.command()
 @click.argument("path")
 @click.option("--target", help="Of a vector: give the verdict on this model.")
-@share_options(selects=False, works=False)
-def inspect(screen: Screen, path: str, target: str | None) -> Any:
-    """Describe a model or a vector from its headers alone."""
+@click.option("--digest", is_flag=True,
+              help="Of a model: read every byte and print the digest of its content, which is the"
+              " same however its tensors are ordered and sharded.")  # fmt: skip
+@share_options(selects=False)
+def inspect(screen: Screen, path: str, **options: Any) -> Any:
+    """Say what PATH is and what it holds, from headers alone but for --digest.
+
+    PATH is a model, an adapter, a skill vector or a patch, on this disk, the Hub or in a store;
+    or a folder of checkpoints, a report, an unfinished run, a folder of the Hub's cache.
+    """
     from skillvec import verbs
 
-    report = verbs.inspect(path, target)
-    return report, report.facts["path"]
+    report = verbs.inspect(path, watcher=screen, **options)
+    return report, report.facts.get("digest") or report.facts["path"]
 
 
 @main.command()

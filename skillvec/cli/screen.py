@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skillvec.analysis.wording import Grid
 
 
+FORMAT_VERSION = 1  # of what --json prints: docs/json.md says when it rises
 HEAD_WIDTH = 7  # of a table's column, where its numbers are no wider
 
 
@@ -25,6 +26,12 @@ def _print(text: str, to_stderr: bool = False) -> None:
         print(folded(text), file=sys.stderr)
     else:
         print(text)
+
+
+def print_json(verb: str | None, said: dict[str, Any]) -> None:
+    """Print what a verb says as one JSON document, behind its name and the version of its form."""
+    head = {"verb": verb, "format_version": FORMAT_VERSION}
+    _print(json.dumps(head | said, indent=2))
 
 
 def folded(text: str) -> str:
@@ -110,7 +117,7 @@ class Screen:
             if not self.as_json:
                 _print(f"warning: {warning}", to_stderr=True)
         if self.as_json:
-            _print(json.dumps(report.to_dict() | report.now, indent=2))
+            print_json(report.verb, report.to_dict() | report.now)
         elif self.quiet:
             if last_line is not None:
                 _print(last_line)

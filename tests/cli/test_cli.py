@@ -23,6 +23,7 @@ import torch
 from click.testing import CliRunner, Result
 from families import load, perturbed, save, toy
 from safetensors import safe_open
+from schemas import check_all_shown
 
 import skillvec
 from skillvec import verbs
@@ -46,6 +47,11 @@ def spawn(*arguments: object, **environment: str) -> subprocess.CompletedProcess
         [sys.executable, "-m", "skillvec", *map(str, arguments)],
         capture_output=True, text=True, timeout=120, env=os.environ | environment,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _reports_are_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all_shown(monkeypatch)
 
 
 @pytest.fixture(scope="module")
