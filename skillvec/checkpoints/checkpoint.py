@@ -29,6 +29,7 @@ from skillvec.files.file import (
 from skillvec.files.header import TensorSpec
 from skillvec.files.staging import STAGING_SUFFIX
 from skillvec.files.tensors import Source, files_of
+from skillvec.report import Shown
 
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
@@ -44,7 +45,7 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtyp
 QUANTO = "quanto_qmap.json"  # of optimum-quanto: which module it quantised, and how
 
 
-class Checkpoint(Mapping[str, Source]):
+class Checkpoint(Shown, Mapping[str, Source]):
     """A model: tensor name -> Source in file order, with its config and side files.
 
     `ref` is what the user wrote, `path` the resolved folder or file, `metadata` the header
@@ -72,9 +73,6 @@ class Checkpoint(Mapping[str, Source]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-    def __repr__(self) -> str:
-        return f"Checkpoint({self.ref!r}, {len(self)} tensors)"
 
     def __sub__(self, base: object) -> Any:
         if not isinstance(base, Checkpoint):

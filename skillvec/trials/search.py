@@ -31,7 +31,16 @@ from skillvec.trials.choosing import (
 )
 from skillvec.trials.evaluators import open_evaluator, refuse_metric
 from skillvec.trials.folder import take_folder
-from skillvec.trials.scores import ALL, HALVES, Evaluator, Score, Scores, less_is_better, names_of
+from skillvec.trials.scores import (
+    ALL,
+    HALVES,
+    Evaluator,
+    Function,
+    Score,
+    Scores,
+    less_is_better,
+    names_of,
+)
 from skillvec.trials.search_report import RECIPE, describe, write_report
 from skillvec.trials.spaces import Space, read_space
 from skillvec.trials.studies import (
@@ -58,7 +67,7 @@ BEFORE, BESIDE, AFTER = ", lambda 1", ", random", ", report"  # end the names of
 def search(
     target: PathLike,
     *vectors: PathLike,
-    eval: str | Evaluator,
+    eval: str | Function | Evaluator,
     output: PathLike,
     space: str | Mapping[str, Any] = "lam",
     budget: int = 50,
@@ -68,7 +77,7 @@ def search(
     keep: float = 0.95,
     sampler: str = "tpe",
     eval_options: Mapping[str, Any] | None = None,
-    report_eval: str | Evaluator | None = None,
+    report_eval: str | Function | Evaluator | None = None,
     storage: str | None = None,
     study: str = "search",
     seed: int = 0,
@@ -98,8 +107,9 @@ def search(
     report index.html. Raises UsageError for what cannot work, before the model loads, and
     SkillvecError where the first trials all fail.
     """
-    evaluator = _open(eval, eval_options)
-    reporter = None if report_eval is None else _open(report_eval, eval_options)
+    options = eval_options or {}
+    evaluator = open_evaluator(eval, options)
+    reporter = None if report_eval is None else open_evaluator(report_eval, options)
     _check_asked(evaluator, reporter, budget, keep, sampler, metric, second, scratch)
     _refuse_metrics(evaluator, names_of(minimize))
     opened, found = _open_space(vectors, space)
@@ -165,10 +175,6 @@ def _refuse_unfit(
     point = open_checkpoint(target, "target")
     for vector in vectors:
         plan_request(point, vector, {**taken, "lam": 1.0, "dtype": None})
-
-
-def _open(evaluator: str | Evaluator, options: Mapping[str, Any] | None) -> Evaluator:
-    return open_evaluator(evaluator, options or {}) if isinstance(evaluator, str) else evaluator
 
 
 def _identify(vector: SkillVector) -> str:

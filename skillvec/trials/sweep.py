@@ -27,7 +27,7 @@ from skillvec.trials.evaluators import open_evaluator, refuse_metric
 from skillvec.trials.folder import take_folder, write_files
 from skillvec.trials.journal import Journal
 from skillvec.trials.lambdas import read_lambdas
-from skillvec.trials.scores import Evaluator, Score, less_is_better, names_of
+from skillvec.trials.scores import Evaluator, Function, Score, less_is_better, names_of
 from skillvec.trials.trial import Outcome, Trials
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs import combine
@@ -52,7 +52,7 @@ class Point:
 def sweep(
     target: PathLike,
     *vectors: PathLike | SkillVector,
-    eval: str | Evaluator,
+    eval: str | Function | Evaluator,
     output: PathLike,
     lam: str | float | Sequence[float | str] = "-1:2:0.25",
     weights: Sequence[float] | None = None,
@@ -88,7 +88,7 @@ def sweep(
     does not fit, SkillvecError where the target itself cannot be evaluated.
     """
     lambdas, controls = read_lambdas(lam), read_controls(control)
-    evaluator = open_evaluator(eval, eval_options or {}) if isinstance(eval, str) else eval
+    evaluator = open_evaluator(eval, eval_options or {})
     minimize = names_of(minimize)
     for name in (metric, *minimize):
         if name is not None:

@@ -63,5 +63,4 @@ class Readable(Displacement):
 
     def _values(self, names: Sequence[str], rows: slice | None) -> Iterator[tuple[str, Array]]:
         package: Any = sys.modules["skillvec"]  # sugar: its face knows the engine, above
-        found: Iterator[tuple[str, Array]] = package.read_values(self, names, rows)
-        return found
+        yield from package.read_values(self, names, rows)

@@ -26,6 +26,7 @@ from skillvec.vectors.recipe import leaving_out, selection
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs._apply import find_unused, plan_request, refuse_request, report_apply
 from skillvec.verbs.findings import refuse_nonfinite
+from skillvec.verbs.reprs import cut
 
 CLAIMING = threading.Lock()  # held while a model is marked
 MARK = "_skillvec_live"  # of modules that have a vector attached: their Live
@@ -93,6 +94,11 @@ class Live:
         self._vectors: list[SkillVector] = []
         self._lam: float | tuple[float, ...] = 1.0
         self._rounding, self._seed = "nearest", 0
+
+    def __repr__(self) -> str:
+        said = " + ".join(f"{lam:g} * {cut(ref)}" for ref, lam in self.weights().items())
+        many = f" ({len(self._vectors)} vectors)" if len(self._vectors) > 3 else ""
+        return f"<Live {type(self._module).__name__}: {cut(said, 150) or 'nothing attached'}{many}>"
 
     @staticmethod
     def of(model: Any) -> "Live | None":
