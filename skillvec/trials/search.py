@@ -97,19 +97,18 @@ def search(
 ) -> Report:
     """Search a space of recipes of `vectors` for what helps `target` most, by an evaluator.
 
-    `space` is what may be chosen (docs/search.md), `budget` the trials of the sampler, and as many
-    of random search. `metric` is the evaluator's first by default; less of it is better where its
-    name or `minimize` says so. `second`, another metric or "bytes", is made as good as can be while
-    `keep` of the gain of lambda = 1 is kept. Items that no sampler sees judge the winner: the
-    evaluator's other half, or `report_eval`. `storage`, a URL of Optuna's (study.db in `output` by
-    default), lets several processes share `study`. A search that was cut off goes on; `force`
-    begins anew. `output` gets winner.yaml, a recipe, report.json, trials.csv, and with the extra
-    report index.html. Raises UsageError for what cannot work, before the model loads, and
-    SkillvecError where the first trials all fail.
+    `space` is what may be chosen (docs/search.md), `budget` the trials of `sampler` (tpe, cmaes,
+    random), and as many of random search. `eval`, `eval_options`, `timeout`, `scratch`, `dtype`,
+    `device`, `rounding` and `seed` as of sweep. `metric` is the evaluator's first by default; less
+    of it is better where its name or `minimize` says so. `second`, another metric or "bytes", is
+    made as good as can be while `keep` of the gain of lambda = 1 is kept. Items that no sampler
+    sees judge the winner: the evaluator's other half, or `report_eval`. With `storage`, a URL of
+    Optuna's (study.db in `output` if not), processes share `study`. The same call goes on where it
+    was; `force` begins anew. `output` gets winner.yaml, a recipe, report.json, trials.csv, and a
+    page. Raises UsageError for what cannot work, SkillvecError where the first trials all fail.
     """
-    options = eval_options or {}
-    evaluator = open_evaluator(eval, options)
-    reporter = None if report_eval is None else open_evaluator(report_eval, options)
+    evaluator = open_evaluator(eval, eval_options or {})
+    reporter = None if report_eval is None else open_evaluator(report_eval, eval_options or {})
     _check_asked(evaluator, reporter, budget, keep, sampler, metric, second, scratch)
     _refuse_metrics(evaluator, names_of(minimize))
     opened, found = _open_space(vectors, space)

@@ -24,10 +24,11 @@ from skillvec.vectors.vector import SkillVector, StoredVector
 
 
 def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Report:
-    """Describe a model or a vector from its headers alone; no tensor is read.
+    """Describe the model or vector at `path` from its headers alone; no tensor is read.
 
-    Of a vector with `target`, give the verdict on that model; raises IncompatibleError where it
-    does not fit.
+    Of a vector with `target`, a model, give the verdict on that model. The report's ledger has a
+    line for every tensor. Raises IncompatibleError where the vector does not fit, FormatError for a
+    broken file, UsageError for a path that is not there.
     """
     place = locate(path, "input")
     stored = find_vector(place)

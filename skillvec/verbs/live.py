@@ -48,15 +48,15 @@ def attach(
     workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> "Live":
-    """Change the parameters of a loaded model to target + lam * vector, where they lie.
+    """Change the parameters of a loaded `model` to target + lam * vector, where they lie.
 
-    They are bit for bit what `apply` writes for that model, whose other options this takes. Several
-    vectors are added as one linear combination, in one rounding: `lam` is one number, by which
-    their sum is multiplied, or their weights in it. What brings the original bits back is kept in
-    memory, packed. Use it in a with statement, or call `detach`. An error, or Ctrl-C, leaves the
-    original bits. Raises UsageError where a vector is attached already, IncompatibleError for
-    parameters that cannot be changed where they lie (on the meta device, offloaded, quantised, in
-    parts) and as apply.
+    They are bit for bit what `apply` writes for that model, whose other options this takes, such as
+    `rounding` and `seed`. Several `vectors` are added as one linear combination, in one rounding:
+    `lam` is one number, by which their sum is multiplied, or their weights in it. What brings the
+    original bits back is kept in memory, packed. Use it in a with statement, or call `detach`. An
+    error, or Ctrl-C, leaves the original bits. Raises UsageError where a vector is attached
+    already, IncompatibleError for parameters that cannot be changed where they lie (on the meta
+    device, offloaded, quantised, in parts) and as apply.
     """
     if not vectors:
         raise UsageError("attach needs a vector")

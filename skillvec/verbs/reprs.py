@@ -105,14 +105,15 @@ def _say_made(vector: Displacement) -> str:
 def _name_sum(vector: Combined) -> str:
     """Return a combination as it is written, or its operator with the vectors."""
     recipe = vector.recipe
-    shares = [(share.weight, cut(share.vector, 32)) for share in recipe.shares]
-    if recipe.op != "linear" or not all(isinstance(weight, float) for weight, _ in shares):
-        return f"{recipe.op} of {say_some([name for _, name in shares])}"
-    said = f" + {len(shares) - 3} more" if len(shares) > 3 else ""
-    for weight, name in shares[2::-1]:
-        size = "" if abs(weight) == 1 else f"{abs(weight):g} * "  # type: ignore[arg-type]
-        said = f" {'-' if weight < 0 else '+'} {size}{name}{said}"  # type: ignore[operator]
-    said = said.removeprefix(" + ").removeprefix(" ")
+    names = [cut(share.vector, 32) for share in recipe.shares]
+    weights = [share.weight for share in recipe.shares if isinstance(share.weight, float)]
+    if recipe.op != "linear" or len(weights) < len(names):
+        return f"{recipe.op} of {say_some(names)}"
+    said = ""
+    for weight, name in zip(weights[:3], names[:3], strict=True):
+        factor = "" if abs(weight) == 1 else f"{abs(weight):g} * "
+        said += f" {'-' if weight < 0 else '+'} {factor}{name}"
+    said = said.removeprefix(" + ").strip() + (f" + {len(names) - 3} more" if names[3:] else "")
     return f"({said})" if vector.scale != 1 else said
 
 

@@ -1,0 +1,59 @@
+"""The examples run as they are, as scripts, and show what they say they show."""
+
+import re
+import runpy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import skillvec as sv
+
+FOLDER = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def ran(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the names that a script leaves, run where nothing of the repository lies."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return runpy.run_path(str(FOLDER / f"{request.param}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("ran", ["make_a_vector"], indirect=True)
+def test_a_vector_is_made_added_and_proved(ran: Any) -> None:
+    assert ran["proof"].facts["verified"] is True
+    assert ran["applied"].facts["gain"] > 0.9
+    assert sv.SkillVector.open(ran["VECTOR"]).manifest["exactness"]["claim"] == "bitwise"
+    assert ran["merged"].num_parameters() == 45_344
+
+
+@pytest.mark.parametrize("ran", ["choose_lambda"], indirect=True)
+def test_a_sweep_finds_that_the_skill_helps(ran: Any) -> None:
+    facts = ran["report"].facts
+    assert facts["found"] is True and facts["best"]["lam"] > 0
+    assert [one["beaten"] for one in facts["beside"]] == [True]
+    assert ran["before"] == ran["after"] != ran["inside"]
+    assert (ran["WORK"] / "curve" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("ran", ["measure"], indirect=True)
+def test_two_updates_are_measured_beside_chance(ran: Any) -> None:
+    overall = ran["pair"]["overall"]
+    assert abs(overall["cosine"]) < 0.3 and overall["cosine_sd"] > 0
+    assert overall["control_cosine"] is not None
+    assert (ran["WORK"] / "angles" / "report.html").is_file()
+
+
+def test_every_example_is_run_and_told_of() -> None:
+    run = set(re.findall(r'parametrize\("ran", \["(\w+)"\]', Path(__file__).read_text()))
+    said = (FOLDER / "README.md").read_text()
+    assert run == {*SCRIPTS} and len(SCRIPTS) == 3
+    assert {*re.findall(r"examples/(\w+)\.py", said)} == {*SCRIPTS}
+    for name in SCRIPTS:
+        text = (FOLDER / f"{name}.py").read_text()
+        assert "# ## YOUR MODELS" in text and text.startswith("# %% [markdown]\n# # ")
+        assert not re.search(r"https?://|from_pretrained\(\"", text)  # nothing is fetched
