@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import skillvec as sv
+from skillvec.analysis import sweep_page
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -20,6 +21,9 @@ def ran(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     """Return the names that a script leaves, run where nothing of the repository lies."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # the page of a sweep takes longer to draw than the sweep; tests/trials/test_sweep.py draws it
+    monkeypatch.setattr(sweep_page, "html", lambda content: "a page")
+    monkeypatch.setattr(sweep_page, "figures", lambda content: [("curve.svg", b"a curve")])
     return runpy.run_path(str(FOLDER / f"{request.param}.py"), run_name="__main__")
 
 

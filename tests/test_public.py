@@ -10,11 +10,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from user_program import __file__ as program
 
 import skillvec as sv
 
 ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "tests" / "support" / "user_program.py"
 FUNCTIONS = [name for name in sv.__all__ if name.islower()]
 ERRORS = [name for name in sv.__all__ if name.endswith("Error")]
 # What mypy does not follow: the types of these packages are in no public signature, and reading
@@ -94,7 +94,7 @@ def test_every_class_says_what_it_is(name: str) -> None:
 
 
 def test_a_program_with_every_public_name_passes_mypy_strict(tmp_path: Path) -> None:
-    text = Path(program).read_text()
+    text = PROGRAM.read_text()
     unused = [name for name in sv.__all__ if not re.search(rf"\bsv\.{name}\b", text)]
     assert not [name for name in unused if not re.search(rf"(?<!\.)\b{name}\b.*[:(,]", text)]
     assert files("skillvec").joinpath("py.typed").is_file()
@@ -108,7 +108,7 @@ def test_a_program_with_every_public_name_passes_mypy_strict(tmp_path: Path) -> 
         "ignore_missing_imports = true\n"
     )
     cache = ROOT / ".mypy_cache" / "user_program"
-    command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", cache, program]
+    command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", cache, PROGRAM]
     done = subprocess.run(
         command,
         capture_output=True,

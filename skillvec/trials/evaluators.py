@@ -11,6 +11,7 @@ Hides which kind is which. Nothing is loaded that an evaluation needs beside its
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
@@ -32,6 +33,8 @@ def open_evaluator(spec: str | Function | Evaluator, options: Mapping[str, Any] 
     if not isinstance(spec, str):
         if hasattr(spec, "evaluate"):
             return cast(Evaluator, spec)
+        if isinstance(spec, partial) and not spec.args:  # so that a journal knows what is fixed
+            return open_evaluator(spec.func, {**spec.keywords, **options})
         if not callable(spec):
             raise UsageError(f"eval {spec!r:.60}: expected a function, an Evaluator, {KINDS}")
         return FunctionEvaluator(getattr(spec, "__module__", "__main__"), spec, options)

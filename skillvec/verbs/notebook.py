@@ -38,6 +38,7 @@ MOST_TEXT = 400  # characters of a cell
 SPOKEN = {*DONE, *ANSWERS, *TRIALS, "orthogonality", "norms", "verify"}  # verbs with sentences
 FACE = "font-family:system-ui,sans-serif;font-size:13px;line-height:1.5;max-width:60em"
 CELL = "padding:2px 12px 2px 0;vertical-align:top;border:0;background:none;color:inherit"
+TABLE = "border-collapse:collapse;color:inherit;font-size:inherit"  # some pages' tables inherit not
 WORDS, NUMBERS = f"{CELL};text-align:left", f"{CELL};text-align:right;white-space:nowrap"
 Rows = Sequence[tuple[str, str]]
 
@@ -66,7 +67,7 @@ def _list_rows(rows: Iterable[tuple[str, object]]) -> str:
         f'<td style="{WORDS};overflow-wrap:anywhere">{_text(said)}</td></tr>'
         for name, said in rows if said not in (None, "")
     ]  # fmt: skip
-    return f'<table style="border-collapse:collapse">{"".join(lines)}</table>'
+    return f'<table style="{TABLE}">{"".join(lines)}</table>'
 
 
 def _table(grid: Grid) -> str:
@@ -85,10 +86,7 @@ def _table(grid: Grid) -> str:
     more = len(grid.rows) - MOST_ROWS
     note = f"<div>… and {more} more rows</div>" if more > 0 else ""
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return (
-        f'<div style="overflow-x:auto"><table style="border-collapse:collapse">{body}</table>'
-        f"</div>{note}"
-    )
+    return f'<div style="overflow-x:auto"><table style="{TABLE}">{body}</table></div>{note}'
 
 
 # ------------------------------------------------------------------------------- vectors and models

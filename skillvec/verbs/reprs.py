@@ -40,7 +40,7 @@ def write_repr(held: object) -> str:
 
 def cut(text: object, most: int = MOST) -> str:
     """Return text on one line, a long one without its middle."""
-    line = " ".join(printable(str(text)).split())
+    line = printable(" ".join(str(text).split()))
     if len(line) <= most:
         return line
     head = most // 3
@@ -192,10 +192,10 @@ def _say_norms(facts: Facts) -> str:
     for pair in facts["pairs"]:
         cosine = pair["overall"]["cosine"]
         cosines += [] if cosine is None else [cosine]
-    ends = sorted({f"{x:+.4f}" for x in (min(cosines), max(cosines))}) if cosines else ["unknown"]
+    ends = [f"{x:+.4f}" for x in (min(cosines), max(cosines))] if cosines else ["unknown"]
     control = f", control {cut(facts['control'])}" if facts.get("control") else ""
     plural = "cosine" if len(facts["pairs"]) == 1 else "cosines"
-    return f"{len(norms)} vectors, {plural} {' to '.join(ends)}{control}"
+    return f"{len(norms)} vectors, {plural} {' to '.join(dict.fromkeys(ends))}{control}"
 
 
 def _say_points(facts: Facts) -> str:
