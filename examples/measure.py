@@ -81,7 +81,7 @@ report
 # %%
 (pair,) = report.facts["pairs"]
 for key in ("cosine", "cosine_sd", "z", "p", "control_cosine"):
-    print(f"{key:15} {pair['overall'][key]:+.4f}")
+    print(f"{key:15} {pair['overall'][key]:+.4g}")
 print(pair["sentence"])
 print(pair["forecast"]["sentence"])
 

@@ -18,14 +18,10 @@ class Shown:
     """
 
     def __repr__(self) -> str:
-        package: Any = sys.modules["skillvec"]  # sugar: its face knows the rooms above
-        line: str = package.write_repr(self)
-        return line
+        return str(sys.modules["skillvec"].write_repr(self))  # sugar: it knows the rooms above
 
     def _repr_html_(self) -> str:
-        package: Any = sys.modules["skillvec"]
-        table: str = package.write_html(self)
-        return table
+        return str(sys.modules["skillvec"].write_html(self))
 
 
 class Folded(Shown, dict[str, Any]):

@@ -1,5 +1,6 @@
 """The examples run as they are, as scripts, and show what they say they show."""
 
+import ast
 import re
 import runpy
 import tempfile
@@ -61,3 +62,17 @@ def test_every_example_is_run_and_told_of() -> None:
         text = (FOLDER / f"{name}.py").read_text()
         assert "# ## YOUR MODELS" in text and text.startswith("# %% [markdown]\n# # ")
         assert not re.search(r"https?://|from_pretrained\(\"", text)  # nothing is fetched
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_cells_of_an_example_are_whole(name: str) -> None:
+    """What opens a script as a notebook cuts it at these lines, and runs one cell at a time."""
+    text = (FOLDER / f"{name}.py").read_text()
+    cells = re.findall(r"^# %%(.*)\n((?:(?!# %%).*\n)*)", text, re.M)
+    assert sum(len(head) + len(body) + len("# %%\n") for head, body in cells) == len(text)
+    kinds = ["[markdown]" in head for head, _ in cells]
+    assert kinds.count(True) > 3 and kinds.count(False) > 3
+    for is_text, (_, body) in zip(kinds, cells, strict=True):
+        lines = [line for line in body.splitlines() if line]
+        assert lines and all(line.startswith("#") for line in lines) == is_text
+        assert is_text or ast.parse(body).body
