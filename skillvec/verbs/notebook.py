@@ -112,7 +112,7 @@ def _show_vector(vector: Displacement) -> str:
         ("dtypes", vector.dtypes),
         ("values", held if vector.deltas else "those of the model that it meets"),
         ("stored", stored),
-        ("exactness", say_exactness(vector)),
+        ("restores tuned" if manifest["tuned"] else "kind", say_exactness(vector)),
         ("method", training["method"]),
         ("notes", training["notes"]),
         ("licence", manifest["license"]),
