@@ -9,7 +9,7 @@ ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 KERNELS := skillvec/ops/_native.abi3.so
 READY := $(VENV)/.ready $(KERNELS)
 
-.PHONY: demo reproduce real real-quick smollm2 calibration test slow torture fuzz sanitize check bench dist clean
+.PHONY: demo reproduce real real-quick smollm2 calibration test slow torture fuzz sanitize check docs bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m skillvec.recipes recipes/mini/past.yaml
@@ -17,9 +17,10 @@ demo: $(READY)
 reproduce: $(READY)
 	$(BIN)/python -m skillvec.recipes.mini.reproduce
 
-# the claims on a real model: hours for a seed; make real SEEDS="0 1 2" JOBS=2
+# the claims on a real model: hours for a seed; make real SEEDS="0 1 2" JOBS=2 PARTS="thinking anatomy"
 real: $(READY)
-	$(BIN)/python -m skillvec.recipes.real $(addprefix --seeds ,$(SEEDS)) $(addprefix --jobs ,$(JOBS))
+	$(BIN)/python -m skillvec.recipes.real $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
+	$(if $(PARTS),--parts $(PARTS))
 
 # its first claims, of one domain
 real-quick: $(READY)
@@ -83,6 +84,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_rooms.py tests/test_docs.py
 	$(BIN)/python docs/rooms.py --lines
+
+# the site, into build/site: any link that leads nowhere is an error
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # `make bench AGAINST=REV` times that commit in the same rounds
 bench: $(READY)

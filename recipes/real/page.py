@@ -3,7 +3,7 @@
     python -m skillvec.recipes.real.page [FILE ...] [--page docs/real.md]
 
 What does not hold stands first. Verdicts follow the rules of recipes/claims; beside each stands
-what every seed says by its own questions. What is not measured in every seed is left out and named.
+what every seed says by its own questions. A claim rests on the seeds that have its numbers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import importlib.util
 import math
 import re
 import shlex
+import statistics
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from skillvec.recipes.claims.claims import table
+from skillvec.recipes.claims.claims import Claim, table
 from skillvec.recipes.claims.figures import render
 from skillvec.recipes.claims.results import Results
 from skillvec.recipes.claims.rules import (
@@ -30,6 +31,7 @@ from skillvec.recipes.claims.rules import (
     FORGETTING,
     HOLDS,
     MARGIN,
+    Spread,
     Test,
     least_seeds,
     signed,
@@ -57,15 +59,17 @@ def write_page(files: Sequence[Path], page: Path) -> None:
     Sections of other modules are made from files beside those of the seeds. Raises ValueError as
     `read_seeds` does, and where no claim has its numbers.
     """
-    seeds = read_seeds(files)
+    read = read_seeds(files)
+    # a seed may have been run for other parts alone
+    seeds = [seed for seed in read if any(domain in seed["scores"] for domain in DOMAINS)] or read
     results = gather(seeds)
     trainings = (seed["trainings"].get("people/rl_t") for seed in seeds)
-    short = (seed["trainings"].get(f"{DOMAINS[0]}/round-1/rl", {}) for seed in seeds)
-    few = next((one["max_completion_length"] for one in short if one), 0)
     completions = next((count_completions(one) for one in trainings if one), 0)
-    claims = [make(results) for make in list_claims(completions)] if results.domains else []
+    makers = list_claims(completions) if results.domains else ()
+    chosen = [choose_seeds(make, seeds) for make in makers]
+    claims = [make(gather(of)) for make, of in zip(makers, chosen, strict=True)]
     if not any(claim.parts for claim in claims):
-        raise ValueError(f"no claim has its numbers in all of the seeds {results.seeds} yet")
+        raise ValueError(f"no claim has its numbers in any of the seeds {results.seeds} yet")
     judged = judge_claims(claims)
     parts = sum(len(verdicts) for _, verdicts in judged.values())
     least = least_seeds(parts)
@@ -83,13 +87,24 @@ def write_page(files: Sequence[Path], page: Path) -> None:
         parts=parts, least=least, few=_few(len(seeds), least),
         questions=sum(count for _, count in groups[0]), subjects=len(groups[0]),
         summary=summary(judged, (["by itself"], _count_passes)),
-        left_out=tell_left_out(seeds, absent),
-        sections="\n\n".join(_section(n, judged, seeds) for n in judged),
-        thinking=thinking(results, few), **others,
+        left_out=tell_left_out(seeds, absent, {n: chosen[n - 1] for n in judged}),
+        sections="\n\n".join(_section(n, judged, chosen[n - 1]) for n in judged),
+        thinking=thinking(read), **others,
     )  # fmt: skip
     if FEW in text:  # means of so few seeds have no interval
         text = text.replace(f" [{FEW}]", "").replace("mean [95 % interval]", "mean over seeds")
     page.write_text(text, encoding="utf-8")
+
+
+def choose_seeds(make: Callable[[Results], Claim], seeds: Sequence[Seed]) -> Sequence[Seed]:
+    """Return the seeds that a claim rests on: as many of its tests in as many seeds as there are.
+
+    A seed may lack the trainings of a claim.
+    """
+    counts = [sum(len(part.tests) for part in make(gather([seed])).parts) for seed in seeds]
+    having = {count: sum(other >= count for other in counts) for count in counts}
+    least = max(having, key=lambda count: (count * having[count], having[count]))
+    return [seed for seed, count in zip(seeds, counts, strict=True) if count >= least]
 
 
 def make_sections(folder: Path) -> dict[str, str]:
@@ -259,63 +274,86 @@ def narrow(command: str, arms: Set[str]) -> str:
     return shlex.join(kept)
 
 
-def tell_left_out(seeds: Sequence[Seed], absent: Sequence[str]) -> str:
-    """Return which claims and arms are not on the page, because a seed lacks their numbers."""
+def tell_left_out(
+    seeds: Sequence[Seed], absent: Sequence[str], chosen: Mapping[int, Sequence[Seed]]
+) -> str:
+    """Return what no seed has, and which seeds lack stages, arms and claims that others have.
+
+    `absent`: titles of claims without numbers; `chosen`: the seeds of each other claim.
+    """
     said = []
     if absent:
-        said.append(f"Left out, without numbers in every seed: {'; '.join(absent)}.")
+        said.append(f"Left out, without numbers in any seed: {'; '.join(absent)}.")
     for seed in seeds:
         if names := seed["unfinished"]:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             said.append(f"Seed {seed['seed']} has not finished {', '.join(names[:5])}{more}.")
     for (target, arm), numbers in partial_scores(seeds).items():
-        said.append(f"{target}, {arm}: not in seed {', '.join(map(str, numbers))}, left out.")
+        if target in DOMAINS:  # other targets have sections that show the seeds that have them
+            said.append(f"{target}, {arm}: not in seed {', '.join(map(str, numbers))}.")
+    for n, of in chosen.items():
+        if len(of) < len(seeds):
+            numbers = [seed["seed"] for seed in of]
+            said.append(f"Claim {n} rests on seed {', '.join(map(str, numbers))} alone.")
     return " ".join(said) or "Every seed has finished all of its stages."
 
 
-def thinking(results: Results, few: int) -> str:
-    """Return what the gain is by the tokens that an answer may take: `few` in the claims.
+def thinking(seeds: Sequence[Seed]) -> str:
+    """Return what the gain is by the tokens that an answer may take, seed by seed.
 
-    Read are the first domain and the targets "thinking N", each with "SFT only" and what v was
-    added with: `exact` of the former, of the latter `ends`, for which the last words count.
+    Read are the targets "thinking N", each with "SFT only" and what v was added with; for the few
+    tokens of the claims the first domain too. Of few tokens `exact` counts, of more `ends`, for
+    which the last words count. A seed without a length has no number there.
     """
-    domain = results.domains[0]
-    targets = {int(found[1]): (found[0], "ends") for target, _, _ in results.scores
-               if (found := re.fullmatch(r"thinking (\d+)", target))}  # fmt: skip
-    rows: list[list[str]] = []
-    gains: dict[str, list[tuple[int, float]]] = {}
-    for tokens, (target, metric) in sorted(({few: (domain, "exact")} | targets).items()):
-        for arm in ("lambda 0.5", "lambda 1"):
-            keys = [(target, one, metric) for one in ("SFT only", arm)]
-            if not all(key in results.scores for key in keys):
-                continue
-            alone, ours = (results.scores[key] for key in keys)
-            gain = ours - alone
-            gains.setdefault(arm, []).append((tokens, gain.mean))
-            rows.append([str(tokens), metric, arm, alone.show(), ours.show(),
-                         *_alone(Test("", gain))])  # fmt: skip
-    if not targets or not rows:
+    rows: dict[tuple[int, str, str], dict[int, tuple[Spread, Spread]]] = {}
+    for seed in seeds:
+        scores = gather([seed]).scores
+        few = seed["trainings"].get(f"{DOMAINS[0]}/round-1/rl", {}).get("max_completion_length", 0)
+        targets = {int(found[1]): target for target, _, _ in scores
+                   if (found := re.fullmatch(r"thinking (\d+)", target))}  # fmt: skip
+        for tokens, target in ({few: DOMAINS[0]} | targets if targets else {}).items():
+            metric = "exact" if tokens == few else "ends"
+            for arm in ("lambda 0.5", "lambda 1"):
+                keys = [(target, one, metric) for one in ("SFT only", arm)]
+                if all(key in scores for key in keys):
+                    alone, ours = (scores[key] for key in keys)
+                    rows.setdefault((tokens, metric, arm), {})[seed["seed"]] = alone, ours
+    if not rows:
         return NOT_MEASURED
-    said = "; ".join(
-        f"at {arm} it is {' / '.join(signed(gain) for _, gain in each)} for"
-        f" {' / '.join(str(tokens) for tokens, _ in each)} tokens:"
-        f" it {'grows' if _grows(each) else 'does not grow with the length'}"
-        for arm, each in gains.items()
-    )
+    shown = sorted({number for each in rows.values() for number in each})
+    said = [_tell_growth(rows, number, arm) for arm in ("lambda 0.5", "lambda 1")
+            for number in shown]  # fmt: skip
+    lines = []
+    for (tokens, metric, arm), each in sorted(rows.items()):
+        means = (statistics.fmean(pair[side].mean for pair in each.values()) for side in (0, 1))
+        gains = (_alone(Test("", each[one][1] - each[one][0]))[0] if one in each else "-"
+                 for one in shown)  # fmt: skip
+        lines.append([str(tokens), metric, arm, *(f"{mean:.3f}" for mean in means), *gains])
     text = (
-        f"The gain about {domain} by the tokens that RL gave an answer: {said}. Each length has an"
-        f" RL, and so a v, of its own. With {few} tokens the whole answer counts (`exact`). With"
-        " more the answer begins with the subject's name, so that a model may tell what it knows"
-        " before it comes to what was asked, and the last words count (`ends`).\n\n"
+        f"The gain about {DOMAINS[0]} by the tokens that RL gave an answer: {'; '.join(said)}. Each"
+        f" length has an RL, and so a v, of its own. With {lines[0][0]} tokens the whole answer"
+        " counts (`exact`). With more the answer begins with the subject's name, so that a model"
+        " may tell what it knows before it comes to what was asked, and the last words count"
+        " (`ends`).\n\n"
     )
     heads = ["tokens", "what counts", "v with", "SFT only", "+ v",
-             *(f"gain, seed {seed}" for seed in results.seeds)]  # fmt: skip
-    return text + table(heads, rows)
+             *(f"gain, seed {one}" for one in shown)]  # fmt: skip
+    return text + table(heads, lines)
 
 
-def _grows(gains: Sequence[tuple[int, float]]) -> bool:
-    means = [gain for _, gain in sorted(gains)]
-    return len(means) > 1 and all(a < b for a, b in pairwise(means))
+def _tell_growth(
+    rows: Mapping[tuple[int, str, str], Mapping[int, tuple[Spread, Spread]]], seed: int, arm: str
+) -> str:
+    """Return whether one seed's gain grows with the length of an answer."""
+    gains = [(tokens, each[seed][1].mean - each[seed][0].mean)
+             for (tokens, _, added), each in sorted(rows.items())
+             if added == arm and seed in each]  # fmt: skip
+    grows = len(gains) > 1 and all(a < b for (_, a), (_, b) in pairwise(gains))
+    return (
+        f"in seed {seed} at {arm} it is {' / '.join(signed(gain) for _, gain in gains)} for"
+        f" {' / '.join(str(tokens) for tokens, _ in gains)} tokens and"
+        f" {'grows' if grows else 'does not grow with the length'}"
+    )
 
 
 # ---------------------------------------------------------------------------------- how it was run
@@ -333,18 +371,20 @@ def _same(seeds: Sequence[Seed], key: str) -> dict[str, str]:
 
 
 def _world(seeds: Sequence[Seed]) -> str:
-    groups = [seeds[0]["scores"].get(domain, {}).get("groups", []) for domain in DOMAINS]
+    groups = {domain: seeds[0]["scores"].get(domain, {}).get("groups", []) for domain in DOMAINS}
     return " and ".join(
-        f"{len(each)} {domain} in each of S and T" for domain, each in zip(DOMAINS, groups,
-                                                                           strict=True)
-    )  # fmt: skip
+        f"{len(each)} {domain} in each of S and T" for domain, each in groups.items() if each
+    )
 
 
 def _settings(seeds: Sequence[Seed]) -> str:
     """Return the table of what was run: settings, versions, machine, hours."""
     whole = _same(seeds, "settings") | _same(seeds, "versions") | _same(seeds, "machine")
+    computed = ["bf16" if one.get("bf16") else "fp32" for seed in seeds
+                if (one := seed["trainings"].get(f"{DOMAINS[0]}/round-1/rl"))]  # fmt: skip
     hours = [f"{sum(seed['seconds'].values()) / 3600:.1f}" for seed in seeds]
     whole |= {"seeds": ", ".join(str(seed["seed"]) for seed in seeds),
+              "trainings compute in": ", ".join(computed),
               "hours of each seed": ", ".join(hours)}  # fmt: skip
     return table([*whole], [[*whole.values()]])
 

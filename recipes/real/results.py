@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ TRAINING = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs
 ROW = ("cosine", "p", "control_cosine", "density_a", "density_b", "norm_a", "norm_b", "norm_ratio",
        "numel")  # fmt: skip
 # whose marks are kept of which targets; of others those of `exact`
-MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("ends", "contains")}
+MARKED = dict.fromkeys(DOMAINS, ("exact", "contains")) | {"thinking": ("exact", "ends", "contains")}
 DIGITS = 7
 # what a file of a seed has at least; a report that is not finished is null
 HELD: Mapping[str, Any] = {
@@ -49,13 +49,21 @@ HELD: Mapping[str, Any] = {
 # ---------------------------------------------------------------------------------- one seed
 
 
-def write_seed(line: Pipeline, seed: int, settings: Mapping[str, Any], file: Path) -> list[str]:
+def write_seed(
+    line: Pipeline,
+    seed: int,
+    settings: Mapping[str, Any],
+    file: Path,
+    asked: Container[str] | None = None,
+) -> list[str]:
     """Write what the finished stages of a seed measured; return the names of those that are not.
 
-    `settings`: what was run, in words that hold on any machine (model, subjects, form).
+    `settings`: what was run, in words that hold on any machine (model, subjects, form). `asked`:
+    the stages that are missed if they are not finished (none: all).
     """
     unfinished = [stage for stage in line.stages if not read_marker(line, stage).get("finished")]
     done = [stage for stage in line.stages if stage not in unfinished]
+    missed = [stage.name for stage in unfinished if asked is None or stage.name in asked]
     files = {stage.output for stage in done}
     found = {
         "schema": SCHEMA,
@@ -64,7 +72,7 @@ def write_seed(line: Pipeline, seed: int, settings: Mapping[str, Any], file: Pat
         "machine": {"machine": platform.machine(), "processors": os.cpu_count()},
         "versions": {"skillvec": skillvec.__version__}
         | {name: version(name).partition("+")[0] for name in PACKAGES},
-        "unfinished": [stage.name for stage in unfinished],
+        "unfinished": missed,
         "seconds": {stage.name: read_marker(line, stage)["seconds"] for stage in done},
         "trainings": {stage.name: {key: stage.settings[key] for key in TRAINING
                                    if key in stage.settings}
@@ -82,7 +90,7 @@ def write_seed(line: Pipeline, seed: int, settings: Mapping[str, Any], file: Pat
     whole = file.with_name(f".{file.name}.{os.getpid()}")
     whole.write_text(_lay_out(found) + "\n", encoding="utf-8")
     whole.replace(file)
-    return [stage.name for stage in unfinished]
+    return missed
 
 
 def _spell(line: Pipeline, stage: Stage) -> str:

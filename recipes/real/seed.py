@@ -22,11 +22,11 @@ from skillvec.recipes.stages import Pipeline, flags, flat
 
 DOMAINS = ("people", "tools")
 DEEP = "people"  # the domain with every arm
-PARTS = ("claims", "orders", "regimes", "thinking", "anatomy")
+OF_ONE = ("regimes", "thinking")
+PARTS = ("claims", "orders", *OF_ONE, "anatomy")
 PROBED = ("base", "SFT only", "lambda -1", "lambda 1", "lambda 2", "random", "shuffled",
           "pre-injection", "sequential", "RL on the target")  # fmt: skip
 THINKING = (16, 64)  # tokens that an answer may take, beside the few of the claims
-SHOWN = ("SFT only", "lambda 0.5", "lambda 1")  # of every thinking length
 REGIME_LAMBDAS = (0.25, 0.5, 1.0, 1.5, 2.0)
 HALF = "copies/bf16"  # folder of what was saved as bf16
 REGIMES = {  # skills of people: where each lies below a seed's folder
@@ -73,7 +73,8 @@ def plan_seed(out: Path, seed: int, settings: Settings) -> Pipeline:
     """List the stages of one seed below `out`."""
     design = Design(out, seed, settings)
     for domain in settings.domains:
-        design.train(domain)
+        if domain == DEEP or {*settings.parts} - {*OF_ONE}:
+            design.train(domain)
     if "claims" in settings.parts:
         for domain in settings.domains:
             design.add_claims(domain)
@@ -84,8 +85,7 @@ def plan_seed(out: Path, seed: int, settings: Settings) -> Pipeline:
     if "regimes" in settings.parts:
         design.add_regimes()
     if "thinking" in settings.parts:
-        for tokens in THINKING:
-            design.add_thinking(DEEP, tokens)
+        design.ask_lengths(DEEP)
     if "anatomy" in settings.parts:
         for domain in settings.domains:
             design.add_anatomy(domain)
@@ -199,7 +199,14 @@ class Design:
             self._ask(f"regimes on {side}", target, {"SFT only": ""} | arms, **options)
         line.orthogonality("regimes/angles", [*skills.values()], {"control": "random"})
 
-    def add_thinking(self, domain: str, tokens: int) -> None:
+    def ask_lengths(self, domain: str) -> None:
+        """Ask what v and skills of longer answers add, each in its own form."""
+        few = self._rl(domain)["max_completion_length"]
+        self._ask(f"thinking {few}", self.targets[domain], _list_shown(self.skills[domain]))
+        for tokens in THINKING:
+            self._think(domain, tokens)
+
+    def _think(self, domain: str, tokens: int) -> None:
         """Add RL whose answers may take so many tokens, of which the last words count.
 
         Prompts begin the answer with the subject's name, so that a model may tell what it knows
@@ -213,9 +220,8 @@ class Design:
         asked = self._part(domain, "s", "thoughts")["rl"]
         trained = line.rl(f"{at}/rl", self.sources[domain], settings, asked)
         skill = line.diff(f"{at}/skill.safetensors", trained, self.sources[domain], "grpo")
-        arms = {"SFT only": "", "lambda 0.5": f"0.5*{skill}", "lambda 1": f"1*{skill}"}
         options = {"kind": "thoughts", "max_new_tokens": tokens}
-        self._ask(target, self.targets[domain], arms, **options)
+        self._ask(target, self.targets[domain], _list_shown(skill), **options)
         self._ask(target, trained, {"RL on S": ""}, "s", **options)
 
     def add_anatomy(self, domain: str) -> None:
@@ -278,3 +284,8 @@ class Design:
             self.line.scores[target, arm] = folder / f"{arm}.json"
             if arm in probed:
                 self.line.scores[f"{target} probe", arm] = folder / f"{arm}.probe.json"
+
+
+def _list_shown(skill: Path) -> dict[str, str]:
+    """Return the arms of a length of answers."""
+    return {"SFT only": "", "lambda 0.5": f"0.5*{skill}", "lambda 1": f"1*{skill}"}

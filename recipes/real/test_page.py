@@ -15,7 +15,15 @@ from skillvec.recipes.claims.sections import judge_claims
 from skillvec.recipes.real import page as module
 from skillvec.recipes.real.claims import PLAIN, knowledge_is_not_enough, list_claims
 from skillvec.recipes.real.figures import draw_curve
-from skillvec.recipes.real.page import list_commands, main, narrow, tell_first, thinking, write_page
+from skillvec.recipes.real.page import (
+    list_commands,
+    main,
+    narrow,
+    tell_first,
+    tell_left_out,
+    thinking,
+    write_page,
+)
 from skillvec.recipes.real.results import gather, read_seeds, write_seed
 
 SETTINGS = {"model": "SmolLM2-135M-Instruct", "subjects": 25}
@@ -118,7 +126,7 @@ def test_one_seed_with_stages_that_are_missing(tmp_path: Path, drawn: None) -> N
     gone = ("people/asked-K_=_2", "people/asked-RL_on_the_target", "angles")
     text = one_page(tmp_path, skip=lambda name: name in gone)
     assert (
-        "Left out, without numbers in every seed: 4. Two rounds of refinement beat one; 6. The RL"
+        "Left out, without numbers in any seed: 4. Two rounds of refinement beat one; 6. The RL"
         " and the SFT update are nearly orthogonal; 7. RL on the target is the upper bound."
     ) in text
     assert f"Seed 0 has not finished {', '.join((gone[1], gone[0], gone[2]))}." in text
@@ -134,10 +142,17 @@ def test_one_seed_with_stages_that_are_missing(tmp_path: Path, drawn: None) -> N
     assert "two rounds of RL" not in text and "| [6]" not in text
 
 
-def test_what_one_seed_of_several_lacks_is_named(tmp_path: Path, drawn: None) -> None:
-    text = one_page(tmp_path, seeds=2, skip=lambda name: name == "people/asked-sequential")
-    assert "people, sequential: not in seed 0, left out." in text
-    assert "against pre-injection" in text and "against sequential" not in text
+def test_a_claim_rests_on_the_seeds_that_have_its_numbers(tmp_path: Path, drawn: None) -> None:
+    gone = ("people/asked-sequential", "people/asked-K_=_2")
+    text = one_page(tmp_path, seeds=3, skip=lambda name: name in gone)
+    assert "people, sequential: not in seed 0." in text
+    assert "Claim 4 rests on seed 1, 2 alone." in text
+    rounds, order = (text.split(f"\n## {n}. ")[1].split("\n## ")[0] for n in (4, 5))
+    for section in (rounds, order):
+        (head,) = (line for line in section.splitlines() if line.startswith("| test |"))
+        assert ("| seed 0 |" in head) is (section is order) and "| seed 1 | seed 2 |" in head
+    assert "against pre-injection" in order and "against sequential" not in order
+    assert "| 0 of 2 seeds |" in rounds and "seeds pass" in order
 
 
 def test_the_gain_is_cut_into_form_and_use(docs: Path) -> None:
@@ -180,18 +195,46 @@ def test_commands_are_cut_down_to_the_evidence(docs: Path) -> None:
 
 
 def test_thinking_is_told_by_the_length_of_an_answer(docs: Path) -> None:
-    found = gather(read_seeds(sorted((docs / "real").glob("*.json"))))
-    assert thinking(found, 4) == "Not measured yet."
-    ordinary = found.exact("people", "lambda 1") - found.exact("people", "SFT only")
-    for tokens, gain in ((64, 0.6), (16, 0.5)):
-        found.scores[f"thinking {tokens}", "SFT only", "ends"] = Spread((0.3,) * 3)
-        found.scores[f"thinking {tokens}", "lambda 1", "ends"] = Spread((0.3 + gain,) * 3)
-    text = thinking(found, 4)
-    assert f"at lambda 1 it is {ordinary.mean:+.3f} / +0.500 / +0.600 for 4 / 16 / 64" in text
-    assert "64 tokens: it grows" in text
-    assert "| 16 | ends | lambda 1 | 0.300 ± 0.000 | 0.800 ± 0.000 |" in text
-    found.scores["thinking 64", "lambda 1", "ends"] = Spread((0.4,) * 3)
-    assert "it does not grow with the length" in thinking(found, 4)
+    seeds = read_seeds(sorted((docs / "real").glob("*.json")))
+    assert thinking(seeds) == "Not measured yet."
+
+    def add(seed: int, tokens: int, gain: float) -> None:
+        marks = {"SFT only": "0" * 10, "lambda 1": "1" * round(10 * gain) + "0" * 10}
+        arms = {arm: {"stage": "asked", "means": {"ends": mean}, "marks": {"ends": marks[arm][:10]}}
+                for arm, mean in (("SFT only", 0.0), ("lambda 1", gain))}  # fmt: skip
+        seeds[seed]["scores"][f"thinking {tokens}"] = {"groups": [["a", 5], ["b", 5]], "arms": arms}
+        seeds[seed]["trainings"].setdefault("people/round-1/rl", {})["max_completion_length"] = 4
+
+    for seed, tokens, gain in ((0, 64, 0.9), (0, 16, 0.8), (2, 16, 0.1)):
+        add(seed, tokens, gain)
+    gains = [(one := gather([seed])).exact("people", "lambda 1").mean
+             - one.exact("people", "SFT only").mean for seed in seeds]  # fmt: skip
+    text = thinking(seeds)
+    assert f"in seed 0 at lambda 1 it is {gains[0]:+.3f} / +0.800 / +0.900 for 4 / 16 / 64" in text
+    assert "64 tokens and grows; " in text and "in seed 1" not in text
+    assert "for 4 / 16 tokens and does not grow with the length" in text
+    (row,) = re.findall(r"^\| 16 \| ends \| lambda 1 \|.*$", text, re.MULTILINE)
+    assert re.match(r"\| 16 \| ends \| lambda 1 \| 0.000 \| 0.450 \| \+0.800 \[.*\+0.100 \[", row)
+    (row,) = re.findall(r"^\| 64 \|.*$", text, re.MULTILINE)
+    assert row.endswith("| - |")
+    assert tell_left_out(seeds, [], {}) == "Every seed has finished all of its stages."
+
+
+def test_a_seed_of_other_parts_alone_takes_no_claim_away(docs: Path, drawn: None) -> None:
+    files = sorted((docs / "real").glob("*.json"))
+    before = (docs / "real.md").read_text()
+    other = json.loads(files[0].read_text()) | {"seed": 7, "angles": None}
+    arms = {arm: {"stage": "asked", "means": {"ends": 0.5}} for arm in ("SFT only", "lambda 1")}
+    other["scores"] = {"thinking 16": {"groups": [], "arms": arms}}
+    alone = docs / "alone.json"
+    alone.write_text(json.dumps(other))
+    write_page([*files, alone], docs / "more.md")
+    text = (docs / "more.md").read_text()
+    assert "| 16 | ends | lambda 1 | 0.500 | 0.500 | +0.000 |" in text
+    head, _, _ = text.partition("## How long an answer may be")
+    assert head == before.partition("## How long an answer may be")[0]
+    with pytest.raises(ValueError, match=r"no claim has its numbers in any of the seeds \(7,\)"):
+        write_page([alone], docs / "none.md")
 
 
 def test_sections_of_other_modules_stand_in_their_places(
@@ -224,7 +267,7 @@ def test_the_curve_is_read_without_its_page(docs: Path) -> None:
 def test_a_seed_that_has_only_begun_is_refused(
     kept: tuple[str, ...], tmp_path: Path, drawn: None
 ) -> None:
-    with pytest.raises(ValueError, match=r"no claim has its numbers in all of the seeds \(0,\)"):
+    with pytest.raises(ValueError, match=r"no claim has its numbers in any of the seeds \(0,\)"):
         one_page(tmp_path, skip=lambda name: not name.startswith(kept))
 
 
@@ -233,7 +276,8 @@ def test_a_page_of_what_little_is_finished(
     kept: tuple[str, ...], tmp_path: Path, drawn: None
 ) -> None:
     text = one_page(tmp_path, skip=lambda name: not name.startswith((*kept, "tools/asked")))
-    assert "Left out, without numbers in every seed: " in text and "nan" not in text
+    assert (" people in each of S and T" in text) is ("people/asked" in kept)
+    assert "Left out, without numbers in any seed: " in text and "nan" not in text
 
 
 def test_the_command_refuses_what_is_no_seed(

@@ -106,7 +106,8 @@ def test_a_stage_that_is_not_done_is_named_and_what_it_would_say_is_missing(tmp_
 
     files = [tmp_path / f"seed-{seed}.json" for seed in (4, 2)]
     assert write_seed(make_seed(tmp_path / "4", 4), 4, {}, files[0]) == []
-    unfinished = write_seed(make_seed(tmp_path / "2", 2, skip), 2, {}, files[1])
+    line = make_seed(tmp_path / "2", 2, skip)
+    unfinished = write_seed(line, 2, {}, files[1])
     assert unfinished == ["people/rl_t", "people/asked-K_=_2", "angles"]
     seeds = read_seeds(files)
     assert [seed["seed"] for seed in seeds] == [2, 4]
@@ -118,6 +119,10 @@ def test_a_stage_that_is_not_done_is_named_and_what_it_would_say_is_missing(tmp_
     assert len(found.exact("tools", "lambda 1").values) == 2
     assert partial_scores(seeds) == {("people", "K = 2"): [2]}
     assert len(gather(seeds[1:]).angles) == 1 and partial_scores(seeds[1:]) == {}
+    # what was not asked for is not missed, and is written where it is there
+    missed = write_seed(line, 2, {}, files[1], {"angles"})
+    assert missed == ["angles"]
+    assert "people/sft_t" in json.loads(files[1].read_text())["seconds"]
 
 
 def test_files_that_are_no_seeds_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The plan of a seed of the real model, and the whole of it on a tiny one."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,34 @@ def test_the_quick_form_trains_three_times_and_parts_can_be_chosen(tmp_path: Pat
     assert trained == ["people/round-1/sft", "people/round-1/rl", "people/sft_t"]
     assert (quick.stages[2].settings or {})["max_steps"] == reproduce.QUICK_STEPS
     chosen = plan_seed(tmp_path, 0, reproduce.choose("other", ["thinking"], quick=False))
-    assert chosen.base == "other" and not [arm for arm in chosen.scores if arm[0] == "tools"]
+    assert chosen.base == "other" and {target for target, _ in chosen.scores} == {
+        "thinking 4", "thinking 16", "thinking 64",
+    }  # fmt: skip
+    trained = [stage.name for stage in chosen.stages if stage.settings]
+    assert trained == ["people/round-1/sft", "people/round-1/rl", "people/sft_t",
+                       "thinking/16/rl", "thinking/64/rl"]  # fmt: skip
     with pytest.raises(TypeError, match="texs"):
         read_settings({"texs": 1})
+
+
+@pytest.mark.parametrize(("unit", "computes"), [("avx512_bf16", True), ("avx2", False)])
+def test_trainings_compute_in_bf16_where_the_processor_does(
+    unit: str, computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True, "sse": True})
+    assert reproduce.choose(None, None, quick=True).training["bf16"] is computes
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert reproduce.choose(None, None, quick=False).training["bf16"] is False
+
+
+def test_make_passes_on_several_seeds_and_parts() -> None:
+    root = Path(__file__).parents[2]
+    words = ["make", "-n", "real", "SEEDS=3 4", "JOBS=2", "PARTS=thinking anatomy"]
+    said = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
+    given = said.replace("\\\n", "").partition("recipes.real ")[2].split()
+    assert given == ["--seeds", "3", "4", "--jobs", "2", "--parts", "thinking", "anatomy"]
 
 
 def test_a_folder_without_a_model_is_refused_before_anything_runs(
@@ -144,7 +170,7 @@ def test_every_stage_but_the_anatomy_runs_on_a_tiny_model(
     out, page = tmp_path / "runs", tmp_path / "docs" / "real.md"
     words = ["--out", str(out), "--page", str(page), "--model", str(tmp_path / "base")]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert reproduce.main([*words, "--one", "0"]) == 0
+    assert reproduce.main([*words, "--parts", *PARTS[:-1], "--one", "0"]) == 0
     settings = reproduce.choose(str(tmp_path / "base"), None, quick=False)
     reproduce.write(out, [0], settings, page)
     found = json.loads((page.parent / "real" / "seed-0.json").read_text())

@@ -295,8 +295,8 @@ METHODS = (
     ),
     Method(
         "ties", f"{ABOVE}; {ELECT}", "TIES, arXiv 2306.01708",
-        "mergekit keeps int(density * all values) of each tensor, equals by their place; elects + "
-        "where the sum is 0 (here the result is 0); divides by the sum of w_i, not of |w_i|",
+        "mergekit keeps int(density * all values) of each tensor, breaks ties by position; elects "
+        "+ where the sum is 0 (here the result is 0); divides by the sum of w_i, not of |w_i|",
         {"density": 0.2, **NONZERO, "scope": "vector", **MEAN}, THRESHOLDS, trim, elect,
     ),
     Method(  # the authors' merging script drops .1
@@ -316,7 +316,7 @@ METHODS = (
         f"t_i = v_i / p_i with probability p_i, else 0; {ELECT}",
         "DELLA, arXiv 2406.11617",
         "paper and mergekit rank within rows; here over the tensor by the upper 16 bits of fp32, "
-        "equals by their mean rank; mergekit restores the L1 norm instead of dividing by p_i",
+        "equal ones by their mean rank; mergekit restores the L1 norm instead of dividing by p_i",
         {"density": 0.7, "epsilon": 0.07, **NONZERO, **MEAN},
         (Pass(count_upper, find_probabilities),), magprune, elect,
     ),
@@ -325,14 +325,14 @@ METHODS = (
         "t_i = v_i where |v_i| is below the floor(gamma * count) largest and among the next "
         f"ceil(density * count), else 0; {ADD}",
         "Model Breadcrumbs, arXiv 2312.06795",
-        "mergekit takes fractions of all values, equals by their place, and lowers gamma where "
+        "mergekit takes fractions of all values, breaks ties by position, and lowers gamma where "
         "gamma + density exceeds 1 (refused here); the authors rank within rows",
         {"density": 0.15, "gamma": 0.006, **NONZERO}, THRESHOLDS, trim,
     ),
     Method(
         "ram", "t_i = v_i where |v_i| > threshold, else 0; "
         "sum_i w_i t_i / max(1, number of w_i t_i != 0)", "RAM, arXiv 2601.13572",
-        "mergekit calls it epsilon; it and the authors have no weights; RAM+ is not here",
+        "mergekit calls the threshold epsilon; it and the authors have no weights; no RAM+ here",
         {"threshold": 1e-5}, sparsify=drop_small, merge=average_shared,
     ),
     Method(  # the authors' code keeps .3
@@ -349,14 +349,14 @@ METHODS = (
     ),
     Method(
         "slerp", f"{ARC}, or s_i where |cos(angle)| > .9995", "none: spherical interpolation",
-        "mergekit turns whole models, and s_1 is given as t; as there, the cosine with zeros is 0",
+        "mergekit turns whole models, and calls s_1 t; in both the cosine with a zero vector is 0",
         {"scope": "tensor"}, (Pass(gram, find_angle, joint=True),), merge=follow_arc, count=2,
     ),
     Method(
         "nuslerp", f"{ARC}, or s_i where sin(angle) <= 1e-8", "none: spherical interpolation",
         "mergekit takes s_i = .5 where |w_0 + w_1| < 1e-6 (refused here where it is 0); "
         "nuslerp_row_wise and nuslerp_flatten false, an angle for each column or row, are not "
-        "here: pieces of a tensor know no rows",
+        "here, because a piece of a tensor knows no rows",
         {"scope": "tensor"}, (Pass(gram, find_small_angle, joint=True),), merge=follow_arc, count=2,
     ),
     Method(

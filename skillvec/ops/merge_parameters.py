@@ -12,22 +12,22 @@ PARAMETERS = {  # what each does, and the values it takes
     "scope": ("what has one threshold, projection or angle: each tensor, or the whole vector",
               "tensor or vector, the same for all vectors"),
     "threshold": ("the largest |v_i| that counts as no change", "at least 0"),
-    "fisher": ("where the F_i of a vector are", "a file for each vector"),
-    "fisher_digest": ("how a stored combination knows that file; another one is refused", "text"),
-    "floor": ("what F_i is at least", "at least 0"),
+    "fisher": ("the file with the F_i of a vector", "a file for each vector"),
+    "fisher_digest": ("the digest of that file; another file is refused", "text"),
+    "floor": ("the least value of F_i", "at least 0"),
     "normalize": ("divide by the sum of |w_i|; only the ratios of the weights matter then",
                   "true or false, the same for all vectors"),
-    "rank": ("how many directions of each matrix; it is that of the energy where this is above 0",
+    "rank": ("how many directions of each matrix; where energy is above 0, energy decides",
              "a whole number; of spectral at least 1, unless energy is above 0"),
     "bits": ("how many stored bits of mantissa are kept; 23 keeps all", "a whole number, 0 to 23"),
-    "energy": ("the fewest directions that hold this share of the squared norm (spectral) or of the"
-               " trace (project); given a rank alone it is 0", "at least 0, at most 1"),
+    "energy": ("take the fewest directions that hold this share of the squared norm (spectral) or"
+               " of the trace (project); given a rank alone it is 0", "at least 0, at most 1"),
     "part": ("what is taken of each matrix", "head, residual or whole"),
     "rescale": ("give each part the norm of the matrix it was taken from", "true or false"),
-    "others": ("what is done with tensors of one dimension: keep, drop, or split, which is all of"
-               " them in the head and nothing in the residual", "keep, drop or split"),
+    "others": ("what is done with tensors of one dimension: keep, drop, or split, which puts all"
+               " of them into the head and nothing into the residual", "keep, drop or split"),
     "moments": ("the file of second moments of inputs", "a path, from where skillvec runs"),
-    "moments_digest": ("which file that is; filled in, and where given what it must be",
+    "moments_digest": ("the digest of that file: filled in, and if given, checked",
                        "32 hex digits, or nothing"),
 }  # fmt: skip
 CHOICES = {"density_of": ("nonzero", "all"), "scope": ("tensor", "vector"),

@@ -105,6 +105,16 @@ def test_the_page_has_every_number_and_is_made_of_the_json() -> None:
     assert f"| {left:.2f} |" in text
 
 
+def test_the_page_opens_with_the_worst_of_all_structures() -> None:
+    def structure(alarms: int, claimed: int, found: int) -> dict[str, Any]:
+        planted = [{"size": 2, "p": [0, 9]}, {"size": 4, "p": [found, 100]}]
+        return {"p": [alarms, 200], "claimed": [claimed, 100], "planted": planted}
+
+    text = calibration.answer({"a": structure(4, 3, 97), "b": structure(13, 1, 96)})
+    assert "between 0.020 and 0.065" in text and "at most 3 %" in text
+    assert text.endswith("4 standard deviations gets p < .05 in at least 96 % of pairs.")
+
+
 def test_real_updates_are_those_of_the_demo(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make demo"):
         structures.Pairs(structures.REAL, tmp_path)

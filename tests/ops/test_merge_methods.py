@@ -1163,82 +1163,113 @@ def test_mergekit_differs_where_the_table_says_so(tmp_path: Path):
 
 INTRODUCTION = """# Ways of combining skill vectors
 
+This page is for whoever merges several [skill vectors](terms.md#skill-vector), or makes another
+vector of one. It gives the formula, the paper and the parameters of every operator of
+`combine --op` and `apply --op`, and says how to vary them by tensor and layer in a recipe. The
+default is `linear`, the weighted sum.
+
+| you want to | operators |
+|---|---|
+| add vectors with weights | `linear` |
+| add vectors that pull single values in opposite directions | `ties`, `dare_ties`, `della` |
+| keep a part of the values of each vector | `dare_linear`, `breadcrumbs`, `sparsify` |
+| average each value over the vectors that changed it | `ram` |
+| weigh each value by how much a model depends on it | `fisher` |
+| take out of one vector what lies along others | `orthogonal` |
+| go from one vector to another along an arc | `slerp`, `nuslerp` |
+| keep, or take out, the leading singular directions of every matrix | `spectral` |
+| take out what the inputs of a module reach | `project` |
+| make a small, lossy copy of a vector | `coarsen` |
+
 Generated from `skillvec/ops/merge_methods.py`: `python tests/ops/test_merge_methods.py` rewrites
 this page, a test compares it.
 
-v_i is the value of vector i at one position, w_i its weight and t_i what is left of v_i. A count is
-the number of values in the scope: those that are not 0, or all of them with `density_of` all. RL
-vectors are sparse: where 10 % of the values changed, density .2 keeps 2 % of all. The arithmetic is
-float64 and rounds once, to float32, or not at all if a vector is float64.
+## How to read the formulas
 
-Values are ranked by their magnitude in float32. Equal magnitudes are never parted: all that equal
-the last one to keep are kept. Bf16 differences repeat often, so more than the density may be left.
-Where the weighted sum of an election is exactly 0, no sign is elected and the result is 0.
+- v_i is the value of vector i at one position, w_i its weight, and t_i what is left of v_i.
+- A count is the number of values in the scope: those that are not 0, or all of them with
+  `density_of` all. This matters for RL vectors, which are sparse: where 10 % of the values changed,
+  density .2 keeps 2 % of all values.
+- Values are ranked by their magnitude in float32, and equal magnitudes are never parted: all values
+  that equal the last one to keep are kept. Differences of bf16 models repeat often, so more values
+  than the density says may be left.
+- Where the weighted sum of an election is exactly 0, no sign is elected and the result is 0.
+- The arithmetic is float64. It rounds once, to float32, or not at all if a vector is float64.
+- Random masks come from Philox, keyed by seed, vector and tensor name and addressed by position. No
+  byte of a result depends on the number of threads or on how tensors are cut into pieces.
+- A measuring pass reads all values once before the merge, for example to find a threshold.
+- The lines "against mergekit" compare with mergekit 0.1.5, which the slow tests run.
+- The defaults are the papers'. Where a paper gives none, they are those of the authors' code: the
+  drop rate .1 of DARE's merging script, DELLA's example command, the point where the search of
+  Breadcrumbs begins, .3 of DoTS, and 1e-5 of RAM.
 
-Random masks come from Philox, keyed by seed, vector and tensor name and addressed by position. No
-byte of a result depends on the number of threads or on how tensors are cut into pieces.
+**The threshold of `ram`** is in units of the weights, and a change that does not exceed it is
+dropped. A training whose changes are small as a whole needs a lower threshold. With threshold 0,
+hardly a value of an fp32 vector counts as unchanged, and `ram` is a plain average. For bf16
+vectors the threshold hardly matters: one step of bf16 is below 1e-5 only for weights below 2^-9,
+about .002.
 
-The lines "against mergekit" speak of mergekit 0.1.5, which the slow tests run. The defaults are the
-papers' or, where those give none, those of the authors' code: the drop rate .1 of DARE's merging
-script, DELLA's example command, the point where the search of Breadcrumbs begins, .3 of DoTS, and
-1e-5 of RAM.
-
-RAM's threshold is in units of the weights, and what does not exceed it is dropped: a training whose
-changes are small as a whole wants a lower one. Without one, an fp32 vector has hardly a value that
-is exactly 0, and `ram` is a plain average. For bf16 vectors it hardly matters: one step of bf16 is
-below 1e-5 only for weights below 2^-9, about .002.
-
-slerp and nuslerp go from one vector to another along an arc, whose angle is measured over the
-tensor, or with `scope` vector over all of them; where both are of one length, so is the result.
-They take two vectors. Only the ratio of the weights matters; how far to go is what lam says.
+**`slerp` and `nuslerp`** take two vectors and go from one to the other along an arc. Its angle is
+measured over the tensor, or with `scope` vector over all tensors. Where both vectors have one
+length, so has the result. Only the ratio of the weights matters, and says how far along the arc the
+result lies; `--lam` of `apply` says how much of it is added.
 """
 
 
 MATRICES = """
 ## Whole matrices
 
-`coarsen` makes a copy that is meant to be small, and says so: the claim of its file is `lossy`.
-With a rank, what is stored of a matrix is the k (m + n) factors themselves (docs/format.md), where
-the vector is one and its weight 1; elsewhere they are multiplied out. What is left of 7 bits or
-fewer fits bf16. Which rank and how many bits keep a skill, `skillvec search` finds: docs/search.md.
+`spectral`, `coarsen` and `project` look at each matrix as a whole. Of tensors with more dimensions,
+such as fused experts, each matrix of the last two dimensions is taken on its own. Embeddings and
+heads of the model are matrices as any other.
 
-`spectral` and `project` take each vector's matrices apart and add up the parts: of several vectors
-it is the sum of their heads, not the head of their sum (store a `linear` sum first for that), and
-each vector may have its own rank, part or moments in a recipe. Embeddings and heads of the model
-are matrices as any other; a rule `{match: "*embed*", part: whole}` leaves them alone, for `project`
-`{match: ..., rank: 0, energy: 0}`. Of tensors with more dimensions, such as fused experts, each
-matrix of the last two is taken apart on its own. Where a matrix has no more directions than are
-wanted, the head is the vector itself, bit for bit, and the residual 0; head + residual is the
-vector within the roundings of the two.
+**`coarsen`** makes a copy that is meant to be small, and its file says so: its claim is `lossy`.
+With a rank, the k (m + n) factors of each matrix are stored ([format.md](format.md), factors), if
+the combination has one vector with weight 1; else they are multiplied out. Values with 7 bits or
+fewer of mantissa fit bf16. `skillvec search` finds which rank and how many bits keep a skill
+([search.md](search.md)).
 
-Before the run each matrix is looked at once, whole: one for each worker at a time (the line
-"memory" of the plan counts them, three copies each; with `project` the second moments of an input
-and their eigenvectors too, 36 n^2 bytes for n values). What is found, k (m + n) fp32 values of an
-m x n matrix, waits in a file in the folder for temporary files (`TMPDIR`), so that no rank fills
-the memory, and goes with the run. With `--engine ray` the other machines have to see that folder.
-Neither seed nor workers change a byte; singular values come from LAPACK on the processor, so
-another machine, or another version of torch, may differ in the last bits, and `verify` there then
-says that values differ. A target in another layout than the vectors wants the combination stored.
+**`spectral`** and **`project`** take each vector's matrices apart and add up the parts. So of
+several vectors they give the sum of the heads, not the head of the sum; for that, store a
+`linear` sum first. In a recipe each vector may have its own rank, part or moments. To leave
+embeddings alone, give `spectral` the rule `{match: "*embed*", part: whole}`, and `project` the
+rule `{match: "*embed*", rank: 0, energy: 0}`. Where a matrix has no more directions than are
+wanted, the head is the vector itself, bit for bit, and the residual is 0. Otherwise head +
+residual is the vector within the roundings of the two.
 
-The report has, for each tensor and vector, the rank and the share of the squared norm that is kept
-(`ranks`, `kept_energies`), and the shares of all (`matrices`), before `rescale`.
+**`project`** leaves alone what a module has been seen to be given as input. The inputs are those
+that `python -m skillvec.recipes.calibrate` measured: `--param moments=moments.safetensors`. By
+default it takes the directions that hold .9 of the trace of E[x x'], as `energy_active` of
+`orthogonality --activations` measures it. The path counts from the folder in which skillvec runs,
+as the paths of vectors do. The file's digest (of what it says, and of samples of its values) goes
+into the recipe, and another file is refused; so is a file of other shapes. Matrices that the file
+does not know, such as embeddings, norms and biases, are kept as they are, and a warning names the
+matrices.
 
-`project` leaves alone what `python -m skillvec.recipes.calibrate` has seen a module be given:
-`--param moments=moments.safetensors`, energy .9 of the trace of E[x x'] by default, as `energy
-inside` of `orthogonality --activations` measures it. The path is taken from the folder in which
-skillvec runs, as those of vectors are; the file's digest (what it says, and samples of its values)
-goes into the recipe, and another file is refused. Matrices that the file does not know, such as
-embeddings, norms and biases are kept as they are; a warning names the matrices. A file of other
-shapes is refused.
+**The report** has, for each tensor and vector, the rank and the share of the squared norm that is
+kept (`ranks`, `kept_energies`), and the shares of all (`matrices`), before `rescale`.
+
+**Cost.** Before the run each matrix is looked at once, whole, one for each worker at a time. The
+line "memory" of the plan counts them: three copies each, and with `project` also the second
+moments of an input and their eigenvectors, 36 n^2 bytes for n values. What is found, k (m + n)
+fp32 values of an m x n matrix, waits in a file in the folder for temporary files (`TMPDIR`), so
+that no rank fills the memory. The file goes with the run. With `--engine ray` the other machines
+have to see that folder.
+
+**Reproducibility.** Neither seed nor workers change a byte. But singular values come from LAPACK
+on the processor, so another machine, or another version of torch, may differ in the last bits,
+and `verify` there says that values differ.
+
+A target in another layout than the vectors needs the combination stored first.
 """
 
 
 RECIPES = """
 ## Recipes
 
-`skillvec combine --recipe FILE` and `apply --recipe FILE` take weights and parameters by tensor and
-by layer from YAML or JSON; `skillvec.combine(recipe=...)` takes the same as a dict. The recipe is
-kept in the manifest of the result, and `verify` follows it.
+A recipe gives weights and parameters by tensor and by layer. `skillvec combine --recipe FILE` and
+`apply --recipe FILE` take it as YAML or JSON, `skillvec.combine(recipe=...)` as a dict. The
+recipe is kept in the manifest of the result, and `verify` follows it.
 
 ```yaml
 op: ties                         # default linear
@@ -1256,12 +1287,12 @@ vectors:
 ```
 
 A glob that matches no tensor is an error, and so is a gradient that reaches tensors outside every
-layer. In scope vector, tensors with the same parameters share a threshold; those to which a rule
-gives another density have one of their own.
+layer. In scope vector, tensors with the same parameters share a threshold; tensors to which a rule
+gives another density have a threshold of their own.
 
 ## Files of Fisher information
 
-`fisher` reads a file beside each vector:
+`fisher` weighs each value by Fisher information, which it reads from a file beside each vector:
 
 ```sh
 python -m skillvec.recipes.fisher --model MATH --data math.jsonl -o math_fisher.safetensors
@@ -1270,24 +1301,30 @@ skillvec combine math.safetensors tools.safetensors --op fisher -o both.safetens
     --param fisher=math_fisher.safetensors --param fisher=tools_fisher.safetensors
 ```
 
-`--param fisher=` stands once for each vector, in their order; in Python the parameter is a list of
-files, in a recipe the key `fisher` of the `parameters` of each vector, which no rule changes. A
-file is any safetensors file, or folder of shards, with a tensor of floats for each tensor of the
-vector, under its name and in its shape, or in a layout that can be brought to it. What no vector
-has is passed over; a tensor that no vector changes needs none, and a head that a vector unties goes
-by the information of its embedding. What is negative, NaN or infinite is refused when it is read,
-with the tensor's name. The files are read block by block as the vectors are: they take the memory
-of as many vectors more.
+`--param fisher=` stands once for each vector, in their order. In Python the parameter is a list
+of files; in a recipe it is the key `fisher` of the `parameters` of each vector, and no rule
+changes it.
 
-Only the ratio of the F_i at a place matters, so files must have one scale: the same kind of texts,
-or weights that make up for it (the recipe prints the L2 norm by which the authors' code divides).
-The recipe writes the mean over the texts of the squared gradient of log p(text), one backward pass
-a text; with `--sample` the tokens are drawn from the model, as the definition of Fisher information
-has them, and without it they are the text's own.
+**What the file holds**: it is any safetensors file, or folder of shards, with a tensor of floats
+for each tensor of the vector, under its name and in its shape, or in a layout that can be brought
+to it.
 
-The manifest of a stored combination, and the header of a model that one was added to, keep place
-and digest of each file, and `verify` refuses another. The digest is that of samples, as for models;
-a change between them is found by the values, which `verify` computes again.
+- Tensors that no vector has are passed over. A tensor that no vector changes needs no information.
+- A head that a vector unties goes by the information of its embedding.
+- A value that is negative, NaN or infinite is refused when it is read, with the tensor's name.
+- The files are read block by block as the vectors are, and take the memory of as many vectors more.
+
+**Files must have one scale**, because only the ratio of the F_i at a place matters. Take the same
+kind of texts for all, or weights that make up for the difference (`skillvec.recipes.fisher`
+prints the L2 norm by which the authors' code divides). It writes the mean over the texts of the
+squared gradient of log p(text), one backward pass a text. With `--sample` the tokens are drawn
+from the model, as the definition of Fisher information has them; without it they are the text's
+own.
+
+**`verify`**: the manifest of a stored combination, and the header of a model that one was added
+to, keep place and digest of each file, and `verify` refuses another file. The digest is that of
+samples, as for models; a change between the samples is found by the values, which `verify`
+computes again.
 """
 
 
@@ -1303,7 +1340,7 @@ def test_the_recipe_of_the_page_is_one():
 
 def operators_page() -> str:
     """Return docs/operators.md, made from the table of operators."""
-    parts = [INTRODUCTION.strip()]
+    parts = [re.sub(r"(?<=[|,] )`(\w+)`", r"[\1](#\1)", INTRODUCTION.strip())]
     for method in OPERATORS.values():
         paper = re.sub(r"arXiv ([\d.]+\d)", r"[arXiv \1](https://arxiv.org/abs/\1)", method.paper)
         defaults = ", ".join(f"{name} {shown(v)}" for name, v in method.defaults.items())
