@@ -31,7 +31,7 @@ def open_evaluator(spec: str | Function | Evaluator, options: Mapping[str, Any] 
     names none, for options that are not taken, and for what cannot be imported or read.
     """
     if not isinstance(spec, str):
-        if hasattr(spec, "evaluate"):
+        if hasattr(spec, "takes_folder"):  # of an Evaluator; those may be callable as well
             return cast(Evaluator, spec)
         if isinstance(spec, partial) and not spec.args:  # so that a journal knows what is fixed
             return open_evaluator(spec.func, {**spec.keywords, **options})
