@@ -14,13 +14,15 @@ ARMS = ("base", "SFT only", "random", "shuffled", "lambda -1", "lambda 0.5", "la
 PROBED = ("base", "SFT only", "lambda -1", "lambda 1", "lambda 2", "random", "shuffled",
           "pre-injection", "sequential", "RL on the target")  # fmt: skip
 
+ROOM = {"left": 5, "top": 5, "right": 60, "bottom": 5}  # browsers without Arial draw wider letters
+
 
 def list_specs(results: Results, model: str) -> dict[str, Spec]:
     """Return the figures of the page by name; `model` is named in the title of the first."""
     found = specs(results, ARMS, PROBED)
     if "lambda" in found:
         found["lambda"] = draw_curve(results, model)
-    return found
+    return {name: {**spec, "padding": ROOM} for name, spec in found.items()}
 
 
 def draw_curve(results: Results, model: str) -> Spec:
