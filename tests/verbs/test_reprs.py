@@ -97,6 +97,8 @@ def html_of(held: Any) -> Seen:
     seen = Seen(fragment)
     known = {"div", "table", "tr", "th", "td", "img", "br", "svg", "rect", "title"}
     assert {*seen.tags} <= known
+    inheriting = re.findall("<table style=[^>]*color:inherit", fragment)  # else black on black
+    assert len(inheriting) == seen.tags.count("table")
     for name, value in seen.attributes:
         assert not name.startswith("on")
         assert name != "href" and (name != "src" or value.startswith("data:image/svg+xml;base64,"))
