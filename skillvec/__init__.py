@@ -1,9 +1,50 @@
-"""skillvec: compute, store, analyse and apply skill vectors (PaST, arXiv 2601.11258).
+"""Skill vectors: v = theta_rl - theta_sft, kept as a file and added to other models.
+
+The method is that of PaST (arXiv 2601.11258). Five calls do most of the work:
+
+    import skillvec as sv
+
+    v = sv.diff("rl", "sft", "skill.safetensors")     # the vector, stored exactly
+    sv.apply("other", v, "merged", lam=0.7)           # other + 0.7 * v, a model like other
+    sv.verify("merged")                               # proves it from what lies on the disk
+    sv.orthogonality(v, "sft::base", output="angles") # angles, beside what chance gives
+    sv.sweep("other", v, eval=score, output="curve")  # which lambda helps, by your function
+
+and in memory, until the block ends:
+
+    with sv.attach(model, v, lam=0.7) as live:        # a loaded model of transformers
+        live.set(lam=0.3)
+
+A MODEL is a folder as save_pretrained writes it, a safetensors file, or "org/name[@revision]" on
+the Hub. A VECTOR is what diff wrote, "TUNED::BASE", a PEFT adapter, or a SkillVector. Vectors are
+added and scaled as formulas say (0.7 * v - w), without reading a value before it is needed;
+v["model.norm.weight"] is one tensor as a numpy array of fp32. The arithmetic is fp32 (fp64 where an
+input is) with one rounding, and its bits depend on no worker count and no engine.
+
+Options that many calls share, under one name:
+
+    include, exclude  globs of tensor names: which are taken, which are left out
+    rename            rules "REGEX=TEXT" for names that no known layout explains
+    rows              embeddings of another length: "strict" refuses, "common" takes the rows that
+                      both have, "skip" leaves the tensor out
+    allow_nonfinite   take NaN and infinities that are refused otherwise
+    workers, engine   how many threads (None: all processors); "threads", "serial" or "ray"
+    stream            read a model on the Hub shard by shard, at most two of them on the disk
+    dry_run           check and plan everything, write nothing
+    force             replace an output that is there
+    watcher           is told of the plan and of the progress (skillvec.report.Watcher)
+
+Whatever is refused is a SkillvecError: a UsageError where the request cannot be meant, an
+IncompatibleError where models or vectors do not fit (a NonfiniteError where values do not), a
+FormatError for a broken file, an OutputError where nothing can be written, a VerificationError
+where a proof fails. Reports, vectors and checkpoints show themselves in one line, and in a notebook
+as a table.
 
 Importing this module imports nothing heavy: names resolve when they are first used.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from skillvec.moved import answer_old_names
@@ -55,6 +96,8 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
     "save": "verbs",  # of SkillVector.save
     "search": "trials.search",
     "sweep": "trials.sweep",
+    "write_html": "verbs.notebook",  # of what shows itself
+    "write_repr": "verbs.reprs",
 }
 
 answer_old_names()
@@ -93,7 +136,16 @@ if TYPE_CHECKING:
     from skillvec.verbs.training import SkillVectorCallback, SkillVectorEvaluation
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'skillvec' has no attribute {name!r}")
-    return getattr(import_module(f"skillvec.{_HOME[name]}"), name)
+if not TYPE_CHECKING:  # otherwise every misspelt name would be Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'skillvec' has no attribute {name!r}")
+        return getattr(import_module(f"skillvec.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names; without transformers there are no callbacks, and help works."""
+    home = "verbs.training"
+    known = [n for n in __all__ if _HOME[n] != home or find_spec("transformers") is not None]
+    return [*known, "__version__"]

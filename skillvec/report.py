@@ -1,5 +1,6 @@
 """What happened, tensor by tensor: the one form in which every verb answers."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +10,26 @@ from typing import Any, Protocol, overload
 Line = dict[str, Any]
 
 
-@dataclass
-class Report:
+class Shown:
+    """What shows itself in one line, and in a notebook as a small table.
+
+    The words are those of skillvec.verbs.reprs and skillvec.verbs.notebook, which are imported when
+    somebody looks.
+    """
+
+    def __repr__(self) -> str:
+        return str(sys.modules["skillvec"].write_repr(self))  # sugar: it knows the rooms above
+
+    def _repr_html_(self) -> str:
+        return str(sys.modules["skillvec"].write_html(self))
+
+
+class Folded(Shown, dict[str, Any]):
+    """A dict of many keys, such as a manifest: whole as data, one line where it is shown."""
+
+
+@dataclass(repr=False)
+class Report(Shown):
     """The answer of a verb.
 
     `facts` are its totals and statements, `ledger` has a line for every tensor of every input
@@ -75,7 +94,7 @@ class Rows(Sequence[Line]):
         return isinstance(other, (Rows, list)) and [*self] == [*other]
 
     def __repr__(self) -> str:
-        return repr([*self])
+        return f"<Rows: {len(self)} lines; list(rows) has them as dicts>"
 
     def __reduce__(self) -> Any:
         return list, ([*self],)

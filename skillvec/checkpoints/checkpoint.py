@@ -29,6 +29,7 @@ from skillvec.files.file import (
 from skillvec.files.header import TensorSpec
 from skillvec.files.staging import STAGING_SUFFIX
 from skillvec.files.tensors import Source, files_of
+from skillvec.report import Shown
 
 METADATA_KEY = "skillvec"  # header metadata: a vector's manifest or a merged model's recipe
 
@@ -49,7 +50,7 @@ def family_of(shapes: Iterable[tuple[str, Sequence[int]]]) -> str:
     return digest_bytes(json.dumps(sorted((name, list(shape)) for name, shape in shapes)).encode())
 
 
-class Checkpoint(Mapping[str, Source]):
+class Checkpoint(Shown, Mapping[str, Source]):
     """A model: tensor name -> Source in file order, with its config and side files.
 
     `ref` is what the user wrote, `path` the resolved folder or file, `metadata` the header
@@ -77,9 +78,6 @@ class Checkpoint(Mapping[str, Source]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-    def __repr__(self) -> str:
-        return f"Checkpoint({self.ref!r}, {len(self)} tensors)"
 
     def __sub__(self, base: object) -> Any:
         if not isinstance(base, Checkpoint):

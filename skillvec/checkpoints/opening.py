@@ -32,11 +32,12 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model: a folder or file of this disk, or a reference to the Hub (docs/checkpoints.md).
 
-    Reads headers only; quantised weights are dequantised when they are read. `role` names the
+    What `ref` leads to is a mapping from names to where tensors lie, with their dtypes and shapes;
+    headers alone are read, quantised weights are dequantised when they are read. `role` names the
     input in errors. Tensors of a dtype that is not taken, and weights of integers that no config
-    explains, are refused unless `left_out` says of each that it will not be used. Raises
-    UsageError for a path that is not there, FormatError for a broken file, IncompatibleError for
-    what is not taken.
+    explains, are refused unless `left_out` says of each that it will not be used. Raises UsageError
+    for a path that is not there, FormatError for a broken file, IncompatibleError for what is not
+    taken.
     """
     if isinstance(ref, Checkpoint):
         refuse_stale(ref.opened.seen)

@@ -1,6 +1,6 @@
 """What a user writes after --eval, as an evaluator.
 
-    module:function             a function of model and tokenizer
+    module:function             a function of model and tokenizer; in Python the function itself
     command: ... {model} ...    a program that is given a folder
     lm-eval:TASK,TASK           tasks of lm-eval
     evaluate:QUESTIONS.jsonl    questions with answers, or what a recipe's configuration evaluates
@@ -11,24 +11,33 @@ Hides which kind is which. Nothing is loaded that an evaluation needs beside its
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from skillvec.errors import UsageError, needs
 from skillvec.trials.commands import CommandEvaluator
 from skillvec.trials.functions import FunctionEvaluator
 from skillvec.trials.harness import HarnessEvaluator
-from skillvec.trials.scores import Evaluator
+from skillvec.trials.scores import Evaluator, Function
 
 KINDS = "module:function, 'command: ... {model} ...', lm-eval:TASK,TASK or evaluate:QUESTIONS.jsonl"
 
 
-def open_evaluator(spec: str, options: Mapping[str, Any] = {}) -> Evaluator:
-    """Return the evaluator that a text names.
+def open_evaluator(spec: str | Function | Evaluator, options: Mapping[str, Any] = {}) -> Evaluator:
+    """Return the evaluator that a text names, or that a function makes; an evaluator as it is.
 
     `options` go to the function, to lm-eval or to the recipe. Raises UsageError for a text that
     names none, for options that are not taken, and for what cannot be imported or read.
     """
+    if not isinstance(spec, str):
+        if hasattr(spec, "takes_folder"):  # of an Evaluator; those may be callable as well
+            return cast(Evaluator, spec)
+        if isinstance(spec, partial) and not spec.args:  # so that a journal knows what is fixed
+            return open_evaluator(spec.func, {**spec.keywords, **options})
+        if not callable(spec):
+            raise UsageError(f"eval {spec!r:.60}: expected a function, an Evaluator, {KINDS}")
+        return FunctionEvaluator(getattr(spec, "__module__", "__main__"), spec, options)
     kind, _, rest = spec.partition(":")
     rest = rest.strip()
     if not kind or not rest:

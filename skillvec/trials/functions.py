@@ -16,11 +16,11 @@ from typing import Any
 
 from skillvec.errors import UsageError
 from skillvec.files.file import digest_bytes
-from skillvec.trials.scores import HALVES, Scores, read_scores, refuse_split
+from skillvec.trials.scores import HALVES, Function, Scores, read_scores, refuse_split
 
 
 class FunctionEvaluator:
-    """`module:function` of the folder of this run or of an installed package.
+    """`module:function` of the folder of this run or of an installed package, or a function itself.
 
     Raises UsageError for a module that cannot be imported, and options that the function does not
     take.
@@ -29,9 +29,15 @@ class FunctionEvaluator:
     takes_folder = False
     needs_tokenizer = False
 
-    def __init__(self, module: str, function: str, options: Mapping[str, Any] = {}) -> None:
+    def __init__(
+        self, module: str, function: str | Function, options: Mapping[str, Any] = {}
+    ) -> None:
+        if isinstance(function, str):
+            self._function = import_function(module, function)
+        else:
+            self._function = function
+            function = getattr(function, "__qualname__", type(function).__name__)
         self._name = f"{module}:{function}"
-        self._function = import_function(module, function)
         self._options = dict(options)
         kinds = (
             inspect.iscoroutinefunction,
@@ -52,7 +58,7 @@ class FunctionEvaluator:
         if self.splits and not self._takes_split:
             raise UsageError(f"{self._name} says that it has splits, but takes no `split`")
         self.metrics = self._names("metrics") or None
-        self.spec = spelled(self._name, options, _source_digest(module))
+        self.spec = spelled(self._name, options, _source_digest(module, self._function))
 
     def _names(self, attribute: str) -> tuple[str, ...]:
         names = getattr(self._function, attribute, ())
@@ -118,10 +124,16 @@ def spelled(name: str, options: Mapping[str, Any], digest: str = "") -> str:
     return " ".join(words) + (f" ({digest})" if digest else "")
 
 
-def _source_digest(module: str) -> str:
-    """Return a digest of a module's file: points of another function are not comparable."""
-    file = getattr(sys.modules[module], "__file__", None)
+def _source_digest(module: str, function: Function) -> str:
+    """Return a digest of a module's file: points of another function are not comparable.
+
+    What a notebook defines is in no file: its own text then, "" where nobody knows that.
+    """
+    file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or not os.path.isfile(file):
-        return ""
+        try:
+            return digest_bytes(inspect.getsource(function).encode())[:16]
+        except (OSError, TypeError):
+            return ""
     with open(file, "rb") as source:
         return digest_bytes(source.read())[:16]

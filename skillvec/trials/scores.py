@@ -7,8 +7,8 @@ compared item by item; where it gives a standard error alone, as if they were in
 import math
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -32,11 +32,12 @@ class Score:
 
     mean: float
     standard_error: float | None = None
-    values: tuple[float, ...] = ()
-    groups: tuple[str, ...] = ()
+    values: tuple[float, ...] = field(default=(), repr=False)
+    groups: tuple[str, ...] = field(default=(), repr=False)
 
 
 Scores = Mapping[str, Score]
+Function = Callable[..., Any]  # of a user, from model and tokenizer to what `read_scores` reads
 LESS_IS_BETTER = {"loss", "nll", "perplexity", "ppl", "error", "wer", "cer", "bpb", "bits"}
 
 

@@ -31,7 +31,16 @@ from skillvec.trials.choosing import (
 )
 from skillvec.trials.evaluators import open_evaluator, refuse_metric
 from skillvec.trials.folder import take_folder
-from skillvec.trials.scores import ALL, HALVES, Evaluator, Score, Scores, less_is_better, names_of
+from skillvec.trials.scores import (
+    ALL,
+    HALVES,
+    Evaluator,
+    Function,
+    Score,
+    Scores,
+    less_is_better,
+    names_of,
+)
 from skillvec.trials.search_report import RECIPE, describe, write_report
 from skillvec.trials.spaces import Space, read_space
 from skillvec.trials.studies import (
@@ -58,7 +67,7 @@ BEFORE, BESIDE, AFTER = ", lambda 1", ", random", ", report"  # end the names of
 def search(
     target: PathLike,
     *vectors: PathLike,
-    eval: str | Evaluator,
+    eval: str | Function | Evaluator,
     output: PathLike,
     space: str | Mapping[str, Any] = "lam",
     budget: int = 50,
@@ -68,7 +77,7 @@ def search(
     keep: float = 0.95,
     sampler: str = "tpe",
     eval_options: Mapping[str, Any] | None = None,
-    report_eval: str | Evaluator | None = None,
+    report_eval: str | Function | Evaluator | None = None,
     storage: str | None = None,
     study: str = "search",
     seed: int = 0,
@@ -88,18 +97,18 @@ def search(
 ) -> Report:
     """Search a space of recipes of `vectors` for what helps `target` most, by an evaluator.
 
-    `space` is what may be chosen (docs/search.md), `budget` the trials of the sampler, and as many
-    of random search. `metric` is the evaluator's first by default; less of it is better where its
-    name or `minimize` says so. `second`, another metric or "bytes", is made as good as can be while
-    `keep` of the gain of lambda = 1 is kept. Items that no sampler sees judge the winner: the
-    evaluator's other half, or `report_eval`. `storage`, a URL of Optuna's (study.db in `output` by
-    default), lets several processes share `study`. A search that was cut off goes on; `force`
-    begins anew. `output` gets winner.yaml, a recipe, report.json, trials.csv, and with the extra
-    report index.html. Raises UsageError for what cannot work, before the model loads, and
-    SkillvecError where the first trials all fail.
+    `space` is what may be chosen (docs/search.md), `budget` the trials of `sampler` (tpe, cmaes,
+    random), and as many of random search. `eval`, `eval_options`, `timeout`, `scratch`, `dtype`,
+    `device`, `rounding` and `seed` as of sweep. `metric` is the evaluator's first by default; less
+    of it is better where its name or `minimize` says so. `second`, another metric or "bytes", is
+    made as good as can be while `keep` of the gain of lambda = 1 is kept. Items that no sampler
+    sees judge the winner: the evaluator's other half, or `report_eval`. With `storage`, a URL of
+    Optuna's (study.db in `output` if not), processes share `study`. The same call goes on where it
+    was; `force` begins anew. `output` gets winner.yaml, a recipe, report.json, trials.csv, and a
+    page. Raises UsageError for what cannot work, SkillvecError where the first trials all fail.
     """
-    evaluator = _open(eval, eval_options)
-    reporter = None if report_eval is None else _open(report_eval, eval_options)
+    evaluator = open_evaluator(eval, eval_options or {})
+    reporter = None if report_eval is None else open_evaluator(report_eval, eval_options or {})
     _check_asked(evaluator, reporter, budget, keep, sampler, metric, second, scratch)
     _refuse_metrics(evaluator, names_of(minimize))
     opened, found = _open_space(vectors, space)
@@ -165,10 +174,6 @@ def _refuse_unfit(
     point = open_checkpoint(target, "target")
     for vector in vectors:
         plan_request(point, vector, {**taken, "lam": 1.0, "dtype": None})
-
-
-def _open(evaluator: str | Evaluator, options: Mapping[str, Any] | None) -> Evaluator:
-    return open_evaluator(evaluator, options or {}) if isinstance(evaluator, str) else evaluator
 
 
 def _identify(vector: SkillVector) -> str:

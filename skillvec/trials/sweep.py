@@ -27,7 +27,7 @@ from skillvec.trials.evaluators import open_evaluator, refuse_metric
 from skillvec.trials.folder import take_folder, write_files
 from skillvec.trials.journal import Journal
 from skillvec.trials.lambdas import read_lambdas
-from skillvec.trials.scores import Evaluator, Score, less_is_better, names_of
+from skillvec.trials.scores import Evaluator, Function, Score, less_is_better, names_of
 from skillvec.trials.trial import Outcome, Trials
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs import combine
@@ -52,7 +52,7 @@ class Point:
 def sweep(
     target: PathLike,
     *vectors: PathLike | SkillVector,
-    eval: str | Evaluator,
+    eval: str | Function | Evaluator,
     output: PathLike,
     lam: str | float | Sequence[float | str] = "-1:2:0.25",
     weights: Sequence[float] | None = None,
@@ -77,18 +77,20 @@ def sweep(
 ) -> Report:
     """Evaluate target + lam * vector at every lambda, on a model that is loaded once.
 
-    `lam` are numbers and ranges "START:STOP:STEP" with both ends; 0, the target itself, is always
-    among them and comes first. Several vectors are one linear combination by `weights`. `eval` says
-    how a model is scored (docs/search.md), `metric` which of its scores decides, `minimize` of
-    which less is better. `control` are random and shuffled: noise of the vector's size, or its own
-    values in other places, at the same lambdas. `output` is a folder: report.json, points.csv, and
-    with the extra report index.html and the curve as SVG and PNG; in its journal every point
-    stands as soon as it is done, and the same call goes on from there. Points whose evaluation
-    fails are marked and the others go on. Raises UsageError, IncompatibleError where the vector
-    does not fit, SkillvecError where the target itself cannot be evaluated.
+    `lam` are numbers and ranges "START:STOP:STEP" with both ends; 0, the `target` itself, is always
+    among them and comes first. Several `vectors` are one linear combination by `weights`. `eval` is
+    a function of model and tokenizer that returns scores, or a text that says how (docs/search.md),
+    with `eval_options`; `metric` says which score decides, `minimize` of which less is better,
+    `timeout` how many seconds one evaluation may take, `scratch` where folders for it are written.
+    `control` are random and shuffled: noise of the vector's size, or its own values in other
+    places. The model is loaded in `dtype` on `device`; `rounding` and `seed` as of apply. The
+    folder `output` gets report.json, points.csv, and with the extra report index.html and the
+    curve; in its journal every point stands as soon as it is done, and the same call goes on from
+    there. Points that fail are marked. Raises UsageError, IncompatibleError where the vector does
+    not fit, SkillvecError where the target itself cannot be evaluated.
     """
     lambdas, controls = read_lambdas(lam), read_controls(control)
-    evaluator = open_evaluator(eval, eval_options or {}) if isinstance(eval, str) else eval
+    evaluator = open_evaluator(eval, eval_options or {})
     minimize = names_of(minimize)
     for name in (metric, *minimize):
         if name is not None:

@@ -12,7 +12,7 @@ from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.opening import reopen
 from skillvec.errors import UsageError
 from skillvec.files.tensors import Source
-from skillvec.report import Line
+from skillvec.report import Folded, Line, Shown
 from skillvec.vectors.deltas.base import DeltaSource
 from skillvec.vectors.deltas.mix import MixDelta, mixes_in
 from skillvec.vectors.manifest import Manifest, TensorEntry, TensorSide
@@ -26,7 +26,7 @@ def ledger_line(spec: Source, status: str, note: str = "") -> Line:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Displacement(ABC):
+class Displacement(Shown, ABC):
     """A displacement tuned - base, or several of them merged, times `scale`.
 
     `deltas` maps tensor names to where the delta comes from. `manifest` is what the file says or
@@ -44,6 +44,9 @@ class Displacement(ABC):
     notes: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     report: Any = field(default=None, compare=False)  # of the verb that wrote it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "manifest", Folded(self.manifest))
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, KeysView, Sequence
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from skillvec.errors import UsageError
 from skillvec.ops.kernels import Array
@@ -62,6 +62,5 @@ class Readable(Displacement):
         return True  # a vector is there, whatever it holds
 
     def _values(self, names: Sequence[str], rows: slice | None) -> Iterator[tuple[str, Array]]:
-        package: Any = sys.modules["skillvec"]  # sugar: its face knows the engine, above
-        found: Iterator[tuple[str, Array]] = package.read_values(self, names, rows)
-        return found
+        # sugar: the face of the package knows the engine, above
+        yield from sys.modules["skillvec"].read_values(self, names, rows)

@@ -47,11 +47,16 @@ from skillvec.vectors.values import Readable
 
 
 class SkillVector(Readable):
-    """A displacement tuned - base, or several of them merged, times `scale`.
+    """A skill vector: tuned - base, or several of them merged, times `scale`.
+
+    skillvec.diff and skillvec.combine return one, and SkillVector.open opens a file. Sums such as
+    `0.7 * v - w / 2` and `sum(vectors)` are vectors as well: nothing is read before it is used, and
+    `save` writes them to a file. `v["name"]` is one tensor as a numpy array (fp32, or fp64 where a
+    side is), `v["name", 10:20]` ten rows of it, and `v.items()` gives all, one in memory at a time.
 
     `deltas` maps tensor names to where the delta comes from. `manifest` is what the file says or
     will say, `notes` how tensors were found. `parts` are those of a combination, `report` that of
-    the verb that wrote it. Its values are read by name: vector["name"], vector.items().
+    the verb that wrote it. A vector plus a model is a TypeError: skillvec.apply does that.
     """
 
     if not TYPE_CHECKING:  # what only some kinds have was None in the others, and users may ask

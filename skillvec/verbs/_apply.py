@@ -70,14 +70,16 @@ def apply(
 ) -> Report:
     """Write target + lam * vector in the target's shard layout (PaST, stage 4).
 
-    fp32 arithmetic (fp64 where an input is fp64) and one rounding to the target's dtype or
-    `dtype`; `rounding` stochastic is right on average at every lam, its randomness addressed by
-    `seed`. With `tuned` and `base` in place of a vector the difference is taken in the same pass
-    and not stored: the same weights. `rename` rules are applied to the vector's names; of `rows`
-    that only the target has, nothing changes. `stream` as of diff. Raises IncompatibleError with
-    both shapes where the vector does not fit, NonfiniteError where values of the output are NaN or
-    infinite and were not so in the target, or should have changed (unless `allow_nonfinite`),
-    UsageError, FormatError, OutputError.
+    `target` is a model, `vector` one that fits it, `output` a folder that gets the target's other
+    files too. fp32 arithmetic (fp64 where an input is fp64) and one rounding to the target's dtype
+    or `dtype`; `rounding` stochastic is right on average at every `lam`, its randomness addressed
+    by `seed`. With `tuned` and `base` in place of a vector the difference is taken in the same pass
+    and not stored: the same weights. Of `rows` that only the target has, nothing changes. The
+    report says the verdict on the target, the realised gain and the cosine of what arrived.
+
+    Raises IncompatibleError with both shapes where the vector does not fit, NonfiniteError where
+    values of the output are NaN or infinite and were not so in the target, or should have changed
+    (unless `allow_nonfinite`), UsageError, FormatError, OutputError.
     """
     if output is None:
         raise UsageError("apply needs an output")

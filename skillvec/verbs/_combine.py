@@ -24,12 +24,15 @@ def combine(
     output: PathLike | None = None,
     **options: Any,
 ) -> SkillVector:
-    """Merge vectors by an operator of docs/operators.md, or by an Operator of your own.
+    """Merge `vectors` by an operator of docs/operators.md, or by an Operator of your own.
 
-    `weights` are 1 if not given. `recipe`, a YAML or JSON file or its content, names vectors,
-    weights per tensor and layer, and operator instead; a stored combination gives its own. The
-    parameter `fisher` of that operator is a list of files, one for each vector. Without
-    `output` the result is computed where it is used; with, it is stored (options as of `save`).
+    `weights` are 1 if not given, `op` the operator's name, `parameters` its numbers (such as
+    `{"density": 0.5}` of ties), `seed` of those that draw at random. `recipe`, a YAML or JSON file
+    or its content, names vectors, weights per tensor and layer, and operator instead; a stored
+    combination gives its own. The parameter `fisher` of that operator is a list of files, one for
+    each vector. Values are merged in fp32 (fp64 where an input is). Without `output` the result is
+    computed where it is used; with, it is stored, and `options` are those of SkillVector.save.
+
     Raises UsageError for parameters out of range, IncompatibleError where names or shapes differ.
     """
     if recipe is not None:

@@ -36,16 +36,20 @@ def diff(
 ) -> SkillVector:
     """Compute the skill vector v = tuned - base (PaST, arXiv 2601.11258, stage 2).
 
-    With `output`, write it there and return the opened vector; without, return it unread, to be
-    subtracted where it is used. `dtype` auto is exact: base + 1 * v restores tuned bit for bit,
-    whatever the dtypes; bf16, fp16 and fp32 store rounded values. `codec` auto takes the smallest.
-    NaN and infinities are refused where tuned and base do not hold the same, unless
-    `allow_nonfinite`: then they come back on the exact base alone. `rename` rules ("REGEX=TEXT")
-    bring tuned's names to base's where no known layout does; `rows` says what happens to
-    embeddings of another length (strict, common, skip). `tuned` may be a PEFT adapter of base.
-    With `stream` a checkpoint on the Hub is read shard by shard, at most two of them on the disk.
-    The report is the attribute `report` of what is returned. Raises UsageError,
-    IncompatibleError, NonfiniteError, FormatError, OutputError.
+    `tuned` and `base` are models of the same tensors, in fp32, fp16, bf16, fp64 or quantised, each
+    sharded in its own way; `tuned` may be a PEFT adapter of `base`. With `output`, a file or
+    folder, write the vector there and return it opened, its report in `report`; without, return it
+    unread, to be subtracted where it is used.
+
+    `dtype` auto is exact: base + 1 * v restores tuned bit for bit, whatever the dtypes; bf16, fp16
+    and fp32 store rounded values. `codec` is how they are packed (auto takes the smallest of dense,
+    sparse and packed), `max_shard_size` bytes, or "5GB", above which a folder of shards is written.
+    `method`, `notes` and `license` are labels for the manifest. With `allow_nonfinite`, NaN and
+    infinities that tuned and base do not share come back on the exact base alone. Other options:
+    help(skillvec).
+
+    Raises UsageError, IncompatibleError naming tensors that do not match, NonfiniteError,
+    FormatError, OutputError.
     """
     vector = SkillVector.between(tuned, base, dtype, include, exclude, rename, rows)
     if output is None:

@@ -75,18 +75,18 @@ def extract_lora(
     force: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
-    """Write the vector's matrices as a PEFT LoRA adapter for its base: B A is the best of its rank.
+    """Write the best PEFT LoRA adapter of `vector` for its base to the folder `output`.
 
-    Every matrix gets `rank`, or the smallest rank that keeps the share `energy` of its squared
-    norm (experts of one parameter get the largest of theirs). So that share is kept of all that has
-    factors; of the whole vector it may be less, which the report and a warning say. `embed_lora`
-    makes factors of embeddings too, `save_module` names modules (by the ends of their names) that
-    are saved whole, base + v in the base's dtype, as apply gives it. `base` is where the base is
-    now (its config is read), if not where it was. `dtype` is that of the factors; the SVD is in
-    fp32 (fp64 of fp64 deltas), by `device` and `seed`. The report has rank and kept energy of every
-    tensor and of all, with what is left out, and what is not found in the model of that config.
-    Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. Raises
-    UsageError, IncompatibleError, NonfiniteError, FormatError, OutputError.
+    B A of every matrix is the best of its rank: `rank`, or the smallest that keeps the share
+    `energy` of its squared norm (experts of one parameter get the largest of theirs). So that share
+    is kept of all that has factors; of the whole vector it may be less, which the report and a
+    warning say. `embed_lora` makes factors of embeddings too, `save_module` names modules (by the
+    ends of their names) that are saved whole, base + v in the base's dtype, as apply gives it.
+    `base` is where the base is now (its config is read), if not where it was. `dtype` is that of
+    the factors; the SVD is in fp32 (fp64 of fp64 deltas), by `device` and `seed`. The report has
+    rank and kept energy of every tensor and of all, with what is left out, and what is not found in
+    the model of that config. With `allow_nonfinite`, values without a finite delta count as
+    unchanged. Raises UsageError, IncompatibleError, NonfiniteError, FormatError, OutputError.
     """
     _check_request(rank, energy, seed, dtype)
     opened = SkillVector.open(vector)

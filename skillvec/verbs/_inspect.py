@@ -31,11 +31,12 @@ def inspect(
     workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> Report:
-    """Describe what lies at a path from headers alone: a model, a vector, a folder of others.
+    """Describe what lies at `path`, from headers alone: a model, a vector, a folder of others.
 
-    Of a vector with `target`, give the verdict on that model; raises IncompatibleError where it
-    does not fit. With `digest`, read every byte of a model's tensors, by `engine` and `workers`,
-    and add the digest of its content.
+    Of a vector with `target`, a model, give the verdict on that model. With `digest`, read every
+    byte of a model's tensors, by `engine` and `workers`, and add the digest of its content. The
+    report's ledger has a line for every tensor. Raises IncompatibleError where the vector does not
+    fit, FormatError for a broken file, UsageError for a path that is not there.
     """
     run = Run.by(engine, workers, watcher=watcher)
     place = locate(find_unfinished(path), "input")

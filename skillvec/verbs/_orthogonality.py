@@ -80,20 +80,20 @@ def orthogonality(
     force: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
-    """Compare two or more deltas: angles against chance, supports, rounding, subspaces.
+    """Compare two or more vectors: angles against chance, supports, rounding, subspaces.
 
-    Each input is a vector file, a SkillVector or "TUNED::BASE". The facts hold for every pair, and
-    for every vector, the numbers that docs/orthogonality.md explains: overall, per module, kind,
-    layer and tensor. `against` are weights, for rounding and for their own subspaces (a pair has
-    its base). `control` is "random" (the first of a pair with the signs of its channels drawn anew
-    by `seed`) or a vector to put in its place. `subspace` K compares the K leading singular
-    directions of every matrix on the torch `device`. `activations` is a file of second moments of
-    the modules' inputs (recipes/calibrate.py), for the outputs of the updates, on the same device.
-    `output` is a folder for report.json, report.csv and report.html, with `figures` as SVG and PNG
-    beside them.
-    Values without a finite delta are refused, or with `allow_nonfinite` count as unchanged. The
-    same digits whatever the worker count. Raises UsageError, IncompatibleError, NonfiniteError,
-    FormatError.
+    `vectors` are files, SkillVectors or "TUNED::BASE". The facts hold for every pair, and for every
+    vector, the numbers that docs/orthogonality.md explains: overall, per module, kind, layer and
+    tensor. `against` are weights, for rounding and for their own subspaces (a pair has its base).
+    `control` is "random" (the first of a pair with the signs of its channels drawn anew by `seed`)
+    or a vector to put in its place. `subspace` K compares the K leading singular directions of
+    every matrix on the torch `device`. `activations` is a file of second moments of the modules'
+    inputs (recipes/calibrate.py), for the outputs of the updates, on the same device. `output` is a
+    folder for report.json, report.csv and report.html, with `figures` as SVG and PNG beside them.
+    With `allow_nonfinite`, values without a finite delta count as unchanged. Sums are fp64, the
+    same digits whatever the worker count.
+
+    Raises UsageError, IncompatibleError, NonfiniteError, FormatError.
     """
     if len(vectors) < 2:
         raise UsageError(f"expected at least two vectors, found {len(vectors)}")
@@ -125,9 +125,11 @@ def norms(
     force: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
-    """Measure one delta: norm, density, rounding and spectrum at every level, as `orthogonality`.
+    """Measure one vector: norm, density, rounding and spectrum at every level.
 
-    It reads the values, so the norms have more digits than those of the manifest.
+    `vector`, `against`, `subspace`, `activations`, `device`, `seed`, `output` and `figures` are as
+    of `orthogonality`, and so are the errors. It reads the values, so the norms have more digits
+    than those of the manifest.
     """
     asked = _Asked(
         "norms", [vector], against=against, subspace=subspace, device=device, seed=seed,

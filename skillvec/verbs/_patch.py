@@ -28,9 +28,11 @@ def import_patch(
 ) -> SkillVector:
     """Make a vector of a patch: changed values of the exact base, as RL stacks send them.
 
-    A patch is a safetensors file, or a folder of several, of any form that `export_patch` writes;
-    which one, the file tells. Positions are flat, of the base's tensors or of those that
-    transformers makes of them in memory; what is not listed did not change. Options as of `save`.
+    `patch` is a safetensors file, or a folder of several, of any form that `export_patch` writes;
+    which one, the file tells. Positions are flat, of the tensors of `base` or of those that
+    transformers makes of them in memory; what is not listed did not change. The vector is stored at
+    `output`; `options` are those of SkillVector.save.
+
     Raises IncompatibleError where it does not fit the base, FormatError where it is broken.
     """
     vector = SkillVector.patched(patch, base)
@@ -51,15 +53,15 @@ def export_patch(
     force: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
-    """Write the values that vector + base changes, under the base's names and in its dtypes.
+    """Write the values that `vector` + base changes, under the base's names and in its dtypes.
 
     `names` are those of the base's `files`, or of the model that transformers makes of them in
     `memory`. `form` is `lists` (NAME.indices, NAME.values), `vllm` (the same, with what vLLM's
     weight transfer is told in the header) or `verl` (__delta_spec__, __positions__, __values__).
-    Raises IncompatibleError unless `base` (where it was, if not given) is the vector's exact base,
-    on which alone such a list holds, and where the form cannot carry a tensor; NonfiniteError where
-    NaN or infinities would be listed, unless `allow_nonfinite`, and for NaN in a form that cannot
-    carry it.
+    `output` is a safetensors file. Raises IncompatibleError unless `base` (where it was, if not
+    given) is the vector's exact base, on which alone such a list holds, and where the form cannot
+    carry a tensor; NonfiniteError where NaN or infinities would be listed, unless
+    `allow_nonfinite`, and for NaN in a form that cannot carry it.
     """
     run = Run.by(engine, workers, dry_run=dry_run, force=force, watcher=watcher)
     opened = SkillVector.open(vector)

@@ -80,12 +80,14 @@ def push(
     dry_run: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
-    """Upload a vector, or a folder that apply wrote, with a card, as one commit on the Hub.
+    """Upload `vector`, or a folder that apply wrote, with a card, as one commit on the Hub.
 
-    `repo` (org/name) is made if it is not there, and so is a branch `revision`. Objects that the
-    Hub holds are not sent again. A dry run needs no token and no network: the report has the card,
-    and says what the Hub could not be asked. Raises UsageError where the repository holds other
-    weights, unless they are to be replaced in a branch or a pull request, or may not be written.
+    `repo` (org/name) is made if it is not there, public or `private`, and so is a branch
+    `revision`; `create_pr` opens a pull request, with `commit_message`; `license` is for the card,
+    `token` the Hub's. Objects that the Hub holds are not sent again. Raises UsageError where the
+    repository holds other weights, unless a branch or a pull request replaces them, or may not be
+    written. A dry run needs no token and no network: the report has the card, and says what the
+    Hub could not be asked.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -161,9 +163,10 @@ def pull(
 ) -> Report:
     """Download a vector or a merged model to `output`, or into the Hub's cache; return where.
 
-    Headers are read first, by range requests. What arrives is checked against the listing (size,
-    sha256) and against its own manifest before it has the output's name. Raises IncompatibleError
-    for what skillvec did not make, UsageError, FormatError, OutputError.
+    `repo` is org/name, `revision` a branch, tag or commit, `token` the Hub's. Headers are read
+    first, by range requests. What arrives is checked against the listing (size, sha256) and against
+    its own manifest before it has the output's name. Raises IncompatibleError for what skillvec did
+    not make, UsageError, FormatError, OutputError.
     """
     place = hub.locate(f"{repo}@{revision}" if revision else repo, "repo", token)
     made = _made(place)

@@ -76,13 +76,13 @@ def save(
     force: bool = False,
     watcher: Watcher | None = None,
 ) -> SkillVector:
-    """Write a vector to one safetensors file, or to a folder of shards where that would be large.
+    """Write `vector` to one safetensors file, or to a folder of shards where that would be large.
 
-    `dtype` of a combination: auto is fp32 (fp64 where an input is); that of a difference was
-    chosen when it was taken. `codec`: auto, dense, sparse
-    or packed (docs/format.md). A stored vector is written with its manifest and exact values,
-    whatever the codec. `method`, `notes` and `license` go into the manifest. Raises NonfiniteError
-    where values have no finite delta, unless `allow_nonfinite`.
+    `output` is the file or folder. `dtype` of a combination: auto is fp32 (fp64 where an input is);
+    that of a difference was chosen when it was taken. `codec`: auto, dense, sparse or packed
+    (docs/format.md); `max_shard_size` in bytes, or "5GB". A stored vector is written with its
+    manifest and exact values, whatever the codec. `method`, `notes` and `license` go into the
+    manifest. Raises NonfiniteError where values have no finite delta, unless `allow_nonfinite`.
     """
     run = Run.by(engine, workers, stream=stream, dry_run=dry_run, force=force, watcher=watcher)
     form = StoredForm(dtype, codec, max_shard_size, method, notes, license, allow_nonfinite)

@@ -45,12 +45,12 @@ def verify(
     dry_run: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
-    """Prove from the disk what a file claims, bit for bit.
+    """Prove from the disk what the file or folder `path` claims, bit for bit.
 
-    A vector: vector + base = tuned, or that a combination is what its parents give. A merged
-    model: OUT = round(target + lam * v) by the recipe in its header. Inputs are found where they
-    were when it was made, unless given here. Raises VerificationError naming the tensors where it
-    does not hold.
+    A vector: vector + `base` = `tuned`, or that a combination is what its parents give. A merged
+    model: OUT = round(`target` + lam * `vector`) by the recipe in its header. These inputs are
+    found where they were when it was made, unless given here. Raises VerificationError naming the
+    tensors where it does not hold, UsageError and FormatError for inputs that cannot be read.
     """
     run = Run.by(engine, workers, dry_run=dry_run, watcher=watcher)
     given = {"tuned": tuned, "base": base, "target": target, "vector": vector}

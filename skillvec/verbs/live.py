@@ -26,6 +26,7 @@ from skillvec.vectors.recipe import leaving_out, selection
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs._apply import find_unused, plan_request, refuse_request, report_apply
 from skillvec.verbs.findings import refuse_nonfinite
+from skillvec.verbs.reprs import cut
 
 CLAIMING = threading.Lock()  # held while a model is marked
 MARK = "_skillvec_live"  # of modules that have a vector attached: their Live
@@ -47,15 +48,15 @@ def attach(
     workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> "Live":
-    """Change the parameters of a loaded model to target + lam * vector, where they lie.
+    """Change the parameters of a loaded `model` to target + lam * vector, where they lie.
 
-    They are bit for bit what `apply` writes for that model, whose other options this takes. Several
-    vectors are added as one linear combination, in one rounding: `lam` is one number, by which
-    their sum is multiplied, or their weights in it. What brings the original bits back is kept in
-    memory, packed. Use it in a with statement, or call `detach`. An error, or Ctrl-C, leaves the
-    original bits. Raises UsageError where a vector is attached already, IncompatibleError for
-    parameters that cannot be changed where they lie (on the meta device, offloaded, quantised, in
-    parts) and as apply.
+    They are bit for bit what `apply` writes for that model, whose other options this takes, such as
+    `rounding` and `seed`. Several `vectors` are added as one linear combination, in one rounding:
+    `lam` is one number, by which their sum is multiplied, or their weights in it. What brings the
+    original bits back is kept in memory, packed. Use it in a with statement, or call `detach`. An
+    error, or Ctrl-C, leaves the original bits. Raises UsageError where a vector is attached
+    already, IncompatibleError for parameters that cannot be changed where they lie (on the meta
+    device, offloaded, quantised, in parts) and as apply.
     """
     if not vectors:
         raise UsageError("attach needs a vector")
@@ -93,6 +94,11 @@ class Live:
         self._vectors: list[SkillVector] = []
         self._lam: float | tuple[float, ...] = 1.0
         self._rounding, self._seed = "nearest", 0
+
+    def __repr__(self) -> str:
+        said = " + ".join(f"{lam:g} * {cut(ref)}" for ref, lam in self.weights().items())
+        many = f" ({len(self._vectors)} vectors)" if len(self._vectors) > 3 else ""
+        return f"<Live {type(self._module).__name__}: {cut(said, 150) or 'nothing attached'}{many}>"
 
     @staticmethod
     def of(model: Any) -> "Live | None":

@@ -303,7 +303,7 @@ PLANS: dict[str, Callable[[Facts], list[str]]] = {
 }  # fmt: skip
 DONE: dict[str, Callable[[Facts, str], str]] = {
     "diff": say_vector, "combine": say_vector, "import-patch": say_vector, "apply": say_applied,
-    "export-patch": say_patch, "extract-lora": say_adapter,
+    "attach": say_applied, "export-patch": say_patch, "extract-lora": say_adapter,
 }  # fmt: skip
 ANSWERS: dict[str, Callable[[Report], Sequence[str | Grid]]] = {
     "inspect": say_inspect, "push": say_url, "pull": say_output,

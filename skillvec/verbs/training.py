@@ -23,6 +23,7 @@ from skillvec.ops.kernels import HALVES
 from skillvec.vectors.vector import SkillVector
 from skillvec.verbs._diff import diff
 from skillvec.verbs.live import attach
+from skillvec.verbs.reprs import cut, say_some
 
 with needs("train", "SkillVectorCallback"):
     from transformers import (
@@ -51,6 +52,12 @@ class SkillVectorCallback(TrainerCallback):
         self.base = open_checkpoint(base, "base")
         self.options = options
         self.written: list[Path] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"<SkillVectorCallback of {cut(self.base.ref)}: {len(self.written)} vectors written"
+            f"{_say_options(self.options)}>"
+        )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -98,6 +105,12 @@ class SkillVectorEvaluation(TrainerCallback):
         self.vector = SkillVector.open(vector)
         self.options = options | {"lam": lam}
 
+    def __repr__(self) -> str:
+        return (
+            f"<SkillVectorEvaluation of {cut(self.vector.ref)}: logs {cut(self.prefix)}_*"
+            f"{_say_options(self.options)}>"
+        )
+
     def on_train_begin(self, *given: Any, **more: Any) -> None:
         """Attach the vector and take it off again: what does not fit is told now."""
         with attach(self.trainer.model, self.vector, **self.options):
@@ -124,6 +137,11 @@ class SkillVectorEvaluation(TrainerCallback):
                 bar.close()  # the first evaluation's is closed already
                 callback.prediction_bar = None
         Trainer.log(trainer, found)
+
+
+def _say_options(options: dict[str, Any]) -> str:
+    said = [f"{name}={cut(repr(value), 40)}" for name, value in options.items()]
+    return f", {say_some(said, 5)}" if said else ""
 
 
 @contextmanager

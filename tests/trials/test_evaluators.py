@@ -1,10 +1,12 @@
 """What stands after --eval: functions, commands and questions, and how their answers are read."""
 
 import json
+import linecache
 import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -228,6 +230,44 @@ def test_a_module_that_raises_is_refused_with_what_it_says(module: str, tmp_path
         open_evaluator(f"{module}_broken:plain")
     with pytest.raises(UsageError, match="ModuleNotFoundError: No module named 'nowhere_at_all'"):
         open_evaluator("nowhere_at_all:plain")
+
+
+def scored(model: Any, tokenizer: Any, *, count: int = 1) -> dict[str, list[float]]:
+    return {"score": [1.0, 0.0] * count}
+
+
+def test_in_python_a_function_is_an_evaluator_itself():
+    found = open_evaluator(scored, {"count": 2})
+    assert found.evaluate(None, None, ALL)["score"].values == (1.0, 0.0, 1.0, 0.0)
+    assert found.spec == open_evaluator(f"{__name__}:scored", {"count": 2}).spec
+    assert open_evaluator(found) is found
+    by_count = partial(scored, count=3)
+    assert len(open_evaluator(by_count).evaluate(None, None, ALL)["score"].values) == 6
+    assert open_evaluator(by_count).spec == open_evaluator(scored, {"count": 3}).spec
+    with pytest.raises(UsageError, match="takes count"):
+        open_evaluator(scored, {"other": 1})
+    with pytest.raises(UsageError, match="expected a function, an Evaluator, module:function"):
+        open_evaluator(5)  # type: ignore[arg-type]
+
+
+def test_a_function_that_a_notebook_defines_is_known_by_its_own_text(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def define(text: str) -> Any:
+        lines = text.splitlines(keepends=True)
+        name = f"<cell {text}>"
+        monkeypatch.setitem(linecache.cache, name, (len(text), None, lines, name))
+        names: dict[str, Any] = {"__name__": "a_notebook"}
+        exec(compile(text, name, "exec"), names)
+        return names["score"]
+
+    one, two = (f"def score(model, tokenizer):\n    return {{'score': {n}}}\n" for n in (1, 2))
+    specs = [open_evaluator(define(text)).spec for text in (one, one, two)]
+    assert specs[0] == specs[1] != specs[2] and specs[0].startswith("a_notebook:score (")
+    linecache.cache.pop(f"<cell {two}>")
+    lost = define(two)
+    linecache.cache.pop(f"<cell {two}>")
+    assert open_evaluator(lost).spec == "a_notebook:score"
 
 
 def test_a_metric_that_is_known_not_to_be_there_is_refused(module: str):

@@ -12,6 +12,7 @@ import torch
 from families import load, perturbed, save, toy
 
 import skillvec as sv
+from skillvec.verbs.reprs import cut
 
 
 def call(callback: object, folder: Path, step: int, first: bool = True) -> None:
@@ -37,6 +38,18 @@ def test_every_checkpoint_has_its_vector_beside_it(tmp_path: Path) -> None:
         assert vector.manifest["tuned"]["ref"].endswith(f"checkpoint-{step}")
     call(callback, tmp_path / "out", 20)  # a resumed run saves it again
     assert len(callback.written) == 3
+    said = f"<SkillVectorCallback of {cut(base)}: 3 vectors written, method='grpo'>"
+    assert repr(callback) == said
+
+
+def test_an_evaluation_says_its_vector_and_its_options(tmp_path: Path) -> None:
+    base, tuned = toy(0, "F32"), perturbed(toy(0, "F32"), 1)
+    sides = save(tmp_path / "tuned", tuned), save(tmp_path / "base", base)
+    v = sv.diff(*sides, tmp_path / "v.safetensors")
+    callback = sv.SkillVectorEvaluation(None, v, lam=0.5, exclude=["lm_head.*"] * 9)
+    said = repr(callback)
+    assert said.startswith(f"<SkillVectorEvaluation of {cut(v.ref)}: logs eval_skill_*, exclude=")
+    assert said.endswith(", lam=0.5>") and len(said) < 200
 
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
