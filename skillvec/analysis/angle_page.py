@@ -330,9 +330,11 @@ def _say_subspace(asked: SubspaceFacts | None) -> str:
 
 def _list_sections() -> list[tuple[str, list[tuple[str, Statistic]]]]:
     """Return every number with its anchor, in sections."""
-    tables = (PAIRS, VECTORS, FORECAST)
+
+    def table_of(number: Statistic) -> Table:  # some are alike in two of them
+        return next(t for t in (PAIRS, VECTORS, FORECAST) if any(n is number for n in t))
+
     return [
-        (title, [(find_anchor(next(t for t in tables if number in t), number), number)
-                 for number in numbers])
+        (title, [(find_anchor(table_of(number), number), number) for number in numbers])
         for title, numbers in SECTIONS.items()
-    ]  # fmt: skip
+    ]

@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Any
 
 from skillvec.analysis.colours import look_of
+from skillvec.errors import needs
 
 SILENT = ("aria", "class", "font-family", "href", "on", "pointer-events", "role", "{")  # beginnings
 DRAWING = {"svg", "g", "path", "rect", "text", "tspan", "line", "circle", "defs", "clipPath"}
@@ -22,19 +23,20 @@ SMALL = 290  # width of one of several
 def draw_svg(spec: Mapping[str, Any], name: str, width: int = SMALL) -> str:
     """Return the SVG element of a spec for a page, without its title; `name` marks its ids.
 
-    UsageError where vl_convert is missing.
+    Raises UsageError where vl_convert is missing.
     """
-    import vl_convert
+    with needs("report", "the page"):
+        import vl_convert
 
     look = look_of("system-ui, sans-serif", on_page=True)
     look["view"] |= {"continuousWidth": width, "discreteWidth": width}
     bare = {key: value for key, value in spec.items() if key != "title"}
     root = ET.fromstring(vl_convert.vegalite_to_svg(rounded(bare), config=look,
                                                     allowed_base_urls=[]))  # fmt: skip
-    return ET.tostring(_cleaned(root, name), encoding="unicode", short_empty_elements=True)
+    return ET.tostring(clean(root, name), encoding="unicode", short_empty_elements=True)
 
 
-def _cleaned(root: ET.Element, name: str) -> ET.Element:
+def clean(root: ET.Element, name: str) -> ET.Element:
     """Return a drawing with what draws alone, ids of its own and no namespace."""
     for parent in [*root.iter()]:
         for child in [*parent]:

@@ -198,14 +198,15 @@ def _write(value: float, number: Statistic) -> str:
 def _writer(values: Sequence[float], number: Statistic) -> tuple[Callable[[float], str], str]:
     """Return what writes values in few characters, and the unit of that: "" for 1.
 
-    At least one digit of a usual value, and four of the largest.
+    One digit of a usual value and two of the largest at least, four at most.
     """
     sizes = [abs(value) for value in values if value and isfinite(value)]
     if not sizes:
         return lambda value: typeset(f"{value:.0f}"), ""
-    power = max(0, -floor(log10(median(sizes))))
-    if number.key == "z":
-        power = 0
+    usual, largest = -floor(log10(median(sizes))), 1 - floor(log10(max(sizes)))
+    power = 0 if number.key == "z" else max(0, usual, largest)
+    if power == 1:
+        power = 2  # hundredths are a word that people have
     power = min(power, floor(log10(9999 / max(sizes))))
     unit = {0: "", 2: "hundredths", 3: "thousandths", 6: "millionths"}.get(
         power, f"10{str(-power).translate(SUPERSCRIPTS)}"

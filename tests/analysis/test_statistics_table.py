@@ -43,8 +43,8 @@ def table_of(numbers: tuple[Statistic, ...]) -> str:
 
 
 def anchor_of(number: Statistic) -> str:
-    table = next(table for table in (PAIRS, VECTORS, FORECAST) if number in table)
-    return find_anchor(table, number)
+    tables = (PAIRS, VECTORS, FORECAST)  # some numbers are alike in two of them
+    return find_anchor(next(t for t in tables if any(n is number for n in t)), number)
 
 
 def marked(text: str) -> str:
@@ -102,7 +102,8 @@ def test_every_number_has_one_row() -> None:
 
 def test_a_new_row_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row is all that the page wants of a new number."""
-    from test_page import Parsed, fake_report
+    from test_page import fake_report
+    from webpage import Parsed
 
     new = Statistic("kurtosis", "tails", ".1f", "fourth moment of the values", "3", "page lines")
     table = (*VECTORS, new)
