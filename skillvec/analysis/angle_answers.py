@@ -122,10 +122,10 @@ def _say_vector(vector: VectorEntry) -> str:
     row = vector["overall"]
     norm, density, rms = write_numbers(row, pick(VECTORS, "norm", "density", "rms"))
     count = human_count(row["numel"])
-    said = f"A changes {density} of its {count} values"
+    said = f"A changes {density} of its {count} values, by"
     if density == "-":
-        said = f"A has {count} values"
-    said += f", by {rms} in the root mean square; its norm is {norm}"
+        said = f"A has {count} values, of"
+    said += f" {rms} in the root mean square; its norm is {norm}"
     places = [
         max(known, key=lambda row: row["rms"])["name"].removesuffix(".weight")
         for level in (vector["kinds"], vector["layers"])

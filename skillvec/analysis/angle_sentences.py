@@ -70,7 +70,7 @@ def _say_legend(facts: Mapping[str, Any]) -> list[str]:
 def _say_more(facts: Mapping[str, Any]) -> str:
     """Return where the other numbers are."""
     page = "" if facts.get("output") else "; -o FOLDER writes a page, a table and report.json"
-    return f"-v shows every number, by module, kind, layer and tensor{page}"
+    return wrap(f"-v shows every number, by module, kind, layer and tensor{page}")
 
 
 def _tabulate_few(pairs: Sequence[PairEntry], names: Sequence[str]) -> Grid:

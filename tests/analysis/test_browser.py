@@ -86,8 +86,8 @@ class Visit:
         return str(self.page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
 
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("size", "scheme"), [(DESK, "light"), (PHONE, "dark")],
+                         ids=["desk", "phone"])  # fmt: skip
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_fits_and_can_be_used_by_everybody(
     name: str, scheme: str, size: Row, browser: Any, files: dict[str, Path]

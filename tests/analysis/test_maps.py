@@ -33,7 +33,7 @@ def test_shades_are_centred_at_zero_and_signed() -> None:
 
 
 def test_a_tower_leaves_shades_for_the_others() -> None:
-    steps = [step for step, _ in texts([0.002, 0.003, -0.002, 0.9])[:-1]]
+    steps = [step for step, _ in texts([0.002, 0.002, -0.002, 0.9])[:-1]]
     assert steps[-1] == 10 and steps[0] > 5 and steps[2] < 5  # straight, all three would be 5
 
 
