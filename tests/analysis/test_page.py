@@ -199,13 +199,13 @@ def test_the_documentation_is_linked_where_the_package_states_it(
     class Metadata:
         def get_all(self, name: str) -> list[str]:
             assert name == "Project-URL"
-            return ["Source, https://example.org/x", "Documentation, https://example.org/docs/"]
+            return ["Source, https://example.com/x", "Documentation, https://example.com/docs/"]
 
     assert '<a href="http' not in angle_page.html(fake_report())
     monkeypatch.setattr(page, "metadata", lambda name: Metadata())
     links = Parsed(angle_page.html(fake_report())).find("a")
     outside = {held["href"] for held in links if (held["href"] or "").startswith("http")}
-    assert "https://example.org/docs/orthogonality/#pair-cosine" in outside
+    assert "https://example.com/docs/orthogonality/#pair-cosine" in outside
 
 
 def test_page_stands_alone() -> None:
