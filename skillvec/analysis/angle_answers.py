@@ -120,18 +120,17 @@ def _say_pairs(names: Sequence[tuple[str, str]], rows: Sequence[Row]) -> str:
 
 def _say_vector(vector: VectorEntry) -> str:
     row = vector["overall"]
-    norm, density, rms = write_numbers(row, pick(VECTORS, "norm", "density", "rms"))
+    norm, density = write_numbers(row, pick(VECTORS, "norm", "density"))
     count = human_count(row["numel"])
-    said = f"A changes {density} of its {count} values, by"
+    said = f"A changes {density} of its {count} values"
     if density == "-":
-        said = f"A has {count} values, of"
-    said += f" {rms} in the root mean square; its norm is {norm}"
+        said = f"A is an update of {count} values with a norm of {norm}"
     places = [
         max(known, key=lambda row: row["rms"])["name"].removesuffix(".weight")
         for level in (vector["kinds"], vector["layers"])
         if len(known := [r for r in level if r["rms"] and r["name"] != NO_LAYER]) > 1
     ]
-    return said + (f". It changes most per value in {' and in '.join(places)}." if places else ".")
+    return said + (f", most per value in {' and in '.join(places)}." if places else ".")
 
 
 # ---------------------------------------------------------------------------------------- numbers

@@ -125,8 +125,8 @@ def say_norms(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
             rows.append([_indent(row), *cells[:after], "█" * filled, *cells[after:]])
     titles = [number.title for number in shown]
     heads = ["", *titles[:after], "(rms)", *titles[after:]]
-    whose = wrap(f"A = {vector['label']} ({vector['lineage']})")
-    said: list[str | Grid] = [f"{wrap(say_answer(facts))}\n", whose, Grid(heads, rows, "(rms)")]
+    said: list[str | Grid] = [f"{wrap(say_answer(facts))}\n", *_say_legend(facts)]
+    said.append(Grid(heads, rows, "(rms)"))
     return said if verbose else [*said, _say_more(facts)]
 
 

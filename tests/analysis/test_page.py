@@ -387,7 +387,7 @@ def test_page_of_norms_alone() -> None:
     check_structure(parsed)
     assert [*drawn(report)] == ["rms-1", "density-1", "steps", "rms-layers", "density-layers"]
     assert "Norms of a skill vector" in parsed.shown and "A changes " in parsed.shown
-    assert "It changes most per value in " in parsed.shown
+    assert ", most per value in " in parsed.shown
     assert maps_of(parsed).keys() == {"rms-1", "density-1"}
     assert len(parsed.find("svg")) == 3
 
