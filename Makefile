@@ -47,7 +47,7 @@ test: $(READY)
 slow: $(READY) .venv-mergekit build/senders
 	$(PIP) "transformers[serving]"
 	DS_BUILD_OPS=0 $(PIP) deepspeed
-	$(PIP) --editable ".[ray]"
+	$(PIP) --editable ".[ray,browser]"
 	$(ONE) $(BIN)/python -m pytest -m "not gpu"
 
 torture: $(READY)

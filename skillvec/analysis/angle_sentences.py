@@ -1,12 +1,18 @@
 """What the terminal shows of a report of orthogonality or norms: sentences and tables of words."""
 
-import re
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from math import inf
 from typing import Any
 
-from skillvec.analysis.angle_report import Levels, PairEntry, Row, VectorEntry
+from skillvec.analysis.angle_answers import (
+    in_letters,
+    letter_of,
+    letter_pairs,
+    list_headlines,
+    say_answer,
+    say_relation,
+)
+from skillvec.analysis.angle_report import PairEntry, Row, VectorEntry
 from skillvec.analysis.outputs import say_activations
 from skillvec.analysis.statistics_table import (
     PAIR_OUTPUTS,
@@ -22,31 +28,16 @@ from skillvec.analysis.statistics_table import (
 )
 from skillvec.analysis.wording import Grid, wrap
 
+LEVELS = ("parts", "modules", "kinds", "layers", "tensors")
+
 
 def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
-    """Return one screen: who was compared, every pair, what it means; all levels if verbose."""
-    letters = [_letter(i) for i in range(len(facts["vectors"]))]
+    """Return one screen: the answer, who was compared, the few numbers; all levels if verbose."""
     pairs: list[PairEntry] = facts["pairs"]
-    names = [", ".join(two) for two in combinations(letters, 2)]
-    said: list[str | Grid] = []
-    for letter, vector in zip(letters, facts["norms"], strict=True):
-        line = wrap(f"{letter}\xa0=\xa0{_say_vector(vector)}")
-        said.append(line.replace("\xa0", " "))  # a long path stays behind its letter
-    left_out = {"null", "lift"} if verbose else set()  # room for names; the report has them all
-    left_out |= {"norm_ratio", "sign_agreement"} if facts["control"] else {"control_cosine"}
-    by_weight = any(pair["overall"]["lift_weights"] is not None for pair in pairs)
-    left_out |= {"lift"} if by_weight else {"lift_weights"}
-    inside = {number.key for number in PAIR_SUBSPACE + PAIR_OUTPUTS}
-    shown = [n for n in select_shown(PAIRS, "screen") if n.key not in left_out | inside]
-    rows = []
-    for name, pair in zip(names, pairs, strict=True):
-        rows.append([name, *_write_cells(pair["overall"], shown)])
-        for level in _levels(pair) if verbose else [pair["kinds"]]:
-            if not verbose and (len(pairs) > 1 or len(level) > 14):
-                continue
-            rows += [[""] * (1 + len(shown))] if verbose else []
-            rows += [[_indent(row), *_write_cells(row, shown)] for row in level]
-    said.append(Grid(["", *map(_head, shown)], rows))
+    own = letter_pairs(len(facts["vectors"]))
+    names = [", ".join(two) for two in own]
+    said: list[str | Grid] = [f"{wrap(say_answer(facts))}\n", *_say_legend(facts)]
+    said.append(_tabulate(pairs, names, facts) if verbose else _tabulate_few(pairs, names))
     parts: list[tuple[str, Table]] = []
     if facts["subspace"]:
         parts.append((f"top {facts['subspace']['k']} singular directions", PAIR_SUBSPACE))
@@ -57,47 +48,94 @@ def say_comparison(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
         rows = [[name, *_write_cells(pair["overall"], shown)]
                 for name, pair in zip(names, pairs, strict=True)]  # fmt: skip
         said += [f"\n{wrap(heading)}", Grid(["", *map(_head, shown)], rows)]
+    for two, name, pair in zip(own, names, pairs, strict=True):
+        forecast = in_letters(pair["forecast"]["sentence"], two)
+        forecast = f"{forecast[0].upper()}{forecast[1:]}."
+        if verbose:
+            said.append(wrap(f"{name}: {pair['sentence']}. {forecast}"))
+        elif len(pairs) == 1:
+            said.append(wrap(forecast))
+    return said if verbose else [*said, _say_more(facts)]
+
+
+def _say_legend(facts: Mapping[str, Any]) -> list[str]:
+    """Return whom the letters stand for, a line each."""
+    lines = []
+    for i, vector in enumerate(facts["norms"]):
+        line = wrap(f"{letter_of(i)}\xa0=\xa0{_say_vector(vector)}")
+        lines.append(line.replace("\xa0", " "))  # a long path stays behind its letter
+    return lines
+
+
+def _say_more(facts: Mapping[str, Any]) -> str:
+    """Return where the other numbers are."""
+    page = "" if facts.get("output") else "; -o FOLDER writes a page, a table and report.json"
+    return wrap(f"-v shows every number, by module, kind, layer and tensor{page}")
+
+
+def _tabulate_few(pairs: Sequence[PairEntry], names: Sequence[str]) -> Grid:
+    """Return the few numbers of every pair, and whether they are more than chance."""
+    overall = [pair["overall"] for pair in pairs]
+    rows, titles = [], [""]
+    for name, row, found in zip(names, overall, list_headlines(overall), strict=True):
+        kept = [one for one in found if one.number not in PAIR_SUBSPACE + PAIR_OUTPUTS]
+        if any(one.number.key == "control_cosine" for one in kept):  # room for it
+            kept = [one for one in kept if one.number.key != "norm_ratio"]
+        values = {one.number.title: one.value for one in kept}
+        cells = {"cosine": "-", "chance ±": write_spread(row)} | values
+        titles = ["", *cells, "relation"]
+        rows.append([name, *cells.values(), say_relation(row)])
+    return Grid(titles, rows)
+
+
+def _tabulate(pairs: Sequence[PairEntry], names: Sequence[str], facts: Mapping[str, Any]) -> Grid:
+    """Return every pair with its rows of all levels."""
+    left_out = {"null", "lift"}  # room for names; the report has them all
+    left_out |= {"norm_ratio", "sign_agreement"} if facts["control"] else {"control_cosine"}
+    inside = {number.key for number in PAIR_SUBSPACE + PAIR_OUTPUTS}
+    if all(pair["overall"]["lift_weights"] is None for pair in pairs):
+        left_out.add("lift_weights")
+    shown = [n for n in select_shown(PAIRS, "screen") if n.key not in left_out | inside]
+    rows = []
     for name, pair in zip(names, pairs, strict=True):
-        own = dict(zip("AB", name.split(", "), strict=True))
-        sentence = pair["forecast"]["sentence"]
-        forecast = re.sub(r"\b[AB]\b", lambda found: own[found[0]], sentence)  # noqa: B023
-        said.append(wrap(f"{name}: {pair['sentence']}. {forecast[0].upper()}{forecast[1:]}."))
-    return said
+        rows.append([name, *_write_cells(pair["overall"], shown)])
+        for level in _levels(pair):
+            rows += [[""] * (1 + len(shown))]
+            rows += [[_indent(row), *_write_cells(row, shown)] for row in level]
+    return Grid(["", *map(_head, shown)], rows)
 
 
 def say_norms(facts: Mapping[str, Any], verbose: bool) -> list[str | Grid]:
-    """Return norms by kind and layer, with bars of the root mean square of the values."""
+    """Return the answer and norms by kind, with bars of the root mean square of the values.
+
+    If verbose by part, module, layer and tensor too.
+    """
     vector: VectorEntry
     (vector,) = facts["norms"]
     shown = select_shown(VECTORS, "screen")
     after = 1 + [number.key for number in shown].index("rms")  # where the bars stand
     rows = []
-    levels = _levels(vector) if verbose else _levels(vector)[:-1]
-    for name, level in zip(
-        ("parts", "modules", "kinds", "layers", "tensors"), levels, strict=False
-    ):
-        most = max((row["rms"] or 0 for row in level), default=0)
+    levels = dict(zip(LEVELS, _levels(vector), strict=True))
+    for name in LEVELS if verbose else ("kinds",):
+        most = max((row["rms"] or 0 for row in levels[name]), default=0)
         rows.append([name, *[""] * (1 + len(shown))])
-        for row in level:
+        for row in levels[name]:
             filled = round(16 * (row["rms"] or 0) / most) if 0 < most < inf else 0
             cells = write_numbers(row, shown)
             rows.append([_indent(row), *cells[:after], "█" * filled, *cells[after:]])
     titles = [number.title for number in shown]
     heads = ["", *titles[:after], "(rms)", *titles[after:]]
-    return [wrap(_say_vector(vector)), Grid(heads, rows, "(rms)")]
+    said: list[str | Grid] = [f"{wrap(say_answer(facts))}\n", *_say_legend(facts)]
+    said.append(Grid(heads, rows, "(rms)"))
+    return said if verbose else [*said, _say_more(facts)]
 
 
-def _levels(held: Levels) -> list[Sequence[Row]]:
-    return [held["parts"], held["modules"], held["kinds"], held["layers"], held["tensors"]]
+def _levels(held: Mapping[str, Any]) -> list[Sequence[Row]]:
+    return [held[level] for level in LEVELS]
 
 
 def _indent(row: Row) -> str:
     return f"  {row['name'].removesuffix('.weight')}"
-
-
-def _letter(i: int) -> str:
-    """Return A to Z, then AA to ZZ and so on."""
-    return (_letter(i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26)
 
 
 def _say_vector(vector: VectorEntry) -> str:

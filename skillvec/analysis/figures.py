@@ -1,26 +1,27 @@
-"""The figures of a report: Vega-Lite specs, which the page draws and `page.figures` makes files of.
+"""The figures of a report: Vega-Lite specs, which `page.figures` makes files of.
 
-Every figure is one spec, so that both show the same. Hides layout, scales and colours.
+The page has the charts among them; of the maps it has tables, made of the same cells. Hides layout
+and scales.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import ceil, exp, pi, sqrt
 from statistics import median
 from typing import Any, NamedTuple
 
 from skillvec.analysis.angle_report import AngleReport, PairEntry, Row, VectorEntry
+from skillvec.analysis.maps import Cell, list_pair_cells, list_vector_cells, name_layers
 from skillvec.analysis.statistics_table import (
     PAIRS,
     VECTORS,
     Statistic,
     pick,
     select_shown,
-    write_number,
 )
 from skillvec.errors import printable
-from skillvec.ops.names import NO_LAYER, natural_order
+from skillvec.ops.names import NO_LAYER
 
 Spec = dict[str, Any]
 Scale = Callable[[Sequence[float]], Spec]  # values -> colour scale and legend
@@ -41,28 +42,13 @@ class Figure(NamedTuple):
     note: str
 
 
-def is_map(figure: Figure) -> bool:
-    """Return whether a figure is a heat map of layers and modules."""
-    return figure.spec.get("name") == "cells"
-
-
-def name_dtypes(pair: PairEntry) -> str:
-    """Return the dtypes of both vectors of a pair."""
-    return f"A: {pair['lineage_a']}, B: {pair['lineage_b']}"
-
-
 def _caption(number: Statistic) -> str:
     return f"{number.meaning[:1].upper()}{number.meaning[1:]}."
 
 
-def typeset(text: str) -> str:
-    """Return a written number with a true minus, and a dash for none."""
-    return "–" if text == "-" else text.replace("-", "−")
-
-
-def _tip(numbers: Sequence[Statistic], values: Row) -> Row:
-    """Return what a tooltip says of numbers."""
-    return {n.title: typeset(write_number(values[n.key], n.form)) for n in numbers}
+def is_map(figure: Figure) -> bool:
+    """Return whether a figure is a heat map of layers and modules."""
+    return figure.spec.get("name") == "cells"
 
 
 def draw_figures(report: AngleReport) -> Iterator[Figure]:
@@ -107,66 +93,20 @@ def _shortened(labels: Sequence[str]) -> list[str]:
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
 
-def _cells(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Return tensor rows by (layer, kind): more than one where a layer has experts."""
-    cells: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: natural_order(row["name"])):
-        kind = printable(row["kind"]).removesuffix(".weight")
-        cells.setdefault((printable(row["layer"]) or NO_LAYER, kind), []).append(row)
-    return cells
-
-
-def _root(rows: Sequence[Row], key: str) -> float:
-    return sqrt(sum((row.get(key) or 0.0) ** 2 for row in rows))
-
-
 def _pair_maps(i: int, pair: PairEntry, head: list[str]) -> Iterator[Figure]:
-    maps: dict[str, list[Row]] = {"cosine": [], "z": []}
-    for place, rows in _cells(pair["tensors"]).items():
-        a, b = _root(rows, "norm_a"), _root(rows, "norm_b")
-        angles = [row for row in rows if row.get("cosine") is not None]
-        dot = sum(row["cosine"] * row["norm_a"] * row["norm_b"] for row in angles)
-        cosine = dot / (a * b) if angles and a * b > 0 else None
-        variance = sum(
-            ((row["cosine_sd"] or 0.0) * row["norm_a"] * row["norm_b"]) ** 2 for row in angles
-        )
-        found = {"cosine": cosine, "z": dot / sqrt(variance) if variance > 0 else None}
-        tip = _tip(pick(PAIRS, *maps, "norm_a", "norm_b"), found | {"norm_a": a, "norm_b": b})
-        tip["dtypes"] = name_dtypes(pair)
-        for key, cells in maps.items():
-            cells.append(_cell(place, rows, found[key], tip))
+    cells = list_pair_cells(pair["tensors"])
     notes = (
         "Red: same direction, blue: opposite. Small tensors reach larger cosines by chance.",
         "The cosine over its spread by the null that holds: comparable between tensors.",
     )
-    for number, note in zip(pick(PAIRS, *maps), notes, strict=True):
-        cells = maps[number.key]
+    for number, note in zip(pick(PAIRS, "cosine", "z"), notes, strict=True):
         yield from _map(f"{number.key}-{i}", number, head, cells, _diverging, note)
 
 
 def _vector_maps(i: int, entry: VectorEntry, head: list[str]) -> Iterator[Figure]:
-    maps: dict[str, list[Row]] = {"rms": [], "density": []}
-    for place, rows in _cells(entry["tensors"]).items():
-        numel, norm = sum(row["numel"] for row in rows), _root(rows, "norm")
-        dense = [row["density"] * row["numel"] for row in rows if row.get("density") is not None]
-        found = {
-            "rms": norm / sqrt(numel) if numel else None,
-            "density": sum(dense) / numel if numel and len(dense) == len(rows) else None,
-        }
-        tip = _tip(pick(VECTORS, "norm", *maps), found | {"norm": norm})
-        tip["dtypes"] = entry["lineage"]
-        for key, cells in maps.items():
-            cells.append(_cell(place, rows, found[key], tip))
-    for number in pick(VECTORS, *maps):
-        cells = maps[number.key]
+    cells = list_vector_cells(entry["tensors"])
+    for number in pick(VECTORS, "rms", "density"):
         yield from _map(f"{number.key}-{i}", number, head, cells, _sequential, _caption(number))
-
-
-def _cell(place: tuple[str, str], rows: Sequence[Row], value: float | None, tip: Row) -> Row:
-    """Return a cell of a map: where it stands, its value, and what its tooltip says, in order."""
-    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-    return {"tensor": shorten(rows[0]["name"], 72) + more, "layer": place[0], "kind": place[1],
-            "values": f"{sum(row['numel'] for row in rows):,}", **tip, "value": value}  # fmt: skip
 
 
 def _diverging(values: Sequence[float]) -> Spec:
@@ -204,29 +144,23 @@ def _powers(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(-30, 30) if low <= 10.0**power <= high]
 
 
-def _layer_names(layers: Iterable[str]) -> dict[str, str]:
-    """Return layers in their order with short names: numbers where there is one stack."""
-    ordered = sorted(set(layers), key=lambda layer: (layer == NO_LAYER, natural_order(layer)))
-    stacks = {layer.rpartition(".")[0] for layer in ordered if layer != NO_LAYER}
-    return {layer: layer if layer == NO_LAYER or len(stacks) > 1 else layer.rpartition(".")[2]
-            for layer in ordered}  # fmt: skip
-
-
 def _of(field: str, kind: str = "nominal", **more: Any) -> Spec:
     return {"field": field, "type": kind, **more}
 
 
 def _map(
-    name: str, number: Statistic, head: list[str], cells: list[Row], colours: Scale, note: str
+    name: str, number: Statistic, head: list[str], cells: list[Cell], colours: Scale, note: str
 ) -> Iterator[Figure]:
     """Yield a heat map, layers down and module kinds across: one rectangle for each cell."""
     if not cells:
         return
-    known = [cell["value"] for cell in cells if cell["value"] is not None]
+    known = [value for cell in cells if (value := cell.numbers[number.key]) is not None]
     look = colours(known)
-    names = _layer_names(cell["layer"] for cell in cells)
-    inside = [cell["kind"] for cell in cells if cell["layer"] != NO_LAYER]
-    kinds = list(dict.fromkeys(inside + [cell["kind"] for cell in cells]))
+    names = name_layers(cell.layer for cell in cells)
+    inside = [cell.kind for cell in cells if cell.layer != NO_LAYER]
+    kinds = list(dict.fromkeys(inside + [cell.kind for cell in cells]))
+    values = [{"layer": names[cell.layer], "kind": cell.kind, "value": cell.numbers[number.key]}
+              for cell in cells]  # fmt: skip
     empty = "!isValid(datum.value)"
     if look["scale"].get("type") == "log":
         empty += " || datum.value <= 0"
@@ -235,7 +169,7 @@ def _map(
         "title": {"text": number.title, "subtitle": head},
         "width": {"step": 27},
         "height": {"step": 20 if len(names) <= 12 else 14 if len(names) <= 48 else 10},
-        "data": {"values": [cell | {"layer": names[cell["layer"]]} for cell in cells]},
+        "data": {"values": values},
         "mark": {"type": "rect", "invalid": "show", "strokeDash": [2, 2]},
         "encoding": {
             "x": _of("kind", sort=kinds, title=None),
@@ -246,7 +180,6 @@ def _map(
                 "legend": {"title": None, **_labels(number.form, known), **look["legend"]},
             },
             "stroke": {"condition": {"test": empty, "value": "#888"}, "value": None},
-            "tooltip": [_of(key) for key in cells[0] if key != "value"],
         },
     }
     yield Figure(name, spec, note)
@@ -277,7 +210,7 @@ def _z_histogram(name: str, pair: PairEntry, head: list[str]) -> Iterator[Figure
                 "encoding": {"x": x, "y": y, "color": colour, **more}}  # fmt: skip
 
     layers = [
-        layer({"type": "bar", "binSpacing": 1, "opacity": 0.75, "tooltip": True},
+        layer({"type": "bar", "binSpacing": 1, "opacity": 0.75},
               counted(zs)[:-1], "this pair", x=x | {"bin": "binned"}, x2={"field": "to"}),
         layer({"type": "line", "interpolate": "step-after"}, counted(control), "control"),
         layer({"type": "line"}, curve, "chance"),
@@ -307,7 +240,7 @@ def _steps(
     spec = {
         "title": {"text": "size of the changes, in steps of the 16-bit grid", "subtitle": head},
         "data": {"values": values},
-        "mark": {"type": "bar", "tooltip": True},
+        "mark": "bar",
         "encoding": {
             "x": _of("steps", sort=bins, title="|delta| / step"),
             "xOffset": _of("vector", sort=list(names)),
@@ -334,7 +267,7 @@ def _lines(
         for row in levels
         if row["name"] not in ("", NO_LAYER) and row.get(key) is not None
     ]
-    names = _layer_names(row["layer"] for row in rows)
+    names = name_layers(row["layer"] for row in rows)
     sizes = [row["value"] for row in rows if row["value"] > 0]
     if len(names) < 2:
         return
@@ -352,40 +285,6 @@ def _lines(
             "y": _of("value", "quantitative", title=None, scale={"type": "log"} if tall else {},
                      axis=_labels(form, sizes) | ticks),
             "color": _of("series", sort=shown, title=None),
-            "tooltip": [_of("series"), _of("layer"), _of("value", "quantitative", format=".3~g")],
         },
     }  # fmt: skip
     yield Figure(name, spec, note)
-
-
-def look_of(dark: bool, font: str) -> Spec:
-    """Return the look: Okabe-Ito colours, one-hue ramps, and a centre that recedes."""
-    light_or_dark: dict[str, tuple[Any, Any]] = {
-        "ink": ("#1c1d1f", "#e6e6e3"), "soft": ("#55585e", "#a9adb5"),
-        "line": ("#d9dadd", "#3a3f48"), "paper": ("#ffffff", "#15171b"),
-        "category": ("#0072b2 #d55e00 #009e73 #cc79a7 #8a6d00 #56b4e9",
-                     "#56b4e9 #e69f00 #3fc6a0 #d88fb8 #f0e442 #ff8552"),
-        "diverging": ("#0b4a8f #4d93c9 #b3d3e8 #f4f4f2 #f6c3ac #d9694f #9a1026",
-                      "#8cc8ff #3f87c9 #244a6b #24272d #74382f #d0604b #ffb09c"),
-        "heatmap": ("#eef2f6 #b9d2e8 #6ba4d0 #2a6ca8 #08306b",
-                    "#1e242c #27486b #3b7cb8 #7fbdf0 #d6ecff"),
-    }  # fmt: skip
-    look = {key: colours[dark] for key, colours in light_or_dark.items()}
-    soft, line = look["soft"], look["line"]
-    ranges = {key: look[key].split() for key in ("category", "diverging", "heatmap")}
-    return {
-        "background": look["paper"], "font": font, "padding": 4, "aria": False, "range": ranges,
-        "view": {"stroke": None, "continuousWidth": 380, "discreteWidth": 380,
-                 "continuousHeight": 180},
-        "title": {"anchor": "start", "frame": "group", "fontSize": 13, "fontWeight": 600,
-                  "color": look["ink"], "subtitleColor": soft, "subtitleFontSize": 11,
-                  "subtitlePadding": 3, "offset": 8},
-        "axis": {"labelColor": soft, "titleColor": soft, "labelFontSize": 10, "titleFontSize": 11,
-                 "titleFontWeight": "normal", "domainColor": line, "tickColor": line,
-                 "gridColor": line, "labelLimit": 220},
-        "axisDiscrete": {"ticks": False, "domain": False, "labelPadding": 4},
-        "axisX": {"grid": False},
-        "legend": {"orient": "top", "labelColor": soft, "labelFontSize": 11, "labelLimit": 300,
-                   "gradientLength": 200, "gradientThickness": 8, "columns": 1,
-                   "symbolType": "square"},
-    }  # fmt: skip

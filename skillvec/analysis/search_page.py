@@ -5,9 +5,9 @@ from textwrap import wrap
 from typing import Any
 
 from skillvec.analysis import plain_page
-from skillvec.analysis.figures import Figure, Spec, typeset
+from skillvec.analysis.figures import Figure, Spec
 from skillvec.analysis.page import Entry, draw
-from skillvec.analysis.plain_page import Page, Table
+from skillvec.analysis.plain_page import Page, Table, head
 from skillvec.analysis.search_sentences import (
     NAMES,
     list_answers,
@@ -15,29 +15,42 @@ from skillvec.analysis.search_sentences import (
     list_differences,
     tabulate,
 )
-from skillvec.analysis.wording import Grid
+from skillvec.analysis.statistics_table import typeset
+from skillvec.analysis.sweep_sentences import write_score
+from skillvec.analysis.wording import Grid, write_optional
 from skillvec.errors import printable
 
 Content = Mapping[str, Any]
-READING = (
-    ("Items to search by, items to report", "The sampler was told scores of one half of the items"
-     " only. The best of many trials is partly luck on these, so its score there is too good. The"
-     " other half was asked once, after the search, of the points in the table."),
-    ("Better, worse, within noise", "The 95 % interval of the difference lies above 0, below 0 or"
-     " holds 0: by item, or by group of items, where the evaluator says their values."),
-    ("Random search", "Points drawn evenly from the same space, as many as the sampler had. What"
-     " both reach, trying often reaches; what the sampler has beyond it, the sampler found."),
+TERMS = (
+    ("items", "Items to search by, items to report", "The sampler was told scores of one half of"
+     " the items only. The best of many trials is partly luck on these, so its score there is too"
+     " good. The other half was asked once, after the search, of the points in the table. ± is the"
+     " standard error."),
+    ("verdict", "Better, worse, within noise", "The 95 % interval of the difference lies above 0,"
+     " below 0 or holds 0: by item, or by group of items, where the evaluator says their values. p"
+     " is how often noise alone gives a difference as large."),
+    ("random", "Random search", "Points drawn evenly from the same space, as many as the sampler"
+     " had. What both reach, trying often reaches; what the sampler has beyond it, the sampler"
+     " found."),
 )  # fmt: skip
+EXPLAINED = {"±": "items", "p": "verdict", "verdict": "verdict", "better by": "verdict",
+             "95 % interval": "verdict"}  # heads of the tables  # fmt: skip
 
 
 def html(content: Content) -> str:
     """Return the page; UsageError where the extra report is missing."""
+    first, *others = list_answers(content)
+    lead, _, scores = first.partition(". Its ")
     return plain_page.html(
         Page(
             title=f"A search for {content['metric']}",
-            answer=list_answers(content),
+            lead=lead if lead.endswith(".") else f"{lead}.",
+            legend=[("target", content["target"]),
+                    *(("vector", ref) for ref in content["vectors"])],
+            figure=history(content),
+            answer=[f"Its {scores}"] * bool(scores) + others,
+            numbers=_list_numbers(content),
             warnings=content["warnings"],
-            figures=[history(content)],
             tables=[
                 _table(
                     "Points",
@@ -53,10 +66,30 @@ def html(content: Content) -> str:
                 _table("Choices", "", list_choices(content), 2),
             ],
             asked=_list_asked(content),
-            reading=READING,
+            terms=TERMS,
         ),
         {key: value for key, value in content.items() if key != "tensors"},
-    )
+    )  # fmt: skip
+
+
+def _list_numbers(content: Content) -> list[Entry]:
+    """Return the scores on the items to report, and how far the winner is above lambda = 1."""
+    metric, made = content["metric"], []
+    for point, scores in content["reported"].items():
+        score = scores[metric]
+        error = score["standard_error"]
+        made.append(head(TERMS, NAMES[point], "random" if point == "random" else "items")._replace(
+            value=typeset(write_score(score["mean"])),
+            beside="" if error is None else f"± {error:.2g}",
+        ))  # fmt: skip
+    for row in content["comparisons"]:
+        if (row["one"], row["other"], row["metric"]) == ("winner", "lambda 1", metric):
+            low, high = (write_optional(row[end], "+.3g") for end in ("low", "high"))
+            made.append(head(TERMS, "better than lambda = 1 by", "verdict")._replace(
+                value=typeset(write_optional(row["difference"], "+.3g")),
+                beside=typeset(f"{low} to {high}"),
+            ))  # fmt: skip
+    return made
 
 
 def figures(content: Content) -> Iterator[tuple[str, bytes]]:
@@ -102,8 +135,8 @@ def history(content: Content) -> Figure:
     marks += [
         {"data": {"values": lines}, "mark": {"type": "rule", "strokeDash": [4, 3], "color": "#888"},
          "encoding": {"y": y_line}},
-        {"data": {"values": lines}, "mark": {"type": "text", "align": "right", "dy": -6, "x": 555,
-                                             "color": "#888"},
+        {"data": {"values": lines}, "mark": {"type": "text", "align": "right", "dy": -6,
+                                             "x": {"expr": "width - 5"}, "color": "#888"},
          "encoding": {"y": y_line, "text": words}},
     ]  # fmt: skip
     said = wrap(content["answer"][0].partition(". Its ")[0], 95)
@@ -117,10 +150,11 @@ def history(content: Content) -> Figure:
 
 def _table(title: str, note: str, grid: Grid, words: int = 1) -> Table:
     rows = [[*row[:words], *map(typeset, row[words:])] for row in grid.rows]
-    return Table(title, note, grid.heads, [""] * len(grid.heads), rows, words)
+    heads = [head(TERMS, title, EXPLAINED.get(title, "")) for title in grid.heads]
+    return Table(title, note, heads, rows, words)
 
 
-def _list_asked(content: Content) -> list[Entry]:
+def _list_asked(content: Content) -> list[tuple[str, str]]:
     asked = {
         "target": content["target"], "vectors": ", ".join(content["vectors"]),
         "evaluation": content["eval"], "report evaluation": content["report_eval"] or "the same",
@@ -128,4 +162,4 @@ def _list_asked(content: Content) -> list[Entry]:
         "trials": f"{content['trials']['complete']} complete, {content['trials']['failed']} failed",
         "seed": str(content["seed"]), "study": content["study"],
     }  # fmt: skip
-    return [(title, "", value) for title, value in asked.items()]
+    return list(asked.items())

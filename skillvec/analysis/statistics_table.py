@@ -21,9 +21,10 @@ class Statistic:
     `form` is a format specification, "%" for a share at three digits, "word" for what is no number
     or "list" for several. `meaning` is a formula or words, with a and b the values of two vectors,
     v those of one and n their number; `chance` is what unrelated directions give. `shown` names
-    where it stands beside report.json and report.csv: "page" (with the numbers of a vector or a
-    pair), "pairs" (in the table of all pairs), "rows" (a column that is shown at first), "lines" (a
-    figure along the layers), "screen" (the terminal).
+    where it stands beside report.json and report.csv: "answer" (with the few that carry it), "page"
+    (with the numbers of a vector or a pair), "rows" (a column that is shown at first), "lines" (a
+    figure along the layers), "screen" (the terminal, if verbose). `plain` says in a sentence what
+    one of "answer" means.
     """
 
     key: str
@@ -32,24 +33,30 @@ class Statistic:
     meaning: str
     chance: str = ""
     shown: str = "page"
+    plain: str = ""
 
 
 ANGLE = (
     Statistic("numel", "values", ",d", "number of values n", "", "page rows"),
     Statistic("cosine", "cosine", "+.3g", "⟨a, b⟩ / (|a| |b|): 1 same direction, −1 opposite",
-              "0, spread as below", "page pairs rows screen"),
+              "0, spread as below", "answer page rows screen",
+              "How far two updates point the same way: 1 is the same direction, 0 a right angle, −1"
+              " the opposite direction. Updates that have nothing to do with each other come out"
+              " near 0, but not at 0."),
     Statistic("cosine_sd", "by chance", ".2g",
               "standard deviation of the cosine under the null that holds, `null`", "",
-              "page pairs screen"),
+              "page screen"),
     Statistic("z", "z", "+.1f", "cosine / cosine_sd: the cosine over its spread by that null",
-              "N(0, 1)", "page pairs rows screen"),
+              "N(0, 1)", "answer page rows screen",
+              "How many standard deviations the cosine is away from 0, if the updates had nothing"
+              " to do with each other. Within ±2 is what chance gives."),
     Statistic("p", "p", ".2g",
               "how often a z as far from 0 comes by chance, two-sided; with many values small"
               " relations are clear too: then the size of the cosine matters", "uniform",
-              "page pairs rows screen"),
+              "page rows screen"),
     Statistic("null", "null", "word",
               "which null holds: groups, unless another has a variance that is larger by more than"
-              " chance, and then the largest", "", "page pairs rows screen"),
+              " chance, and then the largest", "", "page rows screen"),
     Statistic("z_groups", "z, groups", "+.1f",
               "S / √ΣT², T the inner product over a group of neighbouring values, S their sum:"
               " holds for sparse deltas and unequal magnitudes",
@@ -85,15 +92,19 @@ ANGLE = (
     Statistic("norm_b", "norm B", ".3g", "|b|", "", "rows"),
     Statistic("norm_ratio", "|A| / |B|", ".3g",
               "|a| / |b|, which a cosine hides: SFT updates are some 30 times longer than RL's"
-              " (arXiv 2605.00610)", "", "page pairs rows screen"),
+              " (arXiv 2605.00610)", "", "answer page rows screen",
+              "How long the first update is beside the second. Where both are added, the longer one"
+              " decides more."),
 )  # fmt: skip
 CONTROL = (
     Statistic("control_cosine", "control cosine", "+.3g",
               "cosine with another vector, or a random one, in place of a: a pair is worth talking"
-              " about where it stands clear of its control", "", "page pairs rows screen"),
+              " about where it stands clear of its control", "", "answer page rows screen",
+              "The cosine with a stand-in for the first update that knows nothing of its skill. A"
+              " relation is worth believing where the cosine is far from this one."),
     Statistic("control_z", "control z", "+.1f",
               "z of another vector, by the null that holds for it; of a random one over cosine_sd",
-              "", "page pairs rows"),
+              "", "page rows"),
 )  # fmt: skip
 SUPPORT = (
     Statistic("density_a", "density A", "%",
@@ -102,22 +113,27 @@ SUPPORT = (
     Statistic("density_b", "density B", "%", "N_b / n", "", "page rows"),
     Statistic("jaccard", "Jaccard", ".3g",
               "N_ab / (N_a + N_b − N_ab): values changed by both over values changed by either",
-              "depends on the densities: see lift", "page pairs rows"),
+              "depends on the densities: see lift", "page rows"),
     Statistic("lift", "lift", ".3g",
               "N_ab / sum over tensors of N_a N_b / n: shared values over what chance gives. Large"
               " weights absorb small changes of both alike, so bf16 alone lifts it over 1",
-              "1; at most 1 / the larger density", "page pairs rows screen"),
+              "1; at most 1 / the larger density", "answer page rows screen",
+              "How many times as many weights both updates change as chance would have it: 1 is"
+              " chance, 2 is twice as many."),
     Statistic("lift_weights", "lift given weights", ".3g",
               "N_ab / sum over tensors and exponents e of the weights of N_a,e N_b,e / n_e: what is"
               " shared beyond what rounding lets through at such weights. Where the tuned models"
-              " have 16 bits and weights are known", "1", "page pairs rows screen"),
+              " have 16 bits and weights are known", "1", "answer page rows screen",
+              "How many times as many weights both updates change as chance would have it, after"
+              " the size of the weights is allowed for, since rounding to 16 bits hides small"
+              " changes of large weights. 1 is chance."),
     Statistic("overlap_z", "overlap z", "+.1f",
               "r / √(the largest of H, H + E and R + C − Q): r the excess of N_ab over the chance"
               " of `lift_weights`, H its variance where values are independent, E what rows and"
               " columns of unequal densities add, R and C the squares of r summed up by rows and by"
-              " channels, Q by values", "N(0, 1); null for dense ones", "page pairs rows"),
+              " channels, Q by values", "N(0, 1); null for dense ones", "page rows"),
     Statistic("p_overlap", "p of overlap", ".2g", "P(|overlap z| as large), two-sided", "uniform",
-              "page pairs rows"),
+              "page rows"),
     Statistic("overlap_z_weights", "overlap z given weights", "+.1f",
               "r / √H, H = sum over tensors and exponents of N_a N_b (n − N_a)(n − N_b) /"
               " (n² (n − 1))", "N(0, 1), if values of one exponent change independently", ""),
@@ -125,7 +141,7 @@ SUPPORT = (
               "(N_ab − chance) / √(sum of N_a N_b (n − N_a)(n − N_b) / (n² (n − 1))), chance as in"
               " lift", "N(0, 1), if all values change independently", ""),
     Statistic("sign_agreement", "equal signs", "%", "share of N_ab with equal signs", "1/2",
-              "page pairs rows screen"),
+              "page rows screen"),
     Statistic("sign_z", "sign z", "+.1f",
               "(2 equal − N_ab) / √(the larger of N_ab and R + C − N_ab), R and C the squares of"
               " equal minus opposite signs by rows and by channels", "N(0, 1)", "page rows"),
@@ -156,7 +172,9 @@ PAIR_SUBSPACE = (
               "page rows"),
     Statistic("overlap_chance", "overlap by chance", ".3g", "(K/m + K/n) / 2", "", "page"),
     Statistic("a_in_b", "A in B", "%", "|U_bᵀ A V_b|² / |A|²: share of A's energy inside",
-              "in_chance", "page screen"),
+              "in_chance", "answer page screen",
+              "The share of the first update that lies in the K strongest directions of the"
+              " second."),
     Statistic("b_in_a", "B in A", "%", "|U_aᵀ B V_a|² / |B|²", "in_chance", "page screen"),
     Statistic("in_chance", "inside by chance", "%", "K² / (mn)", "", "page screen"),
     Statistic("interference", "interference", ".3g",
@@ -190,7 +208,9 @@ PAIR_OUTPUTS = (
     Statistic("cosine_outputs", "cosine of outputs", "+.3g",
               "tr(A C B') / √(tr(A C A') tr(B C B')): the cosine of A x and B x over the inputs x"
               " of all modules; in a group sums over its matrices are divided",
-              "0, if the updates know nothing of each other", "page pairs rows screen"),
+              "0, if the updates know nothing of each other", "answer page rows screen",
+              "How far both updates move the outputs of the modules the same way, on the inputs of"
+              " the calibration text."),
     Statistic("cka_outputs", "CKA of outputs", ".3g",
               "|A K B'|² / (|A K A'| |B K B'|), K = C − E[x] E[x]' (linear CKA, arXiv 1905.00414):"
               " 1 where A x and B x differ by a rotation and a factor; in a group the mean over"
@@ -199,20 +219,27 @@ PAIR_OUTPUTS = (
 )  # fmt: skip
 VECTOR = (
     Statistic("numel", "values", ",d", "number of values n", "", "page rows"),
-    Statistic("norm", "norm", ".4g", "|v| = √Σv²", "", "page rows screen"),
+    Statistic("norm", "norm", ".4g", "|v| = √Σv²", "", "answer page rows screen",
+              "The length of the whole update: the root of the sum of its squared values."),
     Statistic("rms", "rms", ".3g", "|v| / √n: root mean square of the values", "",
-              "page rows lines screen"),
+              "answer page rows lines screen",
+              "The size of a typical change of one value. Layers and modules of any number of"
+              " values can be compared by it."),
     Statistic("energy_share", "energy share", "%", "share of the energy of the whole vector", "",
               "rows screen"),
     Statistic("density", "density", "%", "share of values that are not 0", "",
-              "page rows lines screen"),
+              "answer page rows lines screen",
+              "The share of the values that the update changes at all. Updates in bf16 leave many"
+              " values as they are, because rounding hides small changes."),
     Statistic("steps", "steps", "list",
               "counts of changed values by |v| / step, at the edges `step_edges`; below the first,"
               " ..., from the last on. A step is the distance of neighbouring 16-bit"
               " numbers at the weight", "", ""),
     Statistic("below_half_step", "below ½ step", "%",
               "share of changed values with |v| below half a step, which vanish where a sum is"
-              " rounded", "", "page rows"),
+              " rounded", "", "answer page rows",
+              "The share of the changes that are smaller than half the distance between two 16-bit"
+              " numbers at that weight: adding them to a 16-bit model does nothing."),
     Statistic("absorbed", "absorbed", "%",
               "share of changed values that rounding takes back: r(w + v) = r(w)", "",
               "page rows"),
@@ -221,7 +248,9 @@ VECTOR = (
               "page rows"),
 )  # fmt: skip
 VECTOR_SUBSPACE = (
-    Statistic("stable_rank", "stable rank", ".3g", "|V|² / s_1²"),
+    Statistic("stable_rank", "stable rank", ".3g", "|V|² / s_1²", "", "answer page",
+              "How many directions of equal strength the update of a matrix amounts to: 1 is a"
+              " single direction."),
     Statistic("spikes", "spikes", ".3g",
               "number of singular values above the noise: 1.15 (square) to 1.41 (Gavish and Donoho"
               " 2014) times the largest one of this matrix with the signs of its values drawn anew,"
@@ -251,7 +280,9 @@ VECTOR_OUTPUTS = (
               "k / n, k the number of these eigenvectors, weighted by |v|²", "", "page"),
     Statistic("gain_outputs", "gain of outputs", ".3g",
               "tr(V C V') / (|V|² tr(C) / n): mean square of V x over what inputs of the same size"
-              " in every direction alike would give", "1", "page lines"),
+              " in every direction alike would give", "1", "answer page lines",
+              "How much more the update moves outputs on the calibration text than on inputs of the"
+              " same size without any structure: 1 is no more."),
 )  # fmt: skip
 FORECAST = (
     Statistic("along", "along B", "%", "`along` of the pair as a whole"),
@@ -301,6 +332,11 @@ def write_number(value: Any, form: str) -> str:
     if form == "%":
         return f"{100 * value:.3g} %"
     return format(int(value) if form.endswith("d") else value, form)
+
+
+def typeset(text: str) -> str:
+    """Return a written number with a true minus, and a dash for none."""
+    return "–" if text == "-" else text.replace("-", "−")
 
 
 def write_numbers(row: Mapping[str, Any], table: Table) -> list[str]:

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skillvec.analysis import plain_page
-from skillvec.analysis.figures import Figure, Spec, shorten, typeset
+from skillvec.analysis.figures import Figure, Spec, shorten
 from skillvec.analysis.page import Entry, draw
-from skillvec.analysis.plain_page import Page, Table
+from skillvec.analysis.plain_page import Page, Table, head
+from skillvec.analysis.statistics_table import typeset
 from skillvec.analysis.sweep_report import SKILL, TARGET, name_point
 from skillvec.analysis.sweep_sentences import (
     list_answers,
+    say_lead,
     tabulate_metrics,
     write_p,
     write_score,
@@ -22,35 +24,66 @@ Content = Mapping[str, Any]
 LEGEND = {SKILL: "vector", "random": "random control", "shuffled": "shuffled control"}
 MOST_TICKS = 13  # that stand beside each other
 BARS = 1.96  # standard errors: 95 % of one score by itself
-READING = (
-    ("Score and its bars", "The mean over the items of the evaluation. Bars are 95 % intervals of"
-     " one score by itself, 1.96 standard errors; two points answered the same items, so their"
-     " difference is often known better than either score."),
-    ("Difference, interval and p", "The score less the target's, by item, or by group of items"
-     " where the evaluation says which belong together. Intervals and p hold for all lambdas at"
-     " once (Bonferroni, Holm): of a vector that does nothing, one sweep in twenty shows a p of at"
-     " most .05."),
-    ("Gain and cosine", "What of lambda times the vector arrived after rounding to the model's"
-     " dtype: its length along what was asked for, and its direction."),
-    ("Controls", "Vectors of the same size, tensor by tensor: random noise, or the vector's own"
-     " values in other places. What they do, any change of that size does."),
+TERMS = (
+    ("score", "Score and its bars", "The mean over the items of the evaluation. ± is its standard"
+     " error; bars are 95 % intervals of one score by itself, 1.96 standard errors. Two points"
+     " answered the same items, so their difference is often known better than either score."),
+    ("difference", "Difference, interval and p", "The score less the target's, by item, or by group"
+     " of items where the evaluation says which belong together. Intervals (95 %) and p hold for"
+     " all lambdas at once (Bonferroni, Holm): of a vector that does nothing, one sweep in twenty"
+     " shows a p of at most .05."),
+    ("gain", "Gain and cosine", "What of lambda times the vector arrived after rounding to the"
+     " model's dtype: its length along what was asked for, and its direction. 1 is all of it."),
+    ("control", "Controls", "Vectors of the same size, tensor by tensor: random noise, or the"
+     " vector's own values in other places. What they do, any change of that size does."),
+    ("seconds", "Seconds", "What the evaluation of a point took; to attach is the time before it,"
+     " in which the vector was added to the model."),
 )  # fmt: skip
 
 
 def html(content: Content) -> str:
     """Return the page; UsageError where the extra report is missing."""
+    said = list_answers(content)
     return plain_page.html(
         Page(
             title=f"{content['metric']} along lambda",
-            answer=list_answers(content),
+            lead=say_lead(content),
+            legend=[("target", content["target"]["ref"]), ("vector", content["name"])],
+            figure=curve(content),
+            answer=said[1:],
+            numbers=_list_numbers(content),
             warnings=content["warnings"],
-            figures=[curve(content)],
             tables=[_list_points(content), *_list_others(content)],
-            asked=_list_asked(content),
-            reading=READING,
+            asked=[("answer in full", said[0]), *_list_asked(content)],
+            terms=TERMS,
         ),
         {key: value for key, value in content.items() if key != "tensors"},
     )
+
+
+def _list_numbers(content: Content) -> list[Entry]:
+    """Return the few numbers that the answer rests on."""
+    metric, best = content["metric"], content["best"]
+
+    def entry(title: str, anchor: str, value: str, beside: str = "") -> Entry:
+        found = head(TERMS, title, anchor)
+        return found._replace(value=typeset(value), beside=typeset(beside))
+
+    made = [entry("the target", "score", write_score(content["target_score"]))]
+    if best is None:
+        return made
+    score, lam = best["scores"][metric], f"lambda {best['lam']:g}"
+    error = score["standard_error"]
+    made.append(entry(lam, "score", write_score(score["mean"]),
+                      "" if error is None else f"± {write_score(error)}"))  # fmt: skip
+    low, high = best.get("low"), best.get("high")
+    ends = "" if low is None or high is None else f"{low:+.3g} to {high:+.3g}"
+    made.append(entry("difference", "difference", write_optional(best["difference"], "+.3g"), ends))
+    made.append(entry("p", "difference", write_p(best.get("p"))))
+    for beside in content["beside"]:
+        made.append(entry(f"{beside['control']} control", "control", write_score(beside["score"]),
+                          f"at {lam}"))  # fmt: skip
+    return [*made, entry("gain", "gain", write_optional(best["gain"], ".3f"))]
 
 
 def figures(content: Content) -> Iterator[tuple[str, bytes]]:
@@ -118,11 +151,10 @@ def _place(row: Line, content: Content) -> Iterator[Line]:
 
 def _list_points(content: Content) -> Table:
     """Return every point with its score, its difference and what arrived of the vector."""
-    heads = ["point", content["metric"], "±", "less target", "interval", "p", "gain", "cosine",
-             "values changed", "seconds", "to attach"]  # fmt: skip
-    tips = ["", "", "standard error", "difference from the target's score",
-            "95 %, for all lambdas at once", "after Holm's correction", "", "", "", "evaluation",
-            "seconds before it"]  # fmt: skip
+    heads = [("point", ""), (content["metric"], "score"), ("±", "score"),
+             ("less target", "difference"), ("interval", "difference"), ("p", "difference"),
+             ("gain", "gain"), ("cosine", "gain"), ("values changed", ""), ("seconds", "seconds"),
+             ("to attach", "seconds")]  # fmt: skip
     rows = []
     for row in content["points"]:
         score = row["scores"].get(content["metric"])
@@ -140,7 +172,7 @@ def _list_points(content: Content) -> Table:
         ]
         name = typeset(name_point(row["curve"], row["lam"]))
         rows.append([name, cells[0], *map(typeset, cells[1:])])
-    return Table("Points", "", heads, tips, rows)
+    return Table("Points", "", [head(TERMS, *words) for words in heads], rows)
 
 
 def _list_others(content: Content) -> Iterator[Table]:
@@ -148,14 +180,14 @@ def _list_others(content: Content) -> Iterator[Table]:
     grid = tabulate_metrics(content)
     if len(grid.heads) > 2:
         rows = [[*map(typeset, row)] for row in grid.rows]
-        yield Table("All metrics", "", grid.heads, [""] * len(grid.heads), rows)
+        yield Table("All metrics", "", [head((), title) for title in grid.heads], rows)
 
 
-def _list_asked(content: Content) -> list[Entry]:
+def _list_asked(content: Content) -> list[tuple[str, str]]:
     asked = {
         "target": f"{content['target']['path']}, {human_bytes(content['target_nbytes'])}",
         "vector": content["name"], "verdict": content["verdict"], "evaluation": content["eval"],
         "control": ", ".join(content["control"]) or "none", "seed": str(content["seed"]),
         "rounding": content["rounding"], "dtype": content["dtype"],
     }  # fmt: skip
-    return [(title, "", value) for title, value in asked.items()]
+    return list(asked.items())

@@ -85,31 +85,40 @@ def list_answers(facts: Facts) -> list[str]:
     return said
 
 
+def say_lead(facts: Facts) -> str:
+    """Return the answer in one plain sentence, without how sure it is."""
+    return "".join(_say_finding(facts)[:1]) + "."
+
+
 def _say_answer(facts: Facts) -> str:
+    return "".join(_say_finding(facts)) + "."
+
+
+def _say_finding(facts: Facts) -> tuple[str, ...]:
+    """Return what was found, how sure that is, and what lambda 1 gives."""
     metric, best = facts["metric"], facts["best"]
     zero = write_score(facts["target_score"])
     if best is None:
-        return f"No lambda could be compared with the target, whose {metric} is {zero}."
+        return (f"No lambda could be compared with the target, whose {metric} is {zero}",)
     score, lam = write_score(best["scores"][metric]["mean"]), f"{best['lam']:g}"
     of = f"the best of {facts['compared']} lambdas" if facts["compared"] > 1 else "the one lambda"
-    one = _say_one(facts)
+    one, sure = _say_one(facts), f" ({_say_interval(best, facts['compared'])})"
     if not facts["is_known"]:
         return (
-            f"{metric} is {zero} at lambda 0 and {score} at lambda {lam}, {of}{one}; no standard"
-            " error is known, so nobody can say whether that is more than noise."
+            f"{metric} is {zero} at lambda 0 and {score} at lambda {lam}, {of}",
+            one,
+            "; no standard error is known, so nobody can say whether that is more than noise",
         )
     if facts["found"]:
         goes = "falls" if best["difference"] < 0 else "rises"
-        return (
-            f"{metric} {goes} from {zero} to {score} at lambda {lam}, {of}"
-            f" ({_say_interval(best, facts['compared'])}){one}."
-        )
+        return f"{metric} {goes} from {zero} to {score} at lambda {lam}, {of}", sure, one
     least = f"lambda {lam} with {score}" if facts["compared"] > 1 else score
     is_apart = best["low"] > 0 or best["high"] < 0  # in the wrong direction, or it were found
     stands = "worse than" if is_apart else "within noise of"
     return (
-        f"Nothing was found: {metric} of {of}, {least}, is {stands} the target's own {zero}"
-        f" ({_say_interval(best, facts['compared'])}){one}."
+        f"Nothing was found: {metric} of {of}, {least}, is {stands} the target's own {zero}",
+        sure,
+        one,
     )
 
 

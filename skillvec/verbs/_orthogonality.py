@@ -2,7 +2,7 @@
 
 One pass over the data gives every sum; singular subspaces, where asked, take the matrices after it,
 one for each worker at a time. What is said of them is made in `analysis.levels`; what is
-written, in `analysis.page`.
+written, in `analysis.angle_page`.
 """
 
 import json
@@ -208,7 +208,7 @@ def _compare(asked: _Asked, output: PathLike | None, figures: bool, run: Run) ->
     facts = _facts(asked, inputs, place)
     plan = replace(plan, verb=asked.verb)
     if place is not None:
-        from skillvec.analysis.page import LEAST_NBYTES  # with all figures
+        from skillvec.analysis.page import LEAST_NBYTES
 
         plan = replace(plan, bound_nbytes=LEAST_NBYTES, sure_nbytes=LEAST_NBYTES)
     moments = None
@@ -413,7 +413,7 @@ def _write(
     report: Report, place: Output, force: bool, figures: bool, watcher: Watcher | None
 ) -> None:
     """Write the report's folder beside its place and move it there."""
-    from skillvec.analysis import page
+    from skillvec.analysis import angle_page, page
     from skillvec.analysis.report_csv import csv_text, tell_apart
 
     content = report.to_dict()
@@ -423,7 +423,7 @@ def _write(
         files = {
             "report.json": (json.dumps(content, indent=1) + "\n").encode(),
             "report.csv": csv_text(shown).encode(),
-            "report.html": page.html(shown).encode(),
+            "report.html": angle_page.html(shown).encode(),
         }
         if figures:
             (made / "figures").mkdir()

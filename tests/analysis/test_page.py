@@ -1,23 +1,21 @@
-"""The page and the figures of a report: what they hold, and what a browser makes of them."""
+"""The page of orthogonality and norms, and the figures of a report: what they hold, in what order.
 
-import html
-import json
-import os
+tests/analysis/test_browser.py opens the same pages in a browser.
+"""
+
 import random
 import re
-import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from itertools import combinations, islice
-from math import inf, isfinite, nan, sqrt
-from pathlib import Path
+from math import inf, nan, sqrt
 from typing import Any
 
 import pytest
+from webpage import Parsed, check_stands_alone, check_structure
 
-from skillvec.analysis import page
+from skillvec.analysis import angle_page, charts, page
+from skillvec.analysis.figures import draw_figures
 from skillvec.errors import UsageError
 
 Row = dict[str, Any]
@@ -65,7 +63,9 @@ def pair_row(draw: random.Random, head: Row, centre: float, subspace: bool) -> R
     cosine, control = draw.gauss(centre, 1.4) * scale, draw.gauss(0, 1) * scale
     row = head | {
         "cosine": cosine, "cosine_se": 1.2 * scale, "cosine_sd": scale, "z": cosine / scale,
-        "p": 0.0021, "null": "rotation", "z_groups": 1.8 * cosine / scale, "norm_a": 0.4,
+        "p": 0.0021, "null": "rotation", "z_groups": 1.8 * cosine / scale,
+        "z_rows": 1.4 * cosine / scale,
+        "z_channels": 1.2 * cosine / scale, "z_rotation": cosine / scale, "norm_a": 0.4,
         "norm_b": 11.0, "norm_ratio": 0.4 / 11, "density_a": 0.12, "density_b": 0.93,
         "jaccard": 0.12,
         "lift": 1.04, "overlap_z": 21.0, "sign_agreement": 0.503, "sign_z": 3.1,
@@ -143,76 +143,92 @@ def fake_report(
     }  # fmt: skip
 
 
-class Parsed(HTMLParser):
-    """Tags with their attributes, the text outside of scripts, and what scripts and styles hold."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.inside, self.raw, self.text = [""], {}, ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self.inside.append(dict(attrs).get("id") or f"{tag} {len(self.raw)}")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self.inside.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self.inside[-1]:
-            self.raw[self.inside[-1]] = self.raw.get(self.inside[-1], "") + data
-        else:
-            self.text += data
-
-    def json(self, name: str) -> Any:
-        return json.loads(self.raw[name])
-
-
 def drawn(report: Row) -> dict[str, Row]:
     """Return the specs of a report's figures by name."""
-    return Parsed(page.html(report)).json("figures")["specs"]
+    return {figure.name: figure.spec for figure in draw_figures(report)}
 
 
-def cells(spec: Row) -> dict[tuple[str, str], Row]:
-    values = spec["data"]["values"]
-    found = {(value["layer"], value["kind"]): value for value in values}
-    assert len(found) == len(values)
-    return found
+def unpacked(held: Row) -> list[Row]:
+    return [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
 
 
-def same(a: Any, b: Any) -> bool:
-    """Compare plain data, floats to six digits, what is no number in JSON as null."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, float):
-        return b == pytest.approx(a, rel=1e-5) if isfinite(a) else b is None
-    return a == b and type(a) is type(b)
+@pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c")])
+def test_the_answer_stands_first_then_picture_numbers_and_the_rest(labels: tuple[str, ...]) -> None:
+    report = fake_report(labels=labels)
+    parsed = Parsed(angle_page.html(report))
+    check_structure(parsed)
+    order = [*parsed.ids]
+    assert order.index("answer") < order.index("picture") < order.index("carried")
+    lead = re.search(
+        r"(A and B (are|is).*?|\d of 3 pairs .*?|All 3 pairs .*?|One of .*?)\.\n", parsed.shown
+    )
+    assert lead and parsed.shown.index("Orthogonality of") < lead.start()
+    assert (
+        lead.end()
+        < parsed.shown.index("The numbers behind it")
+        < parsed.shown.index("Keep in mind")
+    )
+    assert parsed.shown.count("Keep in mind") == 1 and "88 %" in parsed.shown
+    assert "chance ±" in parsed.shown and "Stage" not in parsed.shown
+    assert [line for line in parsed.folded if ", in full" in line] == [
+        f"{' and '.join(two)}, in full" for two in combinations("ABC"[: len(labels)], 2)
+    ]
+
+
+def test_letters_say_whose_they_are_where_one_points_at_them() -> None:
+    text = angle_page.html(fake_report(labels=("models/rl::base", "b")))
+    parsed = Parsed(text)
+    titles = [held["title"] for held in parsed.find("abbr")]
+    assert titles.count("models/rl::base (BF16 - BF16)") >= 3
+    lead = text[text.index('class="lead"') :][:200]
+    assert '<abbr title="models/rl::base (BF16 - BF16)">A</abbr>' in lead
+    assert "models/rl::base" in parsed.shown  # and the legend says it once for all
+
+
+def test_every_number_that_is_shown_is_explained() -> None:
+    parsed = Parsed(angle_page.html(fake_report()))
+    names = {"#pair-cosine", "#pair-z", "#pair-norm_ratio", "#pair-lift", "#vector-rms"}
+    assert names <= {held["href"] for held in parsed.find("a", **{"class": "term"})}
+    (meaning,) = {held["title"] for held in parsed.find("a", href="#pair-cosine")}
+    assert meaning and meaning.startswith("How far two updates point the same way")
+
+
+def test_the_documentation_is_linked_where_the_package_states_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Metadata:
+        def get_all(self, name: str) -> list[str]:
+            assert name == "Project-URL"
+            return ["Source, https://example.com/x", "Documentation, https://example.com/docs/"]
+
+    assert '<a href="http' not in angle_page.html(fake_report())
+    monkeypatch.setattr(page, "metadata", lambda name: Metadata())
+    links = Parsed(angle_page.html(fake_report())).find("a")
+    outside = {held["href"] for held in links if (held["href"] or "").startswith("http")}
+    assert "https://example.com/docs/orthogonality/#pair-cosine" in outside
 
 
 def test_page_stands_alone() -> None:
-    parsed = Parsed(page.html(fake_report()))
-    loads = {"src", "href", "srcset", "action", "data", "poster", "background"}
-    assert not [(tag, attrs) for tag, attrs in parsed.tags if loads & attrs.keys()]
-    assert not {"link", "img", "iframe", "base"} & {tag for tag, _ in parsed.tags}
-    style = "".join(text for name, text in parsed.raw.items() if name.startswith("style"))
-    assert "@import" not in style and "url(" not in style
-    policy = [a["content"] for _, a in parsed.tags if a.get("http-equiv")]
-    assert len(policy) == 1 and "default-src 'none'" in policy[0]
-    assert "http" not in policy[0] and "eval" not in policy[0]
+    check_stands_alone(Parsed(angle_page.html(fake_report())))
 
 
-def test_page_embeds_the_report() -> None:
+def test_page_embeds_every_row() -> None:
     report = fake_report()
-    report["pairs"][0]["overall"] |= {"p": 0.0, "lift": inf, "jaccard": nan}
-    embedded = Parsed(page.html(report)).json("report")
-    assert same({key: value for key, value in report.items() if key != "tensors"}, embedded)
-    report["pairs"][1]["layers"][0]["z"] += 0.1
-    assert not same({key: value for key, value in report.items() if key != "tensors"}, embedded)
+    report["pairs"][0]["kinds"][0] |= {"lift": inf, "jaccard": nan}
+    held = Parsed(angle_page.html(report)).json("report")
+    for kind, levels in (("pairs", report["pairs"]), ("norms", report["norms"])):
+        for entry, packed in zip(levels, held[kind], strict=True):
+            for level in angle_page.LEVELS:
+                for row, found in zip(entry[level], unpacked(packed["levels"][level]), strict=True):
+                    known = {key: value for key, value in row.items() if value not in (None, inf)}
+                    known = {key: value for key, value in known.items() if value == value}
+                    assert {key: found[key] for key in known} == {
+                        key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+                        for key, value in known.items()
+                    }
+    first = unpacked(held["pairs"][0]["levels"]["kinds"])[0]
+    assert first["lift"] is None and first["jaccard"] is None
+    assert held["letters"]["B"] == "sft-med (F32 - BF16)"
 
 
 def hostile(layers: int = 2) -> Row:
@@ -230,13 +246,13 @@ def hostile(layers: int = 2) -> Row:
 
 
 def test_hostile_names_stay_text() -> None:
-    text = page.html(hostile())
-    plain, tame = Parsed(text), Parsed(page.html(fake_report(labels=("a", "b"))))
+    text = angle_page.html(hostile())
+    plain, tame = Parsed(text), Parsed(angle_page.html(fake_report(labels=("a", "b"))))
     assert "mark" not in {tag for tag, _ in plain.tags}
-    assert [tag for tag, _ in plain.tags if tag == "script"] == ["script"] * 4
+    assert [tag for tag, _ in plain.tags if tag == "script"] == ["script"] * 2
     assert sorted(plain.raw) == sorted(tame.raw)
     assert plain.text.count(HOSTILE) >= 8
-    assert plain.json("report")["vectors"] == [HOSTILE, "b\x1b[0m\u200b\ud800"]
+    assert HOSTILE in plain.json("report")["letters"]["A"]
     text.encode()  # a name that is no UTF-8 must not keep the page from being written
     assert not {"\x1b", "\u200b"} & set(text)
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*(-\d+)?", name) for name in drawn(hostile()))
@@ -244,23 +260,64 @@ def test_hostile_names_stay_text() -> None:
         ET.fromstring(data)
 
 
+def test_a_drawing_keeps_nothing_but_what_draws() -> None:
+    head = ET.fromstring(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 5" width="9" onload="x()">'
+        '<script>x()</script><a href="x"><path d="M0,0"/></a><clipPath id="c"/>'
+        '<g clip-path="url(#c)" class="k" opacity="1"><path d="M1.23456,2"/><text>&lt;b></text></g>'
+        "</svg>"
+    )
+    found = ET.tostring(charts.clean(head, "n"), encoding="unicode")
+    assert found == (
+        '<svg viewBox="0 0 9 5" style="max-width:9px" aria-hidden="true"><clipPath id="n-c" />'
+        '<g clip-path="url(#n-c)"><path d="M1.2,2" /><text>&lt;b&gt;</text></g></svg>'
+    )
+
+
+def cells(spec: Row) -> dict[tuple[str, str], Row]:
+    values = spec["data"]["values"]
+    found = {(value["layer"], value["kind"]): value for value in values}
+    assert len(found) == len(values)
+    return found
+
+
+def maps_of(parsed: Parsed) -> dict[str, dict[tuple[str, str], str]]:
+    """Return the texts of the cells of every heat map, by layer and kind."""
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    names = [held["id"] or "" for held in parsed.find("div", **{"class": "heat"})]
+    tables = [t for t in parsed.tables if (t.attributes.get("class") or "").split()[:1] in
+              (["map"], ["outside"])]  # fmt: skip
+    for table, name in zip(tables, [name for name in names for _ in range(2)], strict=True):
+        head, *rows = table.rows
+        kinds = [text for _, _, text in head]
+        for row, held in zip(rows, table.row_attributes[1:], strict=True):
+            layer = held["data-layer"] or ""
+            for (tag, _, text), kind in zip(row, kinds, strict=True):
+                if tag == "td":
+                    found.setdefault(name.removeprefix("map-"), {})[layer, kind] = text
+    return found
+
+
 @pytest.mark.parametrize("layers", [2, 32])
 def test_one_cell_for_each_layer_and_kind(layers: int) -> None:
     report = fake_report(layers)
-    specs = drawn(report)
+    specs, found = drawn(report), maps_of(Parsed(angle_page.html(report)))
     place = {(str(i), kind.removesuffix(".weight")) for i in range(layers) for kind in KINDS}
     place |= {("(no layer)", kind.removesuffix(".weight")) for kind in OUTSIDE}
+    on_page = {(f"model.layers.{i}" if i.isdecimal() else "", kind) for i, kind in place}
     for name in [f"{key}-{i}" for key in ("cosine", "z", "rms", "density") for i in (1, 2, 3)]:
         assert cells(specs[name]).keys() == place, name
         layer_axis = specs[name]["encoding"]["y"]["sort"]
         assert layer_axis == [*map(str, range(layers)), "(no layer)"]
+        assert found[name].keys() == on_page, name
     for row in report["pairs"][1]["tensors"]:
-        where = row["layer"].rpartition(".")[2] or "(no layer)", row["kind"].removesuffix(".weight")
+        kind = row["kind"].removesuffix(".weight")
         for key in ("cosine", "z"):
-            value = cells(specs[f"{key}-2"])[where]["value"]
-            assert value == (row[key] and pytest.approx(row[key], rel=1e-5))
-        tip = cells(specs["cosine-2"])[where]
-        assert tip["tensor"] == row["name"] and tip["dtypes"] == "A: BF16 - BF16, B: BF16 - BF16"
+            value = cells(specs[f"{key}-2"])[row["layer"].rpartition(".")[2] or "(no layer)", kind]
+            assert value["value"] == (row[key] and pytest.approx(row[key], rel=1e-5))
+        text = found["z-2"][row["layer"], kind]
+        assert text == ("–" if row["z"] is None else f"{row['z'] + 0:.0f}".replace("-0", "0")
+                        .replace("-", "−"))  # fmt: skip
 
 
 def test_two_stacks_of_layers_keep_their_names() -> None:
@@ -271,38 +328,6 @@ def test_two_stacks_of_layers_keep_their_names() -> None:
     axis = drawn(fake_report(tensors=heads))["z-1"]["encoding"]["y"]["sort"]
     stacks = ["model.layers.0", "model.layers.1", "v.model.layers.0", "(no layer)"]
     assert axis == stacks
-
-
-def test_experts_of_a_layer_are_one_cell() -> None:
-    kind = "mlp.experts.*.up_proj.weight"
-    heads = [
-        {
-            "name": f"model.layers.0.mlp.experts.{i}.up_proj.weight",
-            "layer": "model.layers.0",
-            "kind": kind,
-            "module": "mlp",
-            "numel": numel,
-        }
-        for i, numel in enumerate((100, 300))
-    ]
-    report = fake_report(tensors=[*heads, *tensors_of(1)])
-    pair, norms = report["pairs"][0], report["norms"][0]
-    first, second = pair["tensors"][:2]
-    first |= {"cosine": 0.5, "cosine_sd": 0.25, "norm_a": 3.0, "norm_b": 4.0}
-    second |= {"cosine": -1.0, "cosine_sd": 1 / 3, "norm_a": 4.0, "norm_b": 3.0}
-    norms["tensors"][0] |= {"norm": 3.0, "density": 0.5}
-    norms["tensors"][1] |= {"norm": 4.0, "density": 0.1}
-    specs = drawn(report)
-    place = "0", kind.removesuffix(".weight")
-    # <a, b> = 0.5 * 12 - 12 = -6 with a spread of (3^2 + 4^2)^.5, |a| = |b| = 5, 400 values.
-    assert cells(specs["cosine-1"])[place]["value"] == pytest.approx(-6 / 25)
-    assert cells(specs["z-1"])[place]["value"] == pytest.approx(-6 / 5)
-    assert cells(specs["rms-1"])[place]["value"] == pytest.approx(5 / 20)
-    assert cells(specs["density-1"])[place]["value"] == pytest.approx(0.2)
-    tip = cells(specs["cosine-1"])[place]
-    assert (tip["values"], tip["norm A"], tip["tensor"][-11:]) == ("400", "5", " and 1 more")
-    second["cosine"] = None  # no angle: it adds nothing to the inner product
-    assert cells(drawn(report)["cosine-1"])[place]["value"] == pytest.approx(6 / 25)
 
 
 def test_colours_are_centred_and_follow_the_span() -> None:
@@ -358,18 +383,19 @@ def test_figures_are_those_of_the_page() -> None:
 
 def test_page_of_norms_alone() -> None:
     report = fake_report(2, ("only",), subspace=False, verb="norms")
-    parsed = Parsed(page.html(report))
-    names = list(parsed.json("figures")["specs"])
-    assert names == ["rms-1", "density-1", "steps", "rms-layers", "density-layers"]
-    assert "Answer" not in parsed.text and "Norms of 1 skill vector" in parsed.text
-    slots = [attrs["data-figure"] for _, attrs in parsed.tags if "data-figure" in attrs]
-    assert sorted(slots) == sorted(names)
+    parsed = Parsed(angle_page.html(report))
+    check_structure(parsed)
+    assert [*drawn(report)] == ["rms-1", "density-1", "steps", "rms-layers", "density-layers"]
+    assert "Norms of a skill vector" in parsed.shown and "A changes " in parsed.shown
+    assert ", most per value in " in parsed.shown
+    assert maps_of(parsed).keys() == {"rms-1", "density-1"}
+    assert len(parsed.find("svg")) == 3
 
 
 def test_every_number_may_be_missing() -> None:
     report = fake_report()
     for rows in [*report["norms"], *report["pairs"]]:
-        for level in ("modules", "kinds", "layers", "tensors"):
+        for level in ("parts", "modules", "kinds", "layers", "tensors"):
             for row in [*rows[level], rows["overall"]]:
                 row |= dict.fromkeys(row.keys() - {"name", "layer", "kind", "numel"})
     for pair in report["pairs"]:
@@ -379,29 +405,30 @@ def test_every_number_may_be_missing() -> None:
     empty = [value["value"] for value in cells(specs["cosine-1"]).values()]
     assert empty == [None] * 25
     assert marks(next(page.figures(report))[1]) == 25
+    parsed = Parsed(angle_page.html(report))
+    check_structure(parsed)
+    assert "None of the 3 pairs" in parsed.shown and "No value in any layer" in parsed.shown
     for rows in [*report["norms"], *report["pairs"]]:
         rows["tensors"] = []
-    assert drawn(report) == {}
+    assert drawn(report) == {} and not maps_of(Parsed(angle_page.html(report)))
 
 
 def test_dtypes_stand_beside_the_numbers() -> None:
-    one, three = (Parsed(page.html(fake_report(2, labels))) for labels in
-                  (("a", "b"), ("a", "b", "c")))  # fmt: skip
-    assert one.text.count("A: BF16 - BF16, B: F32 - BF16") == 1
-    assert "A, dtypes" not in one.text
-    assert three.text.count("A, dtypes") == 1  # the table of all pairs
-    assert three.text.count("\nF32 - BF16") == 2
-    for spec in three.json("figures")["specs"].values():
-        assert "BF16" in " ".join(spec["title"]["subtitle"])
+    one = Parsed(angle_page.html(fake_report(2, ("a", "b"))))
+    assert one.text.count("A: BF16 - BF16, B: F32 - BF16; control in place of A: random.") == 1
+    assert "F32 - BF16" in one.shown  # the legend
+    for figure in draw_figures(fake_report(2, ("a", "b", "c"))):
+        assert "BF16" in " ".join(figure.spec["title"]["subtitle"])
 
 
 def test_numbers_are_read_as_a_person_does() -> None:
     report = fake_report(labels=("a", "b"))
     report["pairs"][0]["overall"] |= {"cosine": -0.0123456, "cosine_sd": 0.001, "p": 0.0}
-    text = Parsed(page.html(report)).text
-    assert "−0.0123, chance ± 0.002" in text and "< 1e−300" in text
+    text = Parsed(angle_page.html(report)).text
+    assert "−0.0123 chance ±0.002" in text and "p < 1e−300" in text
+    assert "their cosine is −0.0123, where chance alone gives ±0.002" in text
     report["pairs"][0]["overall"]["cosine"] = None
-    assert "−0.0123" not in Parsed(page.html(report)).text
+    assert "−0.0123" not in Parsed(angle_page.html(report)).text
 
 
 def test_labels_too_long_for_a_legend_stay_apart() -> None:
@@ -415,90 +442,4 @@ def test_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch) 
     page.check_available()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError, match=rf'{module}.*: pip install "skillvec\[report\]"'):
-        page.html(fake_report())
-
-
-# --------------------------------------------------------------------------- in a browser
-
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-LAYERS = 20  # 223 tensors: more than the 200 rows that the table shows at first
-LISTEN = """<script>
-const findings = { errors: [] };
-addEventListener("error", event => findings.errors.push(event.message));
-addEventListener("unhandledrejection", event => findings.errors.push(String(event.reason)));
-addEventListener("securitypolicyviolation", event => findings.errors.push(event.violatedDirective));
-</script>"""
-
-
-@pytest.fixture(scope="module")
-def findings(tmp_path_factory: pytest.TempPathFactory) -> Row:
-    """Open a hostile page of 390 pixels in a browser and return what the driver saw there."""
-    if BROWSER is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
-    folder = tmp_path_factory.mktemp("page")
-    text = page.html(hostile(LAYERS)).replace("<head>", f"<head>{LISTEN}", 1)
-    start, _, end = text.rpartition("</body>")
-    driver = (Path(__file__).parents[1] / "support" / "page_driver.js").read_text()
-    path = folder / "page.html"
-    path.write_text(f"{start}<script>{driver}</script></body>{end}")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,900", "--dump-dom",
-             "--enable-logging=stderr", "--v=0", "--virtual-time-budget=20000",
-             "--host-resolver-rules=MAP * ~NOTFOUND", "--blink-settings=preferredColorScheme=1",
-             f"--user-data-dir={folder / 'profile'}"]  # fmt: skip
-    env = os.environ | {"HOME": str(folder)}
-    run = subprocess.run(
-        [BROWSER, *flags, path.as_uri()], capture_output=True, timeout=120, env=env
-    )
-    errors = run.stderr.decode(errors="replace")
-    found = re.search(r'<pre id="findings">(.*?)</pre>', run.stdout.decode(), re.DOTALL)
-    assert found, errors[-2000:]
-    console = [line for line in errors.splitlines() if "CONSOLE" in line]
-    return json.loads(html.unescape(found[1])) | {"console": console}
-
-
-def test_browser_reports_no_error_and_loads_nothing(findings: Row) -> None:
-    assert findings["errors"] == [] and findings["console"] == []
-    assert findings["requests"] == [] and findings["images"] == findings["marks"] == 0
-
-
-def test_browser_draws_every_cell(findings: Row) -> None:
-    specs = drawn(hostile(LAYERS))
-    want = {name: len(cells(spec)) if spec.get("name") == "cells" else 0
-            for name, spec in specs.items()}  # fmt: skip
-    assert findings["cells"] == want and want["cosine-1"] == 11 * LAYERS + 3
-    assert findings["drawings"] == len(specs)
-    assert findings["dashed"] == 1  # the null of the fake report
-
-
-def test_browser_shows_numbers_of_a_cell(findings: Row) -> None:
-    row = hostile(LAYERS)["pairs"][0]["tensors"][9]
-    assert row["name"] in findings["tip"]
-    assert f"{row['cosine']:+.3g}".replace("-", "−") in findings["tip"]
-    assert "A: BF16 - BF16, B: F32 - BF16" in findings["tip"]
-    assert "mark title=x" in findings["hostile_tip"]
-
-
-def test_browser_sorts_and_filters_rows(findings: Row) -> None:
-    rows = hostile(LAYERS)["pairs"][0]["tensors"]
-    known = sorted((row for row in rows if row["cosine"] is not None), key=lambda r: r["cosine"])
-    void = [row["name"] for row in rows if row["cosine"] is None]
-    assert findings["rising"] == [row["name"] for row in known] + void
-    assert findings["falling"] == [row["name"] for row in reversed(known)] + void
-    assert findings["sorts"] == ["ascending", "descending"]
-    kept = [row["name"] for row in rows if "layers.1.mlp" in row["name"]]
-    assert sorted(findings["filtered"]) == sorted(kept) and len(kept) == 3
-    assert findings["levels"] == {"modules": 7, "kinds": 17, "layers": LAYERS + 1, "tensors": 200}
-    assert "density" in findings["norm_columns"] and "cosine" not in findings["norm_columns"]
-
-
-def test_browser_follows_the_scheme(findings: Row) -> None:
-    assert findings["light"] == {"page": "rgb(255, 255, 255)", "chart": "rgb(255, 255, 255)"}
-    assert findings["dark"] == {"page": "rgb(21, 23, 27)", "chart": "rgb(21, 23, 27)"}
-    assert findings["printed"] == "rgb(255, 255, 255)"
-
-
-def test_browser_fits_a_phone(findings: Row) -> None:
-    assert findings["overflow"] == []
-    assert findings["page_width"] <= findings["window_width"] < 520
+        angle_page.html(fake_report())

@@ -3,7 +3,6 @@
 `python tests/analysis/test_statistics_table.py` rewrites the tables of that page.
 """
 
-import json
 import re
 from math import inf, nan
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 
 from skillvec.analysis import statistics_table
+from skillvec.analysis.angle_page import find_anchor, html
 from skillvec.analysis.levels import pair_levels, vector_levels
-from skillvec.analysis.page import html
 from skillvec.analysis.statistics_table import (
     FORECAST,
     PAIRS,
@@ -31,15 +30,21 @@ from skillvec.verbs.spectra import Own, describe_spectrum, relate_parts, relate_
 from skillvec.verbs.spikes import find_spikes
 
 PAGE = Path(__file__).parents[2] / "docs" / "orthogonality.md"
-PLACES = {"page", "pairs", "rows", "lines", "screen"}
+PLACES = {"answer", "page", "rows", "lines", "screen"}
 
 
 def table_of(numbers: tuple[Statistic, ...]) -> str:
-    """Return a table of numbers in Markdown."""
+    """Return a table of numbers in Markdown, each with the anchor that the page links to."""
     by_chance = any(number.chance for number in numbers)
     rows = [["number", "title", "meaning", "by chance"], ["---"] * 4]
-    rows += [[f"`{n.key}`", *map(marked, (n.title, n.meaning, n.chance))] for n in numbers]
+    rows += [[f'<a id="{anchor_of(n)}"></a>`{n.key}`', *map(marked, (n.title, n.meaning, n.chance))]
+             for n in numbers]  # fmt: skip
     return "".join(f"| {' | '.join(row if by_chance else row[:3])} |\n" for row in rows)
+
+
+def anchor_of(number: Statistic) -> str:
+    tables = (PAIRS, VECTORS, FORECAST)  # some numbers are alike in two of them
+    return find_anchor(next(t for t in tables if any(n is number for n in t)), number)
 
 
 def marked(text: str) -> str:
@@ -65,7 +70,9 @@ def test_the_tables_of_the_page_are_those_of_the_module() -> None:
     shown = [number for numbers in SECTIONS.values() for number in numbers]
     assert {*PAIRS, *VECTORS, *FORECAST} == set(shown)
     for number in shown:
-        assert f"| `{number.key}` | {marked(number.title)} | {marked(number.meaning)}" in page
+        assert f"`{number.key}` | {marked(number.title)} | {marked(number.meaning)}" in page
+    anchors = re.findall(r'<a id="([^"]+)">', page)
+    assert len(anchors) == len(set(anchors)) == len(shown)
 
 
 def test_every_number_has_one_row() -> None:
@@ -87,6 +94,7 @@ def test_every_number_has_one_row() -> None:
     forecast = {*levels["forecast"], "share"} - {"sentence", "layers"}
     assert forecast == {number.key for number in FORECAST}
     for number in (*PAIRS, *VECTORS, *FORECAST):
+        assert ("answer" in number.shown.split()) == bool(number.plain), number.key
         assert set(number.shown.split()) <= PLACES, number.key
         if number.form != "list":
             write_number("w" if number.form == "word" else 0.5, number.form)
@@ -94,11 +102,12 @@ def test_every_number_has_one_row() -> None:
 
 def test_a_new_row_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row is all that the page wants of a new number."""
-    from test_page import Parsed, fake_report
+    from test_page import fake_report
+    from webpage import Parsed
 
     new = Statistic("kurtosis", "tails", ".1f", "fourth moment of the values", "3", "page lines")
     table = (*VECTORS, new)
-    for module in ("page", "figures"):
+    for module in ("angle_page", "figures"):
         monkeypatch.setattr(f"skillvec.analysis.{module}.VECTORS", table)
     report = fake_report(labels=("a", "b"))
     for entry in report["norms"]:
@@ -108,9 +117,8 @@ def test_a_new_row_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = Parsed(text)
     assert "tails" in parsed.text and "4.2" in parsed.text
     assert 'title="fourth moment of the values"' in text
-    drawn = json.loads(parsed.raw["figures"])
-    assert drawn["specs"]["kurtosis-layers"]["title"]["text"] == "tails"
-    assert drawn["numbers"]["vectors"][-1]["title"] == "tails"
+    assert "<h4>tails</h4>" in text  # its chart along the layers
+    assert parsed.json("report")["numbers"]["norms"][-1]["title"] == "tails"
 
 
 def test_numbers_are_written_by_their_form() -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_page import HOSTILE, Parsed
+from test_page import HOSTILE
+from webpage import Parsed, check_stands_alone, check_structure
 
 from skillvec.analysis import sweep_page
 from skillvec.analysis.sweep_report import Asked, Tried, conclude, csv_text
 from skillvec.analysis.sweep_sentences import (
     list_answers,
+    say_lead,
     say_sweep,
     say_sweep_plan,
     tabulate,
@@ -196,15 +198,22 @@ def test_the_page_begins_with_the_answer_and_holds_the_report() -> None:
     found["warnings"].append(HOSTILE)
     found["eval"] = f"command: {HOSTILE}"
     parsed = Parsed(sweep_page.html(found))
-    answer = list_answers(found)[0]
-    assert answer in parsed.text
-    assert parsed.text.index(answer) < parsed.text.index(HOSTILE) < parsed.text.index("Points")
+    check_structure(parsed)
+    check_stands_alone(parsed)
+    answer, lead = list_answers(found)[0], say_lead(found)
+    assert lead.endswith("at lambda 0.5, the best of 3 lambdas.") and lead[:-1] in answer
+    assert answer in parsed.text  # in full, folded
+    assert parsed.shown.index(lead) < parsed.shown.index("The numbers behind it")
+    assert parsed.shown.index("The numbers behind it") < parsed.shown.index(HOSTILE)
     assert "failed: OSError" in parsed.text and "lambda −0.5" in parsed.text
     assert parsed.json("report")["points"][0]["curve"] == "target"
-    assert [attrs["data-figure"] for _, attrs in parsed.tags if "data-figure" in attrs] == ["curve"]
-    assert list(parsed.json("figures")["specs"]) == ["curve"]
+    assert [held["class"] for held in parsed.find("div", role="img")] == [
+        "chart desk",
+        "chart phone",
+    ]
+    assert parsed.folded[:2] == ["Points", "All metrics"]
+    assert [row[0][2] for row in parsed.tables[0].rows[1:3]] == ["target", "lambda −0.5"]
     assert "mark" not in {tag for tag, _ in parsed.tags} and parsed.text.count(HOSTILE) == 3
-    assert not any(key in attrs for _, attrs in parsed.tags for key in ("src", "href", "onclick"))
     assert json.loads(json.dumps(found)) == found
 
 

@@ -39,7 +39,7 @@ def use(wheel: Path, folder: Path) -> str:
 
 def check_names(wheel: Path, compiled: bool) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    assert {"skillvec/py.typed", "skillvec/analysis/page.html.jinja"} <= {*names}
+    assert {"skillvec/py.typed", "skillvec/analysis/angle_page.html.jinja"} <= {*names}
     assert all(name.startswith("skillvec/") for name in names)
     assert ("skillvec/ops/_native.abi3.so" in names) == compiled
     assert not any(name.endswith((".c", ".h")) for name in names)

@@ -251,27 +251,46 @@ def test_command_line_says_the_same(family) -> None:
 
 
 def test_one_screen_says_what_it_means(family) -> None:
+    """The answer stands first, then whose the letters are, then few numbers; the rest with -v."""
     refs = [f"{side}::{family.base}" for side in (family.tuned, family.sft)]
     (pair,) = sv.orthogonality(*refs, control="random").facts["pairs"]
     overall, env = pair["overall"], {"COLUMNS": "80"}
     plain = CliRunner(env=env).invoke(main, ["orthogonality", *refs]).stdout
     shown = CliRunner(env=env).invoke(main, ["orthogonality", *refs, "--control", "random"]).stdout
-    first = next(line for line in shown.splitlines() if line.startswith("A, B "))
+    row = next(line for line in shown.splitlines() if line.startswith("A, B "))
     for number in (f"{overall['cosine']:+.3g}", f"{1.96 * overall['cosine_sd']:.2g}",
-                   f"{overall['z']:+.1f}", overall["null"],
-                   f"{overall['control_cosine']:+.3g}"):  # fmt: skip
-        assert number in first
-    assert " control " in shown and " control " not in plain
+                   f"{overall['z']:+.1f}", f"{overall['control_cosine']:+.3g}"):  # fmt: skip
+        assert number in row
+    assert " control " in shown and " control " not in plain and "|A| /" in plain
     for text in (plain, shown):
         lines = [line for line in text.splitlines() if "::" not in line]  # long paths
-        assert len(text.splitlines()) <= 40 and max(map(len, lines)) <= 80
+        assert len(text.splitlines()) <= 24 and max(map(len, lines)) <= 80
         words = " ".join(text.split())
-        assert pair["sentence"] in words and "BF16 - BF16" in words
-        assert "Adding A to a model that holds B" in words
+        assert words.startswith("A and B are ") and "their cosine is" in words[:120]
+        assert words.index("their cosine is") < words.index("A = ") < words.index("A, B ")
+        assert "BF16 - BF16" in words and "Adding A to a model that holds B" in words
+        assert "self_attn" not in words and "-v shows every number" in words
+    full = CliRunner(env=env).invoke(main, ["orthogonality", *refs, "-v"]).stdout
+    words = " ".join(full.split())
+    assert pair["sentence"] in words and "self_attn" in words and "-v shows" not in words
     three = [*refs, f"{family.target}::{family.base}"]
-    text = CliRunner(env=env).invoke(main, ["orthogonality", *three, "--subspace", "2"]).stdout
-    assert "Adding B to a model that holds C" in " ".join(text.split())
-    assert "top 2 singular directions" in text and "self_attn" not in text
+    words = ["orthogonality", *three, "--subspace", "2"]
+    text = CliRunner(env=env).invoke(main, words).stdout
+    assert " 3 pairs " in text and "top 2 singular directions" in text
+    assert "Adding B" not in text and "self_attn" not in text
+    full = " ".join(CliRunner(env=env).invoke(main, [*words, "-v"]).stdout.split())
+    assert "Adding B to a model that holds C" in full
+
+
+def test_the_answer_about_one_vector(family) -> None:
+    ref = f"{family.tuned}::{family.base}"
+    words = [" ".join(CliRunner(env={"COLUMNS": "80"}).invoke(main, ["norms", ref, *more])
+                      .stdout.split()) for more in ([], ["-v"])]  # fmt: skip
+    for said in words:
+        assert said.startswith("A changes ") and ", most per value in " in said
+        assert said.index("most per value") < said.index("A = ") < said.index("kinds")
+    assert "layers" not in words[0].partition("kinds")[2].replace("model.layers", "")
+    assert "tensors" in words[1].partition("kinds")[2]
 
 
 def test_weights_that_are_no_numbers_have_no_subspaces(tmp_path: Path) -> None:
