@@ -18,7 +18,7 @@ from skillvec.cli.options import (
     share_options,
     write_options,
 )
-from skillvec.cli.screen import Screen, folded
+from skillvec.cli.screen import Screen, find_width, fold
 from skillvec.errors import SkillvecError, printable
 
 
@@ -29,11 +29,11 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SkillvecError as error:
-            click.echo(folded(printable(f"error: {error}")), err=True)
+            click.echo(fold(printable(f"error: {error}"), find_width(sys.stderr)), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stop:
             said = str(stop) or "nothing was published"
-            click.echo(folded(printable(f"interrupted; {said}")), err=True)
+            click.echo(fold(printable(f"interrupted; {said}"), find_width(sys.stderr)), err=True)
             ctx.exit(1)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader went away; click ends quietly

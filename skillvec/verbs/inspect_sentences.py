@@ -1,6 +1,5 @@
 """What inspect says, as lines of text."""
 
-import textwrap
 from typing import Any
 
 from skillvec.analysis.wording import count_files, human_bytes, human_count
@@ -80,8 +79,7 @@ def _say_content(facts: Facts) -> list[str]:
         most = "" if facts["tuned"] else "at most "
         said.append(f"  finite   but for {most}{facts['nonfinite']} values, {who}")
     top = (f"{layer['name']} {layer['norm']:.3g}" for layer in facts["layers"][:3])
-    text = f"  largest  {', '.join(top)}"
-    said.append(textwrap.fill(text, 80, subsequent_indent=" " * 11, break_on_hyphens=False))
+    said.append(f"  largest  {', '.join(top)}")
     if "verdict" in facts:
         verdict = facts["verdict"]
         said.append(f"  verdict  on {facts['target']}: {verdict}{say_sampled(verdict)}")

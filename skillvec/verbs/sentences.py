@@ -22,6 +22,7 @@ from skillvec.report import Report
 from skillvec.verbs.inspect_sentences import say_inspect
 from skillvec.verbs.phrases import (
     Facts,
+    count_rest,
     list_ledger,
     say_each,
     say_fetched,
@@ -38,6 +39,8 @@ from skillvec.verbs.phrases import (
     say_workers,
     say_written,
 )
+
+LISTED = 8  # lines of a list, where nobody asked for all
 
 
 def say_plan(report: Report, verbose: bool) -> list[str]:
@@ -81,7 +84,7 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
     else:
         said.append(plan_sentence(report))
     if verbose or report.verb == "inspect":
-        said += list_ledger(report, None if verbose else 8)
+        said += list_ledger(report, None if verbose else LISTED)
     elif facts.get("worst") and (facts["worst"][0]["cosine"] or 0) < 0.999:
         worst = facts["worst"][0]
         said.append(
@@ -264,7 +267,9 @@ def say_output(report: Report) -> list[str | Grid]:
 
 
 def _list_deleted(facts: Facts) -> list[str]:
-    return [f"  delete  {name}" for name in facts.get("deleted", [])]
+    names = facts.get("deleted", [])
+    rest = count_rest(len(names) - LISTED, "files to delete", "--json")
+    return [f"  delete  {name}" for name in names[:LISTED]] + [f"          {more}" for more in rest]
 
 
 def _transfer(facts: Facts) -> str:

@@ -964,16 +964,31 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", NARROW)
 def test_no_line_is_wider_than_the_terminal(name: str, narrow: Path, monkeypatch):
     # Paths of inputs are the user's own, and a command that can be copied is not cut.
-    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(narrow)
     words = NARROW[name]
     planned = ["--dry-run"] if words[0] not in ("inspect",) else []
-    for more in ([], ["-v"], [*planned, "-v"], planned):
+    for width, more in (
+        (80, []), (80, ["-v"]), (80, [*planned, "-v"]), (80, planned), (60, ["-v"]), (120, ["-v"]),
+    ):  # fmt: skip
+        monkeypatch.setenv("COLUMNS", str(width))
         result = run(*words, *more, *(["--force"] if words[0] in WRITERS else []))
         assert result.exit_code == 0, result.output
-        for line in result.stdout.splitlines():
+        for line in result.output.splitlines():
             if str(narrow) not in line and not line.startswith("  skillvec "):
-                assert len(line.rstrip()) <= 80, line
+                assert len(line) <= width and line == line.rstrip(), line
+
+
+def test_off_a_terminal_names_are_whole(narrow: Path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.chdir(narrow)
+    shown = run("inspect", "v.safetensors", "-v").stdout
+    assert "\u2026" not in shown and all(f"{name} " in shown for name in load("b"))
+    assert "..." not in shown and "... and " in run("inspect", "v.safetensors").stdout
+
+
+def test_a_terminal_without_the_characters_of_tables_gets_others(narrow: Path):
+    done = spawn("norms", narrow / "v.safetensors", PYTHONIOENCODING="ascii", COLUMNS="80")
+    assert done.returncode == 0 and done.stdout.isascii() and "???" in done.stdout
 
 
 def test_names_too_long_do_not_hide_the_terminal_s_edge(narrow: Path, monkeypatch):

@@ -37,10 +37,16 @@ def test_a_ledger_lists_what_its_verb_moves() -> None:
     assert grid.rows[0] == ["w", "applied", "2x3", "5", "1", "", "0.25"]
     assert grid.rows[1] == ["x", "equal", "scalar", "", "", "", ""]
     _, more = phrases.list_ledger(Report("apply", ledger=lines), 1)
-    assert more == "... and 1 more tensors (-v shows all)"
+    assert more == "... and 1 more tensor; -v or --json has all"
     for verb in ("push", "pull"):
         (grid, *_) = phrases.list_ledger(Report(verb, ledger=lines), None)
         assert not isinstance(grid, str) and grid.heads[0] == "file"
+
+
+def test_what_a_list_leaves_out_is_counted() -> None:
+    assert phrases.count_rest(212, "tensors", "-v") == ["... and 212 more tensors; -v has all"]
+    assert phrases.count_rest(1, "ways", "--json") == ["... and 1 more way; --json has all"]
+    assert phrases.count_rest(0, "ways", "-v") == phrases.count_rest(-3, "ways", "-v") == []
 
 
 def test_verdicts_say_what_they_go_by() -> None:
