@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 LINE_WIDTH = ContextVar("LINE_WIDTH", default=80)  # of the terminal that sentences are for
 
+
 class Grid(NamedTuple):
     """A table of words: the columns are set to the right, but for the first and the one `bars`.
 

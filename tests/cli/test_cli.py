@@ -29,7 +29,8 @@ from skillvec import verbs
 from skillvec.cli.commands import main
 from skillvec.ops import compiled, philox
 
-COMMANDS = sorted(set(main.commands) - {"push", "pull"})  # those two: tests/cli/test_hub_cli.py
+# push and pull: tests/cli/test_hub_cli.py; of the program: test_help.py, test_completion.py
+COMMANDS = sorted(set(main.commands) - {"push", "pull", "help", "completion"})
 
 
 def run(*arguments: object) -> Result:
@@ -768,6 +769,7 @@ def test_every_command_has_help_for_every_option(verb: str):
         if isinstance(parameter, click.Option):
             assert parameter.help and parameter.help.endswith("."), parameter.name
     assert main.commands[verb].help
+    assert "\n  Example" in result.stdout and f"    skillvec {verb} " in result.stdout
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
 
 
