@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,11 @@ WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHead", "ForMaskedLM",
 # keys of config.json that say who wrote it, not what the model is
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 QUANTO = "quanto_qmap.json"  # of optimum-quanto: which module it quantised, and how
+
+
+def family_of(shapes: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """Return the digest of names and shapes, in any order."""
+    return digest_bytes(json.dumps(sorted((name, list(shape)) for name, shape in shapes)).encode())
 
 
 class Checkpoint(Mapping[str, Source]):
@@ -236,8 +241,7 @@ class Checkpoint(Mapping[str, Source]):
     @property
     def family_digest(self) -> str:
         """Digest of the sorted names and shapes."""
-        shapes = sorted((name, list(spec.shape)) for name, spec in self.items())
-        return digest_bytes(json.dumps(shapes).encode())
+        return family_of((name, spec.shape) for name, spec in self.items())
 
     def side_files(
         self, made: Collection[str] = (), indexed: bool = False

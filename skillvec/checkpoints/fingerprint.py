@@ -7,7 +7,7 @@ that of the very bytes. Hides which values are looked at.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from typing import Annotated, TypedDict
 
@@ -131,3 +131,13 @@ def probe_digest(checkpoint: Mapping[str, Source]) -> str:
         leaves += leaf_digests(buffer[:nbytes])
     shapes = sorted((name, spec.dtype, list(spec.shape)) for name, spec in checkpoint.items())
     return digest_bytes(json.dumps(shapes).encode() + leaves)
+
+
+def content_digest(tensors: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
+    """Return the digest of a model's content, of name, dtype, shape and digest of every tensor.
+
+    The same whatever the order of the tensors, however many files hold them and whatever else is in
+    these; docs/format.md has the construction.
+    """
+    rows = sorted([name, dtype, list(shape), digest] for name, dtype, shape, digest in tensors)
+    return digest_bytes(json.dumps(rows).encode())

@@ -352,17 +352,21 @@ def norms(screen: Screen, vector: str, **options: Any) -> Any:
 @click.option("--target", type=MODEL,
               help="Also say whether the vector PATH fits this model: its exact base, the same"
               " family, the same shapes, or not at all.")  # fmt: skip
-@share_options(selects=False, works=False)
-def inspect(screen: Screen, path: str, target: str | None) -> Any:
-    """Say what a model or a vector is, from its headers alone.
+@click.option("--digest", is_flag=True,
+              help="Read every byte of the model PATH and print the digest of its content, which is"
+              " the same however its tensors are ordered and sharded.")  # fmt: skip
+@share_options(selects=False)
+def inspect(screen: Screen, path: str, **options: Any) -> Any:
+    """Say what a model, a vector or a folder is, and what it holds.
 
-    PATH may also be org/name on the Hub. No weights are read, so that it is quick whatever the
-    size.
+    PATH is a model, an adapter, a skill vector or a patch, on this disk, on the Hub or in an object
+    store; or a folder of checkpoints, a report, an unfinished run, or a folder of the Hub's cache.
+    Headers alone are read, so that it is quick whatever the size, unless --digest is given.
     """
     from skillvec import verbs
 
-    report = verbs.inspect(path, target)
-    return report, report.facts["path"]
+    report = verbs.inspect(path, watcher=screen, **options)
+    return report, report.facts.get("digest") or report.facts["path"]
 
 
 @main.command()

@@ -10,9 +10,10 @@ from skillvec import __version__
 from skillvec.cli.examples import EXAMPLES
 from skillvec.cli.near import COMMANDS_ALSO, OPTIONS_ALSO, ask_if, find_near
 from skillvec.cli.options import SECTIONS
-from skillvec.cli.screen import find_width, fold
+from skillvec.cli.screen import find_width, fold, print_json, tell
 from skillvec.errors import SkillvecError, printable
 
+OF_PROGRAM = ("help", "completion")  # the commands that are no verbs
 # where a command stands in the help of the program
 GROUPS = {
     "Make a vector": ("diff", "combine", "import-patch"),
@@ -20,14 +21,10 @@ GROUPS = {
     "Look at it": ("inspect", "verify", "norms", "orthogonality"),
     "Find out whether it helps": ("sweep", "search"),
     "Share it": ("push", "pull"),
-    "This program": ("help", "completion"),
+    "This program": OF_PROGRAM,
 }
 
 WIDEST = 26  # characters of an option that stands in one line with what is said of it
-
-
-def _say(text: str) -> None:
-    click.echo(fold(printable(text), find_width(sys.stderr)), err=True)
 
 
 class Verb(click.Command):
@@ -58,27 +55,40 @@ class Verb(click.Command):
 
 
 class Verbs(click.Group):
-    """The commands; turns skillvec's errors into a message and the right exit code."""
+    """The commands; turns errors into a message and an exit code; with --json also into JSON."""
 
     command_class = Verb
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
+        as_json = "--json" in ctx.args  # of a command that is not parsed yet
+
+        def end(kind: str, message: str, said: str, code: int) -> None:
+            tell(said)
+            if as_json:
+                _print_error(ctx, kind, message, code)
+            ctx.exit(code)
+
         try:
             return super().invoke(ctx)
         except SkillvecError as error:
-            _say(f"error: {error}")
-            ctx.exit(error.exit_code)
-        except click.NoSuchOption as error:
-            raise click.UsageError(self._explain(error), error.ctx) from None
+            end(type(error).__name__, str(error), f"error: {error}", error.exit_code)
         except KeyboardInterrupt as stop:
-            _say(f"interrupted; {str(stop) or 'nothing was published'}")
-            ctx.exit(1)
+            told = str(stop) or "nothing was published"
+            end("Interrupted", told, f"interrupted; {told}", 1)
+        except click.UsageError as error:
+            unknown = isinstance(error, click.NoSuchOption)
+            told = self._explain(error) if unknown else error.format_message()
+            if as_json:
+                _print_error(ctx, "UsageError", told, error.exit_code)
+            raise click.UsageError(
+                fold(printable(told), find_width(sys.stderr)), error.ctx
+            ) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader went away; click ends quietly
                 raise
-            _say(f"error: {error.filename or ''}: {error.strerror or error}")
-            ctx.exit(1)
+            told = f"{error.filename or ''}: {error.strerror or error}"
+            end("OSError", told, f"error: {told}", 1)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -94,8 +104,9 @@ class Verbs(click.Group):
         said = f"There is no command {word!r}.{ask_if(near)}"
         lines = [f"  {name:14} {self.commands[name].get_short_help_str(60)}"
                  for name in near if name in self.commands]  # fmt: skip
-        message = "\n".join([said, *lines, "'skillvec help' lists all commands."])
-        raise click.UsageError(fold(printable(message), find_width(sys.stderr)), ctx)
+        raise click.UsageError(
+            "\n".join([said, *lines, "'skillvec help' lists all commands."]), ctx
+        )
 
     def _explain(self, error: click.NoSuchOption) -> str:
         """Return what to say of an option that a command does not have."""
@@ -106,7 +117,7 @@ class Verbs(click.Group):
             said += f" {word} is an option of {', '.join(having)}."
         else:
             said += ask_if(find_near(word, _spell(command), OPTIONS_ALSO))
-        return fold(printable(said), find_width(sys.stderr))
+        return said
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands by what they are for."""
@@ -119,6 +130,12 @@ class Verbs(click.Group):
                     (f"{name:{width}}", self.commands[name].get_short_help_str(80))
                     for name in names
                 ])  # fmt: skip
+
+
+def _print_error(ctx: click.Context, kind: str, message: str, code: int) -> None:
+    """Print what stands in place of a report."""
+    said = {"type": kind, "exit_code": code, "message": message}
+    print_json(ctx.invoked_subcommand, {"error": said})
 
 
 def _spell(command: click.Command) -> list[str]:

@@ -16,13 +16,23 @@ from skillvec.report import Report
 
 LEAST_WIDTH = 40  # characters that lines have on the narrowest terminal
 WIDEST_TEXT = 100  # of sentences, on a terminal of any width: longer lines are hard to read
+FORMAT_VERSION = 1  # of what --json prints: docs/json.md says when it rises
 
 
-def _print(text: str, to_stderr: bool = False) -> None:
-    stream = sys.stderr if to_stderr else sys.stdout
-    text = fold(printable(text), find_width(stream))
+def _write(text: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"  # which may lack what tables are drawn with
-    print(text.encode(encoding, "replace").decode(encoding), file=stream)
+    print(printable(text).encode(encoding, "replace").decode(encoding), file=stream)
+
+
+def print_json(verb: str | None, said: dict[str, Any]) -> None:
+    """Print what a verb says as one JSON document, behind its name and the version of its form."""
+    head = {"verb": verb, "format_version": FORMAT_VERSION}
+    _write(json.dumps(head | said, indent=2), sys.stdout)
+
+
+def tell(text: str) -> None:
+    """Print talk to stderr, in lines of the terminal's width."""
+    _write(fold(printable(text), find_width(sys.stderr)), sys.stderr)
 
 
 def find_width(stream: TextIO) -> int | None:
@@ -69,7 +79,7 @@ class Screen:
     def say(self, text: str) -> None:
         """Print a line of talk to stderr, unless quiet."""
         if not self.quiet:
-            _print(text, to_stderr=True)
+            tell(text)
 
     def planned(self, report: Report) -> None:
         """Show the plan before the work."""
@@ -117,12 +127,12 @@ class Screen:
         self.close()
         for warning in report.warnings:
             if not self.as_json:
-                _print(f"warning: {warning}", to_stderr=True)
+                tell(f"warning: {warning}")
         if self.as_json:
-            _print(json.dumps(report.to_dict() | report.now, indent=2))
+            print_json(report.verb, report.to_dict() | report.now)
         elif self.quiet:
             if last_line is not None:
-                _print(last_line)
+                _write(last_line, sys.stdout)
         else:
             self._show_human(report)
 
@@ -134,4 +144,5 @@ class Screen:
         if width is not None:
             LINE_WIDTH.set(min(width, WIDEST_TEXT))
         for said in say_answer(report, self.verbose):
-            _print(said if isinstance(said, str) else draw(said, width))
+            lines = fold(said, width) if isinstance(said, str) else draw(said, width)
+            _write(lines, sys.stdout)

@@ -1,37 +1,51 @@
 """inspect: what headers say of a model or a vector."""
 
-import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping
 from math import hypot
 
-from skillvec.checkpoints.adapter_folder import is_adapter
-from skillvec.checkpoints.checkpoint import METADATA_KEY, Checkpoint
+from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.locate import locate
-from skillvec.checkpoints.opening import as_model, open_checkpoint, open_tensors
-from skillvec.checkpoints.patch import form_of
+from skillvec.checkpoints.opening import open_checkpoint, open_tensors
 from skillvec.engine.outputs import PathLike
-from skillvec.errors import FormatError, IncompatibleError, UsageError
+from skillvec.engine.run import Run
+from skillvec.errors import UsageError
 from skillvec.files.file import shown
 from skillvec.ops.names import NO_LAYER, layer_of
-from skillvec.report import Report
+from skillvec.report import Report, Watcher
 from skillvec.vectors.displacement import ledger_line
 from skillvec.vectors.match import match, to_layout, verdict_on
-from skillvec.vectors.provenance import read_merged
 from skillvec.vectors.reader import find_vector
 from skillvec.vectors.vector import SkillVector, StoredVector
+from skillvec.verbs.content import add_digests, known_digests
+from skillvec.verbs.model_facts import describe_weights
+from skillvec.verbs.other_folders import describe_folder, find_unfinished
 
 
-def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Report:
-    """Describe a model or a vector from its headers alone; no tensor is read.
+def inspect(
+    path: PathLike,
+    target: PathLike | Checkpoint | None = None,
+    *,
+    digest: bool = False,
+    engine: str = "threads",
+    workers: int | None = None,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Describe what lies at a path from headers alone: a model, a vector, a folder of others.
 
     Of a vector with `target`, give the verdict on that model; raises IncompatibleError where it
-    does not fit.
+    does not fit. With `digest`, read every byte of a model's tensors, by `engine` and `workers`,
+    and add the digest of its content.
     """
-    place = locate(path, "input")
+    run = Run.by(engine, workers, watcher=watcher)
+    place = locate(find_unfinished(path), "input")
     stored = find_vector(place)
     if stored is not None:
+        if digest:
+            raise UsageError(
+                f"{stored.ref} is a vector: its manifest has the digests of all that it is made of,"
+                " which `verify` holds against the bytes; digest is of models"
+            )
         vector = SkillVector.of_file(stored)
         report = describe_vector(vector)
         if target is not None:
@@ -42,43 +56,17 @@ def inspect(path: PathLike, target: PathLike | Checkpoint | None = None) -> Repo
             report.facts |= {"target": point.ref, "verdict": verdict}
             report.warnings += warnings
         return report
-    opened = open_tensors(place, "input")
+    other = describe_folder(place)
     if target is not None:
-        raise UsageError(f"{opened.ref} is a model: only a vector has a verdict on a target")
-    report = Report("inspect", {"path": shown(opened.ref, opened.path), "nbytes": opened.nbytes})
-    facts = report.facts
-    facts |= {
-        "kind": "adapter" if is_adapter(place) else "model",
-        "format": opened.format,
-        "notes": list(opened.opened.notes),
-        "files": [os.path.basename(file) for file in opened.files],
-        "numel": sum(spec.numel for spec in opened.values()),
-        "dtypes": opened.dtypes,
-        "model_type": opened.model_type,
-        "ties_embeddings": None,
-        "config_digest": opened.config_digest,
-        "tokenizer_digest": opened.tokenizer_digest,
-        "family_digest": opened.family_digest,
-    }
-    if form := form_of(opened, opened.metadata):
-        facts |= {"kind": "patch", "form": form}
-    recipe = opened.metadata.get(METADATA_KEY)
-    if recipe is not None:
-        with contextlib.suppress(UsageError):
-            facts["recipe"] = read_merged(opened)
-    quantised: Mapping[str, str] = {}
-    if facts["kind"] == "model":
-        try:
-            facts["ties_embeddings"] = opened.tied_in_transformers if opened.config else None
-        except UsageError as error:  # without transformers it is unknown
-            report.warnings.append(str(error))
-        try:
-            quantised = as_model(opened, "input").formats
-        except (IncompatibleError, FormatError, UsageError) as error:  # described all the same
-            report.warnings.append(str(error))
-    for spec in opened.values():
-        line = ledger_line(spec, "stored", quantised.get(spec.name, ""))
-        report.ledger.append(line | {"nbytes": spec.nbytes})
+        raise UsageError(f"{place.ref} is no vector: only a vector has a verdict on a target")
+    if other is not None:
+        if digest:
+            raise UsageError(f"{place.ref}: no weights at its top, of which digest could be")
+        return other
+    opened = open_tensors(place, "input")
+    report = describe_weights(opened)
+    if digest:
+        add_digests(report, opened, run)
     return report
 
 
@@ -120,5 +108,6 @@ def describe_vector(vector: StoredVector) -> Report:
         "norm": hypot(*(entry["norm"] for entry in entries.values())),
         "codecs": codecs,
         "layers": [{"name": name, "norm": sq**0.5} for name, sq in largest],
+        "content": known_digests(manifest),
     }
     return report

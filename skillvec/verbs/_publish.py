@@ -83,16 +83,17 @@ def push(
     """Upload a vector, or a folder that apply wrote, with a card, as one commit on the Hub.
 
     `repo` (org/name) is made if it is not there, and so is a branch `revision`. Objects that the
-    Hub holds are not sent again. Raises UsageError where the repository holds other weights,
-    unless they are to be replaced in a branch or a pull request, or may not be written.
+    Hub holds are not sent again. A dry run needs no token and no network: the report has the card,
+    and says what the Hub could not be asked. Raises UsageError where the repository holds other
+    weights, unless they are to be replaced in a branch or a pull request, or may not be written.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if not references.REPO.fullmatch(repo):
         raise UsageError(f"repo {printable(repo)}: expected org/name")
     made = _made_here(vector)
-    api, what = HfApi(token=token), f"repo {repo}"
-    state = _state(api, repo, revision)
+    api, what, report = HfApi(token=token), f"repo {repo}", Report("push")
+    state, reached = _ask(api, repo, revision, dry_run, report)
     if state and private and not state["private"]:
         raise UsageError(f"{what}: is public; make it private in its settings, or name another")
     held = state["files"] if state else []
@@ -102,16 +103,17 @@ def push(
             f"{what}: holds other weights, and a repository holds one vector or model; --revision"
             f" or --create-pr replaces them in a branch or a pull request:\n{up_to_five(other)}"
         )
-    report = Report("push")
-    card = _card(made, repo, license, _remote_card(api, repo, state), api, report)
+    remote = _remote_card(api, repo, state)
+    card = _card(made, repo, license, remote, api if reached else None, report)
     if made.vector and not any(line["changed"] for line in made.said["tensors"].values()):
         report.warnings.append("the vector is zero: it changes no model")
     sizes = made.sizes | {README: len(card.encode())}
     report.facts |= {
         "kind": made.kind, "path": os.fspath(vector), "repo": repo, "revision": revision,
         "private": state["private"] if state else private, "create_pr": create_pr,
-        "exists": state is not None, "files": sizes, "nbytes": sum(sizes.values()),
-        "deleted": other, "url": f"{api.endpoint}/{repo}",
+        "exists": state is not None if reached else None, "files": sizes,
+        "nbytes": sum(sizes.values()), "deleted": other, "url": f"{api.endpoint}/{repo}",
+        "card": card,
     }  # fmt: skip
     report.facts["url"] += f"/tree/{quote(revision, safe='')}" if revision else ""
     if watcher:
@@ -256,6 +258,31 @@ def _made_here(path: PathLike) -> _Made:
 # --------------------------------------------------------------------------------------- the Hub
 
 
+def _ask(
+    api: Any, repo: str, revision: str | None, dry_run: bool, report: Report
+) -> tuple[dict[str, Any] | None, bool]:
+    """Return the repository as it is, and whether the Hub was reached: a dry run can do without."""
+    from huggingface_hub import get_token
+
+    if dry_run and not (api.token or get_token()):
+        report.warnings.append(
+            f"no token: not known is whether {repo} is private, and whether you may write to it;"
+            " to push give one with write access (--token, HF_TOKEN or `hf auth login`)"
+        )
+    try:
+        return _state(api, repo, revision), True
+    except SkillvecError as error:
+        if not dry_run:
+            raise
+        report.warnings.append(
+            f"the Hub was not asked ({error}); not known are whether {repo} is there and may be"
+            " written to, whether it holds other weights, which a push refuses, or a card, whose"
+            " text a push keeps, and, of a base on the Hub, the licence that its card names: what"
+            " is shown is the card for a new repository"
+        )
+        return None, False
+
+
 def _state(api: Any, repo: str, revision: str | None) -> dict[str, Any] | None:
     """Return the repository as it is, None where it is not there (or may not be seen)."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -344,9 +371,9 @@ def _card(
 
 
 def _license(api: Any, base: Mapping[str, Any], report: Report) -> dict[str, str]:
-    """Return the licence in the card of the base, where the base is on the Hub."""
+    """Return the licence in the card of the base, where the base is on the Hub (and that is)."""
     model = hub_model(base["ref"], base["revision"])
-    if model is None:
+    if model is None or api is None:
         return {}
     try:
         info = hub_client.patiently(

@@ -1,24 +1,19 @@
 """What inspect says, as lines of text."""
 
+from collections.abc import Callable
 from typing import Any
 
-from skillvec.analysis.wording import count_files, human_bytes, human_count
+from skillvec.analysis.wording import count_files, human_bytes, human_count, name_some, wrap
 from skillvec.report import Report
 from skillvec.verbs.phrases import Facts, say_dtypes, say_sampled, say_source
 
 
 def say_inspect(report: Report) -> list[str]:
-    """Return what a file or folder is."""
+    """Return what a file or folder is: in one sentence first, then what else is known of it."""
     facts = report.facts
-    said = [f"{facts['kind']} {facts['path']}"]
+    said = [wrap(f"{facts['path']} is {KINDS[facts['kind']](report)}.")]
     if facts["kind"] == "vector":
         return said + _say_manifest(facts) + _say_content(facts)
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
-    said.append(
-        f"  {facts['model_type'] or 'no config'}, {human_count(facts['numel'])} values in"
-        f" {len(report.ledger)} tensors ({dtypes}), {human_bytes(facts['nbytes'])} in"
-        f" {count_files(facts['files'])}"
-    )
     if facts["kind"] == "model" and facts["model_type"] is not None:
         tied = {True: "yes", False: "no", None: "unknown"}[facts["ties_embeddings"]]
         said.append(f"  embeddings tied: {tied}")
@@ -27,7 +22,138 @@ def say_inspect(report: Report) -> list[str]:
         said.append(
             f"  {recipe['target']['ref']} + {recipe['lam']:g} * {say_source(recipe['vector'])}"
         )
+    if "digest" in facts:
+        said.append(f"  content digest {facts['digest']}")
     return said
+
+
+# ------------------------------------------------------------------------ what kind of thing it is
+
+
+def _say_model(report: Report) -> str:
+    facts = report.facts
+    what = next((said for begin, said in STORED.items() if facts["format"].startswith(begin)), "")
+    what = what or f"a model in the format {facts['format']}"
+    if "recipe" in facts:
+        what += " that skillvec apply made"
+    named = [name for name in (facts["architecture"], facts["model_type"]) if name]
+    named[1:] = [f"({name})" for name in named[1:]]
+    if facts["quantised"]:
+        what += ", with quantised weights"
+        schemes = ", ".join(f"{count} {form}" for form, count in facts["quantised"].items())
+        named.append(f"({schemes})")
+    if not named[:1] or named[0].startswith("("):
+        what = what.replace("a full model", "the weights of a model")
+        named = ["no config.json names its architecture", *named]
+    who = " ".join(named)
+    count = facts["parameters"]
+    counted = f"{human_count(facts['numel'])} values" if count is None else (
+        f"{human_count(count)} parameters")  # fmt: skip
+    return f"{what}: {who}, {counted} {_say_tensors(report)}"
+
+
+def _say_tensors(report: Report) -> str:
+    """Return in how many tensors, of which dtypes, and how many bytes it lies."""
+    facts, dtypes = report.facts, report.facts["dtypes"]
+    count = len(report.ledger)
+    plural = "" if count == 1 else "s"
+    kinds = f"{count} {next(iter(dtypes))} tensor{plural}" if len(dtypes) == 1 else (
+        f"{count} tensors ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.items())})"
+    )  # fmt: skip
+    return f"in {kinds}, {human_bytes(facts['nbytes'])} in {count_files(facts['files'])}"
+
+
+def _say_adapter(report: Report) -> str:
+    said = report.facts["adapter"]
+    method = {"LORA": "LoRA", None: "an unknown method"}.get(said["method"], said["method"])
+    rank = f" of rank {said['rank']}" if said["rank"] is not None else ""
+    alpha = f" (alpha {said['alpha']:g})" if said["alpha"] is not None else ""
+    base = f" for {said['base']}" if said["base"] else ""
+    return (
+        f"an adapter{base}, which is added to that model and is none itself: {method}{rank}{alpha},"
+        f" {human_count(report.facts['numel'])} values {_say_tensors(report)}"
+    )
+
+
+def _say_patch(report: Report) -> str:
+    return (
+        f"a patch: values that take the place of those of one exact base, in the form"
+        f" {report.facts['form']}, {_say_tensors(report)}"
+    )
+
+
+def _say_vector(report: Report) -> str:
+    facts = report.facts
+    return f"a skill vector, {facts['formula']}: {CLAIMS[facts['exactness']['claim']]}"
+
+
+def _say_report(report: Report) -> str:
+    page = report.facts["page"]
+    seen = f"open {page} in a browser" if page else "report.json has all of it"
+    return f"a report of skillvec {report.facts['verb_run']}: {seen}"
+
+
+def _say_unfinished(report: Report) -> str:
+    facts = report.facts
+    verb = f"skillvec {facts['verb_run']}" if facts["verb_run"] else "skillvec"
+    if facts["output"] is None:
+        return f"what {verb} has written so far: the same command goes on with it"
+    count = facts["tensors_done"]
+    done = f", with {count} tensor{'' if count == 1 else 's'} done" if count else ""
+    return (
+        f"an unfinished run of {verb}, which was to write {facts['output']}{done}: the same command"
+        " goes on with it if it was cut off"
+    )
+
+
+def _say_checkpoints(report: Report) -> str:
+    names, newest = report.facts["checkpoints"], report.facts["newest"]
+    which = f"the newest is {' and '.join(f'{name}/' for name in newest)}: name that to read it"
+    return (
+        f"a folder of {len(names)} checkpoint{'' if len(names) == 1 else 's'} of a training"
+        f" ({name_some(names)}), and no model itself; {which}"
+    )
+
+
+def _say_cache(report: Report) -> str:
+    facts = report.facts
+    repos = facts["repos"]
+    if not facts["commits"]:
+        plural = "repository" if len(repos) == 1 else "repositories"
+        return f"a cache of the Hub, which holds {len(repos)} {plural} ({name_some(repos)})"
+    newest = f"name {facts['newest'][0]}/ in it" if facts["newest"] else "name a snapshot in it"
+    plural = "" if len(facts["commits"]) == 1 else "s"
+    return (
+        f"the Hub's cache of {repos[0]}, with {len(facts['commits'])} commit{plural}: {newest}, or"
+        f" {repos[0]}"
+    )
+
+
+KINDS: dict[str, Callable[[Report], str]] = {
+    "model": _say_model, "adapter": _say_adapter, "patch": _say_patch, "vector": _say_vector,
+    "report": _say_report, "unfinished": _say_unfinished, "checkpoints": _say_checkpoints,
+    "cache": _say_cache,
+}  # fmt: skip
+STORED = {  # by how the name of a format begins
+    "safetensors": "a full model",
+    "pytorch_model.bin": "a full model, pickled by torch",
+    "GGUF": "a GGUF file, a model for llama.cpp",
+    "FSDP rank files": "a model in the shards of a training by FSDP, a file a rank, as verl writes",
+    "FSDP full state dict": "a model that a training by FSDP gathered into one state dict",
+    "torch.distributed.checkpoint": "a model in the shards of a training (DCP)",
+    "DCP safetensors": "a model in the safetensors shards of a training (DCP)",
+    "DeepSpeed ZeRO": "a model in the shards of a training by DeepSpeed ZeRO",
+}
+CLAIMS = {
+    "bitwise": "exact, base + vector restores tuned bit for bit",
+    "partial": "exact but for the values and integer tensors that it names",
+    "rounded": "lossy, its values are rounded to the dtype that was asked for",
+    "combined": "the result of an operator, rounded once",
+    "lossy": "lossy, a coarser copy of what it was made of",
+}
+
+
+# --------------------------------------------------------------------------------------- vectors
 
 
 def _say_manifest(facts: Facts) -> list[str]:
@@ -78,6 +204,9 @@ def _say_content(facts: Facts) -> list[str]:
         who = "which only the exact base gets" if facts["tuned"] else "which nobody gets"
         most = "" if facts["tuned"] else "at most "
         said.append(f"  finite   but for {most}{facts['nonfinite']} values, {who}")
+    for side, digest in facts["content"].items():
+        if digest:
+            said.append(f"  content  of {side}: {digest}")
     top = (f"{layer['name']} {layer['norm']:.3g}" for layer in facts["layers"][:3])
     said.append(f"  largest  {', '.join(top)}")
     if "verdict" in facts:

@@ -112,7 +112,10 @@ def say_stored_as(dtype: str) -> str:
 
 def list_ledger(report: Report, limit: int | None) -> list[str | Grid]:
     """Return the first lines of the ledger as a table, and how many more there are."""
-    known = ("status", "codec", "dtype", "shape", "changed", "norm", "gain", "cosine", "note")
+    known: tuple[str, ...] = (
+        "status", "codec", "dtype", "shape", "changed", "norm", "gain", "cosine", "note"
+    )  # fmt: skip
+    known += ("digest",) * (limit is None)  # as wide as a name
     keys = [key for key in known if any(key in line for line in report.ledger)]
     lines = report.ledger[:limit]
     rows = [[line["name"], *(write_cell(line.get(key)) for key in keys)] for line in lines]

@@ -83,7 +83,7 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
         said.append(done_sentence(report))
     else:
         said.append(plan_sentence(report))
-    if verbose or report.verb == "inspect":
+    if report.ledger and (verbose or report.verb == "inspect"):
         said += list_ledger(report, None if verbose else LISTED)
     elif facts.get("worst") and (facts["worst"][0]["cosine"] or 0) < 0.999:
         worst = facts["worst"][0]
@@ -257,8 +257,8 @@ def say_pull_plan(facts: Facts) -> list[str]:
 
 
 def say_url(report: Report) -> list[str | Grid]:
-    """Return where on the Hub it lies now."""
-    return [str(report.facts["url"])]
+    """Return where on the Hub it lies now; of a dry run the card that it would have there."""
+    return [str(report.facts["url"] if "commit" in report.facts else report.facts["card"])]
 
 
 def say_output(report: Report) -> list[str | Grid]:

@@ -23,14 +23,16 @@ import torch
 from click.testing import CliRunner, Result
 from families import load, perturbed, save, toy
 from safetensors import safe_open
+from schemas import check_all_shown
 
 import skillvec
 from skillvec import verbs
 from skillvec.cli.commands import main
+from skillvec.cli.group import OF_PROGRAM
 from skillvec.ops import compiled, philox
 
 # push and pull: tests/cli/test_hub_cli.py; of the program: test_help.py, test_completion.py
-COMMANDS = sorted(set(main.commands) - {"push", "pull", "help", "completion"})
+COMMANDS = sorted(set(main.commands) - {"push", "pull", *OF_PROGRAM})
 
 
 def run(*arguments: object) -> Result:
@@ -47,6 +49,11 @@ def spawn(*arguments: object, **environment: str) -> subprocess.CompletedProcess
         [sys.executable, "-m", "skillvec", *map(str, arguments)],
         capture_output=True, text=True, timeout=120, env=os.environ | environment,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _reports_are_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all_shown(monkeypatch)
 
 
 @pytest.fixture(scope="module")

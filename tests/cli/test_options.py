@@ -23,6 +23,7 @@ from families import load, perturbed, save, toy
 from hubserver import HubServer, Repo
 from optuna.storages import InMemoryStorage
 from safetensors import safe_open
+from schemas import check_all_shown
 from zoo import build
 
 import skillvec as sv
@@ -329,6 +330,7 @@ class Runner:
 @pytest.fixture(scope="module")
 def runner(place: Path, server: HubServer) -> Iterator[Runner]:
     with pytest.MonkeyPatch.context() as patch:
+        check_all_shown(patch)  # against the published schemas
         yield Runner(place, server, patch)
 
 
@@ -675,6 +677,16 @@ CASES: dict[str, dict[str, Case]] = {
     "inspect": shared("base") | {
         "--target": Case("skill.safetensors --json", "--target target", lambda a, b: (
             "verdict" not in a.report and b.report.get("verdict") == "same family")),
+        "--digest": Case("base --json", "--digest", lambda a, b: (
+            "digest" not in a.report and len(b.report.get("digest", "")) == 32
+            and all(len(line["digest"]) == 32 for line in b.report["tensors"]))),
+        "--engine": Case("base --digest --json", "--engine serial", lambda a, b: (
+            (a.report["engine"], b.report["engine"]) == ("threads", "serial")
+            and b.threads == {threading.get_ident()} and not a.threads & b.threads
+            and a.report["digest"] == b.report["digest"])),
+        "--workers": Case("base --digest --json --workers 5", "--workers 1", lambda a, b: (
+            (a.report["workers"], b.report["workers"]) == (5, 1) and len(b.threads) == 1
+            and a.report["digest"] == b.report["digest"])),
     },
     "search": searches("live live.safetensors"),
     "sweep": tries(SWEEP, f"sweep {SWEEP} --eval probe:size --seed 5 -o OUT") | {

@@ -166,10 +166,14 @@ class HubServer:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        for listener in self._listeners:
-            listener.stop()
+        self.close()
         if self.errors and kind is None:
             raise self.errors[0]
+
+    def close(self) -> None:
+        """Be reached no longer."""
+        while self._listeners:
+            self._listeners.pop().stop()
 
     # What a test puts in.
 

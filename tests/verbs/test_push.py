@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from families import assert_same_bits, perturbed, save, toy
 from hubserver import HubServer
 from huggingface_hub import HfApi, ModelCard
+from schemas import check_json
 
 import skillvec
+from skillvec.cli import main
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.remote import files as files_module
 from skillvec.remote.files import time
@@ -127,6 +130,87 @@ def test_a_vector_of_zeros_is_told_before_it_is_public(server, slept, made, tmp_
     for vector, warnings in ((tmp_path / "zero.safetensors", 1), (made / SKILL, 0)):
         report = push(vector, "user/zero", dry_run=True)
         assert len([text for text in report.warnings if "vector is zero" in text]) == warnings
+
+
+# ------------------------------------------------------------------------------------- dry runs
+
+
+def of(warnings: list[str], words: str) -> list[str]:
+    return [text for text in warnings if words in text]
+
+
+@pytest.mark.parametrize("what", [SKILL, "merged"])
+def test_a_dry_run_shows_the_card_that_a_push_commits(what, server, slept, made):
+    plan = push(made / what, "user/shown", dry_run=True)
+    assert plan.facts["exists"] is False and "commit" not in plan.facts
+    assert not of(plan.warnings, "the Hub was not asked") and not of(plan.warnings, "no token")
+    done = push(made / what, "user/shown")
+    card = server.files("user/shown")["README.md"].decode()
+    assert plan.facts["card"] == done.facts["card"] == card
+    assert plan.facts["files"]["README.md"] == len(card.encode())
+    theirs = card + "\nwritten by its owner\n"
+    server.commit("user/shown", {"README.md": theirs.encode()})
+    assert push(made / what, "user/shown", dry_run=True).facts["card"] == theirs
+
+
+@pytest.mark.parametrize("why", ["unreachable", "offline mode"])
+def test_a_dry_run_without_the_hub_says_what_it_cannot_know(why, server, slept, made, monkeypatch):
+    online = push(made / SKILL, "user/skill", dry_run=True)
+    asked = len(server.requests)
+    if why == "unreachable":
+        server.close()
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plan = push(made / SKILL, "user/skill", dry_run=True)
+    assert plan.facts["exists"] is None and len(server.requests) == asked
+    assert {**plan.facts, "exists": False} == online.facts
+    (told,) = of(plan.warnings, "the Hub was not asked")
+    for words in ("other weights", "a card", "the licence", "the card for a new repository"):
+        assert words in told
+    assert ("offline mode is on" if why == "offline mode" else "cannot be reached") in told
+    assert len(slept) <= 1  # a second of waiting, no more
+    with pytest.raises(SkillvecError, match=r"cannot be reached|offline mode"):
+        push(made / SKILL, "user/skill")
+
+
+def test_a_dry_run_needs_no_token_and_says_so(server, made, monkeypatch, tmp_path):
+    server.adopt(monkeypatch, tmp_path / "home", token=None)
+    plan = push(made / SKILL, "user/skill", dry_run=True)
+    (told,) = of(plan.warnings, "no token")
+    assert "whether you may write to it" in told and "hf auth login" in told
+    assert plan.facts["card"] and "user/skill" not in server.repos
+    assert not of(push(made / SKILL, "user/skill", token="good", dry_run=True).warnings, "no token")
+
+
+def test_a_licence_that_only_the_hub_knows_is_not_asked_for_without_it(
+    server, slept, made, tmp_path
+):
+    server.add_repo("org/base", made / "base")
+    v = tmp_path / SKILL
+    skillvec.diff(made / "merged", "org/base", v)
+    assert "license: mit" in push(v, "user/of-hub", dry_run=True).facts["card"]
+    server.close()
+    plan = push(v, "user/of-hub", dry_run=True)
+    assert "license:" not in plan.facts["card"] and len(slept) <= 1
+    assert not of(plan.warnings, "no licence was carried over")
+
+
+def test_the_card_is_data_and_the_rest_is_talk(server, slept, made):
+    server.close()
+    words = ["push", str(made / SKILL), "user/skill", "--dry-run"]
+    shown = CliRunner().invoke(main, words)
+    assert shown.exit_code == 0
+    card = push(made / SKILL, "user/skill", dry_run=True).facts["card"]
+    assert shown.stdout == f"{card}\n"
+    assert "push vector" in shown.stderr and "the Hub was not asked" in shown.stderr
+    quiet = CliRunner().invoke(main, [*words, "-q"])
+    assert quiet.stdout == f"{server.endpoint}/user/skill\n"
+    said = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
+    check_json(said)
+    assert said["card"] == card
+
+
+# ---------------------------------------------------------------------------------- repositories
 
 
 def test_a_repository_holds_one_vector(server, slept, made):
