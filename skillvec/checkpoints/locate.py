@@ -64,11 +64,12 @@ def _ask(text: str, role: str) -> str:
     path = Path(text).expanduser()
     try:
         found = next(part for part in reversed((path, *path.parents)) if not part.exists())
-        beside = [entry.name for entry in islice(os.scandir(found.parent), MOST_NAMES)]
+        beside = [Path(entry) for entry in islice(os.scandir(found.parent), MOST_NAMES)]
     except (OSError, StopIteration):
         return ""
     rest = path.relative_to(found)
-    near = (found.parent / name / rest for name in get_close_matches(found.name, beside, 5))
+    alike = {path.stem: path for path in beside if path.suffix == found.suffix}
+    near = (alike[stem] / rest for stem in get_close_matches(found.stem, alike, 5))
     there = next((path for path in near if path.exists()), None)
     return f"; did you mean {printable(str(there))}?" if there else ""
 

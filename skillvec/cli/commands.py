@@ -46,7 +46,8 @@ def main(verbose: bool) -> None:
     skillvec verify OUT                              proves it from the disk
 
     skillvec help COMMAND shows what a command takes, with examples. A model or vector is a path,
-    org/name[@revision] on the Hub, or a URL such as s3://bucket/model.
+    org/name[@revision] on the Hub, or a URL such as s3://bucket/model. After
+    skillvec completion --install the Tab key completes commands, options and paths.
 
     Exit codes: 0 done, 1 run error, 2 usage, 3 incompatible inputs.
     """

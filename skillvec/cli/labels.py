@@ -83,7 +83,8 @@ def _list_left_out(words: list[str], common: Counter[str]) -> Iterator[frozenset
     before a number. Numbers stay, and so does the last word beside `weight`.
     """
     end = len(words) - (words[-1] == "weight" and len(words) > 1)
-    inside, before = [], []
+    inside: list[int] = []
+    before: list[int] = []
     for i in range(1, end - 1):
         if words[i] != NUMBER:
             (before if words[i + 1] == NUMBER else inside).append(i)

@@ -141,8 +141,9 @@ COMBINES = add_option(  # of a command that merges several vectors
 REPORTS = add_option(  # of a command that measures vectors
     click.option(
         "--against", type=MODEL, metavar="MODEL",
-        help="Model whose weights the updates are held against: how much of them rounding to 16"
-        " bits explains and, with --subspace, whether they lie in its leading directions.",
+        help="Model that the updates were made to. Its weights tell how much of an update rounding"
+        " to 16 bits explains and, with --subspace, whether it lies along the model's leading"
+        " directions.",
     ),
     click.option(
         "--subspace", type=int, default=0, metavar="K",
@@ -170,12 +171,12 @@ REPORTS = add_option(  # of a command that measures vectors
 
 def share_options(
     *, writes: bool = False, selects: bool = True, globs: bool = True, works: bool = True,
-    more: str = "a line for every tensor",
+    more: str = "a line for every tensor", until: str = "anything is written",
 ) -> Callable[[Command], Command]:  # fmt: skip
     """Add the options that commands share, and show the report that the command returns.
 
     The command is given the screen; it returns a report and what `--quiet` prints. `more` is what
-    `--verbose` adds.
+    `--verbose` adds, and `until` what `--dry-run` stops before.
     """
     options = [
         click.option("--json", "as_json", is_flag=True,
@@ -199,7 +200,7 @@ def share_options(
         options.insert(
             0, click.option("--dry-run", is_flag=True,
                             help="Check all inputs by their headers, show the plan, and stop before"
-                            " anything is written."),
+                            f" {until}."),
         )  # fmt: skip
     if selects and globs:
         options.insert(0, INCLUDES)

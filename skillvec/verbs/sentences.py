@@ -268,7 +268,7 @@ def say_output(report: Report) -> list[str | Grid]:
 
 def _list_deleted(facts: Facts) -> list[str]:
     names = facts.get("deleted", [])
-    rest = count_rest(len(names) - LISTED, "files to delete", "--json")
+    rest = count_rest(len(names) - LISTED, "files", "--json")
     return [f"  delete  {name}" for name in names[:LISTED]] + [f"          {more}" for more in rest]
 
 

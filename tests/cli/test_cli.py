@@ -987,6 +987,19 @@ def test_no_line_is_wider_than_the_terminal(name: str, narrow: Path, monkeypatch
                 assert len(line) <= width and line == line.rstrip(), line
 
 
+def test_what_programs_and_hands_take_is_not_folded(narrow: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.chdir(narrow)
+    strict(run("inspect", "v.safetensors", "--json").stdout)
+    place = tmp_path / "a folder whose name has many words, and is long"
+    place.mkdir()
+    made = place / "p.safetensors"
+    assert run(*NARROW["export-patch"][:-1], made, "-q").stdout == f"{made}\n"
+    command = next(line for line in run("inspect", "v.safetensors").stdout.split("\n")
+                   if line.startswith("  skillvec diff"))  # fmt: skip
+    assert len(command) > 40 and command.endswith("--license apache-2.0")
+
+
 def test_off_a_terminal_names_are_whole(narrow: Path, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.chdir(narrow)

@@ -144,6 +144,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
      ("sft:base", "target", "target sft:base: no such file or folder"),
      ("bse", "input", "did you mean base?"), ("./bse", "input", "did you mean base?"),
      ("skil.safetensors", "vector", "no such file; did you mean skill.safetensors?"),
+     ("other.safetensors", "vector", "vector other.safetensors: no such file$"),
      ("model/rl/step_100", "base", "did you mean models/rl/step_100?"),
      ("models/rl/step_10/x", "base", "no such file or folder$"), ("zzzz", "base", "folder$")],
 )  # fmt: skip

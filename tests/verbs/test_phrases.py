@@ -4,6 +4,7 @@ import pytest
 
 from skillvec.report import Report
 from skillvec.verbs import phrases
+from skillvec.verbs.sentences import LISTED, say_push_plan
 
 
 @pytest.mark.parametrize("verb", [
@@ -41,6 +42,15 @@ def test_a_ledger_lists_what_its_verb_moves() -> None:
     for verb in ("push", "pull"):
         (grid, *_) = phrases.list_ledger(Report(verb, ledger=lines), None)
         assert not isinstance(grid, str) and grid.heads[0] == "file"
+
+
+def test_files_that_a_push_deletes_are_named_or_counted() -> None:
+    facts = {"kind": "model", "repo": "org/m", "revision": None, "files": [], "nbytes": 0}
+    names = [f"model-{i}.safetensors" for i in range(LISTED + 1)]
+    _, *few = say_push_plan(facts | {"deleted": names[:LISTED]})
+    assert few == [f"  delete  {name}" for name in names[:LISTED]]
+    *same, more = say_push_plan(facts | {"deleted": names})[1:]
+    assert same == few and more.strip() == "... and 1 more file; --json has all"
 
 
 def test_what_a_list_leaves_out_is_counted() -> None:
