@@ -228,7 +228,7 @@ def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> An
               help="Also make factors of embeddings, which are left out otherwise.")  # fmt: skip
 @click.option("--save-module", multiple=True, metavar="NAME",
               help="Save a module whole in the adapter, such as lm_head, embed_tokens or norm. NAME"
-              " is the end of its name. May be given several times.")  # fmt: skip
+              " is how its name ends. May be given several times.")  # fmt: skip
 @add_moved("--base", MODEL, "the base model of VECTOR, whose config.json is read,")
 @click.option("--dtype", default="fp32", show_default=True, metavar="NAME",
               shell_complete=offer("bf16", "fp16", "fp32"),
@@ -268,7 +268,9 @@ def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> An
 @click.option("--token", metavar="TOKEN",
               help="Access token of the Hub. By default the one that `hf auth login` has stored.",
               )  # fmt: skip
-@share_options(globs=False, works=False, more="a line for every file")
+@share_options(globs=False, works=False, more="a line for every file",
+               until="anything is sent. Shows the card too; needs no token and no network",
+               )  # fmt: skip
 def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
     """Publish a vector or a merged model on the Hub.
 
@@ -292,7 +294,8 @@ def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
               help="Access token of the Hub. By default the one that `hf auth login` has stored.",
               )  # fmt: skip
 @click.option("--force", is_flag=True, help="Overwrite PATH if it exists.")
-@share_options(globs=False, works=False, more="a line for every file")
+@share_options(globs=False, works=False, more="a line for every file",
+               until="anything is downloaded")  # fmt: skip
 def pull(screen: Screen, repo: str, **options: Any) -> Any:
     """Download a vector or a merged model from the Hub, and check it.
 
@@ -314,7 +317,8 @@ def pull(screen: Screen, repo: str, **options: Any) -> Any:
 )  # fmt: skip
 @REPORTS
 @NONFINITE
-@share_options(more="every level: parts, modules, layers and tensors")
+@share_options(more="every level: parts, modules, layers and tensors",
+               until="any value is read")  # fmt: skip
 def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> Any:
     """Compare vectors: are they more alike than chance?
 
@@ -333,7 +337,7 @@ def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> A
 @click.argument("vector", type=VECTOR)
 @REPORTS
 @NONFINITE
-@share_options(more="a line for every tensor")
+@share_options(until="any value is read")
 def norms(screen: Screen, vector: str, **options: Any) -> Any:
     """Measure a vector: where it is large, and how many values change.
 
@@ -377,7 +381,7 @@ def inspect(screen: Screen, path: str, **options: Any) -> Any:
 @add_moved("--target", MODEL, "the target of a merged model")
 @add_moved("--vector", VECTOR, "the vector of a merged model")
 @click.option("--dry-run", is_flag=True,
-              help="Check all inputs by their headers, show the plan, and stop before anything is"
+              help="Check all inputs by their headers, show the plan, and stop before any value is"
               " read.")  # fmt: skip
 @share_options(selects=False)
 def verify(screen: Screen, path: str, **options: Any) -> Any:
