@@ -339,7 +339,7 @@ def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> A
 @NONFINITE
 @share_options(until="any value is read")
 def norms(screen: Screen, vector: str, **options: Any) -> Any:
-    """Measure a vector: where it is large, and how many values change.
+    """Measure a vector: where it is large, how much it changes.
 
     VECTOR is a vector file or TUNED::BASE, a difference that is taken on the way. Norm, share of
     changed values and, with --against, rounding are told by part, module and layer.

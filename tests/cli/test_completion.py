@@ -67,14 +67,19 @@ def test_the_shell_completes_paths(words: tuple[str, ...]):
 
 
 def test_completing_imports_nothing_heavy():
-    code = ("import atexit, sys\nfrom skillvec.cli import main\n"
-            "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\nmain()")  # fmt: skip
+    code = """if True:
+        import atexit, sys
+        from skillvec.cli import main
+        atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+        main(prog_name="skillvec")
+    """
     asked = {"_SKILLVEC_COMPLETE": "bash_complete", "COMP_WORDS": "skillvec combine a --op dare",
              "COMP_CWORD": "4"}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env=os.environ | asked)  # fmt: skip
     assert not {"torch", "numpy", "rich", "safetensors"} & {*done.stderr.split()}
     assert "skillvec.cli.commands" in done.stderr
+    assert done.stdout.split() == ["plain,dare_linear", "plain,dare_ties"]
 
 
 # -------------------------------------------------------------------------------------- installing
