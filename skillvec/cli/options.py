@@ -21,7 +21,7 @@ SECTIONS = {
 }  # fmt: skip
 
 
-class Reference(click.ParamType):
+class Reference(click.types.StringParamType):
     """A path of this disk, a name on the Hub or a URL: the shell completes the path."""
 
     def __init__(self, name: str) -> None:
@@ -178,7 +178,7 @@ def share_options(
     The command is given the screen; it returns a report and what `--quiet` prints. `more` is what
     `--verbose` adds, and `until` what `--dry-run` stops before.
     """
-    options = [
+    options: list[Callable[[Command], Command]] = [
         click.option("--json", "as_json", is_flag=True,
                      help="Print the whole report as JSON, every tensor included."),
         click.option("-q", "--quiet", is_flag=True,
