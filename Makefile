@@ -9,7 +9,7 @@ ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 KERNELS := skillvec/ops/_native.abi3.so
 READY := $(VENV)/.ready $(KERNELS)
 
-.PHONY: demo reproduce real real-quick smollm2 calibration test slow torture fuzz sanitize check bench dist clean
+.PHONY: demo reproduce real real-quick smollm2 calibration test slow torture fuzz sanitize check docs bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m skillvec.recipes recipes/mini/past.yaml
@@ -83,6 +83,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_rooms.py tests/test_docs.py
 	$(BIN)/python docs/rooms.py --lines
+
+# the site, into build/site: any link that leads nowhere is an error
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # `make bench AGAINST=REV` times that commit in the same rounds
 bench: $(READY)

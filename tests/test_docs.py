@@ -4,6 +4,7 @@
 """
 
 import ast
+import inspect
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 
 import skillvec
 from skillvec.cli.commands import main
+from skillvec.cli.examples import EXAMPLES
 from skillvec.cli.group import OF_PROGRAM
 from skillvec.ops.merge_methods import OPERATORS
 
@@ -53,19 +55,47 @@ PAGES = [file for file in committed() if file.suffix == ".md"]
 # ------------------------------------------------------------------------------ the command line
 
 
+def plain(text: str) -> str:
+    """Return text of the program as Markdown that shows it as it is, on one line."""
+    text = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()).replace("<", "&lt;"))
+    return re.sub(r"docs/([\w-]+\.md)", r"[\g<0>](\1)", text)
+
+
+def help_of(context: click.Context) -> str:
+    """Return what --help prints as Markdown: usage, paragraphs, examples, a row for every option."""
+    command = context.command
+    parts = [f"```text\n{context.get_usage().removeprefix('Usage: ')}\n```"]
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        as_it_is = paragraph.startswith("\b\n")  # click's mark
+        parts.append(f"```text\n{paragraph[2:]}\n```" if as_it_is else plain(paragraph))
+    if examples := EXAMPLES.get(command.name or ""):
+        parts.append("\n".join(["```shell", *examples, "```"]))
+    rows = []
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record and record[1]:
+            name = record[0].replace("|", "\\|")
+            rows.append(f"| `{name}` | {plain(record[1])} |")
+    return "\n\n".join([*parts, "\n".join(["| option | what it does |", "|---|---|", *rows])])
+
+
 def cli_page() -> str:
-    """Return docs/cli.md: the help of the group and of every command, 80 columns wide."""
+    """Return docs/cli.md: the help of the group and of every command."""
     group = main.make_context("skillvec", [], resilient_parsing=True, terminal_width=80)
     parts = [
         "# The command line",
-        f"Generated from the program: `{MAKE_CLI}` rewrites this page, a test compares it.",
-        f"## skillvec\n\n```text\n{group.get_help()}\n```",
+        "Every verb and every option, in the words of `skillvec VERB --help`."
+        f" The program writes this page (`{MAKE_CLI}`), and a test compares the two.",
+        f"## skillvec\n\n{help_of(group)}",
     ]
+    verbs = [f"| [{name}](#skillvec-{name}) | {plain(command.get_short_help_str(200))} |"
+             for name, command in main.commands.items()]  # fmt: skip
+    parts.append("\n".join(["| verb | what it does |", "|---|---|", *verbs]))
     for name, command in main.commands.items():
         context = command.make_context(
             name, [], parent=group, resilient_parsing=True, terminal_width=80
         )
-        parts.append(f"## skillvec {name}\n\n```text\n{context.get_help()}\n```")
+        parts.append(f"## skillvec {name}\n\n{help_of(context)}")
     return "\n\n".join(parts) + "\n"
 
 

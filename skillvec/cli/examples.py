@@ -56,6 +56,6 @@ EXAMPLES = {
     ],
     "completion": [
         "skillvec completion --install",
-        "skillvec completion zsh > my-completions/_skillvec",
+        "skillvec completion zsh",
     ],
 }
