@@ -62,7 +62,7 @@ def plain(text: str) -> str:
 
 
 def help_of(context: click.Context) -> str:
-    """Return what --help prints as Markdown: usage, paragraphs, examples, a row for every option."""
+    """Return what --help prints as Markdown: usage, paragraphs, examples, a row an option."""
     command = context.command
     parts = [f"```text\n{context.get_usage().removeprefix('Usage: ')}\n```"]
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):

@@ -143,6 +143,11 @@ class Screen:
         width = find_width(sys.stdout)
         if width is not None:
             LINE_WIDTH.set(min(width, WIDEST_TEXT))
+        after_table = False
         for said in say_answer(report, self.verbose):
+            is_table = not isinstance(said, str)
+            if is_table and after_table:
+                _write("", sys.stdout)
+            after_table = is_table
             lines = fold(said, width) if isinstance(said, str) else draw(said, width)
             _write(lines, sys.stdout)
