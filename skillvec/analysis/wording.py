@@ -21,6 +21,10 @@ class Grid(NamedTuple):
     bars: str = ""
 
 
+class Document(str):
+    """A text that is shown as it is: no line of it is folded."""
+
+
 def human_bytes(nbytes: float) -> str:
     """Return a byte count in decimal units: 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):

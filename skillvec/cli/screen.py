@@ -137,7 +137,7 @@ class Screen:
             self._show_human(report)
 
     def _show_human(self, report: Report) -> None:
-        from skillvec.analysis.wording import LINE_WIDTH
+        from skillvec.analysis.wording import LINE_WIDTH, Document
         from skillvec.verbs.sentences import say_answer
 
         width = find_width(sys.stdout)
@@ -145,9 +145,10 @@ class Screen:
             LINE_WIDTH.set(min(width, WIDEST_TEXT))
         after_table = False
         for said in say_answer(report, self.verbose):
-            is_table = not isinstance(said, str)
-            if is_table and after_table:
-                _write("", sys.stdout)
-            after_table = is_table
-            lines = fold(said, width) if isinstance(said, str) else draw(said, width)
-            _write(lines, sys.stdout)
+            if isinstance(said, Document):
+                _write(said, sys.stdout)
+            elif isinstance(said, str):
+                _write(fold(said, width), sys.stdout)
+            else:
+                _write("\n" * after_table + draw(said, width), sys.stdout)
+            after_table = not isinstance(said, str)

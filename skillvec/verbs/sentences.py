@@ -11,6 +11,7 @@ from skillvec.analysis.angle_sentences import say_comparison, say_norms
 from skillvec.analysis.search_sentences import say_search, say_search_plan
 from skillvec.analysis.sweep_sentences import say_sweep, say_sweep_plan
 from skillvec.analysis.wording import (
+    Document,
     Grid,
     count_files,
     human_bytes,
@@ -258,7 +259,8 @@ def say_pull_plan(facts: Facts) -> list[str]:
 
 def say_url(report: Report) -> list[str | Grid]:
     """Return where on the Hub it lies now; of a dry run the card that it would have there."""
-    return [str(report.facts["url"] if "commit" in report.facts else report.facts["card"])]
+    facts = report.facts
+    return [str(facts["url"]) if "commit" in facts else Document(facts["card"])]
 
 
 def say_output(report: Report) -> list[str | Grid]:
