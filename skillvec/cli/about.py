@@ -14,7 +14,10 @@ def _complete_command(context: click.Context, parameter: click.Parameter, begun:
 @click.argument("command", required=False, shell_complete=_complete_command)
 @click.pass_context
 def show_help(context: click.Context, command: str | None) -> None:
-    """Show what a command takes, with examples, or list all commands."""
+    """Show what a command takes, with examples.
+
+    Without COMMAND it lists all commands.
+    """
     parent = context.parent
     assert parent is not None
     if command is None:

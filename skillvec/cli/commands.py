@@ -205,7 +205,7 @@ def import_patch(screen: Screen, patch: str, base: str, output: str, **options: 
 @NONFINITE
 @share_options(writes=True, globs=False)
 def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> Any:
-    """Write the values that a vector changes, as a list (vLLM, verl).
+    """Write what a vector changes as a list (vLLM, verl).
 
     The list holds positions and new values, not differences. So it is right on one model alone:
     the exact base that VECTOR was taken from.
@@ -297,7 +297,7 @@ def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
 @share_options(globs=False, works=False, more="a line for every file",
                until="anything is downloaded")  # fmt: skip
 def pull(screen: Screen, repo: str, **options: Any) -> Any:
-    """Download a vector or a merged model from the Hub, and check it.
+    """Download a vector or a merged model, and check it.
 
     REPO is org/name. Sizes and digests of what arrives are held against the Hub's listing and
     against the vector's own header before the output gets its name.

@@ -51,6 +51,7 @@ def test_help_alone_is_that_of_the_program():
 def test_a_command_says_in_one_line_what_it_does(command: str):
     """And its options stand once each, in the section that they belong to."""
     short = main.commands[command].get_short_help_str(500)
+    assert len(short) <= 61  # one line on a terminal of 80 columns
     assert re.search(rf"^  {command} +{re.escape(short)}$", run("help").stdout, re.MULTILINE)
     text = run("help", command).stdout
     titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
