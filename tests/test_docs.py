@@ -17,6 +17,7 @@ import pytest
 
 import skillvec
 from skillvec.cli.commands import main
+from skillvec.cli.examples import EXAMPLES
 from skillvec.ops.merge_methods import OPERATORS
 
 ROOT = Path(__file__).parent.parent
@@ -60,12 +61,14 @@ def plain(text: str) -> str:
 
 
 def help_of(context: click.Context) -> str:
-    """Return what --help prints as Markdown: usage, paragraphs, and a row for every option."""
+    """Return what --help prints as Markdown: usage, paragraphs, examples, a row an option."""
     command = context.command
     parts = [f"```text\n{context.get_usage().removeprefix('Usage: ')}\n```"]
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         as_it_is = paragraph.startswith("\b\n")  # click's mark
         parts.append(f"```text\n{paragraph[2:]}\n```" if as_it_is else plain(paragraph))
+    if examples := EXAMPLES.get(command.name or ""):
+        parts.append("\n".join(["```shell", *examples, "```"]))
     rows = []
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
@@ -115,8 +118,8 @@ def test_every_command_and_option_is_documented():
 
 def test_every_operator_and_its_parameters_are_documented():
     page = (ROOT / "docs" / "operators.md").read_text()
-    helps = [o.help.split(":")[0].split(", ") for command in main.commands.values()
-             for o in command.params if o.name == "op"]  # fmt: skip
+    helps = [re.search(r": ([\w, ]+)\.", o.help)[1].split(", ")
+             for verb in main.commands.values() for o in verb.params if o.name == "op"]  # fmt: skip
     assert helps == [[*OPERATORS]] * 2  # of apply and combine
     for name, operator in OPERATORS.items():
         assert f"`{name}`" in VERBS_PAGE.read_text(), f"docs/verbs.md does not mention {name}"

@@ -1,19 +1,28 @@
 """How sizes, counts and names are put into words, and tables of words: plain text, no terminal."""
 
+import re
 import textwrap
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
+
+LINE_WIDTH = ContextVar("LINE_WIDTH", default=80)  # of the terminal that sentences are for
 
 
 class Grid(NamedTuple):
     """A table of words: the columns are set to the right, but for the first and the one `bars`.
 
-    A terminal breaks long heads between words and cuts names that are too long at their beginning.
+    A terminal breaks long heads between words, cuts the middle out of names that are too long, and
+    leaves out columns that are empty.
     """
 
     heads: list[str]
     rows: list[list[str]]
     bars: str = ""
+
+
+class Document(str):
+    """A text that is shown as it is: no line of it is folded."""
 
 
 def human_bytes(nbytes: float) -> str:
@@ -58,6 +67,13 @@ def name_some(names: list[str]) -> str:
 
 
 def wrap(text: str) -> str:
-    """Return text in lines of 80, those after the first indented."""
-    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False,
-                         break_long_words=False)  # fmt: skip
+    """Return text in lines of the terminal's width, those after the first indented."""
+    return fill(text, LINE_WIDTH.get(), "  ")
+
+
+def fill(text: str, width: int, indent: str) -> str:
+    """Return text in lines of at most `width`; words, and numbers with their units, stay whole."""
+    whole = re.sub(r"(?<=\d) (?=(?:[kMGT]?B|[KMBT%])(?!\w))", "\xa0", text)
+    lines = textwrap.fill(whole, width, subsequent_indent=indent, break_on_hyphens=False,
+                          break_long_words=False)  # fmt: skip
+    return lines.replace("\xa0", " ")

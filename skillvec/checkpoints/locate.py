@@ -1,12 +1,15 @@
 """Where a reference leads: to this disk, the Hub or an object store; also one of a record."""
 
 import os
+from itertools import islice
 from pathlib import Path
 
 from skillvec.checkpoints.opened_by import SUFFIXES
 from skillvec.errors import SkillvecError, UsageError, printable
 from skillvec.files.file import Place
 from skillvec.remote.references import SCHEME, is_of_hub, is_of_store, is_recorded
+
+MOST_NAMES = 10_000  # of a folder that are looked at for one like that which is not there
 
 
 def locate(ref: str | os.PathLike[str], role: str) -> Place:
@@ -34,9 +37,9 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
         # written as a commit of the Hub, and none: a record must not say that it is
         return Place(f"./{text}" if is_recorded(text) else text, path, files)
     if Path(text).suffix in SUFFIXES and not text.startswith(SCHEME):
-        raise UsageError(f"{role} {text}: no such file")
+        raise UsageError(f"{role} {text}: no such file{_ask(text, role)}")
     if not is_of_hub(text):
-        raise UsageError(f"{role} {text}: no such file or folder")
+        raise UsageError(f"{role} {text}: no such file or folder{_ask(text, role)}")
     from skillvec.remote import hub
 
     try:
@@ -44,7 +47,31 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
     except SkillvecError as error:
         if text.startswith(SCHEME):
             raise
-        raise type(error)(f"{error}\n(nor is {text} a file or folder of this disk)") from None
+        here = f"(nor is {text} a file or folder of this disk{_ask(text, role)})"
+        raise type(error)(f"{error}\n{here}") from None
+
+
+def _ask(text: str, role: str) -> str:
+    """Return the question whether something that exists was meant, "" where nothing is near.
+
+    That is a pair of models whose "::" is one colon, or a path with one other name in it.
+    """
+    from difflib import get_close_matches  # no run that succeeds needs it
+
+    tuned, colon, base = text.partition(":")
+    if role == "vector" and colon and any(map(os.path.exists, (tuned, base))):
+        return f"; did you mean {tuned}::{base}?"
+    path = Path(text).expanduser()
+    try:
+        found = next(part for part in reversed((path, *path.parents)) if not part.exists())
+        beside = [Path(entry) for entry in islice(os.scandir(found.parent), MOST_NAMES)]
+    except (OSError, StopIteration):
+        return ""
+    rest = path.relative_to(found)
+    alike = {path.stem: path for path in beside if path.suffix == found.suffix}
+    near = (alike[stem] / rest for stem in get_close_matches(found.stem, alike, 5))
+    there = next((path for path in near if path.exists()), None)
+    return f"; did you mean {printable(str(there))}?" if there else ""
 
 
 def relocate(ref: str, role: str, option: str = "") -> Place:

@@ -3,146 +3,51 @@
 Only this room imports click. Verbs are imported inside the commands, so that --help is quick.
 """
 
-import errno
 import os
 import sys
 from typing import Any
 
 import click
 
-from skillvec import __version__
+from skillvec.cli.group import Verbs, show_version
 from skillvec.cli.options import (
-    add_option,
+    COMBINES,
+    MODEL,
+    NONFINITE,
+    REPORTS,
+    ROWS,
+    STORES,
+    STREAMS,
+    VECTOR,
+    add_device,
+    add_moved,
+    add_rename,
+    add_seed,
+    offer,
     read_parameters,
     read_weights,
     share_options,
     write_options,
 )
-from skillvec.cli.screen import Screen, folded, print_json
-from skillvec.errors import SkillvecError, printable
+from skillvec.cli.screen import Screen
 
 
-class _Group(click.Group):
-    """Turns errors into a message and the right exit code; with --json also into JSON."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        as_json = "--json" in ctx.args  # of a command that is not parsed yet
-
-        def end(kind: str, message: str, said: str, code: int) -> None:
-            click.echo(folded(printable(said)), err=True)
-            if as_json:
-                _print_error(ctx, kind, message, code)
-            ctx.exit(code)
-
-        try:
-            return super().invoke(ctx)
-        except SkillvecError as error:
-            end(type(error).__name__, str(error), f"error: {error}", error.exit_code)
-        except KeyboardInterrupt as stop:
-            told = str(stop) or "nothing was published"
-            end("Interrupted", told, f"interrupted; {told}", 1)
-        except click.ClickException as error:
-            if as_json:
-                _print_error(ctx, "UsageError", error.format_message(), error.exit_code)
-            raise
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader went away; click ends quietly
-                raise
-            told = f"{error.filename or ''}: {error.strerror or error}"
-            end("OSError", told, f"error: {told}", 1)
-
-
-def _print_error(ctx: click.Context, kind: str, message: str, code: int) -> None:
-    """Print what stands in place of a report."""
-    said = {"type": kind, "exit_code": code, "message": message}
-    print_json(ctx.invoked_subcommand, {"error": said})
-
-
-_stores = add_option(  # of a command that writes a vector
-    click.option(
-        "--codec",
-        type=click.Choice(["auto", "dense", "sparse", "packed"]),
-        default="auto",
-        show_default=True,
-        help="auto takes the smallest; sparse is faster, dense plain tensors.",
-    ),
-    click.option(
-        "--max-shard-size", default="5GB", show_default=True,
-        help="Above it the output is a folder of shards.",
-    ),
-    click.option("--method", help="Label: how TUNED was trained, such as grpo."),
-    click.option("--notes", help="Label: free text."),
-    click.option("--license", help="Label: licence of the vector."),
-)  # fmt: skip
-_streams = click.option(
-    "--stream", is_flag=True,
-    help="Read checkpoints on the Hub shard by shard, two on the disk.",
-)  # fmt: skip
-_bridges = add_option(  # of a command that meets two models
-    click.option("--rename", multiple=True, metavar="REGEX=TEXT",
-                 help="Bring names of TUNED, or of the vector, to the other's."),
-    click.option("--rows", type=click.Choice(["strict", "common", "skip"]), default="strict",
-                 show_default=True, help="Of embeddings and heads of another length."),
-)  # fmt: skip
-_nonfinite = click.option(
-    "--allow-nonfinite", is_flag=True,
-    help="Let NaN and infinities through, where they decide a value.",
-)  # fmt: skip
-_combines = add_option(  # of a command that merges several vectors
-    click.option("--op", default="linear", show_default=True,
-                 help="linear, ties, dare_linear, dare_ties, della, breadcrumbs, ram, sparsify,"
-                 " orthogonal, slerp, nuslerp, fisher, spectral, coarsen, project:"
-                 " docs/operators.md."),
-    click.option("--param", "params", multiple=True, metavar="NAME=VALUE",
-                 help="Parameter of the operator, such as density=0.3; fisher=FILE once a vector."),
-)  # fmt: skip
-_reports = add_option(  # of a command that measures vectors
-    click.option("--against", metavar="W", help="Weights: for rounding, and their subspaces."),
-    click.option("--subspace", type=int, default=0, metavar="K",
-                 help="Compare the K leading singular directions."),
-    click.option("--activations", type=click.Path(), metavar="FILE",
-                 help="Second moments of inputs, for the outputs of updates."),
-    click.option("--device", default="auto", show_default=True,
-                 help="Of --subspace and --activations: cpu, cuda or cuda:N."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of anything random."),
-    click.option("-o", "--output", type=click.Path(),
-                 help="Folder for report.json, report.csv and report.html."),
-    click.option("--figures", is_flag=True, help="Also draw the figures as SVG and PNG."),
-    click.option("--force", is_flag=True, help="Overwrite an existing report."),
-)  # fmt: skip
-
-
-def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    """Print the version, and with -v what it runs on, and end."""
-    if not wanted:
-        return
-    lines = [f"skillvec, version {__version__}"]
-    if ctx.params["verbose"]:
-        from skillvec.cli.versions import say_versions
-
-        try:
-            lines += say_versions()
-        except SkillvecError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
-    click.echo("\n".join(lines))
-    ctx.exit()
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, expose_value=False, callback=_show_version,
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, expose_value=False, callback=show_version,
               help="Show the version and exit; with -v also kernels and packages.")  # fmt: skip
-@click.option("-v", "--verbose", is_flag=True, is_eager=True, help="Of --version.")
+@click.option("-v", "--verbose", is_flag=True, is_eager=True,
+              help="With --version: also show what this installation runs on.")  # fmt: skip
 def main(verbose: bool) -> None:
     """Cut a skill out of one model and add it to another.
 
     \b
     skillvec diff RL SFT -o skill.safetensors        v = RL - SFT
     skillvec apply TARGET skill.safetensors -o OUT   OUT = TARGET + lam * v
-    skillvec combine A=0.7 B=-0.3 -o c.safetensors   c = 0.7 A - 0.3 B
-    skillvec orthogonality A B                       how related two deltas are
-    skillvec verify OUT                              prove it from the disk
-    skillvec push skill.safetensors org/name         publish it on the Hub
+    skillvec verify OUT                              proves it from the disk
+
+    skillvec help COMMAND shows what a command takes, with examples. A model or vector is a path,
+    org/name[@revision] on the Hub, or a URL such as s3://bucket/model. After
+    skillvec completion --install the Tab key completes commands, options and paths.
 
     Exit codes: 0 done, 1 run error, 2 usage, 3 incompatible inputs.
     """
@@ -154,25 +59,27 @@ def main(verbose: bool) -> None:
 
 
 @main.command()
-@click.argument("tuned")
-@click.argument("base")
+@click.argument("tuned", type=MODEL)
+@click.argument("base", type=MODEL)
 @click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    help="auto is exact; bf16, fp16 and fp32 store rounded values.",
-)
-@_stores
-@_bridges
-@_nonfinite
-@_streams
+    "--dtype", default="auto", show_default=True, metavar="NAME",
+    shell_complete=offer("auto", "bf16", "fp16", "fp32"),
+    help="Dtype of the stored differences. auto keeps them exact, so that base + vector is TUNED"
+    " bit for bit; bf16, fp16 and fp32 round them.",
+)  # fmt: skip
+@STORES
+@add_rename("TUNED")
+@ROWS
+@NONFINITE
+@STREAMS
 @share_options(writes=True)
 def diff(screen: Screen, tuned: str, base: str, output: str, **options: Any) -> Any:
-    """Write the skill vector v = TUNED - BASE.
+    """Make a skill vector: the difference TUNED - BASE, as a file.
 
-    TUNED and BASE are folders, single files, org/name[@revision] on the Hub, or URLs such as
-    s3://bucket/model; TUNED may be a PEFT adapter of BASE. docs/checkpoints.md lists what is
-    taken. A run that was cut off goes on when the same command is given again.
+    TUNED and BASE are two checkpoints of one model: folders, single files, org/name[@revision] on
+    the Hub, or URLs such as s3://bucket/model. TUNED may be a PEFT adapter of BASE.
+    docs/checkpoints.md lists all formats that are read. A run that was cut off goes on when the
+    same command is given again.
     """
     from skillvec import verbs
 
@@ -180,27 +87,25 @@ def diff(screen: Screen, tuned: str, base: str, output: str, **options: Any) -> 
 
 
 @main.command()
-@click.argument("vectors", nargs=-1, metavar="VECTOR[=WEIGHT]...")
-@_combines
-@click.option(
-    "--recipe", type=click.Path(), help="YAML, JSON or a combination, in place of the vectors."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of random masks.")
-@click.option("--dtype", default="auto", show_default=True, help="Stored dtype; auto is fp32.")
-@_stores
-@_nonfinite
-@_streams
+@click.argument("vectors", nargs=-1, metavar="VECTOR[=WEIGHT]...", type=VECTOR)
+@COMBINES
+@add_seed("the random masks of operators such as dare_linear")
+@click.option("--dtype", default="auto", show_default=True, metavar="NAME",
+              shell_complete=offer("auto", "bf16", "fp16", "fp32"),
+              help="Dtype of the stored values: bf16, fp16, fp32 or fp64. auto is fp32, or fp64"
+              " where a vector is.")  # fmt: skip
+@STORES
+@NONFINITE
+@STREAMS
 @share_options(writes=True, globs=False)
 def combine(
     screen: Screen, vectors: tuple[str, ...], params: tuple[str, ...], **options: Any
 ) -> Any:
-    """Merge vectors into one: c = 0.7 a - 0.3 b, or by another operator.
+    """Merge several vectors into one, weighted or by an operator.
 
-    \b
-    skillvec combine a.safetensors=0.7 b.safetensors=-0.3 -o c.safetensors
-    skillvec combine a b --op ties --param density=0.3 -o c.safetensors
-
-    One vector alone is written again, with another codec.
+    Each VECTOR is a vector file or TUNED::BASE, and counts WEIGHT times, once if no weight is
+    given. The default operator adds them: c = 0.7 a - 0.3 b. One vector alone is written again,
+    which changes its --codec.
     """
     from skillvec import verbs
 
@@ -216,34 +121,38 @@ def combine(
 
 
 @main.command()
-@click.argument("target")
-@click.argument("vectors", nargs=-1, metavar="VECTOR[=WEIGHT]...")
-@click.option("--lam", type=float, default=1.0, show_default=True, help="The factor lambda.")
-@_combines
+@click.argument("target", type=MODEL)
+@click.argument("vectors", nargs=-1, metavar="VECTOR[=WEIGHT]...", type=VECTOR)
+@click.option("--lam", type=float, default=1.0, show_default=True, metavar="NUMBER",
+              help="Lambda, by which the vector is multiplied. 0 leaves TARGET as it is, a negative"
+              " number takes the skill away.")  # fmt: skip
+@COMBINES
+@click.option("--tuned", type=MODEL,
+              help="With --base, in place of VECTOR: add the difference of these two models without"
+              " storing it.")  # fmt: skip
+@click.option("--base", type=MODEL, help="The model that is subtracted from that of --tuned.")
+@click.option("--dtype", metavar="NAME", shell_complete=offer("bf16", "fp16", "fp32", "fp64"),
+              help="Dtype of the written weights: bf16, fp16, fp32 or fp64. By default every tensor"
+              " keeps that of TARGET.")  # fmt: skip
 @click.option(
-    "--recipe", type=click.Path(), help="YAML, JSON or a combination, in place of the vectors."
-)
-@click.option("--tuned", help="With --base: take the difference in the same pass.")
-@click.option("--base", help="With --tuned, in place of VECTOR.")
-@click.option("--dtype", help="Dtype of the output; the target's own by default.")
-@click.option(
-    "--rounding",
-    type=click.Choice(["nearest", "stochastic"]),
-    default="nearest",
+    "--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest",
     show_default=True,
-    help="The last rounding; stochastic is right on average.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of anything random.")
-@_bridges
-@_nonfinite
-@_streams
+    help="How the sum is rounded to the dtype. stochastic rounds up or down by chance, so that"
+    " small steps arrive on average where nearest would lose them.",
+)  # fmt: skip
+@add_seed("the random draws: of --rounding stochastic and of operators such as dare_linear")
+@add_rename("the vector")
+@ROWS
+@NONFINITE
+@STREAMS
 @share_options(writes=True)
 def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op: str,
           params: tuple[str, ...], recipe: str | None, **options: Any) -> Any:  # fmt: skip
-    """Write OUT = TARGET + LAM * VECTOR, in the target's own layout.
+    """Add a skill to a model: write TARGET + lambda * VECTOR.
 
-    Several VECTOR=WEIGHT are merged by --op in the same pass. In place of VECTOR, --tuned RL
-    --base SFT adds their difference without storing it.
+    The output has the files, names and dtypes of TARGET, and a copy of its tokenizer and
+    configuration. Several vectors are merged by --op in the same pass, each taken WEIGHT times.
+    The report says how much of what was asked for has arrived in the rounded weights.
     """
     from skillvec import verbs
 
@@ -261,18 +170,19 @@ def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op
 
 
 @main.command("import-patch")
-@click.argument("patch")
-@click.argument("base")
-@_stores
-@_nonfinite
-@_streams
+@click.argument("patch", type=VECTOR)
+@click.argument("base", type=MODEL)
+@STORES
+@NONFINITE
+@STREAMS
 @share_options(writes=True, globs=False)
 def import_patch(screen: Screen, patch: str, base: str, output: str, **options: Any) -> Any:
-    """Make a vector of PATCH, changed values of the exact BASE.
+    """Make a vector of a list of changed values (vLLM, verl).
 
-    PATCH is a safetensors file of NAME.indices and NAME.values, with what vLLM is told beside
-    them or without, or a flush of verl (__delta_spec__, __positions__, __values__), or a folder of
-    several. Names are those of the checkpoint, or of the model in memory.
+    PATCH lists the values that changed in exactly the model BASE, as RL stacks send them to
+    inference servers: a safetensors file of NAME.indices and NAME.values, with or without what
+    vLLM is told beside them; a flush of verl (__delta_spec__, __positions__, __values__); or a
+    folder of several such files. Names are those of the checkpoint or of the model in memory.
     """
     from skillvec import verbs
 
@@ -280,21 +190,26 @@ def import_patch(screen: Screen, patch: str, base: str, output: str, **options: 
 
 
 @main.command("export-patch")
-@click.argument("vector")
-@click.option("--base", help="Where the vector's exact base is now.")
+@click.argument("vector", type=VECTOR)
+@add_moved("--base", MODEL, "the base model of VECTOR")
 @click.option(
     "--form", type=click.Choice(["lists", "verl", "vllm"]), default="lists", show_default=True,
-    help="lists: NAME.indices and NAME.values. vllm: the same, and what vLLM is told. verl: a"
-    " flush.",
+    help="What the file looks like. lists: NAME.indices and NAME.values of every tensor. vllm: the"
+    " same with what vLLM's weight transfer is told, in the header. verl: one flush of verl.",
 )  # fmt: skip
 @click.option(
     "--names", type=click.Choice(["files", "memory"]), default="files", show_default=True,
-    help="Of the base's tensors: in its files, or in memory.",
+    help="How tensors are named: as in the files of the base, or as in the model that transformers"
+    " makes of them in memory.",
 )  # fmt: skip
-@_nonfinite
+@NONFINITE
 @share_options(writes=True, globs=False)
 def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> Any:
-    """Write what VECTOR changes in its exact base: a patch, under the base's names."""
+    """Write what a vector changes as a list (vLLM, verl).
+
+    The list holds positions and new values, not differences. So it is right on one model alone:
+    the exact base that VECTOR was taken from.
+    """
     from skillvec import verbs
 
     report = verbs.export_patch(vector, output, watcher=screen, **options)
@@ -302,31 +217,32 @@ def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> An
 
 
 @main.command("extract-lora")
-@click.argument("vector")
-@click.option("--rank", type=int, help="Rank of every matrix.")
-@click.option(
-    "--energy",
-    type=float,
-    metavar="SHARE",
-    help="Of the squared norm to keep: the smallest rank that does.",
-)
-@click.option("--embed-lora", is_flag=True, help="Factors of embeddings too.")
-@click.option(
-    "--save-module",
-    multiple=True,
-    metavar="NAME",
-    help="Save a module whole: lm_head, embed_tokens, norm ...",
-)
-@click.option("--base", help="Where the vector's base is now.")
-@click.option("--dtype", default="fp32", show_default=True, help="Of the factors.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
-@_nonfinite
+@click.argument("vector", type=VECTOR)
+@click.option("--rank", type=int, metavar="R",
+              help="Rank of the two factors of every matrix. Give either this or --energy.",
+              )  # fmt: skip
+@click.option("--energy", type=float, metavar="SHARE",
+              help="Share of every matrix's squared norm that its factors have to keep, between 0"
+              " and 1: each gets the smallest rank that does.")  # fmt: skip
+@click.option("--embed-lora", is_flag=True,
+              help="Also make factors of embeddings, which are left out otherwise.")  # fmt: skip
+@click.option("--save-module", multiple=True, metavar="NAME",
+              help="Save a module whole in the adapter, such as lm_head, embed_tokens or norm. NAME"
+              " is how its name ends. May be given several times.")  # fmt: skip
+@add_moved("--base", MODEL, "the base model of VECTOR, whose config.json is read,")
+@click.option("--dtype", default="fp32", show_default=True, metavar="NAME",
+              shell_complete=offer("bf16", "fp16", "fp32"),
+              help="Dtype of the stored factors: bf16, fp16 or fp32.")  # fmt: skip
+@add_device("the factors are")
+@add_seed("the random draws of the SVD")
+@NONFINITE
 @share_options(writes=True, works=False)
 def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> Any:
-    """Write the best LoRA adapter of VECTOR: s B A of a rank, for PEFT.
+    """Write a vector as a LoRA adapter for PEFT.
 
-    The report says how much of each tensor is kept, and what is left out.
+    Every matrix of VECTOR becomes a product of two factors, the nearest that their rank allows.
+    The report says how much of each tensor is kept, and what is left out: norms, biases,
+    embeddings.
     """
     from skillvec import verbs
 
@@ -335,17 +251,33 @@ def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> An
 
 
 @main.command()
-@click.argument("vector")
+@click.argument("vector", type=VECTOR)
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Of a repository that is made.")
-@click.option("--revision", help="Branch to commit to; made if it is not there.")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--commit-message", help="One line.")
-@click.option("--license", help="Licence on the card, if the vector has none.")
-@click.option("--token", help="Of the Hub; the stored one by default.")
-@share_options(globs=False, works=False)
+@click.option("--private", is_flag=True,
+              help="Make the repository private, if it has to be made. One that is there keeps what"
+              " it is.")  # fmt: skip
+@click.option("--revision", metavar="BRANCH",
+              help="Commit to BRANCH, which is made if it is not there, and not to main.",
+              )  # fmt: skip
+@click.option("--create-pr", is_flag=True,
+              help="Open a pull request and leave the branch as it is.")  # fmt: skip
+@click.option("--commit-message", metavar="TEXT", help="Title of the commit, one line.")
+@click.option("--license", metavar="NAME",
+              help="Licence on the card, such as apache-2.0, where VECTOR itself names none.",
+              )  # fmt: skip
+@click.option("--token", metavar="TOKEN",
+              help="Access token of the Hub. By default the one that `hf auth login` has stored.",
+              )  # fmt: skip
+@share_options(globs=False, works=False, more="a line for every file",
+               until="anything is sent. Shows the card too; needs no token and no network",
+               )  # fmt: skip
 def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
-    """Publish VECTOR, or a folder that apply wrote, with a card, as REPO on the Hub."""
+    """Publish a vector or a merged model on the Hub.
+
+    VECTOR is a vector file, or a folder that apply wrote. REPO is org/name; it is made if it is not
+    there. A model card is written with it: base models, licence, exactness, norms, how to apply it.
+    What a person wrote on the card stays.
+    """
     from skillvec import verbs
 
     report = verbs.push(vector, repo, watcher=screen, **options)
@@ -354,13 +286,22 @@ def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
 
 @main.command()
 @click.argument("repo")
-@click.option("-o", "--output", type=click.Path(), help="Where to; the Hub's cache by default.")
-@click.option("--revision", help="Branch, tag or commit.")
-@click.option("--token", help="Of the Hub; the stored one by default.")
-@click.option("--force", is_flag=True, help="Overwrite an existing output.")
-@share_options(globs=False, works=False)
+@click.option("-o", "--output", type=click.Path(), metavar="PATH",
+              help="File or folder to write. By default it lands in the Hub's cache.")  # fmt: skip
+@click.option("--revision", metavar="NAME",
+              help="Branch, tag or commit to download, and not main.")  # fmt: skip
+@click.option("--token", metavar="TOKEN",
+              help="Access token of the Hub. By default the one that `hf auth login` has stored.",
+              )  # fmt: skip
+@click.option("--force", is_flag=True, help="Overwrite PATH if it exists.")
+@share_options(globs=False, works=False, more="a line for every file",
+               until="anything is downloaded")  # fmt: skip
 def pull(screen: Screen, repo: str, **options: Any) -> Any:
-    """Download a vector or a merged model from the Hub, and check what arrived."""
+    """Download a vector or a merged model, and check it.
+
+    REPO is org/name. Sizes and digests of what arrives are held against the Hub's listing and
+    against the vector's own header before the output gets its name.
+    """
     from skillvec import verbs
 
     report = verbs.pull(repo, watcher=screen, **options)
@@ -368,19 +309,22 @@ def pull(screen: Screen, repo: str, **options: Any) -> Any:
 
 
 @main.command()
-@click.argument("vectors", nargs=-1, required=True, metavar="A B [C ...]")
+@click.argument("vectors", nargs=-1, required=True, metavar="A B [C ...]", type=VECTOR)
 @click.option(
-    "--control",
-    metavar="random|VECTOR",
-    help="In place of the first of each pair: random signs of its channels, or a vector.",
-)
-@_reports
-@_nonfinite
-@share_options()
+    "--control", metavar="random|VECTOR", type=VECTOR,
+    help="Also measure each pair with something else in place of its first vector: the same vector"
+    " with the signs of its channels drawn at random, or another VECTOR.",
+)  # fmt: skip
+@REPORTS
+@NONFINITE
+@share_options(more="every level: parts, modules, layers and tensors",
+               until="any value is read")  # fmt: skip
 def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> Any:
-    """Compare deltas: angles against chance, supports, rounding, subspaces.
+    """Compare vectors: are they more alike than chance?
 
-    Each input is a vector file or TUNED::BASE. docs/orthogonality.md explains every number.
+    A, B and so on are vector files or TUNED::BASE, a difference that is taken on the way. Every
+    pair gets its cosine with what chance would give, the overlap of changed weights, and what
+    rounding to 16 bits explains of it. docs/orthogonality.md explains every number.
     """
     from skillvec import verbs
 
@@ -390,12 +334,17 @@ def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> A
 
 
 @main.command()
-@click.argument("vector")
-@_reports
-@_nonfinite
-@share_options()
+@click.argument("vector", type=VECTOR)
+@REPORTS
+@NONFINITE
+@share_options(until="any value is read")
 def norms(screen: Screen, vector: str, **options: Any) -> Any:
-    """Measure VECTOR (a file or TUNED::BASE) by layer and module: norms, density, rounding."""
+    """Measure a vector: where it is large, how much it changes.
+
+    VECTOR is a vector file or TUNED::BASE, a difference that is taken on the way. Norm, share of
+    changed values and, with --against, rounding are told by part, module and layer.
+    docs/orthogonality.md explains every number.
+    """
     from skillvec import verbs
 
     report = verbs.norms(vector, watcher=screen, **options)
@@ -404,17 +353,20 @@ def norms(screen: Screen, vector: str, **options: Any) -> Any:
 
 
 @main.command()
-@click.argument("path")
-@click.option("--target", help="Of a vector: give the verdict on this model.")
+@click.argument("path", type=VECTOR)
+@click.option("--target", type=MODEL,
+              help="Also say whether the vector PATH fits this model: its exact base, the same"
+              " family, the same shapes, or not at all.")  # fmt: skip
 @click.option("--digest", is_flag=True,
-              help="Of a model: read every byte and print the digest of its content, which is the"
-              " same however its tensors are ordered and sharded.")  # fmt: skip
+              help="Read every byte of the model PATH and print the digest of its content, which is"
+              " the same however its tensors are ordered and sharded.")  # fmt: skip
 @share_options(selects=False)
 def inspect(screen: Screen, path: str, **options: Any) -> Any:
-    """Say what PATH is and what it holds, from headers alone but for --digest.
+    """Say what a model, a vector or a folder is, and what it holds.
 
-    PATH is a model, an adapter, a skill vector or a patch, on this disk, the Hub or in a store;
-    or a folder of checkpoints, a report, an unfinished run, a folder of the Hub's cache.
+    PATH is a model, an adapter, a skill vector or a patch, on this disk, on the Hub or in an object
+    store; or a folder of checkpoints, a report, an unfinished run, or a folder of the Hub's cache.
+    Headers alone are read, so that it is quick whatever the size, unless --digest is given.
     """
     from skillvec import verbs
 
@@ -423,19 +375,21 @@ def inspect(screen: Screen, path: str, **options: Any) -> Any:
 
 
 @main.command()
-@click.argument("path")
-@click.option("--tuned", help="Of a vector: where TUNED is now.")
-@click.option("--base", help="Of a vector: where BASE is now.")
-@click.option("--target", help="Of a merged model: where TARGET is now.")
-@click.option("--vector", help="Of a merged model: where VECTOR is now.")
-@click.option("--dry-run", is_flag=True, help="Check headers, show the plan, stop.")
+@click.argument("path", type=VECTOR)
+@add_moved("--tuned", MODEL, "the tuned model of a vector")
+@add_moved("--base", MODEL, "the base model of a vector")
+@add_moved("--target", MODEL, "the target of a merged model")
+@add_moved("--vector", VECTOR, "the vector of a merged model")
+@click.option("--dry-run", is_flag=True,
+              help="Check all inputs by their headers, show the plan, and stop before any value is"
+              " read.")  # fmt: skip
 @share_options(selects=False)
 def verify(screen: Screen, path: str, **options: Any) -> Any:
-    """Prove a vector or a merged model from the disk, bit for bit.
+    """Prove from the disk that a vector or a merged model is right.
 
-    A vector: VECTOR + BASE = TUNED, or that it is what its parents give. A merged model:
-    OUT = round(TARGET + LAM * VECTOR), by the recipe in its header. Inputs are looked for where
-    they were, unless given.
+    Of a vector: that base + VECTOR is the tuned model, or, if it was combined, that it is what its
+    vectors give. Of a merged model: that it is TARGET + lambda * VECTOR, rounded once. Every bit is
+    computed again and compared. The inputs are looked for where they were.
     """
     from skillvec import verbs
 

@@ -1,51 +1,63 @@
 """What a person sees: plans, reports and progress. Data goes to stdout, talk to stderr.
 
-Only this module imports rich, and only to draw a table or a bar: a quiet run starts faster.
+rich is imported only to draw a table or a bar: a quiet run starts faster.
 """
 
 import json
+import os
 import re
+import shutil
 import sys
-import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
+from skillvec.cli.tables import draw
 from skillvec.errors import printable
 from skillvec.report import Report
 
-if TYPE_CHECKING:
-    from skillvec.analysis.wording import Grid
-
-
+LEAST_WIDTH = 40  # characters that lines have on the narrowest terminal
+WIDEST_TEXT = 100  # of sentences, on a terminal of any width: longer lines are hard to read
 FORMAT_VERSION = 1  # of what --json prints: docs/json.md says when it rises
-HEAD_WIDTH = 7  # of a table's column, where its numbers are no wider
 
 
-def _print(text: str, to_stderr: bool = False) -> None:
-    text = printable(text)
-    if to_stderr:
-        print(folded(text), file=sys.stderr)
-    else:
-        print(text)
+def _write(text: str, stream: TextIO) -> None:
+    encoding = stream.encoding or "utf-8"  # which may lack what tables are drawn with
+    print(printable(text).encode(encoding, "replace").decode(encoding), file=stream)
 
 
 def print_json(verb: str | None, said: dict[str, Any]) -> None:
     """Print what a verb says as one JSON document, behind its name and the version of its form."""
     head = {"verb": verb, "format_version": FORMAT_VERSION}
-    _print(json.dumps(head | said, indent=2))
+    _write(json.dumps(head | said, indent=2), sys.stdout)
 
 
-def folded(text: str) -> str:
-    """Return talk for a terminal, lines broken between words below where they begin."""
-    if not sys.stderr.isatty():
+def tell(text: str) -> None:
+    """Print talk to stderr, in lines of the terminal's width."""
+    _write(fold(printable(text), find_width(sys.stderr)), sys.stderr)
+
+
+def find_width(stream: TextIO) -> int | None:
+    """Return the columns of the terminal behind a stream, or of COLUMNS; None where neither is."""
+    if stream.isatty() or os.environ.get("COLUMNS", "").isdecimal():
+        return max(shutil.get_terminal_size().columns, LEAST_WIDTH)
+    return None
+
+
+def fold(text: str, width: int | None) -> str:
+    """Return text with lines of more than `width` broken between words below where they begin.
+
+    A command line stays whole, so that it can be copied.
+    """
+    if width is None:
         return text
-    import shutil
+    from skillvec.analysis.wording import fill
 
-    width, lines = shutil.get_terminal_size().columns, []
+    lines = []
     for line in text.split("\n"):
-        begin = re.match(r" *(?:\w+(?:  +|: ))?", line)
-        indent = " " * (begin.end() if begin else 0)
-        lines.append(textwrap.fill(line, max(width, 40), subsequent_indent=indent,
-                                   break_on_hyphens=False, break_long_words=False))  # fmt: skip
+        if len(line) > width and not line.startswith("  skillvec "):
+            begin = re.match(r" *(?:\w+(?:  +|: ))?", line)
+            indent = " " * (begin.end() if begin else 0)
+            line = fill(line, width, indent)
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -67,7 +79,7 @@ class Screen:
     def say(self, text: str) -> None:
         """Print a line of talk to stderr, unless quiet."""
         if not self.quiet:
-            _print(text, to_stderr=True)
+            tell(text)
 
     def planned(self, report: Report) -> None:
         """Show the plan before the work."""
@@ -115,45 +127,28 @@ class Screen:
         self.close()
         for warning in report.warnings:
             if not self.as_json:
-                _print(f"warning: {warning}", to_stderr=True)
+                tell(f"warning: {warning}")
         if self.as_json:
             print_json(report.verb, report.to_dict() | report.now)
         elif self.quiet:
             if last_line is not None:
-                _print(last_line)
+                _write(last_line, sys.stdout)
         else:
             self._show_human(report)
 
     def _show_human(self, report: Report) -> None:
+        from skillvec.analysis.wording import LINE_WIDTH, Document
         from skillvec.verbs.sentences import say_answer
 
+        width = find_width(sys.stdout)
+        if width is not None:
+            LINE_WIDTH.set(min(width, WIDEST_TEXT))
+        after_table = False
         for said in say_answer(report, self.verbose):
-            if isinstance(said, str):
-                _print(said)
+            if isinstance(said, Document):
+                _write(said, sys.stdout)
+            elif isinstance(said, str):
+                _write(fold(said, width), sys.stdout)
             else:
-                _draw(said)
-
-
-def _draw(grid: "Grid") -> None:
-    """Print a table no wider than the terminal: names too long lose their beginning."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    rows = [[printable(cell) for cell in row] for row in grid.rows]
-    heads = []
-    for i, title in enumerate(grid.heads):
-        width = max([HEAD_WIDTH, *(len(row[i]) for row in rows)])
-        heads.append("\n".join(textwrap.wrap(title, width, break_long_words=False)))
-    lines = [[len(line) for line in head.split("\n")] for head in heads]
-    widths = [max([*lines[i], *(len(row[i]) for row in rows)]) for i in range(len(heads))]
-    room = max(12, console.width - sum(widths[1:]) - 3 * len(widths))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column(heads[0], no_wrap=True)
-    for title, head, width in zip(grid.heads[1:], heads[1:], widths[1:], strict=True):
-        side: Any = "left" if title == grid.bars else "right"
-        table.add_column(head, justify=side, vertical="bottom", no_wrap=True, min_width=width)
-    for name, *cells in rows:
-        table.add_row(name if len(name) <= room else f"\u2026{name[1 - room :]}", *cells)
-    console.print(table)
+                _write("\n" * after_table + draw(said, width), sys.stdout)
+            after_table = not isinstance(said, str)

@@ -5,67 +5,94 @@ from typing import Any
 import click
 
 from skillvec.cli.commands import main
-from skillvec.cli.options import Command, add_option, read_weights, share_options
+from skillvec.cli.options import (
+    INCLUDES,
+    MODEL,
+    ROWS,
+    VECTOR,
+    Command,
+    add_option,
+    add_rename,
+    add_seed,
+    offer,
+    read_weights,
+    share_options,
+)
 from skillvec.cli.screen import Screen
 
 
 def share_trial_options(command: Command) -> Command:
     """Add the options of commands that try vectors on one loaded model."""
     return add_option(
-        click.option("--eval", required=True, metavar="EVALUATOR",
-                     help="module:function, 'command: ... {model} ...', lm-eval:TASKS or"
-                     " evaluate:QUESTIONS.jsonl."),
+        click.option(
+            "--eval", required=True, metavar="EVALUATOR",
+            help="What scores a model: module:function, a Python function of model and tokenizer;"
+            " 'command: ... {model} ...', a program that is given a folder; lm-eval:TASK,TASK; or"
+            " evaluate:QUESTIONS.jsonl, questions with answers. docs/search.md has more.",
+        ),
         click.option("--eval-option", "eval_options", multiple=True, metavar="KEY=VALUE",
-                     help="Of the evaluator, such as limit=100."),
+                     help="Argument that the evaluator is given, such as limit=100. May be given"
+                     " several times."),
         click.option("--metric", metavar="NAME",
-                     help="The one that decides; the first that the evaluator gives."),
+                     help="Score that decides which model is better. By default the first that the"
+                     " evaluator gives."),
         click.option("--minimize", multiple=True, metavar="NAME",
-                     help="Less of this metric is better; known of loss, perplexity, error."),
+                     help="Take less of the score NAME for better. Scores called loss, perplexity"
+                     " or error need no such word. May be given several times."),
         click.option("--scratch", type=click.Path(), metavar="FOLDER",
-                     help="For merged models, one at a time, of evaluators that take folders."),
-        click.option("--timeout", type=float, metavar="SECONDS", help="Of one evaluation."),
-        click.option("--dtype", default="auto", show_default=True,
-                     help="Of the loaded model: auto, bfloat16, float16, float32 or float64."),
-        click.option("--device", help="Where the model is loaded: cpu, cuda or cuda:N."),
+                     help="Folder for merged models, one at a time, where the evaluator takes"
+                     " folders. By default the system's folder for temporary files."),
+        click.option("--timeout", type=float, metavar="SECONDS",
+                     help="Seconds after which one evaluation counts as failed. By default it may"
+                     " take as long as it takes."),
+        click.option("--dtype", default="auto", show_default=True, metavar="NAME",
+                     shell_complete=offer("auto", "bfloat16", "float16", "float32", "float64"),
+                     help="Dtype that TARGET is loaded in: bfloat16, float16, float32 or float64."
+                     " auto takes that of its config."),
+        click.option("--device", metavar="NAME", shell_complete=offer("cpu", "cuda"),
+                     help="Where TARGET is loaded: cpu, cuda or cuda:N. By default a GPU where"
+                     " there is one."),
         click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest",
-                     show_default=True, help="As of apply."),
-        click.option("--seed", type=int, default=0, show_default=True,
-                     help="Of the evaluations and of stochastic rounding."),
-        click.option("--include", multiple=True, metavar="GLOB", help="Only these tensors."),
-        click.option("--exclude", multiple=True, metavar="GLOB", help="Not these tensors."),
-        click.option("--rename", multiple=True, metavar="REGEX=TEXT",
-                     help="Bring names of the vector to the target's."),
-        click.option("--rows", type=click.Choice(["strict", "common", "skip"]), default="strict",
-                     show_default=True, help="Of embeddings and heads of another length."),
-        click.option("--workers", type=int, help="Tensors at once; one a core."),
-        click.option("-o", "--output", required=True, type=click.Path(),
-                     help="Folder for the report, and to go on from."),
-        click.option("--force", is_flag=True, help="Begin anew in a folder that holds another."),
-        click.option("--dry-run", is_flag=True, help="Check what can be checked, show, stop."),
+                     show_default=True,
+                     help="How the sum is rounded to the dtype, as in skillvec apply."),
+        add_seed("the random draws: of the evaluations and of --rounding stochastic"),
+        INCLUDES,
+        add_rename("the vectors"),
+        ROWS,
+        click.option("--workers", type=int, metavar="N",
+                     help="Add the vector to N tensors at once; by default one for each core."),
+        click.option("-o", "--output", required=True, type=click.Path(), metavar="FOLDER",
+                     help="Folder for the report. What is done already is kept there: the same"
+                     " command goes on with it."),
+        click.option("--force", is_flag=True,
+                     help="Begin anew where FOLDER holds a run with other options."),
+        click.option("--dry-run", is_flag=True,
+                     help="Check what can be checked without loading TARGET, show the plan, and"
+                     " stop."),
     )(command)  # fmt: skip
 
 
 @main.command()
-@click.argument("target")
-@click.argument("vectors", nargs=-1, required=True, metavar="VECTOR[=WEIGHT]...")
+@click.argument("target", type=MODEL)
+@click.argument("vectors", nargs=-1, required=True, metavar="VECTOR[=WEIGHT]...", type=VECTOR)
 @click.option("--lam", multiple=True, default=["-1:2:0.25"], show_default=True,
-              metavar="START:STOP:STEP|LIST", help="Lambdas; 0 is always among them.")  # fmt: skip
+              metavar="START:STOP:STEP|LIST",
+              help="Lambdas to try: a range with both ends, or a LIST such as 0.5,1. Lambda 0,"
+              " which is TARGET itself, is always tried too. May be given several times.",
+              )  # fmt: skip
 @click.option("--control", multiple=True, metavar="random,shuffled",
-              help="Also a vector of noise, or of shuffled values, of the same size.")  # fmt: skip
+              shell_complete=offer("random", "shuffled", "random,shuffled"),
+              help="Also try a control at every lambda: random is noise of the vector's size,"
+              " shuffled its own values in other places.")  # fmt: skip
 @share_trial_options
-@share_options(selects=False, works=False)
+@share_options(selects=False, works=False, more="every score of every lambda")
 def sweep(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: tuple[str, ...],
           **options: Any) -> Any:  # fmt: skip
-    """Evaluate TARGET + LAM * VECTOR at many lambdas, on one loaded model.
+    """Try a vector at many lambdas: does it help, and at which?
 
-    \b
-    skillvec sweep target skill.safetensors --eval my_module:score -o report/
-    skillvec sweep target a=0.7 b=-0.3 --lam 0:1:0.1 --control random \\
-        --eval lm-eval:my_task -o report/
-
-    Several VECTOR=WEIGHT are one linear combination. The folder has the answer as index.html,
-    report.json, points.csv and curve.svg; the same command goes on with a sweep that was cut off.
-    Exit code 1 if the evaluation of a point failed.
+    TARGET is loaded once and evaluated at every lambda, with VECTOR added in memory. Several
+    vectors are added up, each taken WEIGHT times. FOLDER gets the answer as index.html,
+    report.json, points.csv and curve.svg. The exit code is 1 if an evaluation failed.
     """
     from skillvec.trials.evaluators import read_options
     from skillvec.trials.sweep import sweep as run
@@ -79,69 +106,56 @@ def sweep(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: t
 
 
 @main.command()
-@click.argument("target")
-@click.argument("vectors", nargs=-1, required=True, metavar="VECTOR...")
+@click.argument("target", type=MODEL)
+@click.argument("vectors", nargs=-1, required=True, metavar="VECTOR...", type=VECTOR)
 @click.option(
-    "--space",
-    default="lam",
-    show_default=True,
-    metavar="SPEC",
-    help='What may be chosen: "lam=0:2 by=layers:4", or a YAML file.',
-)
+    "--space", default="lam", show_default=True, metavar="SPEC",
+    help='What may be chosen, in words such as "lam=0:2 by=layers:4" (a lambda between 0 and 2 for'
+    " each of 4 groups of layers), or a YAML file with the same keys. docs/search.md lists them.",
+)  # fmt: skip
 @click.option(
     "--budget",
     type=int,
     default=50,
     show_default=True,
-    help="Trials of the sampler; as many more of random search.",
+    metavar="N",
+    help="Number of trials of the sampler. Random search, which it is compared with, gets as many.",
 )
 @click.option(
-    "--sampler",
-    type=click.Choice(["tpe", "cmaes", "random"]),
-    default="tpe",
-    show_default=True,
-    help="Of Optuna.",
-)
+    "--sampler", type=click.Choice(["tpe", "cmaes", "random"]), default="tpe", show_default=True,
+    help="Which sampler of Optuna chooses the trials.",
+)  # fmt: skip
 @click.option(
-    "--second",
-    metavar="NAME|bytes",
-    help="Another metric, or the stored size: the best that keeps the gain.",
-)
+    "--second", metavar="NAME|bytes",
+    help="Second aim beside --metric: another score of the evaluator, or bytes, the stored size of"
+    " the vector. The best one wins that keeps the share --keep of the gain.",
+)  # fmt: skip
 @click.option(
-    "--keep",
-    type=float,
-    default=0.95,
-    show_default=True,
-    metavar="SHARE",
-    help="Of the gain of lambda = 1, which --second may not cost.",
-)
+    "--keep", type=float, default=0.95, show_default=True, metavar="SHARE",
+    help="With --second: share of the gain of lambda = 1 that has to be kept, between 0 and 1.",
+)  # fmt: skip
 @click.option(
-    "--report-eval",
-    metavar="EVALUATOR",
-    help="What judges the winner, in place of the other half of the items.",
-)
+    "--report-eval", metavar="EVALUATOR",
+    help="What judges the winner in the end. By default the half of the items of --eval that the"
+    " search does not see.",
+)  # fmt: skip
 @click.option(
     "--storage",
     metavar="URL",
-    help="Of Optuna, for several machines at once; study.db in the output by default.",
+    help="Database of Optuna that several machines may share. By default study.db in FOLDER.",
 )
-@click.option(
-    "--study", default="search", show_default=True, metavar="NAME", help="In the storage."
-)
+@click.option("--study", default="search", show_default=True, metavar="NAME",
+              help="Name of the study in the database.")  # fmt: skip
 @share_trial_options
-@share_options(selects=False, works=False)
+@share_options(selects=False, works=False, more="every comparison, and what was chosen")
 def search(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: tuple[str, ...],
            **options: Any) -> Any:  # fmt: skip
-    """Search for the lambdas, layers and parameters that help TARGET most.
+    """Search for the lambdas and layers that help a model most.
 
-    \b
-    skillvec search target skill.safetensors --eval my_module:score \\
-        --space "lam=0:2 by=layers:4" --budget 60 -o found/
-
-    One half of the evaluator's items is searched by; the other, asked once at the end, says
-    whether the winner is better than lambda = 1 by more than noise. The folder has the answer as
-    index.html, report.json and trials.csv, and the winner as winner.yaml, a recipe that combine and
-    apply take. The same command goes on with a search that was cut off.
+    One half of the evaluator's items is searched by. The other half, asked once at the end, says
+    whether the winner is better than lambda = 1 by more than noise. FOLDER gets the answer as
+    index.html, report.json and trials.csv, and the winner as winner.yaml, a recipe that
+    skillvec combine and skillvec apply take.
     """
     from skillvec.trials.evaluators import read_options
     from skillvec.trials.search import search as run

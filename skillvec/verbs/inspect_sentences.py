@@ -1,6 +1,5 @@
 """What inspect says, as lines of text."""
 
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -209,8 +208,7 @@ def _say_content(facts: Facts) -> list[str]:
         if digest:
             said.append(f"  content  of {side}: {digest}")
     top = (f"{layer['name']} {layer['norm']:.3g}" for layer in facts["layers"][:3])
-    text = f"  largest  {', '.join(top)}"
-    said.append(textwrap.fill(text, 80, subsequent_indent=" " * 11, break_on_hyphens=False))
+    said.append(f"  largest  {', '.join(top)}")
     if "verdict" in facts:
         verdict = facts["verdict"]
         said.append(f"  verdict  on {facts['target']}: {verdict}{say_sampled(verdict)}")

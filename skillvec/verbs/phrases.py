@@ -55,7 +55,7 @@ def say_layout(notes: dict[str, str]) -> list[str]:
         f"{f'{len(names)} such as ' if len(names) > 1 else ''}{names[0]}: {notes[names[0]]}"
         for names in ways.values()
     ]
-    return lines[:5] + ([f"... and {len(lines) - 5} more ways (--json)"] if len(lines) > 5 else [])
+    return lines[:5] + count_rest(len(lines) - 5, "ways", "--json")
 
 
 def say_left(names: set[str]) -> str:
@@ -119,10 +119,15 @@ def list_ledger(report: Report, limit: int | None) -> list[str | Grid]:
     keys = [key for key in known if any(key in line for line in report.ledger)]
     lines = report.ledger[:limit]
     rows = [[line["name"], *(write_cell(line.get(key)) for key in keys)] for line in lines]
-    more = len(report.ledger) - len(lines)
     listed = "file" if report.verb in ("push", "pull") else "tensor"
-    said: list[str | Grid] = [Grid([listed, *keys], rows)]
-    return said + ([f"... and {more} more tensors (-v shows all)"] if more else [])
+    rest = count_rest(len(report.ledger) - len(lines), f"{listed}s", "-v or --json")
+    return [Grid([listed, *keys], rows), *rest]
+
+
+def count_rest(count: int, things: str, where: str) -> list[str]:
+    """Return a line on what a list leaves out and which option has it all, none for nothing."""
+    things = things if count > 1 else things.removesuffix("s")
+    return [f"... and {count} more {things}; {where} has all"] if count > 0 else []
 
 
 def write_cell(value: Any) -> str:

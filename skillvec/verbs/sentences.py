@@ -11,6 +11,7 @@ from skillvec.analysis.angle_sentences import say_comparison, say_norms
 from skillvec.analysis.search_sentences import say_search, say_search_plan
 from skillvec.analysis.sweep_sentences import say_sweep, say_sweep_plan
 from skillvec.analysis.wording import (
+    Document,
     Grid,
     count_files,
     human_bytes,
@@ -22,6 +23,7 @@ from skillvec.report import Report
 from skillvec.verbs.inspect_sentences import say_inspect
 from skillvec.verbs.phrases import (
     Facts,
+    count_rest,
     list_ledger,
     say_each,
     say_fetched,
@@ -38,6 +40,8 @@ from skillvec.verbs.phrases import (
     say_workers,
     say_written,
 )
+
+LISTED = 8  # lines of a list, where nobody asked for all
 
 
 def say_plan(report: Report, verbose: bool) -> list[str]:
@@ -81,7 +85,7 @@ def say_answer(report: Report, verbose: bool) -> list[str | Grid]:
     else:
         said.append(plan_sentence(report))
     if report.ledger and (verbose or report.verb == "inspect"):
-        said += list_ledger(report, None if verbose else 8)
+        said += list_ledger(report, None if verbose else LISTED)
     elif facts.get("worst") and (facts["worst"][0]["cosine"] or 0) < 0.999:
         worst = facts["worst"][0]
         said.append(
@@ -255,7 +259,8 @@ def say_pull_plan(facts: Facts) -> list[str]:
 
 def say_url(report: Report) -> list[str | Grid]:
     """Return where on the Hub it lies now; of a dry run the card that it would have there."""
-    return [str(report.facts["url"] if "commit" in report.facts else report.facts["card"])]
+    facts = report.facts
+    return [str(facts["url"]) if "commit" in facts else Document(facts["card"])]
 
 
 def say_output(report: Report) -> list[str | Grid]:
@@ -264,7 +269,9 @@ def say_output(report: Report) -> list[str | Grid]:
 
 
 def _list_deleted(facts: Facts) -> list[str]:
-    return [f"  delete  {name}" for name in facts.get("deleted", [])]
+    names = facts.get("deleted", [])
+    rest = count_rest(len(names) - LISTED, "files", "--json")
+    return [f"  delete  {name}" for name in names[:LISTED]] + [f"          {more}" for more in rest]
 
 
 def _transfer(facts: Facts) -> str:

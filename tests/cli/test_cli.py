@@ -28,9 +28,11 @@ from schemas import check_all_shown
 import skillvec
 from skillvec import verbs
 from skillvec.cli.commands import main
+from skillvec.cli.group import OF_PROGRAM
 from skillvec.ops import compiled, philox
 
-COMMANDS = sorted(set(main.commands) - {"push", "pull"})  # those two: tests/cli/test_hub_cli.py
+# push and pull: tests/cli/test_hub_cli.py; of the program: test_help.py, test_completion.py
+COMMANDS = sorted(set(main.commands) - {"push", "pull", *OF_PROGRAM})
 
 
 def run(*arguments: object) -> Result:
@@ -774,6 +776,7 @@ def test_every_command_has_help_for_every_option(verb: str):
         if isinstance(parameter, click.Option):
             assert parameter.help and parameter.help.endswith("."), parameter.name
     assert main.commands[verb].help
+    assert "\n  Example" in result.stdout and f"    skillvec {verb} " in result.stdout
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
 
 
@@ -970,16 +973,44 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", NARROW)
 def test_no_line_is_wider_than_the_terminal(name: str, narrow: Path, monkeypatch):
     # Paths of inputs are the user's own, and a command that can be copied is not cut.
-    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(narrow)
     words = NARROW[name]
     planned = ["--dry-run"] if words[0] not in ("inspect",) else []
-    for more in ([], ["-v"], [*planned, "-v"], planned):
+    for width, more in (
+        (80, []), (80, ["-v"]), (80, [*planned, "-v"]), (80, planned), (60, ["-v"]), (120, ["-v"]),
+    ):  # fmt: skip
+        monkeypatch.setenv("COLUMNS", str(width))
         result = run(*words, *more, *(["--force"] if words[0] in WRITERS else []))
         assert result.exit_code == 0, result.output
-        for line in result.stdout.splitlines():
+        for line in result.output.splitlines():
             if str(narrow) not in line and not line.startswith("  skillvec "):
-                assert len(line.rstrip()) <= 80, line
+                assert len(line) <= width and line == line.rstrip(), line
+
+
+def test_what_programs_and_hands_take_is_not_folded(narrow: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.chdir(narrow)
+    strict(run("inspect", "v.safetensors", "--json").stdout)
+    place = tmp_path / "a folder whose name has many words, and is long"
+    place.mkdir()
+    made = place / "p.safetensors"
+    assert run(*NARROW["export-patch"][:-1], made, "-q").stdout == f"{made}\n"
+    command = next(line for line in run("inspect", "v.safetensors").stdout.split("\n")
+                   if line.startswith("  skillvec diff"))  # fmt: skip
+    assert len(command) > 40 and command.endswith("--license apache-2.0")
+
+
+def test_off_a_terminal_names_are_whole(narrow: Path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.chdir(narrow)
+    shown = run("inspect", "v.safetensors", "-v").stdout
+    assert "\u2026" not in shown and all(f"{name} " in shown for name in load("b"))
+    assert "..." not in shown and "... and " in run("inspect", "v.safetensors").stdout
+
+
+def test_a_terminal_without_the_characters_of_tables_gets_others(narrow: Path):
+    done = spawn("norms", narrow / "v.safetensors", PYTHONIOENCODING="ascii", COLUMNS="80")
+    assert done.returncode == 0 and done.stdout.isascii() and "???" in done.stdout
 
 
 def test_names_too_long_do_not_hide_the_terminal_s_edge(narrow: Path, monkeypatch):

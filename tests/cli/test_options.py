@@ -309,6 +309,8 @@ class Runner:
         output.parent.mkdir()
         signed_in = before != "signed out"
         self.server.adopt(self.patch, home := output.parent / "home", "good" if signed_in else None)
+        self.patch.setenv("HOME", str(home))  # where completion is installed
+        self.patch.delenv("XDG_DATA_HOME", raising=False)
         if before and signed_in:
             assert self._invoke(before, output, repo).exit_code == 0
         threads: set[int] = set()
@@ -692,6 +694,13 @@ CASES: dict[str, dict[str, Case]] = {
                       lambda a, b: len(a.report["lam"]) == 13 and b.report["lam"] == [0, 0.5, 1]),
         "--control": Case(f"{SWEEP} --eval probe:size -o OUT --json", "--control random,shuffled",
                           lambda a, b: curves(b) - curves(a) == {"random", "shuffled"}),
+    },
+    "help": {},
+    "completion": {
+        "--install": Case("bash", "--install", lambda a, b: (
+            "_skillvec_completion()" in a.stdout and ".bashrc" in b.stdout
+            and not [*a.home.glob(".bashrc")] and "skillvec/completion.bash" in " ".join(
+                map(str, b.home.rglob("completion.bash"))))),
     },
     "verify": shared("merged") | {
         "--tuned": Case("moved.safetensors --base moved_base", "--tuned moved_tuned", refused(2)),

@@ -4,6 +4,7 @@ import pytest
 
 from skillvec.report import Report
 from skillvec.verbs import phrases
+from skillvec.verbs.sentences import LISTED, say_push_plan
 
 
 @pytest.mark.parametrize("verb", [
@@ -37,10 +38,25 @@ def test_a_ledger_lists_what_its_verb_moves() -> None:
     assert grid.rows[0] == ["w", "applied", "2x3", "5", "1", "", "0.25"]
     assert grid.rows[1] == ["x", "equal", "scalar", "", "", "", ""]
     _, more = phrases.list_ledger(Report("apply", ledger=lines), 1)
-    assert more == "... and 1 more tensors (-v shows all)"
+    assert more == "... and 1 more tensor; -v or --json has all"
     for verb in ("push", "pull"):
         (grid, *_) = phrases.list_ledger(Report(verb, ledger=lines), None)
         assert not isinstance(grid, str) and grid.heads[0] == "file"
+
+
+def test_files_that_a_push_deletes_are_named_or_counted() -> None:
+    facts = {"kind": "model", "repo": "org/m", "revision": None, "files": [], "nbytes": 0}
+    names = [f"model-{i}.safetensors" for i in range(LISTED + 1)]
+    _, *few = say_push_plan(facts | {"deleted": names[:LISTED]})
+    assert few == [f"  delete  {name}" for name in names[:LISTED]]
+    *same, more = say_push_plan(facts | {"deleted": names})[1:]
+    assert same == few and more.strip() == "... and 1 more file; --json has all"
+
+
+def test_what_a_list_leaves_out_is_counted() -> None:
+    assert phrases.count_rest(212, "tensors", "-v") == ["... and 212 more tensors; -v has all"]
+    assert phrases.count_rest(1, "ways", "--json") == ["... and 1 more way; --json has all"]
+    assert phrases.count_rest(0, "ways", "-v") == phrases.count_rest(-3, "ways", "-v") == []
 
 
 def test_verdicts_say_what_they_go_by() -> None:
