@@ -11,7 +11,7 @@ from xxhash import xxh3_64
 
 from skillvec.errors import UsageError, up_to_five
 from skillvec.files.fingerprints import changes
-from skillvec.files.output_file import OutputFile, explain, fsync_path
+from skillvec.files.output_file import OutputFile, explain, fsync_path, put_on_disk
 
 JOURNAL, OWNER, KEPT = "journal", "owner", "replaced"
 OTHER = "of another command", "give that command to go on with it"
@@ -81,7 +81,7 @@ class Journal:
                 while text:
                     written = os.pwrite(fd, text, self._nbytes)
                     self._nbytes, text = self._nbytes + written, text[written:]
-                os.fsync(fd)
+                put_on_disk(fd)
                 self._seed = seed
             finally:
                 os.close(fd)

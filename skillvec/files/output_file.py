@@ -1,6 +1,12 @@
-"""A file that is written at any place, by several threads, and put on the disk."""
+"""A file that is written at any place, by several threads, and put on the disk.
 
+Calls that not every system has are asked for by name: where one is missing (macOS has neither
+`posix_fallocate` nor `posix_fadvise` nor `copy_file_range`) the same bytes are written without it.
+"""
+
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -51,7 +57,7 @@ class OutputFile:
         try:
             self._fd = os.open(path, mode | os.O_NOFOLLOW, 0o666)
             if shared:
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                _drop_pages(self._fd)
             self._allocate(nbytes)
         except OSError as error:
             self.close()
@@ -61,12 +67,9 @@ class OutputFile:
         """Give the file extents up to `nbytes`: writes are 1.8 times faster, a full disk shows."""
         if nbytes <= self._allocated:
             return
-        try:
-            os.posix_fallocate(self._fd, self._allocated, nbytes - self._allocated)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            os.ftruncate(self._fd, nbytes)
+        if not _took_extents(self._fd, self._allocated, nbytes - self._allocated):
+            # what an interrupted run has left behind that place is still to be read
+            os.ftruncate(self._fd, max(nbytes, os.fstat(self._fd).st_size))
         self._allocated = nbytes
 
     def reserve(self, nbytes: int) -> int:
@@ -106,9 +109,9 @@ class OutputFile:
                 return
             self._started = front = self._front
         # on dirty pages the advice starts write-back without waiting, on clean ones it drops them
-        os.posix_fadvise(self._fd, begin, front - begin, os.POSIX_FADV_DONTNEED)
+        _drop_pages(self._fd, begin, front - begin)
         if self._windowed and front > self.DROP:
-            os.posix_fadvise(self._fd, 0, front - self.DROP, os.POSIX_FADV_DONTNEED)
+            _drop_pages(self._fd, 0, front - self.DROP)
 
     def holds(self, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` with what lies at `offset`; False where the file ends before."""
@@ -147,21 +150,21 @@ class OutputFile:
         try:
             if os.fstat(self._fd).st_size > self.nbytes:
                 os.ftruncate(self._fd, self.nbytes)
-            os.fsync(self._fd)
+            put_on_disk(self._fd)
         except OSError as error:
             raise explain(error, self.path) from None
 
     def flush(self) -> None:
         """Wait until every byte written so far is on the disk."""
         try:
-            os.fsync(self._fd)
+            put_on_disk(self._fd)
         except OSError as error:
             raise explain(error, self.path) from None
 
     def hand_over(self) -> None:
         """Flush, and keep no page in memory: other machines write to the file, or have done so."""
         self.flush()
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        _drop_pages(self._fd)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -170,11 +173,32 @@ class OutputFile:
             self._fd = -1
 
 
+def _took_extents(fd: int, offset: int, nbytes: int) -> bool:
+    """Give a file extents; False where the system, or the file system, cannot."""
+    try:
+        os.posix_fallocate(fd, offset, nbytes)
+    except AttributeError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        return False
+    return True
+
+
+def _drop_pages(fd: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Have dirty pages of a range written and clean ones dropped, without waiting; 0 is all."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
 def _copy_range(source: int, output: int, nbytes: int, start: int, offset: int) -> int:
     """Copy some of the bytes of a range and return how many; OSError where the source ends."""
     done = 0
     try:
         done = os.copy_file_range(source, output, nbytes, start, offset)
+    except AttributeError:
+        pass
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
@@ -184,11 +208,24 @@ def _copy_range(source: int, output: int, nbytes: int, start: int, offset: int) 
     return done
 
 
+def put_on_disk(fd: int) -> None:
+    """Wait until all that was written to a descriptor is on the disk.
+
+    On macOS fsync stops at the drive's own memory, which a power failure empties; F_FULLFSYNC does
+    not, and is refused by some file systems.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
 def fsync_path(path: str) -> None:
     """Make a file's bytes, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        put_on_disk(fd)
     finally:
         os.close(fd)
 

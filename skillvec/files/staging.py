@@ -33,7 +33,7 @@ from skillvec.files.output_file import explain, fsync_path
 STAGING_SUFFIX = ".skillvec-unfinished"
 # after these the same command fails again: what was done is of no use
 FINAL = (FormatError, IncompatibleError, VerificationError)
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # two numbers on macOS
 
 
 @dataclass
