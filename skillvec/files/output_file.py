@@ -1,7 +1,7 @@
 """A file that is written at any place, by several threads, and put on the disk.
 
-Calls that not every system has are asked for by name: where one is missing (macOS has neither
-`posix_fallocate` nor `posix_fadvise` nor `copy_file_range`) the same bytes are written without it.
+Calls that not every system has (macOS has neither `posix_fallocate` nor `posix_fadvise` nor
+`copy_file_range`) may be missing: the same bytes are written without them.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 
 from skillvec.errors import OutputError, SkillvecError
 from skillvec.files.file import MiB, local_path, remote_of
@@ -22,15 +23,23 @@ def explain(error: OSError, path: str) -> OutputError:
     return OutputError(f"{path}: {error.strerror or error}; nothing was published")
 
 
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Raise an OutputError for a call of the system that failed."""
+    try:
+        yield
+    except SkillvecError:
+        raise
+    except OSError as error:
+        raise explain(error, path) from None
+
+
 def available_memory_nbytes() -> int:
     """Return what the kernel says is available without swapping (Linux), else 8 GiB."""
-    try:
-        with open("/proc/meminfo") as meminfo:
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/meminfo") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return 8 << 30
 
 
@@ -67,7 +76,11 @@ class OutputFile:
         """Give the file extents up to `nbytes`: writes are 1.8 times faster, a full disk shows."""
         if nbytes <= self._allocated:
             return
-        if not _took_extents(self._fd, self._allocated, nbytes - self._allocated):
+        try:
+            os.posix_fallocate(self._fd, self._allocated, nbytes - self._allocated)
+        except (AttributeError, OSError) as error:  # macOS has none, nor have some file systems
+            if getattr(error, "errno", errno.EINVAL) not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
             # what an interrupted run has left behind that place is still to be read
             os.ftruncate(self._fd, max(nbytes, os.fstat(self._fd).st_size))
         self._allocated = nbytes
@@ -78,7 +91,7 @@ class OutputFile:
         Extents are taken up to 64 MiB ahead, to the byte where the disk has no more.
         """
         offset, self.nbytes = self.nbytes, self.nbytes + nbytes
-        try:
+        with explained(self.path):
             try:
                 if self.nbytes > self._allocated:
                     self._allocate(self.nbytes + min(offset, self.START))
@@ -86,19 +99,15 @@ class OutputFile:
                 if error.errno != errno.ENOSPC:
                     raise
                 self._allocate(self.nbytes)
-        except OSError as error:
-            raise explain(error, self.path) from None
         return offset
 
     def write(self, offset: int, buffer: memoryview | bytes | bytearray) -> None:
         """Write `buffer` at the absolute `offset`; raise OutputError on a full disk."""
         view = memoryview(buffer)
         done = 0
-        try:
+        with explained(self.path):
             while done < len(view):
                 done += os.pwrite(self._fd, view[done : done + self.PIECE], offset + done)
-        except OSError as error:
-            raise explain(error, self.path) from None
         self._advance(offset + len(view))
 
     def _advance(self, end: int) -> None:
@@ -116,14 +125,12 @@ class OutputFile:
     def holds(self, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` with what lies at `offset`; False where the file ends before."""
         done = 0
-        try:
+        with explained(self.path):
             while done < len(buffer):
                 count = os.preadv(self._fd, [buffer[done:]], offset + done)
                 if not count:
                     return False
                 done += count
-        except OSError as error:
-            raise explain(error, self.path) from None
         return True
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -134,12 +141,10 @@ class OutputFile:
     def copy(self, offset: int, source: int, start: int, nbytes: int) -> None:
         """Copy a range of an open file to `offset`: the file system itself does it where it can."""
         end = offset + nbytes
-        try:
+        with explained(self.path):
             while offset < end:
                 done = _copy_range(source, self._fd, end - offset, start, offset)
                 offset, start = offset + done, start + done
-        except OSError as error:
-            raise explain(error, self.path) from None
 
     def append(self, buffer: bytes | memoryview) -> None:
         """Write behind the end; for one caller at a time."""
@@ -147,19 +152,15 @@ class OutputFile:
 
     def sync(self) -> None:
         """Give back what was allocated ahead and wait until every byte is on the disk."""
-        try:
+        with explained(self.path):
             if os.fstat(self._fd).st_size > self.nbytes:
                 os.ftruncate(self._fd, self.nbytes)
             put_on_disk(self._fd)
-        except OSError as error:
-            raise explain(error, self.path) from None
 
     def flush(self) -> None:
         """Wait until every byte written so far is on the disk."""
-        try:
+        with explained(self.path):
             put_on_disk(self._fd)
-        except OSError as error:
-            raise explain(error, self.path) from None
 
     def hand_over(self) -> None:
         """Flush, and keep no page in memory: other machines write to the file, or have done so."""
@@ -173,19 +174,6 @@ class OutputFile:
             self._fd = -1
 
 
-def _took_extents(fd: int, offset: int, nbytes: int) -> bool:
-    """Give a file extents; False where the system, or the file system, cannot."""
-    try:
-        os.posix_fallocate(fd, offset, nbytes)
-    except AttributeError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        return False
-    return True
-
-
 def _drop_pages(fd: int, offset: int = 0, nbytes: int = 0) -> None:
     """Have dirty pages of a range written and clean ones dropped, without waiting; 0 is all."""
     if hasattr(os, "posix_fadvise"):
@@ -197,10 +185,9 @@ def _copy_range(source: int, output: int, nbytes: int, start: int, offset: int) 
     done = 0
     try:
         done = os.copy_file_range(source, output, nbytes, start, offset)
-    except AttributeError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+    except (AttributeError, OSError) as error:  # macOS has none, nor have some file systems
+        refused = errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP
+        if getattr(error, "errno", errno.ENOSYS) not in refused:
             raise
     done = done or os.pwrite(output, os.pread(source, min(nbytes, 8 * MiB), start), offset)
     if not done:
@@ -214,11 +201,10 @@ def put_on_disk(fd: int) -> None:
     On macOS fsync stops at the drive's own memory, which a power failure empties; F_FULLFSYNC does
     not, and is refused by some file systems.
     """
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(fd)
+    try:
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
+    except (AttributeError, OSError):
+        os.fsync(fd)
 
 
 def fsync_path(path: str) -> None:
@@ -233,7 +219,7 @@ def fsync_path(path: str) -> None:
 def copy_file(source: str, output: str) -> None:
     """Copy a file's bytes, and of a local one the permission bits, durably."""
     remote = remote_of(source)
-    try:
+    with explained(output):
         if remote is not None and remote.ranged:
             with open(output, "wb") as file:
                 for at in range(0, remote.nbytes, 8 * MiB):
@@ -242,7 +228,3 @@ def copy_file(source: str, output: str) -> None:
             shutil.copyfile(local_path(source), output)
             shutil.copymode(local_path(source), output)
         fsync_path(output)
-    except OSError as error:
-        if isinstance(error, SkillvecError):
-            raise
-        raise explain(error, output) from None

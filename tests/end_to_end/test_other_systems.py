@@ -108,7 +108,7 @@ def take_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    """Return what commands have written; of safetensors what is behind the header, which has a date."""
+    """Return what commands have written; of safetensors what is behind the header with its date."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors" and path.is_file():
