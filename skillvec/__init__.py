@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillvec.moved import answer_old_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Checkpoint",

@@ -1,4 +1,4 @@
-"""Use the skillvec that is installed for one diff and one apply: cibuildwheel's test of a wheel.
+"""Use the skillvec that is installed for diff, apply and verify: cibuildwheel's test of a wheel.
 
     python wheels/try_wheel.py     # prints what `skillvec --version -v` says
 
@@ -54,6 +54,8 @@ def main() -> None:
                  "--quiet", kernels=kernels)  # fmt: skip
             call(folder, "apply", "base.safetensors", v.name, "-o", out.name, "--quiet",
                  kernels=kernels)  # fmt: skip
+            for made in (v, out):
+                call(folder, "verify", made.name, "--quiet", kernels=kernels)
             written.append((data_of(v), data_of(out)))
             for tensor, found in load_file(out).items():
                 assert found.tobytes() == tuned[tensor].tobytes(), tensor

@@ -48,4 +48,6 @@ def choose_engine(name: str, workers: int | None) -> Engine:
         raise UsageError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
     if name == "serial" and (workers or 1) > 1:
         raise UsageError(f"workers {workers}: engine serial is the calling thread alone")
-    return Threads(0 if name == "serial" else workers or min(16, len(os.sched_getaffinity(0))))
+    # macOS does not say which cores are ours
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Threads(0 if name == "serial" else workers or min(16, cores or 1))

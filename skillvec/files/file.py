@@ -17,6 +17,7 @@ from skillvec.errors import FormatError, SkillvecError
 
 LEAF_NBYTES = 1 << 20  # a digest is a tree of leaves, so that blocks can be hashed in any order
 MiB = 1 << 20
+READ = 1 << 30  # bytes that one call is asked for: macOS refuses 2 GiB and more
 REQUESTS = 16  # for small ranges of remote files, at once
 
 
@@ -213,7 +214,7 @@ def read_into(path: str, offset: int, buffer: memoryview) -> None:
             status = _identities[path] = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
         file = _open_file(path, status)
         while done < len(buffer):
-            count = os.preadv(file.fd, [buffer[done:]], offset + done)
+            count = os.preadv(file.fd, [buffer[done : done + READ]], offset + done)
             if count == 0:
                 raise FormatError(
                     f"{path}: the file ends at byte {os.fstat(file.fd).st_size}, expected"

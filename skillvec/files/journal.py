@@ -11,7 +11,7 @@ from xxhash import xxh3_64
 
 from skillvec.errors import UsageError, up_to_five
 from skillvec.files.fingerprints import changes
-from skillvec.files.output_file import OutputFile, explain, fsync_path
+from skillvec.files.output_file import OutputFile, explain, explained, fsync_path, put_on_disk
 
 JOURNAL, OWNER, KEPT = "journal", "owner", "replaced"
 OTHER = "of another command", "give that command to go on with it"
@@ -71,7 +71,7 @@ class Journal:
             encoded, seed = _encoded(line, seed)
             pieces.append(encoded)
         text = memoryview(b"".join(pieces))
-        try:
+        with explained(os.fspath(self._path)):
             # the names of the files first; shards come one after the other
             for folder in (self._folder / "made", self._folder, self._folder.parent):
                 fsync_path(os.fspath(folder))
@@ -81,13 +81,11 @@ class Journal:
                 while text:
                     written = os.pwrite(fd, text, self._nbytes)
                     self._nbytes, text = self._nbytes + written, text[written:]
-                os.fsync(fd)
+                put_on_disk(fd)
                 self._seed = seed
             finally:
                 os.close(fd)
             fsync_path(os.fspath(self._folder))
-        except OSError as error:
-            raise explain(error, os.fspath(self._path)) from None
 
     @contextlib.contextmanager
     def laid_aside(self) -> Iterator[None]:

@@ -1,9 +1,16 @@
-"""A file that is written at any place, by several threads, and put on the disk."""
+"""A file that is written at any place, by several threads, and put on the disk.
 
+Calls that not every system has (macOS has neither `posix_fallocate` nor `posix_fadvise` nor
+`copy_file_range`) may be missing: the same bytes are written without them.
+"""
+
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 
 from skillvec.errors import OutputError, SkillvecError
 from skillvec.files.file import MiB, local_path, remote_of
@@ -16,15 +23,23 @@ def explain(error: OSError, path: str) -> OutputError:
     return OutputError(f"{path}: {error.strerror or error}; nothing was published")
 
 
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Raise an OutputError for a call of the system that failed."""
+    try:
+        yield
+    except SkillvecError:
+        raise
+    except OSError as error:
+        raise explain(error, path) from None
+
+
 def available_memory_nbytes() -> int:
     """Return what the kernel says is available without swapping (Linux), else 8 GiB."""
-    try:
-        with open("/proc/meminfo") as meminfo:
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/meminfo") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return 8 << 30
 
 
@@ -51,7 +66,7 @@ class OutputFile:
         try:
             self._fd = os.open(path, mode | os.O_NOFOLLOW, 0o666)
             if shared:
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                _drop_pages(self._fd)
             self._allocate(nbytes)
         except OSError as error:
             self.close()
@@ -63,10 +78,11 @@ class OutputFile:
             return
         try:
             os.posix_fallocate(self._fd, self._allocated, nbytes - self._allocated)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+        except (AttributeError, OSError) as error:  # macOS has none, nor have some file systems
+            if getattr(error, "errno", errno.EINVAL) not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-            os.ftruncate(self._fd, nbytes)
+            # what an interrupted run has left behind that place is still to be read
+            os.ftruncate(self._fd, max(nbytes, os.fstat(self._fd).st_size))
         self._allocated = nbytes
 
     def reserve(self, nbytes: int) -> int:
@@ -75,7 +91,7 @@ class OutputFile:
         Extents are taken up to 64 MiB ahead, to the byte where the disk has no more.
         """
         offset, self.nbytes = self.nbytes, self.nbytes + nbytes
-        try:
+        with explained(self.path):
             try:
                 if self.nbytes > self._allocated:
                     self._allocate(self.nbytes + min(offset, self.START))
@@ -83,19 +99,15 @@ class OutputFile:
                 if error.errno != errno.ENOSPC:
                     raise
                 self._allocate(self.nbytes)
-        except OSError as error:
-            raise explain(error, self.path) from None
         return offset
 
     def write(self, offset: int, buffer: memoryview | bytes | bytearray) -> None:
         """Write `buffer` at the absolute `offset`; raise OutputError on a full disk."""
         view = memoryview(buffer)
         done = 0
-        try:
+        with explained(self.path):
             while done < len(view):
                 done += os.pwrite(self._fd, view[done : done + self.PIECE], offset + done)
-        except OSError as error:
-            raise explain(error, self.path) from None
         self._advance(offset + len(view))
 
     def _advance(self, end: int) -> None:
@@ -106,21 +118,19 @@ class OutputFile:
                 return
             self._started = front = self._front
         # on dirty pages the advice starts write-back without waiting, on clean ones it drops them
-        os.posix_fadvise(self._fd, begin, front - begin, os.POSIX_FADV_DONTNEED)
+        _drop_pages(self._fd, begin, front - begin)
         if self._windowed and front > self.DROP:
-            os.posix_fadvise(self._fd, 0, front - self.DROP, os.POSIX_FADV_DONTNEED)
+            _drop_pages(self._fd, 0, front - self.DROP)
 
     def holds(self, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` with what lies at `offset`; False where the file ends before."""
         done = 0
-        try:
+        with explained(self.path):
             while done < len(buffer):
                 count = os.preadv(self._fd, [buffer[done:]], offset + done)
                 if not count:
                     return False
                 done += count
-        except OSError as error:
-            raise explain(error, self.path) from None
         return True
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -131,12 +141,10 @@ class OutputFile:
     def copy(self, offset: int, source: int, start: int, nbytes: int) -> None:
         """Copy a range of an open file to `offset`: the file system itself does it where it can."""
         end = offset + nbytes
-        try:
+        with explained(self.path):
             while offset < end:
                 done = _copy_range(source, self._fd, end - offset, start, offset)
                 offset, start = offset + done, start + done
-        except OSError as error:
-            raise explain(error, self.path) from None
 
     def append(self, buffer: bytes | memoryview) -> None:
         """Write behind the end; for one caller at a time."""
@@ -144,24 +152,20 @@ class OutputFile:
 
     def sync(self) -> None:
         """Give back what was allocated ahead and wait until every byte is on the disk."""
-        try:
+        with explained(self.path):
             if os.fstat(self._fd).st_size > self.nbytes:
                 os.ftruncate(self._fd, self.nbytes)
-            os.fsync(self._fd)
-        except OSError as error:
-            raise explain(error, self.path) from None
+            put_on_disk(self._fd)
 
     def flush(self) -> None:
         """Wait until every byte written so far is on the disk."""
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise explain(error, self.path) from None
+        with explained(self.path):
+            put_on_disk(self._fd)
 
     def hand_over(self) -> None:
         """Flush, and keep no page in memory: other machines write to the file, or have done so."""
         self.flush()
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        _drop_pages(self._fd)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -170,13 +174,20 @@ class OutputFile:
             self._fd = -1
 
 
+def _drop_pages(fd: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Have dirty pages of a range written and clean ones dropped, without waiting; 0 is all."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
 def _copy_range(source: int, output: int, nbytes: int, start: int, offset: int) -> int:
     """Copy some of the bytes of a range and return how many; OSError where the source ends."""
     done = 0
     try:
         done = os.copy_file_range(source, output, nbytes, start, offset)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+    except (AttributeError, OSError) as error:  # macOS has none, nor have some file systems
+        refused = errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP
+        if getattr(error, "errno", errno.ENOSYS) not in refused:
             raise
     done = done or os.pwrite(output, os.pread(source, min(nbytes, 8 * MiB), start), offset)
     if not done:
@@ -184,11 +195,23 @@ def _copy_range(source: int, output: int, nbytes: int, start: int, offset: int) 
     return done
 
 
+def put_on_disk(fd: int) -> None:
+    """Wait until all that was written to a descriptor is on the disk.
+
+    On macOS fsync stops at the drive's own memory, which a power failure empties; F_FULLFSYNC does
+    not, and is refused by some file systems.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
+    except (AttributeError, OSError):
+        os.fsync(fd)
+
+
 def fsync_path(path: str) -> None:
     """Make a file's bytes, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        put_on_disk(fd)
     finally:
         os.close(fd)
 
@@ -196,7 +219,7 @@ def fsync_path(path: str) -> None:
 def copy_file(source: str, output: str) -> None:
     """Copy a file's bytes, and of a local one the permission bits, durably."""
     remote = remote_of(source)
-    try:
+    with explained(output):
         if remote is not None and remote.ranged:
             with open(output, "wb") as file:
                 for at in range(0, remote.nbytes, 8 * MiB):
@@ -205,7 +228,3 @@ def copy_file(source: str, output: str) -> None:
             shutil.copyfile(local_path(source), output)
             shutil.copymode(local_path(source), output)
         fsync_path(output)
-    except OSError as error:
-        if isinstance(error, SkillvecError):
-            raise
-        raise explain(error, output) from None

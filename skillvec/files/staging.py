@@ -28,12 +28,12 @@ from skillvec.errors import (
     VerificationError,
 )
 from skillvec.files.journal import JOURNAL, KEPT, OTHER, OWNER, Journal, explain_refusal, read_lines
-from skillvec.files.output_file import explain, fsync_path
+from skillvec.files.output_file import explain, explained, fsync_path
 
 STAGING_SUFFIX = ".skillvec-unfinished"
 # after these the same command fails again: what was done is of no use
 FINAL = (FormatError, IncompatibleError, VerificationError)
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # two numbers on macOS
 
 
 @dataclass
@@ -153,11 +153,9 @@ def _owned(folder: Path) -> str:
 
 def _lock(output: Path, folder: Path) -> int:
     """Return a descriptor that holds the lock on the folder; OutputError where another has it."""
-    try:
+    with explained(os.fspath(folder)):
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise explain(error, os.fspath(folder)) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock), os.stat(folder)):

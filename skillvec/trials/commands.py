@@ -107,20 +107,33 @@ def _run_group(words: list[str], place: Path) -> int:
             words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
         )
         try:
-            # not reaped yet, so that the number of its group stays its own
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            if hasattr(os, "waitid"):
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # see _has_ended
+            else:
+                process.wait()
         finally:
             _end_group(process)
     return process.returncode
 
 
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Return whether a process has ended; it is not reaped, so its group's number stays its own.
+
+    Without waitid (macOS before Python 3.13) it is reaped.
+    """
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    ended = os.WEXITED | os.WNOWAIT | os.WNOHANG
+    return os.waitid(os.P_PID, process.pid, ended) is not None
+
+
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
     """Ask all of a process's group to end, wait for its first, then end what is left."""
-    with contextlib.suppress(ProcessLookupError):
+    # macOS denies signals to a group of which nothing runs any more
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGTERM)
         patience = time.monotonic() + GRACE_SECONDS
-        ended = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while os.waitid(os.P_PID, process.pid, ended) is None and time.monotonic() < patience:
+        while not _has_ended(process) and time.monotonic() < patience:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

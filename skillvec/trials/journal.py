@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from skillvec.errors import FormatError, OutputError, UsageError, up_to_five
-from skillvec.files.output_file import explain, fsync_path
+from skillvec.files.output_file import explain, fsync_path, put_on_disk
 
 Line = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Journal:
             os.lseek(self._fd, 0, os.SEEK_END)
             while text:
                 text = text[os.write(self._fd, text) :]
-            os.fsync(self._fd)
+            put_on_disk(self._fd)
         except OSError as error:
             raise explain(error, os.fspath(self.path)) from None
 

@@ -1,8 +1,11 @@
-"""The wheel: what is in it, and that it works in an environment that has nothing else."""
+"""Wheel and sdist: what is in them, and that they work in an environment that has nothing else."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -26,12 +29,18 @@ def build(folder: Path, **environment: str) -> Path:
     return wheel
 
 
-def use(wheel: Path, folder: Path) -> str:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip builds of this checkout."""
+    return build(tmp_path_factory.mktemp("wheel"))
+
+
+def use(package: Path, folder: Path, base: str = sys.executable) -> str:
     """Install into an empty environment and return what wheels/try_wheel.py prints there."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True, env=clean)
+    subprocess.run([base, "-m", "venv", folder], check=True, env=clean)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True, env=clean)
     done = subprocess.run([python, ROOT / "wheels" / "try_wheel.py"], check=True, cwd=folder,
                           stdout=subprocess.PIPE, text=True, env=clean)  # fmt: skip
     return done.stdout
@@ -46,17 +55,46 @@ def check_names(wheel: Path, compiled: bool) -> None:
     assert wheel.stat().st_size < 2_000_000
 
 
-def test_a_wheel_with_kernels_works_in_an_empty_environment(tmp_path: Path):
-    wheel = build(tmp_path)
+def test_a_wheel_with_kernels_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
     kind = "cp311-abi3" if WITH_KERNELS else "py3-none-any"
     assert wheel.name.startswith(f"skillvec-{skillvec.__version__}-{kind}")
     check_names(wheel, WITH_KERNELS)
     assert ("(installed without a C compiler)" in use(wheel, tmp_path / "it")) != WITH_KERNELS
 
 
-def test_the_pipeline_runs_from_an_installed_package(tmp_path: Path):
+@pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
+def test_the_same_wheel_works_on_every_python(version: str, wheel: Path, tmp_path: Path):
+    """With pyenv, PYENV_VERSION=3.11.7:3.12.1:3.13.0 puts several on the path."""
+    python = shutil.which(f"python{version}")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"no Python {version} here")
+    said = use(wheel, tmp_path / "it", python)
+    assert re.search(rf"^python +{re.escape(version)}\.", said, re.MULTILINE)
+    assert ("(installed without a C compiler)" in said) != WITH_KERNELS
+
+
+def test_the_sources_make_a_package_that_works(tmp_path: Path):
+    """What `make dist` puts beside the wheel, built and installed by pip alone."""
+    code = f"import backend; backend.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
+                   env=os.environ | {"PYTHONPATH": str(ROOT / "wheels")})  # fmt: skip
+    (sources,) = tmp_path.glob("*.tar.gz")
+    assert sources.name == f"skillvec-{skillvec.__version__}.tar.gz"
+    with tarfile.open(sources) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in ("LICENSE", "SECURITY.md", "CITATION.cff", "CMakeLists.txt", "wheels/backend.py",
+                 "skillvec/ops/native/module.c", "recipes/mini/past.yaml"):  # fmt: skip
+        assert name in names, name
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    tops = {name.partition("/")[0] for name in names}
+    assert not tops & {".git", ".venv", "runs", "dist", "build"}
+    assert sources.stat().st_size < 6_000_000
+    said = use(sources, tmp_path / "it")
+    assert ("(installed without a C compiler)" in said) != WITH_KERNELS
+
+
+def test_the_pipeline_runs_from_an_installed_package(wheel: Path, tmp_path: Path):
     """From an empty folder, with what the recipes need and without a clone."""
-    wheel = build(tmp_path)
     assert not any("/test_" in name for name in zipfile.ZipFile(wheel).namelist())
     venv.create(tmp_path / "it", with_pip=True)
     python = tmp_path / "it" / "bin" / "python"

@@ -25,6 +25,15 @@ def test_threads_are_the_cores_sixteen_at_most(monkeypatch: pytest.MonkeyPatch) 
     assert choose_engine("serial", 1).workers == choose_engine("serial", None).workers == 0
 
 
+def test_where_a_system_does_not_say_which_cores_are_ours_all_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for cores, workers in ((5, 5), (64, 16), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda n=cores: n)
+        assert choose_engine("threads", None).workers == workers
+
+
 def test_a_run_of_no_options_writes_once() -> None:
     run = Run.by()
     assert not (run.stream or run.dry_run or run.force or run.watcher)

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128
 
 from skillvec.errors import FormatError, OutputError, VerificationError
+from skillvec.files import file as file_module
 from skillvec.files import header as header_module
 from skillvec.files import official_reader
 from skillvec.files import staging as staging_module
@@ -403,6 +404,23 @@ def test_read_into_fills_exactly_the_buffer(tmp_path: Path):
     buffer = bytearray(b"\xff" * 12)
     read_into(str(path), 7, memoryview(buffer)[1:11])
     assert buffer == b"\xff" + bytes(range(7, 17)) + b"\xff"
+    forget_open_files()
+
+
+def test_a_long_read_is_asked_for_in_parts(tmp_path: Path, monkeypatch):
+    """macOS refuses to read 2 GiB in one call."""
+    path, read, asked = tmp_path / "bytes", os.preadv, []
+    path.write_bytes(bytes(range(64)))
+
+    def noted(fd: int, buffers: list[memoryview], offset: int) -> int:
+        asked.append(len(buffers[0]))
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    monkeypatch.setattr(file_module, "READ", 5)
+    buffer = bytearray(12)
+    read_into(str(path), 7, memoryview(buffer))
+    assert buffer == bytes(range(7, 19)) and asked == [5, 5, 2]
     forget_open_files()
 
 

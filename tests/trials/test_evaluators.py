@@ -356,7 +356,14 @@ def test_a_command_that_writes_no_output_says_so(tmp_path: Path):
         command(tmp_path, "print('{}')", "{model} {output}").evaluate("m", None, ALL)
 
 
-def test_what_a_command_leaves_running_ends_with_it(tmp_path: Path):
+@pytest.fixture(params=["with waitid", "without"])
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has no os.waitid on macOS before 3.13."""
+    if request.param == "without":
+        monkeypatch.delattr(os, "waitid")
+
+
+def test_what_a_command_leaves_running_ends_with_it(waiting: None, tmp_path: Path):
     text = (
         "import json, subprocess\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
@@ -366,7 +373,7 @@ def test_what_a_command_leaves_running_ends_with_it(tmp_path: Path):
     assert not is_running(int(said["child"].mean))
 
 
-def test_an_interruption_ends_the_whole_group_of_a_command(tmp_path: Path):
+def test_an_interruption_ends_the_whole_group_of_a_command(waiting: None, tmp_path: Path):
     text = (
         "import os, signal, subprocess, sys, time\n"
         "def tidy(*given):\n"
