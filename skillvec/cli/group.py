@@ -77,8 +77,9 @@ class Verbs(click.Group):
             told = str(stop) or "nothing was published"
             end("Interrupted", told, f"interrupted; {told}", 1)
         except click.UsageError as error:
-            unknown = isinstance(error, click.NoSuchOption)
-            told = self._explain(error) if unknown else error.format_message()
+            told = error.format_message()
+            if isinstance(error, click.NoSuchOption):
+                told = self._explain(error)
             if as_json:
                 _print_error(ctx, "UsageError", told, error.exit_code)
             raise click.UsageError(
