@@ -164,7 +164,7 @@ def test_a_path_that_is_not_there_gets_one_that_is(here: Path, ref: str, role: s
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_name_is_not_this_folder(here: Path, name: str):
     """It is what a variable of the shell is that was not set."""
-    for words in (("inspect", name), ("diff", name, "base", "-o", "x"), ("norms", f"{name}::base")):  # fmt: skip
+    for words in (("inspect", name), ("diff", name, "base", "-o", "x"), ("norms", f"{name}::base")):
         assert "an empty name" in refused(*words)
 
 
