@@ -118,7 +118,7 @@ def _folders_of(path: Path) -> dict[str, list[str]]:
         inner = []
         for above in level:
             with os.scandir(path / above) as entries:
-                names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+                names = [e.name for e in entries if not e.name.startswith(".") and _is_folder(e)]
             for name in sorted(names)[: MANY - len(held)]:
                 folder = f"{above}/{name}" if above else name
                 with contextlib.suppress(OSError):  # not to be read
@@ -126,6 +126,14 @@ def _folders_of(path: Path) -> dict[str, list[str]]:
                     inner.append(folder)
         level = inner
     return held
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder; False of a link that leads in a circle."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def find_steps(names: Iterable[str]) -> list[str]:

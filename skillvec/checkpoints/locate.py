@@ -18,6 +18,8 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
     URLs but hf:// are those of object stores.
     """
     text = os.fspath(ref)
+    if not text.strip():  # "$MODEL" where it was not set; a path it would be that of this folder
+        raise UsageError(f"{role} {text!r}: an empty name, expected a path or a name on the Hub")
     try:
         text.encode()
     except UnicodeEncodeError:  # it could not stand in a manifest
@@ -36,6 +38,8 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
         files = {entry.name: entry.path for entry in os.scandir(path)} if path.is_dir() else {}
         # written as a commit of the Hub, and none: a record must not say that it is
         return Place(f"./{text}" if is_recorded(text) else text, path, files)
+    if path.is_symlink():
+        raise UsageError(f"{role} {text}: a link, and what it leads to is not there")
     if Path(text).suffix in SUFFIXES and not text.startswith(SCHEME):
         raise UsageError(f"{role} {text}: no such file{_ask(text, role)}")
     if not is_of_hub(text):
@@ -54,7 +58,8 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
 def _ask(text: str, role: str) -> str:
     """Return the question whether something that exists was meant, "" where nothing is near.
 
-    That is a pair of models whose "::" is one colon, or a path with one other name in it.
+    That is a pair of models whose "::" is one colon, a path with one other name in it, or a file
+    whose name goes on.
     """
     from difflib import get_close_matches  # no run that succeeds needs it
 
@@ -70,7 +75,8 @@ def _ask(text: str, role: str) -> str:
     rest = path.relative_to(found)
     alike = {path.stem: path for path in beside if path.suffix == found.suffix}
     near = (alike[stem] / rest for stem in get_close_matches(found.stem, alike, 5))
-    there = next((path for path in near if path.exists()), None)
+    unnamed = (path for path in beside if path.stem == found.name and path.suffix in SUFFIXES)
+    there = next((path for path in (*near, *unnamed) if path.exists()), None)
     return f"; did you mean {printable(str(there))}?" if there else ""
 
 

@@ -63,7 +63,7 @@ def install(shell: str) -> list[str]:
     script, reader = find_place(shell)
     text = f"{MARK}\n{make_script(shell)}"
     try:
-        before = script.read_text() if script.exists() else None
+        before = _read(script) if script.exists() else None
         if before is not None and not before.startswith(MARK):
             raise UsageError(
                 f"{script} exists, and skillvec did not write it: move it away, or put what"
@@ -80,6 +80,11 @@ def install(shell: str) -> list[str]:
     return [*said, f"completion works in every {shell} that is started from now on"]
 
 
+def _read(file: Path) -> str:
+    """Return the text of a user's file, which may be in any encoding."""
+    return file.read_text(encoding="utf-8", errors="surrogateescape")
+
+
 def _make_block(shell: str, script: Path) -> str:
     """Return the lines that have a script read at the start of a shell."""
     path = str(script).replace("'", "'\\''")
@@ -91,7 +96,7 @@ def _make_block(shell: str, script: Path) -> str:
 
 def _add_block(reader: Path, block: str) -> str:
     """Add a block of lines to the end of a user's file, unless it has one; return what was done."""
-    before = reader.read_text() if reader.exists() else ""
+    before = _read(reader) if reader.exists() else ""
     if block in before:
         return f"reads it already: {reader}"
     if BEGIN in before:

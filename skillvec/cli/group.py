@@ -88,7 +88,8 @@ class Verbs(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader went away; click ends quietly
                 raise
-            told = f"{error.filename or ''}: {error.strerror or error}"
+            where = f"{error.filename}: " if error.filename else ""  # none of the standard output
+            told = f"{where}{error.strerror or error}"
             end("OSError", told, f"error: {told}", 1)
 
     def resolve_command(
@@ -103,7 +104,7 @@ class Verbs(click.Group):
         """Raise UsageError for a word that is no command, with those that may be meant."""
         near = find_near(word, [*self.commands, "--version"], COMMANDS_ALSO)
         said = f"There is no command {word!r}.{ask_if(near)}"
-        lines = [f"  {name:14} {self.commands[name].get_short_help_str(60)}"
+        lines = [f"  {name:14} {self.commands[name].get_short_help_str(80)}"
                  for name in near if name in self.commands]  # fmt: skip
         raise click.UsageError(
             "\n".join([said, *lines, "'skillvec help' lists all commands."]), ctx

@@ -20,6 +20,15 @@ MOST_WORDS = 8  # of a name are tried to be left out: names in files may have an
 MOST_SHAPES = 500  # of which each is compared with all others
 
 
+def measure(text: str) -> int:
+    """Return how many places of a terminal a text takes: letters of some scripts take two."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text.replace(NUMBER, "0"))
+
+
 def shorten(names: Sequence[str], room: int) -> list[str]:
     """Return a label for each name: itself where it fits the room, else with its middle cut.
 
@@ -29,7 +38,7 @@ def shorten(names: Sequence[str], room: int) -> list[str]:
     shapes: dict[str, int] = {}  # and what the longest name of each has beside it
     for name in names:
         shape = _shape(name)
-        shapes[shape] = max(shapes.get(shape, 0), len(name) - len(shape))
+        shapes[shape] = max(shapes.get(shape, 0), measure(name) - measure(shape))
     if len(shapes) > MOST_SHAPES or any(CUT in shape for shape in shapes):
         return [*names]  # too many to compare, or cut already
     common = Counter(word for shape in shapes for word in {*shape.split(".")})
@@ -55,9 +64,9 @@ def _choose(shape: str, room: int, common: Counter[str], others: Sequence[str]) 
 
     Where there is none the room grows, in the end to what the whole name takes.
     """
-    for most in range(max(room, 1), len(shape), WIDENED):
+    for most in range(max(room, 1), measure(shape), WIDENED):
         for label in _list_labels(shape.split("."), most, common):
-            if len(label) <= most and not _fits_any(label, others):
+            if measure(label) <= most and not _fits_any(label, others):
                 return label
     return shape
 
@@ -70,7 +79,8 @@ def _list_labels(words: list[str], room: int, common: Counter[str]) -> Iterator[
     for left_out in [frozenset[int](), *ways]:  # a word that stays is cut
         label = _join(words, left_out)
         for i in sorted({*range(len(words))} - left_out, key=lambda i: -len(words[i])):
-            rest = max(room - len(label) + len(words[i]), 2 * LEAST + 1) - 1
+            rest = room - measure(label) + measure(words[i])
+            rest = max(rest * len(words[i]) // max(measure(words[i]), 1), 2 * LEAST + 1) - 1
             if rest < len(words[i]) - 1:
                 word = f"{words[i][: rest // 2]}{CUT}{words[i][rest // 2 - rest :]}"
                 yield _join([*words[:i], word, *words[i + 1 :]], left_out)

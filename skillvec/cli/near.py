@@ -19,6 +19,7 @@ COMMANDS_ALSO = {
     "evaluate": ("sweep", "search"), "scan": ("sweep",), "tune": ("search",),
     "optimize": ("search",), "upload": ("push",), "publish": ("push",), "download": ("pull",),
     "fetch": ("pull",), "version": ("--version",),
+    **{name: ("combine", "apply") for name in OPERATORS if name != "orthogonal"},
 }  # fmt: skip
 OPTIONS_ALSO = {
     "--lambda": ("--lam",), "--scale": ("--lam",), "--alpha": ("--lam",), "--coef": ("--lam",),
@@ -33,9 +34,10 @@ def find_near(word: str, known: Iterable[str], also: Mapping[str, Sequence[str]]
     """Return the known words that a word may stand for: other names of it first, else near ones."""
     from difflib import get_close_matches
 
-    known = [*known]
-    meant = [name for name in also.get(word.lower(), ()) if name in known]
-    return meant or get_close_matches(word.lower(), known)
+    known, word = [*known], word.lower()
+    dashed = word.replace("_", "-")
+    meant = [name for name in also.get(word, (dashed,)) if name in known]
+    return meant or get_close_matches(dashed, known)
 
 
 def ask_if(words: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """What a person sees: plans, reports and progress. Data goes to stdout, talk to stderr.
 
-rich is imported only to draw a table or a bar: a quiet run starts faster.
+rich is imported only to draw a bar, or for letters wider than one place: a quiet run starts faster.
 """
 
 import json
@@ -19,7 +19,9 @@ WIDEST_TEXT = 100  # of sentences, on a terminal of any width: longer lines are 
 FORMAT_VERSION = 1  # of what --json prints: docs/json.md says when it rises
 
 
-def _write(text: str, stream: TextIO) -> None:
+def _write(text: str, stream: TextIO | None) -> None:
+    if stream is None:  # closed by the caller: `>&-`
+        return
     encoding = stream.encoding or "utf-8"  # which may lack what tables are drawn with
     print(printable(text).encode(encoding, "replace").decode(encoding), file=stream)
 
@@ -35,9 +37,9 @@ def tell(text: str) -> None:
     _write(fold(printable(text), find_width(sys.stderr)), sys.stderr)
 
 
-def find_width(stream: TextIO) -> int | None:
+def find_width(stream: TextIO | None) -> int | None:
     """Return the columns of the terminal behind a stream, or of COLUMNS; None where neither is."""
-    if stream.isatty() or os.environ.get("COLUMNS", "").isdecimal():
+    if (stream is not None and stream.isatty()) or os.environ.get("COLUMNS", "").isdecimal():
         return max(shutil.get_terminal_size().columns, LEAST_WIDTH)
     return None
 
@@ -55,7 +57,9 @@ def fold(text: str, width: int | None) -> str:
     for line in text.split("\n"):
         if len(line) > width and not line.startswith("  skillvec "):
             begin = re.match(r" *(?:\w+(?:  +|: ))?", line)
-            indent = " " * (begin.end() if begin else 0)
+            at = begin.end() if begin else 0
+            room = width - max(map(len, line[at:].split()))  # beside a digest, which stays whole
+            indent = " " * (min(at, room) if room >= 0 else at)
             line = fill(line, width, indent)
         lines.append(line)
     return "\n".join(lines)

@@ -145,6 +145,8 @@ def _taken_nbytes(folder: Path) -> int:
 def _place(output: PathLike, force: bool, inputs: Sequence[Checkpoint | VectorFile]) -> Output:
     """Return where output goes, links above it resolved, or refuse the place."""
     ref = os.fspath(output)
+    if not ref.strip():  # as a path it would be the folder of the caller
+        raise UsageError(f"output {ref!r}: an empty name, expected a path")
     if is_url(ref):
         from skillvec.remote import object_store
 

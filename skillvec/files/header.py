@@ -143,6 +143,8 @@ def seems(path: str, nbytes: int) -> str | None:
             return f"{what} by its first bytes: {advice}"
     if head and TEXT.fullmatch(head[:64]):
         said = head[:40].decode("ascii", "replace").strip()
+        if path.endswith(".json"):  # a config or an index: what a person may point at
+            return "JSON by its name: name the folder that it lies in"
         return f"text that begins with {said!r}, perhaps an error page: download the file again"
     if len(head) > 8 and not any(head):
         return "zeros, as an interrupted download leaves them: download the file again"

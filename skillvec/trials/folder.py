@@ -16,6 +16,8 @@ def take_folder(output: PathLike, inputs: Sequence[str], marker: str, what: str)
     `inputs` are what is read, `what` the kind of run that leaves a marker. Nothing is made.
     """
     ref = os.fspath(output)
+    if not ref.strip():
+        raise UsageError(f"output {ref!r}: an empty name, expected a path")
     if is_url(ref):
         raise UsageError(f"output {ref}: a {what} is written to a folder of this disk")
     folder = Path(os.path.abspath(ref))  # wherever an evaluation goes

@@ -63,7 +63,7 @@ def inspect(
         raise UsageError(f"{place.ref} is {what}: only a vector has a verdict on a target")
     if other is not None:
         if digest:
-            raise UsageError(f"{place.ref}: no weights at its top, of which digest could be")
+            raise UsageError(f"{place.ref}: no model at its top, and digest is of models")
         return other
     opened = open_tensors(place, "input")
     report = describe_weights(opened)

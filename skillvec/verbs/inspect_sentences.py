@@ -57,6 +57,8 @@ def _say_tensors(report: Report) -> str:
     facts, dtypes = report.facts, report.facts["dtypes"]
     count = len(report.ledger)
     plural = "" if count == 1 else "s"
+    if not count:
+        return "in no tensors at all"
     kinds = f"{count} {next(iter(dtypes))} tensor{plural}" if len(dtypes) == 1 else (
         f"{count} tensors ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.items())})"
     )  # fmt: skip
@@ -69,8 +71,9 @@ def _say_adapter(report: Report) -> str:
     rank = f" of rank {said['rank']!s:.20}" if said["rank"] is not None else ""
     alpha = f" (alpha {said['alpha']!s:.20})" if said["alpha"] is not None else ""
     base = f" for {said['base']}" if said["base"] else ""
+    model = "that model" if base else "a model"
     return (
-        f"an adapter{base}, which is added to that model and is none itself: {method}{rank}{alpha},"
+        f"an adapter{base}, which is added to {model} and is none itself: {method}{rank}{alpha},"
         f" {human_count(report.facts['numel'])} values {_say_tensors(report)}"
     )
 

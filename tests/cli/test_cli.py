@@ -63,6 +63,19 @@ def vector(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("where", "code", "said"),
+    [(">&-", 0, ""), ("| head -n 1", 0, ""),
+     ("> /dev/full", 1, "error: No space left on device\n")],
+)  # fmt: skip
+def test_a_standard_output_that_is_closed_full_or_cut_off(family, where: str, code: int, said: str):
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -m skillvec inspect -v "$1" {where}', sys.executable, family.base],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 @pytest.fixture(scope="module")
 def other(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another vector of the same base."""

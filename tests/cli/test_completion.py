@@ -139,6 +139,19 @@ def test_a_block_that_was_changed_is_not_written_beside(home: Path):
     assert (home / ".zshrc").read_text() == f"{BEGIN}\nmine\n"
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_file_in_any_encoding_is_added_to(shell: str, home: Path):
+    script, reader = find_place(shell)
+    assert reader is not None
+    reader.write_bytes(b"# caf\xe9\n")
+    for _ in range(2):
+        assert run("completion", shell, "--install").exit_code == 0
+        assert reader.read_bytes().startswith(b"# caf\xe9\n\n" + BEGIN.encode())
+        assert reader.read_bytes().count(BEGIN.encode()) == 1
+    script.write_bytes(b"\xff\n")
+    assert "skillvec did not write it" in run("completion", shell, "--install").stderr
+
+
 def test_what_cannot_be_written_is_an_error(home: Path):
     (home / ".local").write_text("a file where a folder should be")
     failed = run("completion", "bash", "--install")

@@ -76,14 +76,16 @@ def test_every_command_stands_in_a_group_once():
 @pytest.mark.parametrize(
     ("word", "near"),
     [("merge", "combine or apply"), ("aply", "apply"), ("dif", "diff"), ("Upload", "push"),
-     ("evaluate", "sweep or search"), ("compare", "orthogonality"), ("version", "--version")],
+     ("evaluate", "sweep or search"), ("ties", "combine or apply"), ("slerp", "combine or apply"),
+     ("export_patch", "export-patch?"), ("EXTRACT_LORA", "extract-lora?"), ("ls", "inspect"),
+     ("compare", "orthogonality"), ("version", "--version")],
 )  # fmt: skip
 def test_a_word_that_is_no_command_gets_near_ones(word: str, near: str):
     said = refused(word, "a", "b")
     assert f"There is no command {word!r}. Did you mean {near}" in said
     assert "'skillvec help' lists all commands." in said
     if near in main.commands:
-        assert main.commands[near].get_short_help_str(40).removesuffix("...")[:30] in said
+        assert main.commands[near].get_short_help_str(500) in said
 
 
 def test_a_word_like_nothing_gets_none():
@@ -132,6 +134,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("sft", "base", "models/rl/step_100"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "skill.safetensors").touch()
+    (tmp_path / "lost").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
@@ -147,6 +150,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
      ("skil.safetensors", "vector", "no such file; did you mean skill.safetensors?"),
      ("other.safetensors", "vector", "vector other.safetensors: no such file$"),
      ("model/rl/step_100", "base", "did you mean models/rl/step_100?"),
+     ("skill", "vector", "did you mean skill.safetensors?"), ("lost", "base", "leads to is not"),
      ("models/rl/step_10/x", "base", "no such file or folder$"), ("zzzz", "base", "folder$")],
 )  # fmt: skip
 def test_a_path_that_is_not_there_gets_one_that_is(here: Path, ref: str, role: str, said: str):
@@ -155,6 +159,13 @@ def test_a_path_that_is_not_there_gets_one_that_is(here: Path, ref: str, role: s
     message = str(error.value)
     assert message.endswith(said.removesuffix("$")) if said.endswith("$") else said in message
     assert role == "vector" or "::" not in message
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_this_folder(here: Path, name: str):
+    """It is what a variable of the shell is that was not set."""
+    for words in (("inspect", name), ("diff", name, "base", "-o", "x"), ("norms", f"{name}::base")):
+        assert "an empty name" in refused(*words)
 
 
 def test_names_are_looked_for_in_folders_of_any_size(here: Path, monkeypatch):

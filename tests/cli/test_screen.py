@@ -36,6 +36,11 @@ def test_lines_are_broken_between_words_below_where_they_begin():
         "           zero",
     ]  # fmt: skip
     assert fold("warning: one two three", 16) == "warning: one two\n         three"
+    digest = "0123456789abcdef" * 2  # what stays whole stands further to the left if it has to
+    assert fold(f"  content  of base: {digest}", 40).split("\n") == [
+        "  content  of base:", f"        {digest}",
+    ]  # fmt: skip
+    assert fold(f"error: {digest} {digest} b", 30).endswith(f"\n       {digest}\n       b")
     command = "  skillvec diff a/long/path another/long/path -o out"
     assert fold(command, 20) == command and fold(text, None) == text
 

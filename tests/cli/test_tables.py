@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from rich.cells import cell_len
 
 from skillvec.analysis.wording import Grid
 from skillvec.cli.labels import CUT
@@ -61,3 +62,20 @@ def test_numbers_stand_to_the_right_and_names_and_bars_to_the_left():
 
 def test_control_characters_of_a_name_are_written_out():
     assert "\x1b" not in draw(Grid(["tensor", "x"], [["a\x1b[0m", "1"]]), 80)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_letters_that_take_two_places_count_as_two(width: int):
+    names = ["模型.层.0.注意力.权重", "模型.层.1.注意力.权重", "模" * 90, "w" * 200, "😀.weight"]
+    text = draw(Grid(HEADS[:3], [[name, "applied", "1234"] for name in names]), width)
+    for part in text.split("\n\n"):
+        lines = part.split("\n")
+        assert {cell_len(line) for line in lines[1:]} == {cell_len(lines[-1])}
+        assert cell_len(lines[-1]) <= width
+    assert text.count(CUT) >= 2  # of the long ones
+
+
+def test_a_name_with_markup_stands_as_it_is():
+    names = ["[red]x[/red]", "[bold]", "[/red]", "a[0].weight", ":smile:"]
+    body = draw(Grid(["tensor", "x"], [[name, "1"] for name in names]), 80).split("\n")[2:]
+    assert [line.split()[0] for line in body] == names

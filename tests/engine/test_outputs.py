@@ -266,3 +266,21 @@ def test_shards_that_are_streamed_need_room_too(small, monkeypatch, tmp_path: Pa
         assert f"{needed:,} bytes are needed" in run(*words, "--dry-run").stderr
         small(needed)
         assert run(*words).exit_code == 0
+
+
+def test_an_empty_name_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a path it would be the folder of the caller, which --force would replace."""
+    base, tuned = save(tmp_path / "base", toy()), save(tmp_path / "tuned", perturbed(toy()))
+    v = tmp_path / "v.safetensors"
+    skillvec.diff(tuned, base, v)
+    here = save(tmp_path / "here", toy())
+    monkeypatch.chdir(here)
+    before = {path.name: path.stat().st_ino for path in here.iterdir()}
+    for words in (
+        ["apply", base, v],
+        ["norms", v],
+        ["sweep", base, v, "--eval", "command: true {model}"],
+    ):
+        refused = run(*words, "-o", "", "--force")
+        assert refused.exit_code == 2 and "an empty name" in refused.stderr, refused.output
+    assert {path.name: path.stat().st_ino for path in here.iterdir()} == before

@@ -188,7 +188,7 @@ def test_a_digest_is_of_models_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a vector: its manifest has the digests"):
         sv.inspect(tmp_path / "v.safetensors", digest=True)
     shutil.copytree(base, tmp_path / "run" / "checkpoint-5")
-    with pytest.raises(UsageError, match="no weights at its top"):
+    with pytest.raises(UsageError, match="no model at its top, and digest is of models"):
         sv.inspect(tmp_path / "run", digest=True)
 
 
@@ -252,13 +252,13 @@ def test_a_merged_model_and_vectors_are_said_to_be_ones(tmp_path: Path) -> None:
          "an adapter for org/base, which is added to that model and is none itself: LoRA of rank 2"
          " (alpha 4), 10 values in 2 F32 tensors, 40 B in 1 file."),
         ({"peft_type": "VERA", "r": True, "lora_alpha": "x", "base_model_name_or_path": None},
-         "an adapter, which is added to that model and is none itself: VERA, 10 values in 2 F32"
+         "an adapter, which is added to a model and is none itself: VERA, 10 values in 2 F32"
          " tensors, 40 B in 1 file."),
         ({"r": 10**30, "lora_alpha": 10**400},
-         "an adapter, which is added to that model and is none itself: an unknown method of rank"
+         "an adapter, which is added to a model and is none itself: an unknown method of rank"
          " 10000000000000000000 (alpha 10000000000000000000), 10 values in 2 F32 tensors, 40 B in 1"
          " file."),
-        ({}, "an adapter, which is added to that model and is none itself: an unknown method, 10"
+        ({}, "an adapter, which is added to a model and is none itself: an unknown method, 10"
          " values in 2 F32 tensors, 40 B in 1 file."),
     ],
 )  # fmt: skip
@@ -402,6 +402,25 @@ def test_an_unfinished_run_is_found_by_the_name_of_its_output(
         journal.write_bytes(xxh3_64(said, seed=0).hexdigest().encode() + b" " + said + b"\n")
         facts = looked_at(staging_of(out)).facts
         assert facts["verb_run"] is None and facts["tensors_done"] == 0
+
+
+def test_a_file_without_tensors_is_said_to_have_none(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    assert sentence(tmp_path).endswith("0 parameters in no tensors at all.")
+
+
+def test_links_that_lead_in_a_circle_are_passed_by(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-3", toy())
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert looked_at(tmp_path).facts["newest"] == ["checkpoint-3"]
+
+
+def test_a_json_file_of_a_model_leads_to_its_folder(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", toy(), config=LLAMA, shards=2)
+    for name in ("config.json", "model.safetensors.index.json"):
+        with pytest.raises(FormatError, match=r"name the folder that it lies in$"):
+            sv.inspect(folder / name)
 
 
 @pytest.mark.parametrize("names", [[], ["notes.txt", "data.csv"]])
