@@ -27,7 +27,12 @@ from skillvec.analysis.statistics_table import (
 from skillvec.analysis.wording import human_count
 from skillvec.ops.names import NO_LAYER
 
+NORMS = ("norm_a", "norm_b")
 ORTHOGONAL, ALIGNED = 0.1, 0.5  # sizes of a cosine: below, and from there on
+
+
+ZERO, APART, TOO_LARGE = "one is zero", "nothing in common", "squares leave fp64"
+UNJUDGED = {ZERO: "a vector is zero", APART: "no weight is changed by both", TOO_LARGE: TOO_LARGE}
 
 
 class Headline(NamedTuple):
@@ -69,8 +74,8 @@ def say_answer(facts: Mapping[str, Any]) -> str:
 
 def say_relation(row: Row) -> str:
     """Return in a word or two how the two sides of a pair are related."""
-    if row["cosine"] is None or row["z"] is None:
-        return "not known"
+    if why := _why_unjudged(row):
+        return "not known" if why == TOO_LARGE else why
     if not is_related(row):
         return "as by chance"
     if abs(row["cosine"]) < ORTHOGONAL:
@@ -81,12 +86,19 @@ def say_relation(row: Row) -> str:
 
 def _say_pair(names: tuple[str, str], row: Row) -> str:
     both = " and ".join(names)
-    if row["cosine"] is None or (row["z"] is None and not row["cosine"]):
-        return f"There is no angle between {both}: one of them is zero, or they share no value."
-    cosine = write_number(row["cosine"], "+.3g")
-    if row["z"] is None:
-        return f"The cosine of {both} is {cosine}, and nothing can judge it: squares leave fp64."
-    relation, chance = say_relation(row), f"±{_chance(row)}"
+    why, cosine = _why_unjudged(row), write_number(row["cosine"], "+.3g")
+    if why == ZERO:
+        zero = [name for name, key in zip(names, NORMS, strict=True) if row[key] == 0]
+        verb = "is" if len(zero) == 1 else "are"
+        return f"There is no angle between {both}: {' and '.join(zero)} {verb} zero."
+    if why == APART:
+        return f"{both} are exactly orthogonal: no weight is changed by both of them."
+    if why:
+        known = (
+            "has no value" if row["cosine"] is None else f"is {cosine}, and nothing can judge it"
+        )
+        return f"The cosine of {both} {known}: {TOO_LARGE}."
+    relation, chance = say_relation(row), f"±{write_spread(row)}"
     if relation == "as by chance" and abs(row["z"]) > SPREAD:
         return (
             f"{both} are not clearly more alike than unrelated updates: their cosine is {cosine},"
@@ -99,29 +111,40 @@ def _say_pair(names: tuple[str, str], row: Row) -> str:
     return f"{both} {said}: their cosine is {cosine}, where chance alone gives {chance}."
 
 
-def _chance(row: Row) -> str:
-    """Return how large a cosine chance gives in 95 % of cases."""
-    return min(write_spread(row), "1", key=float)
+def _why_unjudged(row: Row) -> str:
+    """Return why chance cannot judge a pair, "" where it can."""
+    if None not in (row["cosine"], row["z"]):
+        return ""
+    if any(row.get(key) == 0 for key in NORMS):
+        return ZERO
+    return APART if row["cosine"] == 0 and row.get("jaccard") == 0 else TOO_LARGE
 
 
 def _say_pairs(names: Sequence[tuple[str, str]], rows: Sequence[Row]) -> str:
     related = [(row, own) for own, row in zip(names, rows, strict=True)
-               if say_relation(row) not in ("not known", "as by chance")]  # fmt: skip
+               if not _why_unjudged(row) and say_relation(row) != "as by chance"]  # fmt: skip
+    whys = [why for row in rows if (why := _why_unjudged(row))]
+    reasons = " or ".join(UNJUDGED[why] for why in dict.fromkeys(whys))
+    if len(whys) == len(rows):
+        return f"None of the {len(rows)} pairs can be judged: {reasons}."
+    without = f"; {len(whys)} cannot be judged, as {reasons}" if whys else ""
     if not related:
-        return f"None of the {len(rows)} pairs is more alike than unrelated updates."
+        return f"None of the {len(rows)} pairs is more alike than unrelated updates{without}."
     related.sort(key=lambda one: -abs(one[0]["cosine"]))
     said = ", ".join(f"{' and '.join(own)} (cosine {write_number(row['cosine'], '+.3g')})"
                      for row, own in related[:3])  # fmt: skip
     more = f" and {len(related) - 3} more" if len(related) > 3 else ""
     few, verb = ("One", "is") if len(related) == 1 else (str(len(related)), "are")
     count = "All" if len(related) == len(rows) else f"{few} of"
-    return f"{count} {len(rows)} pairs {verb} related by more than chance: {said}{more}."
+    return f"{count} {len(rows)} pairs {verb} related by more than chance: {said}{more}{without}."
 
 
 def _say_vector(vector: VectorEntry) -> str:
     row = vector["overall"]
     norm, density = write_numbers(row, pick(VECTORS, "norm", "density"))
     count = human_count(row["numel"])
+    if row["norm"] == 0:
+        return f"A is zero: it changes none of its {count} values."
     said = f"A changes {density} of its {count} values"
     if density == "-":
         said = f"A is an update of {count} values with a norm of {norm}"
@@ -151,7 +174,7 @@ def list_headlines(rows: Sequence[Row], table: Table = PAIRS) -> list[list[Headl
 def _beside(row: Row, key: str) -> str:
     """Return what a number is held against, "" for nothing."""
     if key == "cosine" and row.get("cosine_sd") is not None:
-        return f"chance ±{_chance(row)}"
+        return f"chance ±{write_spread(row)}"
     if key == "z" and row.get("p") is not None:
         return f"p {write_numbers(row, pick(PAIRS, 'p'))[0]}"
     if key in ("lift", "lift_weights"):

@@ -287,14 +287,14 @@ def pair_row(
 ) -> Row:  # fmt: skip
     """Return angle, support and meeting of two deltas from their summed terms.
 
-    Angle and z are None where a delta is zero. `control` is of another vector in place of a,
-    `clusters` what structure the supports have.
+    Angle and z are None where a delta is zero or squares leave fp64. `control` is of another vector
+    in place of a, `clusters` what structure the supports have.
     """
     squares = [max(float(sums[f"square_{side}"]), 0.0) for side in "ab"]
     norms = [sqrt(square) for square in squares]
-    size = norms[0] * norms[1]
     numel, shared = int(sums["numel"]), float(sums["shared"])
     product = float(sums["product"])
+    size = _size(product, *norms)
     cosine = max(-1.0, min(1.0, product / size)) if size > 0 else None
     judged = judge(product, groups_of(sums), spread if size > 0 else None)
     deviation = judged.pop("spread")
@@ -320,8 +320,8 @@ def pair_row(
         found[f"on_support_{side}"] = _ratio(sums[f"met_{side}"], sums[f"square_{side}"])
         found[f"conflict_{side}"] = _ratio(sums[f"clash_{side}"], sums[f"square_{side}"])
     if "control_product" in sums:
-        size = sqrt(max(float(sums["control_square"]), 0.0)) * norms[1]
         held = float(sums["control_product"])
+        size = _size(held, sqrt(max(float(sums["control_square"]), 0.0)), norms[1])
         units = Units(float(sums["control_groups_sq"]), int(sums["groups"]))
         found["control_cosine"] = held / size if size > 0 else None
         found["control_z"] = judge(held, units, control)["z"]
@@ -329,6 +329,12 @@ def pair_row(
         found["control_cosine"] = spread.control / size if size > 0 else None
         found["control_z"] = spread.control / deviation if deviation else None
     return found
+
+
+def _size(product: float, one: float, other: float) -> float:
+    """Return the product of two norms, 0 where there is no cosine: min(1, nan) would be 1."""
+    size = one * other
+    return size if isfinite(size) and isfinite(product) else 0.0
 
 
 def groups_of(sums: Sums) -> Units:
@@ -409,7 +415,11 @@ def sentence(pair: Levels, rounding: float | None = None) -> str:
     if cosine and z is None:
         return f"cosine {cosine:+.4f}; squares of the sums leave fp64: no null can judge it"
     if cosine is None or z is None:
-        return "one of the deltas is zero, or they share no value: there is no angle to judge"
+        if not (overall["norm_a"] and overall["norm_b"]):
+            return "one of the deltas is zero: there is no angle to judge"
+        if cosine is None:
+            return "squares of the deltas leave fp64: there is no cosine"
+        return "no value is changed by both: the deltas are exactly orthogonal"
     said = f"{_say_cosine(overall)}: {_say_relation(overall, rounding)}"
     inside = parts.get(INSIDE)
     if len(parts) > 1 and inside and inside["z"] is not None:

@@ -6,7 +6,7 @@ the same cells. A cell is a layer and a kind; the experts of a layer are one cel
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, isfinite, log1p, log10, sqrt
+from math import floor, hypot, isfinite, log1p, log10, sqrt
 from statistics import median
 from typing import NamedTuple
 
@@ -76,14 +76,14 @@ def list_pair_cells(tensors: Sequence[Row]) -> list[Cell]:
     """Return the cells of a pair with cosine, z and both norms."""
     found = []
     for (layer, kind), rows in _gather(tensors).items():
-        a, b = _root(rows, "norm_a"), _root(rows, "norm_b")
-        angles = [row for row in rows if row.get("cosine") is not None]
-        dot = sum(row["cosine"] * row["norm_a"] * row["norm_b"] for row in angles)
-        variance = sum(
-            ((row["cosine_sd"] or 0.0) * row["norm_a"] * row["norm_b"]) ** 2 for row in angles
-        )
-        numbers = {"cosine": dot / (a * b) if angles and a * b > 0 else None,
-                   "z": dot / sqrt(variance) if variance > 0 else None,
+        a, b = _join(rows, "norm_a"), _join(rows, "norm_b")
+        angles = [row for row in rows if row.get("cosine") is not None] if a and b else []
+        # shares of the cell's own norms: products of norms may leave fp64
+        shares = [(row["norm_a"] / a) * (row["norm_b"] / b) for row in angles if a and b]
+        both = list(zip(angles, shares, strict=True))
+        cosine = sum(row["cosine"] * share for row, share in both)
+        spread = hypot(*((row["cosine_sd"] or 0.0) * share for row, share in both))
+        numbers = {"cosine": cosine if angles else None, "z": cosine / spread if spread else None,
                    "norm_a": a, "norm_b": b}  # fmt: skip
         found.append(Cell(layer, kind, rows, numbers))
     return found
@@ -93,10 +93,10 @@ def list_vector_cells(tensors: Sequence[Row]) -> list[Cell]:
     """Return the cells of a vector with norm, root mean square and density."""
     found = []
     for (layer, kind), rows in _gather(tensors).items():
-        numel, norm = sum(row["numel"] for row in rows), _root(rows, "norm")
+        numel, norm = sum(row["numel"] for row in rows), _join(rows, "norm")
         dense = [row["density"] * row["numel"] for row in rows if row.get("density") is not None]
         numbers = {
-            "norm": norm, "rms": norm / sqrt(numel) if numel else None,
+            "norm": norm, "rms": norm / sqrt(numel) if numel and norm is not None else None,
             "density": sum(dense) / numel if numel and len(dense) == len(rows) else None,
         }  # fmt: skip
         found.append(Cell(layer, kind, rows, numbers))
@@ -112,8 +112,11 @@ def _gather(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return cells
 
 
-def _root(rows: Sequence[Row], key: str) -> float:
-    return sqrt(sum((row.get(key) or 0.0) ** 2 for row in rows))
+def _join(rows: Sequence[Row], key: str) -> float | None:
+    """Return the norm of several tensors together; None where one of theirs leaves fp64."""
+    norms = [row.get(key) for row in rows]
+    joined = hypot(*(norm for norm in norms if norm is not None))
+    return joined if None not in norms and isfinite(joined) else None
 
 
 def name_layers(layers: Iterable[str]) -> dict[str, str]:

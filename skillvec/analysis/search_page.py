@@ -14,6 +14,7 @@ from skillvec.analysis.search_sentences import (
     list_choices,
     list_differences,
     tabulate,
+    write_ends,
 )
 from skillvec.analysis.statistics_table import typeset
 from skillvec.analysis.sweep_sentences import write_score
@@ -84,10 +85,9 @@ def _list_numbers(content: Content) -> list[Entry]:
         ))  # fmt: skip
     for row in content["comparisons"]:
         if (row["one"], row["other"], row["metric"]) == ("winner", "lambda 1", metric):
-            low, high = (write_optional(row[end], "+.3g") for end in ("low", "high"))
             made.append(head(TERMS, "better than lambda = 1 by", "verdict")._replace(
                 value=typeset(write_optional(row["difference"], "+.3g")),
-                beside=typeset(f"{low} to {high}"),
+                beside=typeset(write_ends(row)),
             ))  # fmt: skip
     return made
 
@@ -127,6 +127,8 @@ def history(content: Content) -> Figure:
                           "color": colour}},
         ]  # fmt: skip
         note = "Lines are the best so far."
+        if content["less_is_better"]:
+            note += f" Less {metric} is better."
         title = f"{metric} along the search"
     lines = [{"score": content["searched"][name][content["metric"]], "name": NAMES[name]}
              for name in ("target", "lambda 1")]  # fmt: skip

@@ -4,6 +4,7 @@ Terminal and page say the same. Facts are those of skillvec.trials.search_report
 """
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from skillvec.analysis.sweep_sentences import write_p, write_score
@@ -123,14 +124,22 @@ def _find(facts: Facts, one: str, other: str, metric: str | None = None) -> Any:
 def _say(row: Mapping[str, Any]) -> str:
     """Return how far one point is above another, ready for what it is compared with."""
     size = abs(row["difference"])
-    ends = f"95 % interval {_signed(row['low'])} to {_signed(row['high'])}"
+    ends = f"95 % interval {interval}" if (interval := write_ends(row)) else "too few items"
     if row["word"] == "unknown":
-        return f"{_signed(row['difference'])} (spread unknown) from"
+        side = "above" if row["difference"] >= 0 else "below"
+        return f"{size:.3g} {side} (its spread is not known)"
     if row["low"] == row["high"] == 0:
         return "no different from"
     if row["word"] == "within noise":
         return f"within noise (by {_signed(row['difference'])}, {ends}) of"
     return f"{row['word']} (by {size:.3g}, {ends}) than"
+
+
+def write_ends(row: Mapping[str, Any]) -> str:
+    """Return the ends of the interval of a difference, "" where there are none."""
+    if None in (row["low"], row["high"]) or not isfinite(row["low"]):
+        return ""
+    return f"{_signed(row['low'])} to {_signed(row['high'])}"
 
 
 def _signed(value: float | None) -> str:
@@ -143,7 +152,10 @@ def _score(facts: Facts, point: str, metric: str | None = None) -> str:
 
 def _say_scores(facts: Facts, metric: str) -> str:
     told = [f"{_score(facts, name)} of {NAMES[name]}" for name in ("winner", "lambda 1", "target")]
-    return f"Its {metric} is {told[0]}, {told[1]} and {told[2]}".replace(" of the winner", "", 1)
+    less = " (less is better)" if metric == facts["metric"] and facts["less_is_better"] else ""
+    return f"Its {metric}{less} is {told[0]}, {told[1]} and {told[2]}".replace(
+        " of the winner", "", 1
+    )
 
 
 def tabulate(facts: Facts) -> Grid:
@@ -173,9 +185,9 @@ def list_differences(facts: Facts) -> Grid:
     rows = []
     for row in facts["comparisons"]:
         other = NAMES.get(row["other"], f"{facts['keep']:g} of the gain of lambda = 1")
-        interval = f"{_signed(row['low'])} to {_signed(row['high'])}"
-        rows.append([NAMES[row["one"]], other, row["metric"], _signed(row["difference"]), interval,
-                     write_p(row["p"]), row["word"]])  # fmt: skip
+        p = None if row["word"] == "unknown" else row["p"]
+        rows.append([NAMES[row["one"]], other, row["metric"], _signed(row["difference"]),
+                     write_ends(row) or "-", write_p(p), row["word"]])  # fmt: skip
     heads = ["point", "compared with", "metric", "better by", "95 % interval", "p", "verdict"]
     return Grid(heads, rows)
 

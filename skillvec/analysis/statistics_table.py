@@ -349,6 +349,9 @@ def write_numbers(row: Mapping[str, Any], table: Table) -> list[str]:
 
 
 def write_spread(row: Mapping[str, Any]) -> str:
-    """Return the half-width of the interval that holds 95 % of what chance makes of a cosine."""
+    """Return the half-width of the interval that holds 95 % of what chance makes of a cosine.
+
+    At most 1, which no cosine is beyond.
+    """
     deviation = row.get("cosine_sd")
-    return write_number(None if deviation is None else SPREAD * deviation, ".2g")
+    return write_number(None if deviation is None else min(SPREAD * deviation, 1.0), ".2g")

@@ -13,7 +13,7 @@ from skillvec.analysis.sweep_sentences import (
     list_answers,
     say_lead,
     tabulate_metrics,
-    write_p,
+    write_p_of,
     write_score,
 )
 from skillvec.analysis.wording import human_bytes, write_optional
@@ -79,7 +79,7 @@ def _list_numbers(content: Content) -> list[Entry]:
     low, high = best.get("low"), best.get("high")
     ends = "" if low is None or high is None else f"{low:+.3g} to {high:+.3g}"
     made.append(entry("difference", "difference", write_optional(best["difference"], "+.3g"), ends))
-    made.append(entry("p", "difference", write_p(best.get("p"))))
+    made.append(entry("p", "difference", write_p_of(best)))
     for beside in content["beside"]:
         made.append(entry(f"{beside['control']} control", "control", write_score(beside["score"]),
                           f"at {lam}"))  # fmt: skip
@@ -125,6 +125,8 @@ def curve(content: Content) -> Figure:
         "Bars are 95 % intervals of each score. The dashed line is the target's own score, the"
         " dotted one lambda 1."
     )
+    if content["less_is_better"]:
+        note += f" Less {metric} is better."
     if content["failed"]:
         note += f" Without {len(content['failed'])} that failed."
     return Figure("curve", spec, note)
@@ -165,7 +167,7 @@ def _list_points(content: Content) -> Table:
         cells += [
             write_optional(row.get("difference"), "+.3g"),
             "-" if low is None or high is None else f"{low:+.3g} to {high:+.3g}",
-            write_p(row.get("p")),
+            write_p_of(row),
             *(write_optional(row[key], ".3f") for key in ("gain", "cosine")),
             write_optional(row["changed"], ","),
             *(write_optional(row[key], ".2f") for key in ("seconds", "attach_seconds")),

@@ -86,8 +86,9 @@ def list_answers(facts: Facts) -> list[str]:
 
 
 def say_lead(facts: Facts) -> str:
-    """Return the answer in one plain sentence, without how sure it is."""
-    return "".join(_say_finding(facts)[:1]) + "."
+    """Return the answer in one plain sentence: how sure it is only where nobody knows."""
+    first, *others = _say_finding(facts)
+    return first + "".join(others if facts["best"] and not _is_known(facts["best"]) else []) + "."
 
 
 def _say_answer(facts: Facts) -> str:
@@ -103,7 +104,9 @@ def _say_finding(facts: Facts) -> tuple[str, ...]:
     score, lam = write_score(best["scores"][metric]["mean"]), f"{best['lam']:g}"
     of = f"the best of {facts['compared']} lambdas" if facts["compared"] > 1 else "the one lambda"
     one, sure = _say_one(facts), f" ({_say_interval(best, facts['compared'])})"
-    if not facts["is_known"]:
+    if facts["less_is_better"]:
+        metric += " (less is better)"
+    if not _is_known(best):
         return (
             f"{metric} is {zero} at lambda 0 and {score} at lambda {lam}, {of}",
             one,
@@ -113,7 +116,7 @@ def _say_finding(facts: Facts) -> tuple[str, ...]:
         goes = "falls" if best["difference"] < 0 else "rises"
         return f"{metric} {goes} from {zero} to {score} at lambda {lam}, {of}", sure, one
     least = f"lambda {lam} with {score}" if facts["compared"] > 1 else score
-    is_apart = best["low"] > 0 or best["high"] < 0  # in the wrong direction, or it were found
+    is_apart = best["low"] is not None and (best["low"] > 0 or best["high"] < 0)  # and not found
     stands = "worse than" if is_apart else "within noise of"
     return (
         f"Nothing was found: {metric} of {of}, {least}, is {stands} the target's own {zero}",
@@ -122,11 +125,21 @@ def _say_finding(facts: Facts) -> tuple[str, ...]:
     )
 
 
+def _is_known(row: Line) -> bool:
+    """Return whether anything is known of the spread of a difference."""
+    return row.get("difference_error") is not None
+
+
+def write_p_of(row: Line) -> str:
+    """Return the p of a point's difference, "-" where its spread is not known."""
+    return write_p(row.get("p") if _is_known(row) else None)
+
+
 def _say_interval(row: Line, count: int) -> str:
     """Return a difference with its interval, which holds for all that were compared at once."""
     size = f"difference {row['difference']:+.3g}"
-    if row["low"] is None:
-        return f"{size}, spread unknown"
+    if row["low"] is None:  # all items moved alike, and they are too few to say how far
+        return f"{size}, p {write_p(row['p'])}, too few items for an interval"
     all_at_once = f", for all {count} at once" if count > 1 else ""
     return (
         f"{size}, {100 * (1 - ALPHA):.0f} % interval {row['low']:+.3g} to {row['high']:+.3g}"
@@ -190,7 +203,7 @@ def tabulate(facts: Facts) -> Grid:
         cells = [row["status"], "-"]
         if score:
             cells = [write_score(score["mean"]), write_score(score["standard_error"])]
-        cells += [write_optional(row.get("difference"), "+.3g"), write_p(row.get("p"))]
+        cells += [write_optional(row.get("difference"), "+.3g"), write_p_of(row)]
         cells.append(write_optional(row["gain"], ".3f"))
         for kind in facts["control"]:
             beside = at.get((kind, lam), {"scores": {}, "status": "-"})

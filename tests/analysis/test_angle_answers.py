@@ -42,8 +42,13 @@ def facts(*rows: dict[str, Any], count: int = 2) -> dict[str, Any]:
      " where chance alone gives ±1."),
     (row(0.5, None), "The cosine of A and B is +0.5, and nothing can judge it: squares leave"
      " fp64."),
-    (row(None, None), "There is no angle between A and B: one of them is zero, or they share no"
-     " value."),
+    (row(None, None), "The cosine of A and B has no value: squares leave fp64."),
+    (row(None, 3.0), "The cosine of A and B has no value: squares leave fp64."),
+    (row(None, None, norm_a=1.0, norm_b=0.0), "There is no angle between A and B: B is zero."),
+    (row(None, None, norm_a=0.0, norm_b=0.0),
+     "There is no angle between A and B: A and B are zero."),
+    (row(0.0, None, jaccard=0.0),
+     "A and B are exactly orthogonal: no weight is changed by both of them."),
 ])  # fmt: skip
 def test_a_pair_in_a_sentence(one: dict[str, Any], said: str) -> None:
     assert say_answer(facts(one)) == said
@@ -54,6 +59,8 @@ def test_related_is_what_every_null_says() -> None:
     assert say_relation(row(0.02, 9.0) | {"z_rotation": 1.9}) == "as by chance"
     assert say_relation(row(-0.2, -9.0)) == "partly opposed"
     assert say_relation(row(None, None)) == "not known"
+    assert say_relation(row(None, None, norm_a=0.0)) == "one is zero"
+    assert say_relation(row(0.0, None, jaccard=0.0)) == "nothing in common"
 
 
 def test_several_pairs_in_a_sentence() -> None:
@@ -69,6 +76,18 @@ def test_several_pairs_in_a_sentence() -> None:
         "All 3 pairs are related by more than chance: A and C (cosine -0.6), A and B (cosine"
         " +0.02), B and C (cosine +0.02).",
     ]
+    zero, apart = row(None, None, norm_b=0.0), row(0.0, None, jaccard=0.0)
+    assert say_answer(facts(weak, zero, zero, count=3)) == (
+        "One of 3 pairs is related by more than chance: A and B (cosine +0.02); 2 cannot be"
+        " judged, as a vector is zero."
+    )
+    assert say_answer(facts(chance, apart, zero, count=3)).endswith(
+        "unrelated updates; 2 cannot be judged, as no weight is changed by both or a vector is"
+        " zero."
+    )
+    assert say_answer(facts(zero, zero, apart, count=3)) == (
+        "None of the 3 pairs can be judged: a vector is zero or no weight is changed by both."
+    )
     many = say_answer(facts(*[weak] * 6, count=4))
     assert many.startswith("All 6 pairs") and many.endswith("(cosine +0.02) and 3 more.")
 
@@ -88,6 +107,7 @@ def test_a_vector_in_a_sentence() -> None:
     assert say_answer(vector(density=None)) == (
         f"A is an update of 1.24 M values with a norm of 6.5, {most}"
     )
+    assert say_answer(vector(norm=0.0)) == "A is zero: it changes none of its 1.24 M values."
     alone = vector()
     alone["norms"][0] |= {"kinds": [{"name": "w", "rms": 1.0}], "layers": []}
     assert say_answer(alone) == "A changes 14 % of its 1.24 M values."

@@ -880,6 +880,22 @@ def test_fp64_beyond_fp32(tmp_path: Path) -> None:
     assert row["conflict_b"] == pytest.approx(0.5, abs=0.2)
 
 
+def test_squares_beyond_fp64_have_no_cosine_and_a_page(tmp_path: Path) -> None:
+    """inf / inf is no number, and was once said to be a cosine of 1."""
+    rng = np.random.default_rng(23)
+    w = torch.zeros(8, 8, dtype=torch.float64)
+    save(tmp_path / "base", {"m.layers.0.w": w})
+    refs = []
+    for i in range(2):
+        values = torch.from_numpy(rng.normal(size=(8, 8)) * 1e200)
+        refs.append(f"{save(tmp_path / str(i), {'m.layers.0.w': values})}::{tmp_path / 'base'}")
+    report = sv.orthogonality(*refs, control="random", output=tmp_path / "out")
+    row = report.facts["pairs"][0]["overall"]
+    assert row["cosine"] is row["control_cosine"] is row["z"] is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The cosine of" in page and "has no value: squares leave fp64." in page
+
+
 def test_bit_patterns_of_every_exponent(tmp_path: Path) -> None:
     """Bf16 weights, moved to their neighbours: one step each, nothing absorbed.
 

@@ -266,7 +266,12 @@ def test_what_rounding_keeps_by_hand() -> None:
 
 def test_what_no_null_can_judge_is_said() -> None:
     """Squares of sums beyond fp64: there is a cosine, and no spread to hold it against."""
-    pair = {"overall": {"cosine": 0.06, "z": None}, "parts": []}
+    norms = {"norm_a": 1.0, "norm_b": 1.0}
+    pair = {"overall": {"cosine": 0.06, "z": None} | norms, "parts": []}
     assert sentence(pair) == "cosine +0.0600; squares of the sums leave fp64: no null can judge it"
-    nothing = {"overall": {"cosine": 0.0, "z": None}, "parts": []}
-    assert "one of the deltas is zero" in sentence(nothing)
+    apart = {"overall": {"cosine": 0.0, "z": None} | norms, "parts": []}
+    assert sentence(apart) == "no value is changed by both: the deltas are exactly orthogonal"
+    zero = {"overall": {"cosine": None, "z": None, "norm_a": 0.0, "norm_b": 1.0}, "parts": []}
+    assert sentence(zero) == "one of the deltas is zero: there is no angle to judge"
+    huge = {"overall": {"cosine": None, "z": None} | norms, "parts": []}
+    assert sentence(huge) == "squares of the deltas leave fp64: there is no cosine"

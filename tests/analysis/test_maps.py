@@ -94,6 +94,19 @@ def row(name: str, layer: str, kind: str, numel: int, **numbers: Any) -> dict[st
     return {"name": name, "layer": layer, "kind": kind, "numel": numel, **numbers}
 
 
+def test_norms_whose_squares_leave_fp64_neither_overflow_nor_count_as_zero() -> None:
+    known = {"cosine": 0.5, "cosine_sd": 0.25, "norm_a": 1e120, "norm_b": 2e120}
+    beyond = known | {"norm_a": None, "norm": None}
+    rows = [row("m.0.a", "m.0", "a", 4, **known, norm=1e153),
+            row("m.0.b.0", "m.0", "b", 4, **known, norm=1e3),
+            row("m.0.b.1", "m.0", "b", 4, **beyond)]  # fmt: skip
+    one, other = list_pair_cells(rows)
+    assert one.numbers["cosine"] == pytest.approx(0.5) and one.numbers["z"] == pytest.approx(2)
+    assert other.numbers["cosine"] is None and other.numbers["z"] is None
+    one, other = list_vector_cells(rows)
+    assert one.numbers["rms"] == pytest.approx(5e152) and other.numbers["rms"] is None
+
+
 def test_experts_of_a_layer_are_one_cell() -> None:
     kind = "mlp.experts.*.up_proj.weight"
     rows = [

@@ -16,6 +16,7 @@ from webpage import Parsed, check_stands_alone, check_structure
 
 from skillvec.analysis import angle_page, charts, page
 from skillvec.analysis.figures import draw_figures
+from skillvec.analysis.statistics_table import write_spread
 from skillvec.errors import UsageError
 
 Row = dict[str, Any]
@@ -318,6 +319,24 @@ def test_one_cell_for_each_layer_and_kind(layers: int) -> None:
         text = found["z-2"][row["layer"], kind]
         assert text == ("–" if row["z"] is None else f"{row['z'] + 0:.0f}".replace("-0", "0")
                         .replace("-", "−"))  # fmt: skip
+
+
+def test_a_map_without_any_value_is_no_empty_board() -> None:
+    report = fake_report(labels=("a", "b"))
+    for row in report["pairs"][0]["tensors"]:
+        row |= {"cosine": None, "z": None}
+    parsed = Parsed(angle_page.html(report))
+    check_structure(parsed)
+    titles = [table.caption for table in parsed.tables if "by layer" in table.caption]
+    assert titles and not any(title.startswith(("Cosine", "z ")) for title in titles)
+    assert parsed.shown.count("No value in any layer: ") == 2  # cosine and z
+
+
+def test_chance_is_never_wider_than_a_cosine_can_be() -> None:
+    report = fake_report(labels=("a", "b"))
+    report["pairs"][0]["overall"] |= {"cosine": 0.1, "cosine_sd": 0.6, "z": 0.2, "p": 0.8}
+    assert "chance alone gives ±1." in Parsed(angle_page.html(report)).shown
+    assert write_spread({"cosine_sd": 0.6}) == "1" and write_spread({"cosine_sd": None}) == "-"
 
 
 def test_two_stacks_of_layers_keep_their_names() -> None:

@@ -107,6 +107,34 @@ def test_without_standard_errors_nothing_is_claimed() -> None:
     assert "no standard error is known" in list_answers(found)[0]
 
 
+def test_the_lead_of_the_page_says_so_too_and_no_p_is_shown() -> None:
+    found = content(tried(HEIGHTS, known=False))
+    assert "nobody can say whether that is more than noise." in say_lead(found)
+    assert [row[4] for row in tabulate(found).rows] == ["-"] * 5
+    parsed = Parsed(sweep_page.html(found))
+    assert "nobody can say" in parsed.shown and "1.000" not in parsed.text
+
+
+def test_few_items_that_all_moved_alike_have_no_interval() -> None:
+    """None of four items is right, then all are: p is 2^-3, and no end of an interval is known."""
+    made = [Tried(curve, lam, "done", "", {"exact": score_of([value] * 4)}, MEASURED)
+            for curve, lam, value in (("target", 0, 0.0), ("skill", 1.0, 1.0))]  # fmt: skip
+    found = content(made)
+    assert list_answers(found) == [
+        "Nothing was found: exact of the one lambda, 1.000, is within noise of the target's own"
+        " 0.000 (difference +1, p 0.125, too few items for an interval)."
+    ]
+    check_structure(Parsed(sweep_page.html(found)))
+
+
+def test_what_is_better_is_said_of_a_metric_that_should_fall() -> None:
+    for known in (True, False):
+        found = content(tried(HEIGHTS, known=known), less=True)
+        assert say_lead(found).startswith("exact (less is better) ")
+        assert "Less exact is better." in Parsed(sweep_page.html(found)).shown
+    assert "better" not in say_lead(content(tried(HEIGHTS)))
+
+
 def test_no_lambda_is_left() -> None:
     said = list_answers(content(tried({1.0: 0.5}, failed=[1.0])))
     assert said[0].startswith("No lambda could be compared with the target, whose exact is 0.")

@@ -33,6 +33,7 @@ from transformers import LlamaForCausalLM
 
 import skillvec as sv
 from skillvec.analysis import search_page
+from skillvec.analysis.search_sentences import list_differences
 from skillvec.cli import main
 from skillvec.errors import FormatError, IncompatibleError, SkillvecError, UsageError
 from skillvec.trials import search as search_module
@@ -230,6 +231,9 @@ def test_without_any_spread_nothing_can_be_said(ask: Any) -> None:
     facts = ask(Known(bare), budget=3).facts
     assert facts["verdict"] == "unknown"
     assert facts["answer"][0].startswith("Nothing can be said")
+    assert "(its spread is not known) the target." in facts["answer"][2]
+    rows = list_differences(facts).rows  # no end is known, which is neither 0 nor infinite
+    assert rows and all(row[4:] == ["-", "-", "unknown"] for row in rows)
 
 
 def test_less_is_better_of_what_is_minimised(ask: Any) -> None:
@@ -239,6 +243,8 @@ def test_less_is_better_of_what_is_minimised(ask: Any) -> None:
     assert abs(facts["chosen"]["winner"]["point"]["lam"] - 1.7) < 0.2
     best = [row["best"] for row in facts["history"] if row["by"] == "tpe"]
     assert best == sorted(best, reverse=True)
+    assert "Its score (less is better) is " in facts["answer"][0]
+    assert "Less score is better." in search_page.history(facts).note
 
 
 def test_gain_against_forgetting(ask: Any) -> None:
