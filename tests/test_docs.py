@@ -188,7 +188,10 @@ def test_what_the_readme_measures_stands_on_the_page_beside_its_command():
     alarms = [row[2] for row in rows(angles, "| structure | p < .05 |").values()]
     found = [row[-1] for row in rows(angles, "| structure | sd of the cosine |").values()]
     alarm, power = (sorted(int(cell.split()[0]) for cell in column) for column in (alarms, found))
-    assert "200 independent pairs a structure" in angles and "Of 200 independent pairs" in facts[2]
+    assert (
+        "200 independent pairs of each structure" in angles
+        and "Of 200 independent pairs" in facts[2]
+    )
     assert f"at most {alarm[-1]} % are called" in facts[2]
     assert f"at least {power[0]} % are." in facts[2]
 

@@ -52,7 +52,7 @@ class Map(NamedTuple):
 
     of: str
     source: str  # "pairs" or "norms"
-    index: int
+    place: int
     held: HeatMap
 
 
@@ -254,6 +254,7 @@ def _forecast(own: tuple[str, str], pair: PairEntry) -> Row:
     shown = select_known(select_shown(FORECAST, "page"), [forecast])
     entries = [entry._replace(title=in_letters(entry.title, own))
                for entry in _entries(FORECAST, shown, dict(forecast))]  # fmt: skip
+    columns: list[tuple[Table, Statistic]]
     columns = [(FORECAST, n) for n in pick(FORECAST, "share")]
     columns += [(PAIRS, n) for n in pick(PAIRS, "cosine", "z", "p")]
     columns += [(FORECAST, n) for n in pick(FORECAST, "conflict")]

@@ -98,13 +98,7 @@ def push(
     state, reached = _ask(api, repo, revision, dry_run, report)
     if state and private and not state["private"]:
         raise UsageError(f"{what}: is public; make it private in its settings, or name another")
-    held = state["files"] if state else []
-    other = [name for name in held if is_weight_file(name) and name not in made.files]
-    if other and not (revision or create_pr):
-        raise UsageError(
-            f"{what}: holds other weights, and a repository holds one vector or model; --revision"
-            f" or --create-pr replaces them in a branch or a pull request:\n{up_to_five(other)}"
-        )
+    other = _find_other(made, state, what, replace=bool(revision or create_pr))
     remote = _remote_card(api, repo, state)
     card = _card(made, repo, license, remote, api if reached else None, report)
     if made.vector and not any(line["changed"] for line in made.said["tensors"].values()):
@@ -149,6 +143,20 @@ def push(
     report.facts["url"] = done.pr_url or report.facts["url"]
     report.ledger = [{"name": name, "status": "uploaded", "nbytes": sizes[name]} for name in sizes]
     return report
+
+
+def _find_other(
+    made: _Made, state: Mapping[str, Any] | None, what: str, *, replace: bool
+) -> list[str]:
+    """Return the weights that the repository holds and `made` does not; refuse to replace them."""
+    held = state["files"] if state else []
+    other = [name for name in held if is_weight_file(name) and name not in made.files]
+    if other and not replace:
+        raise UsageError(
+            f"{what}: holds other weights, and a repository holds one vector or model; --revision"
+            f" or --create-pr replaces them in a branch or a pull request:\n{up_to_five(other)}"
+        )
+    return other
 
 
 def pull(
