@@ -18,6 +18,7 @@ import pytest
 import skillvec
 from skillvec.cli.commands import main
 from skillvec.cli.examples import EXAMPLES
+from skillvec.cli.group import GROUPS
 from skillvec.ops.merge_methods import OPERATORS
 
 ROOT = Path(__file__).parent.parent
@@ -87,10 +88,11 @@ def cli_page() -> str:
         f" The program writes this page (`{MAKE_CLI}`), and a test compares the two.",
         f"## skillvec\n\n{help_of(group)}",
     ]
+    commands = {name: main.commands[name] for names in GROUPS.values() for name in names}
     verbs = [f"| [{name}](#skillvec-{name}) | {plain(command.get_short_help_str(200))} |"
-             for name, command in main.commands.items()]  # fmt: skip
+             for name, command in commands.items()]  # fmt: skip
     parts.append("\n".join(["| verb | what it does |", "|---|---|", *verbs]))
-    for name, command in main.commands.items():
+    for name, command in commands.items():
         context = command.make_context(
             name, [], parent=group, resilient_parsing=True, terminal_width=80
         )

@@ -16,7 +16,7 @@ def _complete_command(context: click.Context, parameter: click.Parameter, begun:
 def show_help(context: click.Context, command: str | None) -> None:
     """Show what a command takes, with examples.
 
-    Without COMMAND it lists all commands.
+    Without COMMAND this lists all commands.
     """
     parent = context.parent
     assert parent is not None
@@ -37,10 +37,10 @@ def show_help(context: click.Context, command: str | None) -> None:
 def completion(shell: str | None, is_installed: bool) -> None:
     """Complete commands, options and paths with the Tab key.
 
-    Prints the script that makes SHELL do so: bash (4.4 or newer), zsh or fish, by default the shell
-    that you use. With --install the script is written into your home folder and read by every
-    shell that is started from then on. Files that skillvec did not write are not overwritten; to
-    .bashrc or .zshrc a few marked lines are added.
+    This prints the script that makes a shell do so: bash (4.4 or newer), zsh or fish, by default
+    the one that you use. With --install the script is written into your home folder and read by
+    every shell that is started from then on. Files that skillvec did not write are not overwritten;
+    to .bashrc or .zshrc a few marked lines are added.
     """
     found = find_shell(shell)
     click.echo("\n".join(install(found)) if is_installed else make_script(found).rstrip("\n"))

@@ -14,7 +14,6 @@ from skillvec.cli.options import (
     COMBINES,
     MODEL,
     NONFINITE,
-    REPORTS,
     ROWS,
     STORES,
     STREAMS,
@@ -22,6 +21,7 @@ from skillvec.cli.options import (
     add_device,
     add_moved,
     add_rename,
+    add_reports,
     add_seed,
     offer,
     read_parameters,
@@ -34,9 +34,9 @@ from skillvec.cli.screen import Screen
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, expose_value=False, callback=show_version,
-              help="Show the version and exit; with -v also kernels and packages.")  # fmt: skip
+              help="Show the version and exit.")  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, is_eager=True,
-              help="With --version: also show what this installation runs on.")  # fmt: skip
+              help="With --version: also show kernels, Python and packages in use.")  # fmt: skip
 def main(verbose: bool) -> None:
     """Cut a skill out of one model and add it to another.
 
@@ -45,14 +45,16 @@ def main(verbose: bool) -> None:
     skillvec apply TARGET skill.safetensors -o OUT   OUT = TARGET + lam * v
     skillvec verify OUT                              proves it from the disk
 
-    skillvec help COMMAND shows what a command takes, with examples. A model or vector is a path,
-    org/name[@revision] on the Hub, or a URL such as s3://bucket/model. After
-    skillvec completion --install the Tab key completes commands, options and paths.
+    RL is a model after training, SFT the model that this training began at, TARGET the model that
+    gets the skill; lam is lambda, 1 if --lam does not say otherwise. A model or vector is a path,
+    org/name[@revision] on the Hub, or a URL such as s3://bucket/model. TUNED::BASE, where a vector
+    is asked for, is the difference of two models. skillvec help COMMAND shows what a command takes,
+    with examples.
 
-    Exit codes: 0 done, 1 run error, 2 usage, 3 incompatible inputs.
+    Exit codes: 0 done, 1 the run failed, 2 the command is wrong, 3 the inputs do not fit.
     """
     if verbose:
-        raise click.UsageError("-v stands behind the command, or beside --version")
+        raise click.UsageError("-v comes after the command, or beside --version")
     # numpy's BLAS starts its threads, which wait by turning, where numpy is imported: a third of a
     # small run. Nothing here is faster by them; matrices have a core each (engine.matrix_workers).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -103,9 +105,9 @@ def combine(
 ) -> Any:
     """Merge several vectors into one, weighted or by an operator.
 
-    Each VECTOR is a vector file or TUNED::BASE, and counts WEIGHT times, once if no weight is
-    given. The default operator adds them: c = 0.7 a - 0.3 b. One vector alone is written again,
-    which changes its --codec.
+    Each VECTOR is a vector file, or TUNED::BASE, the difference of two models. It is multiplied by
+    WEIGHT, by 1 if none is given. The default operator adds them: c = 0.7 a - 0.3 b. With one
+    VECTOR alone the command writes a copy of it, with another --codec for instance.
     """
     from skillvec import verbs
 
@@ -151,8 +153,9 @@ def apply(screen: Screen, target: str, vectors: tuple[str, ...], output: str, op
     """Add a skill to a model: write TARGET + lambda * VECTOR.
 
     The output has the files, names and dtypes of TARGET, and a copy of its tokenizer and
-    configuration. Several vectors are merged by --op in the same pass, each taken WEIGHT times.
-    The report says how much of what was asked for has arrived in the rounded weights.
+    configuration. VECTOR is a vector file, a LoRA adapter of PEFT, or TUNED::BASE, the difference
+    of two models. Several vectors are multiplied by their WEIGHT and merged by --op in the same
+    pass. The report says how much of the change has arrived in the rounded weights.
     """
     from skillvec import verbs
 
@@ -180,9 +183,10 @@ def import_patch(screen: Screen, patch: str, base: str, output: str, **options: 
     """Make a vector of a list of changed values (vLLM, verl).
 
     PATCH lists the values that changed in exactly the model BASE, as RL stacks send them to
-    inference servers: a safetensors file of NAME.indices and NAME.values, with or without what
-    vLLM is told beside them; a flush of verl (__delta_spec__, __positions__, __values__); or a
-    folder of several such files. Names are those of the checkpoint or of the model in memory.
+    inference servers: a safetensors file of NAME.indices and NAME.values, with or without the
+    description of an update that vLLM's weight transfer takes; a flush of verl (__delta_spec__,
+    __positions__, __values__); or a folder of several such files. Tensors may be named as in the
+    checkpoint or as in memory.
     """
     from skillvec import verbs
 
@@ -195,7 +199,8 @@ def import_patch(screen: Screen, patch: str, base: str, output: str, **options: 
 @click.option(
     "--form", type=click.Choice(["lists", "verl", "vllm"]), default="lists", show_default=True,
     help="What the file looks like. lists: NAME.indices and NAME.values of every tensor. vllm: the"
-    " same with what vLLM's weight transfer is told, in the header. verl: one flush of verl.",
+    " same, with the description of an update that vLLM's weight transfer takes, in the header."
+    " verl: one flush of verl.",
 )  # fmt: skip
 @click.option(
     "--names", type=click.Choice(["files", "memory"]), default="files", show_default=True,
@@ -207,8 +212,8 @@ def import_patch(screen: Screen, patch: str, base: str, output: str, **options: 
 def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> Any:
     """Write what a vector changes as a list (vLLM, verl).
 
-    The list holds positions and new values, not differences. So it is right on one model alone:
-    the exact base that VECTOR was taken from.
+    The list holds positions and new values, not differences. So it fits one model alone: the very
+    base that VECTOR was taken from.
     """
     from skillvec import verbs
 
@@ -240,7 +245,7 @@ def export_patch(screen: Screen, vector: str, output: str, **options: Any) -> An
 def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> Any:
     """Write a vector as a LoRA adapter for PEFT.
 
-    Every matrix of VECTOR becomes a product of two factors, the nearest that their rank allows.
+    Every matrix of VECTOR becomes a product of two factors, the closest that their rank allows.
     The report says how much of each tensor is kept, and what is left out: norms, biases,
     embeddings.
     """
@@ -254,13 +259,13 @@ def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> An
 @click.argument("vector", type=VECTOR)
 @click.argument("repo")
 @click.option("--private", is_flag=True,
-              help="Make the repository private, if it has to be made. One that is there keeps what"
-              " it is.")  # fmt: skip
+              help="Create the repository as a private one. One that exists already stays as it is,"
+              " private or public.")  # fmt: skip
 @click.option("--revision", metavar="BRANCH",
-              help="Commit to BRANCH, which is made if it is not there, and not to main.",
+              help="Commit to BRANCH in place of main. It is created if it does not exist.",
               )  # fmt: skip
 @click.option("--create-pr", is_flag=True,
-              help="Open a pull request and leave the branch as it is.")  # fmt: skip
+              help="Open a pull request, and leave the branch as it is.")  # fmt: skip
 @click.option("--commit-message", metavar="TEXT", help="Title of the commit, one line.")
 @click.option("--license", metavar="NAME",
               help="Licence on the card, such as apache-2.0, where VECTOR itself names none.",
@@ -274,9 +279,9 @@ def extract_lora(screen: Screen, vector: str, output: str, **options: Any) -> An
 def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
     """Publish a vector or a merged model on the Hub.
 
-    VECTOR is a vector file, or a folder that apply wrote. REPO is org/name; it is made if it is not
-    there. A model card is written with it: base models, licence, exactness, norms, how to apply it.
-    What a person wrote on the card stays.
+    VECTOR is a vector file, or a folder that apply wrote. REPO is org/name; it is created if it
+    does not exist. A model card goes with it: base models, licence, exactness, norms, how to apply
+    it. What a person wrote on the card stays.
     """
     from skillvec import verbs
 
@@ -287,9 +292,10 @@ def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
 @main.command()
 @click.argument("repo")
 @click.option("-o", "--output", type=click.Path(), metavar="PATH",
-              help="File or folder to write. By default it lands in the Hub's cache.")  # fmt: skip
+              help="File or folder to write. By default the download stays in the Hub's cache.",
+              )  # fmt: skip
 @click.option("--revision", metavar="NAME",
-              help="Branch, tag or commit to download, and not main.")  # fmt: skip
+              help="Branch, tag or commit to download, in place of main.")  # fmt: skip
 @click.option("--token", metavar="TOKEN",
               help="Access token of the Hub. By default the one that `hf auth login` has stored.",
               )  # fmt: skip
@@ -299,8 +305,8 @@ def push(screen: Screen, vector: str, repo: str, **options: Any) -> Any:
 def pull(screen: Screen, repo: str, **options: Any) -> Any:
     """Download a vector or a merged model, and check it.
 
-    REPO is org/name. Sizes and digests of what arrives are held against the Hub's listing and
-    against the vector's own header before the output gets its name.
+    REPO is org/name. Sizes and digests of the files that arrive are compared with the Hub's listing
+    and with the vector's own header. The output appears only if they agree.
     """
     from skillvec import verbs
 
@@ -315,16 +321,17 @@ def pull(screen: Screen, repo: str, **options: Any) -> Any:
     help="Also measure each pair with something else in place of its first vector: the same vector"
     " with the signs of its channels drawn at random, or another VECTOR.",
 )  # fmt: skip
-@REPORTS
+@add_reports("the random draws: of --control random and of the SVD of --subspace")
 @NONFINITE
 @share_options(more="every level: parts, modules, layers and tensors",
                until="any value is read")  # fmt: skip
 def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> Any:
     """Compare vectors: are they more alike than chance?
 
-    A, B and so on are vector files or TUNED::BASE, a difference that is taken on the way. Every
-    pair gets its cosine with what chance would give, the overlap of changed weights, and what
-    rounding to 16 bits explains of it. docs/orthogonality.md explains every number.
+    A, B and so on are vector files, or TUNED::BASE, the difference of two models, which needs no
+    file. For every pair the report gives the cosine beside what chance would give, the overlap of
+    changed weights, and how much of both is explained by rounding to 16 bits. docs/orthogonality.md
+    explains every number.
     """
     from skillvec import verbs
 
@@ -335,15 +342,15 @@ def orthogonality(screen: Screen, vectors: tuple[str, ...], **options: Any) -> A
 
 @main.command()
 @click.argument("vector", type=VECTOR)
-@REPORTS
+@add_reports("the random draws of the SVD of --subspace")
 @NONFINITE
 @share_options(until="any value is read")
 def norms(screen: Screen, vector: str, **options: Any) -> Any:
     """Measure a vector: where it is large, how much it changes.
 
-    VECTOR is a vector file or TUNED::BASE, a difference that is taken on the way. Norm, share of
-    changed values and, with --against, rounding are told by part, module and layer.
-    docs/orthogonality.md explains every number.
+    VECTOR is a vector file, or TUNED::BASE, the difference of two models, which needs no file. The
+    report gives its norm, the share of values that it changes and, with --against, the effect of
+    rounding: by part, module and layer. docs/orthogonality.md explains every number.
     """
     from skillvec import verbs
 
@@ -358,15 +365,15 @@ def norms(screen: Screen, vector: str, **options: Any) -> Any:
               help="Also say whether the vector PATH fits this model: its exact base, the same"
               " family, the same shapes, or not at all.")  # fmt: skip
 @click.option("--digest", is_flag=True,
-              help="Read every byte of the model PATH and print the digest of its content, which is"
-              " the same however its tensors are ordered and sharded.")  # fmt: skip
+              help="Also read every byte of the model PATH and print the digest of its content,"
+              " which is the same however its tensors are ordered and sharded.")  # fmt: skip
 @share_options(selects=False)
 def inspect(screen: Screen, path: str, **options: Any) -> Any:
     """Say what a model, a vector or a folder is, and what it holds.
 
     PATH is a model, an adapter, a skill vector or a patch, on this disk, on the Hub or in an object
     store; or a folder of checkpoints, a report, an unfinished run, or a folder of the Hub's cache.
-    Headers alone are read, so that it is quick whatever the size, unless --digest is given.
+    It is quick whatever the size, because it reads headers alone, unless --digest is given.
     """
     from skillvec import verbs
 
@@ -387,9 +394,10 @@ def inspect(screen: Screen, path: str, **options: Any) -> Any:
 def verify(screen: Screen, path: str, **options: Any) -> Any:
     """Prove from the disk that a vector or a merged model is right.
 
-    Of a vector: that base + VECTOR is the tuned model, or, if it was combined, that it is what its
-    vectors give. Of a merged model: that it is TARGET + lambda * VECTOR, rounded once. Every bit is
-    computed again and compared. The inputs are looked for where they were.
+    Of a vector it proves that base + VECTOR is the tuned model, or, if it was combined, that it is
+    what its vectors give. Of a merged model it proves that it is target + lambda * vector, rounded
+    once. Every bit is computed again and compared. The inputs are looked for where they were when
+    PATH was made; the options say where they are now.
     """
     from skillvec import verbs
 

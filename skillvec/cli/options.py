@@ -93,25 +93,26 @@ STORES = add_option(  # of a command that writes a vector
         help="Write a folder of several files where the vector is larger than SIZE, such as 500MB.",
     ),
     click.option("--method", metavar="TEXT",
-                 help="Label in the vector's header: how TUNED was trained, such as grpo."),
+                 help="Label in the vector's header: how the tuned model was trained, such as"
+                 " grpo."),
     click.option("--notes", metavar="TEXT", help="Label in the vector's header: any text."),
     click.option("--license", metavar="NAME",
                  help="Label in the vector's header: its licence, such as apache-2.0."),
 )  # fmt: skip
 STREAMS = click.option(
     "--stream", is_flag=True,
-    help="Read models on the Hub file by file and delete each file after it was read, so that"
-    " at most two are on the disk.",
+    help="Read models on the Hub file by file, and delete each file once it was read, so that"
+    " at most two are on the disk at a time.",
 )  # fmt: skip
 ROWS = click.option(
     "--rows", type=click.Choice(["strict", "common", "skip"]), default="strict", show_default=True,
-    help="What to do with embeddings and heads that have more rows in one model than in the other:"
-    " strict refuses them, common takes the rows that both have, skip leaves the tensors out.",
+    help="What to do where the embedding or head has more rows in one model than in the other:"
+    " strict refuses it, common takes the rows that both have, skip leaves the tensor out.",
 )  # fmt: skip
 NONFINITE = click.option(
     "--allow-nonfinite", is_flag=True,
-    help="Go on where a NaN or an infinity decides a value. Without this option such tensors are"
-    " refused and named.",
+    help="Go on where a value is a NaN or an infinity, or becomes one. Without this option such"
+    " tensors are refused and named.",
 )  # fmt: skip
 INCLUDES = add_option(
     click.option("--include", multiple=True, metavar="GLOB",
@@ -138,32 +139,37 @@ COMBINES = add_option(  # of a command that merges several vectors
         " combination, in place of VECTOR, --op and --param.",
     ),
 )  # fmt: skip
-REPORTS = add_option(  # of a command that measures vectors
-    click.option(
-        "--against", type=MODEL, metavar="MODEL",
-        help="Model that the updates were made to. Its weights tell how much of an update rounding"
-        " to 16 bits explains and, with --subspace, whether it lies along the model's leading"
-        " directions.",
-    ),
-    click.option(
-        "--subspace", type=int, default=0, metavar="K",
-        help="Also compare the K leading singular directions of every matrix. 0 leaves this out.",
-    ),
-    click.option(
-        "--activations", type=FILE, metavar="FILE",
-        help="Also measure what the updates do to the outputs of modules, by second moments of"
-        " their inputs in FILE (made by python -m skillvec.recipes.calibrate).",
-    ),
-    add_device("--subspace and --activations are"),
-    add_seed("the random draws: of --control random and of the SVD of --subspace"),
-    click.option(
-        "-o", "--output", type=click.Path(), metavar="FOLDER",
-        help="Write report.json, report.csv and the page report.html into FOLDER.",
-    ),
-    click.option("--figures", is_flag=True,
-                 help="Also write the figures of the page into FOLDER, as SVG and PNG."),
-    click.option("--force", is_flag=True, help="Overwrite a report that is in FOLDER already."),
-)  # fmt: skip
+
+
+def add_reports(draws: str) -> Callable[[Command], Command]:
+    """Return the options of a command that measures vectors; --seed fixes what it draws."""
+    return add_option(
+        click.option(
+            "--against", type=MODEL, metavar="MODEL",
+            help="Model that a vector was trained from. Its weights show how much of the vector is"
+            " explained by rounding to 16 bits and, with --subspace, whether the vector lies along"
+            " the model's own leading directions. By default the base of a TUNED::BASE.",
+        ),
+        click.option(
+            "--subspace", type=int, default=0, metavar="K",
+            help="Also measure the K leading singular directions of every matrix. By default they"
+            " are left out, because they take much longer.",
+        ),
+        click.option(
+            "--activations", type=FILE, metavar="FILE",
+            help="Also measure how a vector changes the outputs of modules. FILE holds the second"
+            " moments of their inputs; python -m skillvec.recipes.calibrate makes it.",
+        ),
+        add_device("--subspace and --activations are"),
+        add_seed(draws),
+        click.option(
+            "-o", "--output", type=click.Path(), metavar="FOLDER",
+            help="Write report.json, report.csv and the page report.html into FOLDER.",
+        ),
+        click.option("--figures", is_flag=True,
+                     help="Also write the figures of the page into FOLDER, as SVG and PNG."),
+        click.option("--force", is_flag=True, help="Overwrite a report that is in FOLDER already."),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------- options of all commands
@@ -194,7 +200,8 @@ def share_options(
                 " (serial), or the Ray cluster that RAY_ADDRESS names or that runs here (ray).",
             ),
             click.option("--workers", type=int, metavar="N",
-                         help="Work on N blocks at once, 1 or more; by default one for each core."),
+                         help="Work on N blocks, of a million values each, at once; by default one"
+                         " for each core."),
         ]  # fmt: skip
     if selects:
         options.insert(

@@ -145,10 +145,13 @@ class Screen:
         from skillvec.verbs.sentences import say_answer
 
         width = find_width(sys.stdout)
-        if width is not None:
-            LINE_WIDTH.set(min(width, WIDEST_TEXT))
+        before = LINE_WIDTH.set(LINE_WIDTH.get() if width is None else min(width, WIDEST_TEXT))
+        try:
+            answer = say_answer(report, self.verbose)
+        finally:
+            LINE_WIDTH.reset(before)  # other answers of this process may go elsewhere
         after_table = False
-        for said in say_answer(report, self.verbose):
+        for said in answer:
             if isinstance(said, Document):
                 _write(said, sys.stdout)
             elif isinstance(said, str):

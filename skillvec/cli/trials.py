@@ -26,19 +26,20 @@ def share_trial_options(command: Command) -> Command:
     return add_option(
         click.option(
             "--eval", required=True, metavar="EVALUATOR",
-            help="What scores a model: module:function, a Python function of model and tokenizer;"
-            " 'command: ... {model} ...', a program that is given a folder; lm-eval:TASK,TASK; or"
-            " evaluate:QUESTIONS.jsonl, questions with answers. docs/search.md has more.",
+            help="What scores a model: module:function, a Python function that takes model and"
+            " tokenizer; 'command: ... {model} ...', a program that gets a folder for {model};"
+            " lm-eval:TASK,TASK; or evaluate:QUESTIONS.jsonl, lines with a prompt and an answer."
+            " docs/search.md has more.",
         ),
         click.option("--eval-option", "eval_options", multiple=True, metavar="KEY=VALUE",
-                     help="Argument that the evaluator is given, such as limit=100. May be given"
-                     " several times."),
+                     help="Argument that is passed to the evaluator, such as limit=100. May be"
+                     " given several times."),
         click.option("--metric", metavar="NAME",
-                     help="Score that decides which model is better. By default the first that the"
-                     " evaluator gives."),
+                     help="Name of the score that decides which model is better. By default the"
+                     " first that the evaluator gives."),
         click.option("--minimize", multiple=True, metavar="NAME",
-                     help="Take less of the score NAME for better. Scores called loss, perplexity"
-                     " or error need no such word. May be given several times."),
+                     help="Say that a lower score NAME is better. Of scores called loss, perplexity"
+                     " or error this is known. May be given several times."),
         click.option("--scratch", type=click.Path(), metavar="FOLDER",
                      help="Folder for merged models, one at a time, where the evaluator takes"
                      " folders. By default the system's folder for temporary files."),
@@ -91,7 +92,7 @@ def sweep(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: t
     """Try a vector at many lambdas: does it help, and at which?
 
     TARGET is loaded once and evaluated at every lambda, with VECTOR added in memory. Several
-    vectors are added up, each taken WEIGHT times. FOLDER gets the answer as index.html,
+    vectors are multiplied by their WEIGHT and added up. FOLDER gets the answer as index.html,
     report.json, points.csv and curve.svg. The exit code is 1 if an evaluation failed.
     """
     from skillvec.trials.evaluators import read_options
@@ -110,8 +111,9 @@ def sweep(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: t
 @click.argument("vectors", nargs=-1, required=True, metavar="VECTOR...", type=VECTOR)
 @click.option(
     "--space", default="lam", show_default=True, metavar="SPEC",
-    help='What may be chosen, in words such as "lam=0:2 by=layers:4" (a lambda between 0 and 2 for'
-    " each of 4 groups of layers), or a YAML file with the same keys. docs/search.md lists them.",
+    help='What the search may choose, in words such as "lam=0:2 by=layers:4" (a lambda between 0'
+    " and 2 for each of 4 groups of layers), or a YAML file with the same keys. docs/search.md"
+    " lists them.",
 )  # fmt: skip
 @click.option(
     "--budget",
@@ -128,7 +130,8 @@ def sweep(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: t
 @click.option(
     "--second", metavar="NAME|bytes",
     help="Second aim beside --metric: another score of the evaluator, or bytes, the stored size of"
-    " the vector. The best one wins that keeps the share --keep of the gain.",
+    " the vector. Of all trials that keep at least the share --keep of the gain, the one that is"
+    " best by this aim wins.",
 )  # fmt: skip
 @click.option(
     "--keep", type=float, default=0.95, show_default=True, metavar="SHARE",
@@ -136,13 +139,13 @@ def sweep(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: t
 )  # fmt: skip
 @click.option(
     "--report-eval", metavar="EVALUATOR",
-    help="What judges the winner in the end. By default the half of the items of --eval that the"
-    " search does not see.",
+    help="Evaluator that judges the winner at the end. By default that of --eval does, on the half"
+    " of its items that the search does not see.",
 )  # fmt: skip
 @click.option(
     "--storage",
     metavar="URL",
-    help="Database of Optuna that several machines may share. By default study.db in FOLDER.",
+    help="Database of Optuna, which several machines may share. By default study.db in FOLDER.",
 )
 @click.option("--study", default="search", show_default=True, metavar="NAME",
               help="Name of the study in the database.")  # fmt: skip
@@ -152,8 +155,8 @@ def search(screen: Screen, target: str, vectors: tuple[str, ...], eval_options: 
            **options: Any) -> Any:  # fmt: skip
     """Search for the lambdas and layers that help a model most.
 
-    One half of the evaluator's items is searched by. The other half, asked once at the end, says
-    whether the winner is better than lambda = 1 by more than noise. FOLDER gets the answer as
+    The search goes by one half of the evaluator's items. The other half, asked once at the end,
+    says whether the winner is better than lambda = 1 by more than noise. FOLDER gets the answer as
     index.html, report.json and trials.csv, and the winner as winner.yaml, a recipe that
     skillvec combine and skillvec apply take.
     """

@@ -187,13 +187,14 @@ def _say_content(facts: Facts) -> list[str]:
     files = f" in {len(facts['files'])} files" if len(facts["files"]) > 1 else ""
     said.append(
         f"  {human_count(facts['numel'])} values, {100 * facts['density']:.3g} % changed, norm"
-        f" {facts['norm']:.5g}, {human_bytes(facts['nbytes'])}{files}"
+        f" {facts['norm']:.5g}{files}"
     )
     codecs = (
         f"{held['tensors']} {codec} ({human_bytes(held['nbytes'])})"
         for codec, held in sorted(facts["codecs"].items())
     )
-    said.append(f"  stored   {', '.join(codecs)}")
+    size = human_bytes(facts["nbytes"])
+    said.append(f"  stored   {size} without the header: {', '.join(codecs)}")
     exact = facts["exactness"]
     said.append(
         f"  exact    {exact['claim']}, {exact['exceptions']} fp32 exceptions,"

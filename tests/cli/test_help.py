@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -13,6 +14,10 @@ from skillvec.cli.near import COMMANDS_ALSO, OPERATORS, OPTIONS_ALSO, ask_if, fi
 from skillvec.cli.options import SECTIONS
 from skillvec.errors import UsageError
 from skillvec.ops.merge_methods import OPERATORS as KNOWN
+
+# words that no command takes: what a reader knows, and what stands in a path or name of a file
+KNOWN_WORDS = {"CSV", "GPU", "JSON", "PEFT", "PNG", "RL", "SVD", "SVG", "URL", "YAML"}
+KNOWN_WORDS |= {"NAME", "QUESTIONS", "TASK"}
 
 
 def run(*words: object) -> Result:
@@ -63,6 +68,19 @@ def test_a_command_says_in_one_line_what_it_does(command: str):
     assert sorted(every) == sorted({text[2:] for text in spelled(command)} | {"help"})
     for title, names in SECTIONS.items():
         assert {*listed.get(title, ())} == {*every} & {*names}
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_help_of_a_command_speaks_of_what_the_command_takes(command: str):
+    """Options are its own; words in capitals are its arguments, or known without them."""
+    asked = main.commands[command]
+    context = click.Context(asked, info_name=command)
+    helps = [asked.help or "", *(getattr(param, "help", None) or "" for param in asked.params)]
+    said = " ".join(helps).replace("TUNED::BASE", "")
+    assert {*re.findall(r"--\w[\w-]*", said)} <= spelled(command)
+    taken = " ".join(param.make_metavar(context) for param in asked.params)
+    words = {*re.findall(r"\b[A-Z]{2,}\b", said)} - {*re.findall(r"[A-Z]+", taken)}
+    assert not words - KNOWN_WORDS
 
 
 def test_every_command_stands_in_a_group_once():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skillvec.analysis.wording import Grid, fill
+from skillvec.analysis.wording import LINE_WIDTH, Grid, fill, wrap
 from skillvec.cli.screen import Screen, fold
 from skillvec.report import Report
 from skillvec.verbs import sentences
@@ -27,6 +27,15 @@ def test_a_blank_line_parts_two_tables(monkeypatch: pytest.MonkeyPatch, capsys):
         ["text"], ["name"], ["─" * len(lines[2])], ["a"], [], ["name"], ["─" * len(lines[2])],
         ["a"], ["end"], [],
     ]  # fmt: skip
+
+
+def test_the_width_of_a_terminal_is_that_of_one_answer(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setitem(sentences.ANSWERS, "push", lambda report: [wrap("word " * 12)])
+    before = LINE_WIDTH.get()
+    Screen().show(Report("push"))
+    assert [len(line) <= 40 for line in capsys.readouterr().out.splitlines()] == [True, True]
+    assert LINE_WIDTH.get() == before > 60
 
 
 def test_lines_are_broken_between_words_below_where_they_begin():
