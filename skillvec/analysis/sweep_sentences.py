@@ -113,7 +113,8 @@ def _say_finding(facts: Facts) -> tuple[str, ...]:
         goes = "falls" if best["difference"] < 0 else "rises"
         return f"{metric} {goes} from {zero} to {score} at lambda {lam}, {of}", sure, one
     least = f"lambda {lam} with {score}" if facts["compared"] > 1 else score
-    is_apart = best["low"] > 0 or best["high"] < 0  # in the wrong direction, or it were found
+    # in the wrong direction, or it were found; no ends where few items all moved by the same
+    is_apart = best["low"] is not None and (best["low"] > 0 or best["high"] < 0)
     stands = "worse than" if is_apart else "within noise of"
     return (
         f"Nothing was found: {metric} of {of}, {least}, is {stands} the target's own {zero}",

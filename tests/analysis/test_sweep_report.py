@@ -107,6 +107,18 @@ def test_without_standard_errors_nothing_is_claimed() -> None:
     assert "no standard error is known" in list_answers(found)[0]
 
 
+def test_a_few_items_that_all_move_by_the_same_have_no_interval() -> None:
+    """Two items, each better by .5: nothing tells how far a third would move."""
+    points = {lam: {"exact": score_of([height, height + 0.25])}
+              for lam, height in ((0.0, 0.0), (1.0, 0.5))}  # fmt: skip
+    made = [Tried("skill" if lam else "target", lam, "done", "", scores, MEASURED)
+            for lam, scores in points.items()]  # fmt: skip
+    found = content(made)
+    assert found["is_known"] and found["best"]["low"] is None
+    said = list_answers(found)[0]
+    assert "within noise of the target's own 0.125 (difference +0.5, spread unknown)" in said
+
+
 def test_no_lambda_is_left() -> None:
     said = list_answers(content(tried({1.0: 0.5}, failed=[1.0])))
     assert said[0].startswith("No lambda could be compared with the target, whose exact is 0.")
@@ -191,6 +203,16 @@ def test_the_curve_shows_all_that_was_tried() -> None:
     assert figure.note.endswith("Without 1 that failed.")
     without_one = sweep_page.curve(content(tried({0.5: 0.1})))
     assert len(layers(without_one.spec, "rule")) == 2
+
+
+@pytest.mark.parametrize("metric", ["score", "lam", "f1.macro", "pass[1", "it's"])
+def test_a_metric_of_any_name_is_drawn(metric: str) -> None:
+    """It is a title alone: neither a path into the points nor a value of theirs."""
+    made = tried(HEIGHTS, metric=metric)
+    figure = sweep_page.curve(content(made, metric))
+    values = {v["lam"]: v for v in figure.spec["data"]["values"]}
+    assert values[0.5]["score"] == made[2].scores[metric].mean
+    assert dict(sweep_page.figures(content(made, metric)))["curve.svg"].startswith(b"<")
 
 
 def test_the_page_begins_with_the_answer_and_holds_the_report() -> None:
