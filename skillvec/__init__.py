@@ -43,6 +43,7 @@ as a table.
 Importing this module imports nothing heavy: names resolve when they are first used.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,11 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
 
 answer_old_names()
 
+# without transformers there are no callbacks: help and `import *` ask for every name of these
+if sys.modules.get("transformers") is None and find_spec("transformers") is None:
+    __all__.remove("SkillVectorCallback")
+    __all__.remove("SkillVectorEvaluation")
+
 if TYPE_CHECKING:
     from skillvec.checkpoints.checkpoint import Checkpoint
     from skillvec.checkpoints.opening import open_checkpoint
@@ -145,7 +151,5 @@ if not TYPE_CHECKING:  # otherwise every misspelt name would be Any
 
 
 def __dir__() -> list[str]:
-    """Return the public names; without transformers there are no callbacks, and help works."""
-    home = "verbs.training"
-    known = [n for n in __all__ if _HOME[n] != home or find_spec("transformers") is not None]
-    return [*known, "__version__"]
+    """Return the public names."""
+    return [*__all__, "__version__"]

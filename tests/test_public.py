@@ -39,11 +39,15 @@ def test_dir_lists_the_public_names_and_nothing_else() -> None:
     assert names.split() == dir(sv) and has_numpy == "False"
 
 
-def test_help_works_without_the_packages_of_the_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asks for every name of dir, and an error that is no AttributeError would end it."""
-    monkeypatch.setattr(sv, "find_spec", lambda name: None)
-    left = {*sv.__all__, "__version__"} - {*dir(sv)}
-    assert left == {"SkillVectorCallback", "SkillVectorEvaluation"}
+def test_help_and_import_star_work_without_the_packages_of_the_callbacks() -> None:
+    """They ask for every name, and an error that is no AttributeError would end them."""
+    told = run(
+        "import sys; sys.modules['transformers'] = None\n"
+        "import skillvec\nfrom skillvec import *\nprint(*dir(skillvec))\nprint(diff.__name__)"
+    )
+    names, found = told.splitlines()
+    left = {*sv.__all__, "__version__"} - {*names.split()}
+    assert left == {"SkillVectorCallback", "SkillVectorEvaluation"} and found == "diff"
 
 
 def test_help_of_the_package_begins_with_the_five_calls() -> None:

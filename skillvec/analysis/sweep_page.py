@@ -103,7 +103,9 @@ def curve(content: Content) -> Figure:
     x: Spec = {"field": "lam", "type": "quantitative", "title": "lambda",
                "axis": {"format": ".6~g", "labelFlush": False, **ticks}}  # fmt: skip
     y: Spec = {"field": "score", "type": "quantitative", "title": metric, "scale": {"zero": False}}
-    tip = [{"field": key, "type": "nominal"} for key in ("curve", "lambda", metric)]
+    # a metric's name is a title, never a field: of those, dots and brackets are paths
+    tip = [{"field": key, "type": "nominal", "title": title} for key, title in
+           (("curve", "curve"), ("lambda", "lambda"), ("said", metric))]  # fmt: skip
     layers: list[Spec] = [
         {"data": {"values": [{"score": zero}]},
          "mark": {"type": "rule", "strokeDash": [4, 3], "color": "#888"}, "encoding": {"y": y}},
@@ -146,8 +148,7 @@ def _place(row: Line, content: Content) -> Iterator[Line]:
         yield {
             "curve": LEGEND[kind], "lam": row["lam"], "score": mean, "low": mean - reach,
             "high": mean + reach, "lambda": typeset(f"{row['lam']:g}"),
-            printable(content["metric"]): typeset(write_score(mean))
-            + (f" ± {reach:.2g}" if reach else ""),
+            "said": typeset(write_score(mean)) + (f" ± {reach:.2g}" if reach else ""),
         }  # fmt: skip
 
 

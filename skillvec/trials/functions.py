@@ -10,8 +10,10 @@ which arguments it takes.
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import import_module
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from skillvec.errors import UsageError
@@ -36,7 +38,9 @@ class FunctionEvaluator:
             self._function = import_function(module, function)
         else:
             self._function = function
-            function = getattr(function, "__qualname__", type(function).__name__)
+            inner = _inner(function)
+            module = getattr(inner, "__module__", module)
+            function = getattr(inner, "__qualname__", type(function).__name__)
         self._name = f"{module}:{function}"
         self._options = dict(options)
         kinds = (
@@ -44,7 +48,8 @@ class FunctionEvaluator:
             inspect.isgeneratorfunction,
             inspect.isasyncgenfunction,
         )
-        if any(is_kind(self._function) for is_kind in kinds):
+        called = (self._function, getattr(self._function, "__call__", None))  # noqa: B004 its own
+        if any(is_kind(one) for is_kind in kinds for one in called):
             raise UsageError(
                 f"{self._name} is async or a generator: expected a function that returns scores"
             )
@@ -58,11 +63,15 @@ class FunctionEvaluator:
         if self.splits and not self._takes_split:
             raise UsageError(f"{self._name} says that it has splits, but takes no `split`")
         self.metrics = self._names("metrics") or None
-        self.spec = spelled(self._name, options, _source_digest(module, self._function))
+        digest = _source_digest(module, self._function)
+        if "<" in self._name or not isinstance(self._function, FunctionType):
+            digest = digest_bytes(f"{digest} {_describe(self._function)}".encode())[:16]
+        self.spec = spelled(self._name, options, digest)
 
     def _names(self, attribute: str) -> tuple[str, ...]:
         names = getattr(self._function, attribute, ())
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        is_list = isinstance(names, Iterable) and not isinstance(names, str)
+        if not is_list or not all(isinstance(name, str) for name in names):
             raise UsageError(f"{self._name}: its `{attribute}` should be a list of names")
         return tuple(names)
 
@@ -127,13 +136,47 @@ def spelled(name: str, options: Mapping[str, Any], digest: str = "") -> str:
 def _source_digest(module: str, function: Function) -> str:
     """Return a digest of a module's file: points of another function are not comparable.
 
-    What a notebook defines is in no file: its own text then, "" where nobody knows that.
+    What a notebook defines is in no file: its own text then, or its code where that is lost.
     """
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or not os.path.isfile(file):
         try:
             return digest_bytes(inspect.getsource(function).encode())[:16]
         except (OSError, TypeError):
-            return ""
+            return digest_bytes(_describe(function).encode())[:16]
     with open(file, "rb") as source:
         return digest_bytes(source.read())[:16]
+
+
+def _inner(function: Any) -> Any:
+    """Return the function that a partial calls."""
+    return _inner(function.func) if isinstance(function, partial) else function
+
+
+def _describe(held: Any, depth: int = 8) -> str:
+    """Return what tells two functions apart that share a name and a file.
+
+    Lambdas and functions in functions by their code and the values that they took along, partials
+    by what they fix, methods and callable objects by the values of their object. Of what is no
+    number, text or container, such as a model, its type alone, and so of what refers to itself.
+    """
+    if held is None or isinstance(held, str | bytes | int | float):
+        return repr(held)
+    parts: list[Any] = []
+    if isinstance(held, FunctionType):
+        taken = inspect.getclosurevars(held).nonlocals
+        parts = [held.__code__, held.__defaults__, held.__kwdefaults__, taken]
+    elif isinstance(held, CodeType):
+        parts = [held.co_code, held.co_names, held.co_consts]
+    elif isinstance(held, partial):
+        parts = [held.func, held.args, held.keywords]
+    elif isinstance(held, MethodType):
+        parts = [held.__func__, getattr(held.__self__, "__dict__", None)]
+    elif isinstance(held, Mapping):
+        parts = [*held.items()]
+    elif isinstance(held, tuple | list):
+        parts = [*held]
+    elif depth == 8:  # an object that is called
+        parts = [type(held).__call__, getattr(held, "__dict__", None)]
+    said = [_describe(part, depth - 1) for part in parts] if depth else []
+    return f"{type(held).__qualname__}({', '.join(said)})"

@@ -1,6 +1,6 @@
 """Lambdas as people write them: lists and ranges, in exact decimals."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 
 from skillvec.errors import UsageError
@@ -15,7 +15,8 @@ def read_lambdas(lam: str | float | Sequence[float | str]) -> list[float]:
     Words are numbers and ranges START:STOP:STEP with both ends, separated by commas: -1:2:0.25 has
     13 points, and none is .30000000000000004. Raises UsageError for what is none of these.
     """
-    given = [lam] if isinstance(lam, str | float | int) else list(lam)
+    plain = lam.tolist() if hasattr(lam, "tolist") else lam  # numpy's and torch's
+    given = [*plain] if isinstance(plain, Iterable) and not isinstance(plain, str) else [plain]
     words = [word for one in given for word in str(one).split(",")]
     found = {float(number) for word in words for number in _read_word(word.strip())}
     if not found:

@@ -109,7 +109,9 @@ def read_scores(said: Any) -> Scores:
     if isinstance(said, Mapping) and isinstance(said.get("metrics"), Mapping):
         said = said["metrics"]
     if not isinstance(said, Mapping) or not said:
-        raise ScoreError(f"expected metrics with their values, found {said!r:.200}")
+        raise ScoreError(
+            f'expected metrics by name, such as {{"accuracy": 0.5}}, found {said!r:.200}'
+        )
     scores = {}
     for name, value in said.items():
         try:
@@ -153,7 +155,10 @@ def _plain(values: Any) -> Sequence[Any]:
 def _number(value: Any) -> float:
     if isinstance(value, str | bytes) or value is None:
         raise ScoreError(f"expected a number, found {value!r:.100}")
-    return float(value)
+    try:
+        return float(value)
+    except TypeError:
+        raise ScoreError(f"expected a number, found {value!r:.100}") from None
 
 
 def _error_of(value: Any) -> float | None:

@@ -33,6 +33,7 @@ from skillvec.errors import (
     SkillvecError,
     UsageError,
     VerificationError,
+    needs,
 )
 from skillvec.files.file import digest_bytes
 from skillvec.ops.svd import resolve_device
@@ -129,6 +130,8 @@ class Trials:
             self._refuse_scratch()
         else:
             self._tokenizer = self._find_tokenizer()
+            with needs("hf", "loading a model to evaluate it"):
+                import torch  # noqa: F401, or the next line asked for less than is needed
             self._device = resolve_device(device or "auto")
         evaluator.check(os.fspath(self._point.folder))
 

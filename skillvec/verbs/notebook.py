@@ -35,6 +35,8 @@ from skillvec.verbs.sentences import ANSWERS, DONE, TRIALS, say_answer
 MOST_ROWS = 24  # of a table
 MOST_SVG_NBYTES = 400_000  # of a picture in a notebook; the page has any
 MOST_TEXT = 400  # characters of a cell
+# what the terminal's last line points to; a notebook has the report itself
+OPTIONS = re.compile(r"(; |^)-v (or --json has all|shows every number.*)$", re.DOTALL)
 SPOKEN = {*DONE, *ANSWERS, *TRIALS, "orthogonality", "norms", "verify"}  # verbs with sentences
 FACE = "font-family:system-ui,sans-serif;font-size:13px;line-height:1.5;max-width:60em"
 CELL = "padding:2px 12px 2px 0;vertical-align:top;border:0;background:none;color:inherit"
@@ -192,7 +194,10 @@ def _show_report(report: Report) -> str:
         rows = [(key, _fold(value)) for key, value in report.facts.items()]
         return _head(f"Report of {report.verb}") + _list_rows(rows)
     said = say_answer(report, False)
-    texts = [_say_lines(one) for one in said if isinstance(one, str)]
+    words = [OPTIONS.sub("", one) for one in said if isinstance(one, str)]
+    texts = [_say_lines(one) for one in words if one]
+    if words != [one for one in said if isinstance(one, str)]:
+        texts.append(_say_lines("The report's facts and ledger hold all numbers."))
     tables = [_table(one) for one in said if isinstance(one, Grid)]
     warnings = [_say_lines(f"warning: {one}") for one in report.warnings[:5]]
     head = _head(f"Report of {report.verb}")

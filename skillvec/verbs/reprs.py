@@ -39,10 +39,15 @@ def write_repr(held: object) -> str:
 
 
 def cut(text: object, most: int = MOST) -> str:
-    """Return text on one line, a long one without its middle."""
+    """Return text on one line, a long one without its middle; of TUNED::BASE both sides."""
     line = printable(" ".join(str(text).split()))
     if len(line) <= most:
         return line
+    tuned, colons, base = line.partition("::")
+    if colons and most >= 20:
+        short = min(len(base), (most - 2) // 2)  # what one side does not need, the other gets
+        left = cut(tuned, most - 2 - short)
+        return f"{left}::{cut(base, most - 2 - len(left))}"
     head = most // 3
     return f"{line[:head]}…{line[head + 1 - most :]}"
 
@@ -180,7 +185,9 @@ def _say_report(report: Report) -> str:
         told.append(f"in {cut(where)}")
     if count := len(report.warnings):
         told.append(f"{count} warning{'' if count == 1 else 's'}")
-    return f"Report of {cut(report.verb, 20)}: {', '.join(told) or 'nothing yet'}"
+    # what is free on the disk, only a dry run keeps
+    dry = ", a dry run" if "nbytes_free" in report.now else ""
+    return f"Report of {cut(report.verb, 20)}{dry}: {', '.join(told) or 'nothing yet'}"
 
 
 def _say_norms(facts: Facts) -> str:

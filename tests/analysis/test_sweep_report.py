@@ -221,6 +221,16 @@ def test_the_curve_shows_all_that_was_tried() -> None:
     assert len(layers(without_one.spec, "rule")) == 2
 
 
+@pytest.mark.parametrize("metric", ["score", "lam", "f1.macro", "pass[1", "it's"])
+def test_a_metric_of_any_name_is_drawn(metric: str) -> None:
+    """It is a title alone: neither a path into the points nor a value of theirs."""
+    made = tried(HEIGHTS, metric=metric)
+    figure = sweep_page.curve(content(made, metric))
+    values = {v["lam"]: v for v in figure.spec["data"]["values"]}
+    assert values[0.5]["score"] == made[2].scores[metric].mean
+    assert dict(sweep_page.figures(content(made, metric)))["curve.svg"].startswith(b"<")
+
+
 def test_the_page_begins_with_the_answer_and_holds_the_report() -> None:
     found = content(tried(HEIGHTS, control=["random"], failed=[2.0]))
     found["warnings"].append(HOSTILE)

@@ -49,7 +49,9 @@ def test_an_answer_is_read_in_every_form(said: Any, expected: Score):
 @pytest.mark.parametrize(
     ("said", "match"),
     [
-        (0.5, "expected metrics with their values, found 0.5"),
+        (0.5, r"expected metrics by name, such as .*, found 0\.5"),
+        ({"a": 1j}, "metric a: expected a number, found 1j"),
+        ({"a": [[1.0]]}, r"metric a: expected a number, found \[1.0\]"),
         ({}, "expected metrics"),
         ({"acc": "0.5"}, "metric acc: expected a number, found '0.5'"),
         ({"acc": None}, "metric acc: expected a number, found None"),
@@ -267,7 +269,64 @@ def test_a_function_that_a_notebook_defines_is_known_by_its_own_text(
     linecache.cache.pop(f"<cell {two}>")
     lost = define(two)
     linecache.cache.pop(f"<cell {two}>")
-    assert open_evaluator(lost).spec == "a_notebook:score"
+    other = define(one)
+    linecache.cache.pop(f"<cell {one}>")
+    assert open_evaluator(lost).spec != open_evaluator(other).spec  # by what it was compiled to
+
+
+class Scorer:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, list[float]]:
+        return {"score": [1.0] * self.count}
+
+    def score(self, model: Any, tokenizer: Any) -> dict[str, list[float]]:
+        return self(model, tokenizer)
+
+
+def shift(by: float, model: Any, tokenizer: Any) -> dict[str, float]:
+    return {"score": by}
+
+
+def closing(by: float) -> Any:
+    def score(model: Any, tokenizer: Any) -> dict[str, float]:
+        return {"score": by, "same": bool(score)}
+
+    return score
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: closing(n),
+        lambda n: partial(shift, n),
+        lambda n: Scorer(n),
+        lambda n: Scorer(n).score,
+        lambda n: [lambda m, t: {"a": 1.0}, lambda m, t: {"a": 2.0}, lambda m, t: {"b": 1.0}][n],
+    ],
+)
+def test_functions_that_share_a_name_and_a_file_are_told_apart(make: Any):
+    """Else the points of one would be taken for those of the other."""
+    specs = [open_evaluator(make(n)).spec for n in (0, 1, 2)]
+    assert len({*specs}) == 3
+    assert specs == [open_evaluator(make(n)).spec for n in (0, 1, 2)]
+    assert not any("functools" in spec for spec in specs)
+
+
+def test_what_awaits_or_names_no_metrics_is_refused_in_python_too():
+    class Waits:
+        async def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+            return {"score": 1.0}
+
+    def names(model: Any, tokenizer: Any) -> dict[str, float]:
+        return {"score": 1.0}
+
+    with pytest.raises(UsageError, match="Waits is async or a generator"):
+        open_evaluator(Waits())
+    names.metrics = 3  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="its `metrics` should be a list of names"):
+        open_evaluator(names)
 
 
 def test_a_metric_that_is_known_not_to_be_there_is_refused(module: str):

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from skillvec.errors import UsageError
 from skillvec.trials.lambdas import read_lambdas
@@ -30,6 +32,12 @@ def test_the_range_of_the_docs_has_thirteen_points_and_both_ends() -> None:
     assert str(read_lambdas("-0")) == "[0.0]"
 
 
+def test_arrays_of_numbers_are_lambdas() -> None:
+    for given in (np.linspace(0, 1, 3), torch.tensor([0.5, 1.0]), (0.5, "1"), range(2)):
+        assert read_lambdas(given)[-1] == 1.0
+    assert read_lambdas(torch.tensor(0.5)) == read_lambdas(np.float32(0.5)) == [0.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("said", "why"),
     [
@@ -45,6 +53,7 @@ def test_the_range_of_the_docs_has_thirteen_points_and_both_ends() -> None:
         ("-1:2:0.4", "lam -1:2:0.4: steps of 0.4 from -1 meet 1.8, but not 2"),
         ("0:1:1e-9", "lam 0:1:1e-9: more than 1000 lambdas"),
         ("0:1:0.001,2:3:0.01", "lam: 1102 lambdas; at most 1000"),
+        (None, "lam 'None': expected"),
         ([], "lam: expected at least one lambda"),
     ],
 )

@@ -104,6 +104,14 @@ def test_each_point_is_what_apply_writes_and_the_target_is_untouched(
     assert trials.load_seconds is not None and found[1].attach_seconds > 0
 
 
+def test_without_torch_a_sentence_names_the_extra_that_is_enough(
+    tries: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UsageError, match=r"^loading a model to evaluate .*skillvec\[hf\]"):
+        tries(Called())
+
+
 def test_the_model_is_loaded_once_and_at_the_first_point(
     vector: SkillVector, tries: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -216,7 +224,11 @@ def raise_lines(model: Any) -> None:
         (raise_error, FAILED, "RuntimeError: no room on the device"),
         (lambda model: sys.exit(2), FAILED, "SystemExit: 2"),
         (raise_lines, FAILED, "GeneratorExit: one two"),
-        (lambda model: 0.5, FAILED, "expected metrics with their values, found 0.5"),
+        (
+            lambda model: 0.5,
+            FAILED,
+            'expected metrics by name, such as {"accuracy": 0.5}, found 0.5',
+        ),
         (lambda model: {"x": float("nan")}, NOT_A_NUMBER, "not finite: x"),
         (lambda model: {"x": [1.0, float("inf")]}, NOT_A_NUMBER, "not finite: x"),
     ],

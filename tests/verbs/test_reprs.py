@@ -288,6 +288,8 @@ def test_what_is_of_no_known_kind_is_refused() -> None:
 
 @pytest.mark.parametrize(("text", "most", "said"), [
     ("short", 10, "short"), ("0123456789abcdef", 10, "012…abcdef"[:3] + "…" + "abcdef"),
+    ("/models/rl::/models/base-of-them", 24, "/models/rl::/mod…of-them"),
+    ("/a/long/path/to/rl::/b/sft", 24, "/a/lo…path/to/rl::/b/sft"),
     ("two\n  lines\t", 20, "two lines"), ("\x1b[2J", 20, r"\x1b[2J"),
 ])  # fmt: skip
 def test_text_is_cut_in_its_middle(text: str, most: int, said: str) -> None:
@@ -316,6 +318,8 @@ def test_a_report_says_verb_numbers_counts_and_place(v: sv.SkillVector, folder: 
 
 def test_a_plan_and_an_empty_report_show_themselves(v: sv.SkillVector, folder: Path) -> None:
     plan = sv.apply(folder / "sft", v, folder / "planned", dry_run=True)
+    assert line_of(plan).startswith("<Report of apply, a dry run: ")
+    assert "dry run" not in line_of(sv.apply(folder / "sft", v, folder / "planned"))
     assert "11 applied" in line_of(plan) and "reads " in html_of(plan).text
     assert line_of(sv.Report("mine")) == "<Report of mine: nothing yet>"
     mine = sv.Report("mine", {"x": EVIL, "many": list(range(99))})
@@ -329,10 +333,12 @@ def test_a_comparison_shows_its_answer_its_map_and_its_numbers(compared: sv.Repo
     assert line_of(compared).count("cosine") == 1
     seen = html_of(compared)
     words = " ".join(seen.text.split())
-    assert " ".join(pair["sentence"].split()) in words
-    assert "control cosine" in words and "self_attn.q_proj" in words
+    assert f"their cosine is {cosine}, where chance alone gives ±" in words
+    assert "as by chance" in seen.text and "facts and ledger hold all numbers" in words
+    assert not re.search(r"(^|\s)(-v|-o|--json)\s", words)  # options of the terminal
     ((_, source),) = [one for one in seen.attributes if one[0] == "src"]
     drawn = b64decode(source.partition(",")[2]).decode()
+    assert seen.tags.count("table") == 1
     assert drawn.startswith("<svg") and "<script" not in drawn and "q_proj" in drawn
 
 
@@ -371,10 +377,12 @@ def test_a_picture_that_is_too_large_is_left_to_the_page(
     assert "img" not in seen.tags and "too large" in seen.text
 
 
-def test_long_tables_end_with_a_count(compared: sv.Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_tables_end_with_a_count(v: sv.SkillVector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notebook, "MOST_ROWS", 2)
     monkeypatch.setattr(notebook, "_picture", lambda report: "")
-    assert "more rows" in html_of(compared).text
+    assert "and 6 more rows" in html_of(sv.norms(v)).text
+    text = html_of(sv.inspect(v.ref)).text
+    assert "and 3 more tensors" in text and "--json has all" not in text
 
 
 def test_sweeps_and_searches_say_what_they_found() -> None:
