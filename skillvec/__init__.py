@@ -104,7 +104,11 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
 answer_old_names()
 
 # without transformers there are no callbacks: help and `import *` ask for every name of these
-if sys.modules.get("transformers") is None and find_spec("transformers") is None:
+try:
+    _found = sys.modules.get("transformers") or find_spec("transformers")
+except (ModuleNotFoundError, ValueError):
+    _found = None
+if not _found:
     __all__.remove("SkillVectorCallback")
     __all__.remove("SkillVectorEvaluation")
 

@@ -72,8 +72,14 @@ def wrap(text: str) -> str:
 
 
 def fill(text: str, width: int, indent: str) -> str:
-    """Return text in lines of at most `width`; words, and numbers with their units, stay whole."""
+    """Return text in lines of at most `width`; words, and numbers with their units, stay whole.
+
+    No line ends before a word that is too long for any: that would not make it fit.
+    """
     whole = re.sub(r"(?<=\d) (?=(?:[kMGT]?B|[KMBT%])(?!\w))", "\xa0", text)
+    whole = whole.replace(" = ", "\xa0=\xa0")
+    most = max(1, width - len(indent) + 1)
+    whole = re.sub(rf"(?<=\S) +(?=\S{{{most},}})", lambda found: "\xa0" * len(found[0]), whole)
     lines = textwrap.fill(whole, width, subsequent_indent=indent, break_on_hyphens=False,
                           break_long_words=False)  # fmt: skip
     return lines.replace("\xa0", " ")

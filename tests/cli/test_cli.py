@@ -368,9 +368,8 @@ def test_what_the_official_reader_does_not_find_is_not_published(
     monkeypatch.setattr(safetensors, "safe_open", Blind)
     result = run(*every_verb(tmp_path)[verb])
     assert result.exit_code == 1 and not list(tmp_path.iterdir())
-    assert re.search(
-        r"the safetensors package reads other tensors:\s.*found nothing", result.stderr
-    )
+    said = " ".join(result.stderr.split())
+    assert re.search("the safetensors package reads other tensors:.*found nothing", said)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -437,7 +436,7 @@ def test_quiet_prints_one_line_alone(verb: str, tmp_path: Path, vector, every_ve
     arguments = every_verb(tmp_path)[verb]
     result = run(*arguments, "-q")
     assert result.exit_code == 0
-    assert all(line.startswith("warning: ") for line in result.stderr.splitlines())
+    assert all(re.match("warning: |  ", line) for line in result.stderr.splitlines())
     lines = result.stdout.splitlines()
     assert len(lines) == 1
     if verb in [*WRITERS, *TRIALS]:
@@ -709,7 +708,7 @@ def test_excluding_everything_is_refused(tmp_path: Path, every_verb: Verbs):
     for verb in SELECTIVE:
         arguments = every_verb(tmp_path)[verb]
         result = run(*arguments, "--exclude", "*")
-        assert result.exit_code in (2, 3) and "no tensor" in result.stderr, verb
+        assert result.exit_code in (2, 3) and "no tensor" in " ".join(result.stderr.split()), verb
     assert list(tmp_path.iterdir()) == []
 
 
@@ -797,7 +796,9 @@ def test_help_names_every_command_and_the_exit_codes():
     text = run("--help").stdout
     for verb in COMMANDS:
         assert re.search(rf"^  {verb} ", text, re.MULTILINE)
-    assert "Exit codes: 0 done, 1 run error, 2 usage, 3 incompatible" in " ".join(text.split())
+    assert "Exit codes: 0 done, 1 the run failed, 2 the command is wrong, 3 the inputs" in " ".join(
+        text.split()
+    )
 
 
 def test_version():
@@ -836,7 +837,7 @@ def test_kernels_that_nobody_knows_are_a_usage_error():
 
 def test_verbose_needs_something_to_be_verbose_about():
     done = run("-v", "inspect", "nothing")
-    assert done.exit_code == 2 and "behind the command, or beside --version" in done.stderr
+    assert done.exit_code == 2 and "after the command, or beside --version" in done.stderr
 
 
 # ------------------------------------------------------------------------------------- imports

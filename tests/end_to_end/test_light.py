@@ -153,7 +153,9 @@ def test_a_light_environment_runs_its_verbs(models: Path, server: HubServer):
 
 def test_the_extras_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {*errors.EXTRAS, "all", "dev", "docs"} == set(project["optional-dependencies"])
+    assert {*errors.EXTRAS, "all", "browser", "dev", "docs"} == set(
+        project["optional-dependencies"]
+    )
     core = {line.partition(">")[0] for line in project["dependencies"]}
     assert not core & {"torch", "transformers", "scipy"}
 

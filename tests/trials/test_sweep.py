@@ -111,7 +111,7 @@ def test_less_may_be_better(planted: Planted, tmp_path: Path) -> None:
     evaluator = Peak(planted, peak=0.5)
     report = run(planted, evaluator, tmp_path / "out", metric="loss")
     assert report.facts["less_is_better"] and report.facts["best"]["lam"] == 0.5
-    assert list_answers(report.facts)[0].startswith("loss falls from ")
+    assert list_answers(report.facts)[0].startswith("loss (less is better) falls from ")
     # the same points, whose scores are all in the journal, with another question
     other = run(planted, evaluator, tmp_path / "out", minimize="score")
     assert other.facts["best"]["lam"] == 1.5 and other.facts["resumed"] == 5

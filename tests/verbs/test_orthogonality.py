@@ -247,7 +247,7 @@ def test_command_line_says_the_same(family) -> None:
     result = CliRunner().invoke(main, ["orthogonality", *refs, *words, "--json"])
     assert result.exit_code == 0, result.output
     report = sv.orthogonality(*refs, control="random", subspace=2, seed=3).to_dict()
-    assert json.loads(result.stdout) == report
+    assert json.loads(result.stdout) == {"format_version": 1} | report
 
 
 def test_one_screen_says_what_it_means(family) -> None:
