@@ -74,12 +74,11 @@ def wrap(text: str) -> str:
 def fill(text: str, width: int, indent: str) -> str:
     """Return text in lines of at most `width`; words, and numbers with their units, stay whole.
 
-    No line ends before a word that is too long for any: that would not make it fit.
+    What an error or a warning begins with, an equals sign and pip install stay with what follows.
     """
     whole = re.sub(r"(?<=\d) (?=(?:[kMGT]?B|[KMBT%])(?!\w))", "\xa0", text)
-    whole = whole.replace(" = ", "\xa0=\xa0")
-    most = max(1, width - len(indent) + 1)
-    whole = re.sub(rf"(?<=\S) +(?=\S{{{most},}})", lambda found: "\xa0" * len(found[0]), whole)
+    whole = re.sub(r"^(error|warning): ", "\\1:\xa0", whole).replace(" = ", "\xa0=\xa0")
+    whole = whole.replace("pip install ", "pip\xa0install\xa0")
     lines = textwrap.fill(whole, width, subsequent_indent=indent, break_on_hyphens=False,
                           break_long_words=False)  # fmt: skip
     return lines.replace("\xa0", " ")

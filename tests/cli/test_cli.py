@@ -459,7 +459,7 @@ def test_talk_goes_to_stderr_and_data_to_stdout(verb: str, tmp_path: Path, every
     result = run(*every_verb(tmp_path)[verb])
     talk, answer = {
         "diff": (["v = TUNED - BASE", "output"], "values changed"),
-        "combine": (["v = linear(", "=0.7 ", "=-0.3)", "output"], "values changed"),
+        "combine": (["v = linear(", "=0.7", "=-0.3)", "output"], "values changed"),
         "apply": (["OUT = TARGET + LAM * V", "output"], "realised gain"),
         "import-patch": (["v = TUNED - BASE", "output"], "values changed"),
         "export-patch": (["output"], "values listed"),
