@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
+TOGETHER = re.compile(  # blanks that end no line
+    r"(?<=\d) (?=(?:[kMGT]?B|[KMBT%])(?!\w))"  # a number and its unit
+    r"|(?<=^error:) |(?<=^warning:) "  # and what is said
+    r"| (?== )|(?<= =) "
+    r"|(?<=\bpip) (?=install )|(?<=\bpip install) "  # a command to copy
+)
 LINE_WIDTH = ContextVar("LINE_WIDTH", default=80)  # of the terminal that sentences are for
 
 
@@ -72,13 +78,8 @@ def wrap(text: str) -> str:
 
 
 def fill(text: str, width: int, indent: str) -> str:
-    """Return text in lines of at most `width`; words, and numbers with their units, stay whole.
-
-    What an error or a warning begins with, an equals sign and pip install stay with what follows.
-    """
-    whole = re.sub(r"(?<=\d) (?=(?:[kMGT]?B|[KMBT%])(?!\w))", "\xa0", text)
-    whole = re.sub(r"^(error|warning): ", "\\1:\xa0", whole).replace(" = ", "\xa0=\xa0")
-    whole = whole.replace("pip install ", "pip\xa0install\xa0")
+    """Return text in lines of at most `width`; words and what TOGETHER says stay whole."""
+    whole = TOGETHER.sub("\xa0", text)
     lines = textwrap.fill(whole, width, subsequent_indent=indent, break_on_hyphens=False,
                           break_long_words=False)  # fmt: skip
     return lines.replace("\xa0", " ")
