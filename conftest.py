@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; what they import is in tests/support."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from hypothesis import settings
 # derandomized: a run that fails here fails everywhere; no deadline: the machine may be busy
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+# pytest-xdist says 80 columns to its workers, in which sentences would be folded by the length of
+# a path; without, nothing is folded where there is no terminal
+os.environ.pop("COLUMNS", None)
 
 
 class Family(NamedTuple):
