@@ -13,9 +13,10 @@ from hypothesis import settings
 # derandomized: a run that fails here fails everywhere; no deadline: the machine may be busy
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
-# pytest-xdist says 80 columns to its workers, in which sentences would be folded by the length of
-# a path; without, nothing is folded where there is no terminal
+# readline, which pytest imports, tells all that it starts of 80 columns, in which sentences would
+# be folded by the length of a path; without, nothing is folded where there is no terminal
 os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 
 
 class Family(NamedTuple):

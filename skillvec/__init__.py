@@ -103,15 +103,6 @@ _HOME = {name: "errors" if name.endswith("Error") else "verbs" for name in __all
 
 answer_old_names()
 
-# without transformers there are no callbacks: help and `import *` ask for every name of these
-try:
-    _found = sys.modules.get("transformers") or find_spec("transformers")
-except (ModuleNotFoundError, ValueError):
-    _found = None
-if not _found:
-    __all__.remove("SkillVectorCallback")
-    __all__.remove("SkillVectorEvaluation")
-
 if TYPE_CHECKING:
     from skillvec.checkpoints.checkpoint import Checkpoint
     from skillvec.checkpoints.opening import open_checkpoint
@@ -146,8 +137,17 @@ if TYPE_CHECKING:
     from skillvec.verbs.training import SkillVectorCallback, SkillVectorEvaluation
 
 
-if not TYPE_CHECKING:  # otherwise every misspelt name would be Any
+if not TYPE_CHECKING:
+    # without transformers there are no callbacks: help and `import *` ask for every name of these
+    try:
+        _found = sys.modules.get("transformers") or find_spec("transformers")
+    except (ModuleNotFoundError, ValueError):
+        _found = None
+    if not _found:
+        __all__.remove("SkillVectorCallback")
+        __all__.remove("SkillVectorEvaluation")
 
+    # for a type checker every misspelt name would be Any
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
             raise AttributeError(f"module 'skillvec' has no attribute {name!r}")
