@@ -87,22 +87,26 @@ def _say_finding(facts: Facts) -> str:
 
 
 def _say_two(facts: Facts) -> str:
-    """Return what was found of two objectives: what is kept, and what that buys."""
+    """Return what was found of two objectives: what the recipe buys, and what it keeps."""
     metric, second = facts["metric"], facts["second"]
     share = f"{facts['keep']:.3g} of the gain of lambda = 1"
     kept = _find(facts, "winner", "kept")
     if second == "bytes":
         own, whole = (facts["nbytes"][name] for name in ("winner", "lambda 1"))
-        buys = f"{human_bytes(own)} stored, {100 * own / whole:.0f} % of lambda = 1"
+        recipe = f"a recipe of {human_bytes(own)}, {100 * own / whole:.0f} % of lambda = 1,"
     else:
-        buys = f"{second} {_say(_find(facts, 'winner', 'lambda 1', second))} lambda = 1"
+        better = _say(_find(facts, "winner", "lambda 1", second))
+        recipe = f"a recipe, whose {second} is {better} lambda = 1,"
     scores = _say_scores(facts, metric)
     if facts["verdict"] == "found":
-        return f"Found: a recipe keeps {share} ({UNSEEN} {_say(kept)} that), with {buys}. {scores}."
+        return (
+            f"Found: {recipe} keeps at least {share}; {UNSEEN} its {metric} is {_say(kept)} that."
+            f" {scores}."
+        )
     return (
-        f"Nothing found beyond noise: the best recipe has {buys}; {UNSEEN} its {metric} is"
-        f" {_say(kept)} {share}, and {_say(_find(facts, 'winner', 'target'))} the target."
-        f" {scores}."
+        f"Nothing found beyond noise: the best of {facts['trials']['complete']} trials is {recipe}"
+        f" but {UNSEEN} its {metric} is {_say(kept)} {share}, and"
+        f" {_say(_find(facts, 'winner', 'target'))} the target. {scores}."
     )
 
 
