@@ -17,7 +17,7 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
 
     URLs but hf:// are those of object stores.
     """
-    text = os.fspath(ref)
+    text = written(ref, role)
     if not text.strip():  # "$MODEL" where it was not set; a path it would be that of this folder
         raise UsageError(f"{role} {text!r}: an empty name, expected a path or a name on the Hub")
     try:
@@ -53,6 +53,13 @@ def locate(ref: str | os.PathLike[str], role: str) -> Place:
             raise
         here = f"(nor is {text} a file or folder of this disk{_ask(text, role)})"
         raise type(error)(f"{error}\n{here}") from None
+
+
+def written(ref: str | os.PathLike[str], role: str) -> str:
+    """Return a reference as text; UsageError for what is none, such as a vector in memory."""
+    if not isinstance(ref, str | os.PathLike):
+        raise UsageError(f"{role}: expected a path or a name on the Hub, found {ref!r:.200}")
+    return os.fspath(ref)
 
 
 def _ask(text: str, role: str) -> str:

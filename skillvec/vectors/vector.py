@@ -17,7 +17,7 @@ from skillvec.checkpoints.align import seen_as
 from skillvec.checkpoints.checkpoint import Checkpoint
 from skillvec.checkpoints.fingerprint import identity
 from skillvec.checkpoints.folder import read_json
-from skillvec.checkpoints.locate import locate
+from skillvec.checkpoints.locate import locate, written
 from skillvec.checkpoints.opening import (
     explain_factors,
     explain_placeholders,
@@ -78,8 +78,8 @@ class SkillVector(Readable):
                     refuse_stale(side.opened.seen)
             return ref
         if not isinstance(ref, Place):
-            if "::" in os.fspath(ref):
-                tuned, _, base = os.fspath(ref).partition("::")
+            tuned, pair, base = written(ref, role).partition("::")
+            if pair:
                 try:
                     if rename and is_adapter(place := locate(tuned, "tuned")):
                         return SkillVector.adapted(place, open_checkpoint(base, "base"), (), rename)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skillvec.checkpoints.folder import find_inside, is_listed, is_there, read_json
+from skillvec.checkpoints.locate import written
 from skillvec.checkpoints.opened_by import OPENERS, look_at
 from skillvec.checkpoints.side_files import ADAPTER_CONFIG
 from skillvec.errors import FormatError, UsageError, up_to_five
@@ -37,7 +38,7 @@ LOOKED_FOR = (
 
 def find_unfinished(path: str | os.PathLike[str]) -> str:
     """Return the folder of an unfinished run in place of its output, if that is not there yet."""
-    text = os.fspath(path)
+    text = written(path, "input")
     stage = os.fspath(staging_of(Path(os.path.expanduser(text)))) if Path(text).name else text
     missing = not os.path.exists(os.path.expanduser(text))  # false of names that cannot be, too
     return stage if missing and os.path.isdir(stage) else text

@@ -449,3 +449,9 @@ def test_every_kind_and_claim_has_words() -> None:
     assert {*CLAIMS} == {*STATED}
     kinds = ("model", "adapter", "patch", "vector", "report", "unfinished", "checkpoints", "cache")
     assert {*KINDS} == {*kinds}
+
+
+@pytest.mark.parametrize("open_it", [sv.inspect, sv.verify, sv.norms, lambda it: sv.diff(it, it)])
+def test_what_is_no_name_is_said_to_be_none(open_it: Any) -> None:
+    with pytest.raises(UsageError, match="expected a path or a name on the Hub, found 3"):
+        open_it(3)
