@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from functools import cache
 
 import pytest
 import rooms
@@ -13,7 +14,6 @@ import rooms
 import skillvec
 from skillvec import moved
 
-EVERY = [found for found in rooms.every_import() if not found.for_types]
 FILES = rooms.paths()
 # third-party package -> the rooms, or the only files, that may import it
 HOMES = {
@@ -44,10 +44,16 @@ WORLDLY = {"os", "io", "pathlib", "shutil", "tempfile", "concurrent", "subproces
            "logging"}  # fmt: skip
 
 
+@cache
+def real_imports() -> list[rooms.Import]:
+    """Return what is imported not for types alone."""
+    return [found for found in rooms.every_import() if not found.for_types]
+
+
 def test_the_rooms_are_those_of_the_plan():
     here = {rooms.room_of(file) for file in FILES}
     assert here == {*rooms.ROOMS, *rooms.GROUND, "__main__", "moved"}
-    assert len(EVERY) > 50  # the parser sees imports at all
+    assert len(real_imports()) > 50  # the parser sees imports at all
 
 
 def floor(file: str) -> int:
@@ -56,13 +62,17 @@ def floor(file: str) -> int:
 
 
 def test_imports_point_downward_only():
-    wrong = [found.place for found in EVERY if found.ours and floor(found.ours) < floor(found.by)]
+    wrong = [
+        found.place
+        for found in real_imports()
+        if found.ours and floor(found.ours) < floor(found.by)
+    ]
     assert not wrong, "upward imports:\n" + "\n".join(wrong)
 
 
 def test_no_files_import_each_other_in_a_ring():
     arrows: dict[str, set[str]] = {file: set() for file in FILES}
-    for found in EVERY:
+    for found in real_imports():
         if found.ours:
             arrows[found.by].add(found.ours)
     assert not rooms.circles(arrows)
@@ -72,7 +82,7 @@ def test_no_files_import_each_other_in_a_ring():
 
 def test_packages_are_imported_where_they_belong_only():
     wrong = []
-    for found in EVERY:
+    for found in real_imports():
         top = found.name.partition(".")[0]
         if found.ours is not None or top in sys.stdlib_module_names:
             continue
@@ -88,7 +98,7 @@ def test_packages_are_imported_where_they_belong_only():
 def test_mathematics_knows_no_paths_and_no_threads():
     wrong = [
         found.place
-        for found in EVERY
+        for found in real_imports()
         if rooms.room_of(found.by) == "ops"
         and (found.by, found.name) != ("ops.compiled", "os")  # SKILLVEC_KERNELS
         and (found.name.partition(".")[0] in WORLDLY or found.ours == "report")
@@ -102,7 +112,7 @@ def test_mathematics_knows_no_paths_and_no_threads():
 def test_the_command_line_imports_verbs_inside_its_commands():
     wrong = [
         found.place
-        for found in EVERY
+        for found in real_imports()
         if rooms.room_of(found.by) in ("cli", "__main__")
         and not found.inside
         and rooms.room_of(found.ours or "cli") not in ("cli", *rooms.GROUND)
@@ -153,7 +163,11 @@ def prose_of(text: str) -> str:
     )
 
 
-WORDS = {file: set(re.findall(r"\w+", path.read_text())) for file, path in FILES.items()}
+@cache
+def words_of(file: str) -> set[str]:
+    return set(re.findall(r"\w+", FILES[file].read_text()))
+
+
 FOLDERS = {file.rpartition(".")[0] for file in FILES}
 
 
@@ -165,7 +179,7 @@ def lost_names(prose: str) -> list[str]:
         if not public and not {name, name.rpartition(".")[0]} & {*FILES} and name not in FOLDERS:
             lost.append(f"skillvec.{name}")
     for file, name in re.findall(r"(?<![\w./])([a-z_]+)\.([A-Z]\w+)", prose):
-        if not any(name in WORDS[f] for f in FILES if file in f.split(".")):
+        if not any(name in words_of(f) for f in FILES if file in f.split(".")):
             lost.append(f"{file}.{name}")
     for file in re.findall(r"(?<![\w./])(\w+)\.py\b", prose):
         if not any(f.split(".")[-1] == file for f in FILES):

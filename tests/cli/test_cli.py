@@ -12,7 +12,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ def vector(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(">&-", 0, ""), ("| head -n 1", 0, ""),
      ("> /dev/full", 1, "error: No space left on device\n")],
 )  # fmt: skip
-def test_a_standard_output_that_is_closed_full_or_cut_off(family, where: str, code: int, said: str):
+def test_a_standard_output_that_is_closed_full_or_cut_off(vector, where: str, code: int, said: str):
     done = subprocess.run(
-        ["bash", "-c", f'"$0" -m skillvec inspect -v "$1" {where}', sys.executable, family.base],
+        ["bash", "-c", f'"$0" -m skillvec inspect -v "$1" {where}', sys.executable, vector],
         capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (code, said)
@@ -845,48 +845,53 @@ def test_verbose_needs_something_to_be_verbose_about():
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "scipy", "pandas")
 PROBE = """
-import sys
+import json, sys
 from skillvec.cli import main
-try:
-    main(sys.argv[1:])
-except SystemExit as end:
-    assert not end.code, end.code
-print("MODULES", *sorted({name.partition(".")[0] for name in sys.modules}))
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as end:
+        assert not end.code, end.code
+    print("MODULES", *sorted({name.partition(".")[0] for name in sys.modules}), flush=True)
 """
 
 
-def probed(*arguments: object) -> tuple[set[str], str]:
-    """Run a command; return the modules that it imported, and what it wrote to both streams."""
+def probed(commands: Iterable[Sequence[object]]) -> Iterator[tuple[set[str], str]]:
+    """Run commands in one process; of each, return all imported so far and what it showed."""
+    words = json.dumps([[*map(str, arguments)] for arguments in commands])
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"TERM": "xterm-256color"},
+        [sys.executable, "-c", PROBE, words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=120, env=os.environ | {"TERM": "xterm-256color"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    shown, _, modules = done.stdout.rpartition("MODULES ")
-    return set(modules.split()), shown + done.stderr
-
-
-def imported_by(*arguments: object) -> set[str]:
-    return probed(*arguments)[0]
+    assert done.returncode == 0, done.stdout
+    shown = ""
+    for line in done.stdout.splitlines(keepends=True):
+        if line.startswith("MODULES "):
+            yield {*line.split()[1:]}, shown
+            shown = ""
+        else:
+            shown += line
 
 
 def test_what_a_command_imports_and_shows_off_a_terminal(tmp_path: Path, every_verb: Verbs):
     """Nothing that it does not need; no bar and no colours, whatever TERM says."""
-    for verb, arguments in every_verb(tmp_path).items():
-        if verb in TRIALS:
-            continue  # they load a model by transformers; what they show: tests/trials
-        found, shown = probed(*arguments, *(["--force"] if verb in WRITERS else []))
-        assert "numpy" in found  # the probe sees modules at all
-        allowed = {  # the card; SVD and what is a linear layer
-            "apply": {"huggingface_hub"}, "extract-lora": set(HEAVY),
-        }.get(verb, set())  # fmt: skip
-        assert not found & set(HEAVY) - allowed, verb
-        assert "\x1b" not in shown and "\r" not in shown, verb
+    verbs = {
+        verb: [*arguments, *(["--force"] if verb in WRITERS else [])]
+        for verb, arguments in every_verb(tmp_path).items()
+        if verb not in TRIALS  # they load a model by transformers; what they show: tests/trials
+    }
+    allowed = {"apply": {"huggingface_hub"}, "extract-lora": {*HEAVY}}  # the card; SVD, layers
+    order = sorted(verbs, key=lambda verb: len(allowed.get(verb, ())))
+    found = list(probed(verbs[verb] for verb in order))
+    for verb, (modules, shown) in zip(order, found, strict=True):
+        assert "numpy" in modules  # the probe sees modules at all
+        assert not modules & {*HEAVY} - allowed.get(verb, set()), verb
+        assert shown and "\x1b" not in shown and "\r" not in shown, verb
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["diff", "--help"], ["--version"]])
 def test_help_imports_no_numbers(arguments: list[str]):
-    found = imported_by(*arguments)
+    [(found, _)] = probed([arguments])
     assert "click" in found
     assert not found & {*HEAVY, "numpy", "rich", "safetensors"}
 

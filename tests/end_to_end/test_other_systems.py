@@ -62,11 +62,11 @@ def names_on(platform: str, module: str) -> set[str]:
 
 def used_by(path: Path) -> set[tuple[str, str]]:
     """Return the attributes of modules that a source file names, each with its module."""
-    tree = ast.parse(path.read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    imports = [node for node in nodes if isinstance(node, ast.Import)]
     modules = {alias.name for node in imports for alias in node.names}
     return {
-        (node.value.id, node.attr) for node in ast.walk(tree)
+        (node.value.id, node.attr) for node in nodes
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         and node.value.id in modules
     }  # fmt: skip
