@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # one thread a process: tests run side by side, and idle threads of two would wait for each other
 ONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
+# what is compiled is kept: the tests start hundreds of processes
+unexport PYTHONDONTWRITEBYTECODE
+
 KERNELS := skillvec/ops/_native.abi3.so
 READY := $(VENV)/.ready $(KERNELS)
 

@@ -128,12 +128,29 @@ PAGES = [f.relative_to(ROOT).as_posix()
                    *ROOT.glob("recipes/*/README.md")]]  # fmt: skip
 
 
+def with_titles(path: str) -> str:
+    """Return a page whose links named after a file are named as in the navigation."""
+    listed = re.findall(r"^ +- (.+): (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    titles = {place: title for title, place in listed}
+
+    def titled(match: re.Match[str]) -> str:
+        goal = (ROOT / path).parent / match[1].partition("#")[0]
+        return f"[{titles[pages.place(goal.resolve().relative_to(ROOT).as_posix())]}]({match[1]})"
+
+    return re.sub(r"\[[\w-]+\.md\]\((\S+?)\)", titled, (ROOT / path).read_text())
+
+
+def test_a_link_named_after_a_file_has_the_title_of_its_page(site: Path):
+    page = built(site, "docs/verbs.md").read_text()
+    assert '<a href="cli.html">Command line</a> has every option' in page
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_a_page_reads_on_the_site_as_in_the_repository(path: str, site: Path):
     """Two dialects of Markdown: lists, tables and code are the same in both."""
     markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     (article,) = re.findall(r"<article.*?</article>", built(site, path).read_text(), re.DOTALL)
-    here = Reader(markdown.render((ROOT / path).read_text())).words
+    here = Reader(markdown.render(with_titles(path))).words
     there = Reader(article).words
     pairs = enumerate(zip(here, there, strict=False))
     first = next((number for number, (a, b) in pairs if a != b), 0)

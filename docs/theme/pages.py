@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LINK = re.compile(r'(?<=\]\()[^)\s]+|(?<= src=")[^"]+|(?<= href=")[^"]+')
+NAMED = re.compile(r"(?<=\[)[\w-]+\.md(?=\]\(([^)\s]+))")  # a link whose text is the file's name
 ITEM = r"([-*+]|\d+\.) "  # of a list
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c", ".sh": "bash", ".yaml": "yaml",
              ".yml": "yaml", ".toml": "toml", ".json": "json", ".jinja": "jinja"}  # fmt: skip
@@ -84,6 +85,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return show_source(origin, files)
     goals = find_links(markdown, origin)
 
+    def as_in_nav(match: re.Match[str]) -> str:
+        goal = files.get_file_from_path(place(goals.get(match[1], origin)))
+        return str(goal.page.title) if match[1] in goals and goal and goal.page else match.group()
+
     def on_site(match: re.Match[str]) -> str:
         link = match.group()
         if link not in goals:
@@ -91,7 +96,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         goal = posixpath.relpath(place(goals[link]), posixpath.dirname(here) or ".")
         return "".join((goal, *link.partition("#")[1:]))
 
-    return as_python_markdown(LINK.sub(on_site, markdown))
+    return as_python_markdown(LINK.sub(on_site, NAMED.sub(as_in_nav, markdown)))
 
 
 def as_python_markdown(text: str) -> str:
