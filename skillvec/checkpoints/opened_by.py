@@ -133,7 +133,7 @@ def open_safetensors(found: Found) -> Opened:
         also = also and f"{also} used where no model is beside {ADAPTER_WEIGHTS[0]}."
         raise FormatError(
             f"{what}: {len(names)} safetensors files and no {INDEX}: which tensors are the model?"
-            f"{also}\n{up_to_five(names)}"
+            f"{also} If one of the files is meant, name it:\n{up_to_five(names)}"
         )
     return opened
 

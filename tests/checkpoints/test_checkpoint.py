@@ -739,7 +739,7 @@ def test_several_files_beside_an_adapter_are_named_with_it(tmp_path: Path):
     files = {f"{name}.safetensors": {f"{name}.weight": torch.ones(2)} for name in ("one", "two")}
     folder = adapter_beside(tmp_path / "lora", **files)
     said = "which tensors are the model? adapter_config.json lies there too: an adapter is used"
-    with pytest.raises(FormatError, match=re.escape(said) + r".*\n  one.safetensors\n  two.safe"):
+    with pytest.raises(FormatError, match=re.escape(said) + r".* name it:\n  one.safetensors"):
         open_checkpoint(folder)
 
 
