@@ -119,7 +119,8 @@ def history(content: Content) -> Figure:
         note = "The line joins the trials that no other beats in both."
         title = f"{metric} and {second}"
     else:
-        x = {"field": "number", "type": "quantitative", "title": "trial"}
+        x = {"field": "number", "type": "quantitative", "title": "trial",
+             "axis": {"tickMinStep": 1}}  # fmt: skip
         marks = [
             {"mark": dots, "encoding": {"x": x, "y": y, "color": colour}},
             {"mark": {"type": "line", "interpolate": "step-after"},

@@ -155,11 +155,9 @@ def _score(facts: Facts, point: str, metric: str | None = None) -> str:
 
 
 def _say_scores(facts: Facts, metric: str) -> str:
-    told = [f"{_score(facts, name)} of {NAMES[name]}" for name in ("winner", "lambda 1", "target")]
+    own, plain, target = (_score(facts, name) for name in ("winner", "lambda 1", "target"))
     less = " (less is better)" if metric == facts["metric"] and facts["less_is_better"] else ""
-    return f"Its {metric}{less} is {told[0]}, {told[1]} and {told[2]}".replace(
-        " of the winner", "", 1
-    )
+    return f"Its {metric}{less} is {own}, that of lambda = 1 {plain} and that of the target {target}"
 
 
 def tabulate(facts: Facts) -> Grid:

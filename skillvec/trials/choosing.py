@@ -116,7 +116,8 @@ def keep_share(answers: Answers, goal: Goal) -> tuple[float, float, float] | Non
 
     The interval has all shares that the items do not rule out (Fieller, J. R. Stat. Soc. B 16,
     1954): those r for which winner - target - r (lambda 1 - target) is within noise of 0. None
-    where there is no such interval: without items, or where the gain itself is within noise.
+    where there is no such interval: without items, where the gain itself is within noise, or where
+    no end is found because hardly any share is ruled out.
     """
     plain, base, won = (answers[point][goal.metric] for point in (PLAIN, TARGET, WINNER))
     gain = contrast([(1.0, plain), (-1.0, base)])
@@ -131,7 +132,9 @@ def keep_share(answers: Answers, goal: Goal) -> tuple[float, float, float] | Non
     ends = []
     for step in (-1.0, 1.0):
         near, far = share, share + step
-        while not beyond(far) and abs(far - share) < LARGEST:
+        while not beyond(far):
+            if abs(far - share) > LARGEST:
+                return None
             far = share + 2 * (far - share)
         for _ in range(40):
             middle = (near + far) / 2
@@ -140,7 +143,7 @@ def keep_share(answers: Answers, goal: Goal) -> tuple[float, float, float] | Non
     return share, ends[0], ends[1]
 
 
-LARGEST = 1e6  # of shares: beyond, there is no end
+LARGEST = 1e6  # of shares
 KEPT = "kept"  # the share of the gain of lambda = 1 that a winner of two objectives must keep
 
 

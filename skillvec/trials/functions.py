@@ -120,6 +120,8 @@ def import_function(module: str, function: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except Exception as error:  # whatever a module of the user's raises
         said = f"{type(error).__name__}: {error}"
+        if module.endswith(".py"):
+            said = f"name a module, as {os.path.basename(module)[:-3]}:{function}, and no file"
         raise UsageError(f"--eval {module}:{function}: cannot be imported: {said}") from None
     if not callable(found):
         raise UsageError(f"--eval {module}:{function}: expected a function, found {found!r:.100}")

@@ -232,6 +232,8 @@ def test_a_module_that_raises_is_refused_with_what_it_says(module: str, tmp_path
         open_evaluator(f"{module}_broken:plain")
     with pytest.raises(UsageError, match="ModuleNotFoundError: No module named 'nowhere_at_all'"):
         open_evaluator("nowhere_at_all:plain")
+    with pytest.raises(UsageError, match="name a module, as nowhere:plain, and no file"):
+        open_evaluator("evals/nowhere.py:plain")
 
 
 def scored(model: Any, tokenizer: Any, *, count: int = 1) -> dict[str, list[float]]:
