@@ -157,7 +157,9 @@ def _score(facts: Facts, point: str, metric: str | None = None) -> str:
 def _say_scores(facts: Facts, metric: str) -> str:
     own, plain, target = (_score(facts, name) for name in ("winner", "lambda 1", "target"))
     less = " (less is better)" if metric == facts["metric"] and facts["less_is_better"] else ""
-    return f"Its {metric}{less} is {own}, that of lambda = 1 {plain} and that of the target {target}"
+    return (
+        f"Its {metric}{less} is {own}, that of lambda = 1 {plain} and that of the target {target}"
+    )
 
 
 def tabulate(facts: Facts) -> Grid:
