@@ -291,13 +291,14 @@ def pair_row(
         n_a, n_b, shared = n_a + in_a, n_b + in_b, shared + int(both.sum())
         agree += int((both & ((a > 0) == (b > 0))).sum())
         signs = both * np.where((a > 0) == (b > 0), 1, -1)
-        held = supports.Overlap(a != 0, b != 0, signs, np.zeros(n))
+        held = supports.Overlap(a != 0, b != 0, signs, np.zeros(n, int))
         plain = supports.expected(held)
         chance, overlap_var = chance + plain[0], overlap_var + plain[1]
         if weights is None and is_rounded and plain[1]:
             is_known = False
         if weights is not None and is_rounded:
-            is_given, held = True, held._replace(strata=strata_of(weights[name]))
+            numbers = np.unique(strata_of(weights[name]), return_inverse=True)[1].ravel()
+            is_given, held = True, held._replace(strata=numbers)
         given, given_var = (
             sum(of) for of in zip((given, given_var), supports.expected(held), strict=True)
         )

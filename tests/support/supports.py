@@ -8,7 +8,7 @@ DENSE = 15 / 16
 
 
 class Overlap(NamedTuple):
-    """A tensor's supports, the signs where both are (+1 equal, -1 opposite), its strata."""
+    """A tensor's supports, the signs where both are (+1 equal, -1 opposite), numbers of strata."""
 
     in_a: np.ndarray
     in_b: np.ndarray
@@ -18,22 +18,16 @@ class Overlap(NamedTuple):
 
 def expected(one: Overlap) -> tuple[float, float]:
     """Return mean and variance of shared values where a's and b's are drawn in each stratum."""
-    mean = spread = 0.0
-    for stratum in np.unique(one.strata):
-        at = one.strata == stratum
-        n, a, b = int(at.sum()), int(one.in_a[at].sum()), int(one.in_b[at].sum())
-        mean += a * b / n
-        spread += a * b * (n - a) * (n - b) / (n * n * (n - 1)) if n > 1 else 0.0
-    return mean, spread
+    strata = one.strata.ravel()
+    n, a, b = (np.bincount(strata, side.ravel()) for side in (np.ones(strata.size), *one[:2]))
+    spread = a * b * (n - a) * (n - b) / (n * n * np.maximum(n - 1, 1))  # of one value 0
+    return float((a * b / n).sum()), float(spread.sum())
 
 
 def centred(values: np.ndarray, strata: np.ndarray) -> np.ndarray:
     """Return values less their mean in each stratum."""
-    found = values.astype(np.float64)
-    for stratum in np.unique(strata):
-        at = strata == stratum
-        found[at] -= found[at].mean()
-    return found
+    at, found = strata.ravel(), values.ravel().astype(np.float64)
+    return (found - (np.bincount(at, found) / np.bincount(at))[at]).reshape(values.shape)
 
 
 def in_rows(values: np.ndarray) -> np.ndarray:
@@ -47,8 +41,8 @@ def in_rows(values: np.ndarray) -> np.ndarray:
 
 def excess(values: np.ndarray, axis: int, strata: np.ndarray) -> float:
     """Return how much larger the squared sums over an axis are than of independent values."""
-    single = sum(float(values[strata == s].var() * (strata == s).sum()) for s in np.unique(strata))
-    return max(0.0, float((in_rows(centred(values, strata)).sum(axis=axis) ** 2).sum()) - single)
+    found = centred(values, strata)
+    return max(0.0, float((in_rows(found).sum(axis=axis) ** 2).sum() - (found**2).sum()))
 
 
 def variances(tensors: list[Overlap], hidden: int) -> np.ndarray:
