@@ -143,7 +143,7 @@ def find_front(trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _summary(said: Mapping[str, Any]) -> str:
     """Return what was found in one world, as a sentence; what was not found is said as such."""
-    size = f"{said['nbytes'] / 1e6:.3g} MB, 1/{1 / said['share_of_bytes']:.3g} of the exact file"
+    size = f"{said['nbytes'] / 1e6:.3g} MB, 1/{1 / said['share_of_bytes']:,.0f} of the exact file"
     if said["kept"] is None:
         return (
             f"**{said['name']}**: nothing can be said: on these questions lambda 1 itself gains"

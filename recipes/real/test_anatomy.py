@@ -69,6 +69,10 @@ def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("| people")]
     assert len(rows) == 4  # the summary, and a front that the third trial is not in
     assert section([]) == ""
+    files[0].write_text(
+        json.dumps(said_of("people", (1, 0.9, 1.1), "found") | {"share_of_bytes": 1 / 1272})
+    )
+    assert "1/1,272 of the exact file, keeps" in section(files[:1])
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
