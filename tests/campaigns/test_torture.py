@@ -52,7 +52,7 @@ def campaign(rows: str, names: str, inputs: Path, output: Path, points: int, bro
 def test_no_fault_leaves_wrong_bytes_and_the_same_command_goes_on(
     rows: str, tmp_path: Path, inputs: Path
 ):
-    done, found = campaign(rows, FORMS[rows], inputs, tmp_path / "points", 14)
+    done, found = campaign(rows, FORMS[rows], inputs, tmp_path / "points", 18)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     outcomes = Counter(point["outcome"] for point in found)
     assert len(found) >= 12 and not any(point["wrong"] for point in found)
