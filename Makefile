@@ -43,10 +43,9 @@ smollm2: $(READY)
 calibration: $(READY)
 	$(BIN)/python benchmarks/calibration.py
 
-# a file's tests in one process: what they share is made once; in their order, for those with few
-# tests are not the shortest, and the last would be waited for
+# a file's tests in one process: what they share is made once
 test: $(READY)
-	$(ONE) $(BIN)/python -m pytest -n $$($(BIN)/python -c "import os; print(min(8, os.cpu_count() + 1))") --dist loadscope --no-loadscope-reorder
+	$(ONE) $(BIN)/python -m pytest -n $$($(BIN)/python -c "import os; print(min(8, os.cpu_count() + 1))") --dist loadscope
 
 slow: $(READY) .venv-mergekit build/senders
 	$(PIP) "transformers[serving]"
