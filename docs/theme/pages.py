@@ -86,8 +86,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     goals = find_links(markdown, origin)
 
     def as_in_nav(match: re.Match[str]) -> str:
-        goal = files.get_file_from_path(place(goals.get(match[1], origin)))
-        return str(goal.page.title) if match[1] in goals and goal and goal.page else match.group()
+        path = goals.get(match[1])
+        goal = files.get_file_from_path(place(path)) if path else None
+        return str(goal.page.title) if goal and goal.page else match.group()
 
     def on_site(match: re.Match[str]) -> str:
         link = match.group()
