@@ -146,8 +146,9 @@ def tell_first(judged: Judged, results: Results, least: int) -> str:
                ((f"The opposite shows {where} of this:", opposite),
                 (f"Does not show {where}:", open_still)) if parts]  # fmt: skip
     worth = (
-        f"each of {many} seeds by its own questions: that speaks for other subjects of this world,"
-        f" and not for other trainings, for which the rules want {least} seeds"
+        f"the questions of {'one seed' if many == 1 else f'each of {many} seeds by itself'}: that"
+        " speaks for other subjects of this world, and not for other trainings, for which the"
+        f" rules want {least} seeds"
         if many < least
         else f"{many} trainings, corrected for all tests"
     )
