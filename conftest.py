@@ -28,6 +28,13 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_what_is_there() -> None:
+    """Keep trainings, which collect garbage themselves, from looking through all of a session."""
+    gc.collect()
+    gc.freeze()
+
+
 class Family(NamedTuple):
     """Folders of one model family: base, tuned (sparse RL-like), sft (dense) and a target."""
 
