@@ -13,6 +13,7 @@ import io
 import sys
 import tokenize
 from collections.abc import Iterator, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,11 @@ def paths() -> dict[str, Path]:
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in found}
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
 def imports_of(file: str, path: Path) -> Iterator[Import]:
     """Yield every import, with `from skillvec.ops import codecs` as skillvec.ops.codecs."""
 
@@ -85,9 +91,10 @@ def imports_of(file: str, path: Path) -> Iterator[Import]:
                 typed = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
                 yield from walk(child, inside or function, for_types or typed)
 
-    yield from walk(ast.parse(path.read_text(), str(path)), False, False)
+    yield from walk(parse(path), False, False)
 
 
+@cache
 def every_import() -> list[Import]:
     return [found for file, path in paths().items() for found in imports_of(file, path)]
 
@@ -122,10 +129,12 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
 # ---------------------------------------------------------------------------------- lines
 
 
-def count_lines(text: str) -> tuple[int, int]:
+@cache
+def count_lines(path: Path) -> tuple[int, int]:
     """Return all lines of a source file, and those with code: no blanks, comments, docstrings."""
+    text = path.read_text()
     prose: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
@@ -146,7 +155,7 @@ def is_core(file: str) -> bool:
 
 def lines_by_room() -> list[tuple[str, int, int, int]]:
     """Return (room, files, lines, lines with code), top to bottom, then the core, then all."""
-    counts = {file: count_lines(path.read_text()) for file, path in paths().items()}
+    counts = {file: count_lines(path) for file, path in paths().items()}
 
     def total(name: str, files: Sequence[str]) -> tuple[str, int, int, int]:
         lines, code = (sum(counts[file][i] for file in files) for i in (0, 1))

@@ -16,6 +16,7 @@ import platform
 import re
 import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -279,12 +280,15 @@ def _measured(seed: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], S
     """Yield the score of every (target, arm, metric), with values where there are marks."""
     for target, found in seed["scores"].items():
         for arm, entry in found["arms"].items():
-            runs = entry.get("groups", found["groups"])
-            groups = [name for name, count in runs for _ in range(count)]
+            runs = tuple((name, count) for name, count in entry.get("groups", found["groups"]))
             for metric, mean in entry["means"].items():
                 marks = entry.get("marks", {}).get(metric)
-                score = score_of(map(int, marks), groups) if marks else Score(mean)
-                yield (target, arm, metric), score
+                yield (target, arm, metric), _score(marks, runs) if marks else Score(mean)
+
+
+@cache  # every claim gathers every seed
+def _score(marks: str, runs: tuple[tuple[str, int], ...]) -> Score:
+    return score_of(map(int, marks), [name for name, count in runs for _ in range(count)])
 
 
 def _spread(scores: Sequence[Score]) -> Spread:

@@ -75,7 +75,8 @@ def used_by(path: Path) -> set[tuple[str, str]]:
 def test_what_macos_lacks_is_known_and_fsync_stands_in_one_place() -> None:
     sources = [path for folder in ("skillvec", "recipes") for path in (ROOT / folder).rglob("*.py")
                if not path.name.startswith("test_")]  # fmt: skip
-    used = {use: path for path in sources for use in used_by(path)}
+    uses = {path: used_by(path) for path in sources}
+    used = set().union(*uses.values())
     of_python = {m for m, _ in used if (STUBS / f"{m}.pyi").exists() or (STUBS / m).is_dir()}
     assert {"os", "fcntl", "mmap", "errno", "signal"} <= of_python
     missing = {
@@ -84,7 +85,7 @@ def test_what_macos_lacks_is_known_and_fsync_stands_in_one_place() -> None:
     }  # fmt: skip
     assert sorted(missing) == MISSING
     # macOS needs more than fsync: `put_on_disk` of that file knows
-    syncing = {path.name for path in sources if ("os", "fsync") in used_by(path)}
+    syncing = {path.name for path, found in uses.items() if ("os", "fsync") in found}
     assert syncing == {"output_file.py"}
 
 

@@ -10,11 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from families import from_bits, perturbed, save, toy
 from hubserver import HubServer
 
@@ -33,22 +35,28 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
+@cache
+def models() -> tuple[dict[str, torch.Tensor], ...]:
+    """Return base, tuned and target."""
+    base = toy(layers=2) | {"long": from_bits(np.full(3 << 20, 0x3F80, np.uint16), "BF16")}
+    tuned = perturbed(base, density=0.2)
+    # -0: values that no difference restores
+    tuned["small"], base["small"] = (
+        from_bits(np.array(bits, np.uint16), "BF16")
+        for bits in ([0x8000, 0x8000, 0x3F81], [0, 0x3F80, 0x3F80])
+    )
+    return base, tuned, perturbed(base, 3)
+
+
 class Family:
     """Base, tuned and target, each of its own folder, and the verbs that are interrupted here."""
 
     def __init__(self, folder: Path) -> None:
-        base, self.folder = toy(layers=2), folder
-        patterns = np.full(3 << 20, 0x3F80, np.uint16)
-        base["long"] = from_bits(patterns, "BF16")
-        tuned = perturbed(base, density=0.2)
-        # -0: values that no difference restores
-        tuned["small"], base["small"] = (
-            from_bits(np.array(bits, np.uint16), "BF16")
-            for bits in ([0x8000, 0x8000, 0x3F81], [0, 0x3F80, 0x3F80])
-        )
+        self.folder = folder
+        base, tuned, target = models()
         self.base, self.tuned = save(folder / "base", base), save(folder / "tuned", tuned)
         files = {"tokenizer.json": "{}", "notes.txt": "kept byte for byte\n"}
-        self.target = save(folder / "target", perturbed(base, 3), shards=3, side_files=files)
+        self.target = save(folder / "target", target, shards=3, side_files=files)
         self.vector = folder / "skill.safetensors"
         sv.diff(self.tuned, self.base, self.vector)
         self.other = folder / "other.safetensors"
