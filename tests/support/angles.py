@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from functools import lru_cache
 from itertools import pairwise
 from math import ceil, erfc, floor, inf, isclose, log2, sqrt
 from pathlib import Path
@@ -211,6 +212,12 @@ def turn(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
     Its squared singular values are the eigenvalues of XX' YY'.
     """
+    return _turn(x.astype(np.float64).tobytes(), y.astype(np.float64).tobytes(), x.shape)
+
+
+@lru_cache(1024)  # a tensor stands in a row of every level
+def _turn(one: bytes, other: bytes, shape: tuple[int, int]) -> tuple[float, float]:
+    x, y = (np.frombuffer(side).reshape(shape) for side in (one, other))
     if len(x) < x.shape[1]:
         squares = np.linalg.eigvals((x @ x.T) @ (y @ y.T)).real.clip(0)
     else:
