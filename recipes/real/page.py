@@ -14,7 +14,6 @@ import importlib.util
 import math
 import re
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import pairwise
@@ -326,34 +325,40 @@ def thinking(seeds: Sequence[Seed]) -> str:
             for number in shown]  # fmt: skip
     lines = []
     for (tokens, metric, arm), each in sorted(rows.items()):
-        means = (statistics.fmean(pair[side].mean for pair in each.values()) for side in (0, 1))
-        gains = (_alone(Test("", each[one][1] - each[one][0]))[0] if one in each else "-"
-                 for one in shown)  # fmt: skip
-        lines.append([str(tokens), metric, arm, *(f"{mean:.3f}" for mean in means), *gains])
+        cells = [f"{each[one][0].mean:.3f} to {each[one][1].mean:.3f}: "
+                 + _alone(Test("", each[one][1] - each[one][0]))[0] if one in each else "-"
+                 for one in shown]  # fmt: skip
+        lines.append([str(tokens), metric, arm, *cells])
     text = (
         f"The gain about {DOMAINS[0]} by the tokens that RL gave an answer: {'; '.join(said)}. Each"
         f" length has an RL, and so a v, of its own. With {lines[0][0]} tokens the whole answer"
         " counts (`exact`). With more the answer begins with the subject's name, so that a model"
         " may tell what it knows before it comes to what was asked, and the last words count"
-        " (`ends`).\n\n"
+        " (`ends`). The model itself ends an answer: a limit that it does not reach changes"
+        " nothing. A cell holds the share of SFT only, that of + v, and the gain.\n\n"
     )
-    heads = ["tokens", "what counts", "v with", "SFT only", "+ v",
-             *(f"gain, seed {one}" for one in shown)]  # fmt: skip
-    return text + table(heads, lines)
+    return text + table(
+        ["tokens", "what counts", "v with", *(f"seed {one}" for one in shown)], lines
+    )
 
 
 def _tell_growth(
     rows: Mapping[tuple[int, str, str], Mapping[int, tuple[Spread, Spread]]], seed: int, arm: str
 ) -> str:
-    """Return whether one seed's gain grows with the length of an answer."""
-    gains = [(tokens, each[seed][1].mean - each[seed][0].mean)
-             for (tokens, _, added), each in sorted(rows.items())
+    """Return whether one seed's gain grows with the length of an answer, and what changed nothing.
+
+    Where answers end by themselves before a limit, a higher limit is the same training.
+    """
+    pairs = [(tokens, *each[seed]) for (tokens, _, added), each in sorted(rows.items())
              if added == arm and seed in each]  # fmt: skip
-    grows = len(gains) > 1 and all(a < b for (_, a), (_, b) in pairwise(gains))
+    gains = [ours.mean - alone.mean for _, alone, ours in pairs]
+    grows = len(gains) > 1 and all(a < b for a, b in pairwise(gains))
+    alike = [f", with every question marked alike at {one[0]} and {other[0]}"
+             for one, other in pairwise(pairs) if one[2].asked and one[1:] == other[1:]]  # fmt: skip
     return (
-        f"in seed {seed} at {arm} it is {' / '.join(signed(gain) for _, gain in gains)} for"
-        f" {' / '.join(str(tokens) for tokens, _ in gains)} tokens and"
-        f" {'grows' if grows else 'does not grow with the length'}"
+        f"in seed {seed} at {arm} it is {' / '.join(map(signed, gains))} for"
+        f" {' / '.join(str(tokens) for tokens, *_ in pairs)} tokens and"
+        f" {'grows' if grows else 'does not grow with the length'}{''.join(alike)}"
     )
 
 

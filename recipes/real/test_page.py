@@ -214,9 +214,14 @@ def test_thinking_is_told_by_the_length_of_an_answer(docs: Path) -> None:
     assert "64 tokens and grows; " in text and "in seed 1" not in text
     assert "for 4 / 16 tokens and does not grow with the length" in text
     (row,) = re.findall(r"^\| 16 \| ends \| lambda 1 \|.*$", text, re.MULTILINE)
-    assert re.match(r"\| 16 \| ends \| lambda 1 \| 0.000 \| 0.450 \| \+0.800 \[.*\+0.100 \[", row)
+    assert re.match(r"\| 16 \| ends \| lambda 1 \| 0.000 to 0.800: \+0.800 \[.*: \+0.100 \[", row)
     (row,) = re.findall(r"^\| 64 \|.*$", text, re.MULTILINE)
-    assert row.endswith("| - |")
+    assert row.endswith("| - |") and "marked alike" not in text
+    add(0, 64, 0.8)
+    assert (
+        "+0.800 / +0.800 for 4 / 16 / 64 tokens and does not grow with the length, with every"
+        " question marked alike at 16 and 64; " in thinking(seeds)
+    )
     assert tell_left_out(seeds, [], {}) == "Every seed has finished all of its stages."
 
 
@@ -230,7 +235,7 @@ def test_a_seed_of_other_parts_alone_takes_no_claim_away(docs: Path, drawn: None
     alone.write_text(json.dumps(other))
     write_page([*files, alone], docs / "more.md")
     text = (docs / "more.md").read_text()
-    assert "| 16 | ends | lambda 1 | 0.500 | 0.500 | +0.000 |" in text
+    assert "| 16 | ends | lambda 1 | 0.500 to 0.500: +0.000 |" in text
     head, _, _ = text.partition("## How long an answer may be")
     assert head == before.partition("## How long an answer may be")[0]
     with pytest.raises(ValueError, match=r"no claim has its numbers in any of the seeds \(7,\)"):
