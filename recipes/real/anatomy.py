@@ -112,7 +112,8 @@ def section(files: Sequence[Path]) -> str:
         return ""
     heads = ["world", "keeps of the gain [95 % interval]", "target / lambda 1 / this",
              "bytes", "of the exact file", "tensors", "rank", "bits", "search"]  # fmt: skip
-    lines = [*map(_summary, found), "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [f"- {_summary(said)}" for said in found]
+    lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines += [_row(said) for said in found]
     lines += [
         "",

@@ -353,8 +353,11 @@ def _tell_growth(
              if added == arm and seed in each]  # fmt: skip
     gains = [ours.mean - alone.mean for _, alone, ours in pairs]
     grows = len(gains) > 1 and all(a < b for a, b in pairwise(gains))
-    alike = [f", with every question marked alike at {one[0]} and {other[0]}"
-             for one, other in pairwise(pairs) if one[2].asked and one[1:] == other[1:]]  # fmt: skip
+    alike = [
+        f", with every question marked alike at {one[0]} and {other[0]}"
+        for one, other in pairwise(pairs)
+        if one[2].asked and one[1:] == other[1:]
+    ]
     return (
         f"in seed {seed} at {arm} it is {' / '.join(map(signed, gains))} for"
         f" {' / '.join(str(tokens) for tokens, *_ in pairs)} tokens and"

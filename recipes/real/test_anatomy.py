@@ -52,13 +52,13 @@ def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path) -> None:
         files[-1].write_text(json.dumps(said_of(name, kept, verdict)))
     text = section(files)
     for line in (
-        "**people**: 0.009 MB, 1/111 of the exact file, keeps 98% of the gain (95 % interval 96%"
+        "- **people**: 0.009 MB, 1/111 of the exact file, keeps 98% of the gain (95 % interval 96%"
         " to 101%).",
-        "**tools**: not shown beyond noise. The candidate, 0.009 MB, 1/111 of the exact file,"
+        "- **tools**: not shown beyond noise. The candidate, 0.009 MB, 1/111 of the exact file,"
         " keeps 97% of the gain (95 % interval 90% to 104%), and 95% lies within that.",
-        "**little**: not found. The candidate, 0.009 MB, 1/111 of the exact file, keeps 70% of"
+        "- **little**: not found. The candidate, 0.009 MB, 1/111 of the exact file, keeps 70% of"
         " the gain (95 % interval 60% to 80%) only.",
-        "**none**: nothing can be said: on these questions lambda 1 itself gains nothing beyond"
+        "- **none**: nothing can be said: on these questions lambda 1 itself gains nothing beyond"
         " noise.",
         "| people | 0.97 [0.96, 1.01] | 0.400 / 0.800 / 0.790 | 9,000 | 0.90% | layers | 4 | 2 |"
         " found |",
@@ -142,4 +142,4 @@ def test_a_skill_of_a_tiny_model_is_taken_apart(
     # what was found is found again, and nothing is evaluated
     monkeypatch.setattr("skillvec.trials.trial.Trials.run", None)
     assert find_anatomy(*paths, **given) == said
-    assert section([tmp_path / "out" / "anatomy.json"]).startswith("**tiny**: ")
+    assert section([tmp_path / "out" / "anatomy.json"]).startswith("- **tiny**: ")
